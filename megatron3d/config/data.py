@@ -1,0 +1,35 @@
+"""Which tokens are read, in which order, and how they were made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron3d.config.fields import off_switch, option, options, switch
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data. Prefixes name `.bin`/`.idx` pairs without the ending; weights may stand before prefixes."""
+
+    data_path: tuple[str, ...] = options("--data-path", "Prefixes of token files, optionally weighted: 0.7 A 0.3 B.")
+    train_data_path: tuple[str, ...] = options(
+        "--train-data-path", "Prefixes for training alone (then --split is not used)."
+    )
+    valid_data_path: tuple[str, ...] = options("--valid-data-path", "Prefixes for validation alone.")
+    test_data_path: tuple[str, ...] = options("--test-data-path", "Prefixes for the test alone.")
+    data_args_path: str = option(None, "--data-args-path", "A file with the words of --data-path.")
+    split: str = option("969,30,1", "--split", "Shares of the documents for training, validation and test.")
+    mock_data: bool = switch("--mock-data", "Train on tokens drawn from the seed, without any file.")
+    tokenizer_type: str = option(None, "--tokenizer-type", "Kind of tokenizer, as in tools/preprocess_data.py.")
+    tokenizer_model: str = option(None, "--tokenizer-model", "Tokenizer file or directory.")
+    vocab_file: str = option(None, "--vocab-file", "Vocabulary of a GPT-2 or BERT tokenizer.")
+    merge_file: str = option(None, "--merge-file", "Merges of a GPT-2 tokenizer.")
+    reset_position_ids: bool = switch("--reset-position-ids", "Positions start again after each end of document.")
+    reset_attention_mask: bool = switch("--reset-attention-mask", "No attention across documents.")
+    eod_mask_loss: bool = switch("--eod-mask-loss", "No loss on end-of-document tokens.")
+    eod_token: int = option(None, "--eod-token", "Id of the end-of-document token; default the tokenizer's.")
+    seed: int = option(1234, "--seed", "Seed of weights, data order and dropout.")
+    num_workers: int = option(2, "--num-workers", "Threads that read batches ahead; 0 reads in the loop.")
+    dataloader_check_ids: bool = off_switch(
+        "--no-check-token-ids", "Do not compare every token id with the vocabulary."
+    )

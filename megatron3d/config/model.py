@@ -1,0 +1,79 @@
+"""The shape of a transformer: what it computes, independent of how it is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron3d.config.fields import off_switch, option, switch
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu", "reglu")
+GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model. Fields that default to None are derived by `resolve` from the others; layers read only resolved ones."""
+
+    num_layers: int = option(None, "--num-layers", "Transformer layers.")
+    hidden_size: int = option(None, "--hidden-size", "Width of the residual stream, H.")
+    num_attention_heads: int = option(None, "--num-attention-heads", "Query heads, N.")
+    seq_length: int = option(None, "--seq-length", "Tokens of one training sample, S.", unit="tokens")
+    max_position_embeddings: int = option(
+        None, "--max-position-embeddings", "Longest sequence the positions cover; default --seq-length.", unit="tokens"
+    )
+    ffn_hidden_size: int = option(
+        None, "--ffn-hidden-size", "Width inside the MLP, F; default 4H, or int(8H/3/64)*64 with --swiglu."
+    )
+    kv_channels: int = option(None, "--kv-channels", "Size of one head, D; default H/N.")
+    group_query_attention: bool = switch(
+        "--group-query-attention", "Share each key and value head among several query heads."
+    )
+    num_query_groups: int = option(
+        None, "--num-query-groups", "Key and value heads; default N (1 is multi-query attention)."
+    )
+    vocab_size: int = option(
+        None, "--vocab-size", "Token ids in use, before padding; default the tokenizer's.", unit="tokens"
+    )
+    make_vocab_size_divisible_by: int = option(
+        128, "--make-vocab-size-divisible-by", "The padded vocabulary is a multiple of this times TP."
+    )
+    position_embedding_type: str = option(
+        "learned_absolute",
+        "--position-embedding-type",
+        "Where positions enter.",
+        choices=("learned_absolute", "rope", "none"),
+    )
+    rotary_base: float = option(10000.0, "--rotary-base", "Base of the rotary frequencies.")
+    rotary_percent: float = option(1.0, "--rotary-percent", "Part of each head that is rotated, 0 to 1.")
+    rotary_interleaved: bool = switch(
+        "--rotary-interleaved", "Rotate neighbouring pairs (GPT-J) instead of halves (GPT-NeoX, Llama)."
+    )
+    normalization: str = option(
+        "LayerNorm", "--normalization", "The norm of every block.", choices=("LayerNorm", "RMSNorm")
+    )
+    norm_epsilon: float = option(
+        1e-5, "--norm-epsilon", "Added to the variance inside a norm.", also=("--layernorm-epsilon",)
+    )
+    activation: str = option(None, "--activation", "MLP activation; default gelu_tanh.", choices=ACTIVATIONS)
+    swiglu: bool = switch("--swiglu", "The same as --activation swiglu.")
+    squared_relu: bool = switch("--squared-relu", "The same as --activation squared_relu.")
+    openai_gelu: bool = switch("--openai-gelu", "The same as --activation gelu_tanh.")
+    add_bias_linear: bool = off_switch("--disable-bias-linear", "No bias in the linear layers.")
+    add_qkv_bias: bool = switch(
+        "--add-qkv-bias", "A bias in the query, key and value projection even with --disable-bias-linear."
+    )
+    qk_layernorm: bool = switch("--qk-layernorm", "Normalise each head's queries and keys.")
+    untie_embeddings_and_output_weights: bool = switch(
+        "--untie-embeddings-and-output-weights", "Give the output layer weights of its own."
+    )
+    hidden_dropout: float = option(0.1, "--hidden-dropout", "Dropout on the embedding and on each block's two outputs.")
+    attention_dropout: float = option(0.1, "--attention-dropout", "Dropout on the attention probabilities.")
+    init_method_std: float = option(0.02, "--init-method-std", "Standard deviation of the initial weights.")
+    apply_residual_connection_post_layernorm: bool = switch(
+        "--apply-residual-connection-post-layernorm", "Take the residual from after the norm."
+    )
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP multiplies a gate into its up projection, which then has two fused parts."""
+        return self.activation in GATED_ACTIVATIONS

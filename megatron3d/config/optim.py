@@ -1,0 +1,79 @@
+"""The optimizer, its schedules, and the numbers it works in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron3d.config.fields import off_switch, option, switch
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights are updated and in which precision. `precision` is derived: "fp32", "bf16" or "fp16"."""
+
+    optimizer: str = option(
+        "adam", "--optimizer", "The update rule; adam is AdamW (decoupled decay).", choices=("adam", "sgd")
+    )
+    lr: float = option(None, "--lr", "Peak learning rate.")
+    min_lr: float = option(0.0, "--min-lr", "Learning rate at the end of the decay.")
+    lr_decay_style: str = option(
+        "linear",
+        "--lr-decay-style",
+        "Shape of the decay.",
+        choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    )
+    lr_decay_iters: int = option(
+        None, "--lr-decay-iters", "Iterations until min-lr; default --train-iters.", unit="iterations"
+    )
+    lr_decay_samples: int = option(
+        None, "--lr-decay-samples", "Samples until min-lr; default --train-samples.", unit="samples"
+    )
+    lr_warmup_iters: int = option(0, "--lr-warmup-iters", "Iterations of linear warm-up.", unit="iterations")
+    lr_warmup_samples: int = option(0, "--lr-warmup-samples", "Samples of linear warm-up.", unit="samples")
+    lr_warmup_fraction: float = option(None, "--lr-warmup-fraction", "Warm-up as a fraction of the decay length.")
+    lr_warmup_init: float = option(0.0, "--lr-warmup-init", "Learning rate at the start of the warm-up.")
+    lr_wsd_decay_style: str = option(
+        "exponential",
+        "--lr-wsd-decay-style",
+        "Shape of the last phase of WSD.",
+        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+    )
+    lr_wsd_decay_iters: int = option(
+        None, "--lr-wsd-decay-iters", "Length of the last phase of WSD.", unit="iterations"
+    )
+    lr_wsd_decay_samples: int = option(
+        None, "--lr-wsd-decay-samples", "Length of the last phase of WSD.", unit="samples"
+    )
+    weight_decay: float = option(0.01, "--weight-decay", "Decoupled weight decay of matrices.")
+    start_weight_decay: float = option(None, "--start-weight-decay", "Weight decay at the start of its schedule.")
+    end_weight_decay: float = option(None, "--end-weight-decay", "Weight decay at the end of its schedule.")
+    weight_decay_incr_style: str = option(
+        "constant",
+        "--weight-decay-incr-style",
+        "Shape of the weight-decay schedule.",
+        choices=("constant", "linear", "cosine"),
+    )
+    clip_grad: float = option(1.0, "--clip-grad", "Largest global gradient norm; 0 does not clip.")
+    adam_beta1: float = option(0.9, "--adam-beta1", "First-moment coefficient.")
+    adam_beta2: float = option(0.999, "--adam-beta2", "Second-moment coefficient.")
+    adam_eps: float = option(1e-8, "--adam-eps", "Added to the square root of the second moment.")
+    sgd_momentum: float = option(0.9, "--sgd-momentum", "Momentum of SGD.")
+    bf16: bool = switch("--bf16", "Compute in bf16 with fp32 master weights.")
+    fp16: bool = switch("--fp16", "Compute in fp16 with fp32 master weights and loss scaling.")
+    loss_scale: float = option(None, "--loss-scale", "A fixed loss scale for fp16; default dynamic.")
+    initial_loss_scale: float = option(2.0**32, "--initial-loss-scale", "First value of the dynamic loss scale.")
+    min_loss_scale: float = option(
+        1.0, "--min-loss-scale", "Smallest dynamic loss scale; non-finite gradients below it end the run."
+    )
+    loss_scale_window: int = option(
+        1000, "--loss-scale-window", "Finite steps after which the scale doubles.", unit="iterations"
+    )
+    hysteresis: int = option(2, "--hysteresis", "Non-finite steps after which the scale halves.", unit="iterations")
+    check_for_nan_in_loss_and_grad: bool = off_switch(
+        "--no-check-for-nan-in-loss-and-grad", "Go on when a loss or gradient is not finite (fp32, bf16)."
+    )
+
+    @property
+    def precision(self) -> str:
+        """ "fp32", "bf16" or "fp16": what the layers compute in."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"

@@ -1,0 +1,24 @@
+"""One run, whole: the config sections together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron3d.config.checkpoint import CheckpointConfig
+from megatron3d.config.data import DataConfig
+from megatron3d.config.model import ModelConfig
+from megatron3d.config.optim import OptimConfig
+from megatron3d.config.parallel import ParallelConfig
+from megatron3d.config.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a user decided. Functions take the smallest section they need, not this."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -1,0 +1,64 @@
+"""How long to train, in which batches, and what to say on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron3d.config.fields import option, options, switch
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run. Iterations and samples exclude each other; exactly one of train_iters and train_samples is given."""
+
+    micro_batch_size: int = option(
+        None,
+        "--micro-batch-size",
+        "Samples of one forward of one data-parallel rank, B.",
+        unit="samples",
+        also=("--batch-size",),
+    )
+    global_batch_size: int = option(
+        None, "--global-batch-size", "Samples of one optimizer step; default micro-batch x DP.", unit="samples"
+    )
+    rampup_batch_size: tuple[str, ...] = options(
+        "--rampup-batch-size", "START INCREMENT SAMPLES: grow the global batch linearly over SAMPLES samples."
+    )
+    train_iters: int = option(None, "--train-iters", "Optimizer steps.", unit="iterations")
+    train_samples: int = option(None, "--train-samples", "Samples.", unit="samples")
+    eval_interval: int = option(1000, "--eval-interval", "Steps between evaluations.", unit="iterations")
+    eval_iters: int = option(
+        100, "--eval-iters", "Global batches of one evaluation; 0 does not evaluate.", unit="iterations"
+    )
+    exit_interval: int = option(None, "--exit-interval", "Save and stop at a multiple of this.", unit="iterations")
+    exit_duration_in_mins: float = option(
+        None, "--exit-duration-in-mins", "Save and stop after this time.", unit="minutes"
+    )
+    exit_signal_handler: bool = switch(
+        "--exit-signal-handler", "Accepted; stopping on SIGTERM with a save is always on."
+    )
+    log_interval: int = option(100, "--log-interval", "Steps between log lines.", unit="iterations")
+    tensorboard_dir: str = option(None, "--tensorboard-dir", "Where TensorBoard events go.")
+    wandb_project: str = option("", "--wandb-project", "Weights & Biases project; needs the wandb package.")
+    wandb_exp_name: str = option("", "--wandb-exp-name", "Weights & Biases run name.")
+    wandb_save_dir: str = option("", "--wandb-save-dir", "Weights & Biases directory.")
+    metrics_file: str = option(None, "--metrics-file", "JSON lines: one record a step.")
+    recompute_granularity: str = option(
+        None,
+        "--recompute-granularity",
+        "Recompute activations: whole layers, or attention alone.",
+        choices=("full", "selective"),
+    )
+    recompute_activations: bool = switch("--recompute-activations", "The same as --recompute-granularity selective.")
+    recompute_method: str = option(
+        None,
+        "--recompute-method",
+        "With full: in uniform groups, or the first layers of each stage.",
+        choices=("uniform", "block"),
+    )
+    recompute_num_layers: int = option(
+        None, "--recompute-num-layers", "Layers of a group (uniform) or layers recomputed (block)."
+    )
+    peak_tflops: float = option(
+        None, "--peak-tflops", "Peak of one device, for MFU where the device is not known.", unit="TFLOP/s"
+    )

@@ -1,0 +1,65 @@
+"""The errors a user can meet, each with the process exit code a job scheduler can act on.
+
+Every message is a sentence that names the option or file, its value, the reason and what to do.
+Programming mistakes are not here: they stay `assert` and the built-in exceptions.
+"""
+
+from __future__ import annotations
+
+
+class Megatron3dError(Exception):
+    """Base of every error meant for the user; `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(Megatron3dError):
+    """An option, or a combination of options, that cannot work."""
+
+    exit_code = 2
+
+
+class ScheduleError(ConfigError):
+    """A pipeline schedule that is incomplete, out of order or would deadlock."""
+
+
+class DataError(Megatron3dError):
+    """A data file that is missing, damaged or does not fit the run."""
+
+    exit_code = 3
+
+
+class CheckpointError(Megatron3dError):
+    """A checkpoint that is missing, damaged or belongs to another model."""
+
+    exit_code = 4
+
+
+class NumericsError(Megatron3dError):
+    """A loss or gradient that is not finite where the run cannot skip it."""
+
+    exit_code = 5
+
+
+class PeerError(Megatron3dError):
+    """Another rank failed, or a collective ran into its timeout."""
+
+    exit_code = 6
+
+
+class StorageError(Megatron3dError):
+    """A write that the file system refused: full, read-only, or gone."""
+
+    exit_code = 7
+
+
+class InUseError(Megatron3dError):
+    """A directory that another run holds."""
+
+    exit_code = 8
+
+
+class StopRequested(Megatron3dError):
+    """The run was asked to stop, saved a checkpoint and can be started again."""
+
+    exit_code = 75
