@@ -1,0 +1,137 @@
+"""Collectives without gradients: each issued in one place, counted, and the identity on an axis of one rank.
+
+The `start_` functions return at once with a `Pending`; the result may be used only after its `wait`. Overlap is
+always written as such a pair, so that the order of things is visible where it matters.
+Differentiable collectives are in `typed.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron3d.comm.mesh import Axis
+
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+# torch 2.13 renamed the two collectives on one flat tensor; older versions know only the first name.
+_gather_flat: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_flat: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Pending:
+    """A collective on its way: `wait` returns its result once it is there."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
+        self._result = result
+        self._work = work
+
+    def wait(self) -> Tensor:
+        """Block (on CUDA: make the current stream wait) until the result may be used, and return it."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._result
+
+
+def _size_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def start_all_reduce(x: Tensor, axis: Axis, *, reduction: str = "sum") -> Pending:
+    """Reduce `x` over the axis, in place. `x` must be contiguous; reduction is "sum", "max" or "min"."""
+    if axis.size == 1:
+        return Pending(x)
+    axis.meter.add(axis.name, "all_reduce", _size_bytes(x))
+    return Pending(x, dist.all_reduce(x, _REDUCTIONS[reduction], group=axis.group, async_op=True))
+
+
+def start_all_gather(x: Tensor, axis: Axis) -> Pending:
+    """Concatenate every rank's `x` along dimension 0: [n, ...] becomes [n * size, ...]."""
+    if axis.size == 1:
+        return Pending(x)
+    whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    axis.meter.add(axis.name, "all_gather", _size_bytes(whole))
+    return Pending(whole, _gather_flat(whole, x.contiguous(), group=axis.group, async_op=True))
+
+
+def start_all_gather_into(whole: Tensor, x: Tensor, axis: Axis) -> Pending:
+    """All-gather the one-dimensional `x` into the caller's buffer `whole`, of which `x` may be this rank's part."""
+    if axis.size == 1:
+        if whole.data_ptr() != x.data_ptr():
+            whole.copy_(x)
+        return Pending(whole)
+    axis.meter.add(axis.name, "all_gather", _size_bytes(whole))
+    return Pending(whole, _gather_flat(whole, x, group=axis.group, async_op=True))
+
+
+def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
+    """Sum `x` over the axis and keep this rank's part along dimension 0: [n * size, ...] becomes [n, ...]."""
+    if axis.size == 1:
+        return Pending(x)
+    part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    axis.meter.add(axis.name, "reduce_scatter", _size_bytes(x))
+    return Pending(part, _scatter_flat(part, x.contiguous(), group=axis.group, async_op=True))
+
+
+def all_reduce(x: Tensor, axis: Axis, *, reduction: str = "sum") -> Tensor:
+    """`start_all_reduce` and wait."""
+    return start_all_reduce(x, axis, reduction=reduction).wait()
+
+
+def all_gather(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
+    """Concatenate every rank's `x` along `dim`, in rank order."""
+    if axis.size == 1:
+        return x
+    if dim % x.dim() == 0:
+        return start_all_gather(x, axis).wait()
+    return start_all_gather(x.movedim(dim, 0), axis).wait().movedim(0, dim).contiguous()
+
+
+def reduce_scatter(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
+    """Sum over the axis, keep this rank's part along `dim`."""
+    if axis.size == 1:
+        return x
+    if dim % x.dim() == 0:
+        return start_reduce_scatter(x, axis).wait()
+    return start_reduce_scatter(x.movedim(dim, 0), axis).wait().movedim(0, dim).contiguous()
+
+
+def own_part(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
+    """This rank's part of `x` along `dim`, without communication."""
+    if axis.size == 1:
+        return x
+    return x.chunk(axis.size, dim)[axis.rank].contiguous()
+
+
+def broadcast(x: Tensor, axis: Axis, *, source: int = 0) -> Tensor:
+    """Overwrite `x` with that of the rank at position `source` of the axis."""
+    if axis.size == 1:
+        return x
+    axis.meter.add(axis.name, "broadcast", _size_bytes(x))
+    dist.broadcast(x, src=axis.ranks[source], group=axis.group)
+    return x
+
+
+def gather_values(value: Any, axis: Axis) -> list[Any]:
+    """Every rank's small Python value, in rank order, on every rank. For set-up and reports, not for the hot loop."""
+    if axis.size == 1:
+        return [value]
+    values: list[Any] = [None] * axis.size
+    dist.all_gather_object(values, value, group=axis.group)
+    return values
+
+
+def barrier(axis: Axis) -> None:
+    """Wait until every rank of the axis is here."""
+    if axis.size > 1:
+        all_reduce(torch.zeros(1, device=_device_of(axis)), axis)
+
+
+def _device_of(axis: Axis) -> torch.device:
+    backend = dist.get_backend(axis.group)
+    return torch.device("cuda" if backend == "nccl" else "cpu")

@@ -1,0 +1,50 @@
+"""Meter: calls and bytes of every collective, counted where they are issued.
+
+Claims about communication are proved by counting, because the time that a collective takes on a test machine says
+nothing about a cluster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Count:
+    """Calls of one collective on one axis, and the bytes of the whole (gathered, unscattered) tensor in each."""
+
+    calls: int = 0
+    payload_bytes: int = 0
+
+
+@dataclass
+class Meter:
+    """Counts by (axis name, collective name), such as ("tp", "all_reduce"). One meter belongs to one mesh."""
+
+    counts: dict[tuple[str, str], Count] = field(default_factory=dict)
+
+    def add(self, axis: str, collective: str, payload_bytes: int) -> None:
+        """Count one call."""
+        count = self.counts.setdefault((axis, collective), Count())
+        count.calls += 1
+        count.payload_bytes += payload_bytes
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        self.counts.clear()
+
+    def read(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """(calls, payload bytes) by (axis, collective)."""
+        return {key: (count.calls, count.payload_bytes) for key, count in self.counts.items()}
+
+
+def wire_bytes(collective: str, payload_bytes: int, num_ranks: int) -> float:
+    """Bytes that one rank sends for a collective by the bandwidth-optimal ring.
+
+    With n bytes in the whole tensor: all-gather and reduce-scatter n(N-1)/N, all-reduce twice that.
+
+    Source: Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
+    """
+    share = (num_ranks - 1) / num_ranks
+    factors = {"all_gather": share, "reduce_scatter": share, "all_reduce": 2 * share, "broadcast": 1.0}
+    return payload_bytes * factors.get(collective, 1.0)
