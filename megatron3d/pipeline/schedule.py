@@ -117,6 +117,17 @@ def needs(step: Step, num_stages: int, present: Collection[Step]) -> tuple[Step,
     return (forward, split if split in present else Step(Op.B, stage + 1, mb))
 
 
+def handover(step: Step, schedule: Schedule) -> tuple[int, int] | None:
+    """The stage that uses what `step` hands over, and that stage's rank (maybe the same rank); None if nobody does.
+
+    A forward hands its output activation to the next stage, B and I their input gradient to the one before.
+    """
+    if step.op is Op.W:
+        return None
+    user = step.stage + 1 if step.op is Op.F else step.stage - 1
+    return (user, schedule.stage_to_rank[user]) if 0 <= user < schedule.num_stages else None
+
+
 def check(schedule: Schedule) -> None:
     """Accept a schedule whose rows hold every step exactly once, on the right rank, in an order the row can keep.
 
