@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Makes .venv in the repository and installs the pinned dependencies and this project into it.
+#
+#   bash tools/setup_env.sh run     what training needs
+#   bash tools/setup_env.sh test    the same and what the test suite needs
+#
+# Running it again costs a fraction of a second as long as nothing it depends on has changed: a stamp in .venv keeps a
+# hash of constraints.txt, pyproject.toml, setup.py and this file.
+#
+# Environment:
+#   PYTHON            the interpreter that makes .venv; default: the first of python3, python3.12, python3.11 that is
+#                     Python 3.11 or 3.12 and has the venv module.
+#   TORCH_INDEX_URL   the package index that torch comes from; default: the index pip is configured with, whose Linux
+#                     wheels carry CUDA (about 3 GB with the libraries they need). PyTorch publishes much smaller
+#                     CPU-only wheels (200 MB) at https://download.pytorch.org/whl/cpu. Everything else always comes
+#                     from the ordinary index.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+    printf 'tools/setup_env.sh: %s\n' "$1" >&2
+    exit 1
+}
+
+what=${1:-run}
+case $what in
+    run) extras="" ;;
+    test) extras="[test]" ;;
+    *) fail "'$what' is not a set-up; use 'run' or 'test'" ;;
+esac
+
+find_python() {
+    local candidate reasons=""
+    for candidate in ${PYTHON:-python3 python3.12 python3.11}; do
+        if ! "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            reasons+="  $candidate: $("$candidate" --version 2>&1 | head -n 1 || true); not Python 3.11 or 3.12"$'\n'
+        elif ! "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
+            reasons+="  $candidate: has no venv module; on Debian and Ubuntu: apt-get install $(basename "$candidate")-venv"$'\n'
+        else
+            printf '%s' "$candidate"
+            return
+        fi
+    done
+    fail "no usable Python was found; install Python 3.11 or 3.12, or name one with PYTHON=/path/to/python3.12. Tried:
+$reasons"
+}
+
+if [ ! -x .venv/bin/python ]; then
+    python=$(find_python)
+    printf 'Making .venv with %s\n' "$("$python" --version)"
+    "$python" -m venv .venv || fail "'$python -m venv .venv' failed; delete .venv and see the message above"
+fi
+.venv/bin/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' ||
+    fail ".venv holds $(.venv/bin/python --version 2>&1), which is not Python 3.11 or 3.12; delete .venv and run this again"
+
+wanted=$({ cat constraints.txt pyproject.toml setup.py tools/setup_env.sh; pwd; } | sha256sum)
+for done in "$what" test; do
+    [ "$(cat ".venv/megatron3d-$done.sha256" 2>/dev/null)" != "$wanted" ] || exit 0
+done
+stamp=.venv/megatron3d-$what.sha256
+rm -f "$stamp"
+
+pip=(.venv/bin/python -m pip --disable-pip-version-check)
+printf 'Installing the pinned dependencies into .venv (once; minutes on a slow connection)\n'
+if [ -n "${TORCH_INDEX_URL:-}" ]; then
+    # Its own dependencies follow from the ordinary index in the next step.
+    "${pip[@]}" install --quiet --no-deps --index-url "$TORCH_INDEX_URL" -c constraints.txt torch ||
+        fail "torch could not be installed from TORCH_INDEX_URL=$TORCH_INDEX_URL; check that address or unset it"
+elif ! command -v nvidia-smi >/dev/null; then
+    printf 'No GPU is seen here: TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu makes this download far smaller\n'
+fi
+"${pip[@]}" install --quiet -c constraints.txt -e ".$extras" ||
+    fail "the installation failed; the message above says which package. A package index must be reachable"
+
+if [ "$what" = test ]; then
+    # Some tests compare with Megatron-LM's own core; without its dependencies, of which those tests need none.
+    "${pip[@]}" install --quiet --no-deps -c constraints.txt megatron-core ||
+        printf 'megatron-core could not be installed: the tests that compare with it skip by name, all others run\n'
+fi
+printf '%s' "$wanted" >"$stamp"

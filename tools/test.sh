@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Makes .venv with everything the test suite needs (see tools/setup_env.sh) and runs the suite with pytest.
+#
+#   bash tools/test.sh                          the whole suite
+#   bash tools/test.sh tests/pipeline -k 1f1b   arguments are pytest's
+#   bash tools/test.sh -m slow                  the tests that are left out by default because they take minutes
+#
+# Needs Python 3.11 or 3.12 and a package index; no GPU. Environment: PYTHON picks the interpreter, TORCH_INDEX_URL the
+# index of torch: with CPU-only wheels, which PyTorch publishes at https://download.pytorch.org/whl/cpu, the download
+# is 200 MB instead of 3 GB. The exit code is pytest's.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash tools/setup_env.sh test
+exec .venv/bin/python -m pytest "$@"
