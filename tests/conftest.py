@@ -1,0 +1,43 @@
+"""What all tests share: the pool of worker processes, and who is left out and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Triton decides when a kernel is defined whether it will be interpreted, so this must come before any test file.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tests.dist.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """The kept gloo worker processes; `pool.run(world_size, body, ...)`, see tests/dist/pool.py."""
+    kept = Pool()
+    yield kept
+    kept.close()
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say at the top what this run leaves out and why."""
+    lines = []
+    if config.option.markexpr == "not slow":
+        lines.append("slow tests are left out: they take minutes each; run them with -m slow")
+    if not torch.cuda.is_available():
+        lines.append("gpu tests will be skipped: no CUDA device is available")
+    return lines
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` by name where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; none is available")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
