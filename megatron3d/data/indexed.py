@@ -194,7 +194,8 @@ class IndexedDatasetWriter:
         sizes = np.asarray(sequences_per_document, dtype=np.int64)
         if lengths.sum() != len(tokens) or sizes.sum() != len(lengths):
             raise ValueError(
-                f"{len(tokens)} tokens, sequences of {lengths.sum()}, {len(lengths)} sequences, documents of {sizes.sum()}"
+                f"{len(tokens)} tokens but sequences of {lengths.sum()}; {len(lengths)} sequences but documents of "
+                f"{sizes.sum()}"
             )
         if len(lengths) and lengths.max() >= 2**31:
             raise DataError(

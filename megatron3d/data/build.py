@@ -1,0 +1,171 @@
+"""From the data options to the three streams of a run: training, validation, test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron3d.config.data import DataConfig
+from megatron3d.data.blend import Blend, Corpus, integer_weights, parse_data_path
+from megatron3d.data.gpt import DocumentRules, GPTSamples
+from megatron3d.data.indexed import IndexedDataset
+from megatron3d.data.mock import MockSamples
+from megatron3d.data.order import derive_seed
+from megatron3d.data.splits import SPLIT_NAMES, split_documents
+from megatron3d.data.stream import SampleStream
+from megatron3d.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class GPTData:
+    """The streams of a run. `valid` and `test` are None where their split is empty.
+
+    `notes` are sentences the run should print: corpora that a split had to leave out.
+    """
+
+    train: SampleStream | None
+    valid: SampleStream | None
+    test: SampleStream | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one corpus gives to one split: documents, for a stream with a seed of its own."""
+
+    corpus: Corpus
+    dataset: IndexedDataset
+    documents: range
+    seed: int
+
+
+def build_gpt_data(data: DataConfig, *, seq_length: int, vocab_size: int, eod_token: int | None) -> GPTData:
+    """Open the files that the options name and make the streams; the same on every rank, without communication.
+
+    `vocab_size` and `eod_token` are the tokenizer's (or the options'); `vocab_size` is used for mock data alone.
+
+    Raises: ConfigError for options that contradict each other; DataError for files that are missing or damaged, and
+    for splits that leave no training document or too few tokens for a sample.
+    """
+    check_data_options(data, eod_token)
+    if data.mock_data:
+        train, valid, test = (
+            MockSamples(split, seq_length=seq_length, vocab_size=vocab_size, eod_token=eod_token, seed=data.seed)
+            for split in SPLIT_NAMES
+        )
+        return GPTData(train, valid, test)
+    shares = _shares_by_split(data)
+    streams, notes = {}, []
+    for split in SPLIT_NAMES:
+        streams[split], split_notes = _build_split(split, shares[split], seq_length)
+        notes += split_notes
+    return GPTData(streams["train"], streams["valid"], streams["test"], tuple(notes))
+
+
+def document_rules(data: DataConfig, eod_token: int | None) -> DocumentRules:
+    """The options on document boundaries, as `collate` takes them."""
+    return DocumentRules(
+        eod_token,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+    )
+
+
+def check_data_options(data: DataConfig, eod_token: int | None) -> None:
+    """Raises: ConfigError with all contradictions among the data options."""
+    per_split = [data.train_data_path, data.valid_data_path, data.test_data_path]
+    sources = {
+        "--data-path": bool(data.data_path),
+        "--data-args-path": data.data_args_path is not None,
+        "--train-data-path/--valid-data-path/--test-data-path": any(per_split),
+        "--mock-data": data.mock_data,
+    }
+    given = [name for name, present in sources.items() if present]
+    problems = []
+    if not given:
+        problems.append("No data is given; give --data-path PREFIX (made by tools/preprocess_data.py) or --mock-data.")
+    if len(given) > 1:
+        problems.append(f"{' and '.join(given)} exclude each other; give one of them.")
+    flags = {
+        "--reset-position-ids": data.reset_position_ids,
+        "--reset-attention-mask": data.reset_attention_mask,
+        "--eod-mask-loss": data.eod_mask_loss,
+    }
+    used = [flag for flag, present in flags.items() if present]
+    if used and eod_token is None:
+        problems.append(
+            f"{' and '.join(used)} must know the end-of-document token, but the tokenizer has none; give --eod-token."
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _shares_by_split(data: DataConfig) -> dict[str, list[_Share]]:
+    """Open the corpora and say which documents of each belong to which split."""
+    shares: dict[str, list[_Share]] = {split: [] for split in SPLIT_NAMES}
+    words, flag = (data.data_path, "--data-path") if data.data_path else _words_of_file(data.data_args_path)
+    for place, corpus in enumerate(parse_data_path(words, flag) if words else ()):
+        dataset = IndexedDataset(corpus.prefix)
+        for split, documents in zip(SPLIT_NAMES, split_documents(dataset.num_documents, data.split)):
+            shares[split].append(_Share(corpus, dataset, documents, derive_seed(data.seed, split, place)))
+    paths = (data.train_data_path, data.valid_data_path, data.test_data_path)
+    for split, words in zip(SPLIT_NAMES, paths):
+        for place, corpus in enumerate(parse_data_path(words, f"--{split}-data-path") if words else ()):
+            dataset = IndexedDataset(corpus.prefix)
+            documents = range(dataset.num_documents)
+            shares[split].append(_Share(corpus, dataset, documents, derive_seed(data.seed, split, place)))
+    _require_training_documents(data, shares["train"])
+    return shares
+
+
+def _require_training_documents(data: DataConfig, shares: Sequence[_Share]) -> None:
+    """Raises: DataError if a corpus has no document for training, with the numbers."""
+    for share in shares:
+        if len(share.documents) == 0:
+            total = share.dataset.num_documents
+            raise DataError(
+                f"--split {data.split} leaves no training document of {share.corpus.prefix}, which has {total}; "
+                + ("give training a larger first share." if total else "preprocess a corpus that is not empty.")
+            )
+
+
+def _build_split(split: str, shares: Sequence[_Share], seq_length: int) -> tuple[SampleStream | None, list[str]]:
+    """The stream of one split, and notes on corpora that had to be left out of validation or test.
+
+    Training needs a sample from every corpus. Validation and test leave out a corpus whose documents there are too
+    short; only if that leaves nothing to validate on is it an error, since evaluations were asked for.
+    """
+    streams, weights, notes, too_short = [], [], [], []
+    for share in shares:
+        if len(share.documents) == 0:
+            continue
+        try:
+            stream = GPTSamples(share.dataset, share.documents, seq_length=seq_length, seed=share.seed)
+        except DataError as error:
+            if split == "train":
+                raise
+            too_short.append(error)
+            notes.append(f"Left out of the {split} data: {error}")
+            continue
+        streams.append(stream)
+        weights.append(stream.num_tokens if share.corpus.weight is None else share.corpus.weight)
+    if not streams:
+        if too_short and split == "valid":
+            raise too_short[0]
+        return None, notes
+    return (streams[0] if len(streams) == 1 else Blend(streams, integer_weights(weights))), notes
+
+
+def _words_of_file(path: str | None) -> tuple[tuple[str, ...], str]:
+    """The words of `--data-args-path`, and the flag to name in messages. Raises: DataError if it cannot be read."""
+    flag = f"--data-args-path {path}"
+    if path is None:
+        return (), flag
+    if not Path(path).is_file():
+        raise DataError(f"{flag} cannot be found; give a file with the words of --data-path, such as 0.7 A 0.3 B.")
+    words = tuple(Path(path).read_text(encoding="utf-8").split())
+    if not words:
+        raise DataError(f"{flag} is empty; write the words of --data-path into it, such as 0.7 A 0.3 B.")
+    return words, flag
