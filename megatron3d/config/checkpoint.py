@@ -13,18 +13,23 @@ class CheckpointConfig:
 
     save: str = option(None, "--save", "Directory of checkpoints to write.")
     load: str = option(None, "--load", "Directory of checkpoints to start from; default --save if it holds one.")
-    save_interval: int = option(None, "--save-interval", "Steps between checkpoints.", unit="iterations")
+    save_interval: int = option(
+        None, "--save-interval", "Steps between checkpoints.", unit="iterations", also=("--persistent-save-interval",)
+    )
     keep_last: int = option(None, "--keep-last", "Keep this many newest checkpoints; default all.")
     ckpt_step: int = option(None, "--ckpt-step", "Load this step instead of the latest.")
     finetune: bool = switch("--finetune", "Take the weights alone; start at step 0 with a new optimizer.")
-    no_load_optim: bool = switch("--no-load-optim", "Do not load the optimizer state.")
-    no_save_optim: bool = switch("--no-save-optim", "Do not save the optimizer state.")
+    no_load_optim: bool = switch("--no-load-optim", "Do not load the optimizer state.", also=("--disable-load-optim",))
+    no_save_optim: bool = switch("--no-save-optim", "Do not save the optimizer state.", also=("--disable-save-optim",))
     override_opt_param_scheduler: bool = switch(
-        "--override-opt-param-scheduler", "Take learning-rate and decay settings from the flags, not the checkpoint."
+        "--override-opt-param-scheduler",
+        "Take learning-rate and decay settings from the flags, not the checkpoint.",
+        also=("--override-opt_param-scheduler", "--override-lr-scheduler"),
     )
     use_checkpoint_opt_param_scheduler: bool = switch(
         "--use-checkpoint-opt_param-scheduler",
         "Take learning-rate and decay settings from the checkpoint, ignoring the flags.",
+        also=("--use-checkpoint-opt-param-scheduler", "--use-checkpoint-lr-scheduler"),
     )
     fall_back_to_previous_checkpoint: bool = switch(
         "--fall-back-to-previous-checkpoint", "If the latest checkpoint is damaged, start from the one before."

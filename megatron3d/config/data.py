@@ -22,7 +22,7 @@ class DataConfig:
     mock_data: bool = switch("--mock-data", "Train on tokens drawn from the seed, without any file.")
     tokenizer_type: str = option(None, "--tokenizer-type", "Kind of tokenizer, as in tools/preprocess_data.py.")
     tokenizer_model: str = option(None, "--tokenizer-model", "Tokenizer file or directory.")
-    vocab_file: str = option(None, "--vocab-file", "Vocabulary of a GPT-2 or BERT tokenizer.")
+    vocab_file: str = option(None, "--vocab-file", "Vocabulary of a GPT-2 or BERT tokenizer.", also=("--vocab",))
     merge_file: str = option(None, "--merge-file", "Merges of a GPT-2 tokenizer.")
     reset_position_ids: bool = switch("--reset-position-ids", "Positions start again after each end of document.")
     reset_attention_mask: bool = switch("--reset-attention-mask", "No attention across documents.")

@@ -12,24 +12,31 @@ GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model. Fields that default to None are derived by `resolve` from the others; layers read only resolved ones."""
+    """The model. Fields that default to None are derived by `resolve` from the others; layers read resolved ones."""
 
-    num_layers: int = option(None, "--num-layers", "Transformer layers.")
+    num_layers: int = option(None, "--num-layers", "Transformer layers.", also=("--encoder-num-layers",))
     hidden_size: int = option(None, "--hidden-size", "Width of the residual stream, H.")
     num_attention_heads: int = option(None, "--num-attention-heads", "Query heads, N.")
-    seq_length: int = option(None, "--seq-length", "Tokens of one training sample, S.", unit="tokens")
+    seq_length: int = option(
+        None, "--seq-length", "Tokens of one training sample, S.", unit="tokens", also=("--encoder-seq-length",)
+    )
     max_position_embeddings: int = option(
         None, "--max-position-embeddings", "Longest sequence the positions cover; default --seq-length.", unit="tokens"
     )
     ffn_hidden_size: int = option(
-        None, "--ffn-hidden-size", "Width inside the MLP, F; default 4H, or int(8H/3/64)*64 with --swiglu."
+        None,
+        "--ffn-hidden-size",
+        "Width inside the MLP, F; default 4H, or int(8H/3/64)*64 with a gated activation such as --swiglu.",
+        also=("--intermediate-size",),
     )
     kv_channels: int = option(None, "--kv-channels", "Size of one head, D; default H/N.")
     group_query_attention: bool = switch(
         "--group-query-attention", "Share each key and value head among several query heads."
     )
     num_query_groups: int = option(
-        None, "--num-query-groups", "Key and value heads; default N (1 is multi-query attention)."
+        None,
+        "--num-query-groups",
+        "Key and value heads; default N, or 1 (multi-query attention) with --group-query-attention.",
     )
     vocab_size: int = option(
         None, "--vocab-size", "Token ids in use, before padding; default the tokenizer's.", unit="tokens"

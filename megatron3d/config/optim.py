@@ -30,7 +30,9 @@ class OptimConfig:
     )
     lr_warmup_iters: int = option(0, "--lr-warmup-iters", "Iterations of linear warm-up.", unit="iterations")
     lr_warmup_samples: int = option(0, "--lr-warmup-samples", "Samples of linear warm-up.", unit="samples")
-    lr_warmup_fraction: float = option(None, "--lr-warmup-fraction", "Warm-up as a fraction of the decay length.")
+    lr_warmup_fraction: float = option(
+        None, "--lr-warmup-fraction", "Warm-up as a fraction of the decay length.", also=("--warmup",)
+    )
     lr_warmup_init: float = option(0.0, "--lr-warmup-init", "Learning rate at the start of the warm-up.")
     lr_wsd_decay_style: str = option(
         "exponential",
@@ -45,13 +47,18 @@ class OptimConfig:
         None, "--lr-wsd-decay-samples", "Length of the last phase of WSD.", unit="samples"
     )
     weight_decay: float = option(0.01, "--weight-decay", "Decoupled weight decay of matrices.")
-    start_weight_decay: float = option(None, "--start-weight-decay", "Weight decay at the start of its schedule.")
-    end_weight_decay: float = option(None, "--end-weight-decay", "Weight decay at the end of its schedule.")
+    start_weight_decay: float = option(
+        None, "--start-weight-decay", "Weight decay at the start of its schedule.", also=("--start-wd",)
+    )
+    end_weight_decay: float = option(
+        None, "--end-weight-decay", "Weight decay at the end of its schedule.", also=("--end-wd",)
+    )
     weight_decay_incr_style: str = option(
         "constant",
         "--weight-decay-incr-style",
         "Shape of the weight-decay schedule.",
         choices=("constant", "linear", "cosine"),
+        also=("--wd-incr-style",),
     )
     clip_grad: float = option(1.0, "--clip-grad", "Largest global gradient norm; 0 does not clip.")
     adam_beta1: float = option(0.9, "--adam-beta1", "First-moment coefficient.")
@@ -63,14 +70,19 @@ class OptimConfig:
     loss_scale: float = option(None, "--loss-scale", "A fixed loss scale for fp16; default dynamic.")
     initial_loss_scale: float = option(2.0**32, "--initial-loss-scale", "First value of the dynamic loss scale.")
     min_loss_scale: float = option(
-        1.0, "--min-loss-scale", "Smallest dynamic loss scale; non-finite gradients below it end the run."
+        1.0,
+        "--min-loss-scale",
+        "Smallest dynamic loss scale; non-finite gradients below it end the run.",
+        also=("--min-scale",),
     )
     loss_scale_window: int = option(
         1000, "--loss-scale-window", "Finite steps after which the scale doubles.", unit="iterations"
     )
     hysteresis: int = option(2, "--hysteresis", "Non-finite steps after which the scale halves.", unit="iterations")
     check_for_nan_in_loss_and_grad: bool = off_switch(
-        "--no-check-for-nan-in-loss-and-grad", "Go on when a loss or gradient is not finite (fp32, bf16)."
+        "--no-check-for-nan-in-loss-and-grad",
+        "Go on when a loss or gradient is not finite (fp32, bf16).",
+        also=("--no-check-for-nan-in-loss", "--disable-check-for-nan-in-loss"),
     )
 
     @property

@@ -6,15 +6,25 @@ from dataclasses import dataclass
 
 from megatron3d.config.fields import off_switch, option, switch
 
+PIPELINE_SCHEDULES = ("gpipe", "1f1b")
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """The layout. `data_parallel_size` and `world_size` are derived by `resolve`; there are no flags for them."""
 
     tensor_model_parallel_size: int = option(
-        1, "--tensor-model-parallel-size", "Ranks that share each layer (TP).", also=("--model-parallel-size",)
+        1,
+        "--tensor-model-parallel-size",
+        "Ranks that share each layer (TP).",
+        also=("--model-parallel-size", "--intra-layer-model-parallel-size"),
     )
-    pipeline_model_parallel_size: int = option(1, "--pipeline-model-parallel-size", "Ranks that share the depth (PP).")
+    pipeline_model_parallel_size: int = option(
+        1,
+        "--pipeline-model-parallel-size",
+        "Ranks that share the depth (PP).",
+        also=("--inter-layer-model-parallel-size",),
+    )
     context_parallel_size: int = option(1, "--context-parallel-size", "Ranks that share each sequence (CP).")
     expert_model_parallel_size: int = option(1, "--expert-model-parallel-size", "Ranks that share the experts (EP).")
     sequence_parallel: bool = switch(

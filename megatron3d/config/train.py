@@ -9,7 +9,11 @@ from megatron3d.config.fields import option, options, switch
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The run. Iterations and samples exclude each other; exactly one of train_iters and train_samples is given."""
+    """The run. Iterations and samples exclude each other; exactly one of train_iters and train_samples is given.
+
+    `batch_size_steps` is derived by `resolve` from --step-batch-size-schedule: pairs of a count of consumed samples
+    and the global batch size from there on.
+    """
 
     micro_batch_size: int = option(
         None,
@@ -24,6 +28,11 @@ class TrainConfig:
     rampup_batch_size: tuple[str, ...] = options(
         "--rampup-batch-size", "START INCREMENT SAMPLES: grow the global batch linearly over SAMPLES samples."
     )
+    step_batch_size_schedule: str = option(
+        None,
+        "--step-batch-size-schedule",
+        "TOKENS:SIZE pairs, such as '0:16 2.4B:320': the global batch from each count of tokens on (K, M, B, T).",
+    )
     train_iters: int = option(None, "--train-iters", "Optimizer steps.", unit="iterations")
     train_samples: int = option(None, "--train-samples", "Samples.", unit="samples")
     eval_interval: int = option(1000, "--eval-interval", "Steps between evaluations.", unit="iterations")
@@ -35,7 +44,9 @@ class TrainConfig:
         None, "--exit-duration-in-mins", "Save and stop after this time.", unit="minutes"
     )
     exit_signal_handler: bool = switch(
-        "--exit-signal-handler", "Accepted; stopping on SIGTERM with a save is always on."
+        "--exit-signal-handler",
+        "Accepted; stopping on SIGTERM with a save is always on.",
+        also=("--exit-signal-handler-for-training",),
     )
     log_interval: int = option(100, "--log-interval", "Steps between log lines.", unit="iterations")
     tensorboard_dir: str = option(None, "--tensorboard-dir", "Where TensorBoard events go.")
@@ -48,17 +59,23 @@ class TrainConfig:
         "--recompute-granularity",
         "Recompute activations: whole layers, or attention alone.",
         choices=("full", "selective"),
+        also=("--checkpoint-granularity",),
     )
     recompute_activations: bool = switch("--recompute-activations", "The same as --recompute-granularity selective.")
     recompute_method: str = option(
         None,
         "--recompute-method",
-        "With full: in uniform groups, or the first layers of each stage.",
+        "With full: in uniform groups (default), or the first layers of each stage.",
         choices=("uniform", "block"),
+        also=("--activations-checkpoint-method", "--checkpoint-method"),
     )
     recompute_num_layers: int = option(
-        None, "--recompute-num-layers", "Layers of a group (uniform) or layers recomputed (block)."
+        None,
+        "--recompute-num-layers",
+        "Layers of a group (uniform, default 1) or layers recomputed (block).",
+        also=("--checkpoint-num-layers", "--activations-checkpoint-num-layers"),
     )
     peak_tflops: float = option(
         None, "--peak-tflops", "Peak of one device, for MFU where the device is not known.", unit="TFLOP/s"
     )
+    batch_size_steps: tuple[tuple[int, int], ...] = ()

@@ -1,0 +1,106 @@
+"""Config files: the same options as the command line, written as JSON or TOML.
+
+Keys are field names (`num_layers`) or flag names (`num-layers`, `--num-layers`), flat or inside tables named after
+the sections (`[model]`). A null value means the default. `run.json` of an earlier run is such a file, so
+`--config CHECKPOINT/run.json` repeats a run: values that are derived are left out and derived again.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron3d.config.options import BY_NAME, BY_SPELLING, DERIVED_NAMES, SECTIONS, Option
+from megatron3d.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class FileSettings:
+    """What a config file says: `settings` by (section, field), `preset` if it names one, and what it says wrongly.
+
+    `foreign` are its keys that are no option of ours, as flags, with their values as words.
+    """
+
+    settings: Mapping[tuple[str, str], Any]
+    preset: str | None
+    foreign: tuple[tuple[str, tuple[str, ...]], ...]
+    problems: tuple[str, ...]
+
+
+def read_config_file(path: str) -> FileSettings:
+    """The settings of a JSON or TOML file.
+
+    Raises: ConfigError if the file is missing, is neither `.json` nor `.toml`, or cannot be parsed.
+    """
+    settings: dict[tuple[str, str], Any] = {}
+    foreign: list[tuple[str, tuple[str, ...]]] = []
+    problems: list[str] = []
+    preset = None
+    for key, value in _entries(_parsed(Path(path))):
+        name = key.lstrip("-").replace("-", "_")
+        if name == "preset":
+            preset = str(value)
+            continue
+        if name in DERIVED_NAMES or value is None:
+            continue
+        option = BY_NAME.get(name) or _option_by_spelling(name)
+        if option is None:
+            foreign.append((f"--{name.replace('_', '-')}", _words(value)))
+            continue
+        try:
+            settings[option.key] = _value(option, name, value)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+    return FileSettings(settings, preset, tuple(foreign), tuple(problems))
+
+
+def _parsed(path: Path) -> Mapping[str, Any]:
+    if path.suffix not in (".json", ".toml"):
+        raise ConfigError(f"--config {path} ends in '{path.suffix}'; give a file that ends in .json or .toml.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        parsed = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(
+            f"--config {path} cannot be read ({error.strerror}); give the path of an existing file."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"--config {path} is not valid {path.suffix[1:].upper()} ({error}); correct it there."
+        ) from error
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"--config {path} holds a {type(parsed).__name__}; it must be one object of keys and values.")
+    return parsed
+
+
+def _entries(parsed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All keys with their values, sections opened."""
+    for key, value in parsed.items():
+        if isinstance(value, dict) and key in SECTIONS:
+            yield from value.items()
+        else:
+            yield key, value
+
+
+def _option_by_spelling(name: str) -> Option | None:
+    for spelling, option in BY_SPELLING.items():
+        if spelling.lstrip("-").replace("-", "_") == name:
+            return option
+    return None
+
+
+def _value(option: Option, name: str, value: Any) -> Any:
+    """The field's value; a flag such as `disable-bias-linear: true` turns its field off."""
+    converted = option.convert(value)
+    written_as_off_switch = option.flag.kind == "off" and name != option.name
+    return not converted if written_as_off_switch else converted
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    if isinstance(value, bool):
+        return ()
+    return tuple(str(word) for word in value) if isinstance(value, list) else (str(value),)

@@ -1,0 +1,137 @@
+"""Every option of a run by its section, name and spellings: the one place that reads the fields' declarations.
+
+The command line, config files, presets, checks and `run.json` all look options up here, so a field declared in a
+section's dataclass is known to all of them at once. A field without a flag is derived: `resolve` fills it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from megatron3d.config.checkpoint import CheckpointConfig
+from megatron3d.config.data import DataConfig
+from megatron3d.config.fields import Flag
+from megatron3d.config.model import ModelConfig
+from megatron3d.config.optim import OptimConfig
+from megatron3d.config.parallel import ParallelConfig
+from megatron3d.config.run import RunConfig
+from megatron3d.config.train import TrainConfig
+
+SECTIONS: Mapping[str, type] = MappingProxyType(
+    {
+        "model": ModelConfig,
+        "parallel": ParallelConfig,
+        "train": TrainConfig,
+        "optim": OptimConfig,
+        "data": DataConfig,
+        "checkpoint": CheckpointConfig,
+    }
+)
+
+# What a run sets, before defaults: {(section, field): value}.
+Settings = Mapping[tuple[str, str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One field that a user can set: where it lives, how it is spelled, and what values it takes."""
+
+    section: str
+    name: str
+    type_name: str
+    default: Any
+    flag: Flag
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Section and field name: how settings are indexed."""
+        return self.section, self.name
+
+    @property
+    def spelling(self) -> str:
+        """The flag our messages use."""
+        return self.flag.spellings[0]
+
+    def value_in(self, config: RunConfig) -> Any:
+        """This option's value in a run."""
+        return getattr(getattr(config, self.section), self.name)
+
+    def convert(self, given: Any) -> Any:
+        """The field's value from a word of the command line or a value of a config file.
+
+        Raises: ValueError with a sentence for the user if it is not of the field's type or not one of its choices.
+        """
+        value = self._typed(given)
+        if self.flag.choices and value not in self.flag.choices:
+            names = ", ".join(str(choice) for choice in self.flag.choices)
+            raise ValueError(f"{self.spelling} {given} is not one of its choices; use one of: {names}.")
+        return value
+
+    def _typed(self, given: Any) -> Any:
+        if self.flag.kind == "list":
+            return tuple(str(word) for word in (given.split() if isinstance(given, str) else given))
+        if self.type_name == "bool":
+            if isinstance(given, bool):
+                return given
+            raise ValueError(f"{self.spelling} {given!r} is not true or false; in a config file write true or false.")
+        if self.type_name == "str":
+            return str(given)
+        number = _number(given)
+        if number is None:
+            raise ValueError(f"{self.spelling} {given} is not a number; give a finite number such as 1 or 1e-5.")
+        if self.type_name == "float":
+            return float(number)
+        if number != int(number):
+            raise ValueError(f"{self.spelling} {given} is not a whole number; use {int(number)} or {int(number) + 1}.")
+        return int(number)
+
+
+def _number(given: Any) -> int | float | None:
+    """A finite number, exact if it is written as a whole number, or None."""
+    if isinstance(given, bool) or not isinstance(given, (int, float, str)):
+        return None
+    try:
+        return int(given) if not isinstance(given, float) else (given if math.isfinite(given) else None)
+    except ValueError:
+        pass
+    try:
+        number = float(given)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _declared_options() -> tuple[Option, ...]:
+    return tuple(
+        Option(section, field.name, str(field.type), field.default, field.metadata["flag"])
+        for section, config_class in SECTIONS.items()
+        for field in dataclasses.fields(config_class)
+        if "flag" in field.metadata
+    )
+
+
+OPTIONS: tuple[Option, ...] = _declared_options()
+BY_KEY: Mapping[tuple[str, str], Option] = MappingProxyType({option.key: option for option in OPTIONS})
+BY_NAME: Mapping[str, Option] = MappingProxyType({option.name: option for option in OPTIONS})
+BY_SPELLING: Mapping[str, Option] = MappingProxyType(
+    {spelling: option for option in OPTIONS for spelling in option.flag.spellings}
+)
+DERIVED_NAMES: frozenset[str] = frozenset(
+    field.name
+    for config_class in SECTIONS.values()
+    for field in dataclasses.fields(config_class)
+    if "flag" not in field.metadata
+)
+
+
+def build_run_config(settings: Settings) -> RunConfig:
+    """A run with these settings and the defaults of everything else."""
+    sections = {
+        section: config_class(**{name: value for (where, name), value in settings.items() if where == section})
+        for section, config_class in SECTIONS.items()
+    }
+    return RunConfig(**sections)
