@@ -1,0 +1,171 @@
+"""A picture of a run's losses, made from its metrics file and good enough to show.
+
+The raw training loss is drawn thin, its running mean bold, the validation loss as points; the title says how large the
+model is and how it was cut. Steps whose loss was not finite or whose update was skipped are left out of the curves and
+marked at the bottom edge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from megatron3d.errors import DataError, StorageError
+from megatron3d.train.metrics import read_records
+from megatron3d.train.progress import format_count
+
+TRAIN_COLOR = "#1f5fa8"
+VALID_COLOR = "#c8501e"
+TEXT_COLOR = "#222222"
+MUTED_COLOR = "#6b6b6b"
+SMOOTHING_SHARE = 0.03  # the running mean looks back about this share of the run
+AXIS_QUANTILE = 0.995  # the few losses above it (first steps, spikes) may leave the picture
+
+
+def plot_losses(metrics_path: str | Path, png_path: str | Path) -> None:
+    """Draw the losses of a metrics file into a PNG of 1920 x 1080 pixels.
+
+    Raises: DataError if the file is missing, damaged, or has no finite training loss; StorageError if the picture
+    cannot be written.
+    """
+    try:
+        records = read_records(metrics_path)
+    except OSError as error:
+        raise DataError(f"Metrics file {metrics_path} cannot be read: {error.strerror or error}.") from error
+    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None and not r.get("skipped")]
+    valid = [(r["step"], r["valid_loss"]) for r in records if r.get("valid_loss") is not None]
+    left_out = [r["step"] for r in records if "loss" in r and (r["loss"] is None or r.get("skipped"))]
+    if not train:
+        raise DataError(f"Metrics file {metrics_path} has no finite training loss to draw; has the run made a step?")
+    start = next((r for r in records if r.get("event") == "start"), {})
+
+    figure = Figure(figsize=(9.6, 5.4), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _draw_train(axes, train)
+    _draw_valid(axes, valid)
+    _mark_left_out(axes, left_out)
+    _dress(axes, start, [*train, *valid])
+    _save(figure, Path(png_path))
+
+
+def running_mean(losses: list[float], window: float) -> list[float]:
+    """Exponential mean that looks back about `window` steps and is not biased at the start.
+
+    mean_t = sum_k d^(t-k) loss_k / sum_k d^(t-k) with d = 1 - 1 / window. Source: the bias correction of Adam,
+    Kingma and Ba 2015, arXiv 1412.6980, section 3.
+    """
+    decay = 1.0 - 1.0 / max(window, 1.0)
+    total = weight = 0.0
+    means = []
+    for loss in losses:
+        total, weight = decay * total + loss, decay * weight + 1.0
+        means.append(total / weight)
+    return means
+
+
+def _draw_train(axes: Axes, train: list[tuple[int, float]]) -> None:
+    """The raw loss thin and its running mean bold; in a short run the raw loss alone."""
+    steps, losses = [s for s, _ in train], [v for _, v in train]
+    window = SMOOTHING_SHARE * len(losses)
+    if window < 2:
+        axes.plot(steps, losses, color=TRAIN_COLOR, linewidth=2, label=f"training, last {losses[-1]:.3f}")
+        return
+    means = running_mean(losses, window)
+    axes.plot(steps, losses, color=TRAIN_COLOR, linewidth=0.6, alpha=0.35, label="training, each step")
+    label = f"training, mean of about {round(window)} steps, last {means[-1]:.3f}"
+    axes.plot(steps, means, color=TRAIN_COLOR, linewidth=2.2, label=label)
+
+
+def _draw_valid(axes: Axes, valid: list[tuple[int, float]]) -> None:
+    """The validation loss as a line with a point for each evaluation, few enough to be told apart."""
+    if not valid:
+        return
+    steps, losses = [s for s, _ in valid], [v for _, v in valid]
+    axes.plot(
+        steps,
+        losses,
+        color=VALID_COLOR,
+        linewidth=1.4,
+        marker="o",
+        markersize=5,
+        markeredgecolor="white",
+        markevery=max(1, math.ceil(len(valid) / 40)),
+        zorder=3,
+        label=f"validation, last {losses[-1]:.3f}",
+    )
+
+
+def _mark_left_out(axes: Axes, steps: list[int]) -> None:
+    """Small crosses at the bottom edge for steps without a loss to draw."""
+    if steps:
+        axes.plot(
+            steps,
+            [0.012] * len(steps),
+            transform=axes.get_xaxis_transform(),
+            linestyle="none",
+            marker="x",
+            markersize=4,
+            color=MUTED_COLOR,
+            label=f"skipped or not finite ({len(steps)})",
+        )
+
+
+def _dress(axes: Axes, start: Mapping[str, Any], points: list[tuple[int, float]]) -> None:
+    """Title, labels, limits, grid and legend."""
+    title, subtitle = _titles(start)
+    axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=TEXT_COLOR, pad=26 if subtitle else 12)
+    if subtitle:
+        axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=10.5, color=MUTED_COLOR)
+    axes.set_xlabel("step", fontsize=11, color=TEXT_COLOR)
+    axes.set_ylabel("loss (nats per token)", fontsize=11, color=TEXT_COLOR)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
+    last = max(step for step, _ in points)
+    axes.set_xlim(min(step for step, _ in points) - 0.01 * last, 1.01 * last)
+    axes.set_ylim(*_limits([loss for _, loss in points]))
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=MUTED_COLOR, labelsize=10)
+    axes.legend(frameon=False, fontsize=10, loc="upper right", labelcolor=TEXT_COLOR)
+
+
+def _limits(losses: list[float]) -> tuple[float, float]:
+    """Limits that show all but the very few largest losses, which would flatten the rest."""
+    ordered = sorted(losses)
+    low, high = ordered[0], ordered[min(len(ordered) - 1, math.ceil(AXIS_QUANTILE * len(ordered)))]
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _titles(start: Mapping[str, Any]) -> tuple[str, str]:
+    """ "GPT, 12.3M parameters" and "TP 2 x PP 2 x DP 1, schedule 1f1b" from the start record, as far as it says."""
+    title = f"Loss of {start.get('model', 'the run')}"
+    if "parameters" in start:
+        title += f", {format_count(start['parameters'])} parameters"
+    layout = start.get("layout", {})
+    degrees = " \u00d7 ".join(f"{name.upper()} {degree}" for name, degree in layout.items() if name != "zero")
+    parts = [degrees] if degrees else []
+    if "zero" in layout:
+        parts.append(f"ZeRO {layout['zero']}")
+    if "schedule" in start:
+        parts.append(f"schedule {start['schedule']}")
+    return title, "   \u00b7   ".join(parts)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write the PNG."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise StorageError(
+            f"The loss curve {path} cannot be written: {error.strerror or error}; name another file."
+        ) from error
