@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     output = p.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print the rows and the placement as JSON")
     output.add_argument("--png", type=Path, metavar="FILE", help="draw into FILE")
+    p.add_argument("--title", help="heading of the picture (default: the schedule's name)")
     p.add_argument("--width", type=int, default=120, metavar="COLUMNS", help="width of the text (default 120)")
     costs = p.add_argument_group("costs", "per microbatch and stage, in one time unit of your choice")
     costs.add_argument("--forward-cost", type=float, default=Costs.forward, help="F (default 1)")
@@ -70,7 +71,7 @@ def show(args: argparse.Namespace) -> str:
     timeline = simulate(schedule, costs)
     if args.png is None:
         return render_text(timeline, width=args.width)
-    draw_png(timeline, args.png)
+    draw_png(timeline, args.png, title=args.title)
     return f"{headline(timeline)}; drawn into {args.png}"
 
 

@@ -20,11 +20,11 @@ def headline(timeline: Timeline) -> str:
     )
 
 
-def step_label(step: Step, timeline: Timeline, *, with_op: bool = True) -> str:
+def step_label(step: Step, timeline: Timeline) -> str:
     """The step in a few characters: F3 is microbatch 3; where ranks hold several stages, F3/5 is its stage 5."""
     schedule = timeline.schedule
     stage = f"/{step.stage}" if schedule.num_stages != schedule.num_ranks else ""
-    return f"{step.op.value if with_op else ''}{step.mb}{stage}"
+    return f"{step.op.value}{step.mb}{stage}"
 
 
 def render_text(timeline: Timeline, *, width: int = 120) -> str:

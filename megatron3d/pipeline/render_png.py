@@ -9,9 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from megatron3d.errors import StorageError
-from megatron3d.pipeline.render import OP_WORDS, step_label
+from megatron3d.pipeline.render import OP_WORDS
 from megatron3d.pipeline.schedule import Op
 from megatron3d.pipeline.simulate import TimedStep, Timeline
 
@@ -24,7 +25,8 @@ _INCH_PER_SHORTEST_STEP = 0.34
 _WIDTH_LIMITS_INCHES = (9.0, 26.0)
 _ROW_HEIGHT_INCHES = 0.46
 _POINTS_PER_INCH = 72
-_CHARACTER_PER_FONT_SIZE = 0.62  # width of a digit of the default font, with a little air
+_DIGIT_PER_FONT_SIZE = 0.64  # width of a digit of the default font in units of its size
+_SMALLEST_FONT, _LARGEST_FONT = 6.0, 11.0  # points; smaller numbers would only be noise
 
 
 def draw_png(timeline: Timeline, path: Path, *, title: str | None = None) -> None:
@@ -38,12 +40,12 @@ def draw_png(timeline: Timeline, path: Path, *, title: str | None = None) -> Non
     wanted = timeline.span / shortest * _INCH_PER_SHORTEST_STEP
     width = min(max(wanted, _WIDTH_LIMITS_INCHES[0]), _WIDTH_LIMITS_INCHES[1])
     rows = schedule.num_ranks * _ROW_HEIGHT_INCHES
-    figure = Figure(figsize=(width + 2.4, rows + 1.75), facecolor="white")
+    figure = Figure(figsize=(width + 2.4, rows + 1.65), facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.9 / (width + 2.4), 0.85 / (rows + 1.75), width / (width + 2.4), rows / (rows + 1.75)))
+    axes = figure.add_axes((0.9 / (width + 2.4), 0.75 / (rows + 1.65), width / (width + 2.4), rows / (rows + 1.65)))
     _draw_steps(axes, timeline, inches_per_time=width / timeline.span)
     _draw_frame(axes, timeline)
-    _draw_words(axes, timeline, title=title or schedule.name)
+    _draw_words(axes, timeline, title=title or f"{schedule.name} pipeline schedule")
     try:
         figure.savefig(path, dpi=160, format="png")
     except OSError as error:
@@ -51,28 +53,37 @@ def draw_png(timeline: Timeline, path: Path, *, title: str | None = None) -> Non
 
 
 def _draw_steps(axes: Axes, timeline: Timeline, *, inches_per_time: float) -> None:
-    """Idle background and one box per step, with its microbatch where the number fits."""
+    """Idle background and one box per step, with its microbatch where the numbers of that op fit."""
     for rank in range(timeline.schedule.num_ranks):
         axes.add_patch(Rectangle((0, rank - 0.44), timeline.span, 0.88, facecolor=IDLE_COLOUR, linewidth=0))
+    sizes = _font_sizes(timeline, inches_per_time)
     for timed in timeline.steps:
-        duration = timed.end - timed.start
         colour = _colour(timed, timeline)
-        box = Rectangle((timed.start, timed.rank - 0.44), duration, 0.88, facecolor=colour, edgecolor="white")
-        box.set_linewidth(0.8)
+        place = (timed.start, timed.rank - 0.44)
+        box = Rectangle(place, timed.end - timed.start, 0.88, facecolor=colour, edgecolor="white", linewidth=0.8)
         axes.add_patch(box)
-        label = step_label(timed.step, timeline, with_op=False)
-        room = duration * inches_per_time * _POINTS_PER_INCH / (len(label) * _CHARACTER_PER_FONT_SIZE)
-        if room >= 5:
-            ink = INK if sum(colour) > 1.75 else "white"
+        size = sizes[timed.step.op]
+        if size >= _SMALLEST_FONT:
             axes.text(
-                timed.start + duration / 2,
+                (timed.start + timed.end) / 2,
                 timed.rank,
-                label,
+                str(timed.step.mb),
                 ha="center",
                 va="center_baseline",
-                color=ink,
-                fontsize=min(room, 11),
+                color=INK if sum(colour) > 1.75 else "white",
+                fontsize=size,
             )
+
+
+def _font_sizes(timeline: Timeline, inches_per_time: float) -> dict[Op, float]:
+    """One font size per op, such that its longest number fits into its narrowest box."""
+    digits = len(str(timeline.schedule.num_microbatches - 1))
+    sizes = dict.fromkeys(Op, _LARGEST_FONT)
+    for timed in timeline.steps:
+        room_points = (timed.end - timed.start) * inches_per_time * _POINTS_PER_INCH
+        op = timed.step.op
+        sizes[op] = min(sizes[op], room_points / ((digits + 0.3) * _DIGIT_PER_FONT_SIZE))
+    return sizes
 
 
 def _colour(timed: TimedStep, timeline: Timeline) -> tuple[float, float, float]:
@@ -90,6 +101,7 @@ def _draw_frame(axes: Axes, timeline: Timeline) -> None:
     axes.set_xlim(0, timeline.span)
     axes.set_ylim(len(ranks) - 0.5, -0.5)
     axes.set_yticks(list(ranks), [f"rank {rank}" for rank in ranks], fontsize=11, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=timeline.span >= 12))
     axes.tick_params(axis="both", length=0, colors=INK)
     axes.tick_params(axis="x", labelsize=9, pad=2)
     for spine in axes.spines.values():
@@ -113,7 +125,11 @@ def _draw_words(axes: Axes, timeline: Timeline, *, title: str) -> None:
     schedule = timeline.schedule
     place = {"xycoords": "axes fraction", "textcoords": "offset points", "color": INK, "annotation_clip": False}
     axes.annotate(title, (0, 1), xytext=(0, 27), fontsize=17, fontweight="bold", va="baseline", **place)
-    stages = f" · {schedule.num_stages} stages" if schedule.num_stages != schedule.num_ranks else ""
+    stages = (
+        f" · {schedule.num_stages} stages (a rank's later ones paler)"
+        if schedule.num_stages != schedule.num_ranks
+        else ""
+    )
     facts = (
         f"{schedule.num_ranks} ranks{stages} · {schedule.num_microbatches} microbatches · "
         f"bubble {timeline.bubble_fraction:.1%} · span {timeline.span:g}"
@@ -135,4 +151,4 @@ def _draw_words(axes: Axes, timeline: Timeline, *, title: str) -> None:
         borderaxespad=0,
         borderpad=0.2,
     )
-    axes.annotate("time", (1, 0), xytext=(8, -9), fontsize=9, va="center_baseline", **place)
+    axes.annotate("time", (1, 0), xytext=(20, -3), fontsize=9, va="top", **place)
