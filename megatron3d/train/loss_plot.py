@@ -1,6 +1,6 @@
 """A picture of a run's losses, made from its metrics file and good enough to show.
 
-The raw training loss is drawn thin, its running mean bold, the validation loss as points; the title says how large the
+The raw training loss is drawn thin, its moving mean bold, the validation loss as points; the title says how large the
 model is and how it was cut. Steps whose loss was not finite or whose update was skipped are left out of the curves and
 marked at the bottom edge.
 """
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from megatron3d.errors import DataError, StorageError
@@ -25,8 +27,8 @@ TRAIN_COLOR = "#1f5fa8"
 VALID_COLOR = "#c8501e"
 TEXT_COLOR = "#222222"
 MUTED_COLOR = "#6b6b6b"
-SMOOTHING_SHARE = 0.03  # the running mean looks back about this share of the run
-AXIS_QUANTILE = 0.995  # the few losses above it (first steps, spikes) may leave the picture
+SMOOTHING_SHARE = 0.03  # the moving mean covers about this share of the run
+AXIS_QUANTILE = 0.995  # the few losses above it leave the picture if they would flatten the rest
 
 
 def plot_losses(metrics_path: str | Path, png_path: str | Path) -> None:
@@ -46,7 +48,8 @@ def plot_losses(metrics_path: str | Path, png_path: str | Path) -> None:
         raise DataError(f"Metrics file {metrics_path} has no finite training loss to draw; has the run made a step?")
     start = next((r for r in records if r.get("event") == "start"), {})
 
-    figure = Figure(figsize=(9.6, 5.4), dpi=200, layout="constrained")
+    margins = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)  # inches
+    figure = Figure(figsize=(9.6, 5.4), dpi=200, layout=margins)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _draw_train(axes, train)
@@ -56,31 +59,31 @@ def plot_losses(metrics_path: str | Path, png_path: str | Path) -> None:
     _save(figure, Path(png_path))
 
 
-def running_mean(losses: list[float], window: float) -> list[float]:
-    """Exponential mean that looks back about `window` steps and is not biased at the start.
+def smoothed(losses: list[float], half_width: int) -> list[float]:
+    """Mean over up to `half_width` steps to either side, so that the curve does not lag behind the losses.
 
-    mean_t = sum_k d^(t-k) loss_k / sum_k d^(t-k) with d = 1 - 1 / window. Source: the bias correction of Adam,
-    Kingma and Ba 2015, arXiv 1412.6980, section 3.
+    Near the start the window reaches a fifth of the way back, as the first losses fall too fast for a wider one; near
+    the end it has only its left side.
     """
-    decay = 1.0 - 1.0 / max(window, 1.0)
-    total = weight = 0.0
+    sums = [0.0, *accumulate(losses)]
     means = []
-    for loss in losses:
-        total, weight = decay * total + loss, decay * weight + 1.0
-        means.append(total / weight)
+    for i in range(len(losses)):
+        reach = min(half_width, i // 5)
+        first, end = i - reach, min(i + reach + 1, len(losses))
+        means.append((sums[end] - sums[first]) / (end - first))
     return means
 
 
 def _draw_train(axes: Axes, train: list[tuple[int, float]]) -> None:
-    """The raw loss thin and its running mean bold; in a short run the raw loss alone."""
+    """The raw loss thin and its moving mean bold; in a short run the raw loss alone."""
     steps, losses = [s for s, _ in train], [v for _, v in train]
-    window = SMOOTHING_SHARE * len(losses)
-    if window < 2:
+    half_width = round(SMOOTHING_SHARE * len(losses) / 2)
+    if half_width < 1:
         axes.plot(steps, losses, color=TRAIN_COLOR, linewidth=2, label=f"training, last {losses[-1]:.3f}")
         return
-    means = running_mean(losses, window)
-    axes.plot(steps, losses, color=TRAIN_COLOR, linewidth=0.6, alpha=0.35, label="training, each step")
-    label = f"training, mean of about {round(window)} steps, last {means[-1]:.3f}"
+    means = smoothed(losses, half_width)
+    axes.plot(steps, losses, color=TRAIN_COLOR, linewidth=0.6, alpha=0.4, label="training, each step")
+    label = f"training, mean of {2 * half_width + 1} steps, last {means[-1]:.3f}"
     axes.plot(steps, means, color=TRAIN_COLOR, linewidth=2.2, label=label)
 
 
@@ -134,13 +137,15 @@ def _dress(axes: Axes, start: Mapping[str, Any], points: list[tuple[int, float]]
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=MUTED_COLOR, labelsize=10)
-    axes.legend(frameon=False, fontsize=10, loc="upper right", labelcolor=TEXT_COLOR)
+    axes.legend(fontsize=10, loc="upper right", labelcolor=TEXT_COLOR, edgecolor="none", framealpha=0.9)
 
 
 def _limits(losses: list[float]) -> tuple[float, float]:
-    """Limits that show all but the very few largest losses, which would flatten the rest."""
+    """Limits that show all losses, except very few that lie so high that they would flatten the rest."""
     ordered = sorted(losses)
-    low, high = ordered[0], ordered[min(len(ordered) - 1, math.ceil(AXIS_QUANTILE * len(ordered)))]
+    low, high, most = ordered[0], ordered[-1], ordered[math.ceil(AXIS_QUANTILE * len(ordered)) - 1]
+    if high - low > 2.0 * (most - low) > 0:
+        high = most
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin
 
