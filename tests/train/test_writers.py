@@ -1,0 +1,98 @@
+"""Curves arrive in TensorBoard's event files and in Weights & Biases, and a refused write is told."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron3d.config.train import TrainConfig
+from megatron3d.errors import ConfigError, StorageError
+from megatron3d.train.writers import TensorBoardWriter, WandbWriter, open_writers
+
+
+def curve(directory: Path, name: str) -> list[tuple[int, float]]:
+    """The points of a curve as TensorBoard itself reads them."""
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return [(e.step, e.value) for e in events.Scalars(name)]
+
+
+def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": 4.0 - step, "lr": 0.5 * step})
+    writer.close()
+    assert curve(tmp_path, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert curve(tmp_path, "lr") == [(1, 0.5), (2, 1.0), (3, 1.5)]
+
+
+def test_points_beyond_the_checkpoint_are_hidden_after_a_resume(tmp_path: Path) -> None:
+    for resumed_step, value in ((0, 1.0), (2, 5.0)):
+        writer = TensorBoardWriter(tmp_path, resumed_step=resumed_step)
+        for step in range(resumed_step + 1, 5):
+            writer.write(step, {"loss": value})
+        writer.close()
+    assert curve(tmp_path, "loss") == [(1, 1.0), (2, 1.0), (3, 5.0), (4, 5.0)]
+
+
+def test_a_tensorboard_directory_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="--tensorboard-dir"):
+        TensorBoardWriter(tmp_path / "file" / "below")
+
+
+def test_wandb_that_is_not_installed_names_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what Python itself does for a module known to be absent
+    with pytest.raises(ConfigError, match=r"--wandb-project p .*pip install wandb"):
+        WandbWriter("p", run={})
+
+
+def test_wandb_gets_project_name_directory_configuration_and_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    class Run:
+        """Notes what it is told."""
+
+        def log(self, scalars: dict[str, float], step: int) -> None:
+            """A point."""
+            calls.append((step, scalars))
+
+        def finish(self) -> None:
+            """The end."""
+            calls.append("finished")
+
+    module = ModuleType("wandb")
+    module.init = lambda **options: calls.append(options) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    train = TrainConfig(wandb_project="p", wandb_exp_name="n", wandb_save_dir=str(tmp_path / "new"))
+    (writer,) = open_writers(train, run={"lr": 0.1}, resumed_step=0)
+    writer.write(3, {"loss": 2.5})
+    writer.close()
+    options = {"project": "p", "name": "n", "dir": str(tmp_path / "new"), "config": {"lr": 0.1}}
+    assert calls == [options, (3, {"loss": 2.5}), "finished"]
+    assert (tmp_path / "new").is_dir()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_offline_writes_a_run_to_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    writer = WandbWriter("p", directory=str(tmp_path), run={})
+    writer.write(1, {"loss": 2.5})
+    writer.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_only_the_writers_asked_for_are_opened(tmp_path: Path) -> None:
+    assert open_writers(TrainConfig(), run={}, resumed_step=0) == []
+    (writer,) = open_writers(TrainConfig(tensorboard_dir=str(tmp_path / "tb")), run={}, resumed_step=0)
+    assert isinstance(writer, TensorBoardWriter)
+    writer.close()
