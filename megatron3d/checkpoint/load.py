@@ -1,0 +1,134 @@
+"""Loading: fill buffers of any layout from a checkpoint of any other, or put one tensor together whole."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron3d.checkpoint import store
+from megatron3d.checkpoint.index import INDEX_NAME, Index, read_index
+from megatron3d.checkpoint.shard_file import open_shard, read_box
+from megatron3d.errors import CheckpointError
+from megatron3d.params.boxes import ShardView
+
+# Options that set the number of rows of a parameter, by a word in its name; the first that fits counts.
+_ROW_OPTIONS = (
+    ("position", "--max-position-embeddings"),
+    ("tokentype", "--num-tokentypes"),
+    ("embedding", "--vocab-size"),
+    ("output_layer", "--vocab-size"),
+    ("lm_head", "--vocab-size"),
+)
+_LISTED = 5  # problems told in one message; a wrong model disagrees in every tensor
+
+
+def load_tensors(directory: Path, tensors: Mapping[str, ShardView], *, group: store.ProcessGroup | None) -> None:
+    """Fill the buffers of `tensors` in place from the checkpoint in `directory`. Collective over `group`.
+
+    The layout that wrote the checkpoint does not matter. Values are converted to the dtype of the buffers. Stored
+    tensors that nobody asks for are not read; every stored box that is touched is checked byte by byte.
+
+    Raises:
+        CheckpointError: no such checkpoint, a tensor that is missing or has another shape, a file that is missing or
+            damaged; raised on every rank. Buffers may then be filled in part.
+    """
+
+    def look() -> Index:
+        index = read_index(directory)
+        _check_tensors(directory, index, tensors)
+        return index
+
+    index = store.everywhere(look, group)
+    store.read_tensors(directory, tensors, index=index, group=group)
+
+
+def _check_tensors(directory: Path, index: Index, tensors: Mapping[str, ShardView]) -> None:
+    problems = [
+        problem for name, view in tensors.items() if view.boxes and (problem := _problem(index, name, view)) is not None
+    ]
+    if problems:
+        more = f"; and {len(problems) - _LISTED} more tensors" if len(problems) > _LISTED else ""
+        raise CheckpointError(f"checkpoint {directory} does not fit: {'; '.join(problems[:_LISTED])}{more}")
+
+
+def _problem(index: Index, name: str, view: ShardView) -> str | None:
+    stored = index.tensors.get(name)
+    if stored is None:
+        return f"it has no tensor {name}; {_advice_missing(name)}"
+    if stored.shape == view.full_shape:
+        return None
+    return f"{name} has shape {stored.shape} there and {view.full_shape} here; {_advice(name, stored.shape, view)}"
+
+
+def _advice_missing(name: str) -> str:
+    if name.startswith("model/"):
+        return "give the model options of the run that wrote it (see its run.json)"
+    return "it was saved without optimizer state: use --no-load-optim or --finetune"
+
+
+def _advice(name: str, saved: tuple[int, ...], view: ShardView) -> str:
+    option = next((option for word, option in _ROW_OPTIONS if word in name), None)
+    wanted = view.full_shape
+    if option is None or len(saved) != 2 or saved[1:] != wanted[1:]:
+        return "give the model options of the run that wrote it (see its run.json)"
+    relation = "larger" if wanted[0] > saved[0] else "smaller"
+    return f"{option} {wanted[0]} is {relation} than the checkpoint's {saved[0]}; use {option} {saved[0]}"
+
+
+def assemble(directory: Path, name: str) -> Tensor:
+    """One whole tensor of a checkpoint, on the CPU and in its stored dtype; needs no process group.
+
+    Raises:
+        CheckpointError: no such tensor, or a file of it is missing or damaged.
+    """
+    index = read_index(directory)
+    if name not in index.tensors:
+        raise CheckpointError(f"checkpoint {directory} has no tensor {name}; it has {', '.join(sorted(index.tensors))}")
+    tensor = index.tensors[name]
+    full = torch.empty(tensor.shape, dtype=tensor.dtype)
+    with ExitStack() as files:
+        handles = {
+            file: files.enter_context(open_shard(directory / file, index.files[file]))
+            for file in sorted({stored.file for stored in tensor.boxes})
+        }
+        for stored in tensor.boxes:
+            full[stored.box.slices()] = read_box(handles[stored.file], directory / stored.file, name, tensor, stored)
+    return full
+
+
+def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Name and full shape of every tensor in a checkpoint, for tools that convert or inspect it.
+
+    Raises:
+        CheckpointError: there is no checkpoint or its index is damaged.
+    """
+    return {name: tensor.shape for name, tensor in read_index(directory).tensors.items()}
+
+
+def read_document(directory: Path, name: str) -> dict[str, Any]:
+    """The document NAME.json of a checkpoint, as it was passed to the save.
+
+    Raises:
+        CheckpointError: there is no such document or it was changed since it was written.
+    """
+    index, file = read_index(directory), f"{name}.json"
+    if file not in index.documents:
+        raise CheckpointError(f"checkpoint {directory} has no {file}; it has {', '.join(sorted(index.documents))}")
+    try:
+        data = (directory / file).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint file {directory / file} cannot be read ({error.strerror})") from error
+    if zlib.crc32(data) != index.documents[file].crc32:
+        raise CheckpointError(
+            f"checkpoint file {directory / file} was changed or damaged: its checksum disagrees with {INDEX_NAME}; "
+            "load an earlier checkpoint with --ckpt-step"
+        )
+    document: dict[str, Any] = json.loads(data)
+    return document

@@ -1,0 +1,90 @@
+"""From a finished temporary directory to the latest checkpoint, such that a kill at any moment leaves a whole one.
+
+The order is everything: the new checkpoint takes its name, then `latest` moves, then old checkpoints go. One process
+(rank 0) does this. All functions raise `StorageError` when the file system refuses.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from megatron3d.checkpoint.directory import LATEST_NAME, latest_checkpoint, list_checkpoints, replaced_name, step_of
+from megatron3d.checkpoint.durable import remove_tree, storage_errors, sync_directory, write_file
+
+_LATEST_ASIDE = ".tmp-latest"
+
+
+def temporary_directory(root: Path, name: str) -> Path:
+    """Where the checkpoint `name` is written before it is published."""
+    return root / f".tmp-{name}"
+
+
+def prepare(root: Path, temporary: Path) -> None:
+    """Make `root` if needed, clean up after runs that were killed while saving, make an empty `temporary`."""
+    with storage_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        _clean_up(root)
+        temporary.mkdir()
+
+
+def abandon(root: Path, temporary: Path) -> None:
+    """Take back what a failed save has begun, as far as the file system lets us; the next save removes the rest."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    with suppress(OSError):
+        _clean_up(root)
+
+
+def _clean_up(root: Path) -> None:
+    for entry in list(root.iterdir()):
+        if entry.name.startswith(".old-"):
+            _settle_replacement(entry)
+    for entry in list(root.iterdir()):
+        if entry.name == _LATEST_ASIDE:
+            entry.unlink()
+        elif entry.name.startswith((".tmp-", ".gone-")):
+            shutil.rmtree(entry)
+
+
+def _settle_replacement(replaced: Path) -> None:
+    # A run was killed while it replaced this checkpoint: either the new one has the name already, or this one gets
+    # its name back.
+    original = replaced.with_name(replaced.name.removeprefix(".old-"))
+    if original.exists():
+        remove_tree(replaced)
+    else:
+        os.rename(replaced, original)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give the finished checkpoint its name and make it the latest; an earlier one of the same step is replaced.
+
+    `latest` is written aside before anything moves, so that a full disk is met while nothing has changed yet.
+    """
+    root, replaced = final.parent, final.with_name(replaced_name(final.name))
+    with storage_errors(final):
+        sync_directory(temporary)
+        write_file(root / _LATEST_ASIDE, [f"{final.name}\n".encode()])
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        sync_directory(root)
+        os.replace(root / _LATEST_ASIDE, root / LATEST_NAME)
+        sync_directory(root)
+        if replaced.exists():
+            remove_tree(replaced)
+
+
+def prune(root: Path, keep_last: int, step: int) -> None:
+    """Remove all but the `keep_last` newest checkpoints up to `step`, never the one that `latest` names.
+
+    Checkpoints of later steps belong to a run from which this one turned back; they are not touched.
+    """
+    latest = latest_checkpoint(root)
+    earlier = [path for path in list_checkpoints(root) if step_of(path) <= step]
+    with storage_errors(root):
+        for path in earlier[: max(0, len(earlier) - keep_last)]:
+            if path != latest:
+                remove_tree(path)

@@ -1,0 +1,140 @@
+"""One safetensors file of boxes: written box by box without a second copy in memory, checked box by box when read.
+
+The file is written here and not by the safetensors package because its writer hides the reason the system gave for a
+failure and takes no checksum; it is read through the package, which is the proof that the format is kept.
+
+Source: the safetensors format: 8 bytes little-endian length of the header, a JSON header with dtype, shape and byte
+range of every entry, then the bytes of the entries without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron3d.checkpoint.durable import write_file
+from megatron3d.checkpoint.index import StoredBox, StoredTensor
+from megatron3d.errors import CheckpointError
+
+_TAGS: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ALIGNMENT = 8  # of the first byte of data, so that a reader may map every dtype in place
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, int]]:
+    """Write `tensors` (any device) as one safetensors file; return its size in bytes and the CRC-32 of each entry.
+
+    Raises:
+        OSError: the system refused.
+        ValueError: a dtype that the format does not know.
+    """
+    # Wide elements first: every entry then starts at a multiple of its own element size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header = _header({name: tensors[name] for name in names})
+    checksums = write_file(path, _pieces(header, [tensors[name] for name in names]))
+    size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+    return size, dict(zip(names, checksums[1:], strict=True))
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    entries, position = {}, 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _TAGS:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold; use {list(_TAGS)}")
+        end = position + tensor.nbytes
+        entries[name] = {"dtype": _TAGS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _pieces(header: bytes, tensors: list[Tensor]) -> Iterator[memoryview | bytes]:
+    yield header
+    for tensor in tensors:
+        yield _bytes_of(tensor)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+
+
+@contextmanager
+def open_shard(path: Path, size_bytes: int) -> Iterator[safe_open]:
+    """Open a safetensors file whose size is known; the length is checked first because a short map ends in SIGBUS.
+
+    Raises:
+        CheckpointError: the file is missing, has another length, or its header is damaged.
+    """
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"checkpoint file {path} is missing ({error.strerror}); {_FIX}") from error
+    if found != size_bytes:
+        raise CheckpointError(f"checkpoint file {path} is damaged: {found} bytes long instead of {size_bytes}; {_FIX}")
+    try:
+        handle = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"checkpoint file {path} is damaged: its header cannot be read ({error}); {_FIX}") from (
+            error
+        )
+    with handle:
+        yield handle
+
+
+def check_entry(handle: safe_open, path: Path, name: str, tensor: StoredTensor, stored: StoredBox) -> None:
+    """Check that the header of the file describes the box as the index does, without reading the data.
+
+    Raises:
+        CheckpointError: no such entry, or another dtype or shape.
+    """
+    try:
+        entry = handle.get_slice(stored.key)
+        found = (entry.get_dtype(), tuple(entry.get_shape()))
+    except SafetensorError as error:
+        raise CheckpointError(_damaged(path, name, stored, f"no entry {stored.key} ({error})")) from error
+    expected = (_TAGS[tensor.dtype], stored.box.size)
+    if found != expected:
+        raise CheckpointError(_damaged(path, name, stored, f"its header says {found} instead of {expected}"))
+
+
+def read_box(handle: safe_open, path: Path, name: str, tensor: StoredTensor, stored: StoredBox) -> Tensor:
+    """Read one box, in its shape, on the CPU, and check every byte of it against the index.
+
+    Raises:
+        CheckpointError: the entry is missing, described otherwise, or its checksum disagrees.
+    """
+    check_entry(handle, path, name, tensor, stored)
+    data: Tensor = handle.get_tensor(stored.key)
+    checksum = zlib.crc32(_bytes_of(data))
+    if checksum != stored.crc32:
+        raise CheckpointError(_damaged(path, name, stored, f"checksum {checksum:08x} instead of {stored.crc32:08x}"))
+    return data
+
+
+_FIX = "load an earlier checkpoint with --ckpt-step or --fall-back-to-previous-checkpoint"
+
+
+def _damaged(path: Path, name: str, stored: StoredBox, reason: str) -> str:
+    box = f"{prod(stored.box.size)} elements at {stored.box.offset}"
+    return f"checkpoint file {path} is damaged at tensor {name} ({box}): {reason}; {_FIX}"

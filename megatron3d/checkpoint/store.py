@@ -1,0 +1,402 @@
+"""Who writes and who reads what: PyTorch's distributed checkpointing plans, our files hold the bytes.
+
+The planners hand DCP the boxes of each rank. For a save it removes boxes that several ranks offer (the least loaded
+rank keeps one), and refuses overlaps; for a load it intersects what a rank wants with what was stored, which is all
+that resharding is. The storage writes one safetensors file for each rank and `index.json` last. The only module of
+this room that communicates; with `group=None` it is one process and needs no process group.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from megatron3d.checkpoint.durable import storage_errors, write_file
+from megatron3d.checkpoint.index import INDEX_NAME, Index, StoredBox, StoredFile, StoredTensor, box_key
+from megatron3d.checkpoint.shard_file import open_shard, read_box, write_shard
+from megatron3d.errors import CheckpointError, Megatron3dError
+from megatron3d.params.boxes import Box, ShardView
+
+__all__ = ["ProcessGroup", "everywhere", "read_tensors", "write_tensors"]
+
+T = TypeVar("T")
+
+
+def everywhere(action: Callable[[], T], group: ProcessGroup | None) -> T:
+    """Run `action` on every rank; if it fails on any, every rank raises. Collective over `group`.
+
+    Without this agreement the ranks that succeeded would wait in the next collective for one that has left.
+
+    Raises:
+        Exception: whatever `action` raised, on the ranks on which it did.
+        Megatron3dError: on the others, the error of the lowest failing rank, if it was one meant for the user.
+        RuntimeError: on the others, any other error of the lowest failing rank.
+    """
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    if group is not None:
+        reports: list[Exception | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(reports, _portable(failure), group=group)
+        first = next(((rank, report) for rank, report in enumerate(reports) if report is not None), None)
+        if failure is None and first is not None:
+            raise _from_rank(*first)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def write_tensors(
+    directory: Path,
+    tensors: Mapping[str, ShardView],
+    *,
+    step: int,
+    documents: Mapping[str, dict[str, Any]],
+    group: ProcessGroup | None,
+    rank: int,
+) -> None:
+    """Write what the ranks hold, the documents and, last, the index into an existing directory. Collective.
+
+    Every rank passes the boxes it holds; a box that several ranks hold is written by one of them. Together they
+    must cover every tensor exactly once.
+
+    Raises:
+        StorageError: the file system refused a write of any rank (raised on all).
+        ValueError, RuntimeError: boxes that overlap, leave a gap or disagree between ranks.
+    """
+    writer = _Writer(directory, step=step, rank=rank, documents=documents)
+    with _quiet(), _our_errors(group):
+        dcp.save(
+            dict(tensors),
+            storage_writer=writer,
+            planner=_BoxSavePlanner(),
+            process_group=group,
+            no_dist=group is None,
+        )
+
+
+def read_tensors(
+    directory: Path, tensors: Mapping[str, ShardView], *, index: Index, group: ProcessGroup | None
+) -> None:
+    """Fill the buffers of `tensors` from the stored boxes that intersect theirs, converting dtypes. Collective.
+
+    Names and full shapes must have been checked against the index.
+
+    Raises:
+        CheckpointError: a file that is missing or damaged on any rank (raised on all).
+    """
+    with _quiet(), _our_errors(group):
+        dcp.load(
+            dict(tensors),
+            storage_reader=_Reader(directory, index),
+            planner=_BoxLoadPlanner(),
+            process_group=group,
+            no_dist=group is None,
+        )
+
+
+class _BoxSavePlanner(dcp.DefaultSavePlanner):
+    """Offers the boxes of `ShardView`s; DCP's own planner removes duplicates and balances the load."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        """List every box of this rank as one item to write."""
+        items = []
+        self.pieces: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        for name, view in self.state_dict.items():
+            for box, piece in view.pieces():
+                self.pieces[name, box.offset] = piece
+                items.append(_write_item(name, view, box))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Refuse ranks that disagree, let DCP remove duplicates and overlaps, refuse gaps."""
+        _check_agreement(all_plans)
+        plans, metadata = super().create_global_plan(all_plans)
+        for name, stored in metadata.state_dict_metadata.items():
+            held = sum(prod(chunk.sizes) for chunk in stored.chunks)
+            if held != prod(stored.size):
+                raise ValueError(f"the ranks hold {held} of the {prod(stored.size)} elements of {name}")
+        return plans, metadata
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """The piece of the buffer behind an item."""
+        return self.pieces[index.fqn, tuple(index.offset or ())]
+
+
+def _write_item(name: str, view: ShardView, box: Box) -> WriteItem:
+    offset, size = torch.Size(box.offset), torch.Size(box.size)
+    data = TensorWriteData(
+        ChunkStorageMetadata(offset, size), TensorProperties(dtype=view.data.dtype), torch.Size(view.full_shape)
+    )
+    return WriteItem(MetadataIndex(name, offset), WriteItemType.SHARD, tensor_data=data)
+
+
+def _check_agreement(plans: list[SavePlan]) -> None:
+    # DCP recognises a duplicate by name and offset alone and would drop the larger of two boxes that start together.
+    seen: dict[tuple[str, Any], tuple[int, WriteItem]] = {}
+    for rank, plan in enumerate(plans):
+        for item in plan.items:
+            for key in (item.index.fqn, item.index.offset), (item.index.fqn, None):
+                first_rank, first = seen.setdefault(key, (rank, item))
+                mine, theirs = item.tensor_data, first.tensor_data
+                same = (mine.size, mine.properties.dtype) == (theirs.size, theirs.properties.dtype)
+                if not same or (key[1] is not None and mine.chunk.sizes != theirs.chunk.sizes):
+                    both = f"{_told(first)} and {_told(item)}"
+                    raise ValueError(f"ranks {first_rank} and {rank} disagree about {item.index.fqn}: {both}")
+
+
+def _told(item: WriteItem) -> str:
+    data = item.tensor_data
+    box = f"a box of {tuple(data.chunk.sizes)} at {tuple(data.chunk.offsets)}"
+    return f"{box} of {tuple(data.size)} {data.properties.dtype}"
+
+
+class _BoxLoadPlanner(dcp.DefaultLoadPlanner):
+    """Asks for exactly the boxes this rank holds; DCP intersects them with what was stored."""
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Remember the views; nothing is flattened or initialised."""
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+        self.pieces = {(name, box.offset): piece for name, view in state_dict.items() for box, piece in view.pieces()}
+
+    def create_local_plan(self) -> LoadPlan:
+        """One read for every intersection of a wanted with a stored box; together they must fill the buffers."""
+        items: list[ReadItem] = []
+        for name, view in self.state_dict.items():
+            if not view.boxes:
+                continue
+            chunks = [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.size)) for box in view.boxes]
+            reads = create_read_items_for_chunk_list(name, self.metadata.state_dict_metadata[name], chunks)
+            found = sum(prod(item.lengths) for item in reads)
+            if found != view.data.numel():
+                raise CheckpointError(
+                    f"the checkpoint holds {found} of the {view.data.numel()} elements of {name} needed"
+                )
+            items += reads
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """The piece of the buffer that a read fills; DCP narrows it to the intersection."""
+        return self.pieces[index.fqn, tuple(index.offset or ())]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a rank reports of one box it wrote; travels to rank 0, which writes the index."""
+
+    stored: StoredBox
+    file_size_bytes: int
+
+
+class _Writer(StorageWriter):
+    """One safetensors file for each rank that has something to write; rank 0 adds the documents and the index."""
+
+    def __init__(self, directory: Path, *, step: int, rank: int, documents: Mapping[str, dict[str, Any]]) -> None:
+        self.directory, self.step, self.rank, self.documents = directory, step, rank, documents
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write the boxes of this rank's plan."""
+        boxes = {_key(item.index): planner.resolve_data(item) for item in plan.items}
+        if not boxes:
+            return _finished([])
+        name = f"rank{self.rank:05d}.safetensors"
+        with storage_errors(self.directory / name):
+            size, checksums = write_shard(self.directory / name, boxes)
+        results = []
+        for item in plan.items:
+            key, chunk = _key(item.index), item.tensor_data.chunk
+            stored = StoredBox(Box(tuple(chunk.offsets), tuple(chunk.sizes)), name, key, checksums[key])
+            results.append(WriteResult(item.index, boxes[key].nbytes, _Written(stored, size)))
+        return _finished(results)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the documents and then the index (rank 0; every rank's file is on the disk by now)."""
+        written = [result.storage_data for of_rank in results for result in of_rank]
+        by_key = {w.stored.key: w.stored for w in written}
+        index = Index(
+            step=self.step,
+            tensors={
+                name: StoredTensor(
+                    tuple(tensor.size),
+                    tensor.properties.dtype,
+                    tuple(by_key[box_key(name, tuple(chunk.offsets))] for chunk in tensor.chunks),
+                )
+                for name, tensor in metadata.state_dict_metadata.items()
+            },
+            files={w.stored.file: w.file_size_bytes for w in written},
+            documents={f"{name}.json": self._document(f"{name}.json", d) for name, d in self.documents.items()},
+        )
+        with storage_errors(self.directory / INDEX_NAME):
+            write_file(self.directory / INDEX_NAME, [index.to_json().encode()])
+
+    def _document(self, file: str, document: dict[str, Any]) -> StoredFile:
+        text = json.dumps(document, indent=1).encode()
+        with storage_errors(self.directory / file):
+            (checksum,) = write_file(self.directory / file, [text])
+        return StoredFile(len(text), checksum)
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Part of DCP's interface: the directory was given at the start."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Part of DCP's interface: the directory exists already."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Part of DCP's interface: nothing to add to a plan."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Part of DCP's interface: nothing to add to the plans."""
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Part of DCP's interface: paths only."""
+        return isinstance(checkpoint_id, Path)
+
+
+class _Reader(StorageReader):
+    """Reads whole stored boxes, checks each once, and hands the intersections to the planner."""
+
+    def __init__(self, directory: Path, index: Index) -> None:
+        self.directory, self.index = directory, index
+        self.stored = {stored.key: stored for tensor in index.tensors.values() for stored in tensor.boxes}
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index in DCP's words."""
+        tensors = {
+            name: TensorStorageMetadata(
+                TensorProperties(dtype=tensor.dtype),
+                torch.Size(tensor.shape),
+                [ChunkStorageMetadata(torch.Size(s.box.offset), torch.Size(s.box.size)) for s in tensor.boxes],
+            )
+            for name, tensor in self.index.tensors.items()
+        }
+        return Metadata(state_dict_metadata=tensors, storage_meta=StorageMeta())
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy every intersection into its place, opening each file once and reading each box once."""
+        by_file: dict[str, dict[str, list[ReadItem]]] = defaultdict(lambda: defaultdict(list))
+        for item in plan.items:
+            key = _key(item.storage_index)
+            by_file[self.stored[key].file][key].append(item)
+        for file, by_key in sorted(by_file.items()):
+            path = self.directory / file
+            with open_shard(path, self.index.files[file]) as handle:
+                for key, items in by_key.items():
+                    name = items[0].storage_index.fqn
+                    data = read_box(handle, path, name, self.index.tensors[name], self.stored[key])
+                    for item in items:
+                        _copy(data, item, planner)
+        return _finished(None)
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Part of DCP's interface: the directory was given at the start."""
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Part of DCP's interface: the index was given at the start."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Part of DCP's interface: nothing to add to a plan."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Part of DCP's interface: nothing to add to the plans."""
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Part of DCP's interface: paths only."""
+        return isinstance(checkpoint_id, Path)
+
+
+def _copy(data: Tensor, item: ReadItem, planner: LoadPlanner) -> None:
+    part = data[tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))]
+    target = planner.resolve_tensor(item)
+    target.copy_(part)
+    planner.commit_tensor(item, target)
+
+
+def _key(index: MetadataIndex) -> str:
+    return box_key(index.fqn, tuple(index.offset or ()))
+
+
+def _finished(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # A single process is a case we ask for, not an accident to be warned of at every save.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+@contextmanager
+def _our_errors(group: ProcessGroup | None) -> Iterator[None]:
+    # DCP has gathered the failures of all ranks, so every rank raises the same one here.
+    try:
+        yield
+    except CheckpointException as error:
+        rank = min(error.failures)
+        cause = error.failures[rank][0]
+        if group is None:
+            raise cause from None
+        raise _from_rank(rank, cause) from cause
+
+
+def _portable(failure: Exception | None) -> Exception | None:
+    # What travels must survive pickling, which only our own errors promise.
+    return failure if failure is None or isinstance(failure, Megatron3dError) else RuntimeError(repr(failure))
+
+
+def _from_rank(rank: int, cause: BaseException) -> Exception:
+    if isinstance(cause, Megatron3dError):
+        return type(cause)(f"rank {rank}: {cause}")
+    return RuntimeError(f"rank {rank} failed in a checkpoint: {cause!r}")
