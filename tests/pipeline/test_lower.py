@@ -197,7 +197,7 @@ def test_the_next_microbatch_is_received_while_this_one_is_computed(schedule):
 
 @pytest.mark.parametrize("num_microbatches", [4, 64])
 def test_receive_buffers_do_not_grow_with_the_number_of_microbatches(num_microbatches):
-    for build in (forward_only, one_f_one_b):
+    for build in (forward_only, gpipe, one_f_one_b):
         schedule = build(4, num_microbatches)
         for rank, row in enumerate(lower(schedule)):
             waiting = peak = 0
@@ -205,7 +205,7 @@ def test_receive_buffers_do_not_grow_with_the_number_of_microbatches(num_microba
                 waiting += isinstance(action, Recv)
                 peak = max(peak, waiting)
                 waiting -= isinstance(action, Step) and input_of(action, rank, schedule) is not None
-            assert peak <= 3
+            assert peak <= 2
 
 
 def test_a_circle_of_waiting_is_refused():
