@@ -92,9 +92,9 @@ def write_exit_status(directory: str | Path, status: ExitStatus) -> str | None:
 
 
 def _names_a_cause(path: Path) -> bool:
-    """Whether the file is there and tells of a failure of its own, not of a lost peer."""
+    """Whether the file is there and tells of an earlier failure; of several lost peers the first is kept."""
     try:
         code = json.loads(path.read_text(encoding="utf-8"))["code"]
     except (OSError, ValueError, KeyError, TypeError):
         return False  # absent or damaged: then this status is the better one
-    return code not in (0, PeerError.exit_code)
+    return code != 0
