@@ -37,6 +37,10 @@ class Pending:
             self._work = None
         return self._result
 
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once; False where the backend cannot tell."""
+        return self._work is None or self._work.is_completed()
+
 
 def _size_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()

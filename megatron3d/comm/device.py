@@ -58,8 +58,3 @@ def device_name(device: torch.device) -> str:
     """The marketing name of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
-
-def fork_random_state(device: torch.device) -> torch.random.fork_rng:
-    """A context that gives the global random generator of the device back unchanged."""
-    devices = [device] if device.type == "cuda" else []
-    return torch.random.fork_rng(devices=devices)

@@ -1,0 +1,115 @@
+"""GPT: a causal language model, cut into stages.
+
+Source: Radford et al. 2019 (GPT-2), Brown et al. 2020 (GPT-3), Touvron et al. 2023 (Llama). One class covers them,
+since they differ only in what `ModelConfig` says.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron3d.config.model import ModelConfig
+from megatron3d.config.train import TrainConfig
+from megatron3d.models.losses import masked_loss_sum
+from megatron3d.models.stage import Stage, StageModules, StagePart
+from megatron3d.nn.block import Block
+from megatron3d.nn.dropout import dropout
+from megatron3d.nn.inputs import LayerInputs
+from megatron3d.nn.norm import residual_norm
+from megatron3d.nn.positions import LearnedPositions
+from megatron3d.nn.recompute import plan_recompute
+from megatron3d.params.spec import Init
+from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.embedding import VocabParallelEmbedding, padded_vocab_size
+from megatron3d.tensor.linear import linear
+
+
+class GPTEmbedding(nn.Module):
+    """Word embedding plus, where positions are learned, their table; then dropout."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        super().__init__()
+        self.config = config
+        self.shard = context.tp.rank + 1 if context.sequence_parallel else 0
+        self.word = vocabulary_table(config, context)
+        learned = config.position_embedding_type == "learned_absolute"
+        self.position = LearnedPositions(config, context) if learned else None
+
+    def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor | None, inputs: LayerInputs) -> Tensor:
+        """Token ids [B, S] to the residual stream [S, B, H] (S local under sequence parallelism)."""
+        x_SBH = self.word(tokens_BS.t())
+        if self.position is not None:
+            x_SBH = x_SBH + self.position(tokens_BS.shape[1], position_ids_BS)
+        return dropout(x_SBH, self.config.hidden_dropout, seed=inputs.dropout_seed, place="embedding", shard=self.shard)
+
+
+class TiedTable(nn.Module):
+    """The last stage's copy of the word embedding, under the owner's name; it embeds nothing."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        super().__init__()
+        self.word = vocabulary_table(config, context, tied_copy=True)
+
+
+class GPTHead(nn.Module):
+    """Final norm, projection to the vocabulary, and loss. Untied models have a projection table of their own."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        super().__init__()
+        self.context = context
+        self.norm = residual_norm(config, context)
+        untied = config.untie_embeddings_and_output_weights
+        self.output = vocabulary_table(config, context) if untied else None
+
+    def forward(
+        self, x_SBH: Tensor, labels_BS: Tensor | None, loss_mask_BS: Tensor | None, table: VocabParallelEmbedding
+    ) -> Tensor:
+        """[S, B, H] to the summed loss (fp32 scalar), or to logits [S, B, Vp/tp] where there are no labels."""
+        context = self.context
+        logits_SBV = linear(
+            self.norm(x_SBH),
+            table.weight,
+            None,
+            axis=context.tp,
+            sink=context.sink,
+            input_type="V" if context.sequence_parallel else "I",
+        )
+        if labels_BS is None:
+            return logits_SBV
+        return masked_loss_sum(logits_SBV, labels_BS, loss_mask_BS, table=table, context=context)
+
+
+def vocabulary_table(config: ModelConfig, context: LayerContext, *, tied_copy: bool = False) -> VocabParallelEmbedding:
+    """A table [V, H] cut over the tensor axis, padded as the config says."""
+    multiple = config.make_vocab_size_divisible_by
+    padded = padded_vocab_size(config.vocab_size, divisible_by=multiple, tp=context.tp.size)
+    init = Init("normal", config.init_method_std)
+    return VocabParallelEmbedding(
+        context, config.vocab_size, config.hidden_size, padded_size=padded, init=init, tied_copy=tied_copy
+    )
+
+
+def build_gpt_stage(config: ModelConfig, train: TrainConfig, part: StagePart, context: LayerContext) -> Stage:
+    """Build one stage of a GPT on the meta device.
+
+    Args:
+        config: the resolved model.
+        train: says which activations are recomputed.
+        part: the stage's share of the model.
+        context: axis, sink and kernels of its layers.
+    """
+    embedding: nn.Module | None = None
+    if part.is_first:
+        embedding = GPTEmbedding(config, context)
+    elif part.is_last and not config.untie_embeddings_and_output_weights:
+        embedding = TiedTable(config, context)
+    selective = train.recompute_granularity == "selective"
+    blocks = {layer: Block(config, context, layer=layer, recompute_core=selective) for layer in part.layers}
+    groups = plan_recompute(
+        len(part.layers),
+        granularity=train.recompute_granularity,
+        method=train.recompute_method,
+        layers_each=train.recompute_num_layers,
+    )
+    head = GPTHead(config, context) if part.is_last else None
+    return Stage(config, part, StageModules(embedding, blocks, head, groups))

@@ -1,0 +1,113 @@
+"""Self-attention with its heads cut over the tensor axis: multi-head, grouped-query and multi-query.
+
+Query, key and value are one column-parallel projection of three fused parts, so that each rank holds whole heads;
+the projection back is row-parallel. The core is torch's `scaled_dot_product_attention`.
+
+Source: Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries); Shoeybi et al. 2019, section 3 (the cut).
+
+Shapes: S sequence (whole inside attention), T keys, B micro-batch, H hidden, N query heads, G key and value heads,
+D head size. N and G are this rank's: divided by tp.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from megatron3d_kernels.rotary import apply_rotary
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron3d.config.model import ModelConfig
+from megatron3d.nn.inputs import LayerInputs
+from megatron3d.nn.norm import Norm
+from megatron3d.params.spec import Init
+from megatron3d.params.streams import stream_seed
+from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class SelfAttention(nn.Module):
+    """Attention of one block. `recompute_core` recomputes the attention probabilities in the backward."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool = False) -> None:
+        super().__init__()
+        self.config, self.context, self.layer, self.recompute_core = config, context, layer, recompute_core
+        head = config.kv_channels
+        query, key = config.num_attention_heads * head, config.num_query_groups * head
+        self.local_parts = tuple(size // context.tp.size for size in (query, key, key))
+        normal, scaled = Init("normal", config.init_method_std), output_init(config)
+        bias = config.add_bias_linear
+        self.qkv = ColumnParallelLinear(
+            context,
+            config.hidden_size,
+            query + 2 * key,
+            bias=bias or config.add_qkv_bias,
+            init=normal,
+            parts=(query, key, key),
+        )
+        self.projection = RowParallelLinear(context, query, config.hidden_size, bias=bias, init=scaled)
+        if config.qk_layernorm:
+            # Every rank uses these weights on its own heads, so their gradient is a partial sum at any layout.
+            self.query_norm = Norm(config, context, head, tp_gradient="partial")
+            self.key_norm = Norm(config, context, head, tp_gradient="partial")
+
+    def forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
+        """[S, B, H] on the residual stream to [S, B, H] on the residual stream."""
+        q_BNSD, k_BGSD, v_BGSD = self._heads(x_SBH, inputs)
+        if inputs.cache is not None:
+            k_BGSD, v_BGSD = inputs.cache.extend(self.layer, k_BGSD, v_BGSD)
+        if self.recompute_core and torch.is_grad_enabled():
+            y_BNSD = checkpoint(
+                self._core, q_BNSD, k_BGSD, v_BGSD, inputs, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            y_BNSD = self._core(q_BNSD, k_BGSD, v_BGSD, inputs)
+        y_SBO = y_BNSD.permute(2, 0, 1, 3).flatten(2)
+        return self.projection(y_SBO)
+
+    def _heads(self, x_SBH: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
+        def heads(part_SBO: Tensor) -> Tensor:
+            return part_SBO.unflatten(-1, (-1, self.config.kv_channels)).permute(1, 2, 0, 3)  # [B, N or G, S, D]
+
+        q, k, v = (heads(part) for part in self.qkv(x_SBH).split(self.local_parts, dim=-1))
+        if self.config.qk_layernorm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if inputs.rotary is not None:
+            cos, sin = inputs.rotary
+            interleaved, kernels = self.config.rotary_interleaved, self.context.kernels
+            q, k = (apply_rotary(x, cos, sin, interleaved, registry=kernels) for x in (q, k))
+        return q, k, v
+
+    def _core(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, inputs: LayerInputs) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v, causal unless a mask says otherwise."""
+        mask_BST = inputs.attention_mask_BST
+        probability = self.config.attention_dropout if inputs.dropout_seed is not None else 0.0
+
+        def attend() -> Tensor:
+            return F.scaled_dot_product_attention(
+                q_BNSD,
+                k_BGTD,
+                v_BGTD,
+                attn_mask=None if mask_BST is None else mask_BST.unsqueeze(1),
+                dropout_p=probability,
+                is_causal=mask_BST is None and q_BNSD.shape[2] > 1,
+                enable_gqa=q_BNSD.shape[1] != k_BGTD.shape[1],
+            )
+
+        if probability == 0.0:
+            return attend()
+        # The fused kernels draw from the global generator: give it the stream of this place, then put it back.
+        shard = self.context.tp.rank
+        with torch.random.fork_rng(devices=[] if q_BNSD.device.type == "cpu" else [q_BNSD.device]):
+            torch.manual_seed(stream_seed(inputs.dropout_seed or 0, f"layers.{self.layer}.attention.core", shard))
+            return attend()
+
+
+def output_init(config: ModelConfig) -> Init:
+    """Initial values of the two projections that write to the residual stream: std / sqrt(2 x layers).
+
+    Source: Radford et al. 2019 (GPT-2), section 2.3.
+    """
+    return Init("normal", config.init_method_std / sqrt(2.0 * config.num_layers))

@@ -1,0 +1,52 @@
+"""One transformer block: attention and MLP, each behind a norm and added to the residual stream.
+
+Source: Radford et al. 2019 (GPT-2), section 2.3, for the norm before each half.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron3d.config.model import ModelConfig
+from megatron3d.nn.attention import SelfAttention
+from megatron3d.nn.dropout import dropout
+from megatron3d.nn.inputs import LayerInputs
+from megatron3d.nn.mlp import MLP
+from megatron3d.nn.norm import residual_norm
+from megatron3d.tensor.context import LayerContext
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The residual may be taken from after the norm instead (`apply_residual_connection_post_layernorm`).
+    """
+
+    def __init__(self, config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool = False) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        # Where the residual stream is sharded its masks differ from rank to rank; where it is not they must not.
+        self.shard = context.tp.rank + 1 if context.sequence_parallel else 0
+        self.attention_norm = residual_norm(config, context)
+        self.attention = SelfAttention(config, context, layer=layer, recompute_core=recompute_core)
+        self.mlp_norm = residual_norm(config, context)
+        self.mlp = MLP(config, context)
+
+    def forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
+        """[S, B, H] to [S, B, H] (S local under sequence parallelism)."""
+        normed_SBH = self.attention_norm(x_SBH)
+        x_SBH = self._residual(x_SBH, normed_SBH) + self._drop(self.attention(normed_SBH, inputs), inputs, "attention")
+        normed_SBH = self.mlp_norm(x_SBH)
+        return self._residual(x_SBH, normed_SBH) + self._drop(self.mlp(normed_SBH), inputs, "mlp")
+
+    def _residual(self, x_SBH: Tensor, normed_SBH: Tensor) -> Tensor:
+        return normed_SBH if self.config.apply_residual_connection_post_layernorm else x_SBH
+
+    def _drop(self, x_SBH: Tensor, inputs: LayerInputs, place: str) -> Tensor:
+        return dropout(
+            x_SBH,
+            self.config.hidden_dropout,
+            seed=inputs.dropout_seed,
+            place=f"layers.{self.layer}.{place}",
+            shard=self.shard,
+        )

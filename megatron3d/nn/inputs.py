@@ -1,0 +1,33 @@
+"""What the layers of a stage may know of a micro-batch besides the hidden tensor that flows through them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of the tokens seen so far, one pair a layer, for generation."""
+
+    def extend(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new tokens and return those of all tokens so far."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """The same for every layer of one forward, and for its recomputation.
+
+    Attributes:
+        rotary: cosine and sine of the positions, [S, R/2] or [B, S, R/2] fp32, where positions are rotary.
+        attention_mask_BST: True where query position S may attend to key position T; None is plain causal attention.
+        cache: keys and values of earlier tokens.
+        dropout_seed: seed of every dropout mask of this forward; None drops nothing.
+    """
+
+    rotary: tuple[Tensor, Tensor] | None = None
+    attention_mask_BST: Tensor | None = None
+    cache: KeyValueCache | None = None
+    dropout_seed: int | None = None

@@ -1,0 +1,40 @@
+"""The feed-forward half of a block, cut over the tensor axis along its inner width F.
+
+Source: Vaswani et al. 2017, section 3.3; Shazeer 2020 for the gated kinds, whose gate and up projections are fused.
+"""
+
+from __future__ import annotations
+
+from megatron3d_kernels.activation import activation, gated_activation
+from torch import Tensor, nn
+
+from megatron3d.config.model import ModelConfig
+from megatron3d.nn.attention import output_init
+from megatron3d.params.spec import Init
+from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where the activation is gated."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        super().__init__()
+        self.config, self.kernels = config, context.kernels
+        inner, bias = config.ffn_hidden_size, config.add_bias_linear
+        parts = (inner, inner) if config.is_gated else ()
+        normal = Init("normal", config.init_method_std)
+        self.up = ColumnParallelLinear(
+            context, config.hidden_size, inner * max(1, len(parts)), bias=bias, init=normal, parts=parts
+        )
+        self.down = RowParallelLinear(context, inner, config.hidden_size, bias=bias, init=output_init(config))
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        """[S, B, H] on the residual stream to [S, B, H] on the residual stream."""
+        return self.down(self._activate(self.up(x_SBH)))
+
+    def _activate(self, x_SBF: Tensor) -> Tensor:
+        if not self.config.is_gated:
+            return activation(x_SBF, self.config.activation)
+        gate_SBF, up_SBF = x_SBF.chunk(2, dim=-1)
+        return gated_activation(gate_SBF, up_SBF, self.config.activation, registry=self.kernels)

@@ -1,0 +1,55 @@
+"""Where positions enter: a learned table added to the embedding, or rotations of queries and keys."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron3d.config.model import ModelConfig
+from megatron3d.params.module import ParallelModule
+from megatron3d.params.spec import Init
+from megatron3d.tensor.context import LayerContext
+
+
+class LearnedPositions(ParallelModule):
+    """A table [max_position_embeddings, H], added to the word embedding."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        super().__init__(tp=context.tp.size)
+        self.context = context
+        self.declare(
+            "weight",
+            (config.max_position_embeddings, config.hidden_size),
+            init=Init("normal", config.init_method_std),
+            decays=True,
+            tp_gradient=context.residual_gradient,
+        )
+
+    def forward(self, length: int, position_ids_BS: Tensor | None) -> Tensor:
+        """Embeddings [S, B or 1, H] of this rank's positions (S local under sequence parallelism).
+
+        Args:
+            length: whole sequence length, positions 0 .. length-1 where no ids are given.
+            position_ids_BS: positions of the whole sequence, int64.
+        """
+        if position_ids_BS is None:
+            return self.context.local_sequence(self.weight[:length].unsqueeze(1))
+        return F.embedding(self.context.local_sequence(position_ids_BS.t()), self.weight)
+
+
+def rotary_table(
+    config: ModelConfig, length: int, position_ids_BS: Tensor | None, *, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position times frequency, fp32, [S, R/2] or, with position ids, [B, S, R/2].
+
+    R is the rotated part of a head and frequency i is base^(-2i/R), i = 0 .. R/2-1.
+
+    Source: Su et al. 2021 (RoFormer), equation 15.
+    """
+    rotated = int(config.kv_channels * config.rotary_percent)
+    exponents = torch.arange(0, rotated, 2, device=device, dtype=torch.float32) / rotated
+    frequencies = config.rotary_base**-exponents
+    positions = torch.arange(length, device=device) if position_ids_BS is None else position_ids_BS
+    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
+    return angles.cos(), angles.sin()

@@ -1,0 +1,67 @@
+"""Activation recomputation: which layers of a stage forget their activations and run again in the backward.
+
+"full" recomputes whole layers: `uniform` in groups of n (only a group's input is kept), `block` for the first n
+layers of the stage, each by itself. "selective" recomputes the attention core alone, inside `SelfAttention`.
+Dropout masks are pure functions of their place, so a second forward draws what the first one drew.
+
+Source: Chen et al. 2016; Korthikanti et al. 2022, section 4 (selective).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron3d.nn.inputs import LayerInputs
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Consecutive layers of a stage (positions within it) and whether they are recomputed as one."""
+
+    layers: range
+    recompute: bool
+
+
+def plan_recompute(
+    num_layers: int, *, granularity: str | None, method: str | None, layers_each: int | None
+) -> tuple[LayerGroup, ...]:
+    """Group the layers of a stage.
+
+    Args:
+        num_layers: layers of the stage.
+        granularity: None, "selective" or "full".
+        method: with "full": "uniform" or "block".
+        layers_each: layers of a group (uniform), or layers that are recomputed (block); default 1.
+    """
+    if granularity != "full":
+        return (LayerGroup(range(num_layers), False),)
+    size = layers_each or 1
+    if method == "block":
+        recomputed = min(size, num_layers)
+        singles = [LayerGroup(range(i, i + 1), True) for i in range(recomputed)]
+        return (*singles, LayerGroup(range(recomputed, num_layers), False))
+    return tuple(LayerGroup(range(i, min(i + size, num_layers)), True) for i in range(0, num_layers, size))
+
+
+def run_layers(layers: Sequence[nn.Module], groups: Sequence[LayerGroup], x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
+    """Run the layers in order, recomputing the groups that say so when gradients are wanted."""
+
+    def run(group: LayerGroup) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            for position in group.layers:
+                x = layers[position](x, inputs)
+            return x
+
+        return forward
+
+    for group in groups:
+        if group.recompute and torch.is_grad_enabled():
+            x_SBH = checkpoint(run(group), x_SBH, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x_SBH = run(group)(x_SBH)
+    return x_SBH

@@ -1,0 +1,93 @@
+"""GradSink: where weight gradients go, and WeightGradQueue: when they are computed.
+
+Linear layers own their backward and hand their weight-gradient work to the sink, which computes it at once, or puts
+it aside while a schedule runs an input-gradient step, to be run by the matching weight-gradient step. Parameters
+whose gradient comes from autograd (norms, embeddings) reach the same buffers through a hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class _Destination:
+    """The buffer of one parameter, and how many contributions it gets in one backward."""
+
+    buffer: Tensor
+    on_arrival: Callable[[], None]
+
+
+class GradSink:
+    """Accumulates the gradients of one rank's parameters; unbound parameters accumulate into `.grad`.
+
+    A parameter is bound once to a buffer of its own shape (fp32 or bf16) and a function to call after every
+    contribution, by which the owner of the buffer knows when a gradient is complete.
+    """
+
+    def __init__(self) -> None:
+        self._destinations: dict[nn.Parameter, _Destination] = {}
+        self._deferred: list[Callable[[], None]] | None = None
+
+    def bind(self, parameter: nn.Parameter, buffer: Tensor, on_arrival: Callable[[], None]) -> None:
+        """Send the gradient of `parameter` to `buffer` (same shape), and call `on_arrival` after each contribution."""
+        self._destinations[parameter] = _Destination(buffer, on_arrival)
+        parameter.register_post_accumulate_grad_hook(self._take_from_autograd)
+
+    def add_linear(self, weight: nn.Parameter, bias: nn.Parameter | None, grad_out: Tensor, x: Tensor) -> None:
+        """Add the gradients of a linear layer: weight += grad_out^T x, bias += the sum of grad_out over tokens.
+
+        Args:
+            weight: [O, I].
+            bias: [O] or None.
+            grad_out: [..., O], gradient of the output.
+            x: [..., I], the layer's (gathered) input.
+        """
+
+        def work() -> None:
+            grad_TO, x_TI = grad_out.reshape(-1, grad_out.shape[-1]), x.reshape(-1, x.shape[-1])
+            self._add_product(weight, grad_TO, x_TI)
+            if bias is not None:
+                self.add(bias, grad_TO.sum(0))
+
+        if self._deferred is None:
+            work()
+        else:
+            self._deferred.append(work)
+
+    def add(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        """Add a gradient of the parameter's shape."""
+        destination = self._destinations.get(parameter)
+        if destination is None:
+            parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+            return
+        destination.buffer.add_(grad)
+        destination.on_arrival()
+
+    @contextmanager
+    def defer(self) -> Iterator[list[Callable[[], None]]]:
+        """Within the context weight-gradient work is put aside; the list it yields holds that work, in order."""
+        self._deferred, outer = [], self._deferred
+        try:
+            yield self._deferred
+        finally:
+            self._deferred = outer
+
+    def _add_product(self, weight: nn.Parameter, grad_TO: Tensor, x_TI: Tensor) -> None:
+        destination = self._destinations.get(weight)
+        if destination is None or destination.buffer.dtype != grad_TO.dtype:
+            self.add(weight, grad_TO.t() @ x_TI)
+            return
+        destination.buffer.addmm_(grad_TO.t(), x_TI)  # accumulates inside the product: no temporary of weight size
+        destination.on_arrival()
+
+    def _take_from_autograd(self, parameter: torch.Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter), f"hook on {type(parameter).__name__}"
+        if parameter.grad is not None:
+            grad, parameter.grad = parameter.grad, None
+            self.add(parameter, grad)

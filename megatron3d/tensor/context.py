@@ -1,0 +1,40 @@
+"""What a tensor-parallel layer needs besides its shape: its axis, where its gradients go, which kernels compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron3d_kernels.registry import Registry
+from torch import Tensor
+
+from megatron3d.comm.collectives import own_part
+from megatron3d.comm.mesh import Axis
+from megatron3d.params.grads import GradSink
+from megatron3d.params.spec import TpGradient
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """Handed to every layer at construction.
+
+    Attributes:
+        tp: the tensor-parallel axis.
+        sequence_parallel: whether the residual stream is sharded along the sequence over `tp` (type V) instead of
+            being the same on all its ranks (type I).
+        sink: takes the weight gradients.
+        kernels: picks the implementation of each kernel.
+    """
+
+    tp: Axis
+    sequence_parallel: bool
+    sink: GradSink
+    kernels: Registry = field(default_factory=Registry)
+
+    @property
+    def residual_gradient(self) -> TpGradient:
+        """How the gradient of a replicated parameter used on the residual stream combines over the axis."""
+        return "partial" if self.sequence_parallel else "equal"
+
+    def local_sequence(self, x: Tensor, *, dim: int = 0) -> Tensor:
+        """The part of a tensor known to all ranks that belongs to this rank's positions of the residual stream."""
+        return own_part(x, self.tp, dim=dim) if self.sequence_parallel else x

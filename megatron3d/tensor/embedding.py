@@ -1,0 +1,67 @@
+"""Vocabulary-parallel word embedding: rows of the table cut over the tensor axis.
+
+Each rank looks up the tokens it holds and contributes zeros for the others; the sum over the ranks is the embedding.
+The vocabulary is padded so that it divides; the padding rows belong to no token and to no checkpoint.
+
+Source: Shoeybi et al. 2019, section 3.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron3d.params.module import ParallelModule
+from megatron3d.params.spec import Init
+from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.linear import to_residual
+
+
+def padded_vocab_size(vocab_size: int, *, divisible_by: int, tp: int) -> int:
+    """The smallest multiple of `divisible_by * tp` that holds the vocabulary."""
+    multiple = divisible_by * tp
+    return -(-vocab_size // multiple) * multiple
+
+
+class VocabParallelEmbedding(ParallelModule):
+    """The word-embedding table [V, H], also used as the output weight of tied models (then `tied_copy` on the last
+    pipeline stage, whose table follows that of the first)."""
+
+    def __init__(
+        self,
+        context: LayerContext,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        padded_size: int,
+        init: Init,
+        tied_copy: bool = False,
+    ) -> None:
+        super().__init__(tp=context.tp.size)
+        self.context = context
+        self.vocab_size = vocab_size
+        self.rows_per_rank = padded_size // context.tp.size
+        self.first_row = self.rows_per_rank * context.tp.rank
+        self.declare(
+            "weight",
+            (vocab_size, hidden_size),
+            init=init,
+            decays=True,
+            tp_dim=0,
+            padded_size=padded_size,
+            tied_copy=tied_copy,
+        )
+
+    @property
+    def num_valid_rows(self) -> int:
+        """Rows of this rank's shard that belong to a token; the rest is padding."""
+        return max(0, min(self.vocab_size - self.first_row, self.rows_per_rank))
+
+    def forward(self, tokens_SB: Tensor) -> Tensor:
+        """Token ids [S, B] (int64, the whole S) to [S, B, H] on the residual stream."""
+        row_SB = tokens_SB - self.first_row
+        elsewhere_SB = (row_SB < 0) | (row_SB >= self.rows_per_rank)
+        x_SBH = F.embedding(row_SB.masked_fill(elsewhere_SB, 0), self.weight)
+        if self.context.tp.size > 1:
+            x_SBH = x_SBH.masked_fill(elsewhere_SB.unsqueeze(-1), 0.0)
+        return to_residual(x_SBH, self.context)

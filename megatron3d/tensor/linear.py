@@ -1,0 +1,153 @@
+"""Column- and row-parallel linear layers with their own backward.
+
+A column-parallel layer cuts its output features over the tensor axis, a row-parallel layer its input features; in
+pairs (QKV and projection, up and down) they need one collective on the way in and one on the way out.
+With sequence parallelism those become an all-gather and a reduce-scatter along the sequence.
+
+The backward is written out so that it can (a) overlap the collective of the input gradient with the product for the
+weight gradient, (b) keep only the sequence shard of the input and gather it again, and (c) put the weight gradient
+aside for schedules that split the backward.
+
+Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.2.
+
+Shapes: S sequence (local under sequence parallelism where type is V), B micro-batch, I input and O output features.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron3d.comm import typed
+from megatron3d.comm.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
+from megatron3d.comm.mesh import Axis
+from megatron3d.params.grads import GradSink
+from megatron3d.params.module import ParallelModule
+from megatron3d.params.spec import Init
+from megatron3d.tensor.context import LayerContext
+
+InputType = Literal["I", "V", "local"]
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b, with the collective that the type of x asks for. See `linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        axis: Axis,
+        sink: GradSink,
+        input_type: InputType,
+    ) -> Tensor:
+        ctx.save_for_backward(x)  # under sequence parallelism only the shard is kept
+        ctx.weight, ctx.bias, ctx.axis, ctx.sink, ctx.input_type = weight, bias, axis, sink, input_type
+        whole = start_all_gather(x, axis).wait() if input_type == "V" else x
+        return F.linear(whole, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        gathering = start_all_gather(x, ctx.axis) if ctx.input_type == "V" else None
+        grad_in = grad_out @ ctx.weight
+        if ctx.input_type == "V":
+            reducing = start_reduce_scatter(grad_in, ctx.axis)
+        elif ctx.input_type == "I":
+            reducing = start_all_reduce(grad_in, ctx.axis)
+        else:
+            reducing = None
+        ctx.sink.add_linear(ctx.weight, ctx.bias, grad_out, gathering.wait() if gathering else x)
+        return (reducing.wait() if reducing else grad_in), None, None, None, None, None
+
+
+def linear(
+    x: Tensor,
+    weight: nn.Parameter,
+    bias: nn.Parameter | None,
+    *,
+    axis: Axis,
+    sink: GradSink,
+    input_type: InputType,
+) -> Tensor:
+    """x W^T + b, whose weight gradients go to the sink.
+
+    Args:
+        x: [S, B, I]; its type on the axis is `input_type`: "I" (alike on all ranks; the input gradient is summed),
+            "V" (sharded along S; gathered here, the input gradient is reduce-scattered) or "local" (this rank's own
+            input features; no communication).
+        weight: [O, I], this rank's shard.
+        bias: [O] or None.
+
+    Returns:
+        [S, B, O] with the whole S.
+    """
+    return _Linear.apply(x, weight, bias, axis, sink, input_type)
+
+
+class ColumnParallelLinear(ParallelModule):
+    """Output features cut over the tensor axis: I or V in, V along the last dimension out.
+
+    Fused outputs (query, key, value; gate, up) are named by `parts`, each of which is cut by itself, so a rank's
+    output is its part of the first, then of the second, and so on.
+    """
+
+    def __init__(
+        self,
+        context: LayerContext,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        init: Init,
+        parts: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(tp=context.tp.size)
+        self.context = context
+        self.declare("weight", (out_features, in_features), init=init, decays=True, tp_dim=0, parts=parts)
+        if bias:
+            self.declare("bias", (out_features,), init=Init("zeros"), decays=False, tp_dim=0, parts=parts)
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x_SBI: Tensor) -> Tensor:
+        """[S, B, I] (S local under sequence parallelism) to [S, B, O/tp]."""
+        input_type: InputType = "V" if self.context.sequence_parallel else "I"
+        return linear(
+            x_SBI, self.weight, self.bias, axis=self.context.tp, sink=self.context.sink, input_type=input_type
+        )
+
+
+class RowParallelLinear(ParallelModule):
+    """Input features cut over the tensor axis: V along the last dimension in, I or V along the sequence out.
+
+    The bias is added once, after the reduction.
+    """
+
+    def __init__(self, context: LayerContext, in_features: int, out_features: int, *, bias: bool, init: Init) -> None:
+        super().__init__(tp=context.tp.size)
+        self.context = context
+        self.declare("weight", (out_features, in_features), init=init, decays=True, tp_dim=1)
+        if bias:
+            gradient = context.residual_gradient
+            self.declare("bias", (out_features,), init=Init("zeros"), decays=False, tp_gradient=gradient)
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x_SBI: Tensor) -> Tensor:
+        """[S, B, I/tp] to [S, B, O] (S local under sequence parallelism)."""
+        axis, sink = self.context.tp, self.context.sink
+        partial_SBO = linear(x_SBI, self.weight, None, axis=axis, sink=sink, input_type="local")
+        y_SBO = to_residual(partial_SBO, self.context)
+        return y_SBO if self.bias is None else y_SBO + self.bias
+
+
+def to_residual(partial_SBH: Tensor, context: LayerContext) -> Tensor:
+    """P to the type of the residual stream: V along the sequence under sequence parallelism, else I."""
+    if context.sequence_parallel:
+        return typed.reduce_scatter(partial_SBH, context.tp, dim=0)
+    return typed.all_reduce(partial_SBH, context.tp, dst="I")

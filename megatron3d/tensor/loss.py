@@ -1,0 +1,66 @@
+"""Cross-entropy over logits whose vocabulary is cut over the tensor axis, without ever gathering them.
+
+Per token, with m the largest logit, z_i the logits and t the target: loss = log(sum_i exp(z_i - m)) - (z_t - m).
+Three numbers a token cross the axis: m, the sum, and z_t. Vocabulary padding counts as a logit of minus infinity, so
+the loss does not depend on how much padding a layout needs.
+
+Source: Shoeybi et al. 2019, section 3 (communicating scalar losses instead of logits).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron3d_kernels.cross_entropy import cross_entropy_backward, local_max, local_sum_exp_and_target
+from megatron3d_kernels.registry import Registry
+from torch import Tensor
+
+from megatron3d.comm.collectives import all_reduce
+from megatron3d.comm.mesh import Axis
+
+
+class _LossFromSums(torch.autograd.Function):
+    """Loss per token from sums already added over the axis; the backward, softmax minus one-hot, is local."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_SBV: Tensor,
+        target_SB: Tensor,
+        max_SB: Tensor,
+        sums_2SB: Tensor,
+        shard: tuple[int, int],
+        kernels: Registry,
+    ) -> Tensor:
+        sum_exp_SB, target_logit_SB = sums_2SB
+        ctx.save_for_backward(logits_SBV, target_SB, max_SB, sum_exp_SB)
+        ctx.shard, ctx.kernels = shard, kernels
+        return sum_exp_SB.log() + max_SB - target_logit_SB
+
+    @staticmethod
+    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        logits_SBV, target_SB, max_SB, sum_exp_SB = ctx.saved_tensors
+        first_row, num_valid = ctx.shard
+        grad_SBV = cross_entropy_backward(
+            logits_SBV, target_SB, max_SB, sum_exp_SB, grad_SB, first_row, num_valid, registry=ctx.kernels
+        )
+        return grad_SBV, None, None, None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits_SBV: Tensor, target_SB: Tensor, axis: Axis, *, first_row: int, num_valid: int, kernels: Registry
+) -> Tensor:
+    """Loss of every token, fp32 [S, B], the same on all ranks of the axis.
+
+    Args:
+        logits_SBV: this rank's columns [S, B, Vp/tp], any float dtype.
+        target_SB: token ids over the whole vocabulary, int64.
+        first_row: vocabulary id of this rank's first column.
+        num_valid: this rank's columns that are not padding.
+    """
+    with torch.no_grad():
+        max_SB = all_reduce(local_max(logits_SBV, num_valid, registry=kernels), axis, reduction="max")
+        sum_and_target = local_sum_exp_and_target(logits_SBV, target_SB, max_SB, first_row, num_valid, registry=kernels)
+        sums_2SB = all_reduce(torch.stack(sum_and_target), axis)
+    return _LossFromSums.apply(logits_SBV, target_SB, max_SB, sums_2SB, (first_row, num_valid), kernels)

@@ -1,0 +1,117 @@
+"""FlatLayout: where each parameter of a unit lies in the unit's flat buffers. Pure arithmetic.
+
+Parameters that are treated alike lie side by side, so that every treatment is one contiguous segment: those that
+decay before those that do not, and within each the sharded ones before the replicated ones. Each segment starts at a
+multiple of `ALIGNMENT` elements, so that segments stay aligned for vector instructions, and the whole is padded to a
+multiple of the data-parallel size, so that every rank's slice is equally long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+
+from megatron3d.params.spec import ParamSpec, TpGradient
+
+ALIGNMENT = 32  # elements: 64 bytes of bf16, 128 of fp32
+_ORDER: dict[TpGradient, int] = {"sharded": 0, "equal": 1, "partial": 2}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A range [start, stop) of elements of a flat buffer."""
+
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+    def intersect(self, other: Span) -> Span:
+        """The common part; empty (length 0) where there is none."""
+        start = max(self.start, other.start)
+        return Span(start, max(start, min(self.stop, other.stop)))
+
+    def shifted(self, by: int) -> Span:
+        """The same range `by` elements further on."""
+        return Span(self.start + by, self.stop + by)
+
+    @property
+    def slice(self) -> slice:
+        """The range as an index."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter's local shard lies."""
+
+    spec: ParamSpec
+    shape: tuple[int, ...]
+    span: Span
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A contiguous range of slots that are treated alike."""
+
+    decays: bool
+    tp_gradient: TpGradient
+    tied_copy: bool
+    span: Span
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """The slots and segments of one unit, and its padded length."""
+
+    slots: tuple[Slot, ...]
+    segments: tuple[Segment, ...]
+    length: int
+
+    def slice_of(self, rank: int, num_ranks: int) -> Span:
+        """The equal part of the buffer that belongs to one of `num_ranks` ranks."""
+        share = self.length // num_ranks
+        return Span(rank * share, (rank + 1) * share)
+
+    def decay_spans(self, within: Span) -> dict[bool, Span]:
+        """The part of `within` whose parameters decay (True) and do not (False); empty parts are left out."""
+        spans = {}
+        for decays in (True, False):
+            here = [segment.span for segment in self.segments if segment.decays == decays]
+            if here:
+                common = Span(here[0].start, here[-1].stop).intersect(within)
+                if common.length:
+                    spans[decays] = common
+        return spans
+
+
+def _treatment(spec: ParamSpec) -> tuple[bool, int, bool]:
+    return (not spec.decays, _ORDER[spec.tp_gradient], spec.tied_copy)
+
+
+def flat_layout(specs: Iterable[ParamSpec], *, tp: int, num_ranks: int) -> FlatLayout:
+    """Lay out the local shards of a unit's parameters.
+
+    Args:
+        specs: the unit's parameters; their order is kept within a segment.
+        tp: degree of tensor parallelism.
+        num_ranks: data-parallel ranks that share the buffer; its length becomes a multiple of this.
+    """
+    slots: list[Slot] = []
+    segments: list[Segment] = []
+    position = 0
+    for _, alike in groupby(sorted(specs, key=_treatment), key=_treatment):
+        start = position = -(-position // ALIGNMENT) * ALIGNMENT
+        for spec in alike:
+            shape = spec.local_shape(tp)
+            slots.append(Slot(spec, shape, Span(position, position + prod(shape))))
+            position += prod(shape)
+        spec = slots[-1].spec
+        segments.append(Segment(spec.decays, spec.tp_gradient, spec.tied_copy, Span(start, position)))
+    multiple = num_ranks * ALIGNMENT
+    return FlatLayout(tuple(slots), tuple(segments), -(-position // multiple) * multiple)
