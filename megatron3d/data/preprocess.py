@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from megatron3d.data.corpus import Document, RawBatch, parse_documents, read_batches
 from megatron3d.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
-from megatron3d.errors import ConfigError, DataError
+from megatron3d.errors import ConfigError, DataError, PeerError
 
 _BATCHES_PER_WORKER = 4
 _In = TypeVar("_In")
@@ -105,7 +105,7 @@ def preprocess(
     An empty text is a document without sequences, as in Megatron-LM, so that the keys of one corpus stay in step.
     `report` is called after each batch.
 
-    Raises: ConfigError if --append-eod meets a tokenizer without such a token; DataError for input that cannot be
+    Raises: PeerError if a worker was killed; ConfigError if --append-eod meets a tokenizer without such a token; DataError for input that cannot be
     read or holds no token at all; StorageError if the output cannot be written. No output appears in these cases.
     """
     tokenizer = _tokenizer_of(request.tokenizer)
@@ -186,7 +186,7 @@ def _tokenizer_of(spec: TokenizerSpec) -> Tokenizer:
 def _map_in_order(work: Callable[[_In], _Out], items: Iterable[_In], workers: int) -> Iterator[_Out]:
     """`work` on each item, in `workers` processes (1: in this one), results in the order of the items.
 
-    Raises: what `work` raised for the first item that failed; DataError if a worker was killed.
+    Raises: what `work` raised for the first item that failed; PeerError if a worker was killed.
     """
     if workers <= 1:
         yield from map(work, items)
@@ -202,7 +202,7 @@ def _map_in_order(work: Callable[[_In], _Out], items: Iterable[_In], workers: in
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise DataError(
+        raise PeerError(
             f"One of the {workers} workers was killed, most likely for want of memory; use fewer --workers or cut "
             f"very long documents."
         ) from error

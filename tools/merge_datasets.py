@@ -1,0 +1,82 @@
+"""Join token files into one, in the order given (or of the names, for a directory).
+
+python tools/merge_datasets.py --input DIR --output-prefix all
+python tools/merge_datasets.py --inputs a_text_document b_text_document --output-prefix all
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron3d.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron3d.errors import ConfigError, DataError, Megatron3dError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Join token files into one.", allow_abbrev=False)
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", type=Path, metavar="DIR", help="all .bin/.idx pairs of this directory, by name")
+    source.add_argument("--inputs", nargs="+", metavar="PREFIX", help="prefixes of .bin/.idx pairs, in this order")
+    p.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin and P.idx")
+    return p
+
+
+def find_prefixes(directory: Path) -> list[str]:
+    """The prefixes of all token files in a directory, sorted.
+
+    Raises: DataError if the directory does not exist, has none, or has one file of a pair without the other.
+    """
+    names = {path.with_suffix("") for path in directory.glob("*") if path.suffix in (".bin", ".idx")}
+    if not names:
+        raise DataError(f"--input {directory} has no .bin or .idx file; give a directory of token files.")
+    return [str(name) for name in sorted(names)]
+
+
+def merge(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:
+    """Write all documents of `prefixes` to `output_prefix` and open the result.
+
+    Raises: DataError if the files are damaged or differ in dtype; ConfigError if the output is among the inputs.
+    """
+    if Path(output_prefix).resolve() in {Path(prefix).resolve() for prefix in prefixes}:
+        raise ConfigError(f"--output-prefix {output_prefix} is one of the inputs; choose another name.")
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    for dataset in datasets:
+        if dataset.dtype != datasets[0].dtype:
+            raise DataError(
+                f"{dataset.prefix} holds {dataset.dtype.name} but {datasets[0].prefix} {datasets[0].dtype.name}: they "
+                f"come from different vocabularies; preprocess them with the same tokenizer."
+            )
+        if dataset.modes is not None:
+            raise DataError(f"{dataset.prefix} is multimodal (it has modes); only text can be merged.")
+    with IndexedDatasetWriter(output_prefix, datasets[0].dtype) as writer:
+        for dataset in datasets:
+            writer.add_dataset(dataset)
+    return IndexedDataset(output_prefix)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Merge and say what was written."""
+    prefixes = args.inputs or find_prefixes(args.input)
+    merged = merge(prefixes, args.output_prefix)
+    print(
+        f"wrote {args.output_prefix}.bin and .idx: {len(prefixes)} inputs, {merged.num_documents:,} documents, "
+        f"{merged.num_tokens:,} tokens of {merged.dtype.name}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    try:
+        run(parser().parse_args(argv))
+    except Megatron3dError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Make token files for training from text: the command line of Megatron-LM's tool of this name.
+
+    python tools/preprocess_data.py --input corpus.jsonl --output-prefix my \
+        --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --append-eod --workers 8
+
+writes my_text_document.bin and my_text_document.idx. The work is done in megatron3d/data/preprocess.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron3d.data.corpus import FORMATS, find_inputs
+from megatron3d.data.preprocess import EncodeRequest, Progress, output_prefix, preprocess
+from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
+from megatron3d.errors import ConfigError, Megatron3dError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Make token files from text.", allow_abbrev=False)
+    data = p.add_argument_group("input and output")
+    data.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"paths or globs of {FORMATS} files")
+    data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys to read (default text)")
+    data.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx")
+    data.add_argument("--dataset-impl", choices=["mmap"], help="accepted; the format is always the mapped one")
+    tokenizer = p.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES, help="kind of tokenizer")
+    tokenizer.add_argument("--vocab-file", metavar="FILE", help="vocab.json of GPT-2 or vocab.txt of BERT")
+    tokenizer.add_argument("--merge-file", metavar="FILE", help="merges.txt of GPT-2")
+    tokenizer.add_argument(
+        "--tokenizer-model", metavar="PATH", help="sentencepiece model, or tokenizer.json or its dir"
+    )
+    tokenizer.add_argument("--vocab-size", type=int, default=786, metavar="N", help="of the NullTokenizer")
+    tokenizer.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's token")
+    sentences = p.add_argument_group("sentences")
+    sentences.add_argument("--split-sentences", action="store_true", help="not supported yet")
+    sentences.add_argument("--keep-newlines", action="store_true", help="accepted; matters to --split-sentences alone")
+    sentences.add_argument("--lang", default="english", help="accepted; matters to --split-sentences alone")
+    work = p.add_argument_group("work")
+    work.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode (default 1)")
+    work.add_argument("--partitions", type=int, default=1, metavar="N", help="accepted; see the note it prints")
+    work.add_argument("--keep-sequential-samples", action="store_true", help="accepted; the order is always kept")
+    work.add_argument("--log-interval", type=int, default=1000, metavar="N", help="documents between progress lines")
+    return p
+
+
+class ProgressLines:
+    """Prints a line to the error stream when another `interval` documents are done."""
+
+    def __init__(self, interval: int) -> None:
+        """Begin at no documents."""
+        self._interval, self._next = interval, interval
+
+    def __call__(self, progress: Progress) -> None:
+        """Print what is done, how fast, and the time left."""
+        if progress.num_documents < self._next:
+            return
+        self._next = (progress.num_documents // self._interval + 1) * self._interval
+        print(
+            f"{progress.num_documents:,} documents, {progress.input_share:.1%} of the input, "
+            f"{progress.documents_per_s:,.0f} docs/s, {progress.megabytes_per_s:.2f} MB/s, {progress.left_s:,.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises: ConfigError for what the options alone show to be impossible."""
+    if args.split_sentences:
+        raise ConfigError(
+            f"--split-sentences is not supported yet for --input {' '.join(args.input)}; leave it out for GPT, or give "
+            f"each document as a JSON list of its sentences, which become sequences of their own."
+        )
+    for flag, value in (
+        ("--workers", args.workers),
+        ("--partitions", args.partitions),
+        ("--log-interval", args.log_interval),
+    ):
+        if value < 1:
+            raise ConfigError(f"{flag} {value} is not at least 1.")
+    if args.partitions > 1:
+        print(
+            f"--partitions {args.partitions}: nothing is partitioned, the input is streamed and never held in memory; "
+            f"--workers {args.workers} processes encode it in order.",
+            file=sys.stderr,
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the arguments ask and say what was written."""
+    check(args)
+    spec = TokenizerSpec(
+        args.tokenizer_type,
+        vocab_file=args.vocab_file,
+        merge_file=args.merge_file,
+        tokenizer_model=args.tokenizer_model,
+        vocab_size=args.vocab_size,
+    )
+    request = EncodeRequest(spec, tuple(dict.fromkeys(args.json_keys)), args.append_eod)
+    done = preprocess(
+        find_inputs(args.input),
+        args.output_prefix,
+        request=request,
+        workers=args.workers,
+        report=ProgressLines(args.log_interval),
+    )
+    for key in request.json_keys:
+        print(f"wrote {output_prefix(args.output_prefix, key)}.bin and .idx")
+    empty = f" ({done.num_empty:,} texts without a token)" if done.num_empty else ""
+    print(
+        f"{done.num_documents:,} documents{empty}, {done.num_tokens:,} tokens in {done.elapsed_s:.1f} s: "
+        f"{done.documents_per_s:,.0f} docs/s, {done.megabytes_per_s:.2f} MB/s"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    try:
+        run(parser().parse_args(argv))
+    except Megatron3dError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

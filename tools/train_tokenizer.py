@@ -1,0 +1,61 @@
+"""Train a byte-level BPE tokenizer on a text corpus.
+
+    python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192 --output-dir tokenizer
+
+writes tokenizer/tokenizer.json (for --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer) and
+vocab.json with merges.txt (for --tokenizer-type GPT2BPETokenizer). The work is done in megatron3d/data/train_bpe.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron3d.data.corpus import FORMATS, find_inputs
+from megatron3d.data.train_bpe import train_byte_level_bpe, write_tokenizer
+from megatron3d.errors import Megatron3dError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.", allow_abbrev=False)
+    p.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"paths or globs of {FORMATS} files")
+    p.add_argument("--json-key", default="text", metavar="KEY", help="key of the text (default text)")
+    p.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids with bytes and <|endoftext|>")
+    p.add_argument("--min-frequency", type=int, default=2, metavar="N", help="rarer pairs are not merged (default 2)")
+    p.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the files go")
+    return p
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, write, and say what was written."""
+    start_s = time.monotonic()
+    tokenizer = train_byte_level_bpe(
+        find_inputs(args.input),
+        args.json_key,
+        vocab_size=args.vocab_size,
+        min_frequency=args.min_frequency,
+        show_progress=sys.stderr.isatty(),
+    )
+    for path in write_tokenizer(tokenizer, args.output_dir):
+        print(f"wrote {path}")
+    size = tokenizer.get_vocab_size()
+    fewer = f", fewer than the {args.vocab_size:,} asked for: the corpus has no more pairs" * (size < args.vocab_size)
+    print(f"{size:,} ids{fewer}, in {time.monotonic() - start_s:.1f} s")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    try:
+        run(parser().parse_args(argv))
+    except Megatron3dError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
