@@ -105,8 +105,9 @@ def preprocess(
     An empty text is a document without sequences, as in Megatron-LM, so that the keys of one corpus stay in step.
     `report` is called after each batch.
 
-    Raises: PeerError if a worker was killed; ConfigError if --append-eod meets a tokenizer without such a token; DataError for input that cannot be
-    read or holds no token at all; StorageError if the output cannot be written. No output appears in these cases.
+    Raises: ConfigError if --append-eod meets a tokenizer without such a token; DataError for input that cannot be
+    read or holds no token at all; StorageError if the output cannot be written; PeerError if a worker was killed. No
+    output appears in these cases.
     """
     tokenizer = _tokenizer_of(request.tokenizer)
     if request.append_eod and tokenizer.eod is None:
