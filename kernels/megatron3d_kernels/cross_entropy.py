@@ -1,0 +1,298 @@
+"""The local pieces of cross-entropy over a vocabulary that is cut into shards.
+
+A shard holds the logits of some neighbouring vocabulary entries, the first of which is entry `vocab_start`. The caller
+joins the shards between the pieces (all-reduce of one number per row each); communication is not a kernel's business:
+
+    m = max over shards of local_max                         s, t = sums over shards of local_sum_exp_and_target
+    loss = log(s) + m - t                                    d_logits = (exp(logits - m) / s - onehot(target)) * d_loss
+
+Columns from `num_valid` on are padding of the vocabulary: they count as minus infinity, so their probability and
+gradient are 0. A shard may have no valid column at all. A target outside every shard (an ignored position, -100 say)
+has t = 0 and no onehot; the caller gives such rows the loss gradient 0.
+Source: Shoeybi et al., "Megatron-LM" (2019), section 3, for the fusion of the loss with the parallel output layer.
+
+V is the last dimension, "rows" are all others. Numbers per row are fp32 (fp64 for fp64 logits). No autograd here:
+the caller's autograd function is made of these pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron3d_kernels.launch import KernelError, as_rows, block_of, compute_dtype, jit, launch, tl
+from megatron3d_kernels.selection import DEFAULT_SELECTION, Kernel, Selection
+
+MAX_BLOCK = 4096
+CHUNK_ELEMENTS = 1 << 20
+"""Logits that the reference holds in fp32 at once (4 MiB): small beside any batch and inside the cache of a core."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which vocabulary entries the columns of a shard are: entry `start` first, then `num_valid` in a row."""
+
+    start: int
+    num_valid: int
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """One implementation of the three pieces, on rows: logits [R, V]; target, row_max and the others [R]."""
+
+    local_max: Callable[[torch.Tensor, int], torch.Tensor]
+    sum_exp_and_target: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Shard], tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Shard], None]
+
+
+@torch.no_grad()
+def local_max(logits: torch.Tensor, num_valid: int, *, selection: Selection = DEFAULT_SELECTION) -> torch.Tensor:
+    """Largest of the first `num_valid` logits of each row [..., V]; result [...], minus infinity if there is none."""
+    _check(logits, num_valid)
+    return selection.pick(CROSS_ENTROPY, logits).local_max(as_rows(logits), num_valid).view(logits.shape[:-1])
+
+
+@torch.no_grad()
+def local_sum_exp_and_target(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    max: torch.Tensor,
+    vocab_start: int,
+    num_valid: int,
+    *,
+    selection: Selection = DEFAULT_SELECTION,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of exp(logit - max) over this shard's valid columns, and the target's logit where it lies in this shard.
+
+    logits [..., V]; target [...] integer entries of the whole vocabulary; max [...] the largest logit of the row over
+    all shards. Result two tensors [...]; the second is 0 where the target is elsewhere.
+    """
+    _check(logits, num_valid)
+    shape = logits.shape[:-1]
+    rows = (as_rows(logits), target.reshape(-1), max.reshape(-1))
+    pieces = selection.pick(CROSS_ENTROPY, logits)
+    sum_exp, target_logit = pieces.sum_exp_and_target(*rows, Shard(vocab_start, num_valid))
+    return sum_exp.view(shape), target_logit.view(shape)
+
+
+@torch.no_grad()
+def cross_entropy_backward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    max: torch.Tensor,
+    sum_exp: torch.Tensor,
+    grad_loss: torch.Tensor,
+    vocab_start: int,
+    num_valid: int,
+    *,
+    in_place: bool = False,
+    selection: Selection = DEFAULT_SELECTION,
+) -> torch.Tensor:
+    """Gradient of the loss by this shard's logits, in their dtype: (exp(logit - max) / sum_exp - onehot) * grad_loss.
+
+    logits [..., V]; target, max, sum_exp (both over all shards) and grad_loss [...]. With `in_place`, contiguous logits
+    are overwritten and returned, which saves the largest tensor of a step; the caller must not need them again.
+    """
+    _check(logits, num_valid)
+    grad = logits if in_place and logits.is_contiguous() else logits.new_empty(logits.shape)
+    rows = (as_rows(logits), target.reshape(-1), max.reshape(-1), sum_exp.reshape(-1), grad_loss.reshape(-1))
+    pieces = selection.pick(CROSS_ENTROPY, logits)
+    pieces.backward(as_rows(grad), *rows, Shard(vocab_start, num_valid))
+    return grad
+
+
+def _check(logits: torch.Tensor, num_valid: int) -> None:
+    """Refuse more valid columns than there are."""
+    if not 0 <= num_valid <= logits.shape[-1]:
+        raise KernelError(f"num_valid is {num_valid}, but the shard has {logits.shape[-1]} columns.")
+
+
+def _row_chunks(logits: torch.Tensor) -> Iterator[slice]:
+    """Slices of rows of at most CHUNK_ELEMENTS logits, at least one row each."""
+    num_rows, num_columns = logits.shape
+    step = max(1, CHUNK_ELEMENTS // max(1, num_columns))
+    return (slice(first, first + step) for first in range(0, num_rows, step))
+
+
+def _local_column(target: torch.Tensor, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column of each row's target, 0 where it is elsewhere, and whether it is here."""
+    column = target - shard.start
+    here = (column >= 0) & (column < shard.num_valid)
+    return torch.where(here, column, 0), here
+
+
+def _reference_local_max(logits: torch.Tensor, num_valid: int) -> torch.Tensor:
+    """Plain torch; a maximum is exact in any dtype, so nothing is widened before it."""
+    if num_valid == 0:
+        shape = logits.shape[:1]
+        return torch.full(shape, float("-inf"), dtype=compute_dtype(logits.dtype), device=logits.device)
+    return logits[:, :num_valid].amax(dim=-1).to(compute_dtype(logits.dtype))
+
+
+def _reference_sum_exp_and_target(
+    logits: torch.Tensor, target: torch.Tensor, row_max: torch.Tensor, shard: Shard
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain torch, some rows at a time; the difference to the fp32 maximum widens the chunk by itself."""
+    dtype = compute_dtype(logits.dtype)
+    sum_exp = torch.zeros(logits.shape[0], dtype=dtype, device=logits.device)
+    if shard.num_valid == 0:
+        return sum_exp, torch.zeros_like(sum_exp)
+    valid = logits[:, : shard.num_valid]
+    for rows in _row_chunks(logits):
+        sum_exp[rows] = (valid[rows] - row_max[rows, None].to(dtype)).exp_().sum(dim=-1)
+    column, here = _local_column(target, shard)
+    target_logit = valid.gather(1, column[:, None]).squeeze(1).to(dtype)
+    return sum_exp, torch.where(here, target_logit, 0)
+
+
+def _reference_backward(
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    row_max: torch.Tensor,
+    sum_exp: torch.Tensor,
+    grad_loss: torch.Tensor,
+    shard: Shard,
+) -> None:
+    """Plain torch, some rows at a time; each chunk is read whole before it is written, so grad may be logits."""
+    grad[:, shard.num_valid :] = 0
+    if shard.num_valid == 0:
+        return
+    dtype = compute_dtype(logits.dtype)
+    column, here = _local_column(target, shard)
+    scale = grad_loss.to(dtype)
+    minus_onehot = torch.where(here, -scale, 0)
+    for rows in _row_chunks(logits):
+        chunk = (logits[rows, : shard.num_valid] - row_max[rows, None].to(dtype)).exp_()
+        chunk.mul_((scale[rows] / sum_exp[rows])[:, None])
+        chunk.scatter_add_(1, column[rows, None], minus_onehot[rows, None])
+        grad[rows, : shard.num_valid] = chunk
+
+
+def _triton_local_max(logits: torch.Tensor, num_valid: int) -> torch.Tensor:
+    """One program per row."""
+    num_rows = logits.shape[0]
+    row_max = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    constants = {"BLOCK": block_of(num_valid, limit=MAX_BLOCK), "num_warps": 8}
+    launch(_max_kernel, (num_rows,), logits, row_max, logits.stride(0), num_valid, device=logits.device, **constants)
+    return row_max
+
+
+def _triton_sum_exp_and_target(
+    logits: torch.Tensor, target: torch.Tensor, row_max: torch.Tensor, shard: Shard
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One program per row."""
+    num_rows = logits.shape[0]
+    sum_exp = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    target_logit = torch.empty_like(sum_exp)
+    tensors = (logits, target, row_max, sum_exp, target_logit)
+    sizes = (logits.stride(0), shard.start, shard.num_valid)
+    constants = {"BLOCK": block_of(shard.num_valid, limit=MAX_BLOCK), "num_warps": 8}
+    launch(_sum_exp_kernel, (num_rows,), *tensors, *sizes, device=logits.device, **constants)
+    return sum_exp, target_logit
+
+
+def _triton_backward(
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    row_max: torch.Tensor,
+    sum_exp: torch.Tensor,
+    grad_loss: torch.Tensor,
+    shard: Shard,
+) -> None:
+    """One program per row and block; it reads its block before it writes it, so grad may be logits."""
+    num_rows, num_columns = logits.shape
+    block = block_of(num_columns, limit=MAX_BLOCK)
+    tensors = (logits, target, row_max, sum_exp, grad_loss, grad)
+    sizes = (logits.stride(0), grad.stride(0), shard.start, shard.num_valid, num_columns)
+    grid = (num_rows, -(-num_columns // block))
+    launch(_backward_kernel, grid, *tensors, *sizes, device=logits.device, BLOCK=block, num_warps=8)
+
+
+@jit
+def _max_kernel(
+    logits_ptr: tl.tensor, max_ptr: tl.tensor, stride: tl.tensor, num_valid: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """Largest valid logit of one row; lanes keep their own maximum until the end."""
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    for first in range(0, num_valid, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + row * stride + columns, mask=columns < num_valid, other=float("-inf"))
+        largest = tl.maximum(largest, logits.to(tl.float32))
+    tl.store(max_ptr + row, tl.max(largest, axis=0))
+
+
+@jit
+def _sum_exp_kernel(
+    logits_ptr: tl.tensor,
+    target_ptr: tl.tensor,
+    max_ptr: tl.tensor,
+    sum_exp_ptr: tl.tensor,
+    target_logit_ptr: tl.tensor,
+    stride: tl.tensor,
+    vocab_start: tl.tensor,
+    num_valid: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Sum of exponentials of one row, and one more load for the target's logit where it is here."""
+    row = tl.program_id(0).to(tl.int64)
+    row_max = tl.load(max_ptr + row).to(tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, num_valid, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + row * stride + columns, mask=columns < num_valid, other=float("-inf"))
+        total += tl.exp(logits.to(tl.float32) - row_max)
+    column = tl.load(target_ptr + row).to(tl.int64) - vocab_start
+    here = (column >= 0) & (column < num_valid)
+    target_logit = tl.load(logits_ptr + row * stride + column, mask=here, other=0.0).to(tl.float32)
+    tl.store(sum_exp_ptr + row, tl.sum(total, axis=0))
+    tl.store(target_logit_ptr + row, target_logit)
+
+
+@jit
+def _backward_kernel(
+    logits_ptr: tl.tensor,
+    target_ptr: tl.tensor,
+    max_ptr: tl.tensor,
+    sum_exp_ptr: tl.tensor,
+    grad_loss_ptr: tl.tensor,
+    grad_ptr: tl.tensor,
+    logits_stride: tl.tensor,
+    grad_stride: tl.tensor,
+    vocab_start: tl.tensor,
+    num_valid: tl.tensor,
+    num_columns: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Softmax minus onehot of one block of one row; padding columns load minus infinity and so get 0."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row_max = tl.load(max_ptr + row).to(tl.float32)
+    grad_loss = tl.load(grad_loss_ptr + row).to(tl.float32)
+    scale = grad_loss / tl.load(sum_exp_ptr + row).to(tl.float32)
+    valid = columns < num_valid
+    logits = tl.load(logits_ptr + row * logits_stride + columns, mask=valid, other=float("-inf"))
+    grad = tl.exp(logits.to(tl.float32) - row_max) * scale
+    column = tl.load(target_ptr + row).to(tl.int64) - vocab_start
+    grad = tl.where(valid & (columns == column), grad - grad_loss, grad)
+    grad = tl.where(valid, grad, 0.0).to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + row * grad_stride + columns, grad, mask=columns < num_columns)
+
+
+CROSS_ENTROPY = Kernel(
+    name="cross_entropy",
+    reference=CrossEntropy(
+        local_max=_reference_local_max,
+        sum_exp_and_target=_reference_sum_exp_and_target,
+        backward=_reference_backward,
+    ),
+    triton=CrossEntropy(
+        local_max=_triton_local_max,
+        sum_exp_and_target=_triton_sum_exp_and_target,
+        backward=_triton_backward,
+    ),
+)

@@ -1,0 +1,79 @@
+"""All kernels behind one value: `Registry()` by the default rule, `Registry("reference")` or by name as forced.
+
+A model gets one registry at construction and calls its methods; nothing is looked up in a global or the environment.
+The same functions exist without a registry in the file of each kernel; how one is picked is in `selection.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron3d_kernels.activation import activation
+from megatron3d_kernels.cross_entropy import cross_entropy_backward, local_max, local_sum_exp_and_target
+from megatron3d_kernels.gated_activation import fused_gated_activation, gated_activation, swiglu
+from megatron3d_kernels.layer_norm import layer_norm
+from megatron3d_kernels.rms_norm import rms_norm
+from megatron3d_kernels.rotary import apply_rotary
+from megatron3d_kernels.selection import Selection
+
+
+class Registry(Selection):
+    """A selection with the kernels as methods; arguments, results and errors are those of the functions they name."""
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5
+    ) -> torch.Tensor:
+        """Normalize [..., H] to mean 0, variance 1, scale, shift; see `layer_norm.layer_norm`."""
+        return layer_norm(x, weight, bias, eps, selection=self)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+        """Divide [..., H] by its root mean square and scale; see `rms_norm.rms_norm`."""
+        return rms_norm(x, weight, eps, selection=self)
+
+    def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """gelu, gelu_tanh, relu, squared_relu or silu, always torch's; see `activation.activation`."""
+        return activation(x, kind)
+
+    def gated_activation(self, gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+        """act(gate) * up for swiglu, geglu, reglu; see `gated_activation.gated_activation`."""
+        return gated_activation(gate, up, kind, selection=self)
+
+    def fused_gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+        """The same for gate and up in one tensor [..., 2F]; see `gated_activation.fused_gated_activation`."""
+        return fused_gated_activation(gate_up, kind, selection=self)
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up for gate_up [..., 2F]; see `gated_activation.swiglu`."""
+        return swiglu(gate_up, selection=self)
+
+    def apply_rotary(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
+    ) -> torch.Tensor:
+        """Turn the leading part of each head of [B, N, S, D] by its position; see `rotary.apply_rotary`."""
+        return apply_rotary(x, cos, sin, interleaved, selection=self)
+
+    def local_max(self, logits: torch.Tensor, num_valid: int) -> torch.Tensor:
+        """Largest valid logit of each row of a vocabulary shard; see `cross_entropy.local_max`."""
+        return local_max(logits, num_valid, selection=self)
+
+    def local_sum_exp_and_target(
+        self, logits: torch.Tensor, target: torch.Tensor, max: torch.Tensor, vocab_start: int, num_valid: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of exponentials and target logit of a shard; see `cross_entropy.local_sum_exp_and_target`."""
+        return local_sum_exp_and_target(logits, target, max, vocab_start, num_valid, selection=self)
+
+    def cross_entropy_backward(
+        self,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        max: torch.Tensor,
+        sum_exp: torch.Tensor,
+        grad_loss: torch.Tensor,
+        vocab_start: int,
+        num_valid: int,
+        *,
+        in_place: bool = False,
+    ) -> torch.Tensor:
+        """Gradient of the loss by a shard's logits; see `cross_entropy.cross_entropy_backward`."""
+        rows = (logits, target, max, sum_exp, grad_loss)
+        return cross_entropy_backward(*rows, vocab_start, num_valid, in_place=in_place, selection=self)

@@ -1,0 +1,289 @@
+"""What every implementation of every kernel must do, as functions of (device, dtype, registry).
+
+The same cases run on the references, on Triton through its interpreter and on Triton on a GPU. Each compares values and
+gradients with the formula in float64, written here from the paper and differentiated by autograd, on inputs that were
+already rounded to the dtype under test. Sizes are odd on purpose: not powers of two, one column, no rows, strided views.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from megatron3d_kernels import Registry
+from torch import Tensor
+
+Case = Callable[[torch.device, torch.dtype, Registry], None]
+Operation = Callable[..., Tensor]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+FP32_NOISE = 3e-6
+"""Share of the largest value that fp32 sums of up to a few thousand terms may be off by: 2^-24 times a few dozen
+roundings that do not all point one way."""
+
+
+def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, what: str, *, floor: float = 0.0) -> None:
+    """One rounding to the dtype (half a unit in the last place, a whole one at a boundary) plus noise of fp32 sums.
+
+    floor: size of the terms inside, where they cancel to a smaller result; noise is a share of them.
+    """
+    assert got.dtype == dtype, f"{what}: result is {got.dtype}, not {dtype}"
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)} is not {tuple(want.shape)}"
+    if want.numel() == 0:
+        return
+    error = (got.double().cpu() - want.cpu()).abs()
+    info = torch.finfo(dtype)
+    bound = want.abs().cpu() * info.eps + max(float(want.abs().max()), floor) * FP32_NOISE + info.tiny
+    worst = (error / bound).argmax()
+    assert bool((error <= bound).all()), f"{what}: error {error.flatten()[worst]} over {bound.flatten()[worst]}"
+
+
+def check(operation: Operation, formula: Operation, inputs: list[Tensor], what: str, *, floor: float = 0.0) -> None:
+    """Compare values and the gradients of all inputs, and that a gradient nobody asks for changes no other."""
+    dtype = inputs[0].dtype
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    want, got = formula(*wide), operation(*leaves)
+    assert_close(got, want, dtype, f"{what}: value", floor=floor)
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(7)).to(want.device, dtype)
+    wanted = torch.autograd.grad(want, wide, grad.double())
+    for given, expected, place in zip(torch.autograd.grad(got, leaves, grad), wanted, range(len(inputs))):
+        assert_close(given, expected, inputs[place].dtype, f"{what}: gradient of input {place}", floor=floor)
+    for place in range(len(inputs)):
+        alone = [x.detach().requires_grad_(index == place) for index, x in enumerate(inputs)]
+        (given,) = torch.autograd.grad(operation(*alone), [alone[place]], grad)
+        assert_close(given, wanted[place], inputs[place].dtype, f"{what}: gradient of input {place} alone", floor=floor)
+
+
+def random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Tensor:
+    """Normal numbers, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def strided(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same kind of numbers in layouts whose rows or columns are not neighbours in memory."""
+    *lead, last = shape
+    wider = random((*lead, last + 3), device, dtype, seed=1)
+    turned = random((last, *lead), device, dtype, seed=2)
+    return {"part of a wider row": wider[..., 2 : last + 2], "columns far apart": turned.movedim(0, -1)}
+
+
+def layouts(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Contiguous and strided inputs."""
+    return {"contiguous": random(shape, device, dtype), **strided(shape, device, dtype)}
+
+
+def layer_norm_formula(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float) -> Tensor:
+    """Ba et al. 2016, equation 4."""
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+    return y if bias is None else y + bias
+
+
+def rms_norm_formula(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """Zhang and Sennrich 2019, equation 4."""
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def layer_norm_floor(x: Tensor) -> float:
+    """Largest |x| / std: x and its mean are rounded at the size of x before their difference is divided by std."""
+    wide = x.double()
+    return float((wide.abs() / (wide.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()).max())
+
+
+def layer_norm_case(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
+    """With and without bias, over all layouts."""
+    weight = random(shape[-1:], device, dtype, seed=3) + 1
+    bias = random(shape[-1:], device, dtype, seed=4)
+    operation, formula = partial(registry.layer_norm, eps=1e-5), partial(layer_norm_formula, eps=1e-5)
+    for layout, x in layouts(shape, device, dtype).items():
+        shifted = x + 3
+        floor = layer_norm_floor(shifted)
+        check(operation, formula, [shifted, weight, bias], f"{shape} shifted, {layout}", floor=floor)
+        check(operation, formula, [x, weight], f"{shape} without bias, {layout}", floor=layer_norm_floor(x))
+
+
+def rms_norm_case(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
+    """Over all layouts, for values near and far from eps."""
+    weight = random(shape[-1:], device, dtype, seed=3) + 1
+    operation, formula = partial(registry.rms_norm, eps=1e-5), partial(rms_norm_formula, eps=1e-5)
+    for layout, x in layouts(shape, device, dtype).items():
+        check(operation, formula, [x, weight], f"{shape}, {layout}", floor=1.0)
+        check(operation, formula, [x * 0.01, weight], f"{shape} small, {layout}", floor=1.0)
+
+
+def norms_accept_other_parameter_dtype(device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
+    """Parameters in fp32 beside narrower activations are used as they are, and get gradients of their own dtype."""
+    x = random((5, 33), device, dtype)
+    weight, bias = random((33,), device, torch.float32, seed=3), random((33,), device, torch.float32, seed=4)
+    check(partial(registry.layer_norm, eps=1e-5), partial(layer_norm_formula, eps=1e-5), [x, weight, bias], "LayerNorm")
+    check(partial(registry.rms_norm, eps=1e-5), partial(rms_norm_formula, eps=1e-5), [x, weight], "RMSNorm")
+
+
+def gate_formula(gate: Tensor, kind: str) -> Tensor:
+    """Shazeer 2020, sections 1 and 2."""
+    if kind == "swiglu":
+        return gate / (1 + (-gate).exp())
+    return gate * (1 + torch.erf(gate / math.sqrt(2))) / 2 if kind == "geglu" else gate.clamp(min=0)
+
+
+def gated_case(kind: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
+    """Gate and up apart, then as the halves of one tensor."""
+    for layout, gate in layouts(shape, device, dtype).items():
+        up = random(shape, device, dtype, seed=5)
+        apart = lambda g, u: gate_formula(g, kind) * u  # noqa: E731
+        check(partial(registry.gated_activation, kind=kind), apart, [gate * 3, up], f"{kind} {shape}, {layout}")
+    half = shape[-1]
+    fused = lambda both: gate_formula(both[..., :half], kind) * both[..., half:]  # noqa: E731
+    for layout, gate_up in layouts((*shape[:-1], 2 * half), device, dtype).items():
+        check(partial(registry.fused_gated_activation, kind=kind), fused, [gate_up], f"fused {kind} {shape}, {layout}")
+
+
+def swiglu_of_large_gates_is_finite(device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
+    """exp(-gate) overflows for very negative gates; value and slope must still be their limits."""
+    gate = torch.tensor([-200.0, -90.0, 0.0, 90.0, 200.0], device=device, dtype=dtype)
+    gate_up = torch.cat([gate, torch.ones_like(gate)]).requires_grad_()
+    y = registry.swiglu(gate_up)
+    y.sum().backward()
+    assert y.tolist() == [0.0, 0.0, 0.0, 90.0, 200.0]
+    assert gate_up.grad is not None
+    assert gate_up.grad[:5].tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+
+
+def rotary_formula(x: Tensor, angles: Tensor, *, interleaved: bool) -> Tensor:
+    """RoFormer, equation 34, by complex numbers; x [B, N, S, D], angles [B or 1, 1, S, R/2] of each position."""
+    half = angles.shape[-1]
+    if interleaved:
+        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+    else:
+        first, second = x[..., :half], x[..., half : 2 * half]
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
+    pairs = [turned.real, turned.imag]
+    rotated = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
+    return torch.cat([rotated, x[..., 2 * half :]], -1)
+
+
+def rotary_case(interleaved: bool, rotated: int, device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
+    """Shared and per-sample positions; x as it comes from [B, N, S, D] and from a transposed part of [S, B, N, 3D]."""
+    batch, heads, sequence, size = 2, 3, 5, 12
+    frequencies = 10000.0 ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
+    shared = torch.arange(sequence)[:, None] * frequencies
+    own = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 900]])[..., None] * frequencies
+    qkv = random((sequence, batch, heads, 3 * size), device, dtype, seed=2)
+    inputs = {
+        "contiguous": random((batch, heads, sequence, size), device, dtype),
+        "a part of [S, B, N, 3D], transposed": qkv[..., size : 2 * size].permute(1, 2, 0, 3),
+    }
+    for layout, x in inputs.items():
+        for name, angles in (("shared", shared), ("per sample", own)):
+            cos, sin = angles.cos().float().to(device), angles.sin().float().to(device)
+            wide = (angles if name == "per sample" else angles[None]).unsqueeze(1).to(device)
+            operation = partial(_apply, registry, cos, sin, interleaved)
+            formula = partial(rotary_formula, angles=wide, interleaved=interleaved)
+            check(operation, formula, [x], f"{layout}, positions {name}")
+
+
+def _apply(registry: Registry, cos: Tensor, sin: Tensor, interleaved: bool, x: Tensor) -> Tensor:
+    """apply_rotary with x last, for `partial`."""
+    return registry.apply_rotary(x, cos, sin, interleaved)
+
+
+def cross_entropy_case(
+    sizes: tuple[int, int, int], in_place: bool, device: torch.device, dtype: torch.dtype, registry: Registry
+) -> None:
+    """Loss and gradient put together from shards equal torch's cross_entropy over the unpadded vocabulary.
+
+    sizes: number of shards, columns of each, valid vocabulary entries in all; so some shards may be all padding.
+    """
+    num_shards, columns, vocabulary = sizes
+    logits = random((2, 3, num_shards * columns), device, dtype) * 4
+    target = torch.tensor([[0, vocabulary - 1, vocabulary // 2], [-100, 1, vocabulary // 3]], device=device)
+    grad_loss = random((2, 3), device, torch.float32, seed=6) * (target >= 0)
+    wide = logits[..., :vocabulary].double().requires_grad_()
+    flat = (wide.reshape(-1, vocabulary), target.reshape(-1))
+    want = torch.nn.functional.cross_entropy(*flat, reduction="none").view(2, 3)
+    (want_grad,) = torch.autograd.grad(want, wide, grad_loss.double())
+    loss, grad = sharded_cross_entropy(logits, target, grad_loss, sizes, registry, in_place=in_place)
+    assert_close(torch.where(target >= 0, loss, 0), want.detach(), torch.float32, f"{sizes}: loss")
+    assert_close(grad[..., :vocabulary], want_grad, dtype, f"{sizes}: gradient")
+    assert bool((grad[..., vocabulary:] == 0).all()), f"{sizes}: padding got a gradient"
+
+
+def sharded_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    grad_loss: Tensor,
+    sizes: tuple[int, int, int],
+    registry: Registry,
+    *,
+    in_place: bool,
+) -> tuple[Tensor, Tensor]:
+    """What ranks of a tensor-parallel axis do, one after the other in one process."""
+    num_shards, columns, vocabulary = sizes
+    shards = logits.split(columns, dim=-1)
+    shards = [shard.contiguous() for shard in shards] if in_place else list(shards)
+    starts = [columns * index for index in range(num_shards)]
+    valid = [min(max(vocabulary - start, 0), columns) for start in starts]
+    largest = torch.stack([registry.local_max(shard, n) for shard, n in zip(shards, valid)]).amax(0)
+    parts = [
+        registry.local_sum_exp_and_target(shard, target, largest, start, n)
+        for shard, start, n in zip(shards, starts, valid)
+    ]
+    sum_exp, target_logit = (torch.stack(part).sum(0) for part in zip(*parts))
+    loss = sum_exp.log() + largest - target_logit
+    grads = [
+        registry.cross_entropy_backward(shard, target, largest, sum_exp, grad_loss, start, n, in_place=in_place)
+        for shard, start, n in zip(shards, starts, valid)
+    ]
+    if in_place:
+        assert all(grad is shard for grad, shard in zip(grads, shards)), "contiguous logits were not overwritten"
+    return loss, torch.cat(grads, -1)
+
+
+def empty_rows_stay_empty(device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
+    """No rows give no rows, and parameter gradients of 0."""
+    x = torch.empty(0, 2, 6, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.ones(6, device=device, dtype=dtype, requires_grad=True)
+    for y in (registry.layer_norm(x, weight, weight), registry.rms_norm(x, weight), registry.swiglu(x)):
+        weight.grad = None
+        y.sum().backward()
+        assert y.shape[:2] == (0, 2)
+        assert weight.grad is None or weight.grad.tolist() == [0.0] * 6
+    angles = torch.empty(2, 3, device=device)
+    assert registry.apply_rotary(x.unsqueeze(0), angles, angles).shape == (1, 0, 2, 6)
+    rows = torch.empty(0, 2, device=device)
+    target = rows.long()
+    assert registry.local_max(x, 6).shape == (0, 2)
+    assert registry.local_sum_exp_and_target(x, target, rows, 0, 6)[0].shape == (0, 2)
+    assert registry.cross_entropy_backward(x, target, rows, rows, rows, 0, 6).shape == x.shape
+
+
+def _cases() -> dict[str, Case]:
+    """All cases by name."""
+    cases: dict[str, Case] = {
+        "empty_rows": empty_rows_stay_empty,
+        "swiglu_limits": swiglu_of_large_gates_is_finite,
+        "norms_fp32_parameters": norms_accept_other_parameter_dtype,
+    }
+    for shape in ((1, 1), (4, 8), (3, 2, 37), (530, 5), (2, 1030)):
+        name = "x".join(map(str, shape))
+        cases[f"layer_norm_{name}"] = partial(layer_norm_case, shape)
+        cases[f"rms_norm_{name}"] = partial(rms_norm_case, shape)
+    for kind in ("swiglu", "geglu", "reglu"):
+        for shape in ((3, 2, 37), (2, 1030)):
+            cases[f"{kind}_{'x'.join(map(str, shape))}"] = partial(gated_case, kind, shape)
+    for interleaved in (False, True):
+        for rotated in (12, 6, 2):
+            pairing = "interleaved" if interleaved else "halves"
+            cases[f"rotary_{pairing}_{rotated}_of_12"] = partial(rotary_case, interleaved, rotated)
+    for sizes in ((1, 37, 37), (2, 20, 37), (4, 16, 37), (3, 5000, 10001)):
+        for in_place in (False, True):
+            name = "cross_entropy_{}x{}_valid_{}".format(*sizes)
+            cases[name + ("_in_place" if in_place else "")] = partial(cross_entropy_case, sizes, in_place)
+    return cases
+
+
+CASES = _cases()
