@@ -9,6 +9,7 @@ every resumed run gets the same sizes.
 from __future__ import annotations
 
 from decimal import Decimal, InvalidOperation
+from itertools import pairwise
 
 from megatron3d.config.train import TrainConfig
 from megatron3d.errors import ConfigError
@@ -67,6 +68,8 @@ def iterations_for_samples(train: TrainConfig, samples: int, data_parallel_size:
         steps = max(0, min(-(-(last_sample - consumed) // size), (samples - consumed) // size))
         iterations += steps
         consumed += steps * size
+        if consumed < last_sample:
+            break
     return iterations
 
 
@@ -89,10 +92,10 @@ def parse_step_schedule(text: str, seq_length: int) -> tuple[Level, ...]:
     """
     levels = tuple(_parse_pair(pair, text, seq_length) for pair in text.replace(",", " ").split())
     starts = [first_sample for first_sample, _ in levels]
-    if not levels or starts[0] != 0 or any(later <= earlier for earlier, later in zip(starts, starts[1:])):
+    if not levels or starts[0] != 0 or any(later <= earlier for earlier, later in pairwise(starts)):
         raise ConfigError(
-            f"--step-batch-size-schedule '{text}' must start at 0 tokens and rise by at least one sequence from pair to "
-            "pair; write it like '0:16 2.4B:320 12B:1536'."
+            f"--step-batch-size-schedule '{text}' must start at 0 tokens and rise by at least one sequence from "
+            "pair to pair; write it like '0:16 2.4B:320 12B:1536'."
         )
     return levels
 

@@ -83,7 +83,7 @@ class _LlamaFamily:
             "rotary_base": self.rotary_base,
             "normalization": "RMSNorm",
             "norm_epsilon": 1e-5,
-            "swiglu": True,
+            "activation": "swiglu",
             "add_bias_linear": False,
             "untie_embeddings_and_output_weights": True,
             "hidden_dropout": 0.0,

@@ -1,0 +1,73 @@
+"""Whether a run can work, said before any process group or device exists: all problems at once, each with its fix.
+
+`check` collects sentences, `resolve` raises them or returns the run with every derived value filled in, and
+`with_vocab_size` adds what is known only once the tokenizer is open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron3d.config.bounds import single_option_problems, with_defaults_where_wrong
+from megatron3d.config.derive import derive
+from megatron3d.config.rules_model import MODEL_RULES
+from megatron3d.config.rules_run import RUN_RULES, required_problems
+from megatron3d.config.run import RunConfig
+from megatron3d.errors import ConfigError
+
+
+def check(config: RunConfig, world_size: int) -> list[str]:
+    """A sentence for each problem of this run on `world_size` ranks; an empty list if it can work.
+
+    Values that are outside their own range are reported and then taken as not given, so that one mistake does not
+    hide another.
+    """
+    problems = [*single_option_problems(config), *required_problems(config)]
+    given = with_defaults_where_wrong(config)
+    run = derive(given, world_size)
+    for rule in (*MODEL_RULES, *RUN_RULES):
+        problems += rule(given, run)
+    return problems
+
+
+def resolve(config: RunConfig, world_size: int) -> RunConfig:
+    """The run with all derived values (FFN width, layout, batch, decay length ...); resolving twice is once.
+
+    `model.vocab_size` stays None where only the tokenizer knows it: see `with_vocab_size`.
+
+    Raises: ConfigError with all problems, one a line.
+    """
+    problems = check(config, world_size)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return derive(config, world_size)
+
+
+def with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
+    """The run with its vocabulary settled, once the tokenizer says that it has `vocab_size` ids; settling twice is once.
+
+    A larger `--vocab-size` is kept (rows for tokens to come). NullTokenizer is made from `--vocab-size` and has one id
+    more, for the end of a document: unless `--eod-token` names one of the former, the run gets that id.
+
+    Raises: ConfigError if `--vocab-size` is smaller than the tokenizer's vocabulary, or --eod-token is not in it.
+    """
+    flag, eod = config.model.vocab_size, config.data.eod_token
+    if config.data.tokenizer_type == "NullTokenizer":
+        settled = flag if flag is not None and eod is not None and eod < flag else vocab_size
+        eod = settled - 1 if eod is None else eod
+    elif flag is not None and flag < vocab_size:
+        raise ConfigError(
+            f"--vocab-size {flag} is smaller than the {vocab_size} ids of the tokenizer "
+            f"({config.data.tokenizer_type}), whose tokens would have no embedding; use --vocab-size {vocab_size}."
+        )
+    else:
+        settled = max(flag or 0, vocab_size)
+    if eod is not None and eod >= settled:
+        raise ConfigError(
+            f"--eod-token {eod} is not in the vocabulary of {settled} ids; use an id from 0 to {settled - 1}."
+        )
+    return replace(
+        config,
+        model=replace(config.model, vocab_size=settled),
+        data=replace(config.data, eod_token=eod),
+    )

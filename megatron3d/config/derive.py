@@ -1,0 +1,122 @@
+"""The values that follow from others: what a default of None means once the rest of the run is known.
+
+Nothing here judges: where values do not fit together the result is of no use, and `check.py` says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron3d.config.batch_size import parse_step_schedule
+from megatron3d.config.data import DataConfig
+from megatron3d.config.model import GATED_ACTIVATIONS, ModelConfig
+from megatron3d.config.optim import OptimConfig
+from megatron3d.config.parallel import ParallelConfig
+from megatron3d.config.run import RunConfig
+from megatron3d.config.train import TrainConfig
+from megatron3d.errors import ConfigError
+
+
+def derive(config: RunConfig, world_size: int) -> RunConfig:
+    """The run on `world_size` ranks with all derivable values filled in; what cannot be derived stays None."""
+    parallel = _derive_parallel(config.parallel, world_size)
+    return replace(
+        config,
+        model=resolve_model(config.model),
+        parallel=parallel,
+        train=_derive_train(config, parallel.data_parallel_size),
+        optim=_derive_optim(config.optim, config.train),
+        data=_derive_data(config.data),
+    )
+
+
+def resolve_model(model: ModelConfig) -> ModelConfig:
+    """The model with activation, head size, groups, FFN width and positions filled in; resolving twice is once."""
+    activation = model.activation or _activation_by_switch(model)
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    groups = model.num_query_groups or (1 if model.group_query_attention else heads)
+    return replace(
+        model,
+        activation=activation,
+        num_query_groups=groups,
+        kv_channels=model.kv_channels or (hidden // heads if hidden and heads else None),
+        ffn_hidden_size=model.ffn_hidden_size or (_ffn_hidden_size(hidden, activation) if hidden else None),
+        max_position_embeddings=model.max_position_embeddings or model.seq_length,
+    )
+
+
+def _activation_by_switch(model: ModelConfig) -> str:
+    if model.swiglu:
+        return "swiglu"
+    return "squared_relu" if model.squared_relu else "gelu_tanh"
+
+
+def _ffn_hidden_size(hidden_size: int, activation: str) -> int:
+    """4H; with a gate 8H/3 rounded down to a multiple of 64, which keeps the number of weights of a plain MLP.
+
+    Source: Shazeer 2020 (arXiv:2002.05202), section 2; the multiple is Megatron-LM's.
+    """
+    return 8 * hidden_size // 192 * 64 if activation in GATED_ACTIVATIONS else 4 * hidden_size
+
+
+def model_parallel_size(parallel: ParallelConfig) -> int:
+    """Ranks that hold one copy of the model together."""
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
+def _derive_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfig:
+    stage = 1 if parallel.use_distributed_optimizer and parallel.zero_stage == 0 else parallel.zero_stage
+    return replace(
+        parallel,
+        world_size=world_size,
+        data_parallel_size=max(1, world_size // model_parallel_size(parallel)),
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        zero_stage=stage,
+    )
+
+
+def _derive_train(config: RunConfig, data_parallel_size: int) -> TrainConfig:
+    train = _derive_recomputation(config.train)
+    steps = _step_levels(train.step_batch_size_schedule, config.model.seq_length)
+    batch = steps[-1][1] if steps else train.global_batch_size
+    if batch is None and train.micro_batch_size:
+        batch = train.micro_batch_size * data_parallel_size
+    return replace(train, global_batch_size=batch, batch_size_steps=steps)
+
+
+def _step_levels(schedule: str | None, seq_length: int | None) -> tuple[tuple[int, int], ...]:
+    if schedule is None or not seq_length:
+        return ()
+    try:
+        return parse_step_schedule(schedule, seq_length)
+    except ConfigError:
+        # check.py reports the malformed text together with all other problems.
+        return ()
+
+
+def _derive_recomputation(train: TrainConfig) -> TrainConfig:
+    granularity, method, layers = train.recompute_granularity, train.recompute_method, train.recompute_num_layers
+    if granularity is None and train.recompute_activations:
+        granularity = "selective"
+    elif granularity is None and method is not None:
+        granularity = "full"
+    if granularity == "full":
+        method = method or "uniform"
+        layers = layers if layers is not None or method == "block" else 1
+    return replace(train, recompute_granularity=granularity, recompute_method=method, recompute_num_layers=layers)
+
+
+def _derive_optim(optim: OptimConfig, train: TrainConfig) -> OptimConfig:
+    return replace(
+        optim,
+        lr_decay_iters=optim.lr_decay_iters or train.train_iters,
+        lr_decay_samples=optim.lr_decay_samples or train.train_samples,
+    )
+
+
+def _derive_data(data: DataConfig) -> DataConfig:
+    """The tokenizer that its files imply, and the split without the quotes that a shell array may leave around it."""
+    kind = data.tokenizer_type
+    if kind is None and data.vocab_file:
+        kind = "GPT2BPETokenizer" if data.merge_file else "BertWordPieceLowerCase"
+    return replace(data, tokenizer_type=kind, split=data.split.strip("'\" "))

@@ -1,0 +1,198 @@
+"""What must hold between the options of the model and of the layout.
+
+Each rule yields sentences. `given` is what the user said (values outside their own range set back to the default),
+`run` the same with all derived values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron3d.config.derive import model_parallel_size
+from megatron3d.config.model import ModelConfig
+from megatron3d.config.parallel import PIPELINE_SCHEDULES
+from megatron3d.config.run import RunConfig
+
+
+def attention_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Heads share the hidden size, groups share the heads, and rotations work on pairs."""
+    model = run.model
+    hidden, heads, groups = model.hidden_size, model.num_attention_heads, model.num_query_groups
+    if hidden and heads and given.model.kv_channels is None and hidden % heads:
+        below = hidden // heads * heads
+        sizes = f"{below} or {below + heads}" if below else str(heads)
+        yield (
+            f"--hidden-size {hidden} is not a multiple of --num-attention-heads {heads}, so heads have no whole size; "
+            f"use --hidden-size {sizes}, or give --kv-channels."
+        )
+    if heads and groups and heads % groups:
+        yield (
+            f"--num-query-groups {groups} does not divide --num-attention-heads {heads}; use one of "
+            f"{_divisors_text(heads)}."
+        )
+    if model.position_embedding_type == "rope" and model.kv_channels:
+        rotated = int(model.kv_channels * model.rotary_percent)
+        if rotated % 2 or rotated == 0:
+            yield (
+                f"--position-embedding-type rope rotates pairs, but --kv-channels {model.kv_channels} x "
+                f"--rotary-percent {model.rotary_percent:g} is {rotated}; choose them so that it is even and positive."
+            )
+
+
+def activation_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """One activation."""
+    model = given.model
+    wanted = {
+        "--swiglu": ("swiglu", model.swiglu),
+        "--squared-relu": ("squared_relu", model.squared_relu),
+        "--openai-gelu": ("gelu_tanh", model.openai_gelu),
+        f"--activation {model.activation}": (model.activation, model.activation is not None),
+    }
+    asked = {flag: activation for flag, (activation, is_given) in wanted.items() if is_given}
+    if len(set(asked.values())) > 1:
+        yield f"{' and '.join(asked)} ask for different activations; give only one of them."
+
+
+def positions_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """A sample fits into the positions."""
+    length, positions = run.model.seq_length, run.model.max_position_embeddings
+    if length and positions and length > positions:
+        yield (
+            f"--seq-length {length} is longer than --max-position-embeddings {positions}; use --seq-length {positions} "
+            f"or --max-position-embeddings {length}."
+        )
+
+
+def world_size_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """The ranks factor into tensor x pipeline x data."""
+    size, world = model_parallel_size(run.parallel), run.parallel.world_size
+    if world % size:
+        tp, pp = run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size
+        above = -(-world // size) * size
+        counts = f"{above - size} or {above}" if above > size else str(above)
+        yield (
+            f"A world of {world} ranks is not a multiple of tensor {tp} x pipeline {pp} = {size}; start {counts} "
+            f"ranks, or change --tensor-model-parallel-size or --pipeline-model-parallel-size so that their product "
+            f"divides {world}."
+        )
+
+
+def tensor_parallel_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Each tensor-parallel rank gets the same number of heads, groups, FFN columns and, if so asked, positions."""
+    tp = run.parallel.tensor_model_parallel_size
+    for option, value in _sizes_cut_by_tensor_parallelism(run).items():
+        if value and value % tp:
+            yield (
+                f"{option} {value} is not a multiple of --tensor-model-parallel-size {tp}, which cuts it; use "
+                f"--tensor-model-parallel-size {_divisors_text(_common_size(run))}, or another {option}."
+            )
+
+
+def _sizes_cut_by_tensor_parallelism(run: RunConfig) -> dict[str, int | None]:
+    model: ModelConfig = run.model
+    sizes = {"--num-attention-heads": model.num_attention_heads, "--ffn-hidden-size": model.ffn_hidden_size}
+    if model.num_query_groups != model.num_attention_heads:
+        sizes["--num-query-groups"] = model.num_query_groups
+    if run.parallel.sequence_parallel:
+        sizes["--seq-length (with --sequence-parallel)"] = model.seq_length
+    return sizes
+
+
+def _common_size(run: RunConfig) -> int:
+    """The number whose divisors are the possible tensor-parallel sizes."""
+    return math.gcd(*(value for value in _sizes_cut_by_tensor_parallelism(run).values() if value))
+
+
+def pipeline_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Every stage gets a layer, and the order of work is known."""
+    parallel = run.parallel
+    if parallel.pipeline_schedule not in PIPELINE_SCHEDULES:
+        yield (
+            f"--pipeline-schedule {parallel.pipeline_schedule} is not known; use one of: "
+            f"{', '.join(PIPELINE_SCHEDULES)}."
+        )
+    yield from _end_stage_problems(given)
+    layers, stages = run.model.num_layers, parallel.pipeline_model_parallel_size
+    if not layers:
+        return
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    if stages == 1:
+        for option, fixed in (("first", first), ("last", last)):
+            if fixed not in (None, layers):
+                yield (
+                    f"--decoder-{option}-pipeline-num-layers {fixed} needs more than one pipeline stage, but "
+                    f"--pipeline-model-parallel-size is 1 and holds all {layers} layers; drop it."
+                )
+        return
+    fixed_layers = (first or 0) + (last or 0)
+    open_stages = stages - (first is not None) - (last is not None)
+    counted = parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
+    if open_stages == 0 and fixed_layers != layers:
+        yield (
+            f"--decoder-first-pipeline-num-layers {first} and --decoder-last-pipeline-num-layers {last} hold "
+            f"{fixed_layers} layers on 2 stages, but --num-layers is {layers}; make them add up, or give only one."
+        )
+    elif layers - fixed_layers + counted < open_stages:
+        fixed = f" besides the {fixed_layers} fixed ones" if fixed_layers else ""
+        yield (
+            f"--pipeline-model-parallel-size {stages} is more than --num-layers {layers} can fill: "
+            f"{max(0, layers - fixed_layers)} layers{fixed} are left for {open_stages} stages; use at most "
+            f"{layers} stages, more layers, or fewer fixed ones."
+        )
+
+
+def _end_stage_problems(given: RunConfig) -> Iterator[str]:
+    """An end of the pipeline is fixed or worked out, not both."""
+    parallel = given.parallel
+    ends = (
+        (
+            "first",
+            parallel.decoder_first_pipeline_num_layers,
+            "embedding",
+            parallel.account_for_embedding_in_pipeline_split,
+        ),
+        ("last", parallel.decoder_last_pipeline_num_layers, "loss", parallel.account_for_loss_in_pipeline_split),
+    )
+    for end, fixed, part, counted in ends:
+        if fixed is not None and counted:
+            yield (
+                f"--decoder-{end}-pipeline-num-layers {fixed} already fixes what --account-for-{part}-in-pipeline-"
+                "split would work out; give only one of the two."
+            )
+
+
+def unsupported_parallelism_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Degrees of parallelism that are known by name and not in this version."""
+    parallel = given.parallel
+    if parallel.context_parallel_size > 1:
+        yield (
+            f"--context-parallel-size {parallel.context_parallel_size} is not in this version; use 1, and "
+            "--sequence-parallel with --tensor-model-parallel-size for long sequences."
+        )
+    if parallel.expert_model_parallel_size > 1:
+        yield (
+            f"--expert-model-parallel-size {parallel.expert_model_parallel_size} is not in this version, which has no "
+            "mixtures of experts; use 1."
+        )
+    if parallel.zero_stage > 1:
+        yield f"--zero-stage {parallel.zero_stage} is not in this version: stages 2 and 3 are not here yet; use 0 or 1."
+
+
+def _divisors_text(number: int) -> str:
+    """The divisors of a positive number as "1, 2 or 4"."""
+    divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
+    if len(divisors) > 8:
+        divisors = [*divisors[:7], f"another divisor of {number}"]
+    return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"
+
+
+MODEL_RULES = (
+    attention_rule,
+    activation_rule,
+    positions_rule,
+    world_size_rule,
+    tensor_parallel_rule,
+    pipeline_rule,
+    unsupported_parallelism_rule,
+)

@@ -1,0 +1,96 @@
+"""A run as JSON, saved as `run.json` beside each checkpoint, and as a table for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron3d.config.options import BY_KEY, SECTIONS
+from megatron3d.config.run import RunConfig
+from megatron3d.errors import ConfigError
+
+
+def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The run as nested dicts of plain JSON values, every field of every section; `from_dict` takes it back exactly."""
+    return {section: _section_to_dict(getattr(config, section)) for section in SECTIONS}
+
+
+def from_dict(stored: Mapping[str, Any]) -> RunConfig:
+    """The run that `to_dict` gave. Fields that the stored run does not know yet take their defaults.
+
+    Raises: ConfigError naming sections or fields that do not exist, or that are not of the expected kind.
+    """
+    unknown = [section for section in stored if section not in SECTIONS]
+    if unknown:
+        raise ConfigError(f"The stored run has the unknown section {unknown[0]}; sections are {', '.join(SECTIONS)}.")
+    return RunConfig(**{section: _section_from_dict(section, values) for section, values in stored.items()})
+
+
+def to_json(config: RunConfig) -> str:
+    """The text of `run.json`; Raises: ValueError for a number that JSON cannot hold, such as infinity."""
+    return json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n"
+
+
+def as_table(config: RunConfig) -> str:
+    """Lines of option, value and unit by section: what differs from the defaults, whether given or derived.
+
+    Values without a flag, such as the data-parallel size, always stand here, and so does the precision.
+    """
+    lines: list[str] = []
+    for section in SECTIONS:
+        rows = list(_rows(config, section))
+        if not rows:
+            continue
+        lines.append(section)
+        width = max(len(name) for name, _ in rows)
+        lines += [f"  {name:<{width}}  {value}" for name, value in rows]
+    return "\n".join(lines)
+
+
+def _section_to_dict(section_config: Any) -> dict[str, Any]:
+    return {field.name: _plain(getattr(section_config, field.name)) for field in dataclasses.fields(section_config)}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _section_from_dict(section: str, values: Any) -> Any:
+    config_class = SECTIONS[section]
+    names = {field.name for field in dataclasses.fields(config_class)}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"The section {section} of the stored run is a {type(values).__name__}, not an object.")
+    unknown = [name for name in values if name not in names]
+    if unknown:
+        raise ConfigError(
+            f"The stored run has the unknown field {section}.{unknown[0]}; it comes from another version of megatron3d. "
+            "Take the field out of run.json, or use that version."
+        )
+    return config_class(**{name: _frozen(value) for name, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def _rows(config: RunConfig, section: str) -> Iterator[tuple[str, str]]:
+    """(name, value) of each field to show."""
+    section_config = getattr(config, section)
+    for field in dataclasses.fields(section_config):
+        value = getattr(section_config, field.name)
+        option = BY_KEY.get((section, field.name))
+        if option is None and value != ():
+            yield field.name, str(value)
+        elif option is not None and value != field.default:
+            unit = f" {option.flag.unit}" if option.flag.unit else ""
+            yield field.name, _shown(value) + unit
+    if section == "optim":
+        yield "precision", config.optim.precision
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return " ".join(str(item) for item in value) if isinstance(value, tuple) else str(value)
