@@ -57,4 +57,3 @@ def peak_memory_bytes(device: torch.device) -> int:
 def device_name(device: torch.device) -> str:
     """The marketing name of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-

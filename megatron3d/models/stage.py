@@ -108,6 +108,11 @@ class Stage(nn.Module):
             units.setdefault(unit_of(name), []).append(name)
         return units
 
+    @property
+    def tied_unit(self) -> str | None:
+        """Name of the unit that holds a tied table, whose gradient is the sum over its holders; None if untied."""
+        return None if self.config.untie_embeddings_and_output_weights else "embedding.word"
+
     def uses_of(self, name: str) -> int:
         """How many contributions to its gradient a parameter gets in one backward of this stage."""
         tied = not self.config.untie_embeddings_and_output_weights

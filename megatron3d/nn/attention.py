@@ -15,7 +15,6 @@ from math import sqrt
 
 import torch
 import torch.nn.functional as F
-from megatron3d_kernels.rotary import apply_rotary
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -77,7 +76,7 @@ class SelfAttention(nn.Module):
         if inputs.rotary is not None:
             cos, sin = inputs.rotary
             interleaved, kernels = self.config.rotary_interleaved, self.context.kernels
-            q, k = (apply_rotary(x, cos, sin, interleaved, registry=kernels) for x in (q, k))
+            q, k = (kernels.apply_rotary(x, cos, sin, interleaved) for x in (q, k))
         return q, k, v
 
     def _core(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, inputs: LayerInputs) -> Tensor:

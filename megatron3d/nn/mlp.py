@@ -5,7 +5,6 @@ Source: Vaswani et al. 2017, section 3.3; Shazeer 2020 for the gated kinds, whos
 
 from __future__ import annotations
 
-from megatron3d_kernels.activation import activation, gated_activation
 from torch import Tensor, nn
 
 from megatron3d.config.model import ModelConfig
@@ -35,6 +34,6 @@ class MLP(nn.Module):
 
     def _activate(self, x_SBF: Tensor) -> Tensor:
         if not self.config.is_gated:
-            return activation(x_SBF, self.config.activation)
+            return self.kernels.activation(x_SBF, self.config.activation)
         gate_SBF, up_SBF = x_SBF.chunk(2, dim=-1)
-        return gated_activation(gate_SBF, up_SBF, self.config.activation, registry=self.kernels)
+        return self.kernels.gated_activation(gate_SBF, up_SBF, self.config.activation)

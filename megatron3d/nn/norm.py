@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from megatron3d_kernels.layer_norm import layer_norm
-from megatron3d_kernels.rms_norm import rms_norm
 from torch import Tensor
 
 from megatron3d.config.model import ModelConfig
@@ -32,8 +30,8 @@ class Norm(ParallelModule):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., size]; statistics in fp32, result in the dtype of `x`."""
         if self.is_rms:
-            return rms_norm(x, self.weight, self.epsilon, registry=self.kernels)
-        return layer_norm(x, self.weight, self.bias, self.epsilon, registry=self.kernels)
+            return self.kernels.rms_norm(x, self.weight, self.epsilon)
+        return self.kernels.layer_norm(x, self.weight, self.bias, self.epsilon)
 
 
 def residual_norm(config: ModelConfig, context: LayerContext) -> Norm:

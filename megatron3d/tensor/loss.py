@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron3d_kernels.cross_entropy import cross_entropy_backward, local_max, local_sum_exp_and_target
 from megatron3d_kernels.registry import Registry
 from torch import Tensor
 
@@ -42,8 +41,8 @@ class _LossFromSums(torch.autograd.Function):
     def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         logits_SBV, target_SB, max_SB, sum_exp_SB = ctx.saved_tensors
         first_row, num_valid = ctx.shard
-        grad_SBV = cross_entropy_backward(
-            logits_SBV, target_SB, max_SB, sum_exp_SB, grad_SB, first_row, num_valid, registry=ctx.kernels
+        grad_SBV = ctx.kernels.cross_entropy_backward(
+            logits_SBV, target_SB, max_SB, sum_exp_SB, grad_SB, first_row, num_valid
         )
         return grad_SBV, None, None, None, None, None
 
@@ -60,7 +59,7 @@ def vocab_parallel_cross_entropy(
         num_valid: this rank's columns that are not padding.
     """
     with torch.no_grad():
-        max_SB = all_reduce(local_max(logits_SBV, num_valid, registry=kernels), axis, reduction="max")
-        sum_and_target = local_sum_exp_and_target(logits_SBV, target_SB, max_SB, first_row, num_valid, registry=kernels)
+        max_SB = all_reduce(kernels.local_max(logits_SBV, num_valid), axis, reduction="max")
+        sum_and_target = kernels.local_sum_exp_and_target(logits_SBV, target_SB, max_SB, first_row, num_valid)
         sums_2SB = all_reduce(torch.stack(sum_and_target), axis)
     return _LossFromSums.apply(logits_SBV, target_SB, max_SB, sums_2SB, (first_row, num_valid), kernels)

@@ -1,0 +1,164 @@
+"""The training loop: step, report, evaluate, save, stop.
+
+It knows when things happen; what they are is in `step.py`, `evaluate.py`, `state.py` and `reports.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron3d.checkpoint.directory import hold_directory
+from megatron3d.comm.device import synchronize
+from megatron3d.config.batch_size import batch_size_at
+from megatron3d.config.data import DataConfig
+from megatron3d.data.build import GPTData
+from megatron3d.data.loader import GlobalBatches
+from megatron3d.data.stream import SampleStream
+from megatron3d.errors import ConfigError, StopRequested
+from megatron3d.optim.schedule import ScheduleSettings
+from megatron3d.train import state
+from megatron3d.train.evaluate import evaluate
+from megatron3d.train.launch import Guard
+from megatron3d.train.parts import Parts
+from megatron3d.train.reports import Reports
+from megatron3d.train.signals import StopFlag
+from megatron3d.train.state import Progress
+from megatron3d.train.step import Rates, train_step
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Readers of the three splits; None where a split is empty."""
+
+    train: GlobalBatches
+    valid: GlobalBatches | None
+    test: GlobalBatches | None
+
+
+@contextmanager
+def open_streams(data: GPTData, options: DataConfig, *, vocab_size: int, eod_token: int | None) -> Iterator[Streams]:
+    """Readers of the splits, closed at the end of the block."""
+
+    def reader(stream: SampleStream | None) -> GlobalBatches | None:
+        return None if stream is None else GlobalBatches(stream, options, vocab_size=vocab_size, eod_token=eod_token)
+
+    if data.train is None:
+        raise ConfigError("there is no training data; give --data-path, --train-data-path or --mock-data")
+    readers = [reader(data.train), reader(data.valid), reader(data.test)]
+    try:
+        yield Streams(*readers)
+    finally:
+        for one in readers:
+            if one is not None:
+                one.close()
+
+
+def train(parts: Parts, streams: Streams, guard: Guard) -> Progress:
+    """Train from wherever the checkpoints stand to the end, and return the progress made.
+
+    Args:
+        parts: the rank's model and optimizer, with the initial weights.
+        streams: readers of the data.
+        guard: learns the step, for reports of how the run ended.
+
+    Raises:
+        StopRequested: the run was asked to stop; it has saved if it saves at all.
+    """
+    with _held_directory(parts):
+        restored = state.restore(parts)
+        with Reports(parts, restored) as reports, StopFlag() as stop:
+            loop = _Loop(parts, streams, reports, stop, guard, restored.schedule, restored.progress)
+            try:
+                loop.run()
+            except Exception as error:
+                error.add_note(f"on {parts.mesh}, after step {loop.progress.step}")
+                raise
+            return loop.progress
+
+
+@contextmanager
+def _held_directory(parts: Parts) -> Iterator[None]:
+    """Keep other runs out of the --save directory while this one writes there."""
+    save = parts.config.checkpoint.save
+    if save is None or parts.mesh.rank > 0:
+        yield
+        return
+    with hold_directory(Path(save)):
+        yield
+
+
+@dataclass
+class _Loop:
+    parts: Parts
+    streams: Streams
+    reports: Reports
+    stop: StopFlag
+    guard: Guard
+    schedule: ScheduleSettings
+    progress: Progress
+    saved_step: int = -1
+
+    def run(self) -> None:
+        config, started_s = self.parts.config, time.monotonic()
+        last = state.total_steps(config)
+        self.saved_step = self.progress.step if self.reports.resumed_in_place else -1
+        while self.progress.step < last:
+            limit_min = config.train.exit_duration_in_mins
+            out_of_time = limit_min is not None and (time.monotonic() - started_s) / 60.0 > limit_min
+            votes = self._step(wants_stop=bool(self.stop) or out_of_time)
+            step = self.progress.step
+            if step % config.train.eval_interval == 0 and step < last:
+                self._evaluate()
+            if config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0:
+                self._save()
+            exits = config.train.exit_interval is not None and step % config.train.exit_interval == 0
+            if (votes or exits) and step < last:
+                self._stop("a stop was requested" if votes else f"--exit-interval {config.train.exit_interval}")
+        self._finish()
+
+    def _step(self, *, wants_stop: bool) -> int:
+        """Make one step and report it; returns how many ranks want to stop."""
+        config, dp, before = self.parts.config, self.parts.mesh.dp, self.progress
+        size = batch_size_at(config.train, before.consumed_samples, dp.size)
+        began_s = time.monotonic()
+        batch = self.streams.train.read(before.consumed_samples, size, dp.rank, dp.size)
+        at = {"iteration": before.updates, "consumed_samples": before.updated_samples}
+        rates = Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
+        result = train_step(self.parts, batch, rates, step=before.step, wants_stop=wants_stop)
+        synchronize(self.parts.model.device)
+        self.progress = before.after(size, skipped=result.skipped)
+        self.guard.step = self.progress.step
+        self.reports.step(self.progress, result, rates, batch_size=size, elapsed_s=time.monotonic() - began_s)
+        return result.stop_votes
+
+    def _evaluate(self) -> None:
+        num_batches = self.parts.config.train.eval_iters
+        if self.streams.valid is not None and num_batches > 0:
+            self.reports.evaluation(
+                self.progress.step, evaluate(self.parts, self.streams.valid, num_batches=num_batches)
+            )
+
+    def _save(self) -> None:
+        if self.parts.config.checkpoint.save and self.saved_step != self.progress.step:
+            path = state.save(self.parts, self.progress, self.schedule)
+            self.saved_step = self.progress.step
+            self.reports.note(f"saved {path}")
+
+    def _stop(self, reason: str) -> None:
+        self._save()
+        saved = (
+            f"saved at {self.parts.config.checkpoint.save}" if self.parts.config.checkpoint.save else "nothing saved"
+        )
+        raise StopRequested(f"stopped after step {self.progress.step} because {reason}; {saved}; start again to go on")
+
+    def _finish(self) -> None:
+        self._evaluate()
+        self._save()
+        num_batches = self.parts.config.train.eval_iters
+        if self.streams.test is not None and num_batches > 0:
+            loss = evaluate(self.parts, self.streams.test, num_batches=num_batches)
+            self.reports.test(self.progress.step, loss)

@@ -1,0 +1,170 @@
+"""Reports: everything a run tells people while it goes: log lines, metrics file, TensorBoard, Weights & Biases.
+
+Only rank 0 writes. Collectives happen at the start alone, to find the rank that holds most.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+
+import torch
+
+from megatron3d.comm.collectives import all_reduce
+from megatron3d.comm.device import device_name, peak_memory_bytes
+from megatron3d.config.run import RunConfig
+from megatron3d.config.serialize import to_dict
+from megatron3d.models.flops import flops_per_step, num_parameters, peak_tflops
+from megatron3d.optim.build import state_bytes
+from megatron3d.pipeline.simulate import simulate
+from megatron3d.train.metrics import MetricsFile, StartRecord, StepRecord
+from megatron3d.train.parts import Parts
+from megatron3d.train.progress import ProgressReporter, StepReport, format_bytes, format_count
+from megatron3d.train.state import Progress, Restored, total_steps
+from megatron3d.train.step import Rates, StepResult
+from megatron3d.train.writers import ScalarWriter, open_writers
+
+TERA = 1e12
+
+
+class Reports:
+    """A context manager; every rank makes one, and those of ranks above 0 write nothing."""
+
+    def __init__(self, parts: Parts, restored: Restored) -> None:
+        self.parts, self.restored = parts, restored
+        options = parts.config.checkpoint
+        source = restored.source
+        self.resumed_in_place = bool(source and options.save and str(source.parent) == str(options.save).rstrip("/"))
+        self._is_writer = parts.mesh.rank == 0
+        self._exits = ExitStack()
+        self._metrics: MetricsFile | None = None
+        self._progress: ProgressReporter | None = None
+        self._writers: list[ScalarWriter] = []
+
+    def __enter__(self) -> Reports:
+        """Open the files and say what starts."""
+        record = start_record(self.parts)
+        if not self._is_writer:
+            return self
+        config, first_step = self.parts.config, self.restored.progress.step
+        if config.train.metrics_file:
+            self._metrics = self._exits.enter_context(MetricsFile(config.train.metrics_file))
+            if first_step:
+                self._metrics.resume(first_step, record)
+            else:
+                self._metrics.start(record)
+        self._writers = open_writers(config.train, run=to_dict(config), resumed_step=first_step)
+        for writer in self._writers:
+            self._exits.callback(writer.close)
+        self._progress = self._exits.enter_context(self._reporter(first_step))
+        self._introduce(record)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the files."""
+        self._exits.close()
+
+    def step(self, progress: Progress, result: StepResult, rates: Rates, *, batch_size: int, elapsed_s: float) -> None:
+        """Report one step."""
+        if self._progress is None:
+            return
+        config = self.parts.config
+        tokens = batch_size * config.model.seq_length
+        is_fp16 = config.optim.precision == "fp16"
+        scale = self.parts.scaler.scale if is_fp16 else None
+        self._progress.step(
+            StepReport(
+                step=progress.step,
+                loss=result.loss,
+                lr=rates.lr,
+                grad_norm=result.grad_norm,
+                tokens=tokens,
+                flops=flops_per_step(config.model, tokens),
+                elapsed_s=elapsed_s,
+                skipped=result.skipped,
+                loss_scale=scale,
+                memory_bytes=peak_memory_bytes(self.parts.model.device),
+            )
+        )
+        record = StepRecord(
+            step=progress.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=rates.lr,
+            consumed_samples=progress.consumed_samples,
+            tokens_per_second=tokens / elapsed_s,
+            skipped=result.skipped,
+            loss_scale=scale,
+            batch_size=batch_size,
+        )
+        if self._metrics is not None:
+            self._metrics.step(record)
+        self._write(progress.step, {k: float(v) for k, v in asdict(record).items() if k != "step" and v is not None})
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Report the validation loss after a step."""
+        if self._progress is not None:
+            self._progress.evaluation(step, loss)
+        if self._metrics is not None:
+            self._metrics.evaluation(step, loss)
+        self._write(step, {"valid_loss": loss})
+
+    def test(self, step: int, loss: float) -> None:
+        """Report the loss on the test split at the end."""
+        if self._progress is not None:
+            self._progress.evaluation(step, loss, name="test")
+        self._write(step, {"test_loss": loss})
+
+    def note(self, text: str) -> None:
+        """Write a line, on rank 0."""
+        if self._progress is not None:
+            self._progress.note(text)
+
+    def _write(self, step: int, scalars: dict[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, scalars)
+
+    def _reporter(self, first_step: int) -> ProgressReporter:
+        config, device = self.parts.config, self.parts.model.device
+        known = peak_tflops(device_name(device), config.optim.precision)
+        peak = config.train.peak_tflops or known
+        return ProgressReporter(
+            total_steps(config),
+            sys.stdout,
+            log_interval=config.train.log_interval,
+            num_devices=self.parts.mesh.world.size,
+            peak_flops=None if peak is None else peak * TERA,
+            first_step=first_step,
+        )
+
+    def _introduce(self, record: StartRecord) -> None:
+        held = ", ".join(f"{name} {format_bytes(size)}" for name, size in record.bytes_per_rank.items())
+        self.note(f"{record.model}: {format_count(record.parameters)} parameters on {self.parts.mesh.layout}, {held}")
+        source = self.restored.source
+        self.note(f"starting from {source}" if source else "starting from the initial weights")
+
+
+def start_record(parts: Parts) -> StartRecord:
+    """What the run is made of; collective, because it names the largest bytes of any rank."""
+    config, layout = parts.config, parts.mesh.layout
+    held = parts.engine.state_bytes()
+    sizes = torch.tensor(
+        [held.weights, held.gradients, held.master_weights + state_bytes(parts.optimizer)], device=parts.model.device
+    )
+    weights, gradients, optimizer = all_reduce(sizes, parts.mesh.world, reduction="max").tolist()
+    row = parts.model.rows.row(config.parallel.pipeline_schedule, _first_microbatches(config))
+    degrees = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "zero": config.parallel.zero_stage}
+    return StartRecord(
+        model="GPT",
+        parameters=num_parameters(config.model),
+        layout=degrees,
+        bytes_per_rank={"weights": weights, "gradients": gradients, "optimizer": optimizer},
+        schedule=config.parallel.pipeline_schedule,
+        predicted_bubble=simulate(row.schedule).bubble_fraction,
+    )
+
+
+def _first_microbatches(config: RunConfig) -> int:
+    train, dp = config.train, config.parallel.data_parallel_size
+    return max(1, train.global_batch_size // (train.micro_batch_size * dp))

@@ -1,0 +1,34 @@
+"""Where the vocabulary of a run comes from: the tokenizer that the options name, or the options alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron3d.config.check import with_vocab_size
+from megatron3d.config.run import RunConfig
+from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer, if one is named, and the end-of-document token, if there is one."""
+
+    tokenizer: Tokenizer | None
+    eod_token: int | None
+
+
+def open_vocabulary(config: RunConfig) -> tuple[RunConfig, Vocabulary]:
+    """Build the tokenizer and put its vocabulary size into the config.
+
+    Raises:
+        ConfigError: the tokenizer does not fit --vocab-size, or neither is given.
+        DataError: a file of the tokenizer is missing or damaged.
+    """
+    data = config.data
+    tokenizer = None
+    if data.tokenizer_type is not None:
+        files = {"vocab_file": data.vocab_file, "merge_file": data.merge_file, "tokenizer_model": data.tokenizer_model}
+        tokenizer = TokenizerSpec(data.tokenizer_type, **files, vocab_size=config.model.vocab_size).build()
+    eod = data.eod_token if tokenizer is None or data.eod_token is not None else tokenizer.eod
+    size = config.model.vocab_size if tokenizer is None else tokenizer.vocab_size
+    return with_vocab_size(config, size), Vocabulary(tokenizer, eod)

@@ -1,0 +1,47 @@
+"""Pretrain a GPT: `python pretrain_gpt.py ...` in one process, `torchrun ... pretrain_gpt.py ...` at any layout.
+
+The flags are Megatron-LM's (`--help` lists them). Copy this file to train something else: each line of `main` is one
+thing that a run does, and the function it calls is where to look.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from megatron3d.config.check import resolve
+from megatron3d.config.cli import parse_args
+from megatron3d.config.serialize import as_table
+from megatron3d.data.build import build_gpt_data
+from megatron3d.models.gpt import build_gpt_stage
+from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.loop import open_streams, train
+from megatron3d.train.parts import build_parts
+from megatron3d.train.vocabulary import open_vocabulary
+
+
+def main(guard: Guard) -> None:
+    """The story of a run."""
+    # What the user wants: all problems are found here, before a process group or a device exists.
+    config = resolve(
+        parse_args(sys.argv[1:], program="pretrain_gpt.py", description="Pretrain a GPT."), guard.launch.world_size
+    )
+    config, vocabulary = open_vocabulary(config)
+    if guard.launch.rank == 0:
+        print(as_table(config))
+
+    # Where it runs.
+    with joined(config.parallel, guard, save=config.checkpoint.save) as (mesh, device):
+        # Which tokens: every rank maps the same files and reads its own part.
+        sizes = {"vocab_size": config.model.vocab_size, "eod_token": vocabulary.eod_token}
+        data = build_gpt_data(config.data, seq_length=config.model.seq_length, **sizes)
+
+        # Which layers: this rank's stage, its flat buffers, its part of the optimizer.
+        parts = build_parts(config, mesh, device, build_gpt_stage)
+
+        # Steps, evaluations and checkpoints, from the latest checkpoint to the end.
+        with open_streams(data, config.data, **sizes) as streams:
+            train(parts, streams, guard)
+
+
+if __name__ == "__main__":
+    guarded(main)
