@@ -74,7 +74,7 @@ def single_option_problems(config: RunConfig) -> Iterator[str]:
     for option, allowed in _violations(config):
         yield (
             f"{option.spelling} {option.value_in(config)} is outside its range ({option.flag.help.rstrip('.')}); "
-            f"use a value {allowed}."
+            f"it must be {allowed}."
         )
 
 
@@ -98,4 +98,4 @@ def _violations(config: RunConfig) -> Iterator[tuple[Option, str]]:
     for option in OPTIONS:
         choices = option.flag.choices
         if choices and option.value_in(config) not in (None, *choices):
-            yield option, f"of {', '.join(str(choice) for choice in choices)}"
+            yield option, f"one of {', '.join(str(choice) for choice in choices)}"

@@ -44,7 +44,7 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
 
 
 def with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
-    """The run with its vocabulary settled, once the tokenizer says that it has `vocab_size` ids; settling twice is once.
+    """The run with its vocabulary settled, once the tokenizer says it has `vocab_size` ids; settling twice is once.
 
     A larger `--vocab-size` is kept (rows for tokens to come). NullTokenizer is made from `--vocab-size` and has one id
     more, for the end of a document: unless `--eod-token` names one of the former, the run gets that id.

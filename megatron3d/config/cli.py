@@ -60,7 +60,8 @@ def parse_args(
     problems += config_file.problems
     settings.update(_synonym_settings(foreign))
     settings.update(_flag_settings(given, problems))
-    problems += _review((*foreign, *config_file.foreign), stray, say)
+    problems += _review(foreign, stray, say)
+    problems += [f"{given['config']}: {problem}" for problem in _review(config_file.foreign, (), say)]
     if problems:
         raise ConfigError("\n".join(problems))
     return build_run_config(settings)

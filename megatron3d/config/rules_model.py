@@ -41,7 +41,7 @@ def attention_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
 
 
 def activation_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
-    """One activation."""
+    """One activation, in an MLP of some width."""
     model = given.model
     wanted = {
         "--swiglu": ("swiglu", model.swiglu),
@@ -52,6 +52,11 @@ def activation_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
     asked = {flag: activation for flag, (activation, is_given) in wanted.items() if is_given}
     if len(set(asked.values())) > 1:
         yield f"{' and '.join(asked)} ask for different activations; give only one of them."
+    if run.model.ffn_hidden_size == 0:
+        yield (
+            f"--hidden-size {model.hidden_size} with {run.model.activation} gives an MLP of width 0; give "
+            "--ffn-hidden-size."
+        )
 
 
 def positions_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:

@@ -65,8 +65,8 @@ def _section_from_dict(section: str, values: Any) -> Any:
     unknown = [name for name in values if name not in names]
     if unknown:
         raise ConfigError(
-            f"The stored run has the unknown field {section}.{unknown[0]}; it comes from another version of megatron3d. "
-            "Take the field out of run.json, or use that version."
+            f"The stored run has the unknown field {section}.{unknown[0]}; it comes from another version of "
+            "megatron3d. Take the field out of run.json, or use that version."
         )
     return config_class(**{name: _frozen(value) for name, value in values.items()})
 

@@ -1,0 +1,236 @@
+"""The command line: layers of settings, old spellings, Megatron-LM's other flags, and every problem in one message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron3d.config.cli import parse_args
+from megatron3d.config.megatron_flags import ACCEPTED, REFUSED, SYNONYMS, accepted, refused
+from megatron3d.config.options import BY_SPELLING, OPTIONS
+from megatron3d.config.run import RunConfig
+from megatron3d.errors import ConfigError
+
+
+def parse(line: str, said: list[str] | None = None) -> RunConfig:
+    """The run of a command line written as in a shell, without quotes."""
+    lines: list[str] = [] if said is None else said
+    return parse_args(line.split(), program="pretrain_gpt.py", description="Pretrain a GPT.", say=lines.append)
+
+
+def problems_of(line: str) -> list[str]:
+    """The lines of the error that a command line gives."""
+    with pytest.raises(ConfigError) as raised:
+        parse(line)
+    return str(raised.value).split("\n")
+
+
+def test_every_kind_of_flag_sets_its_field() -> None:
+    config = parse(
+        "--num-layers 24 --lr 1.5e-4 --bf16 --disable-bias-linear --data-path 0.7 A 0.3 B --save /c --seed=5"
+    )
+    assert config.model.num_layers == 24
+    assert config.optim.lr == 1.5e-4
+    assert config.optim.bf16
+    assert not config.model.add_bias_linear
+    assert config.data.data_path == ("0.7", "A", "0.3", "B")
+    assert config.checkpoint.save == "/c"
+    assert config.data.seed == 5
+
+
+def test_no_words_give_the_defaults() -> None:
+    assert parse("") == RunConfig()
+
+
+def test_no_spelling_belongs_to_two_options() -> None:
+    spellings = [spelling for option in OPTIONS for spelling in option.flag.spellings]
+    assert len(spellings) == len(set(spellings))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("--batch-size 4", "--micro-batch-size 4"),
+        ("--model-parallel-size 2", "--tensor-model-parallel-size 2"),
+        ("--warmup .01", "--lr-warmup-fraction 0.01"),
+        ("--layernorm-epsilon 1e-6", "--norm-epsilon 1e-6"),
+        ("--activations-checkpoint-method uniform", "--recompute-method uniform"),
+        ("--override-opt_param-scheduler", "--override-opt-param-scheduler"),
+        ("--checkpoint-activations", "--recompute-granularity full --recompute-method uniform"),
+        ("--no-position-embedding --use-rotary-position-embeddings", "--position-embedding-type rope"),
+        ("--loss-scale-window 1000.0", "--loss-scale-window 1000"),
+    ],
+)
+def test_old_spellings_mean_the_new_ones(old: str, new: str) -> None:
+    assert parse(old) == parse(new)
+
+
+def test_a_synonym_yields_to_the_flag_itself() -> None:
+    config = parse("--checkpoint-activations --recompute-method block --recompute-num-layers 2")
+    assert (config.train.recompute_granularity, config.train.recompute_method) == ("full", "block")
+
+
+def test_flags_override_the_file_and_the_file_overrides_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "gpt2-124m"\n[model]\nnum-layers = 6\nhidden_size = 512\n[optim]\nlr = 1e-3\n')
+    config = parse(f"--config {file} --num-layers 3")
+    assert config.model.num_layers == 3
+    assert config.model.hidden_size == 512
+    assert config.model.num_attention_heads == 12
+    assert config.optim.lr == 1e-3
+
+
+def test_file_keys_may_be_field_names_or_flags_in_sections_or_flat(tmp_path: Path) -> None:
+    flat, sectioned = tmp_path / "a.json", tmp_path / "b.json"
+    flat.write_text(
+        json.dumps({"num-layers": 2, "--lr": "1e-4", "disable-bias-linear": True, "data-path": [0.5, "A", 0.5, "B"]})
+    )
+    sectioned.write_text(
+        json.dumps(
+            {
+                "model": {"num_layers": 2, "add_bias_linear": False, "hidden_size": None},
+                "optim": {"lr": 1e-4},
+                "data": {"data_path": "0.5 A 0.5 B"},
+            }
+        )
+    )
+    by_flags = parse("--num-layers 2 --lr 1e-4 --disable-bias-linear --data-path 0.5 A 0.5 B")
+    assert parse(f"--config {flat}") == parse(f"--config {sectioned}") == by_flags
+
+
+def test_all_problems_of_file_and_flags_come_together(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"bf16": "yes", "num_experts": 8, "num_layer": 4, "swiglu": True}))
+    problems = problems_of(
+        f"--config {file} --hidden-size twelve --seq-length --fp8-format hybrid --num-heads 4 --lr nan"
+    )
+    assert len(problems) == 8
+    assert sum(problem.startswith(str(file)) for problem in problems) == 3
+    for word in (
+        "yes",
+        "--num-experts 8",
+        "--num-layers?",
+        "twelve",
+        "--seq-length has no value",
+        "--fp8-format",
+        "nan",
+    ):
+        assert any(word in problem for problem in problems), word
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "expected"),
+    [
+        (".yaml", "a: 1", "ends in '.yaml'"),
+        (".json", "{", "not valid JSON"),
+        (".toml", "= 3", "not valid TOML"),
+        (".json", "[1]", "holds a list"),
+    ],
+)
+def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path, suffix: str, text: str, expected: str) -> None:
+    file = tmp_path / f"run{suffix}"
+    file.write_text(text)
+    (problem,) = problems_of(f"--config {file}")
+    assert str(file) in problem
+    assert expected in problem
+
+
+def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
+    (problem,) = problems_of(f"--config {tmp_path}/none.json")
+    assert "none.json cannot be read" in problem
+
+
+def test_unknown_flags_name_the_nearest_and_exit_with_two() -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse("--num-layer 2 --tensor-parallel-size 4")
+    assert raised.value.exit_code == 2
+    assert "--num-layer 2 is unknown; did you mean --num-layers?" in str(raised.value)
+    assert "--tensor-parallel-size 4 is unknown; did you mean --tensor-model-parallel-size?" in str(raised.value)
+
+
+def test_flags_are_never_abbreviated() -> None:
+    (problem,) = problems_of("--num-lay 2")
+    assert "unknown" in problem
+
+
+def test_a_flag_without_meaning_is_said_once_with_its_value() -> None:
+    said: list[str] = []
+    parse("--DDP-impl local --use-flash-attn --profile-ranks 0 1 --num-layers 2", said)
+    assert [line.split(" is accepted")[0] for line in said] == [
+        "--DDP-impl local",
+        "--use-flash-attn",
+        "--profile-ranks 0 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    "line", ["--no-bias-gelu-fusion 3", "--DDP-impl local 3", "--checkpoint-activations 3", "3 --bf16"]
+)
+def test_a_word_that_belongs_to_no_flag_is_not_swallowed(line: str) -> None:
+    (problem,) = problems_of(line)
+    assert "'3' stands alone" in problem
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        ("--num-experts 8", "dense"),
+        ("--moe-router-topk 2", "dense"),
+        ("--num-layers-per-virtual-pipeline-stage 2", "--decoder-first-pipeline-num-layers"),
+        ("--fp8-hybrid", "--bf16"),
+        ("--retro-add-retriever", "pretrain_gpt.py"),
+        ("--lora-rank 4", "--finetune"),
+        ("--apply-layernorm-1p", "leave it out"),
+        ("--use-checkpoint-args", "run.json"),
+        ("--train-data wikipedia", "tools/preprocess_data.py"),
+        ("--dataloader-type cyclic", "--data-path"),
+    ],
+)
+def test_unsupported_features_are_refused_with_what_to_use_instead(line: str, instead: str) -> None:
+    (problem,) = problems_of(line)
+    assert problem.startswith(f"{line} is not supported: ")
+    assert instead in problem
+
+
+def test_a_refused_flag_is_accepted_at_the_value_that_asks_for_what_is_done_anyway() -> None:
+    said: list[str] = []
+    parse("--dataloader-type single", said)
+    assert len(said) == 1
+
+
+def test_each_foreign_flag_has_one_fate_and_is_none_of_our_options() -> None:
+    listed = [flag for row in ACCEPTED for words in (row.switches, row.valued, row.lists) for flag in words.split()]
+    listed += [flag for row in REFUSED for flag in row.flags.split()]
+    listed += list(SYNONYMS)
+    assert len(listed) == len(set(listed))
+    for flag in listed:
+        fates = [flag in BY_SPELLING, flag in SYNONYMS, accepted(flag) is not None, refused(flag) is not None]
+        assert sum(fates) == 1, flag
+
+
+def test_choices_and_numbers_are_checked_with_the_value_named() -> None:
+    problems = problems_of("--normalization BatchNorm --num-layers 2.5 --rotary-base big")
+    assert "--normalization BatchNorm is not one of its choices; use one of: LayerNorm, RMSNorm." in problems
+    assert "--num-layers 2.5 is not a whole number; use 2 or 3." in problems
+    assert any(problem.startswith("--rotary-base big is not a number") for problem in problems)
+
+
+def test_negative_numbers_are_values() -> None:
+    assert parse("--lr -1e-5").optim.lr == -1e-5
+
+
+def test_help_shows_every_option_under_its_section(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse("--help")
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    for option in OPTIONS:
+        assert f"{option.spelling} " in text or f"{option.spelling}\n" in text
+    assert text.index("model: what is computed") < text.index("--num-layers") < text.index("parallel: how")
+
+
+def test_an_unknown_preset_lists_the_known() -> None:
+    (problem,) = problems_of("--preset gpt5")
+    assert "gpt2-124m" in problem

@@ -1,0 +1,58 @@
+"""Presets are runs that work, with the parameter counts that their authors print."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron3d.config.check import check
+from megatron3d.config.cli import parse_args
+from megatron3d.config.presets import PRESETS
+from megatron3d.models.flops import num_parameters
+
+# A printed count is right to half a unit of its last digit; beyond that, counts agree to 1 %.
+RELATIVE_TOLERANCE = 0.01
+
+
+def printed(text: str) -> tuple[float, float]:
+    """A count such as "13.0B" or "350M", and half a unit of its last significant digit."""
+    number, scale = float(text[:-1]), {"M": 1e6, "B": 1e9}[text[-1]]
+    decimals = len(text[:-1].partition(".")[2])
+    trailing_zeros = 0 if decimals else len(re.search(r"0*$", text[:-1])[0])
+    return number * scale, 0.5 * 10 ** (trailing_zeros - decimals) * scale
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_count_is_the_published_one(name: str) -> None:
+    count, rounding = printed(PRESETS[name].published_parameters)
+    assert abs(num_parameters(PRESETS[name].model_config()) - count) <= rounding + RELATIVE_TOLERANCE * count
+
+
+def test_released_weights_have_exactly_these_counts() -> None:
+    released = {
+        "gpt2-124m": 124_439_808,
+        "gpt2-355m": 354_823_168,
+        "gpt2-774m": 774_030_080,
+        "gpt2-1.5b": 1_557_611_200,
+        "llama2-7b": 6_738_415_616,
+        "llama2-13b": 13_015_864_320,
+        "llama2-70b": 68_976_648_192,
+        "llama3-8b": 8_030_261_248,
+        "llama3-70b": 70_553_706_496,
+        "llama3-405b": 405_853_388_800,
+    }
+    assert {name: num_parameters(PRESETS[name].model_config()) for name in released} == released
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_needs_only_batch_rate_length_and_data(name: str) -> None:
+    line = f"--preset {name} --micro-batch-size 1 --lr 1e-4 --train-iters 10 --mock-data"
+    config = parse_args(line.split(), program="t", description="t", say=print)
+    assert check(config, 1) == []
+    assert config.model == PRESETS[name].model_config()
+
+
+def test_all_sizes_of_gpt3_and_of_the_sc21_table_are_there() -> None:
+    assert sum(name.startswith("gpt3-") for name in PRESETS) == 8
+    assert sum(name.startswith("megatron-") for name in PRESETS) == 10

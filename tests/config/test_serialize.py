@@ -1,0 +1,102 @@
+"""A run survives JSON exactly, and its table shows what differs from the defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron3d.config.check import resolve
+from megatron3d.config.cli import parse_args
+from megatron3d.config.options import OPTIONS, SECTIONS, Option, build_run_config
+from megatron3d.config.run import RunConfig
+from megatron3d.config.serialize import as_table, from_dict, to_dict, to_json
+from megatron3d.errors import ConfigError
+
+SMALL = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --lr 1e-3 "
+    "--train-samples 900 --vocab-size 100 --mock-data --swiglu --step-batch-size-schedule 0:4,1K:8 "
+    "--disable-bias-linear"
+)
+
+
+def parse(line: str) -> RunConfig:
+    return parse_args(line.split(), program="t", description="t", say=print)
+
+
+def values_of(option: Option) -> st.SearchStrategy[Any]:
+    """Values the option's field can hold."""
+    if option.flag.choices:
+        return st.sampled_from(option.flag.choices)
+    if option.flag.kind == "list":
+        return st.lists(st.text(min_size=1, max_size=5), max_size=4).map(tuple)
+    kinds: dict[str, st.SearchStrategy[Any]] = {
+        "int": st.integers(-(10**12), 10**12),
+        "float": st.floats(allow_nan=False, allow_infinity=False),
+        "str": st.text(max_size=8),
+        "bool": st.booleans(),
+    }
+    return kinds[option.type_name]
+
+
+runs = st.fixed_dictionaries({}, optional={option.key: values_of(option) for option in OPTIONS}).map(build_run_config)
+
+
+@given(runs)
+def test_a_run_survives_json(config: RunConfig) -> None:
+    assert from_dict(json.loads(to_json(config))) == config
+
+
+def test_every_field_of_every_section_is_stored() -> None:
+    stored = to_dict(RunConfig())
+    assert list(stored) == [*SECTIONS]
+    for section, config_class in SECTIONS.items():
+        assert list(stored[section]) == [field.name for field in dataclasses.fields(config_class)]
+
+
+def test_a_resolved_run_survives_json() -> None:
+    run = resolve(parse(SMALL), 2)
+    assert run.train.batch_size_steps == ((0, 4), (31, 8))
+    assert from_dict(json.loads(to_json(run))) == run
+
+
+def test_run_json_as_a_config_file_repeats_the_run(tmp_path: Path) -> None:
+    run = resolve(parse(SMALL), 2)
+    file = tmp_path / "run.json"
+    file.write_text(to_json(run))
+    assert resolve(parse(f"--config {file}"), 2) == run
+
+
+def test_fields_of_an_older_run_take_their_defaults() -> None:
+    assert from_dict({"model": {"num_layers": 3}}) == build_run_config({("model", "num_layers"): 3})
+
+
+@pytest.mark.parametrize(
+    ("stored", "named"),
+    [({"modl": {}}, "modl"), ({"model": {"depth": 3}}, "model.depth"), ({"model": 3}, "model")],
+)
+def test_unknown_names_are_refused(stored: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        from_dict(stored)
+
+
+def test_infinite_numbers_cannot_be_stored() -> None:
+    with pytest.raises(ValueError):
+        to_json(build_run_config({("optim", "lr"): float("inf")}))
+
+
+def test_the_table_shows_what_differs_and_what_is_derived() -> None:
+    lines = as_table(resolve(parse(SMALL), 2)).split("\n")
+    words = {tuple(line.split()) for line in lines}
+    assert ("num_layers", "2") in words
+    assert ("ffn_hidden_size", "128") in words
+    assert ("data_parallel_size", "2") in words
+    assert ("precision", "fp32") in words
+    assert ("train_samples", "900", "samples") in words
+    assert not any("rotary_base" in line for line in lines)
+    assert [line for line in lines if not line.startswith(" ")] == [s for s in SECTIONS if s != "checkpoint"]
