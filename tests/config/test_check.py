@@ -12,6 +12,8 @@ from megatron3d.config.derive import resolve_model
 from megatron3d.config.model import ModelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
+from megatron3d.optim.schedule import settings_from_config
+from megatron3d.pipeline.split import split_layers
 
 BASE = {
     "--num-layers": "4",
@@ -322,3 +324,41 @@ def test_a_run_without_problems_factors_exactly(world: int, tp: int, pp: int, mi
     assert (problems == []) == works
     for problem in problems:
         assert problem.endswith(".")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    layers=st.integers(1, 8),
+    stages=st.integers(1, 6),
+    first=st.none() | st.integers(1, 8),
+    last=st.none() | st.integers(1, 8),
+    counted=st.tuples(st.booleans(), st.booleans()),
+)
+def test_pipelines_are_refused_exactly_where_the_split_fails(
+    layers: int, stages: int, first: int | None, last: int | None, counted: tuple[bool, bool]
+) -> None:
+    change = f"--num-layers {layers} --pipeline-model-parallel-size {stages}"
+    change += f" --decoder-first-pipeline-num-layers {first}" if first else ""
+    change += f" --decoder-last-pipeline-num-layers {last}" if last else ""
+    change += " --account-for-embedding-in-pipeline-split" if counted[0] else ""
+    change += " --account-for-loss-in-pipeline-split" if counted[1] else ""
+    try:
+        split_layers(layers, stages, first=first, last=last, count_embedding=counted[0], count_loss=counted[1])
+        splits = True
+    except ConfigError:
+        splits = False
+    assert (problems_of(change, world=stages) == []) == splits
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "--lr-decay-style cosine --lr-warmup-iters 10",
+        "--lr-decay-style WSD --lr-wsd-decay-iters 10",
+        "--lr-warmup-fraction 0.5 --min-lr 1e-5",
+        "--weight-decay-incr-style cosine --start-weight-decay 0.1 --end-weight-decay 0.2",
+    ],
+)
+def test_a_run_without_problems_has_a_learning_rate_schedule(change: str) -> None:
+    run = resolve(run_with(change), 1)
+    assert settings_from_config(run.optim, run.train).decay == 100
