@@ -142,7 +142,7 @@ def read_index(directory: Path) -> Index:
 
 
 def box_key(name: str, offset: tuple[int, ...]) -> str:
-    """Name of a box inside a safetensors file: `model/embedding.weight@128,0`."""
+    """Name of a box inside a safetensors file: `model/embedding.word.weight@128,0`."""
     return f"{name}@{','.join(map(str, offset))}"
 
 

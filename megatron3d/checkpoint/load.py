@@ -18,14 +18,12 @@ from megatron3d.checkpoint.shard_file import open_shard, read_box
 from megatron3d.errors import CheckpointError
 from megatron3d.params.boxes import ShardView
 
-# Options that set the number of rows of a parameter, by a word in its name; the first that fits counts.
-_ROW_OPTIONS = (
-    ("position", "--max-position-embeddings"),
-    ("tokentype", "--num-tokentypes"),
-    ("embedding", "--vocab-size"),
-    ("output_layer", "--vocab-size"),
-    ("lm_head", "--vocab-size"),
-)
+# Options that set the number of rows of a parameter, by its name without prefix.
+_ROW_OPTIONS = {
+    "embedding.word.weight": "--vocab-size",
+    "head.output.weight": "--vocab-size",
+    "embedding.position.weight": "--max-position-embeddings",
+}
 _LISTED = 5  # problems told in one message; a wrong model disagrees in every tensor
 
 
@@ -74,7 +72,7 @@ def _advice_missing(name: str) -> str:
 
 
 def _advice(name: str, saved: tuple[int, ...], view: ShardView) -> str:
-    option = next((option for word, option in _ROW_OPTIONS if word in name), None)
+    option = _ROW_OPTIONS.get(name.partition("/")[2])
     wanted = view.full_shape
     if option is None or len(saved) != 2 or saved[1:] != wanted[1:]:
         return "give the model options of the run that wrote it (see its run.json)"

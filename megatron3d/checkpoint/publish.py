@@ -11,7 +11,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from megatron3d.checkpoint.directory import LATEST_NAME, latest_checkpoint, list_checkpoints, replaced_name, step_of
+from megatron3d.checkpoint.directory import LATEST_NAME, list_checkpoints, replaced_name, step_of
 from megatron3d.checkpoint.durable import remove_tree, storage_errors, sync_directory, write_file
 
 _LATEST_ASIDE = ".tmp-latest"
@@ -77,14 +77,12 @@ def publish(temporary: Path, final: Path) -> None:
             remove_tree(replaced)
 
 
-def prune(root: Path, keep_last: int, step: int) -> None:
-    """Remove all but the `keep_last` newest checkpoints up to `step`, never the one that `latest` names.
+def prune(final: Path, keep_last: int) -> None:
+    """Remove all but the `keep_last` newest checkpoints up to `final`, which `latest` names and which always stays.
 
     Checkpoints of later steps belong to a run from which this one turned back; they are not touched.
     """
-    latest = latest_checkpoint(root)
-    earlier = [path for path in list_checkpoints(root) if step_of(path) <= step]
-    with storage_errors(root):
-        for path in earlier[: max(0, len(earlier) - keep_last)]:
-            if path != latest:
-                remove_tree(path)
+    with storage_errors(final.parent):
+        earlier = [path for path in list_checkpoints(final.parent) if step_of(path) < step_of(final)]
+        for path in earlier[: max(0, len(earlier) + 1 - keep_last)]:
+            remove_tree(path)

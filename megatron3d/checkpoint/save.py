@@ -53,7 +53,7 @@ def save_checkpoint(
             _check(temporary, verify_level)
             publish.publish(temporary, final)
             if keep_last is not None:
-                publish.prune(root, keep_last, step)
+                publish.prune(final, keep_last)
 
     try:
         store.everywhere(lambda: publish.prepare(root, temporary) if rank == 0 else None, group)
