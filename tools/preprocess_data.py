@@ -61,7 +61,8 @@ class ProgressLines:
         self._next = (progress.num_documents // self._interval + 1) * self._interval
         print(
             f"{progress.num_documents:,} documents, {progress.input_share:.1%} of the input, "
-            f"{progress.documents_per_s:,.0f} docs/s, {progress.megabytes_per_s:.2f} MB/s, {progress.left_s:,.0f} s left",
+            f"{progress.documents_per_s:,.0f} docs/s, {progress.megabytes_per_s:.2f} MB/s, "
+            f"{progress.left_s:,.0f} s left",
             file=sys.stderr,
             flush=True,
         )

@@ -23,7 +23,7 @@ import zstandard
 from megatron3d.errors import ConfigError, DataError
 
 FORMATS = ".jsonl, .json, .txt (each also with .gz or .zst) and .parquet"
-_BATCH_BYTES = 1 << 20
+_BATCH_BYTES = 1 << 18
 _BATCH_RECORDS = 1024
 
 
@@ -68,7 +68,7 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
 
 
 def read_batches(files: Sequence[Path], keys: Sequence[str]) -> Iterator[RawBatch]:
-    """The records of all files in order, in batches of about 1 MB.
+    """The records of all files in order, in batches of about 256 KiB.
 
     Raises: DataError if a file cannot be decompressed or read; ConfigError if parquet is not installed.
     """

@@ -1,6 +1,6 @@
 """Text corpora to token files: one reader, many encoders, one writer, and the order of the input throughout.
 
-The reader hands batches of about 1 MB to worker processes, which parse and encode them; the writer takes the results
+The reader hands batches of about 256 KiB to worker processes, which parse and encode them; the writer takes the results
 in the order they were handed out. At most four batches a worker are under way, so memory does not grow with the
 corpus, and the output is the same, byte for byte, for any number of workers.
 """
