@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 : "${CORPUS_MB:=8}" "${VOCAB_SIZE:=4096}"
 : "${NUM_LAYERS:=4}" "${HIDDEN_SIZE:=256}" "${NUM_HEADS:=4}" "${SEQ_LENGTH:=256}"
-: "${MICRO_BATCH:=4}" "${GLOBAL_BATCH:=16}" "${ITERATIONS:=300}" "${LEARNING_RATE:=3e-3}"
+: "${MICRO_BATCH:=4}" "${GLOBAL_BATCH:=16}" "${ITERATIONS:=160}" "${LEARNING_RATE:=3e-3}"
 : "${PROMPT:=    def }" "${NEW_TOKENS:=120}"
 COMPARED_STEPS=10
 
@@ -64,7 +64,8 @@ run=(
 )
 
 step "Training: TP $tp x PP $pp, $processes processes, $device"
-.venv/bin/torchrun --nproc-per-node "$processes" pretrain_gpt.py "${run[@]}" "${layout[@]}" \
+# Each process one thread: four of them share what may be two cores.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/torchrun --nproc-per-node "$processes" pretrain_gpt.py "${run[@]}" "${layout[@]}" \
     --eval-interval 100 --eval-iters 5 --save "$out/checkpoint" --save-interval "$ITERATIONS" \
     --metrics-file "$out/metrics.jsonl"
 "$python" -c 'import sys; from megatron3d.train.loss_plot import plot_losses; plot_losses(*sys.argv[1:])' \
@@ -78,7 +79,11 @@ step "The same run in one process: its first $COMPARED_STEPS steps"
 reference=$device
 if [ "$processes" = 1 ]; then reference=cpu; fi # Where the run was one process itself, the device is what differs.
 "$python" pretrain_gpt.py "${run[@]}" --device "$reference" --eval-iters 0 --exit-interval "$COMPARED_STEPS" \
-    --metrics-file "$out/metrics_one_process.jsonl"
+    --metrics-file "$out/metrics_one_process.jsonl" || code=$?
+if [ "${code:-0}" != 75 ]; then # 75: stopped on request before its last step, which is what --exit-interval asks for.
+    printf 'the run in one process ended with exit code %s instead of 75\n' "${code:-0}" >&2
+    exit 1
+fi
 
 step "Done"
 "$python" - "$COMPARED_STEPS" "$out/metrics.jsonl" "$out/metrics_one_process.jsonl" <<'PYTHON'
