@@ -120,6 +120,16 @@ class ZeroEngine:
                 views[slot.spec.name] = unit.view(slot, span, state[span.shifted(-piece.span.start).slice])
         return views
 
+    def grad_views(self) -> dict[str, ShardView]:
+        """The reduced gradients this rank owns, fp32, by full parameter name; between `finish_reduce` and
+        `clear_grads`."""
+        views = {}
+        for unit in self.units.values():
+            assert unit.own_grads is not None, f"unit {unit.name} has no reduced gradients"
+            for slot, span in unit.held_slots():
+                views[slot.spec.name] = unit.view(slot, span, unit.own_grads[span.shifted(-unit.own.start).slice])
+        return views
+
     def state_bytes(self) -> StateBytes:
         """Bytes of weights, gradients and separate master weights, as allocated."""
 
