@@ -112,15 +112,17 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
 def _complete(model: ModelConfig) -> ModelConfig:
     """The resolved model, with every size known."""
     model = resolve_model(model)
-    sizes = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_size")
-    missing = [f"--{name.replace('_', '-')}" for name, value in zip(sizes, _sizes(model)) if value is None]
+    sizes = {
+        "--num-layers": model.num_layers,
+        "--hidden-size": model.hidden_size,
+        "--num-attention-heads": model.num_attention_heads,
+        "--seq-length": model.seq_length,
+        "--vocab-size": model.vocab_size,
+    }
+    missing = [flag for flag, value in sizes.items() if value is None]
     if missing:
         raise ConfigError(f"The size of the model needs {', '.join(missing)}, which is not known yet; give it first.")
     return model
-
-
-def _sizes(model: ModelConfig) -> tuple[int | None, ...]:
-    return model.num_layers, model.hidden_size, model.num_attention_heads, model.seq_length, model.vocab_size
 
 
 def _qkv_width(model: ModelConfig) -> int:
