@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron3d.config.batch_size import (
@@ -43,12 +43,14 @@ def ramped(consumed: int, start: int, increment: int, samples: int, full: int) -
     return min(full, start + increment * (consumed * ((full - start) // increment) // samples))
 
 
-@given(trains(), st.integers(0, 500))
-def test_the_ramp_is_the_formula(case: tuple[TrainConfig, int], consumed: int) -> None:
-    train, dp = case
-    assume(train.rampup_batch_size)
-    start, increment, samples = (int(word) for word in train.rampup_batch_size)
-    assert batch_size_at(train, consumed, dp) == ramped(consumed, start, increment, samples, train.global_batch_size)
+@pytest.mark.parametrize("samples", [0, 1, 7, 100])
+@pytest.mark.parametrize(("start", "increment", "increments"), [(1, 1, 3), (2, 3, 7), (4, 4, 1)])
+def test_the_ramp_is_the_formula_at_every_sample(samples: int, start: int, increment: int, increments: int) -> None:
+    full = start + increment * increments
+    words = (str(start), str(increment), str(samples))
+    train = TrainConfig(micro_batch_size=1, global_batch_size=full, rampup_batch_size=words)
+    for consumed in range(samples + 3):
+        assert batch_size_at(train, consumed, 1) == ramped(consumed, start, increment, samples, full), consumed
 
 
 def test_gpt3s_ramp_has_its_published_sizes() -> None:
@@ -83,6 +85,11 @@ def simulated(train: TrainConfig, dp: int, *, samples: int) -> int:
 def test_iterations_for_samples_counts_whole_steps(case: tuple[TrainConfig, int], samples: int) -> None:
     train, dp = case
     assert iterations_for_samples(train, samples, dp) == simulated(train, dp, samples=samples)
+
+
+def test_a_smaller_later_batch_does_not_fill_up_an_earlier_one() -> None:
+    train = TrainConfig(micro_batch_size=1, global_batch_size=2, batch_size_steps=((0, 12), (100, 2)))
+    assert iterations_for_samples(train, 30, 1) == simulated(train, 1, samples=30) == 2
 
 
 @settings(deadline=None)
