@@ -1,0 +1,128 @@
+"""Communication is counted, not timed: calls and bytes of one training step equal their closed formulas.
+
+Symbols: L layers of a stage, M micro-batches of a rank, n = S*B*H*4 bytes of one whole hidden tensor (fp32),
+t tokens S*B of a micro-batch, P bytes of the padded flat buffers of a rank, U number of units.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import make_mesh
+from megatron3d.data.build import build_gpt_data
+from megatron3d.data.loader import GlobalBatches
+from megatron3d.train.step import train_step
+from tests.dist.pool import Pool
+from tests.parity.runs import RATES, VOCAB_SIZE, Case, parts_of
+
+S, B, H, LAYERS, GLOBAL_BATCH = 16, 1, 32, 4, 8
+FP32 = 4
+HIDDEN = S * B * H * FP32
+TOKENS = S * B
+SP = "--sequence-parallel"
+
+Counts = dict[tuple[str, str], tuple[int, int]]
+
+
+def counted_step(rank: int, world_size: int, case: Case) -> tuple[Counts, dict[str, tuple[int, int]]]:
+    """Counts of one step on this rank, and of each unit its flat length and its elements that are partial over tp."""
+    mesh = make_mesh(case.layout)
+    parts = parts_of(case, mesh)
+    config = parts.config
+    data = build_gpt_data(config.data, seq_length=S, vocab_size=VOCAB_SIZE, eod_token=0)
+    with GlobalBatches(data.train, config.data, vocab_size=VOCAB_SIZE, eod_token=0) as batches:
+        batch = batches.read(0, GLOBAL_BATCH, mesh.dp.rank, mesh.dp.size)
+    mesh.meter.reset()
+    train_step(parts, batch, RATES, step=0)
+    units = {
+        name: (
+            unit.layout.length,
+            sum(s.span.length for s in unit.layout.segments if s.tp_gradient == "partial"),
+        )
+        for name, unit in parts.engine.units.items()
+    }
+    return mesh.meter.read(), units
+
+
+def only(counts: Counts, axis: str) -> dict[str, tuple[int, int]]:
+    """The counts of one axis by collective."""
+    return {collective: value for (name, collective), value in counts.items() if name == axis}
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_tensor_parallel_step_costs_four_all_reduces_a_layer(pool: Pool, tp: int) -> None:
+    """Forward 2L + 1 (embedding), backward 2L + 1 (head), each n bytes; the loss one of t and one of 2t numbers.
+
+    Source: Shoeybi et al. 2019, section 3 and figure 4: two all-reduces a layer in each direction.
+    """
+    for counts, _ in pool.run(tp, counted_step, Case("gpt2", Layout(tp=tp))):
+        micros = GLOBAL_BATCH // B
+        calls = micros * (4 * LAYERS + 2 + 2)
+        payload = micros * ((4 * LAYERS + 2) * HIDDEN + 3 * TOKENS * FP32)
+        assert only(counts, "tp") == {"all_reduce": (calls, payload)}
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_sequence_parallel_step_costs_gathers_and_scatters(pool: Pool, tp: int) -> None:
+    """All-gathers: forward 2L + 1 (head), backward 4L + 2 (2L to gather the outputs' gradients, 1 the embedding's,
+    2L + 1 to gather inputs again that were kept as shards). Reduce-scatters: forward 2L + 1, backward 2L + 1.
+    Each moves n bytes, half of an all-reduce. Replicated parameters' gradients add one all-reduce a segment.
+
+    Source: Korthikanti et al. 2022, section 4.2.2.
+    """
+    for counts, units in pool.run(tp, counted_step, Case("gpt2", Layout(tp=tp), SP)):
+        micros = GLOBAL_BATCH // B
+        gathers, scatters = micros * (6 * LAYERS + 3), micros * (4 * LAYERS + 2)
+        partial = [elements for _, elements in units.values() if elements]
+        losses = (2 * micros, micros * 3 * TOKENS * FP32)
+        assert only(counts, "tp") == {
+            "all_gather": (gathers, gathers * HIDDEN),
+            "reduce_scatter": (scatters, scatters * HIDDEN),
+            "all_reduce": (losses[0] + len(partial), losses[1] + FP32 * sum(partial)),
+        }
+
+
+@pytest.mark.parametrize("options", ["", "--pipeline-schedule gpipe", SP])
+def test_pipeline_step_sends_one_hidden_tensor_a_boundary_and_direction(pool: Pool, options: str) -> None:
+    """A stage sends M activations unless it is last and M gradients unless it is first: n bytes each, n/tp with SP."""
+    layout = Layout(tp=2, pp=2) if options == SP else Layout(pp=4)
+    size = HIDDEN // (layout.tp if options == SP else 1)
+    micros = GLOBAL_BATCH // B
+    for rank, (counts, _) in enumerate(pool.run(layout.world_size, counted_step, Case("gpt2-untied", layout, options))):
+        stage = layout.coordinates(rank)["pp"]
+        boundaries = (stage > 0) + (stage < layout.pp - 1)
+        expected = (micros * boundaries, micros * boundaries * size)
+        assert only(counts, "pp") == {"send": expected, "receive": expected}
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_data_parallel_step_reduces_every_gradient_once(pool: Pool, zero: int) -> None:
+    """ZeRO 0: one all-reduce of P bytes. ZeRO 1: a reduce-scatter and an all-gather of P bytes, the same volume.
+    Besides, eight bytes for the global token count.
+
+    Source: Rajbhandari et al. 2020, section 7.1: the volume of stage 1 is that of plain data parallelism.
+    """
+    for counts, units in pool.run(4, counted_step, Case("gpt2", Layout(dp=4), f"--zero-stage {zero}")):
+        num_units, payload = len(units), FP32 * sum(length for length, _ in units.values())
+        if zero == 0:
+            expected = {"all_reduce": (num_units + 1, payload + 8)}
+        else:
+            whole = (num_units, payload)
+            expected = {"all_reduce": (1, 8), "reduce_scatter": whole, "all_gather": whole}
+        assert only(counts, "dp") == expected
+        assert only(counts, "world") == {"all_reduce": (1, 24)}  # loss, squared norm, votes to stop: fp64
+
+
+def test_tied_embedding_costs_one_all_reduce_between_the_ends(pool: Pool) -> None:
+    results = pool.run(4, counted_step, Case("gpt2", Layout(pp=4)))
+    for stage, (counts, units) in enumerate(results):
+        is_end = stage in (0, 3)
+        expected = {"all_reduce": (1, FP32 * units["embedding.word"][0])} if is_end else {}
+        assert only(counts, "tied") == expected
+    assert results[0][1]["embedding.word"] == results[3][1]["embedding.word"]
+
+
+def test_counts_are_those_of_the_step_alone() -> None:
+    counts, _ = counted_step(0, 1, Case("gpt2", Layout()))
+    assert counts == {}, "one process communicates with nobody"
