@@ -133,7 +133,7 @@ def forbidden_imports(sources: list[Source]) -> list[str]:
                 offenders.append(f"{source.path}:{node.lineno}: imports the script {name}")
             elif name.split(".")[0] in ("megatron3d", "megatron3d_kernels") and room_of(name) not in allowed:
                 offenders.append(f"{source.path}:{node.lineno}: {source.room} may not import {name}")
-    return offenders
+    return list(dict.fromkeys(offenders))
 
 
 def pipeline_values_that_act(sources: list[Source]) -> list[str]:
