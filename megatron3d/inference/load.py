@@ -1,0 +1,98 @@
+"""A model for generation: weights alone, from a checkpoint of any layout, or those of a model in training.
+
+Neither gradients nor an optimizer nor flat buffers exist here, and sequence parallelism is off: generation reads one
+token at a time, which cannot be cut along the sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megatron3d.checkpoint.load import load_tensors
+from megatron3d.comm.mesh import Mesh
+from megatron3d.config.bounds import single_option_problems, with_defaults_where_wrong
+from megatron3d.config.derive import derive
+from megatron3d.config.parallel import ParallelConfig
+from megatron3d.config.rules_model import MODEL_RULES
+from megatron3d.config.run import RunConfig
+from megatron3d.config.train import TrainConfig
+from megatron3d.errors import ConfigError
+from megatron3d.models.gpt import build_gpt_stage
+from megatron3d.params.boxes import ShardView
+from megatron3d.params.module import Declared
+from megatron3d.train.parts import Model, build_model
+
+
+def generation_config(stored: RunConfig, parallel: ParallelConfig, *, world_size: int, bf16: bool) -> RunConfig:
+    """The run of a checkpoint as it is used for generation: its model at another layout and precision.
+
+    Args:
+        stored: the run that wrote the checkpoint.
+        parallel: the layout wanted; its derived fields are filled here.
+        world_size: number of ranks.
+        bf16: compute in bf16 instead of fp32.
+
+    Raises:
+        ConfigError: the model cannot be cut that way, with all problems.
+    """
+    wanted = RunConfig(
+        model=stored.model,
+        parallel=parallel,
+        optim=replace(stored.optim, bf16=bf16, fp16=False),
+        data=stored.data,
+        train=TrainConfig(micro_batch_size=1),
+    )
+    given = with_defaults_where_wrong(wanted)
+    run = derive(given, world_size)
+    problems = [*single_option_problems(wanted), *(problem for rule in MODEL_RULES for problem in rule(given, run))]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return run
+
+
+def load_model(config: RunConfig, mesh: Mesh, device: torch.device, directory: Path) -> Model:
+    """This rank's stage of a GPT with the weights of a checkpoint; collective over all ranks.
+
+    Args:
+        config: from `generation_config`.
+        mesh: the live layout.
+        device: where the weights go.
+        directory: the checkpoint itself (see `checkpoint.directory.find_checkpoint`).
+
+    Raises:
+        CheckpointError: it is damaged or holds another model.
+    """
+    model = build_model(config, mesh, device, build_gpt_stage)
+    views = {
+        f"model/{name}": _allocate(declared, mesh, device, model.dtype)
+        for stage in model.stages.values()
+        for name, declared in stage.parameters_by_name().items()
+    }
+    load_tensors(directory, views, group=mesh.world.group)
+    return model
+
+
+def _allocate(declared: Declared, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> ShardView:
+    """Give a declared parameter memory, all zeros; returns what of it a checkpoint fills."""
+    spec, tp = declared.spec, mesh.tp
+    values = torch.zeros(spec.local_shape(tp.size), dtype=dtype, device=device)
+    declared.owner.register_parameter(declared.attribute, nn.Parameter(values, requires_grad=False))
+    boxes, covered = spec.boxes(tp.size, tp.rank, 0, values.numel())
+    return ShardView(spec.shape, boxes, values.view(-1)[:covered])
+
+
+def without_sequence_parallelism(model: Model, config: RunConfig) -> tuple[Model, RunConfig]:
+    """The same weights in layers that keep the whole sequence on every rank; as given where they do so already."""
+    if not config.parallel.sequence_parallel:
+        return model, config
+    config = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
+    twin = build_model(config, model.mesh, model.device, build_gpt_stage)
+    for number, stage in twin.stages.items():
+        trained = model.stages[number].parameters_by_name()
+        for name, declared in stage.parameters_by_name().items():
+            declared.owner.register_parameter(declared.attribute, trained[name].parameter)
+    return twin, config

@@ -1,0 +1,241 @@
+"""Go on from a prompt with a trained GPT.
+
+    python tools/generate_text.py --load CHECKPOINTS --prompt "import " --max-new-tokens 64 --greedy
+    torchrun --nproc-per-node 4 tools/generate_text.py --load CHECKPOINTS --prompts-file prompts.txt --json \
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --temperature 0.8 --top-p 0.95
+
+The model's shape and its tokenizer are those of `run.json` in the checkpoint; any layout reads any checkpoint. Ranks
+beyond tensor x pipeline share the prompts out. See docs/generation.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron3d.checkpoint.directory import find_checkpoint
+from megatron3d.checkpoint.load import read_document
+from megatron3d.config.parallel import ParallelConfig
+from megatron3d.config.run import RunConfig
+from megatron3d.config.serialize import from_dict
+from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
+from megatron3d.errors import ConfigError, DataError
+from megatron3d.inference.generate import generate, position_limit
+from megatron3d.inference.load import generation_config, load_model
+from megatron3d.inference.sampling import SamplingOptions
+from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, settled before a device is touched: the run, the tokenizer, the prompts."""
+
+    directory: Path
+    config: RunConfig
+    vocabulary: Vocabulary
+    prompts: tuple[str, ...]
+    prompt_ids: tuple[list[int], ...]
+    options: SamplingOptions
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Go on from a prompt with a trained GPT.", allow_abbrev=False)
+    p.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one of them")
+    p.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default the latest)")
+    p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    p.add_argument("--prompts-file", metavar="FILE", help="a text file with one prompt a line; empty lines are skipped")
+    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts worked on at once (default 16)")
+    p.add_argument("--json", action="store_true", help="one JSON object a line and prompt, with the token ids")
+    _add_sampling(p.add_argument_group("which token comes next"))
+    _add_tokenizer(p.add_argument_group("tokenizer, where it is not as or where run.json says"))
+    run = p.add_argument_group("where it runs")
+    run.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share a layer")
+    run.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share depth")
+    run.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one, else cpu")
+    run.add_argument("--bf16", action="store_true", help="compute in bf16 (default fp32, whatever trained it)")
+    run.add_argument(
+        "--no-kv-cache", action="store_true", help="read everything again for each token: slow, to compare"
+    )
+    return p
+
+
+def _add_sampling(group: Any) -> None:
+    group.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="stop after these (default 64)")
+    group.add_argument("--greedy", action="store_true", help="always the most probable token")
+    group.add_argument("--temperature", type=float, metavar="X", help="below 1 is safer, above 1 bolder (default 1)")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens (default all)")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the tokens that make up P (default 1)")
+    group.add_argument("--seed", type=int, default=1234, metavar="N", help="of the draws (default 1234)")
+    group.add_argument("--ignore-eod", action="store_true", help="go on after the end of a document")
+
+
+def _add_tokenizer(group: Any) -> None:
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
+    group.add_argument("--vocab-file", metavar="FILE")
+    group.add_argument("--merge-file", metavar="FILE")
+    group.add_argument("--tokenizer-model", metavar="PATH")
+
+
+def settle(args: argparse.Namespace, world_size: int) -> Job:
+    """Read everything but the weights, and find what is wrong.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: an option, a file or the checkpoint cannot be used.
+    """
+    options = sampling_options(args)
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size {args.batch_size} generates nothing; use at least 1")
+    prompts = read_prompts(args.prompt, args.prompts_file)
+    directory = find_checkpoint(Path(args.load), args.ckpt_step)
+    stored = from_dict(read_document(directory, "run"))
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        device=args.device,
+    )
+    config = generation_config(stored, parallel, world_size=world_size, bf16=args.bf16)
+    vocabulary = open_vocabulary(args, config, directory)
+    return Job(directory, config, vocabulary, prompts, tuple(_encode(p, vocabulary) for p in prompts), options)
+
+
+def sampling_options(args: argparse.Namespace) -> SamplingOptions:
+    """How tokens are chosen. Raises: ConfigError for values out of range, or --greedy with options of drawing."""
+    drawing = {"--temperature": args.temperature, "--top-k": args.top_k, "--top-p": args.top_p}
+    given = [f"{flag} {value:g}" for flag, value in drawing.items() if value is not None]
+    if args.greedy and given:
+        raise ConfigError(
+            f"--greedy draws nothing, so {' and '.join(given)} would have no effect; give one or the other"
+        )
+    return SamplingOptions(
+        max_new_tokens=args.max_new_tokens,
+        greedy=args.greedy,
+        temperature=1.0 if args.temperature is None else args.temperature,
+        top_k=args.top_k or 0,
+        top_p=1.0 if args.top_p is None else args.top_p,
+        seed=args.seed,
+        ignore_eod=args.ignore_eod,
+    )
+
+
+def read_prompts(given: Sequence[str], file: str | None) -> tuple[str, ...]:
+    """The prompts of the command line, then those of the file. Raises: ConfigError if there are none, DataError."""
+    prompts = list(given)
+    if file is not None:
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--prompts-file {file} cannot be read as UTF-8 ({error}); name a text file") from error
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        source = f"--prompts-file {file} has only empty lines" if file else "no prompt is given"
+        raise ConfigError(f"{source}; use --prompt TEXT, or --prompts-file FILE with one prompt a line")
+    return tuple(prompts)
+
+
+def open_vocabulary(args: argparse.Namespace, config: RunConfig, directory: Path) -> Vocabulary:
+    """The tokenizer of the run, with the files that the options name instead of its own, and the end of a document.
+
+    Raises:
+        ConfigError: none is known, or it has more ids than the model.
+        DataError: a file of it is missing or damaged; the sentence names the option.
+    """
+    data, vocab_size = config.data, config.model.vocab_size
+    moved = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
+    data = replace(data, **{name: value for name, value in vars(args).items() if name in moved and value is not None})
+    if data.tokenizer_type is None:
+        raise ConfigError(
+            f"{directory / 'run.json'} names no tokenizer; name it with --tokenizer-type and its files (NullTokenizer "
+            "takes token ids as numbers)"
+        )
+    files = (data.vocab_file, data.merge_file, data.tokenizer_model)
+    tokenizer = TokenizerSpec(data.tokenizer_type, *files, vocab_size=vocab_size).build()
+    if data.tokenizer_type == "NullTokenizer":  # Made for all ids of the model, it would count its own end beyond them.
+        return Vocabulary(tokenizer, data.eod_token)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"--tokenizer-type {data.tokenizer_type} has {tokenizer.vocab_size} ids, but the model of {directory} has "
+            f"{vocab_size}; give the tokenizer it was trained with"
+        )
+    return Vocabulary(tokenizer, tokenizer.eod if data.eod_token is None else data.eod_token)
+
+
+def _encode(prompt: str, vocabulary: Vocabulary) -> list[int]:
+    """Ids of a prompt; an empty one starts where documents start, after the end of the one before."""
+    ids = vocabulary.tokenizer.encode(prompt)
+    return [vocabulary.eod_token] if not ids and vocabulary.eod_token is not None else ids
+
+
+def results(job: Job, new_ids: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """What `--json` prints of each prompt."""
+    return [
+        {
+            "prompt": prompt,
+            "prompt_ids": list(ids),
+            "token_ids": list(new),
+            "text": job.vocabulary.tokenizer.decode([*ids, *_without_end(new, job)]),
+            "stopped_by": stop_reason(new, job),
+        }
+        for prompt, ids, new in zip(job.prompts, job.prompt_ids, new_ids, strict=True)
+    ]
+
+
+def _without_end(new: Sequence[int], job: Job) -> Sequence[int]:
+    return new[:-1] if stop_reason(new, job) == "end of document" else new
+
+
+def stop_reason(new: Sequence[int], job: Job) -> str:
+    """Why a text ends where it does."""
+    if not job.options.ignore_eod and new[-1] == job.vocabulary.eod_token:
+        return "end of document"
+    return "--max-new-tokens" if len(new) == job.options.max_new_tokens else "--max-position-embeddings"
+
+
+def report(job: Job, new_ids: Sequence[Sequence[int]], *, as_json: bool, elapsed_s: float) -> None:
+    """Print the texts to standard output, and how it went to standard error."""
+    found = results(job, new_ids)
+    if as_json:
+        for one in found:
+            print(json.dumps(one, ensure_ascii=False))
+    else:
+        print("\n\n".join(one["text"] for one in found))
+    for number, one in enumerate(found):
+        if one["stopped_by"] == "--max-position-embeddings":
+            print(
+                f"prompt {number} stopped after {len(one['token_ids'])} of {job.options.max_new_tokens} new tokens: "
+                f"--max-position-embeddings of the model is {position_limit(job.config.model)}",
+                file=sys.stderr,
+            )
+    num_new = sum(map(len, new_ids))
+    print(f"{num_new} new tokens in {elapsed_s:.2f} s, {num_new / elapsed_s:.1f} tokens/s", file=sys.stderr)
+
+
+def main(guard: Guard) -> None:
+    """Settle what is asked for, load the weights, generate, print."""
+    args = parser().parse_args()
+    job = settle(args, guard.launch.world_size)
+    with joined(job.config.parallel, guard, save=None) as (mesh, device):
+        model = load_model(job.config, mesh, device, job.directory)
+        began_s = time.monotonic()
+        new_ids = generate(
+            model,
+            job.config,
+            job.prompt_ids,
+            job.options,
+            job.vocabulary.eod_token,
+            batch_size=args.batch_size,
+            use_cache=not args.no_kv_cache,
+        )
+        if mesh.rank == 0:
+            report(job, new_ids, as_json=args.json, elapsed_s=time.monotonic() - began_s)
+
+
+if __name__ == "__main__":
+    guarded(main)
