@@ -1,0 +1,99 @@
+"""Blends: within one sample of the weights at every prefix, each sample of a corpus in turn, pure in the number."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron3d.data.blend import MAX_PERIOD, Blend, Corpus, fair_turns, integer_weights, parse_data_path
+from megatron3d.data.mock import MockSamples
+from megatron3d.errors import ConfigError
+
+
+def blend_of(weights: tuple[int, ...]) -> Blend:
+    streams = [MockSamples(str(i), seq_length=4, vocab_size=50, eod_token=None, seed=i) for i in range(len(weights))]
+    return Blend(streams, weights)
+
+
+def largest_error(turns: np.ndarray, weights: tuple[int, ...]) -> Fraction:
+    """max over prefixes n and corpora i of |served - n*p/q|, exactly."""
+    period, n = sum(weights), np.arange(1, len(turns) + 1)
+    worst = max(np.abs(np.cumsum(turns == i) * period - n * weight).max() for i, weight in enumerate(weights))
+    return Fraction(int(worst), period)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=9))
+def test_proportions_are_within_one_sample_at_every_prefix(weights: list[int]) -> None:
+    turns = fair_turns(weights)
+    assert largest_error(turns, tuple(weights)) < 1
+    assert np.bincount(turns, minlength=len(weights)).tolist() == weights
+
+
+@pytest.mark.parametrize("weights", [(30000, 30000, 5535, 1), (1,) * 200, (40000, *[7] * 300)])
+def test_long_periods_are_as_fair(weights: tuple[int, ...]) -> None:
+    assert largest_error(fair_turns(weights), weights) < 1
+
+
+def test_each_corpus_gives_its_samples_in_turn() -> None:
+    blend = blend_of((5, 2, 1))
+    served = Counter()
+    for number in range(100):
+        corpus, own_number = blend.choose(number)
+        assert own_number == served[corpus]
+        served[corpus] += 1
+
+
+def test_far_sample_is_found_without_the_ones_before_it() -> None:
+    blend = blend_of((7, 3))
+    corpus, own_number = blend.choose(10**15 + 4)
+    near, near_number = blend.choose(4)
+    assert (corpus, own_number) == (near, near_number + 10**14 * (7, 3)[near])
+    assert blend.sample(10**15 + 4).tolist() == blend.streams[corpus].sample(own_number).tolist()
+
+
+def test_negative_sample_is_refused() -> None:
+    with pytest.raises(IndexError, match="sample -1 of a blend"):
+        blend_of((1,)).choose(-1)
+
+
+def test_weights_that_fit_are_exact() -> None:
+    assert integer_weights([Fraction("0.7"), Fraction("0.3")]) == (7, 3)
+    assert integer_weights([30, 70, 25]) == (6, 14, 5)
+    assert integer_weights([Fraction("1e-3"), Fraction("0.999")]) == (1, 999)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 10**12), min_size=1, max_size=20))
+def test_weights_that_do_not_fit_are_rounded_to_the_period(weights: list[int]) -> None:
+    rounded = integer_weights(weights)
+    total = sum(rounded)
+    assert total <= MAX_PERIOD and min(rounded) >= 1
+    for weight, integer in zip(weights, rounded):
+        assert abs(Fraction(weight, sum(weights)) - Fraction(integer, total)) <= Fraction(len(weights), MAX_PERIOD)
+
+
+def test_data_path_with_and_without_weights() -> None:
+    weighted = parse_data_path(["0.7", "A", "0.3", "B"], "--data-path")
+    assert weighted == (Corpus("A", Fraction(7, 10)), Corpus("B", Fraction(3, 10)))
+    assert parse_data_path(["A", "B"], "--data-path") == (Corpus("A", None), Corpus("B", None))
+    assert parse_data_path(["A"], "--data-path") == (Corpus("A", None),)
+    assert parse_data_path(["1", "A", "0", "B"], "--data-path") == (Corpus("A", Fraction(1)),)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["0.5", "A", "B", "C"], "--data-path 0.5 A B C: B stands where a weight from 0 up is expected"),
+        (["0.5", "A", "-1", "B"], "-1 stands where a weight"),
+        (["0", "A", "0", "B"], "all weights are 0"),
+    ],
+)
+def test_weights_that_make_no_sense_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_data_path(words, "--data-path")

@@ -1,0 +1,129 @@
+"""From options to streams: splits, blends by weight or size, per-split paths, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron3d.config.data import DataConfig
+from megatron3d.data.blend import Blend
+from megatron3d.data.build import GPTData, build_gpt_data
+from megatron3d.data.gpt import GPTSamples
+from megatron3d.errors import ConfigError, DataError
+from tests.data.corpora import counting_documents, write_documents
+
+
+def build(seq_length: int = 4, eod_token: int | None = None, **options: object) -> GPTData:
+    return build_gpt_data(DataConfig(**options), seq_length=seq_length, vocab_size=1000, eod_token=eod_token)
+
+
+@pytest.fixture
+def corpora(tmp_path: Path) -> tuple[str, str]:
+    """A: 100 documents of 10 tokens. B: 100 documents of 30 tokens."""
+    write_documents(tmp_path / "A", counting_documents([10] * 100))
+    write_documents(tmp_path / "B", counting_documents([30] * 100))
+    return str(tmp_path / "A"), str(tmp_path / "B")
+
+
+def test_one_corpus_is_split_by_documents(corpora: tuple[str, str]) -> None:
+    data = build(data_path=(corpora[0],), split="80,15,5")
+    parts = (data.train, data.valid, data.test)
+    assert all(isinstance(part, GPTSamples) for part in parts)
+    assert [part.documents for part in parts] == [range(80), range(80, 95), range(95, 100)]
+
+
+def test_empty_splits_are_none(corpora: tuple[str, str]) -> None:
+    data = build(data_path=(corpora[0],), split="100,0,0")
+    assert data.valid is None and data.test is None and data.notes == ()
+
+
+def test_weights_make_a_blend(corpora: tuple[str, str]) -> None:
+    data = build(data_path=("0.7", corpora[0], "0.3", corpora[1]))
+    assert isinstance(data.train, Blend) and data.train.weights == (7, 3)
+    assert "70.0000% " + corpora[0] in data.train.describe()
+
+
+def test_sizes_are_the_weights_where_none_are_given(corpora: tuple[str, str]) -> None:
+    data = build(data_path=corpora)
+    assert isinstance(data.train, Blend) and data.train.weights == (1, 3)
+
+
+def test_weights_from_a_file_are_those_of_the_command_line(corpora: tuple[str, str], tmp_path: Path) -> None:
+    words = ("2", corpora[0], "1", corpora[1])
+    (tmp_path / "args").write_text(f"2 {corpora[0]}\n1 {corpora[1]}\n")
+    from_file, direct = build(data_args_path=str(tmp_path / "args")), build(data_path=words)
+    assert [from_file.train.sample(n).tolist() for n in range(30)] == [
+        direct.train.sample(n).tolist() for n in range(30)
+    ]
+
+
+def test_paths_of_each_split_are_used_whole(corpora: tuple[str, str]) -> None:
+    data = build(train_data_path=(corpora[0],), valid_data_path=(corpora[1],))
+    assert data.train.documents == data.valid.documents == range(100)
+    assert data.valid.dataset.prefix == corpora[1] and data.test is None
+
+
+def test_same_options_give_the_same_stream_and_another_seed_another(corpora: tuple[str, str]) -> None:
+    first, again, other = (build(data_path=corpora, seed=seed) for seed in (1, 1, 2))
+    samples = [[data.train.sample(n).tolist() for n in range(40)] for data in (first, again, other)]
+    assert samples[0] == samples[1] != samples[2]
+
+
+def test_split_that_leaves_no_training_document_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    write_documents(tmp_path / "d", counting_documents([50, 50]))
+    with pytest.raises(DataError) as caught:
+        build(data_path=(str(tmp_path / "d"),), split="1,50,49")
+    assert str(caught.value) == (
+        f"--split 1,50,49 leaves no training document of {tmp_path / 'd'}, which has 2; give training a larger first "
+        f"share."
+    )
+
+
+def test_training_documents_too_short_are_refused(corpora: tuple[str, str]) -> None:
+    with pytest.raises(DataError, match="documents 0 to 97 hold 970 tokens, but one sample of --seq-length 2000 needs"):
+        build(data_path=(corpora[0],), seq_length=2000)
+
+
+def test_validation_too_short_is_refused_but_a_test_split_is_left_out_with_a_note(corpora: tuple[str, str]) -> None:
+    with pytest.raises(DataError, match="documents 97 to 100 hold 30 tokens"):
+        build(data_path=(corpora[0],), seq_length=50)
+    data = build(data_path=(corpora[0],), seq_length=15, split="90,9,1")
+    assert data.test is None and data.valid is not None
+    assert data.notes[0].startswith(f"Left out of the test data: {corpora[0]}: documents 99 to 100 hold 10 tokens")
+
+
+def test_corpus_too_short_to_validate_on_is_left_out_of_the_blend_with_a_note(corpora: tuple[str, str]) -> None:
+    data = build(data_path=corpora, seq_length=50)
+    assert isinstance(data.valid, GPTSamples) and data.valid.dataset.prefix == corpora[1]
+    assert "Left out of the valid data" in data.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "No data is given; give --data-path"),
+        ({"data_path": ("A",), "mock_data": True}, "--data-path and --mock-data exclude each other"),
+        ({"data_path": ("A",), "valid_data_path": ("A",)}, "--data-path and --train-data-path/--valid-data-path"),
+        (
+            {"mock_data": True, "eod_mask_loss": True, "reset_position_ids": True},
+            "--reset-position-ids and --eod-mask-loss must know the end-of-document token",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(**options)
+
+
+def test_missing_corpus_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"needs {tmp_path}/no\.bin and {tmp_path}/no\.idx, which cannot be found"):
+        build(data_path=(str(tmp_path / "no"),))
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be found"), (" \n", "is empty")])
+def test_file_of_words_that_cannot_be_used_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "args").write_text(content)
+    with pytest.raises(DataError, match=rf"--data-args-path {tmp_path}/args {message}"):
+        build(data_args_path=str(tmp_path / "args"))
