@@ -21,7 +21,7 @@ from megatron3d.comm.launch import Launch, end_process, is_peer_failure, join, l
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import Mesh, make_mesh
 from megatron3d.config.parallel import ParallelConfig
-from megatron3d.errors import ConfigError, Megatron3dError, PeerError, StopRequested
+from megatron3d.errors import ConfigError, InUseError, Megatron3dError, PeerError, StopRequested
 from megatron3d.train.exit_status import clear_exit_status, exit_code_of, status_of, write_exit_status
 
 
@@ -91,7 +91,8 @@ def _report(error: BaseException, guard: Guard) -> int:
     else:
         traceback.print_exception(error)
         print(f"error ({where}): {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
-    if guard.save:
+    # A directory that another run holds is not ours to leave word in.
+    if guard.save and not isinstance(error, InUseError):
         refusal = write_exit_status(guard.save, status_of(error, rank=rank, step=guard.step))
         if refusal:
             print(f"the exit status could not be written beside the checkpoints: {refusal}", file=sys.stderr)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron3d.checkpoint.directory import hold_directory
+from megatron3d.checkpoint.store import everywhere
 from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
 from megatron3d.config.data import DataConfig
@@ -82,12 +83,15 @@ def train(parts: Parts, streams: Streams, guard: Guard) -> Progress:
 
 @contextmanager
 def _held_directory(parts: Parts) -> Iterator[None]:
-    """Keep other runs out of the --save directory while this one writes there."""
-    save = parts.config.checkpoint.save
-    if save is None or parts.mesh.rank > 0:
-        yield
-        return
-    with hold_directory(Path(save)):
+    """Keep other runs out of the --save directory while this one writes there; if another is in, all ranks raise."""
+    save, mesh = parts.config.checkpoint.save, parts.mesh
+    with ExitStack() as held:
+
+        def hold() -> None:
+            if save is not None and mesh.rank == 0:
+                held.enter_context(hold_directory(Path(save)))
+
+        everywhere(hold, mesh.world.group)
         yield
 
 

@@ -142,6 +142,8 @@ class Reports:
         held = ", ".join(f"{name} {format_bytes(size)}" for name, size in record.bytes_per_rank.items())
         self.note(f"{record.model}: {format_count(record.parameters)} parameters on {self.parts.mesh.layout}, {held}")
         source = self.restored.source
+        if self.restored.damage:
+            self.note(f"fell back to the checkpoint before, because {self.restored.damage}")
         self.note(f"starting from {source}" if source else "starting from the initial weights")
 
 

@@ -7,7 +7,7 @@ fp32 masters, from which every precision's weights follow.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Restored:
-    """Where a run starts: its progress, the schedule it follows, and the checkpoint it came from, if any."""
+    """Where a run starts: its progress, the schedule it follows, and the checkpoint it came from, if any.
+
+    `damage` says what is wrong with the checkpoint that was asked for, where the one before was taken instead.
+    """
 
     progress: Progress
     schedule: ScheduleSettings
     source: Path | None = None
+    damage: str | None = None
 
 
 def save(parts: Parts, progress: Progress, schedule: ScheduleSettings) -> Path:
@@ -102,7 +106,7 @@ def restore(parts: Parts) -> Restored:
         if not options.fall_back_to_previous_checkpoint or before is None:
             hint = f"; {before} is the one before: start from it with --fall-back-to-previous-checkpoint"
             raise CheckpointError(f"{damage}{hint if before else ''}") from damage
-        return _restore_from(before, parts, flags)
+        return replace(_restore_from(before, parts, flags), damage=str(damage))
 
 
 def source_of(options: CheckpointConfig) -> Path | None:
