@@ -22,11 +22,12 @@ from megatron3d.train.vocabulary import open_vocabulary
 def main(guard: Guard) -> None:
     """The story of a run."""
     # What the user wants: all problems are found here, before a process group or a device exists.
-    config = resolve(
-        parse_args(sys.argv[1:], program="pretrain_gpt.py", description="Pretrain a GPT."), guard.launch.world_size
+    is_first = guard.launch.rank == 0
+    words = parse_args(
+        sys.argv[1:], program="pretrain_gpt.py", description="Pretrain a GPT.", say=print if is_first else silent
     )
-    config, vocabulary = open_vocabulary(config)
-    if guard.launch.rank == 0:
+    config, vocabulary = open_vocabulary(resolve(words, guard.launch.world_size))
+    if is_first:
         print(as_table(config))
 
     # Where it runs.
@@ -41,6 +42,10 @@ def main(guard: Guard) -> None:
         # Steps, evaluations and checkpoints, from the latest checkpoint to the end.
         with open_streams(data, config.data, **sizes) as streams:
             train(parts, streams, guard)
+
+
+def silent(line: str) -> None:
+    """Keep to oneself what rank 0 says already."""
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from megatron3d.train.step import train_step
 from tests.dist.pool import Pool
 from tests.parity.runs import RATES, VOCAB_SIZE, Case, parts_of
 
-S, B, H, LAYERS, GLOBAL_BATCH = 16, 1, 32, 4, 8
+S, B, H, LAYERS, GLOBAL_BATCH = 16, 2, 32, 4, 8
 FP32 = 4
 HIDDEN = S * B * H * FP32
 TOKENS = S * B
