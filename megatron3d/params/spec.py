@@ -54,6 +54,11 @@ class ParamSpec:
     tp_gradient: TpGradient = "equal"
     tied_copy: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what no cut is defined for."""
+        if self.parts and self.tp_dim != 0:
+            raise ValueError(f"{self.name}: fused parts {self.parts} lie along dimension 0, not {self.tp_dim}")
+
     @property
     def numel(self) -> int:
         """Elements of the full parameter, without padding."""

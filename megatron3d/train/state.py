@@ -78,7 +78,7 @@ def save(parts: Parts, progress: Progress, schedule: ScheduleSettings) -> Path:
     return save_checkpoint(
         Path(config.checkpoint.save),
         progress.step,
-        _views(parts, with_optimizer=not config.checkpoint.no_save_optim),
+        _views(parts, with_optimizer=not config.checkpoint.no_save_optim, with_copies=False),
         documents={"run": to_dict(config), "state": state},
         keep_last=config.checkpoint.keep_last,
         group=mesh.world.group,
@@ -134,7 +134,7 @@ def _restore_from(source: Path, parts: Parts, flags: ScheduleSettings) -> Restor
     with_optimizer = not (options.finetune or options.no_load_optim)
     if with_optimizer:
         _check_optimizer(state, parts.config.optim.optimizer, source)
-    load_tensors(source, _views(parts, with_optimizer=with_optimizer), group=group)
+    load_tensors(source, _views(parts, with_optimizer=with_optimizer, with_copies=True), group=group)
     parts.engine.publish()
     if options.finetune:
         return Restored(Progress(), flags, source)
@@ -160,11 +160,11 @@ def _check_optimizer(state: Mapping[str, Any], kind: str, source: Path) -> None:
         )
 
 
-def _views(parts: Parts, *, with_optimizer: bool) -> dict[str, ShardView]:
-    views = {f"model/{name}": view for name, view in parts.engine.weight_views().items()}
+def _views(parts: Parts, *, with_optimizer: bool, with_copies: bool) -> dict[str, ShardView]:
+    views = {f"model/{name}": view for name, view in parts.engine.weight_views(with_copies=with_copies).items()}
     if with_optimizer:
         for state_name in STATE_NAMES[parts.config.optim.optimizer]:
-            states = parts.engine.state_views(parts.optimizer, state_name)
+            states = parts.engine.state_views(parts.optimizer, state_name, with_copies=with_copies)
             views |= {f"{state_name}/{name}": view for name, view in states.items()}
     return views
 

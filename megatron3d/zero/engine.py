@@ -100,21 +100,26 @@ class ZeroEngine:
         for unit in self.units.values():
             unit.clear_grads()
 
-    def weight_views(self) -> dict[str, ShardView]:
-        """The master weights this rank owns, by full parameter name. After a load into them call `publish`."""
+    def weight_views(self, *, with_copies: bool = True) -> dict[str, ShardView]:
+        """The master weights this rank owns, by full parameter name. After a load into them call `publish`.
+
+        Copies of tied tables, which a save leaves to their owner, are left out unless `with_copies`.
+        """
         views = {}
         for unit in self.units.values():
-            for slot, span in unit.held_slots():
+            for slot, span in unit.held_slots(with_copies=with_copies):
                 data = unit.master[span.shifted(-unit.own.start).slice]
                 views[slot.spec.name] = unit.view(slot, span, data)
         return views
 
-    def state_views(self, optimizer: torch.optim.Optimizer, state_name: str) -> dict[str, ShardView]:
-        """One kind of optimizer state (such as "exp_avg"), by full parameter name."""
+    def state_views(
+        self, optimizer: torch.optim.Optimizer, state_name: str, *, with_copies: bool = True
+    ) -> dict[str, ShardView]:
+        """One kind of optimizer state (such as "exp_avg"), by full parameter name; copies as in `weight_views`."""
         views = {}
         for unit in self.units.values():
             by_decay = {piece.decays: piece for piece in unit.pieces}
-            for slot, span in unit.held_slots():
+            for slot, span in unit.held_slots(with_copies=with_copies):
                 piece = by_decay[slot.spec.decays]
                 state = optimizer.state[piece.parameter][state_name]
                 views[slot.spec.name] = unit.view(slot, span, state[span.shifted(-piece.span.start).slice])

@@ -166,11 +166,12 @@ class FlatUnit:
         for piece in self.pieces:
             piece.parameter.grad = None
 
-    def held_slots(self) -> Iterator[tuple[Slot, Span]]:
-        """Slots of which this rank owns a part, with that part as a span of the flat buffer."""
+    def held_slots(self, *, with_copies: bool = True) -> Iterator[tuple[Slot, Span]]:
+        """Slots of which this rank owns a part, with that part as a span of the flat buffer; copies of tied tables
+        are left out unless `with_copies`."""
         for slot in self.layout.slots:
             span = slot.span.intersect(self.own)
-            if span.length:
+            if span.length and (with_copies or not slot.spec.tied_copy):
                 yield slot, span
 
     def view(self, slot: Slot, span: Span, data: Tensor) -> ShardView:
