@@ -2,7 +2,7 @@
 
 The same cases run on the references, on Triton through its interpreter and on Triton on a GPU. Each compares values and
 gradients with the formula in float64, written here from the paper and differentiated by autograd, on inputs that were
-already rounded to the dtype under test. Sizes are odd on purpose: not powers of two, one column, no rows, strided views.
+already rounded to the dtype under test. Sizes are odd on purpose: not powers of two, one column, no rows, strides.
 """
 
 from __future__ import annotations
@@ -36,26 +36,34 @@ def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, what: str, *, fl
         return
     error = (got.double().cpu() - want.cpu()).abs()
     info = torch.finfo(dtype)
-    bound = want.abs().cpu() * info.eps + max(float(want.abs().max()), floor) * FP32_NOISE + info.tiny
+    bound = want.abs().cpu() * info.eps + max(float(want.detach().abs().max()), floor) * FP32_NOISE + info.tiny
     worst = (error / bound).argmax()
     assert bool((error <= bound).all()), f"{what}: error {error.flatten()[worst]} over {bound.flatten()[worst]}"
 
 
 def check(operation: Operation, formula: Operation, inputs: list[Tensor], what: str, *, floor: float = 0.0) -> None:
-    """Compare values and the gradients of all inputs, and that a gradient nobody asks for changes no other."""
+    """Compare values and the gradients of all inputs."""
     dtype = inputs[0].dtype
     wide = [x.detach().double().requires_grad_() for x in inputs]
     leaves = [x.detach().requires_grad_() for x in inputs]
     want, got = formula(*wide), operation(*leaves)
     assert_close(got, want, dtype, f"{what}: value", floor=floor)
-    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(7)).to(want.device, dtype)
+    grad = random(tuple(want.shape), want.device, dtype, seed=7)
     wanted = torch.autograd.grad(want, wide, grad.double())
-    for given, expected, place in zip(torch.autograd.grad(got, leaves, grad), wanted, range(len(inputs))):
+    for place, (given, expected) in enumerate(zip(torch.autograd.grad(got, leaves, grad), wanted)):
         assert_close(given, expected, inputs[place].dtype, f"{what}: gradient of input {place}", floor=floor)
-    for place in range(len(inputs)):
+
+
+def check_alone(operation: Operation, inputs: list[Tensor], what: str) -> None:
+    """A gradient that is asked for alone is the one that comes with all others, to the bit."""
+    together = [x.detach().requires_grad_() for x in inputs]
+    value = operation(*together)
+    grad = random(tuple(value.shape), value.device, value.dtype, seed=7)
+    wanted = torch.autograd.grad(value, together, grad)
+    for place, expected in enumerate(wanted):
         alone = [x.detach().requires_grad_(index == place) for index, x in enumerate(inputs)]
         (given,) = torch.autograd.grad(operation(*alone), [alone[place]], grad)
-        assert_close(given, wanted[place], inputs[place].dtype, f"{what}: gradient of input {place} alone", floor=floor)
+        assert torch.equal(given, expected), f"{what}: gradient of input {place} alone is another"
 
 
 def random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Tensor:
@@ -100,10 +108,10 @@ def layer_norm_case(shape: tuple[int, ...], device: torch.device, dtype: torch.d
     bias = random(shape[-1:], device, dtype, seed=4)
     operation, formula = partial(registry.layer_norm, eps=1e-5), partial(layer_norm_formula, eps=1e-5)
     for layout, x in layouts(shape, device, dtype).items():
-        shifted = x + 3
-        floor = layer_norm_floor(shifted)
-        check(operation, formula, [shifted, weight, bias], f"{shape} shifted, {layout}", floor=floor)
-        check(operation, formula, [x, weight], f"{shape} without bias, {layout}", floor=layer_norm_floor(x))
+        parameters = [weight] if layout == "columns far apart" else [weight, bias]
+        check(operation, formula, [x, *parameters], f"{shape}, {layout}", floor=layer_norm_floor(x))
+    shifted = random(shape, device, dtype) + 3
+    check(operation, formula, [shifted, weight, bias], f"{shape}, mean 3", floor=layer_norm_floor(shifted))
 
 
 def rms_norm_case(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
@@ -112,7 +120,8 @@ def rms_norm_case(shape: tuple[int, ...], device: torch.device, dtype: torch.dty
     operation, formula = partial(registry.rms_norm, eps=1e-5), partial(rms_norm_formula, eps=1e-5)
     for layout, x in layouts(shape, device, dtype).items():
         check(operation, formula, [x, weight], f"{shape}, {layout}", floor=1.0)
-        check(operation, formula, [x * 0.01, weight], f"{shape} small, {layout}", floor=1.0)
+    small = random(shape, device, dtype) * 0.01
+    check(operation, formula, [small, weight], f"{shape}, small", floor=1.0)
 
 
 def norms_accept_other_parameter_dtype(device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
@@ -135,7 +144,7 @@ def gated_case(kind: str, shape: tuple[int, ...], device: torch.device, dtype: t
     for layout, gate in layouts(shape, device, dtype).items():
         up = random(shape, device, dtype, seed=5)
         apart = lambda g, u: gate_formula(g, kind) * u  # noqa: E731
-        check(partial(registry.gated_activation, kind=kind), apart, [gate * 3, up], f"{kind} {shape}, {layout}")
+        check(partial(registry.gated_activation, kind=kind), apart, [gate, up], f"{kind} {shape}, {layout}")
     half = shape[-1]
     fused = lambda both: gate_formula(both[..., :half], kind) * both[..., half:]  # noqa: E731
     for layout, gate_up in layouts((*shape[:-1], 2 * half), device, dtype).items():
@@ -167,23 +176,21 @@ def rotary_formula(x: Tensor, angles: Tensor, *, interleaved: bool) -> Tensor:
 
 
 def rotary_case(interleaved: bool, rotated: int, device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
-    """Shared and per-sample positions; x as it comes from [B, N, S, D] and from a transposed part of [S, B, N, 3D]."""
-    batch, heads, sequence, size = 2, 3, 5, 12
+    """x [B, N, S, D] with shared positions; x a transposed part of [S, B, N, 3D] with positions per sample."""
+    batch, heads, sequence, size = 2, 3, 3, 12
     frequencies = 10000.0 ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
     shared = torch.arange(sequence)[:, None] * frequencies
-    own = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 900]])[..., None] * frequencies
+    own = torch.tensor([[0, 1, 0], [2, 3, 900]])[..., None] * frequencies
     qkv = random((sequence, batch, heads, 3 * size), device, dtype, seed=2)
     inputs = {
         "contiguous": random((batch, heads, sequence, size), device, dtype),
         "a part of [S, B, N, 3D], transposed": qkv[..., size : 2 * size].permute(1, 2, 0, 3),
     }
-    for layout, x in inputs.items():
-        for name, angles in (("shared", shared), ("per sample", own)):
-            cos, sin = angles.cos().float().to(device), angles.sin().float().to(device)
-            wide = (angles if name == "per sample" else angles[None]).unsqueeze(1).to(device)
-            operation = partial(_apply, registry, cos, sin, interleaved)
-            formula = partial(rotary_formula, angles=wide, interleaved=interleaved)
-            check(operation, formula, [x], f"{layout}, positions {name}")
+    for (layout, x), angles in zip(inputs.items(), (shared, own)):
+        cos, sin = angles.cos().float().to(device), angles.sin().float().to(device)
+        wide = angles.expand(batch, sequence, rotated // 2).unsqueeze(1).to(device)
+        operation = partial(_apply, registry, cos, sin, interleaved)
+        check(operation, partial(rotary_formula, angles=wide, interleaved=interleaved), [x], layout)
 
 
 def _apply(registry: Registry, cos: Tensor, sin: Tensor, interleaved: bool, x: Tensor) -> Tensor:
@@ -261,25 +268,35 @@ def empty_rows_stay_empty(device: torch.device, dtype: torch.dtype, registry: Re
     assert registry.cross_entropy_backward(x, target, rows, rows, rows, 0, 6).shape == x.shape
 
 
+def gradients_do_not_depend_on_which_are_needed(device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
+    """Frozen weights or inputs, one gradient at a time."""
+    x, y = random((2, 5), device, dtype), random((2, 5), device, dtype, seed=1)
+    weight, bias = random((5,), device, dtype, seed=3), random((5,), device, dtype, seed=4)
+    check_alone(registry.layer_norm, [x, weight, bias], "layer_norm")
+    check_alone(registry.rms_norm, [x, weight], "rms_norm")
+    check_alone(partial(registry.gated_activation, kind="swiglu"), [x, y], "gated_activation")
+
+
 def _cases() -> dict[str, Case]:
     """All cases by name."""
     cases: dict[str, Case] = {
+        "gradients_alone": gradients_do_not_depend_on_which_are_needed,
         "empty_rows": empty_rows_stay_empty,
         "swiglu_limits": swiglu_of_large_gates_is_finite,
         "norms_fp32_parameters": norms_accept_other_parameter_dtype,
     }
-    for shape in ((1, 1), (4, 8), (3, 2, 37), (530, 5), (2, 1030)):
+    for shape in ((1, 1), (3, 2, 37), (1, 1030)):
         name = "x".join(map(str, shape))
         cases[f"layer_norm_{name}"] = partial(layer_norm_case, shape)
         cases[f"rms_norm_{name}"] = partial(rms_norm_case, shape)
     for kind in ("swiglu", "geglu", "reglu"):
-        for shape in ((3, 2, 37), (2, 1030)):
+        for shape in ((2, 2, 37), (1, 1030)):
             cases[f"{kind}_{'x'.join(map(str, shape))}"] = partial(gated_case, kind, shape)
     for interleaved in (False, True):
-        for rotated in (12, 6, 2):
+        for rotated in (12, 6):
             pairing = "interleaved" if interleaved else "halves"
             cases[f"rotary_{pairing}_{rotated}_of_12"] = partial(rotary_case, interleaved, rotated)
-    for sizes in ((1, 37, 37), (2, 20, 37), (4, 16, 37), (3, 5000, 10001)):
+    for sizes in ((1, 37, 37), (2, 20, 37), (4, 16, 37), (2, 5000, 9001)):
         for in_place in (False, True):
             name = "cross_entropy_{}x{}_valid_{}".format(*sizes)
             cases[name + ("_in_place" if in_place else "")] = partial(cross_entropy_case, sizes, in_place)

@@ -1,0 +1,93 @@
+"""Compile every Triton kernel for NVIDIA GPUs, on a machine that has none, and print what failed as JSON.
+
+A program of its own, started without Triton's interpreter. The kernel functions run on CPU tensors with `launch`
+replaced by a compilation to machine code from the very arguments of the launch; the numbers they return are nonsense
+and unused. So this shows that kernels are valid beyond what the interpreter forgives, not that they are right.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from megatron3d_kernels import (
+    GATED_ACTIVATIONS,
+    Registry,
+    cross_entropy,
+    gated_activation,
+    layer_norm,
+    rms_norm,
+    rotary,
+)
+from megatron3d_kernels.launch import TRITON, TritonSupport
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+
+class Compilations:
+    """Compiles each different launch once and keeps the failures."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+        self.outcomes: dict[str, str] = {}
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **constants: Any
+    ) -> None:
+        """Stand in for `megatron3d_kernels.launch.launch`."""
+        num_warps = constants.pop("num_warps")
+        assert [*kernel.arg_names[len(arguments) :]] == list(constants), f"{kernel.__name__}: {list(constants)}"
+        given = dict(zip(kernel.arg_names, arguments))
+        # Triton's launcher makes an integer that is 1 a compile-time constant.
+        known = {name: value for name, value in given.items() if isinstance(value, int) and value == 1} | constants
+        signature = {name: type_of(value) for name, value in given.items()} | dict.fromkeys(known, "constexpr")
+        label = f"{kernel.__module__}.{kernel.__name__} {signature} {constants} sm_{self.target.arch}"
+        if label in self.outcomes:
+            return
+        source = ASTSource(fn=kernel, signature=signature, constexprs=known)
+        try:
+            binary = triton.compile(source, target=self.target, options={"num_warps": num_warps})
+            self.outcomes[label] = "" if len(binary.asm["cubin"]) > 0 else "no machine code"
+        except Exception as problem:
+            self.outcomes[label] = repr(problem)
+
+
+def type_of(argument: object) -> str:
+    """Triton's name for the type of a launch argument."""
+    if isinstance(argument, torch.Tensor):
+        return TYPES[argument.dtype]
+    return "fp32" if isinstance(argument, float) else "i64" if int(str(argument)) >= 1 << 31 else "i32"
+
+
+def use_all_kernels(registry: Registry, dtype: torch.dtype, width: int) -> None:
+    """Every kernel with every set of compile-time constants that a model meets, on rows of `width` (even)."""
+    x = torch.randn(4, width, dtype=dtype, requires_grad=True)
+    weight, bias = (torch.ones(width, dtype=dtype, requires_grad=True) for _ in range(2))
+    for y in (registry.layer_norm(x, weight, bias), registry.layer_norm(x, weight), registry.rms_norm(x, weight)):
+        y.backward(torch.ones_like(x))
+    for kind in GATED_ACTIVATIONS:
+        registry.fused_gated_activation(x, kind).backward(torch.ones(4, width // 2, dtype=dtype))
+    for interleaved in (False, True):
+        for rotated, heads in ((width, 1), (width // 2, 3)):
+            q, angles = torch.randn(1, heads, 4, width, dtype=dtype, requires_grad=True), torch.randn(4, rotated // 2)
+            registry.apply_rotary(q, angles, angles, interleaved).backward(torch.ones_like(q))
+    target, row = torch.zeros(4, dtype=torch.int64), torch.ones(4)
+    registry.local_max(x, width - 1)
+    registry.local_sum_exp_and_target(x, target, row, 0, width - 1)
+    registry.cross_entropy_backward(x, target, row, row, row, 0, width - 1)
+
+
+if __name__ == "__main__":
+    assert not TRITON.interpreted, "run this without TRITON_INTERPRET"
+    compilations = Compilations(GPUTarget("cuda", int(sys.argv[1]), 32))
+    for module in (cross_entropy, gated_activation, layer_norm, rms_norm, rotary):
+        module.launch = compilations.launch
+    everywhere = Registry("triton", support=TritonSupport(installed=True, interpreted=True, detail="compiled only"))
+    use_all_kernels(everywhere, torch.bfloat16, 96)
+    use_all_kernels(everywhere, torch.float16, 2)
+    json.dump(compilations.outcomes, sys.stdout)

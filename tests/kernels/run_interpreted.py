@@ -1,0 +1,31 @@
+"""Run all kernel cases on Triton in this process's interpreter and print {case: dtype: "" or what went wrong} as JSON.
+
+A program of its own, started with TRITON_INTERPRET=1: Triton reads that when it is imported, and the tests of other
+rooms, in the process that runs pytest, shall not depend on it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+
+import torch
+from megatron3d_kernels import Registry, layer_norm, rms_norm
+
+from tests.kernels.kernel_cases import CASES, DTYPES
+
+
+def outcome(case: str, dtype: str) -> str:
+    """Nothing where the case holds, else its traceback."""
+    try:
+        CASES[case](torch.device("cpu"), DTYPES[dtype], Registry("triton"))
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+if __name__ == "__main__":
+    # Fewer programs than rows, so that the few rows an interpreter can bear make a program loop over several.
+    layer_norm.BACKWARD_PROGRAMS = rms_norm.BACKWARD_PROGRAMS = 4
+    json.dump({f"{case}-{dtype}": outcome(case, dtype) for case in CASES for dtype in DTYPES}, sys.stdout)

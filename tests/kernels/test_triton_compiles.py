@@ -1,0 +1,27 @@
+"""The Triton kernels compile to machine code for GPUs, on a machine without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs the triton package")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_every_kernel_compiles_for_nvidia_gpus(architecture: str, tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.kernels.run_compiled", architecture]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    outcomes: dict[str, str] = json.loads(done.stdout)
+    kernels = {label.split(" ")[0] for label in outcomes}
+    assert len(kernels) == 10, kernels
+    assert not {label: problem for label, problem in outcomes.items() if problem}

@@ -1,0 +1,31 @@
+"""The kernels on a GPU: what the default rule picks there is Triton, and it holds every case."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron3d_kernels import KERNEL_NAMES, Registry
+
+from tests.kernels.kernel_cases import CASES, DTYPES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is available"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_triton_equals_the_float64_formula(case: str, dtype: str) -> None:
+    CASES[case](torch.device("cuda"), DTYPES[dtype], Registry("triton"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_reference_on_a_gpu_equals_the_float64_formula(case: str, dtype: str) -> None:
+    CASES[case](torch.device("cuda"), DTYPES[dtype], Registry("reference"))
+
+
+@pytest.mark.parametrize("kernel", KERNEL_NAMES)
+def test_default_rule_picks_triton_on_a_gpu(kernel: str) -> None:
+    assert Registry().choose(kernel, "cuda", torch.bfloat16).implementation == "triton"
