@@ -160,7 +160,7 @@ def shaken(theirs: nn.Module) -> nn.Module:
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in theirs.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
+            parameter.add_(torch.randn_like(parameter) * 0.3)
     return theirs.eval()
 
 
