@@ -141,13 +141,8 @@ def _act_backward(grad: torch.Tensor, gate: torch.Tensor, kind: str) -> torch.Te
 
 
 def _reference_forward(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor, kind: str) -> None:
-    """Plain torch."""
-    dtype = compute_dtype(gate.dtype)
-    value = _act(gate.to(dtype), kind)
-    if y.dtype == dtype:
-        torch.mul(value, up, out=y)
-    else:
-        y.copy_(value.mul_(up))
+    """Plain torch; the product is rounded once, as it is written."""
+    torch.mul(_act(gate.to(compute_dtype(gate.dtype)), kind), up, out=y)
 
 
 def _reference_backward(
@@ -162,7 +157,7 @@ def _reference_backward(
     dtype = compute_dtype(gate.dtype)
     wide_gate, wide_grad = gate.to(dtype), grad_y.to(dtype)
     if grad_up is not None:
-        grad_up.copy_(_act(wide_gate, kind).mul_(wide_grad))
+        torch.mul(_act(wide_gate, kind), wide_grad, out=grad_up)
     if grad_gate is not None:
         grad_gate.copy_(_act_backward(wide_grad * up, wide_gate, kind))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron3d_kernels import KERNEL_NAMES, Registry
 
-from tests.kernels.kernel_cases import CASES, DTYPES
+from tests.kernels.kernel_cases import CASES, DTYPES, layer_norm_case, rms_norm_case
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,6 +24,12 @@ def test_compiled_triton_equals_the_float64_formula(case: str, dtype: str) -> No
 @pytest.mark.parametrize("case", CASES)
 def test_reference_on_a_gpu_equals_the_float64_formula(case: str, dtype: str) -> None:
     CASES[case](torch.device("cuda"), DTYPES[dtype], Registry("reference"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_more_rows_than_backward_programs(dtype: str) -> None:
+    for case in (layer_norm_case, rms_norm_case):
+        case((1200, 33), torch.device("cuda"), DTYPES[dtype], Registry("triton"))
 
 
 @pytest.mark.parametrize("kernel", KERNEL_NAMES)
