@@ -110,10 +110,10 @@ class _Loop:
         config, started_s = self.parts.config, time.monotonic()
         last = state.total_steps(config)
         self.saved_step = self.progress.step if self.reports.resumed_in_place else -1
+        is_finished_already = self.saved_step >= last
         while self.progress.step < last:
-            limit_min = config.train.exit_duration_in_mins
-            out_of_time = limit_min is not None and (time.monotonic() - started_s) / 60.0 > limit_min
-            votes = self._step(wants_stop=bool(self.stop) or out_of_time)
+            wish = self._wish_to_stop(elapsed_min=(time.monotonic() - started_s) / 60.0)
+            votes = self._step(wants_stop=wish is not None)
             step = self.progress.step
             if step % config.train.eval_interval == 0 and step < last:
                 self._evaluate()
@@ -121,8 +121,21 @@ class _Loop:
                 self._save()
             exits = config.train.exit_interval is not None and step % config.train.exit_interval == 0
             if (votes or exits) and step < last:
-                self._stop("a stop was requested" if votes else f"--exit-interval {config.train.exit_interval}")
+                interval = f"of --exit-interval {config.train.exit_interval}"
+                self._stop((wish or "another rank was asked to stop") if votes else interval)
+        if not is_finished_already:
+            # A finished run that is started again was evaluated before its last checkpoint was saved.
+            self._evaluate()
         self._finish()
+
+    def _wish_to_stop(self, *, elapsed_min: float) -> str | None:
+        """Why this rank wants to stop, if it does."""
+        if self.stop:
+            return f"{self.stop.signal_name} was received"
+        limit_min = self.parts.config.train.exit_duration_in_mins
+        if limit_min is not None and elapsed_min > limit_min:
+            return f"--exit-duration-in-mins {limit_min:g} is over"
+        return None
 
     def _step(self, *, wants_stop: bool) -> int:
         """Make one step and report it; returns how many ranks want to stop."""
@@ -154,13 +167,11 @@ class _Loop:
 
     def _stop(self, reason: str) -> None:
         self._save()
-        saved = (
-            f"saved at {self.parts.config.checkpoint.save}" if self.parts.config.checkpoint.save else "nothing saved"
-        )
-        raise StopRequested(f"stopped after step {self.progress.step} because {reason}; {saved}; start again to go on")
+        save = self.parts.config.checkpoint.save
+        saved = f"saved at {save}; start again to go on" if save else "nothing is saved, as there is no --save"
+        raise StopRequested(f"stopped after step {self.progress.step} because {reason}; {saved}")
 
     def _finish(self) -> None:
-        self._evaluate()
         self._save()
         num_batches = self.parts.config.train.eval_iters
         if self.streams.test is not None and num_batches > 0:

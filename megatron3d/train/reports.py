@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -35,7 +36,7 @@ class Reports:
         self.parts, self.restored = parts, restored
         options = parts.config.checkpoint
         source = restored.source
-        self.resumed_in_place = bool(source and options.save and str(source.parent) == str(options.save).rstrip("/"))
+        self.resumed_in_place = bool(source and options.save and source.parent == Path(options.save))
         self._is_writer = parts.mesh.rank == 0
         self._exits = ExitStack()
         self._metrics: MetricsFile | None = None
