@@ -79,7 +79,7 @@ def choose_tokens(logits_BV: Tensor, options: SamplingOptions, draws_B: Tensor) 
     if options.greedy:
         return logits_BV.argmax(-1)
     # fp64, so that the sum of a large vocabulary's probabilities is 1 to more digits than a draw can tell apart.
-    ranked_BV, ids_BV = (logits_BV.double() / options.temperature).sort(-1, descending=True, stable=True)
+    ranked_BV, ids_BV = (logits_BV.double() / options.temperature).sort(dim=-1, descending=True, stable=True)
     if options.top_k:
         ranked_BV = ranked_BV[:, : options.top_k]
     probability_BV = ranked_BV.softmax(-1)
