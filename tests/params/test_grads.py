@@ -1,0 +1,103 @@
+"""GradSink: contributions add up in the right buffer whatever their path, and each is announced once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from megatron3d.params.grads import GradSink
+
+
+def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+
+
+def bound(sink: GradSink, weight: nn.Parameter, dtype: torch.dtype) -> tuple[torch.Tensor, list[int]]:
+    buffer, arrivals = torch.zeros(weight.shape, dtype=dtype), []
+    sink.bind(weight, buffer, lambda: arrivals.append(1))
+    return buffer, arrivals
+
+
+def test_unbound_parameters_accumulate_into_grad_without_changing_what_was_given() -> None:
+    sink, weight = GradSink(), parameter(3)
+    first, second = torch.ones(3), torch.full((3,), 2.0)
+    sink.add(weight, first)
+    sink.add(weight, second)
+    assert weight.grad.tolist() == [3.0] * 3
+    assert first.tolist() == [1.0] * 3 and second.tolist() == [2.0] * 3
+
+
+def test_contributions_by_hand_and_from_autograd_meet_in_one_buffer() -> None:
+    sink, weight = GradSink(), parameter(3)
+    buffer, arrivals = bound(sink, weight, torch.float32)
+    sink.add(weight, torch.ones(3))
+    (weight * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    (weight * 10.0).sum().backward()
+    assert buffer.tolist() == [12.0, 13.0, 14.0]
+    assert len(arrivals) == 3 and weight.grad is None
+
+
+def test_a_parameter_used_twice_in_one_graph_arrives_once_with_both() -> None:
+    sink, weight = GradSink(), parameter(3)
+    buffer, arrivals = bound(sink, weight, torch.float32)
+    (weight * 2.0 + weight * 3.0).sum().backward()
+    assert buffer.tolist() == [5.0] * 3 and len(arrivals) == 1
+
+
+def test_linear_gradients_equal_those_of_autograd() -> None:
+    sink, weight, bias = GradSink(), parameter(5, 4), parameter(5)
+    buffers = [bound(sink, one, torch.float32) for one in (weight, bias)]
+    x, grad = torch.randn(3, 2, 4), torch.randn(3, 2, 5)
+    leaves = [one.detach().clone().requires_grad_() for one in (weight, bias)]
+    for _ in range(2):
+        sink.add_linear(weight, bias, grad, x)
+        torch.nn.functional.linear(x, *leaves).backward(grad)
+    for (buffer, arrivals), leaf in zip(buffers, leaves):
+        torch.testing.assert_close(buffer, leaf.grad)
+        assert len(arrivals) == 2
+
+
+@pytest.mark.parametrize(("buffer_dtype", "kept"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_an_fp32_buffer_keeps_the_small_terms_that_a_bf16_one_loses(buffer_dtype: torch.dtype, kept: bool) -> None:
+    sink, weight = GradSink(), parameter(1, dtype=torch.bfloat16)
+    buffer, _ = bound(sink, weight, buffer_dtype)
+    sink.add(weight, torch.tensor([256.0], dtype=torch.bfloat16))
+    for _ in range(100):
+        sink.add(weight, torch.tensor([0.5], dtype=torch.bfloat16))
+    assert float(buffer) == (306.0 if kept else 256.0)
+
+
+def test_deferred_work_waits_in_order_and_runs_when_called() -> None:
+    sink, first, second = GradSink(), parameter(2, 2), parameter(2, 2)
+    seen: list[str] = []
+    for name, weight in (("first", first), ("second", second)):
+        sink.bind(weight, torch.zeros(2, 2), lambda name=name: seen.append(name))
+    x = torch.ones(1, 2)
+    with sink.defer() as outer:
+        sink.add_linear(first, None, x, x)
+        with sink.defer() as inner:
+            sink.add_linear(second, None, x, x)
+        sink.add_linear(second, None, x, x)
+    assert seen == [] and (len(outer), len(inner)) == (2, 1)
+    sink.add_linear(first, None, x, x)
+    assert seen == ["first"], "after the context work is done at once again"
+    for work in [*outer, *inner]:
+        work()
+    assert seen == ["first", "first", "second", "second"]
+
+
+def test_an_error_inside_leaves_the_sink_working_at_once() -> None:
+    sink, weight = GradSink(), parameter(2, 2)
+    with pytest.raises(KeyError), sink.defer():
+        raise KeyError("a layer failed")
+    sink.add_linear(weight, None, torch.ones(1, 2), torch.ones(1, 2))
+    assert weight.grad is not None
+
+
+def test_parameters_that_come_by_autograd_are_not_deferred() -> None:
+    sink, weight = GradSink(), parameter(3)
+    buffer, arrivals = bound(sink, weight, torch.float32)
+    with sink.defer() as work:
+        weight.sum().backward()
+    assert work == [] and buffer.tolist() == [1.0] * 3 and len(arrivals) == 1
