@@ -278,7 +278,7 @@ def _backward_kernel(
     logits = tl.load(logits_ptr + row * logits_stride + columns, mask=valid, other=float("-inf"))
     grad = tl.exp(logits.to(tl.float32) - row_max) * scale
     column = tl.load(target_ptr + row).to(tl.int64) - vocab_start
-    grad = tl.where(valid & (columns == column), grad - grad_loss, grad)
+    grad = tl.where(columns == column, grad - grad_loss, grad)
     grad = tl.where(valid, grad, 0.0).to(grad_ptr.dtype.element_ty)
     tl.store(grad_ptr + row * grad_stride + columns, grad, mask=columns < num_columns)
 

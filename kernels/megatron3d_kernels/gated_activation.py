@@ -157,7 +157,7 @@ def _reference_backward(
     dtype = compute_dtype(gate.dtype)
     wide_gate, wide_grad = gate.to(dtype), grad_y.to(dtype)
     if grad_up is not None:
-        torch.mul(_act(wide_gate, kind), wide_grad, out=grad_up)
+        grad_up.copy_(_act(wide_gate, kind).mul_(wide_grad))
     if grad_gate is not None:
         grad_gate.copy_(_act_backward(wide_grad * up, wide_gate, kind))
 
