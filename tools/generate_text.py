@@ -26,7 +26,7 @@ from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError
-from megatron3d.inference.generate import generate, position_limit
+from megatron3d.inference.generate import generate, new_token_limits, position_limit
 from megatron3d.inference.load import generation_config, load_model
 from megatron3d.inference.sampling import SamplingOptions
 from megatron3d.train.launch import Guard, guarded, joined
@@ -103,7 +103,9 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
     )
     config = generation_config(stored, parallel, world_size=world_size, bf16=args.bf16)
     vocabulary = open_vocabulary(args, config, directory)
-    return Job(directory, config, vocabulary, prompts, tuple(_encode(p, vocabulary) for p in prompts), options)
+    ids = tuple(_encode(prompt, vocabulary) for prompt in prompts)
+    new_token_limits(ids, config.model, options)
+    return Job(directory, config, vocabulary, prompts, ids, options)
 
 
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:

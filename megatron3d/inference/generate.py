@@ -61,9 +61,8 @@ def generate(
         ConfigError: a prompt is empty, has an id outside the vocabulary, or leaves no position for a new token.
         NumericsError: the model gives logits that are not finite.
     """
-    requests = [
-        _Request(number, prompt, _limit(number, prompt, config.model, options)) for number, prompt in enumerate(prompts)
-    ]
+    limits = new_token_limits(prompts, config.model, options)
+    requests = [_Request(number, *pair) for number, pair in enumerate(zip(prompts, limits, strict=True))]
     model, config = without_sequence_parallelism(model, config)
     dp = model.mesh.dp
     own = requests[dp.rank :: dp.size]
@@ -73,6 +72,15 @@ def generate(
         done |= batch.complete(options, None if options.ignore_eod else eod)
     everywhere = {number: tokens for part in gather_values(done, dp) for number, tokens in part.items()}
     return [everywhere[number] for number in range(len(prompts))]
+
+
+def new_token_limits(prompts: Sequence[Sequence[int]], config: ModelConfig, options: SamplingOptions) -> list[int]:
+    """How many tokens may follow each prompt; needs no model, so that a prompt can be refused before one is loaded.
+
+    Raises:
+        ConfigError: a prompt is empty, has an id outside the vocabulary, or leaves no position for a new token.
+    """
+    return [_limit(number, prompt, config, options) for number, prompt in enumerate(prompts)]
 
 
 def position_limit(config: ModelConfig) -> int | None:

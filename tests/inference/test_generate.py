@@ -87,7 +87,7 @@ def last_logits(model: Model, config: RunConfig, tokens_BT: Tensor, padding_B: T
     return logits_BV
 
 
-@pytest.mark.parametrize("tokens_at_once", [3, 2048], ids=["prompt-in-pieces", "prompt-whole"])
+@pytest.mark.parametrize("tokens_at_once", [9, 2048], ids=["prompt-in-pieces", "prompt-whole"])
 @pytest.mark.parametrize("is_padded", [False, True], ids=["even", "padded"])
 @pytest.mark.parametrize("model", MODELS)
 def test_logits_with_the_cache_equal_a_full_recomputation(
