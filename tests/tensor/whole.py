@@ -18,11 +18,14 @@ def numbered(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tens
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def fill(module: nn.Module, axis: Axis, *, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Give every declared parameter this rank's shard of random values (biases too), and return the whole ones."""
+def fill(module: nn.Module, axis: Axis, *, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Tensor]:
+    """Give every declared parameter this rank's shard of random values, biases too, and return the whole ones.
+
+    `scale` is their standard deviation.
+    """
     wholes = {}
     for number, (name, declared) in enumerate(declared_parameters(module).items()):
-        wholes[name] = numbered(*declared.spec.shape, seed=100 + number, dtype=dtype)
+        wholes[name] = (scale * numbered(*declared.spec.shape, seed=100 + number)).to(dtype)
         shard = nn.Parameter(declared.spec.take(wholes[name], axis.size, axis.rank).clone())
         declared.owner.register_parameter(declared.attribute, shard)
     return wholes
@@ -54,9 +57,22 @@ def whole_gradients(module: nn.Module, axis: Axis) -> dict[str, Tensor]:
     return {name: whole_of(one.spec, [grads[name] for grads in every]) for name, one in declared.items()}
 
 
-def assert_gradients_equal(module: nn.Module, axis: Axis, references: Mapping[str, Tensor]) -> None:
-    """Compare the whole gradients with those of the dense reference's leaves, which have the same names."""
+def assert_gradients_equal(
+    module: nn.Module,
+    axis: Axis,
+    references: Mapping[str, Tensor],
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> None:
+    """Compare the whole gradients with those of the dense reference's leaves, which have the same names.
+
+    Without tolerances they are torch's for the dtype.
+    """
     found = whole_gradients(module, axis)
     assert set(found) == set(references)
     for name, reference in references.items():
-        torch.testing.assert_close(found[name], reference.grad, msg=lambda text, name=name: f"{name}: {text}")
+        message = f"gradient of {name}"
+        torch.testing.assert_close(
+            found[name], reference.grad, rtol=rtol, atol=atol, msg=lambda text, message=message: f"{message}: {text}"
+        )
