@@ -133,7 +133,11 @@ def _cross_entropy(shape: Shape, device: torch.device, dtype: torch.dtype) -> It
     yield Measurement(
         "cross_entropy backward, in place",
         size,
-        lambda r: lambda: r.cross_entropy_backward(grad, target, largest, total, total, *shard, in_place=True),
+        lambda r: (
+            lambda: r.cross_entropy_backward(
+                grad, target, largest, total, total, vocab_start=0, num_valid=shape.vocabulary, in_place=True
+            )
+        ),
     )
 
 

@@ -39,12 +39,22 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class LossRows:
+    """What the backward knows of each row, [R] each: joined over all shards but for the target, which is one entry."""
+
+    target: torch.Tensor
+    row_max: torch.Tensor
+    sum_exp: torch.Tensor
+    grad_loss: torch.Tensor
+
+
+@dataclass(frozen=True)
 class CrossEntropy:
     """One implementation of the three pieces, on rows: logits [R, V]; target, row_max and the others [R]."""
 
     local_max: Callable[[torch.Tensor, int], torch.Tensor]
     sum_exp_and_target: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Shard], tuple[torch.Tensor, torch.Tensor]]
-    backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Shard], None]
+    backward: Callable[[torch.Tensor, torch.Tensor, LossRows, Shard], None]
 
 
 @torch.no_grad()
@@ -71,7 +81,7 @@ def local_sum_exp_and_target(
     """
     _check(logits, num_valid)
     shape = logits.shape[:-1]
-    rows = (as_rows(logits), target.reshape(-1), max.reshape(-1))
+    rows = (as_rows(logits), _per_row(target), _per_row(max))
     pieces = selection.pick(CROSS_ENTROPY, logits)
     sum_exp, target_logit = pieces.sum_exp_and_target(*rows, Shard(vocab_start, num_valid))
     return sum_exp.view(shape), target_logit.view(shape)
@@ -84,9 +94,9 @@ def cross_entropy_backward(
     max: torch.Tensor,
     sum_exp: torch.Tensor,
     grad_loss: torch.Tensor,
+    *,
     vocab_start: int,
     num_valid: int,
-    *,
     in_place: bool = False,
     selection: Selection = DEFAULT_SELECTION,
 ) -> torch.Tensor:
@@ -97,9 +107,9 @@ def cross_entropy_backward(
     """
     _check(logits, num_valid)
     grad = logits if in_place and logits.is_contiguous() else logits.new_empty(logits.shape)
-    rows = (as_rows(logits), target.reshape(-1), max.reshape(-1), sum_exp.reshape(-1), grad_loss.reshape(-1))
+    rows = LossRows(*(_per_row(numbers) for numbers in (target, max, sum_exp, grad_loss)))
     pieces = selection.pick(CROSS_ENTROPY, logits)
-    pieces.backward(as_rows(grad), *rows, Shard(vocab_start, num_valid))
+    pieces.backward(as_rows(grad), as_rows(logits), rows, Shard(vocab_start, num_valid))
     return grad
 
 
@@ -107,6 +117,11 @@ def _check(logits: torch.Tensor, num_valid: int) -> None:
     """Refuse more valid columns than there are."""
     if not 0 <= num_valid <= logits.shape[-1]:
         raise KernelError(f"num_valid is {num_valid}, but the shard has {logits.shape[-1]} columns.")
+
+
+def _per_row(numbers: torch.Tensor) -> torch.Tensor:
+    """One number per row [R], neighbours in memory: a gradient may come as one number seen from every row."""
+    return numbers.reshape(-1).contiguous()
 
 
 def _row_chunks(logits: torch.Tensor) -> Iterator[slice]:
@@ -147,28 +162,19 @@ def _reference_sum_exp_and_target(
     return sum_exp, torch.where(here, target_logit, 0)
 
 
-def _reference_backward(
-    grad: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    row_max: torch.Tensor,
-    sum_exp: torch.Tensor,
-    grad_loss: torch.Tensor,
-    shard: Shard,
-) -> None:
+def _reference_backward(grad: torch.Tensor, logits: torch.Tensor, rows: LossRows, shard: Shard) -> None:
     """Plain torch, some rows at a time; each chunk is read whole before it is written, so grad may be logits."""
     grad[:, shard.num_valid :] = 0
     if shard.num_valid == 0:
         return
     dtype = compute_dtype(logits.dtype)
-    column, here = _local_column(target, shard)
-    scale = grad_loss.to(dtype)
-    minus_onehot = torch.where(here, -scale, 0)
-    for rows in _row_chunks(logits):
-        chunk = (logits[rows, : shard.num_valid] - row_max[rows, None].to(dtype)).exp_()
-        chunk.mul_((scale[rows] / sum_exp[rows])[:, None])
-        chunk.scatter_add_(1, column[rows, None], minus_onehot[rows, None])
-        grad[rows, : shard.num_valid] = chunk
+    column, here = _local_column(rows.target, shard)
+    grad_loss = rows.grad_loss.to(dtype)
+    scale, minus_onehot = grad_loss / rows.sum_exp, torch.where(here, -grad_loss, 0)
+    for some in _row_chunks(logits):
+        chunk = (logits[some, : shard.num_valid] - rows.row_max[some, None].to(dtype)).exp_()
+        chunk.mul_(scale[some, None]).scatter_add_(1, column[some, None], minus_onehot[some, None])
+        grad[some, : shard.num_valid] = chunk
 
 
 def _triton_local_max(logits: torch.Tensor, num_valid: int) -> torch.Tensor:
@@ -194,19 +200,11 @@ def _triton_sum_exp_and_target(
     return sum_exp, target_logit
 
 
-def _triton_backward(
-    grad: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    row_max: torch.Tensor,
-    sum_exp: torch.Tensor,
-    grad_loss: torch.Tensor,
-    shard: Shard,
-) -> None:
+def _triton_backward(grad: torch.Tensor, logits: torch.Tensor, rows: LossRows, shard: Shard) -> None:
     """One program per row and block; it reads its block before it writes it, so grad may be logits."""
     num_rows, num_columns = logits.shape
     block = block_of(num_columns, limit=MAX_BLOCK)
-    tensors = (logits, target, row_max, sum_exp, grad_loss, grad)
+    tensors = (logits, rows.target, rows.row_max, rows.sum_exp, rows.grad_loss, grad)
     sizes = (logits.stride(0), grad.stride(0), shard.start, shard.num_valid, num_columns)
     grid = (num_rows, -(-num_columns // block))
     launch(_backward_kernel, grid, *tensors, *sizes, device=logits.device, BLOCK=block, num_warps=8)

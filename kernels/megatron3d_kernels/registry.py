@@ -76,4 +76,5 @@ class Registry(Selection):
     ) -> torch.Tensor:
         """Gradient of the loss by a shard's logits; see `cross_entropy.cross_entropy_backward`."""
         rows = (logits, target, max, sum_exp, grad_loss)
-        return cross_entropy_backward(*rows, vocab_start, num_valid, in_place=in_place, selection=self)
+        shard = {"vocab_start": vocab_start, "num_valid": num_valid}
+        return cross_entropy_backward(*rows, **shard, in_place=in_place, selection=self)

@@ -242,12 +242,27 @@ def sharded_cross_entropy(
     sum_exp, target_logit = (torch.stack(part).sum(0) for part in zip(*parts))
     loss = sum_exp.log() + largest - target_logit
     grads = [
-        registry.cross_entropy_backward(shard, target, largest, sum_exp, grad_loss, start, n, in_place=in_place)
+        registry.cross_entropy_backward(
+            shard, target, largest, sum_exp, grad_loss, vocab_start=start, num_valid=n, in_place=in_place
+        )
         for shard, start, n in zip(shards, starts, valid)
     ]
     if in_place:
         assert all(grad is shard for grad, shard in zip(grads, shards)), "contiguous logits were not overwritten"
     return loss, torch.cat(grads, -1)
+
+
+def cross_entropy_of_strided_rows(device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
+    """Targets that are every other number of a tensor, and one loss gradient seen from every row, as sum() gives it."""
+    logits = random((6, 9), device, dtype)
+    target = torch.tensor([0, 7, 1, 7, 2, 7, 3, 7, 4, 7, 5, 7], device=device)[::2]
+    grad_loss = torch.tensor(0.5, device=device).expand(6)
+    wide = logits.double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(wide, target, reduction="none")
+    (want_grad,) = torch.autograd.grad(want.sum() / 2, wide)
+    loss, grad = sharded_cross_entropy(logits, target, grad_loss, (1, 9, 9), registry, in_place=False)
+    assert_close(loss, want.detach(), torch.float32, "loss")
+    assert_close(grad, want_grad, dtype, "gradient")
 
 
 def empty_rows_stay_empty(device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
@@ -265,7 +280,7 @@ def empty_rows_stay_empty(device: torch.device, dtype: torch.dtype, registry: Re
     target = rows.long()
     assert registry.local_max(x, 6).shape == (0, 2)
     assert registry.local_sum_exp_and_target(x, target, rows, 0, 6)[0].shape == (0, 2)
-    assert registry.cross_entropy_backward(x, target, rows, rows, rows, 0, 6).shape == x.shape
+    assert registry.cross_entropy_backward(x, target, rows, rows, rows, vocab_start=0, num_valid=6).shape == x.shape
 
 
 def gradients_do_not_depend_on_which_are_needed(device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
@@ -281,6 +296,7 @@ def _cases() -> dict[str, Case]:
     """All cases by name."""
     cases: dict[str, Case] = {
         "gradients_alone": gradients_do_not_depend_on_which_are_needed,
+        "cross_entropy_strided_rows": cross_entropy_of_strided_rows,
         "empty_rows": empty_rows_stay_empty,
         "swiglu_limits": swiglu_of_large_gates_is_finite,
         "norms_fp32_parameters": norms_accept_other_parameter_dtype,

@@ -90,7 +90,8 @@ def test_cross_entropy_reference_never_holds_the_logits_in_fp32() -> None:
     recorder = _LargestResult()
     with recorder:
         REFERENCE.local_sum_exp_and_target(logits, target, numbers, 0, 32 * 1024)
-        REFERENCE.cross_entropy_backward(logits, target, numbers, numbers, numbers, 0, 32 * 1024, in_place=True)
+        rows = (target, numbers, numbers, numbers)
+        REFERENCE.cross_entropy_backward(logits, *rows, vocab_start=0, num_valid=32 * 1024, in_place=True)
     assert recorder.elements <= cross_entropy_file.CHUNK_ELEMENTS < logits.numel()
 
 
