@@ -18,8 +18,11 @@ from megatron3d.optim.clip import clip_factor
 from megatron3d.params.boxes import Box, ShardView
 from megatron3d.params.grads import GradSink
 from megatron3d.params.init import initial_full
-from megatron3d.params.module import Declared
+from megatron3d.params.module import Declared, ParallelModule, declared_parameters
+from megatron3d.params.spec import Init
 from megatron3d.zero.engine import ZeroEngine
+from megatron3d.zero.policy import policy_of
+from megatron3d.zero.unit import FlatUnit, UnitOptions
 from tests.dist.pool import Pool
 from tests.zero.toy import NUM_MICROBATCHES, SEED, TABLE, Setting, contribution, engine_of, whole_gradient, whole_specs
 
@@ -259,3 +262,16 @@ def test_clearing_forgets_the_gradients_of_the_step() -> None:
     engine.clear_grads()
     engine.finish_reduce()
     assert reduced_norm(engine, mesh) == 0.0
+
+
+def test_the_norm_of_a_large_unit_is_exact_to_fp32() -> None:
+    """Squares added one after another in fp32 are off by 1e-4 over this many elements, and by percents over more."""
+    mesh, sink, module = make_mesh(Layout()), GradSink(), ParallelModule()
+    module.declare("weight", (3000, 2000), init=Init("zeros"), decays=True)
+    options = UnitOptions(policy_of(0), FP32, FP32, torch.device("cpu"), SEED)
+    unit = FlatUnit("large", tuple(declared_parameters(module).values()), mesh, options, tied=None)
+    unit.bind(sink)
+    grad = torch.randn(3000, 2000, generator=torch.Generator().manual_seed(1))
+    sink.add(module.weight, grad)
+    unit.finish_reduce()
+    torch.testing.assert_close(unit.squared_norm(), grad.double().square().sum(), rtol=1e-6, atol=0)
