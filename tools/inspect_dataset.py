@@ -57,7 +57,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     dataset = IndexedDataset(args.prefix)
     if not 0 <= args.document < max(1, dataset.num_documents):
         raise DataError(
-            f"--document {args.document} does not exist: {args.prefix} has the documents 0 to {dataset.num_documents - 1}."
+            f"--document {args.document} does not exist: {args.prefix} has 0 to {dataset.num_documents - 1}."
         )
     tokens = dataset.document(args.document)[: args.num_tokens].tolist() if dataset.num_documents else []
     stored = np.memmap(dataset.bin_path, dtype=dataset.dtype, mode="r") if dataset.num_tokens else np.empty(0, np.int64)

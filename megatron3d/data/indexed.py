@@ -174,9 +174,12 @@ class IndexedDatasetWriter:
             if kind is None:
                 self._publish()
         finally:
-            self._bin.close()
-            self._bin_temporary.unlink(missing_ok=True)
-            self._idx_temporary.unlink(missing_ok=True)
+            try:
+                with storage_errors(self._bin_temporary):
+                    self._bin.close()  # writes what is still buffered, which a full disk refuses here again
+            finally:
+                self._bin_temporary.unlink(missing_ok=True)
+                self._idx_temporary.unlink(missing_ok=True)
 
     def add_document(self, tokens: NDArray | list[int], sequence_lengths: list[int] | None = None) -> None:
         """Append one document of `tokens`, one sequence unless `sequence_lengths` cuts it into several."""

@@ -16,6 +16,7 @@ from megatron3d.errors import StorageError
 
 _ADVICE = {
     errno.ENOSPC: "the file system is full; free some space or write elsewhere",
+    errno.EFBIG: "it is over the size limit for files; raise the limit (ulimit -f) or write several smaller files",
     errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
     errno.EROFS: "the file system is read-only; write elsewhere",
     errno.EACCES: "you may not write there; choose another place or change its permissions",

@@ -6,6 +6,7 @@ import gzip
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -234,6 +235,19 @@ def test_output_that_cannot_be_written_has_exit_code_7(tmp_path: Path, run: Run)
     (tmp_path / "c.jsonl").write_bytes(as_json_lines(["x"]))
     code, printed = run("--input", tmp_path / "c.jsonl", "--output-prefix", tmp_path / "c.jsonl" / "out")
     assert code == 7 and "cannot be written" in printed
+
+
+def test_disk_that_refuses_the_tokens_has_exit_code_7_and_leaves_nothing(tmp_path: Path, run: Run) -> None:
+    """A limit on the size of files stands for a full disk: both refuse in the middle of a write."""
+    (tmp_path / "c.jsonl").write_bytes(as_json_lines(["x" * 1000] * 100))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        code, printed = run("--input", tmp_path / "c.jsonl", "--output-prefix", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 7 and "cannot be written (File too large): it is over the size limit for files" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
 
 
 @needs_shared
