@@ -69,9 +69,9 @@ class Registry(Selection):
         max: torch.Tensor,
         sum_exp: torch.Tensor,
         grad_loss: torch.Tensor,
+        *,
         vocab_start: int,
         num_valid: int,
-        *,
         in_place: bool = False,
     ) -> torch.Tensor:
         """Gradient of the loss by a shard's logits; see `cross_entropy.cross_entropy_backward`."""

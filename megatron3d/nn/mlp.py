@@ -33,7 +33,7 @@ class MLP(nn.Module):
         return self.down(self._activate(self.up(x_SBH)))
 
     def _activate(self, x_SBF: Tensor) -> Tensor:
-        if not self.config.is_gated:
-            return self.kernels.activation(x_SBF, self.config.activation)
-        gate_SBF, up_SBF = x_SBF.chunk(2, dim=-1)
-        return self.kernels.gated_activation(gate_SBF, up_SBF, self.config.activation)
+        kind = self.config.activation
+        if self.config.is_gated:
+            return self.kernels.fused_gated_activation(x_SBF, kind)  # [S, B, 2F]: the gate, then the up projection
+        return self.kernels.activation(x_SBF, kind)

@@ -41,16 +41,16 @@ class _LossFromSums(torch.autograd.Function):
     def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         logits_SBV, target_SB, max_SB, sum_exp_SB = ctx.saved_tensors
         first_row, num_valid = ctx.shard
-        grad_SBV = ctx.kernels.cross_entropy_backward(
-            logits_SBV, target_SB, max_SB, sum_exp_SB, grad_SB, first_row, num_valid
-        )
+        # Nobody reads the logits after this: the gradient takes their place, the largest tensor of a step.
+        rows = (logits_SBV, target_SB, max_SB, sum_exp_SB, grad_SB)
+        grad_SBV = ctx.kernels.cross_entropy_backward(*rows, vocab_start=first_row, num_valid=num_valid, in_place=True)
         return grad_SBV, None, None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
     logits_SBV: Tensor, target_SB: Tensor, axis: Axis, *, first_row: int, num_valid: int, kernels: Registry
 ) -> Tensor:
-    """Loss of every token, fp32 [S, B], the same on all ranks of the axis.
+    """Loss of every token, fp32 [S, B], the same on all ranks of the axis. Its backward overwrites the logits.
 
     Args:
         logits_SBV: this rank's columns [S, B, Vp/tp], any float dtype.
