@@ -35,6 +35,10 @@ class CheckpointError(Megatron3dError):
     exit_code = 4
 
 
+class MisfitError(CheckpointError):
+    """A checkpoint that is whole but does not fit what the options ask for: an earlier one would not either."""
+
+
 class NumericsError(Megatron3dError):
     """A loss or gradient that is not finite where the run cannot skip it."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron3d.checkpoint import store
 from megatron3d.checkpoint.index import INDEX_NAME, Index, read_index
 from megatron3d.checkpoint.shard_file import open_shard, read_box
-from megatron3d.errors import CheckpointError
+from megatron3d.errors import CheckpointError, MisfitError
 from megatron3d.params.boxes import ShardView
 
 # Options that set the number of rows of a parameter, by its name without prefix.
@@ -53,7 +53,7 @@ def _check_tensors(directory: Path, index: Index, tensors: Mapping[str, ShardVie
     ]
     if problems:
         more = f"; and {len(problems) - _LISTED} more tensors" if len(problems) > _LISTED else ""
-        raise CheckpointError(f"checkpoint {directory} does not fit: {'; '.join(problems[:_LISTED])}{more}")
+        raise MisfitError(f"checkpoint {directory} does not fit: {'; '.join(problems[:_LISTED])}{more}")
 
 
 def _problem(index: Index, name: str, view: ShardView) -> str | None:

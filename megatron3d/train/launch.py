@@ -7,7 +7,9 @@ that fails ends its process at once, so that the launcher ends the others instea
 
 from __future__ import annotations
 
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import Mesh, make_mesh
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.errors import ConfigError, InUseError, Megatron3dError, PeerError, StopRequested
-from megatron3d.train.exit_status import clear_exit_status, exit_code_of, status_of, write_exit_status
+from megatron3d.train.exit_status import ExitStatus, clear_exit_status, exit_code_of, status_of, write_exit_status
 
 
 @dataclass
@@ -32,6 +34,12 @@ class Guard:
     launch: Launch
     save: str | None = None
     step: int = 0
+
+    def forced_end(self, code: int) -> None:
+        """Leave word beside the checkpoints that a second signal ends this process now, without a save."""
+        if self.save:
+            reason = f"forced to end by a second {signal.Signals(code - 128).name}, without a save"
+            write_exit_status(self.save, ExitStatus(code, reason, self.launch.rank, self.step, time.time()))
 
 
 def guarded(main: Callable[[Guard], None]) -> None:

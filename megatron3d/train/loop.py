@@ -71,7 +71,7 @@ def train(parts: Parts, streams: Streams, guard: Guard) -> Progress:
     """
     with _held_directory(parts):
         restored = state.restore(parts)
-        with Reports(parts, restored) as reports, StopFlag() as stop:
+        with Reports(parts, restored) as reports, StopFlag(on_forced=guard.forced_end) as stop:
             loop = _Loop(parts, streams, reports, stop, guard, restored.schedule, restored.progress)
             try:
                 loop.run()
@@ -145,11 +145,13 @@ class _Loop:
         batch = self.streams.train.read(before.consumed_samples, size, dp.rank, dp.size)
         at = {"iteration": before.updates, "consumed_samples": before.updated_samples}
         rates = Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
+        loss_scale = self.parts.scaler.scale
         result = train_step(self.parts, batch, rates, step=before.step, wants_stop=wants_stop)
         synchronize(self.parts.model.device)
         self.progress = before.after(size, skipped=result.skipped)
         self.guard.step = self.progress.step
-        self.reports.step(self.progress, result, rates, batch_size=size, elapsed_s=time.monotonic() - began_s)
+        elapsed_s = time.monotonic() - began_s
+        self.reports.step(self.progress, result, rates, loss_scale=loss_scale, batch_size=size, elapsed_s=elapsed_s)
         return result.stop_votes
 
     def _evaluate(self) -> None:

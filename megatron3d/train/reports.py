@@ -66,14 +66,23 @@ class Reports:
         """Close the files."""
         self._exits.close()
 
-    def step(self, progress: Progress, result: StepResult, rates: Rates, *, batch_size: int, elapsed_s: float) -> None:
-        """Report one step."""
+    def step(
+        self,
+        progress: Progress,
+        result: StepResult,
+        rates: Rates,
+        *,
+        loss_scale: float,
+        batch_size: int,
+        elapsed_s: float,
+    ) -> None:
+        """Report one step; like the rates, `loss_scale` is the one the step used, not the one that follows."""
         if self._progress is None:
             return
         config = self.parts.config
         tokens = batch_size * config.model.seq_length
         is_fp16 = config.optim.precision == "fp16"
-        scale = self.parts.scaler.scale if is_fp16 else None
+        scale = loss_scale if is_fp16 else None
         self._progress.step(
             StepReport(
                 step=progress.step,

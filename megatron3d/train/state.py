@@ -18,7 +18,7 @@ from megatron3d.config.batch_size import iterations_for_samples
 from megatron3d.config.checkpoint import CheckpointConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import to_dict
-from megatron3d.errors import CheckpointError
+from megatron3d.errors import CheckpointError, MisfitError
 from megatron3d.optim.build import STATE_NAMES, set_step_count, step_count
 from megatron3d.optim.schedule import ScheduleSettings, reconcile, settings_from_config
 from megatron3d.params.boxes import ShardView
@@ -101,6 +101,8 @@ def restore(parts: Parts) -> Restored:
         return Restored(Progress(), flags)
     try:
         return _restore_from(source, parts, flags)
+    except MisfitError:
+        raise
     except CheckpointError as damage:
         before = _checkpoint_before(source)
         if not options.fall_back_to_previous_checkpoint or before is None:
@@ -154,7 +156,7 @@ def _restore_from(source: Path, parts: Parts, flags: ScheduleSettings) -> Restor
 def _check_optimizer(state: Mapping[str, Any], kind: str, source: Path) -> None:
     saved = state["optimizer"]["kind"]
     if saved != kind:
-        raise CheckpointError(
+        raise MisfitError(
             f"{source} holds the state of --optimizer {saved} and this run asks for {kind}; "
             "use that optimizer, or leave its state out with --no-load-optim"
         )

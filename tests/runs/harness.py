@@ -169,15 +169,23 @@ class Job:
     outputs: list[Path]
     codes: dict[int, int] = field(default_factory=dict)
 
-    def wait(self, timeout_s: float = 60.0) -> list[int]:
-        """Exit codes by rank (minus the signal for a killed one); fails if one is still running at the end."""
+    def wait(self, *ranks: int, timeout_s: float = 120.0) -> list[int]:
+        """Exit codes of some ranks (default: all), minus the signal for a killed one; fails if one still runs then."""
         deadline = time.monotonic() + timeout_s
-        for rank, pid in enumerate(self.pids):
+        ranks = ranks or tuple(range(len(self.pids)))
+        for rank in ranks:
             if rank not in self.codes:
-                code = self.launcher.wait(pid, max(0.0, deadline - time.monotonic()))
+                code = self.launcher.wait(self.pids[rank], max(0.0, deadline - time.monotonic()))
                 assert code is not None, f"rank {rank} still runs after {timeout_s} s; it said:\n{self.said(rank)}"
                 self.codes[rank] = code
-        return [self.codes[rank] for rank in range(len(self.pids))]
+        return [self.codes[rank] for rank in ranks]
+
+    def wait_for_step(self, metrics: Path, step: int, *, timeout_s: float = 120.0) -> None:
+        """Return once the metrics file tells of this step."""
+        deadline = time.monotonic() + timeout_s
+        while not metrics.exists() or metrics.read_text().count('"loss"') < step:
+            assert time.monotonic() < deadline, f"no step {step} after {timeout_s} s; rank 0 said:\n{self.said(0)}"
+            time.sleep(0.01)
 
     def said(self, rank: int) -> str:
         """Standard output and error of a rank so far."""

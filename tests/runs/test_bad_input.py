@@ -209,6 +209,9 @@ def test_a_vocabulary_larger_than_the_checkpoints_is_refused(checkpoints: Path) 
     ended = run(words(MOCK, "--vocab-size 150 --load", checkpoints))
     assert ended.code == 4
     ended.says("--vocab-size 150 is larger than the checkpoint's 101", "use --vocab-size 101")
+    assert "--fall-back" not in ended.err, "an earlier checkpoint has the same vocabulary"
+    told = run(words(MOCK, "--vocab-size 150 --fall-back-to-previous-checkpoint --load", checkpoints))
+    assert (told.code, told.err) == (4, ended.err)
 
 
 def test_another_model_is_refused_with_the_tensors_that_differ(checkpoints: Path) -> None:

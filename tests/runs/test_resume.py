@@ -138,10 +138,7 @@ def test_a_signal_stops_with_a_save_and_the_same_command_goes_on_bit_for_bit(
     metrics, save, whole = tmp_path / "metrics.jsonl", tmp_path / "save", tmp_path / "whole.jsonl"
     argv = [*common, "--metrics-file", str(metrics), "--save", str(save)]
     with launcher.job(argv, 2) as job:
-        deadline = time.monotonic() + 60
-        while not metrics.exists() or metrics.read_text().count('"loss"') < 5:
-            assert time.monotonic() < deadline, job.said(0)
-            time.sleep(0.01)
+        job.wait_for_step(metrics, 5)
         job.signal(number, 1)
         assert job.wait() == [75, 75]
         assert "stopped after step" in job.said(0)
@@ -262,10 +259,7 @@ def test_a_directory_in_use_is_refused_on_all_ranks(pool: Pool, launcher: Launch
     save, metrics = tmp_path / "save", tmp_path / "metrics.jsonl"
     argv = words(MOCK, "--save", save, "--metrics-file", metrics)
     with launcher.job(argv, 1, fault=Fault(0, 3, "hang")) as job:
-        deadline = time.monotonic() + 60
-        while not metrics.exists() or metrics.read_text().count('"loss"') < 2:
-            assert time.monotonic() < deadline, job.said(0)
-            time.sleep(0.01)
+        job.wait_for_step(metrics, 2)
         for ended in pool.run(2, on_rank, argv):
             assert ended.code == 8
             ended.says(f"--save {save} is in use", f"process {job.pids[0]}")

@@ -1,0 +1,140 @@
+"""A rank that fails: it says which rank, layout and step, the others end soon, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron3d.config.data import DataConfig
+from megatron3d.data.build import build_gpt_data
+from megatron3d.data.stream import SampleStream
+from tests.runs.harness import (
+    MOCK,
+    TINY,
+    VOCAB_SIZE,
+    Fault,
+    Launcher,
+    exit_status,
+    random_documents,
+    words,
+    write_tokens,
+)
+
+# Every failed job must be over long before the collective timeout of 10 minutes; a loaded machine is slow to start.
+PROMPT_S = 60.0
+THREE_D = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size"),
+    [("", 2), ("--pipeline-model-parallel-size 2", 2), (THREE_D, 4)],
+    ids=["DP2", "PP2", "TP2PP2"],
+)
+def test_a_killed_rank_ends_all_others_promptly(
+    launcher: Launcher, tmp_path: Path, options: str, world_size: int
+) -> None:
+    argv = words(MOCK, options, "--save", tmp_path)
+    with launcher.job(argv, world_size, fault=Fault(rank=1, step=3, kind="kill")) as job:
+        codes = job.wait(timeout_s=PROMPT_S)
+        assert codes.pop(1) == -signal.SIGKILL
+        assert codes == [6] * (world_size - 1)
+        for rank in {0, *range(2, world_size)}:
+            assert f"rank {rank} of {world_size} (TP" in job.said(rank)
+            assert "after step 2): a collective failed, so another rank is gone or stuck" in job.said(rank)
+    assert (exit_status(tmp_path)["code"], exit_status(tmp_path)["step"]) == (6, 2)
+
+
+def test_a_rank_that_raises_names_rank_layout_and_step_and_its_cause_is_kept(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    argv = words(MOCK, "--pipeline-model-parallel-size 2 --save", tmp_path)
+    with launcher.job(argv, 2, fault=Fault(rank=1, step=3, kind="raise")) as job:
+        assert job.wait(timeout_s=PROMPT_S) == [6, 1]
+        assert "error (on rank 1 of 2 (TP1 x PP2 x DP1: pp 1), after step 2): RuntimeError: a fault was" in job.said(1)
+        assert "Traceback" in job.said(1)
+    status = exit_status(tmp_path)
+    assert (status["code"], status["rank"], status["step"]) == (1, 1, 2)
+    assert "a fault was injected here" in status["reason"]
+
+
+def _data_that_breaks_late(prefix: Path, *, rank: int, step: int) -> None:
+    """A corpus with one id outside the vocabulary, in a sample that data-parallel rank `rank` of 2 reads in `step`."""
+    documents = random_documents(1, count=60)
+    write_tokens(prefix, documents)
+    stream = _stream(prefix)
+    first = (step - 1) * 8 + rank * 4
+    seen = {place for number in range(step * 8) if not first <= number < first + 4 for place in _tokens(stream, number)}
+    mine = [place for number in range(first, first + 4) for place in _tokens(stream, number)]
+    place = next(place for place in mine if place not in seen)
+    document, offset = divmod(place, 61)
+    documents[document][offset] = VOCAB_SIZE + 7
+    write_tokens(prefix, documents)
+
+
+def _stream(prefix: Path) -> SampleStream:
+    data = build_gpt_data(
+        DataConfig(data_path=(str(prefix),), split="1"), seq_length=16, vocab_size=VOCAB_SIZE, eod_token=None
+    )
+    assert data.train is not None
+    return data.train
+
+
+def _tokens(stream: SampleStream, number: int) -> list[int]:
+    """Where in the row of all tokens a sample lies, from the place that `locate` tells."""
+    words_of = stream.locate(number, 0).replace(",", "").split()
+    document, token = int(words_of[words_of.index("document") + 1]), int(words_of[-1])
+    start = document * 61 + token
+    return list(range(start, start + 17))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2], ids=["read in the loop", "read ahead"])
+def test_data_that_breaks_late_on_one_rank_ends_the_job_with_the_place(
+    launcher: Launcher, tmp_path: Path, num_workers: int
+) -> None:
+    prefix = tmp_path / "corpus"
+    _data_that_breaks_late(prefix, rank=1, step=4)
+    options = f"--train-iters 20 --split 1 --num-workers {num_workers}"
+    argv = words(TINY, options, "--data-path", prefix, "--save", tmp_path / "save")
+    with launcher.job(argv, 2) as job:
+        assert job.wait(timeout_s=PROMPT_S) == [6, 3]
+        assert "error (on rank 1 of 2 (TP1 x PP1 x DP2: dp 1), after step 3)" in job.said(1)
+        assert f"{prefix}.bin, document" in job.said(1)
+        assert f"token id {VOCAB_SIZE + 7} is outside the vocabulary of {VOCAB_SIZE}" in job.said(1)
+        assert "Traceback" not in job.said(1)
+    status = exit_status(tmp_path / "save")
+    assert (status["code"], status["rank"], status["step"]) == (3, 1, 3)
+
+
+def test_a_rank_that_hangs_is_found_by_the_collective_timeout(launcher: Launcher, tmp_path: Path) -> None:
+    timeout_s = 8.0
+    argv = words(MOCK, f"--distributed-timeout-minutes {timeout_s / 60} --save", tmp_path)
+    with launcher.job(argv, 2, fault=Fault(rank=1, step=3, kind="hang")) as job:
+        began_s = time.monotonic()
+        assert job.wait(0, timeout_s=PROMPT_S) == [6]
+        assert time.monotonic() - began_s > 0.9 * timeout_s, "it must have been the timeout"
+        assert "rank 0 of 2 (TP1 x PP1 x DP2: dp 0), after step 2): a collective failed" in job.said(0)
+    assert (exit_status(tmp_path)["code"], exit_status(tmp_path)["rank"]) == (6, 0)
+
+
+def test_a_second_signal_ends_a_run_that_hangs(launcher: Launcher, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    argv = words(MOCK, "--metrics-file", metrics, "--save", tmp_path / "save")
+    with launcher.job(argv, 1, fault=Fault(rank=0, step=3, kind="hang")) as job:
+        job.wait_for_step(metrics, 2)
+        job.signal(signal.SIGTERM)
+        time.sleep(2.2)  # within 2 s a second signal counts as the same one, relayed
+        job.signal(signal.SIGTERM)
+        assert job.wait(timeout_s=PROMPT_S) == [143]
+        assert "Second SIGTERM" in job.said(0)
+    status = exit_status(tmp_path / "save")
+    assert (status["code"], status["step"]) == (143, 2)
+
+
+def test_wrong_options_end_every_rank_with_the_code_and_one_says_why(launcher: Launcher) -> None:
+    with launcher.job(words(MOCK, "--global-batch-size 6"), 2) as job:
+        assert job.wait() == [2, 2]
+        assert "--global-batch-size 6 is not a multiple" in job.said(0)
+        assert job.said(1) == ""
