@@ -35,6 +35,8 @@ def main(guard: Guard) -> None:
         # Which tokens: every rank maps the same files and reads its own part.
         sizes = {"vocab_size": config.model.vocab_size, "eod_token": vocabulary.eod_token}
         data = build_gpt_data(config.data, seq_length=config.model.seq_length, **sizes)
+        if is_first:
+            print("\n".join(data.notes), end="\n" if data.notes else "")
 
         # Which layers: this rank's stage, its flat buffers, its part of the optimizer.
         parts = build_parts(config, mesh, device, build_gpt_stage)
