@@ -263,3 +263,14 @@ def test_the_caller_s_gradient_mode_comes_back() -> None:
     with torch.no_grad():
         run_alone(build_schedule("1f1b", num_ranks=1, num_microbatches=1), 1)
         assert not torch.is_grad_enabled()
+
+
+def test_weight_gradients_are_computed_in_their_own_steps_and_not_with_the_input_gradients() -> None:
+    schedule = by_hand("put aside", (0,), 2, "F0.0 I0.0 F0.1 I0.1 W0.1 W0.0")
+    sink, events = GradSink(), []
+    stage = ToyStage(0, 1, axis_of_one(), sink)
+    stage.register_forward_pre_hook(lambda module, args: events.append("forward"))
+    sink.bind(stage.weight, torch.zeros_like(stage.weight), lambda: events.append("weight"))
+    backward = Backward(torch.tensor(1.0), sink, lambda number: events.append("reduce"))
+    run(schedule, lower(schedule)[0], {0: stage}, micros_of(2), wire=wire_of(make_mesh(Layout())), backward=backward)
+    assert events == ["forward", "forward", "weight", "weight", "reduce"]
