@@ -26,6 +26,7 @@ def main(guard: Guard) -> None:
     words = parse_args(
         sys.argv[1:], program="pretrain_gpt.py", description="Pretrain a GPT.", say=print if is_first else silent
     )
+    guard.save = words.checkpoint.save
     config, vocabulary = open_vocabulary(resolve(words, guard.launch.world_size))
     if is_first:
         print(as_table(config))

@@ -29,7 +29,11 @@ from megatron3d.train.exit_status import ExitStatus, clear_exit_status, exit_cod
 
 @dataclass
 class Guard:
-    """What the outermost frame must know of a run to report its end: filled in as the run finds out."""
+    """What the outermost frame must know of a run to report its end: filled in as the run finds out.
+
+    `save` is the --save directory, set as soon as it is known: a launcher that looks there for the exit status must
+    not find that of an earlier run.
+    """
 
     launch: Launch
     save: str | None = None

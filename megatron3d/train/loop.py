@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron3d.checkpoint.directory import hold_directory
 from megatron3d.checkpoint.store import everywhere
+from megatron3d.comm.collectives import gather_values
 from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
 from megatron3d.config.data import DataConfig
@@ -121,8 +122,9 @@ class _Loop:
                 self._save()
             exits = config.train.exit_interval is not None and step % config.train.exit_interval == 0
             if (votes or exits) and step < last:
-                interval = f"of --exit-interval {config.train.exit_interval}"
-                self._stop((wish or "another rank was asked to stop") if votes else interval)
+                wishes = gather_values(wish, self.parts.mesh.world) if votes else []
+                interval = f"--exit-interval {config.train.exit_interval} is over"
+                self._stop(next(filter(None, wishes), interval))
         if not is_finished_already:
             # A finished run that is started again was evaluated before its last checkpoint was saved.
             self._evaluate()

@@ -102,6 +102,15 @@ def test_cuda_without_a_gpu_is_refused(tmp_path: Path) -> None:
     assert exit_status(tmp_path)["code"] == 2
 
 
+def test_an_exit_status_of_an_earlier_run_does_not_outlive_wrong_options(tmp_path: Path) -> None:
+    """A launcher that requeues on 75 would otherwise do so for ever."""
+    assert run(words(MOCK, "--exit-interval 2 --save", tmp_path)).code == 75
+    assert exit_status(tmp_path)["code"] == 75
+    assert run(words(MOCK, "--exit-interval 2 --seq-length 0 --save", tmp_path)).code == 2
+    assert exit_status(tmp_path)["code"] == 2
+    assert "--seq-length 0" in exit_status(tmp_path)["reason"]
+
+
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 

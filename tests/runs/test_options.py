@@ -258,6 +258,24 @@ def test_fp16_steps_that_overflow_are_skipped_reported_and_change_no_weight(tmp_
             assert torch.equal(first, assemble(tmp_path / "untouched" / "iter_0000001", name)), name
 
 
+def test_weight_decay_rises_by_its_schedule_and_spares_norms_and_biases(tmp_path: Path) -> None:
+    """Plain SGD: two runs part at step 2, whose decay is half of the end value, by lr x decay x weight of step 1."""
+    sgd = f"{MOCK} --optimizer sgd --sgd-momentum 0 --lr 0.1 --train-iters 2 --save-interval 1"
+    rising = "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.5"
+    run_ok(sgd, "--weight-decay 0 --save", tmp_path / "without")
+    run_ok(sgd, rising, "--save", tmp_path / "with")
+    for name in tensor_shapes(tmp_path / "with/iter_0000002"):
+        if not name.startswith("model/"):
+            continue
+        first, without, decayed = (
+            assemble(tmp_path / place, name)
+            for place in ("without/iter_0000001", "without/iter_0000002", "with/iter_0000002")
+        )
+        decays = first.dim() == 2
+        torch.testing.assert_close(decayed, without - 0.1 * 0.25 * first * decays, rtol=1e-5, atol=1e-6)
+        assert not decays or not torch.equal(decayed, without), name
+
+
 def test_reduction_during_or_after_the_backward_makes_no_difference(pool: Pool, tmp_path: Path) -> None:
     for name, option in (("during", ""), ("after", "--no-overlap-grad-reduce")):
         _in_pool(pool, 2, MOCK, option, "--zero-stage 1 --metrics-file", tmp_path / name)
