@@ -77,6 +77,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     """Sum `x` over the axis and keep this rank's part along dimension 0: [n * size, ...] becomes [n, ...]."""
     if axis.size == 1:
         return Pending(x)
+    _require_divisible(x.shape[0], axis)
     part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     axis.meter.add(axis.name, "reduce_scatter", _size_bytes(x))
     return Pending(part, _scatter_flat(part, x.contiguous(), group=axis.group, async_op=True))
@@ -109,6 +110,7 @@ def own_part(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
     """This rank's part of `x` along `dim`, without communication."""
     if axis.size == 1:
         return x
+    _require_divisible(x.shape[dim], axis)
     return x.chunk(axis.size, dim)[axis.rank].contiguous()
 
 
@@ -134,6 +136,11 @@ def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
         all_reduce(torch.zeros(1, device=_device_of(axis)), axis)
+
+
+def _require_divisible(size: int, axis: Axis) -> None:
+    if size % axis.size:
+        raise ValueError(f"{size} elements do not divide among the {axis.size} ranks of {axis.name}")
 
 
 def _device_of(axis: Axis) -> torch.device:

@@ -66,10 +66,16 @@ def leave() -> None:
 
 def is_peer_failure(error: BaseException) -> bool:
     """Whether an error came from a collective that lost a peer or timed out."""
-    if isinstance(error, PeerError | dist.DistBackendError | dist.DistNetworkError):
+    if isinstance(error, PeerError | dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return True
     text = str(error)
-    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo/transport", "NCCL")
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Timed out waiting",
+        "gloo/transport",
+        "NCCL error",
+    )
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 

@@ -82,6 +82,8 @@ class SelfAttention(nn.Module):
     def _core(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, inputs: LayerInputs) -> Tensor:
         """softmax(q k^T / sqrt(D)) v, causal unless a mask says otherwise."""
         mask_BST = inputs.attention_mask_BST
+        queries, keys = q_BNSD.shape[2], k_BGTD.shape[2]
+        assert mask_BST is not None or queries in (1, keys), f"{queries} queries of {keys} keys need a mask"
         probability = self.config.attention_dropout if inputs.dropout_seed is not None else 0.0
 
         def attend() -> Tensor:
@@ -91,7 +93,7 @@ class SelfAttention(nn.Module):
                 v_BGTD,
                 attn_mask=None if mask_BST is None else mask_BST.unsqueeze(1),
                 dropout_p=probability,
-                is_causal=mask_BST is None and q_BNSD.shape[2] > 1,
+                is_causal=mask_BST is None and queries > 1,
                 enable_gqa=q_BNSD.shape[1] != k_BGTD.shape[1],
             )
 

@@ -26,4 +26,4 @@ def dropout(x: Tensor, probability: float, *, seed: int | None, place: str, shar
     generator = torch.Generator(x.device).manual_seed(stream_seed(seed, place, shard))
     keep = torch.empty_like(x, memory_format=torch.contiguous_format)
     keep.bernoulli_(1.0 - probability, generator=generator)
-    return x * keep.div_(1.0 - probability)
+    return (x * keep).mul(1.0 / (1.0 - probability))  # the scale as a number: bf16 would round it in the mask

@@ -22,7 +22,8 @@ class LayerInputs:
 
     Attributes:
         rotary: cosine and sine of the positions, [S, R/2] or [B, S, R/2] fp32, where positions are rotary.
-        attention_mask_BST: True where query position S may attend to key position T; None is plain causal attention.
+        attention_mask_BST: True where query position S may attend to key position T; None is plain causal attention,
+            which with tokens in the cache is right for a single new one alone.
         cache: keys and values of earlier tokens.
         dropout_seed: seed of every dropout mask of this forward; None drops nothing.
     """

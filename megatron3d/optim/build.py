@@ -15,7 +15,12 @@ from torch import nn
 
 from megatron3d.config.optim import OptimConfig
 
-STATE_NAMES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+def state_names(config: OptimConfig) -> tuple[str, ...]:
+    """The tensors of state that the optimizer keeps for every parameter, by torch's names."""
+    if config.optimizer == "adam":
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if config.sgd_momentum else ()
 
 
 def build_optimizer(config: OptimConfig, pieces: Iterable[tuple[nn.Parameter, bool]]) -> torch.optim.Optimizer:
@@ -36,16 +41,16 @@ def build_optimizer(config: OptimConfig, pieces: Iterable[tuple[nn.Parameter, bo
         )
     else:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, weight_decay=0.0, fused=True)
-    _allocate_state(optimizer, config.optimizer)
+    _allocate_state(optimizer, config)
     return optimizer
 
 
-def _allocate_state(optimizer: torch.optim.Optimizer, kind: str) -> None:
+def _allocate_state(optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
     """Zeros for every piece; torch would allocate them at the first step, too late for loading a checkpoint."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            state = {name: torch.zeros_like(parameter) for name in STATE_NAMES[kind]}
-            if kind == "adam":
+            state = {name: torch.zeros_like(parameter) for name in state_names(config)}
+            if config.optimizer == "adam":
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             optimizer.state[parameter].update(state)
 

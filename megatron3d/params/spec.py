@@ -91,6 +91,8 @@ class ParamSpec:
             return [(low, high)]
         ranges, base = [], 0
         for part in self.parts or (self.shape[self.tp_dim],):
+            if part % tp:
+                raise ValueError(f"{self.name}: {part} along dimension {self.tp_dim} does not divide by tp {tp}")
             share = part // tp
             ranges.append((base + share * tp_rank, base + share * (tp_rank + 1)))
             base += part

@@ -149,7 +149,8 @@ class _Interpreter:
         return x.requires_grad_(self.backward is not None)
 
     def _backward(self, stage: int, mb: int) -> None:
-        y, grad = self.outputs.pop((stage, mb)), self._output_gradient(stage, mb)
+        grad = self._output_gradient(stage, mb)
+        y = self.outputs.pop((stage, mb))
         sent = self.leaving.pop(("activation", stage, mb), None)
         if sent is not None:
             sent.wait()  # its gradient has come back, so it arrived long ago
@@ -178,7 +179,7 @@ class _Interpreter:
             work()
 
     def _send(self, send: Send) -> None:
-        self.leaving = {key: pending for key, pending in self.leaving.items() if not pending.is_done()}
+        self._release_sent(send)
         if send.what == "activation":
             kept = self.backward is not None
             x = self.outputs[send.stage, send.mb] if kept else self.outputs.pop((send.stage, send.mb))
@@ -189,6 +190,17 @@ class _Interpreter:
         tag = self._tag(send.what, receiving_stage, send.mb)
         x = x.detach().to(self.wire.dtype).contiguous()
         self.leaving[send.what, send.stage, send.mb] = start_send(x, self.wire.axis, peer=send.peer, tag=tag)
+
+    def _release_sent(self, coming: Send) -> None:
+        """Let go of messages that have arrived, so that a rank does not hold every tensor it ever sent.
+
+        Gloo cannot tell what has arrived. But the messages of a pair of ranks arrive in order, and a receive is posted
+        before its data is produced, so the older of two messages to the same rank may be waited for.
+        """
+        self.leaving = {key: pending for key, pending in self.leaving.items() if not pending.is_done()}
+        same = [key for key in self.leaving if key[:2] == (coming.what, coming.stage)]
+        for key in same[: max(0, len(same) - self.schedule.num_stages)]:
+            self.leaving.pop(key).wait()
 
     def _tag(self, what: str, receiving_stage: int, mb: int) -> int:
         """A number that no other message of this schedule has (gloo matches messages by it)."""

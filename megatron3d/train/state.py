@@ -19,7 +19,7 @@ from megatron3d.config.checkpoint import CheckpointConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import to_dict
 from megatron3d.errors import CheckpointError, MisfitError
-from megatron3d.optim.build import STATE_NAMES, set_step_count, step_count
+from megatron3d.optim.build import set_step_count, state_names, step_count
 from megatron3d.optim.schedule import ScheduleSettings, reconcile, settings_from_config
 from megatron3d.params.boxes import ShardView
 from megatron3d.train.parts import Parts
@@ -165,7 +165,7 @@ def _check_optimizer(state: Mapping[str, Any], kind: str, source: Path) -> None:
 def _views(parts: Parts, *, with_optimizer: bool, with_copies: bool) -> dict[str, ShardView]:
     views = {f"model/{name}": view for name, view in parts.engine.weight_views(with_copies=with_copies).items()}
     if with_optimizer:
-        for state_name in STATE_NAMES[parts.config.optim.optimizer]:
+        for state_name in state_names(parts.config.optim):
             states = parts.engine.state_views(parts.optimizer, state_name, with_copies=with_copies)
             views |= {f"{state_name}/{name}": view for name, view in states.items()}
     return views

@@ -113,6 +113,7 @@ class FlatUnit:
 
     def _on_arrival(self) -> None:
         self._outstanding -= 1
+        assert self._outstanding >= 0, f"unit {self.name} got a gradient after all that were expected"
         if self._outstanding == 0 and self.options.overlap and self.tied is None:
             self.start_reduce()
 
@@ -133,6 +134,7 @@ class FlatUnit:
 
     def finish_reduce(self) -> None:
         """Wait for the reduction and hand the optimizer's pieces their gradients, in fp32."""
+        assert self._outstanding == 0, f"unit {self.name} lacks {self._outstanding} gradients of this step"
         self.start_reduce()
         assert self._reducing is not None, f"unit {self.name} has no reduction to finish"
         self.own_grads = self._reducing.wait().float()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron3d.config.optim import OptimConfig
-from megatron3d.optim.build import STATE_NAMES, build_optimizer, set_rates, set_step_count, state_bytes, step_count
+from megatron3d.optim.build import build_optimizer, set_rates, set_step_count, state_bytes, state_names, step_count
 
 SHAPES, DECAYS = [(6, 5), (7,), (3, 4)], [True, False, True]
 RATES = [(0.1, 0.2), (0.05, 0.1), (0.02, 0.0), (0.2, 0.3)]  # (learning rate, weight decay) of each step
@@ -72,7 +72,7 @@ def test_pieces_are_updated_as_whole_parameters_are(
         reference.step()
         for (part, _), expected in zip(parts, to_pieces([one.detach() for one in whole])):
             torch.testing.assert_close(part.detach(), expected)
-    for name in STATE_NAMES[config.optimizer]:
+    for name in state_names(config):
         expected_states = to_pieces([reference.state[one][name] for one in whole])
         for (part, _), expected in zip(parts, expected_states):
             torch.testing.assert_close(optimizer.state[part][name], expected)
@@ -82,11 +82,11 @@ def test_pieces_are_updated_as_whole_parameters_are(
 def test_state_is_there_before_the_first_step_and_stays_where_it_is(config: OptimConfig) -> None:
     parts = pieces()
     optimizer = build_optimizer(config, parts)
-    states = [optimizer.state[part][name] for part, _ in parts for name in STATE_NAMES[config.optimizer]]
+    states = [optimizer.state[part][name] for part, _ in parts for name in state_names(config)]
     assert all(torch.count_nonzero(state) == 0 for state in states)
     assert state_bytes(optimizer) == sum(state.numel() * 4 for state in states)
     step_pieces(optimizer, parts, 0)
-    after = [optimizer.state[part][name] for part, _ in parts for name in STATE_NAMES[config.optimizer]]
+    after = [optimizer.state[part][name] for part, _ in parts for name in state_names(config)]
     assert all(old is new and torch.count_nonzero(new) > 0 for old, new in zip(states, after))
 
 
@@ -99,7 +99,7 @@ def test_going_on_from_stored_state_and_count_changes_no_bit(config: OptimConfig
     again = [(nn.Parameter(part.detach().clone()), decays) for part, decays in parts]
     resumed = build_optimizer(config, again)
     for (new, _), (old, _) in zip(again, parts):
-        for name in STATE_NAMES[config.optimizer]:
+        for name in state_names(config):
             resumed.state[new][name].copy_(optimizer.state[old][name])
     set_step_count(resumed, step_count(optimizer))
     for step in (2, 3):

@@ -233,8 +233,10 @@ def test_state_bytes_are_those_allocated_and_those_of_the_formula(
 
 def _traffic(rank: int, world_size: int, setting: Setting) -> list[Any]:
     mesh = make_mesh(setting.layout)
-    engine, _ = engine_of(setting, mesh, GradSink())
-    engine.begin_step(1)
+    sink = GradSink()
+    engine, declared = engine_of(setting, mesh, sink)
+    engine.begin_step(NUM_MICROBATCHES)
+    backward(declared, mesh, sink, 0)
     engine.finish_reduce()
     engine.publish()
     lengths = [unit.layout.length for unit in engine.units.values()]
@@ -256,10 +258,12 @@ def test_a_step_moves_the_gradients_once_and_with_zero_one_the_weights_once(pool
 def test_clearing_forgets_the_gradients_of_the_step() -> None:
     mesh, sink = make_mesh(Layout()), GradSink()
     engine, declared = engine_of(Setting(mesh.layout), mesh, sink)
+    engine.begin_step(NUM_MICROBATCHES)
     backward(declared, mesh, sink, 0)
     engine.finish_reduce()
     assert reduced_norm(engine, mesh) > 0
     engine.clear_grads()
+    engine.begin_step(0)
     engine.finish_reduce()
     assert reduced_norm(engine, mesh) == 0.0
 
@@ -272,6 +276,20 @@ def test_the_norm_of_a_large_unit_is_exact_to_fp32() -> None:
     unit = FlatUnit("large", tuple(declared_parameters(module).values()), mesh, options, tied=None)
     unit.bind(sink)
     grad = torch.randn(3000, 2000, generator=torch.Generator().manual_seed(1))
+    unit.expect(1)
     sink.add(module.weight, grad)
     unit.finish_reduce()
     torch.testing.assert_close(unit.squared_norm(), grad.double().square().sum(), rtol=1e-6, atol=0)
+
+
+def test_a_step_that_lacks_a_gradient_or_gets_one_too_many_is_refused() -> None:
+    mesh, sink = make_mesh(Layout()), GradSink()
+    engine, declared = engine_of(Setting(mesh.layout), mesh, sink)
+    engine.begin_step(NUM_MICROBATCHES + 1)
+    backward(declared, mesh, sink, 0)
+    with pytest.raises(AssertionError, match="lacks"):
+        engine.finish_reduce()
+    engine.clear_grads()
+    engine.begin_step(NUM_MICROBATCHES - 1)
+    with pytest.raises(AssertionError, match="after all that were expected"):
+        backward(declared, mesh, sink, 0)
