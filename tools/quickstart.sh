@@ -10,10 +10,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-: "${CORPUS_MB:=8}" "${VOCAB_SIZE:=4096}"
-: "${NUM_LAYERS:=4}" "${HIDDEN_SIZE:=256}" "${NUM_HEADS:=4}" "${SEQ_LENGTH:=256}"
-: "${MICRO_BATCH:=4}" "${GLOBAL_BATCH:=16}" "${ITERATIONS:=160}" "${LEARNING_RATE:=3e-3}"
-: "${PROMPT:=    def }" "${NEW_TOKENS:=120}"
+: "${CORPUS_MB:=8}" "${VOCAB_SIZE:=2048}"
+: "${NUM_LAYERS:=4}" "${HIDDEN_SIZE:=128}" "${NUM_HEADS:=4}" "${SEQ_LENGTH:=256}"
+: "${MICRO_BATCH:=8}" "${GLOBAL_BATCH:=16}" "${ITERATIONS:=400}" "${LEARNING_RATE:=5e-3}"
+: "${PROMPT:=    def __init__(self, }" "${NEW_TOKENS:=150}"
 COMPARED_STEPS=10
 
 out=out/quickstart
@@ -73,7 +73,7 @@ OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/torchrun --nproc-per-node "$proc
 
 step "Text: what the model makes of '$PROMPT'"
 "$python" tools/generate_text.py --load "$out/checkpoint" --prompt "$PROMPT" --max-new-tokens "$NEW_TOKENS" \
-    --temperature 0.7 --top-k 40 --seed 1 | tee "$out/sample.txt"
+    --temperature 0.6 --top-k 40 --seed 1 | tee "$out/sample.txt"
 
 step "The same run in one process: its first $COMPARED_STEPS steps"
 reference=$device

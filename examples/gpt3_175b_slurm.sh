@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# GPT-3 175B on 128 nodes of eight GPUs under Slurm: TP8 x PP16 x DP8, as in Narayanan et al. 2021 (SC21), table 1.
+# sbatch examples/gpt3_175b_slurm.sh, with DATA, VOCAB, MERGES and CHECKPOINTS set. Slurm sends SIGUSR1 five minutes
+# before the limit: the run saves, ends with code 75, and the job puts itself back into the queue.
+#SBATCH --job-name=gpt3-175b
+#SBATCH --nodes=128
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+set -euo pipefail
+: "${DATA:?prefix of .bin/.idx files}" "${VOCAB:?vocab.json}" "${MERGES:?merges.txt}" "${CHECKPOINTS:?directory}"
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" \
+    --rdzv-endpoint "$head_node:29500" pretrain_gpt.py \
+    --preset gpt3-175b --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --sequence-parallel \
+    --pipeline-schedule 1f1b --zero-stage 1 --bf16 --recompute-granularity selective \
+    --micro-batch-size 1 --global-batch-size 1536 --rampup-batch-size 16 16 5859375 --train-samples 146484375 \
+    --lr 6e-5 --min-lr 6e-6 --lr-decay-style cosine --lr-decay-samples 126953125 --lr-warmup-samples 183105 \
+    --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 \
+    --data-path "$DATA" --tokenizer-type GPT2BPETokenizer --vocab-file "$VOCAB" --merge-file "$MERGES" \
+    --save "$CHECKPOINTS" --save-interval 500 --keep-last 5 --eval-interval 500 --eval-iters 10 --log-interval 1 \
+    --metrics-file "$CHECKPOINTS/metrics.jsonl" || code=$?
+
+# The launcher hides the exit codes of its workers; the run leaves its own beside the checkpoints.
+if grep -q '"code": 75' "$CHECKPOINTS/exit_status.json"; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "${code:-0}"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Four gloo processes on a CPU train a tiny GPT at TP2 x PP2 on made-up tokens: a minute on two cores, no data needed.
+# What to expect: the loss falls from 5.5 to below 4.6 (the tokens follow a noisy Markov chain).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 4 pretrain_gpt.py \
+    --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel \
+    --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --hidden-dropout 0 --attention-dropout 0 \
+    --micro-batch-size 4 --global-batch-size 16 --train-iters 100 --lr 3e-3 --lr-decay-style cosine \
+    --mock-data --vocab-size 256 --eval-iters 4 --eval-interval 50 --log-interval 10 --device cpu "$@"
