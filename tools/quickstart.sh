@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${CORPUS_MB:=8}" "${VOCAB_SIZE:=2048}"
 : "${NUM_LAYERS:=4}" "${HIDDEN_SIZE:=128}" "${NUM_HEADS:=4}" "${SEQ_LENGTH:=256}"
 : "${MICRO_BATCH:=8}" "${GLOBAL_BATCH:=16}" "${ITERATIONS:=400}" "${LEARNING_RATE:=5e-3}"
-: "${PROMPT:=    def __init__(self, }" "${NEW_TOKENS:=150}"
+: "${PROMPT:=    def __init__(self}" "${NEW_TOKENS:=150}"
 COMPARED_STEPS=10
 
 out=out/quickstart
@@ -73,7 +73,7 @@ OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/torchrun --nproc-per-node "$proc
 
 step "Text: what the model makes of '$PROMPT'"
 "$python" tools/generate_text.py --load "$out/checkpoint" --prompt "$PROMPT" --max-new-tokens "$NEW_TOKENS" \
-    --temperature 0.6 --top-k 40 --seed 1 | tee "$out/sample.txt"
+    --temperature 0.4 --top-p 0.9 --seed 2 | tee "$out/sample.txt"
 
 step "The same run in one process: its first $COMPARED_STEPS steps"
 reference=$device

@@ -96,8 +96,8 @@ def _report(error: BaseException, guard: Guard) -> int:
     code, rank = exit_code_of(error), guard.launch.rank
     where = "; ".join(getattr(error, "__notes__", [])) or f"on rank {rank} of {guard.launch.world_size}"
     if isinstance(error, ConfigError | StopRequested):
-        if rank == 0:
-            print(f"{'stopped' if code == StopRequested.exit_code else 'error'}: {error}", file=sys.stderr)
+        if guard.launch.local_rank == 0:  # all ranks of a machine say the same; another machine may have its own
+            print(error if isinstance(error, StopRequested) else f"error: {error}", file=sys.stderr)
     elif isinstance(error, Megatron3dError):
         print(f"error ({where}): {error}", file=sys.stderr)
     else:
