@@ -14,6 +14,9 @@ if not torch.cuda.is_available():
 
 from tests.dist.pool import Pool
 
+# One thread: results do not depend on the number of cores, and a test may fork, which OpenMP's threads do not survive.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:

@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from megatron3d.errors import StorageError
 
 ANNOUNCED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
@@ -67,6 +69,7 @@ def in_fork(body: Callable[[], Any], calls: Calls | None = None) -> int:
     pid = os.fork()
     if pid == 0:
         code = BROKEN
+        torch.set_num_threads(1)  # OpenMP's threads do not live in the fork; waiting for them would be for ever
         try:
             if calls is not None:
                 calls.install()

@@ -70,7 +70,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed"])
+        self._context.set_forkserver_preload(["torch", "megatron3d.models.gpt", "megatron3d.train.loop"])
         self._workers: list[_Worker] = []
         self._store: dist.TCPStore | None = None
         self._calls = 0
