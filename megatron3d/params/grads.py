@@ -7,6 +7,7 @@ whose gradient comes from autograd (norms, embeddings) reach the same buffers th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,16 @@ class GradSink:
     def bind(self, parameter: nn.Parameter, buffer: Tensor, on_arrival: Callable[[], None]) -> None:
         """Send the gradient of `parameter` to `buffer` (same shape), and call `on_arrival` after each contribution."""
         self._destinations[parameter] = _Destination(buffer, on_arrival)
-        parameter.register_post_accumulate_grad_hook(self._take_from_autograd)
+        # Tensors keep their hooks where Python's garbage collector cannot look, so a hook that held the sink would
+        # keep every buffer and process group of a finished run alive.
+        this = weakref.ref(self)
+
+        def take(parameter: Tensor) -> None:
+            sink = this()
+            assert sink is not None, f"a gradient of shape {tuple(parameter.shape)} arrived after its sink was gone"
+            sink._take_from_autograd(parameter)
+
+        parameter.register_post_accumulate_grad_hook(take)
 
     def add_linear(self, weight: nn.Parameter, bias: nn.Parameter | None, grad_out: Tensor, x: Tensor) -> None:
         """Add the gradients of a linear layer: weight += grad_out^T x, bias += the sum of grad_out over tokens.

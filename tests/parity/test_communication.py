@@ -6,6 +6,8 @@ t tokens S*B of a micro-batch, P bytes of the padded flat buffers of a rank, U n
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from megatron3d.comm.layout import Layout
@@ -126,3 +128,22 @@ def test_tied_embedding_costs_one_all_reduce_between_the_ends(pool: Pool) -> Non
 def test_counts_are_those_of_the_step_alone() -> None:
     counts, _ = counted_step(0, 1, Case("gpt2", Layout()))
     assert counts == {}, "one process communicates with nobody"
+
+
+def threads_of_process(rank: int, world_size: int) -> int:
+    """Threads alive in this worker; each live gloo group has one."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def finished_run(rank: int, world_size: int, case: Case) -> None:
+    """A run that is over when this returns."""
+    counted_step(rank, world_size, case)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc, which this system lacks")
+def test_a_finished_run_leaves_no_process_group_behind(pool: Pool) -> None:
+    case = Case("gpt2", Layout(tp=2, pp=2), SP)
+    pool.run(4, finished_run, case)
+    before = pool.run(4, threads_of_process)
+    pool.run(4, finished_run, case)
+    assert pool.run(4, threads_of_process) == before
