@@ -4,7 +4,7 @@
 #
 #   bash tools/quickstart.sh
 #
-# Needs Python 3.11 or 3.12 and a package index; about 8 minutes on two cores besides the installation. Uses GPUs where
+# Needs Python 3.11 or 3.12 and a package index; about 5 minutes on two cores besides the installation. Uses GPUs where
 # there are some, else four processes on the CPU. PYTHON and TORCH_INDEX_URL are explained in tools/setup_env.sh; the
 # variables below can be set from outside too, such as ITERATIONS=50.
 set -euo pipefail
