@@ -144,12 +144,18 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
 
 
 def unit_parameters(stages: dict[int, Stage]) -> dict[str, UnitParameters]:
-    """The units of a rank's stages in the order of the model."""
-    units = {}
+    """The units of a rank's stages in the order of the model.
+
+    A tied table that the rank's first and last stages share is one unit, which both use.
+    """
+    units: dict[str, UnitParameters] = {}
+    holds_both_ends = any(s.part.is_first for s in stages.values()) and any(s.part.is_last for s in stages.values())
     for number, stage in stages.items():
         declared = stage.parameters_by_name()
         for name, members in stage.units().items():
-            contributions = sum(stage.uses_of(member) for member in members)
-            is_tied = name == stage.tied_unit
-            units[name] = UnitParameters(number, tuple(declared[m] for m in members), contributions, is_tied)
+            before = units.get(name)
+            contributions = sum(stage.uses_of(member) for member in members) + (before.contributions if before else 0)
+            users = (*(before.stages if before else ()), number)
+            is_tied = name == stage.tied_unit and not holds_both_ends
+            units[name] = UnitParameters(users, tuple(declared[m] for m in members), contributions, is_tied)
     return units

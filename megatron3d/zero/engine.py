@@ -21,10 +21,10 @@ from megatron3d.zero.unit import FlatUnit, Piece, UnitOptions
 
 @dataclass(frozen=True)
 class UnitParameters:
-    """The parameters of one unit, how many gradient contributions one backward of its stage brings, and whether it is
-    a tied table with other holders."""
+    """The parameters of one unit, the stages of this rank that use them, how many gradient contributions one
+    backward of all of these brings, and whether it is a tied table with other holders."""
 
-    stage: int
+    stages: tuple[int, ...]
     declared: tuple[Declared, ...]
     contributions: int
     is_tied: bool
@@ -65,9 +65,10 @@ class ZeroEngine:
             unit.expect(self.parameters[name].contributions * num_microbatches)
 
     def reduce_stage(self, stage: int) -> None:
-        """Start the reductions of a stage whose backwards are done; those of tied tables wait for `finish_reduce`."""
+        """Start the reductions of a stage whose backwards are done, but for units that other stages still use; those of
+        tied tables wait for `finish_reduce`."""
         for name, unit in self.units.items():
-            if self.parameters[name].stage == stage and unit.tied is None:
+            if stage in self.parameters[name].stages and unit.tied is None and unit.is_complete:
                 unit.start_reduce()
 
     def finish_reduce(self) -> None:

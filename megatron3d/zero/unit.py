@@ -111,6 +111,11 @@ class FlatUnit:
         """Say how many gradient contributions the coming step brings before the gradients are complete."""
         self._outstanding = contributions
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every gradient contribution of this step has arrived."""
+        return self._outstanding == 0
+
     def _on_arrival(self) -> None:
         self._outstanding -= 1
         assert self._outstanding >= 0, f"unit {self.name} got a gradient after all that were expected"

@@ -97,7 +97,7 @@ def engine_of(setting: Setting, mesh: Mesh, sink: GradSink) -> tuple[ZeroEngine,
     units = {}
     for name in model:
         members = tuple(one for full, one in declared.items() if full.startswith(name + "."))
-        units[name] = UnitParameters(mesh.pp.rank, members, len(members), is_tied=name == TABLE)
+        units[name] = UnitParameters((mesh.pp.rank,), members, len(members), is_tied=name == TABLE)
     options = UnitOptions(
         policy=policy_of(setting.zero_stage),
         param_dtype=setting.param_dtype,
