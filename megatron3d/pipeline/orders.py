@@ -1,19 +1,22 @@
 """The orders of work by name: each is one function from sizes to a `Schedule`, listed in `ORDERS`.
 
 A new order is one function `(num_ranks, num_microbatches, virtual) -> Schedule` and one line in `ORDERS`: messages,
-timing, drawing and execution follow from the rows. `virtual` is the number of stages on each rank.
+timing, drawing and execution follow from the rows. `virtual` is the number of stages on each rank. An order in a
+user's own file needs no line here: its name is `module:function` or `path/to/file.py:function`.
+
+The classics stand in this file; the others are in the `orders_*` files beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from types import MappingProxyType
 
 from megatron3d.errors import ScheduleError
+from megatron3d.pipeline.placement import require_sizes, round_robin
 from megatron3d.pipeline.schedule import Op, Schedule, Step, check
-
-Order = Callable[[int, int, int], Schedule]
 
 
 def gpipe(num_ranks: int, num_microbatches: int, virtual: int = 1) -> Schedule:
@@ -25,7 +28,7 @@ def gpipe(num_ranks: int, num_microbatches: int, virtual: int = 1) -> Schedule:
     Source: Huang et al. 2019, GPipe (arXiv:1811.06965), figure 2c; backwards run in the order of the forwards, so
     that the first one to be needed is also the first one to be ready.
     """
-    _require_one_stage_per_rank("gpipe", virtual)
+    require_sizes("gpipe", num_ranks, num_microbatches, virtual, fixed=1)
     forwards = [(Op.F, mb) for mb in range(num_microbatches)]
     backwards = [(Op.B, mb) for mb in range(num_microbatches)]
     return _one_stage_per_rank("gpipe", num_microbatches, [forwards + backwards] * num_ranks)
@@ -42,7 +45,7 @@ def one_f_one_b(num_ranks: int, num_microbatches: int, virtual: int = 1) -> Sche
 
     Source: Narayanan et al. 2021, PipeDream-Flush (arXiv:2006.09503), section 3.2.
     """
-    _require_one_stage_per_rank("1f1b", virtual)
+    require_sizes("1f1b", num_ranks, num_microbatches, virtual, fixed=1)
     rows = []
     for rank in range(num_ranks):
         warm_up = min(num_ranks - 1 - rank, num_microbatches)
@@ -57,72 +60,108 @@ def one_f_one_b(num_ranks: int, num_microbatches: int, virtual: int = 1) -> Sche
 def forward_only(num_ranks: int, num_microbatches: int, virtual: int = 1) -> Schedule:
     """Forwards without backwards, for evaluation and generation; stage s lives on rank s modulo num_ranks.
 
-    With several stages per rank, microbatches pass in groups of `num_ranks`, so that a rank comes back to its next
-    stage just when the first microbatch of the group does.
-
     Raises:
         ScheduleError: if a size is under 1.
     """
-    _require_sizes("forward-only", num_ranks, num_microbatches, virtual)
-    num_stages = num_ranks * virtual
-    rows = []
-    for rank in range(num_ranks):
-        row = [
-            Step(Op.F, stage, mb)
-            for group in range(0, num_microbatches, num_ranks)
-            for stage in range(rank, num_stages, num_ranks)
-            for mb in range(group, min(group + num_ranks, num_microbatches))
-        ]
-        rows.append(tuple(row))
-    places = tuple(stage % num_ranks for stage in range(num_stages))
-    return Schedule("forward-only", num_stages, num_microbatches, tuple(rows), places)
+    require_sizes("forward-only", num_ranks, num_microbatches, virtual)
+    return forward_only_on(round_robin(num_ranks, virtual), num_microbatches)
+
+
+def forward_only_on(stage_to_rank: tuple[int, ...], num_microbatches: int) -> Schedule:
+    """Forwards without backwards for a model whose stages lie anywhere, as the order it trains with has put them.
+
+    Time goes in slots of one forward. Each microbatch enters as early as it can pass all stages without waiting, that
+    is, without meeting an earlier one on a rank; rows follow the slots, so nobody ever waits in a circle. On
+    round-robin stages, groups of `num_ranks` microbatches follow each other without a gap; on a V, one microbatch
+    enters every second slot.
+
+    Raises:
+        ScheduleError: if there is no stage or no microbatch.
+    """
+    num_ranks = max(stage_to_rank, default=-1) + 1
+    require_sizes("forward-only", num_ranks, num_microbatches, 1)
+    slots: list[dict[int, Step]] = [{} for _ in range(num_ranks)]
+    enter = 0
+    for mb in range(num_microbatches):
+        while any(enter + stage in slots[rank] for stage, rank in enumerate(stage_to_rank)):
+            enter += 1
+        for stage, rank in enumerate(stage_to_rank):
+            slots[rank][enter + stage] = Step(Op.F, stage, mb)
+    rows = tuple(tuple(step for _, step in sorted(taken.items())) for taken in slots)
+    return Schedule("forward-only", len(stage_to_rank), num_microbatches, rows, tuple(stage_to_rank))
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order, how many stages per rank it takes (None: any number), and where it puts them."""
+
+    build: Callable[..., Schedule]
+    virtual: int | None
+    place: Callable[[int, int], tuple[int, ...]] = round_robin
 
 
 ORDERS: Mapping[str, Order] = MappingProxyType(
     {
-        "gpipe": gpipe,
-        "1f1b": one_f_one_b,
-        "forward-only": forward_only,
+        "gpipe": Order(gpipe, 1),
+        "1f1b": Order(one_f_one_b, 1),
+        "forward-only": Order(forward_only, None),
     }
 )
 
 
-def build_schedule(name: str, *, num_ranks: int, num_microbatches: int, virtual: int = 1) -> Schedule:
+def build_schedule(
+    name: str, *, num_ranks: int, num_microbatches: int, virtual: int = 1, group_size: int | None = None
+) -> Schedule:
     """The checked schedule of that name for `num_ranks` pipeline ranks with `virtual` stages each.
+
+    `group_size` is for `interleaved` only: how many microbatches pass one stage before the rank turns to its next.
 
     Raises:
         ScheduleError: if no order has that name, or the order does not take these sizes.
     """
-    if name not in ORDERS:
-        near = get_close_matches(name.lower().replace("_", "-"), ORDERS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
-        raise ScheduleError(f"--pipeline-schedule {name!r} is not known; known are {', '.join(ORDERS)}: {hint}")
-    _require_sizes(name, num_ranks, num_microbatches, virtual)
-    schedule = ORDERS[name](num_ranks, num_microbatches, virtual)
+    order = _order(name)
+    require_sizes(name, num_ranks, num_microbatches, virtual, fixed=order.virtual)
+    options = {}
+    if group_size is not None:
+        raise ScheduleError(
+            f"a microbatch group size ({group_size}) has no meaning for --pipeline-schedule {name}; drop "
+            "--microbatch-group-size-per-virtual-pipeline-stage, or use --pipeline-schedule interleaved"
+        )
+    schedule = order.build(num_ranks, num_microbatches, virtual, **options)
     check(schedule)
     return schedule
 
 
+def placement_of(name: str, *, num_ranks: int, virtual: int) -> tuple[int, ...]:
+    """The pipeline rank of each stage under that order, whatever the number of microbatches.
+
+    Raises:
+        ScheduleError: if no order has that name, or the order does not take these sizes.
+    """
+    order = _order(name)
+    require_sizes(name, num_ranks, 1, virtual, fixed=order.virtual)
+    return order.place(num_ranks, virtual)
+
+
+def virtual_of(name: str) -> int | None:
+    """How many stages per rank that order always has; None if it takes any number.
+
+    Raises:
+        ScheduleError: if no order has that name.
+    """
+    return _order(name).virtual
+
+
+def _order(name: str) -> Order:
+    """The named order."""
+    if name not in ORDERS:
+        near = get_close_matches(name.lower().replace("_", "-"), ORDERS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
+        raise ScheduleError(f"--pipeline-schedule {name!r} is not known; known are {', '.join(ORDERS)}: {hint}")
+    return ORDERS[name]
+
+
 def _one_stage_per_rank(name: str, num_microbatches: int, rows: list[list[tuple[Op, int]]]) -> Schedule:
     """Rows of (op, mb) where stage and rank are the same number."""
-    _require_sizes(name, len(rows), num_microbatches, 1)
     steps = tuple(tuple(Step(op, rank, mb) for op, mb in row) for rank, row in enumerate(rows))
     return Schedule(name, len(rows), num_microbatches, steps, tuple(range(len(rows))))
-
-
-def _require_one_stage_per_rank(name: str, virtual: int) -> None:
-    """Refuse virtual stages where the order has no place for them."""
-    if virtual != 1:
-        raise ScheduleError(
-            f"--pipeline-schedule {name} has one stage per rank, but {virtual} virtual stages were asked for; "
-            "use 1, or an order that interleaves"
-        )
-
-
-def _require_sizes(name: str, num_ranks: int, num_microbatches: int, virtual: int) -> None:
-    """Refuse sizes that leave nothing to do."""
-    if min(num_ranks, num_microbatches, virtual) < 1:
-        raise ScheduleError(
-            f"--pipeline-schedule {name} with {num_ranks} pipeline ranks, {virtual} stages per rank and "
-            f"{num_microbatches} microbatches has nothing to run; each must be at least 1"
-        )
