@@ -46,7 +46,9 @@ BOUNDS: tuple[Bound, ...] = (
         "num_layers hidden_size num_attention_heads seq_length max_position_embeddings ffn_hidden_size kv_channels "
         "num_query_groups vocab_size make_vocab_size_divisible_by tensor_model_parallel_size "
         "pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
-        "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers micro_batch_size global_batch_size "
+        "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers num_layers_per_virtual_pipeline_stage "
+        "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_virtual_pipeline_stage "
+        "micro_batch_size global_batch_size "
         "train_iters train_samples eval_interval exit_interval log_interval recompute_num_layers save_interval "
         "keep_last lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples loss_scale_window "
         "hysteresis",
@@ -59,7 +61,7 @@ BOUNDS: tuple[Bound, ...] = (
     ),
     Bound(
         "norm_epsilon rotary_base adam_eps loss_scale initial_loss_scale min_loss_scale peak_tflops "
-        "distributed_timeout_minutes exit_duration_in_mins",
+        "pipeline_memory_limit_gb distributed_timeout_minutes exit_duration_in_mins",
         above=0,
     ),
     Bound(

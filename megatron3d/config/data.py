@@ -27,6 +27,17 @@ class DataConfig:
     reset_position_ids: bool = switch("--reset-position-ids", "Positions start again after each end of document.")
     reset_attention_mask: bool = switch("--reset-attention-mask", "No attention across documents.")
     eod_mask_loss: bool = switch("--eod-mask-loss", "No loss on end-of-document tokens.")
+    mask_prob: float = option(0.15, "--mask-prob", "Share of a BERT sample's tokens to be predicted.")
+    mask_max_ngram: int = option(3, "--mask-max-ngram", "Words that are masked in a row, at most; n with odds 1/n.")
+    mask_whole_words: bool = off_switch("--no-mask-whole-words", "Mask single word pieces instead of whole words.")
+    short_seq_prob: float = option(0.1, "--short-seq-prob", "Share of BERT samples that are made short.")
+    bert_binary_head: bool = off_switch("--bert-no-binary-head", "No second sentence and no sentence head.")
+    bert_sentence_task: str = option(
+        "order",
+        "--bert-sentence-task",
+        "What the sentence head learns: are A and B in order (order), or is B of another document (next).",
+        choices=("order", "next"),
+    )
     eod_token: int = option(None, "--eod-token", "Id of the end-of-document token; default the tokenizer's.")
     seed: int = option(1234, "--seed", "Seed of weights, data order and dropout.")
     num_workers: int = option(2, "--num-workers", "Threads that read batches ahead; 0 reads in the loop.")

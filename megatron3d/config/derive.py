@@ -19,7 +19,7 @@ from megatron3d.errors import ConfigError
 
 def derive(config: RunConfig, world_size: int) -> RunConfig:
     """The run on `world_size` ranks with all derivable values filled in; what cannot be derived stays None."""
-    parallel = _derive_parallel(config.parallel, world_size)
+    parallel = _derive_pipeline(_derive_parallel(config.parallel, world_size), config.model.num_layers)
     return replace(
         config,
         model=resolve_model(config.model),
@@ -73,6 +73,19 @@ def _derive_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfi
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         zero_stage=stage,
     )
+
+
+def _derive_pipeline(parallel: ParallelConfig, num_layers: int | None) -> ParallelConfig:
+    """The number of stages per rank where a number gives it (a written layout is read by `train.plan`), and the order
+    of work that goes with it."""
+    virtual, ranks = parallel.num_virtual_stages_per_pipeline_rank, parallel.pipeline_model_parallel_size
+    layers_each = parallel.num_layers_per_virtual_pipeline_stage
+    if virtual is None and layers_each and num_layers:
+        virtual = num_layers // (ranks * layers_each)
+    order = parallel.pipeline_schedule
+    if order is None and parallel.pipeline_model_parallel_layout is None:
+        order = "interleaved" if (virtual or 1) > 1 else "1f1b"
+    return replace(parallel, virtual_stages=virtual, pipeline_schedule=order)
 
 
 def _derive_train(config: RunConfig, data_parallel_size: int) -> TrainConfig:

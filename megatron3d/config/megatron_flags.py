@@ -115,7 +115,7 @@ ACCEPTED: tuple[Accepted, ...] = (
         valued="""
         --wgrad-deferral-limit --tp-comm-overlap-cfg --tp-comm-bootstrap-backend --symmetric-ar-type
         --nccl-communicator-config-path --sharp-enabled-group --pipeline-model-parallel-comm-backend
-        --suggested-communication-unit-size --microbatch-group-size-per-virtual-pipeline-stage""",
+        --suggested-communication-unit-size""",
         lists="--high-priority-stream-groups",
     ),
     Accepted(
@@ -239,12 +239,8 @@ REFUSED: tuple[Refused, ...] = (
         --max-seqlen-per-dp-cp-rank""",
     ),
     Refused(
-        "several pipeline stages per rank are not in this version; use --pipeline-schedule 1f1b, or give uneven "
-        "stages by --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers",
-        flags="""
-        --num-layers-per-virtual-pipeline-stage --virtual-pipeline-model-parallel-size
-        --num-virtual-stages-per-pipeline-rank --pipeline-model-parallel-layout --standalone-embedding-stage
-        --standalone-embed-stage""",
+        'a stage that holds the embedding alone is written in --pipeline-model-parallel-layout, such as "E|t*4|t*4L"',
+        flags="--standalone-embedding-stage --standalone-embed-stage",
     ),
     Refused(
         "8-bit and 4-bit training are not in this version; use --bf16",

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 
 from megatron3d.config.fields import off_switch, option, switch
 
-PIPELINE_SCHEDULES = ("gpipe", "1f1b")
+# What `--pipeline-schedule` takes, besides `module:function` of a user's own; a test holds them against the orders.
+PIPELINE_SCHEDULES = (
+    "gpipe",
+    "1f1b",
+    "interleaved",
+    "breadth-first",
+    "zb-h1",
+    "zb-h2",
+    "zb-v",
+    "dualpipe-v",
+    "auto",
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,39 @@ class ParallelConfig:
         "--sequence-parallel", "Shard norms, dropout and residuals along the sequence over the TP ranks."
     )
     pipeline_schedule: str = option(
-        "1f1b", "--pipeline-schedule", "The order of forwards and backwards: gpipe or 1f1b."
+        None,
+        "--pipeline-schedule",
+        f"The order of forwards and backwards: {', '.join(PIPELINE_SCHEDULES)}, or module:function of your own; "
+        "default 1f1b, with several stages per rank interleaved.",
+    )
+    num_layers_per_virtual_pipeline_stage: int = option(
+        None, "--num-layers-per-virtual-pipeline-stage", "Layers of a stage where a rank holds several stages."
+    )
+    num_virtual_stages_per_pipeline_rank: int = option(
+        None,
+        "--num-virtual-stages-per-pipeline-rank",
+        "Stages on each rank; default 1, or what the schedule needs.",
+        also=("--virtual-pipeline-model-parallel-size",),
+    )
+    microbatch_group_size_per_virtual_pipeline_stage: int = option(
+        None,
+        "--microbatch-group-size-per-virtual-pipeline-stage",
+        "Micro-batches that pass through a stage together when interleaved; default the pipeline ranks.",
+        unit="micro-batches",
+        also=("--microbatch-group-size-per-vp-stage",),
+    )
+    pipeline_model_parallel_layout: str = option(
+        None,
+        "--pipeline-model-parallel-layout",
+        'What each stage holds, such as "Et*3|t*4|t*4|t*3L": E embedding, t layer, L output; | ends a stage.',
+    )
+    pipeline_split_costs: str = option(
+        None,
+        "--pipeline-split-costs",
+        "Split so that the slowest stage is fastest: formula, or costs E,t,...,t,L of embedding, layers and output.",
+    )
+    pipeline_memory_limit_gb: float = option(
+        None, "--pipeline-memory-limit-gb", "What --pipeline-schedule auto may use on a rank.", unit="GiB"
     )
     decoder_first_pipeline_num_layers: int = option(
         None, "--decoder-first-pipeline-num-layers", "Layers on the first stage; the rest are split evenly."
@@ -64,3 +107,4 @@ class ParallelConfig:
     )
     data_parallel_size: int = 1
     world_size: int = 1
+    virtual_stages: int | None = None

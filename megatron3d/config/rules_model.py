@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.model import ModelConfig
-from megatron3d.config.parallel import PIPELINE_SCHEDULES
+from megatron3d.config.rules_pipeline import PIPELINE_RULES
 from megatron3d.config.run import RunConfig
 
 
@@ -109,64 +109,6 @@ def _common_size(run: RunConfig) -> int:
     return math.gcd(*(value for value in _sizes_cut_by_tensor_parallelism(run).values() if value))
 
 
-def pipeline_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
-    """Every stage gets a layer, and the order of work is known."""
-    parallel = run.parallel
-    if parallel.pipeline_schedule not in PIPELINE_SCHEDULES:
-        yield (
-            f"--pipeline-schedule {parallel.pipeline_schedule} is not known; use one of: "
-            f"{', '.join(PIPELINE_SCHEDULES)}."
-        )
-    yield from _end_stage_problems(given)
-    layers, stages = run.model.num_layers, parallel.pipeline_model_parallel_size
-    if not layers:
-        return
-    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
-    if stages == 1:
-        for option, fixed in (("first", first), ("last", last)):
-            if fixed not in (None, layers):
-                yield (
-                    f"--decoder-{option}-pipeline-num-layers {fixed} needs more than one pipeline stage, but "
-                    f"--pipeline-model-parallel-size is 1 and holds all {layers} layers; drop it."
-                )
-        return
-    fixed_layers = (first or 0) + (last or 0)
-    open_stages = stages - (first is not None) - (last is not None)
-    counted = parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
-    if open_stages == 0 and fixed_layers != layers:
-        yield (
-            f"--decoder-first-pipeline-num-layers {first} and --decoder-last-pipeline-num-layers {last} hold "
-            f"{fixed_layers} layers on 2 stages, but --num-layers is {layers}; make them add up, or give only one."
-        )
-    elif layers - fixed_layers + counted < open_stages:
-        fixed = f" besides the {fixed_layers} fixed ones" if fixed_layers else ""
-        yield (
-            f"--pipeline-model-parallel-size {stages} is more than --num-layers {layers} can fill: "
-            f"{max(0, layers - fixed_layers)} layers{fixed} are left for {open_stages} stages; use at most "
-            f"{layers} stages, more layers, or fewer fixed ones."
-        )
-
-
-def _end_stage_problems(given: RunConfig) -> Iterator[str]:
-    """An end of the pipeline is fixed or worked out, not both."""
-    parallel = given.parallel
-    ends = (
-        (
-            "first",
-            parallel.decoder_first_pipeline_num_layers,
-            "embedding",
-            parallel.account_for_embedding_in_pipeline_split,
-        ),
-        ("last", parallel.decoder_last_pipeline_num_layers, "loss", parallel.account_for_loss_in_pipeline_split),
-    )
-    for end, fixed, part, counted in ends:
-        if fixed is not None and counted:
-            yield (
-                f"--decoder-{end}-pipeline-num-layers {fixed} already fixes what --account-for-{part}-in-pipeline-"
-                "split would work out; give only one of the two."
-            )
-
-
 def unsupported_parallelism_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
     """Degrees of parallelism that are known by name and not in this version."""
     parallel = given.parallel
@@ -198,6 +140,6 @@ MODEL_RULES = (
     positions_rule,
     world_size_rule,
     tensor_parallel_rule,
-    pipeline_rule,
+    *PIPELINE_RULES,
     unsupported_parallelism_rule,
 )

@@ -178,7 +178,7 @@ def test_a_word_that_belongs_to_no_flag_is_not_swallowed(line: str) -> None:
     [
         ("--num-experts 8", "dense"),
         ("--moe-router-topk 2", "dense"),
-        ("--num-layers-per-virtual-pipeline-stage 2", "--decoder-first-pipeline-num-layers"),
+        ("--standalone-embedding-stage", "--pipeline-model-parallel-layout"),
         ("--fp8-hybrid", "--bf16"),
         ("--retro-add-retriever", "pretrain_gpt.py"),
         ("--lora-rank 4", "--finetune"),
