@@ -2,7 +2,8 @@
 
 Where the layers do not divide, stages differ by at most one layer. The larger ones are the middle stages, earliest
 first, then the first stage, then the last one: the first also holds the embedding, the last the output layer and the
-loss, and a pipeline is as slow as its slowest stage.
+loss, and a pipeline is as slow as its slowest stage. `split_costs` weighs what layers cost, and `split_layout` reads a
+split that the user wrote out.
 """
 
 from __future__ import annotations
@@ -52,13 +53,21 @@ def split_layers(
 
 
 def describe(split: tuple[range, ...]) -> str:
-    """The split in one line for the run's table: each stage with its first and last layer and how many they are."""
-    return ", ".join(
-        f"stage {stage}: layers {layers.start}-{layers.stop - 1} ({len(layers)})"
-        if len(layers)
-        else f"stage {stage}: no layers"
-        for stage, layers in enumerate(split)
-    )
+    """The split in one line for the run's table: what each stage holds, its layers by number and how many they are."""
+    return ", ".join(f"stage {stage}: {_contents(stage, split)}" for stage in range(len(split)))
+
+
+def _contents(stage: int, split: tuple[range, ...]) -> str:
+    """Embedding, layers and output layer of one stage in words."""
+    layers = split[stage]
+    parts = ["embedding"] if stage == 0 else []
+    if len(layers) == 1:
+        parts.append(f"layer {layers.start}")
+    elif len(layers):
+        parts.append(f"layers {layers.start}-{layers.stop - 1} ({len(layers)})")
+    if stage == len(split) - 1:
+        parts.append("output layer and loss")
+    return " + ".join(parts)
 
 
 def _near_even(num_layers: int, open_stages: list[int], num_stages: int) -> list[int]:

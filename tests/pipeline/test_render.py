@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from megatron3d.errors import StorageError
 from megatron3d.pipeline.orders import forward_only, gpipe, one_f_one_b
 from megatron3d.pipeline.render import render_text
-from megatron3d.pipeline.render_png import draw_png
+from megatron3d.pipeline.render_png import draw_png, step_colours
 from megatron3d.pipeline.schedule import Op, Schedule, Step
 from megatron3d.pipeline.simulate import Costs, simulate
 
@@ -62,6 +62,7 @@ def test_a_rank_with_several_stages_shows_them():
     text = render_text(simulate(forward_only(2, 2, 2)))
     assert rank_lines(text) == ["F0/0 F1/0 F0/2 F1/2 .....", ".....F0/1 F1/1 F0/3 F1/3"]
     assert "then its stage" in text
+    assert text.splitlines()[-1] == "ranks 0-1: busy 4, idle 1, at most 1 live activations (as 0.5 of a whole rank)"
 
 
 def test_the_picture_is_a_png_with_a_box_for_every_kind_of_step(tmp_path: Path):
@@ -73,6 +74,25 @@ def test_the_picture_is_a_png_with_a_box_for_every_kind_of_step(tmp_path: Path):
         wanted = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
         share = (abs(pixels - wanted).max(axis=1) < 0.01).mean()
         assert share > 0.02, colour
+
+
+def test_later_stages_of_a_rank_are_drawn_paler_each_in_a_colour_of_its_own():
+    colours = step_colours(simulate(forward_only(2, 3, 4)))
+    by_rank = [[colours[Step(Op.F, stage, 1)] for stage in range(rank, 8, 2)] for rank in range(2)]
+    assert by_rank[0] == by_rank[1]
+    brightness = [sum(colour) for colour in by_rank[0]]
+    assert brightness == sorted(set(brightness)) and len(brightness) == 4
+
+
+def test_sixteen_ranks_with_sixty_four_microbatches_are_drawn_and_written(tmp_path: Path):
+    timeline = simulate(one_f_one_b(16, 64))
+    path = tmp_path / "large.png"
+    draw_png(timeline, path)
+    assert imread(path).shape[1] > 4000, "numbers need the width"
+    lines = rank_lines(render_text(timeline))
+    for rank, row in enumerate(timeline.schedule.rows):
+        shown = re.findall(r"[FB]\d+", " ".join(lines[rank::16]))
+        assert shown == [f"{step.op.value}{step.mb}" for step in row]
 
 
 def test_a_picture_that_cannot_be_written_is_a_storage_error(tmp_path: Path):

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
+
+from megatron3d.pipeline.orders import ORDERS
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "show_schedule.py"
 
@@ -54,6 +57,39 @@ def test_png_is_written_and_named(show, tmp_path: Path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_costs_are_those_of_a_rank_unless_said_to_be_those_of_a_stage(show):
+    size = ("--pipeline-schedule", "forward-only", "--stages", 2, "--virtual", 2, "--microbatches", 4)
+    assert "span 4.5, bubble 11.1%" in show(*size)[1]
+    assert "span 9, bubble 11.1%" in show(*size, "--costs-of", "stage")[1]
+
+
+def test_the_comparison_has_every_order_that_trains_with_the_numbers_of_its_own_timeline(show):
+    code, out, _ = show("--compare", "--stages", 4, "--microbatches", 8, "--virtual", 2)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == "4 pipeline ranks, 8 microbatches"
+    rows = {line.split()[0]: line for line in lines[2 : lines.index("", 3)]}
+    assert set(rows) == {"schedule", *ORDERS} - {"forward-only"}
+    assert rows["gpipe"].split(maxsplit=4)[1:] == ["1", "33", "27.3%", "8 on each"]
+    assert rows["1f1b"].split(maxsplit=4)[1:] == ["1", "33", "27.3%", "4 3 2 1"]
+    for name in rows.keys() - {"schedule"}:
+        virtual = int(rows[name].split()[1])
+        single = show("--pipeline-schedule", name, "--stages", 4, "--microbatches", 8, "--virtual", virtual)[1]
+        span, bubble = rows[name].split()[2:4]
+        assert f"span {span}, bubble {bubble}" in single.splitlines()[0]
+    assert "left out: forward-only: it has no backwards" in lines
+
+
+def test_the_comparison_is_drawn_with_every_colour_that_occurs(show, tmp_path: Path):
+    path = tmp_path / "all.png"
+    code, out, _ = show("--compare", "--stages", 4, "--microbatches", 8, "--png", path)
+    assert code == 0 and str(path) in out and f"{len(ORDERS) - 1} schedules compared" in out
+    pixels = imread(path)[..., :3].reshape(-1, 3)
+    for colour in ("2F6DB5", "1B9E77", "B5483A", "6C5B9E"):
+        wanted = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        assert (abs(pixels - wanted).max(axis=1) < 0.01).mean() > 0.003, colour
+
+
 @pytest.mark.parametrize(
     ("args", "expected", "words"),
     [
@@ -63,6 +99,10 @@ def test_png_is_written_and_named(show, tmp_path: Path):
         (["--stages", 2, "--microbatches", 2, "--stage-factors", 1], 2, "1 stage factors"),
         (["--stages", 2, "--microbatches", 2, "--forward-cost", 0], 2, "must be positive"),
         (["--stages", "two", "--microbatches", 2], 2, "--stages"),
+        (["--stages", 2, "--microbatches", 2, "--compare", "--json"], 2, "--compare"),
+        (["--stages", 2, "--microbatches", 2, "--compare", "--stage-factors", 1, 2], 2, "leave them out"),
+        (["--stages", 2, "--microbatches", 2, "--compare", "--pipeline-schedule", "1f1bb"], 2, "did you mean '1f1b'"),
+        (["--stages", 0, "--microbatches", 2, "--compare"], 2, "no schedule can run on 0 ranks"),
         (["--stages", 2, "--microbatches", 2, "--png", "/dev/null/a.png"], 7, "/dev/null/a.png"),
     ],
 )
