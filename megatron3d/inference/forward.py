@@ -102,7 +102,7 @@ class GrowingBatch:
             for group in self.groups
         ]
         model = self.model
-        row = model.rows.row("forward-only", len(micros))
+        row = model.rows.forward_only(len(micros))
         wire = Wire(model.mesh.pp, (stop - start, self.group_size, self.config.hidden_size), model.dtype, model.device)
         return run(row.schedule, row.actions, model.stages, micros, wire=wire)
 

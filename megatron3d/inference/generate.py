@@ -148,4 +148,4 @@ class _Batch:
             next_B = choose_tokens(logits_BV, options, torch.tensor(draws, dtype=torch.float64, device=device))
             # Sums of probabilities may differ in the last digit from device to device: one rank's choice counts.
             next_B = broadcast(next_B, mesh.tp)
-        return broadcast(next_B, mesh.pp, source=mesh.pp.size - 1)
+        return broadcast(next_B, mesh.pp, source=self.model.rows.plan.stage_to_rank[-1])

@@ -92,6 +92,17 @@ def flops_per_token(model: ModelConfig) -> float:
     return float(_FORWARD_AND_BACKWARD * (2 * matrices + attention))
 
 
+def forward_flops_by_layer(model: ModelConfig) -> tuple[float, float]:
+    """Operations of one token's forward through one layer, and through the output layer; the embedding costs none.
+
+    Raises: ConfigError if the vocabulary or another size is not known.
+    """
+    model = _complete(model)
+    attention = 4 * model.num_attention_heads * model.kv_channels * model.seq_length
+    layer = 2 * (_attention_weights(model) + _mlp_weights(model)) + attention
+    return float(layer), float(2 * model.vocab_size * model.hidden_size)
+
+
 def flops_per_step(model: ModelConfig, tokens: int) -> float:
     """Floating-point operations of an optimizer step over `tokens` tokens, forward and backward."""
     return flops_per_token(model) * tokens

@@ -22,10 +22,10 @@ def evaluate(parts: Parts, batches: GlobalBatches, *, num_batches: int) -> float
     for number in range(num_batches):
         batch = batches.read(number * size, size, dp.rank, dp.size)
         micros = micro_batches(batch, micro, config.model, device=model.device)
-        row = model.rows.row("forward-only", len(micros))
+        row = model.rows.forward_only(len(micros))
         wire = model.wire(config, micro_batch_size=micro)
         losses = run(row.schedule, row.actions, model.stages, micros, wire=wire)
-        counts = parts.mesh.is_last_stage and parts.mesh.tp.rank == 0
+        counts = model.holds_last_stage and parts.mesh.tp.rank == 0
         count = batch.loss_count().double().to(model.device) if counts else torch.zeros_like(totals[1])
         totals += torch.stack([share_of_sum(parts, losses), count])
     loss_sum, count = all_reduce(totals, parts.mesh.world).tolist()

@@ -17,7 +17,7 @@ from megatron3d.comm.collectives import gather_values
 from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
 from megatron3d.config.data import DataConfig
-from megatron3d.data.build import GPTData
+from megatron3d.data.build import BertData, GPTData
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.data.stream import SampleStream
 from megatron3d.errors import ConfigError, StopRequested
@@ -42,11 +42,11 @@ class Streams:
 
 
 @contextmanager
-def open_streams(data: GPTData, options: DataConfig, *, vocab_size: int, eod_token: int | None) -> Iterator[Streams]:
+def open_streams(data: GPTData | BertData, options: DataConfig) -> Iterator[Streams]:
     """Readers of the splits, closed at the end of the block."""
 
     def reader(stream: SampleStream | None) -> GlobalBatches | None:
-        return None if stream is None else GlobalBatches(stream, options, vocab_size=vocab_size, eod_token=eod_token)
+        return None if stream is None else GlobalBatches(data.reader(stream), num_workers=options.num_workers)
 
     if data.train is None:
         raise ConfigError("there is no training data; give --data-path, --train-data-path or --mock-data")

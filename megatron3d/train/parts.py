@@ -14,7 +14,6 @@ from megatron3d_kernels.registry import Registry
 
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.model import ModelConfig
-from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.train import TrainConfig
 from megatron3d.models.stage import Stage, StagePart
@@ -22,11 +21,11 @@ from megatron3d.optim.build import build_optimizer
 from megatron3d.optim.scaler import LossScaler, build_scaler
 from megatron3d.params.grads import GradSink
 from megatron3d.pipeline.lower import lower
-from megatron3d.pipeline.orders import build_schedule
+from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.run import Wire
 from megatron3d.pipeline.schedule import Action, Schedule
-from megatron3d.pipeline.split import split_layers
 from megatron3d.tensor.context import LayerContext
+from megatron3d.train.plan import plan_of, stage_part
 from megatron3d.zero.engine import UnitParameters, ZeroEngine
 from megatron3d.zero.policy import policy_of
 from megatron3d.zero.unit import UnitOptions
@@ -46,17 +45,24 @@ class Row:
 
 @dataclass
 class Rows:
-    """This rank's rows by schedule and number of micro-batches, lowered when first asked for."""
+    """This rank's rows by number of micro-batches, lowered when first asked for."""
 
-    num_ranks: int
+    plan: PipelinePlan
     rank: int
-    known: dict[tuple[str, int], Row] = field(default_factory=dict)
+    known: dict[tuple[bool, int], Row] = field(default_factory=dict)
 
-    def row(self, name: str, num_microbatches: int) -> Row:
-        """The row of the named order."""
-        key = (name, num_microbatches)
+    def training(self, num_microbatches: int) -> Row:
+        """The row of a training step."""
+        return self._row(True, num_microbatches)
+
+    def forward_only(self, num_microbatches: int) -> Row:
+        """The row of an evaluation or of generation."""
+        return self._row(False, num_microbatches)
+
+    def _row(self, trains: bool, num_microbatches: int) -> Row:
+        key = (trains, num_microbatches)
         if key not in self.known:
-            schedule = build_schedule(name, num_ranks=self.num_ranks, num_microbatches=num_microbatches)
+            schedule = self.plan.training(num_microbatches) if trains else self.plan.forward_only(num_microbatches)
             self.known[key] = Row(schedule, lower(schedule)[self.rank])
         return self.known[key]
 
@@ -71,6 +77,11 @@ class Model:
     stages: dict[int, Stage]
     sink: GradSink
     rows: Rows
+
+    @property
+    def holds_last_stage(self) -> bool:
+        """Whether this rank gives losses or logits."""
+        return any(stage.part.is_last for stage in self.stages.values())
 
     def wire(self, config: RunConfig, *, micro_batch_size: int) -> Wire:
         """What travels between the stages for micro-batches of this size."""
@@ -97,33 +108,31 @@ class Parts:
         return self.model.mesh
 
 
-def stage_parts(model: ModelConfig, parallel: ParallelConfig) -> tuple[StagePart, ...]:
-    """The share of the model that each pipeline stage holds.
+def build_model(config: RunConfig, mesh: Mesh, device: torch.device, builder: StageBuilder) -> Model:
+    """Build this rank's stages on the meta device; their parameters have no memory yet.
 
     Raises:
         ConfigError: the layers cannot be split as asked.
+        ScheduleError: the order of work is not known or does not take the stages it is given.
     """
-    split = split_layers(
-        model.num_layers,
-        parallel.pipeline_model_parallel_size,
-        first=parallel.decoder_first_pipeline_num_layers,
-        last=parallel.decoder_last_pipeline_num_layers,
-        count_embedding=parallel.account_for_embedding_in_pipeline_split,
-        count_loss=parallel.account_for_loss_in_pipeline_split,
-    )
-    last = len(split) - 1
-    return tuple(StagePart(layers, i == 0, i == last) for i, layers in enumerate(split))
-
-
-def build_model(config: RunConfig, mesh: Mesh, device: torch.device, builder: StageBuilder) -> Model:
-    """Build this rank's stage on the meta device; its parameters have no memory yet."""
     sink = GradSink()
     sequence_parallel = config.parallel.sequence_parallel and mesh.tp.size > 1
     context = LayerContext(mesh.tp, sequence_parallel, sink, Registry())
-    number = mesh.pp.rank
-    part = stage_parts(config.model, config.parallel)[number]
-    stages = {number: builder(config.model, config.train, part, context)}
-    return Model(mesh, device, DTYPES[config.optim.precision], stages, sink, Rows(mesh.pp.size, mesh.pp.rank))
+    plan = plan_of(config)
+    stages = {
+        stage: builder(config.model, config.train, stage_part(plan, stage), context)
+        for stage in plan.stages_of(mesh.pp.rank)
+    }
+    _share_tied_table(list(stages.values()))
+    return Model(mesh, device, DTYPES[config.optim.precision], stages, sink, Rows(plan, mesh.pp.rank))
+
+
+def _share_tied_table(stages: list[Stage]) -> None:
+    """Let a last stage project with the table of a first stage on the same rank, instead of with a copy."""
+    first, last = stages[0], stages[-1]
+    if first is not last and first.part.is_first and last.part.is_last and last.tied_unit is not None:
+        assert first.embedding is not None and last.embedding is not None, "a tied model has its table at both ends"
+        last.embedding.word = first.embedding.word
 
 
 def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: StageBuilder) -> Parts:

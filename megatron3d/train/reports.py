@@ -165,14 +165,14 @@ def start_record(parts: Parts) -> StartRecord:
         [held.weights, held.gradients, held.master_weights + state_bytes(parts.optimizer)], device=parts.model.device
     )
     weights, gradients, optimizer = all_reduce(sizes, parts.mesh.world, reduction="max").tolist()
-    row = parts.model.rows.row(config.parallel.pipeline_schedule, _first_microbatches(config))
+    row = parts.model.rows.training(_first_microbatches(config))
     degrees = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "zero": config.parallel.zero_stage}
     return StartRecord(
         model="GPT",
         parameters=num_parameters(config.model),
         layout=degrees,
         bytes_per_rank={"weights": weights, "gradients": gradients, "optimizer": optimizer},
-        schedule=config.parallel.pipeline_schedule,
+        schedule=parts.model.rows.plan.order,
         predicted_bubble=simulate(row.schedule).bubble_fraction,
     )
 

@@ -98,7 +98,7 @@ def forward_backward(parts: Parts, batch: GPTBatch, count: int, *, step: int) ->
     config, model = parts.config, parts.model
     micros = micro_batches(batch, config.train.micro_batch_size, config.model, device=model.device)
     micros = with_dropout(micros, config.model, seed=config.data.seed, step=step, dp_rank=parts.mesh.dp.rank)
-    row = model.rows.row(config.parallel.pipeline_schedule, len(micros))
+    row = model.rows.training(len(micros))
     parts.engine.begin_step(len(micros))
     gradient = torch.tensor(parts.scaler.scale / count, device=model.device)
     losses = run(
@@ -114,8 +114,7 @@ def forward_backward(parts: Parts, batch: GPTBatch, count: int, *, step: int) ->
 
 def share_of_sum(parts: Parts, losses: Sequence[Tensor]) -> Tensor:
     """The sum of a rank's losses, fp64, or 0 where another rank of its model replica reports the same losses."""
-    mesh = parts.mesh
-    if not losses or not mesh.is_last_stage or mesh.tp.rank > 0:
+    if not losses or parts.mesh.tp.rank > 0:
         return torch.zeros((), dtype=torch.float64, device=parts.model.device)
     return torch.stack(list(losses)).double().sum()
 
