@@ -24,6 +24,7 @@ class LearnedPositions(ParallelModule):
             init=Init("normal", config.init_method_std),
             decays=True,
             tp_gradient=context.residual_gradient,
+            is_table=True,
         )
 
     def forward(self, length: int, position_ids_BS: Tensor | None) -> Tensor:

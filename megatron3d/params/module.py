@@ -36,11 +36,12 @@ class ParallelModule(nn.Module):
         padded_size: int | None = None,
         tp_gradient: TpGradient = "equal",
         tied_copy: bool = False,
+        is_table: bool = False,
     ) -> None:
         """Declare a parameter under a name local to this module; see `ParamSpec` for the meaning of each value."""
         if tp_dim is not None:
             tp_gradient = "sharded"
-        spec = ParamSpec(name, shape, init, decays, tp_dim, parts, padded_size, tp_gradient, tied_copy)
+        spec = ParamSpec(name, shape, init, decays, tp_dim, parts, padded_size, tp_gradient, tied_copy, is_table)
         self.specs[name] = spec
         self.register_parameter(name, nn.Parameter(torch.empty(spec.local_shape(self.tp), device="meta")))
 

@@ -42,6 +42,8 @@ class ParamSpec:
         tp_gradient: what the ranks of the tensor axis hold as its gradient: their own shard, an equal copy, or a
             partial sum that must be added up.
         tied_copy: whether another stage owns this parameter and this rank keeps a copy in step with it.
+        is_table: whether its rows are looked up or scored one by one (words, positions, the output projection): such
+            a matrix is no linear map of hidden vectors, and Muon leaves it to another rule.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ParamSpec:
     padded_size: int | None = None
     tp_gradient: TpGradient = "equal"
     tied_copy: bool = False
+    is_table: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no cut is defined for."""
@@ -68,6 +71,11 @@ class ParamSpec:
     def is_replicated(self) -> bool:
         """Whether every tensor-parallel rank holds the whole parameter."""
         return self.tp_dim is None
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether it is a linear map of hidden vectors."""
+        return len(self.shape) == 2 and not self.is_table
 
     def named(self, name: str) -> ParamSpec:
         """The same spec under its full name."""

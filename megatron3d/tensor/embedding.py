@@ -50,6 +50,7 @@ class VocabParallelEmbedding(ParallelModule):
             tp_dim=0,
             padded_size=padded_size,
             tied_copy=tied_copy,
+            is_table=True,
         )
 
     @property

@@ -116,14 +116,15 @@ class ZeroEngine:
     def state_views(
         self, optimizer: torch.optim.Optimizer, state_name: str, *, with_copies: bool = True
     ) -> dict[str, ShardView]:
-        """One kind of optimizer state (such as "exp_avg"), by full parameter name; copies as in `weight_views`."""
+        """One kind of optimizer state (such as "exp_avg") that has an element for each of the parameter's, by full
+        name of the parameters that have it; copies as in `weight_views`."""
         views = {}
         for unit in self.units.values():
-            by_decay = {piece.decays: piece for piece in unit.pieces}
             for slot, span in unit.held_slots(with_copies=with_copies):
-                piece = by_decay[slot.spec.decays]
-                state = optimizer.state[piece.parameter][state_name]
-                views[slot.spec.name] = unit.view(slot, span, state[span.shifted(-piece.span.start).slice])
+                piece = unit.piece_of(span)
+                state = optimizer.state[piece.parameter].get(state_name)
+                if state is not None:
+                    views[slot.spec.name] = unit.view(slot, span, state[span.shifted(-piece.span.start).slice])
         return views
 
     def grad_views(self) -> dict[str, ShardView]:

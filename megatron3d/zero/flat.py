@@ -1,9 +1,9 @@
 """FlatLayout: where each parameter of a unit lies in the unit's flat buffers. Pure arithmetic.
 
 Parameters that are treated alike lie side by side, so that every treatment is one contiguous segment: those that
-decay before those that do not, and within each the sharded ones before the replicated ones. Each segment starts at a
-multiple of `ALIGNMENT` elements, so that segments stay aligned for vector instructions, and the whole is padded to a
-multiple of the data-parallel size, so that every rank's slice is equally long.
+decay before those that do not, within each hidden matrices before the rest, and sharded ones before replicated ones.
+Each segment starts at a multiple of `ALIGNMENT` elements, so that segments stay aligned for vector instructions, and
+the whole is padded to a multiple of the data-parallel size, so that every rank's slice is equally long.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Segment:
     """A contiguous range of slots that are treated alike."""
 
     decays: bool
+    is_hidden_matrix: bool
     tp_gradient: TpGradient
     tied_copy: bool
     span: Span
@@ -78,20 +79,20 @@ class FlatLayout:
         share = self.length // num_ranks
         return Span(rank * share, (rank + 1) * share)
 
-    def decay_spans(self, within: Span) -> dict[bool, Span]:
-        """The part of `within` whose parameters decay (True) and do not (False); empty parts are left out."""
-        spans = {}
-        for decays in (True, False):
-            here = [segment.span for segment in self.segments if segment.decays == decays]
-            if here:
-                common = Span(here[0].start, here[-1].stop).intersect(within)
-                if common.length:
-                    spans[decays] = common
+    def optimizer_spans(self, within: Span) -> list[tuple[bool, Span]]:
+        """The parts of `within` that an optimizer treats alike, each with whether its parameters decay: hidden
+        matrices, tables and others lie in different ones. Empty parts are left out."""
+        spans = []
+        for (decays, _), alike in groupby(self.segments, key=lambda one: (one.decays, one.is_hidden_matrix)):
+            here = [segment.span for segment in alike]
+            common = Span(here[0].start, here[-1].stop).intersect(within)
+            if common.length:
+                spans.append((decays, common))
         return spans
 
 
-def _treatment(spec: ParamSpec) -> tuple[bool, int, bool]:
-    return (not spec.decays, _ORDER[spec.tp_gradient], spec.tied_copy)
+def _treatment(spec: ParamSpec) -> tuple[bool, bool, int, bool]:
+    return (not spec.decays, not spec.is_hidden_matrix, _ORDER[spec.tp_gradient], spec.tied_copy)
 
 
 def flat_layout(specs: Iterable[ParamSpec], *, tp: int, num_ranks: int) -> FlatLayout:
@@ -112,6 +113,7 @@ def flat_layout(specs: Iterable[ParamSpec], *, tp: int, num_ranks: int) -> FlatL
             slots.append(Slot(spec, shape, Span(position, position + prod(shape))))
             position += prod(shape)
         spec = slots[-1].spec
-        segments.append(Segment(spec.decays, spec.tp_gradient, spec.tied_copy, Span(start, position)))
+        span = Span(start, position)
+        segments.append(Segment(spec.decays, spec.is_hidden_matrix, spec.tp_gradient, spec.tied_copy, span))
     multiple = num_ranks * ALIGNMENT
     return FlatLayout(tuple(slots), tuple(segments), -(-position // multiple) * multiple)

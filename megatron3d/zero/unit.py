@@ -59,7 +59,7 @@ class UnitOptions:
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous part of the master weights under one weight decay: what the optimizer sees as one parameter."""
+    """A contiguous part of the master weights that is treated alike: what the optimizer sees as one parameter."""
 
     parameter: nn.Parameter
     span: Span
@@ -84,7 +84,7 @@ class FlatUnit:
             one.owner.register_parameter(one.attribute, nn.Parameter(view))
         self.pieces = tuple(
             Piece(nn.Parameter(self.master[span.shifted(-self.own.start).slice]), span, decays)
-            for decays, span in self.layout.decay_spans(self.own).items()
+            for decays, span in self.layout.optimizer_spans(self.own)
         )
         self._outstanding = 0
         self._reducing: Pending | None = None
@@ -185,6 +185,10 @@ class FlatUnit:
             span = slot.span.intersect(self.own)
             if span.length and (with_copies or not slot.spec.tied_copy):
                 yield slot, span
+
+    def piece_of(self, span: Span) -> Piece:
+        """The piece in which a held part of a slot lies, given as a span of the flat buffer."""
+        return next(piece for piece in self.pieces if piece.span.start <= span.start < piece.span.stop)
 
     def view(self, slot: Slot, span: Span, data: Tensor) -> ShardView:
         """What checkpoints store of a held part of a slot, whose elements are in the one-dimensional `data`."""

@@ -34,13 +34,14 @@ def spec_lists(draw: st.DrawFn) -> list[ParamSpec]:
                 tp_dim=0 if kind == "sharded" else None,
                 tp_gradient=kind,
                 tied_copy=draw(st.booleans()),
+                is_table=draw(st.booleans()),
             )
         )
     return specs
 
 
-def treatment(spec: ParamSpec) -> tuple[bool, str, bool]:
-    return (spec.decays, spec.tp_gradient, spec.tied_copy)
+def treatment(spec: ParamSpec) -> tuple[bool, bool, str, bool]:
+    return (spec.decays, spec.is_hidden_matrix, spec.tp_gradient, spec.tied_copy)
 
 
 def slots_within(layout: FlatLayout, span: Span) -> list[ParamSpec]:
@@ -70,7 +71,7 @@ def test_segments_are_aligned_ordered_and_full_of_slots_treated_alike(
     end = 0
     for segment in layout.segments:
         inside = slots_within(layout, segment.span)
-        alike = (segment.decays, segment.tp_gradient, segment.tied_copy)
+        alike = (segment.decays, segment.is_hidden_matrix, segment.tp_gradient, segment.tied_copy)
         assert inside == [spec for spec in specs if treatment(spec) == alike], "their order is kept"
         assert segment.span.length == sum(prod(spec.local_shape(tp)) for spec in inside), "no gap inside"
         assert segment.span.start % ALIGNMENT == 0 and 0 <= segment.span.start - end < ALIGNMENT
@@ -93,20 +94,25 @@ def test_the_length_is_the_smallest_that_gives_every_rank_an_equal_aligned_slice
 
 
 @given(spec_lists(), DEGREES, DEGREES)
-def test_decay_spans_of_all_slices_hold_each_element_once_under_its_own_decay(
+def test_optimizer_spans_of_all_slices_hold_each_element_once_under_its_own_treatment(
     specs: list[ParamSpec], tp: int, num_ranks: int
 ) -> None:
     layout = flat_layout(specs, tp=tp, num_ranks=num_ranks)
-    found: dict[int, bool] = {}
+    found: dict[int, tuple[bool, int]] = {}
     for rank in range(num_ranks):
         within = layout.slice_of(rank, num_ranks)
-        for decays, span in layout.decay_spans(within).items():
+        for number, (decays, span) in enumerate(layout.optimizer_spans(within)):
             assert within.start <= span.start < span.stop <= within.stop
             for element in range(span.start, span.stop):
                 assert element not in found, f"element {element} is in two spans"
-                found[element] = decays
+                found[element] = decays, rank, number
+    inside: dict[tuple[int, int], set[tuple[bool, bool]]] = {}
     for slot in layout.slots:
-        assert {found.get(element) for element in range(slot.span.start, slot.span.stop)} == {slot.spec.decays}
+        for element in range(slot.span.start, slot.span.stop):
+            decays, *place = found[element]
+            assert decays == slot.spec.decays
+            inside.setdefault(tuple(place), set()).add((decays, slot.spec.is_hidden_matrix))
+    assert all(len(kinds) == 1 for kinds in inside.values()), "a span holds parameters of one treatment"
 
 
 @given(*[st.integers(0, 20)] * 4)
