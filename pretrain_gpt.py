@@ -43,7 +43,7 @@ def main(guard: Guard) -> None:
         parts = build_parts(config, mesh, device, build_gpt_stage)
 
         # Steps, evaluations and checkpoints, from the latest checkpoint to the end.
-        with open_streams(data, config.data, **sizes) as streams:
+        with open_streams(data, config.data) as streams:
             train(parts, streams, guard)
 
 

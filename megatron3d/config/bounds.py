@@ -51,7 +51,7 @@ BOUNDS: tuple[Bound, ...] = (
         "micro_batch_size global_batch_size "
         "train_iters train_samples eval_interval exit_interval log_interval recompute_num_layers save_interval "
         "keep_last lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples loss_scale_window "
-        "hysteresis",
+        "hysteresis mask_max_ngram",
         at_least=1,
     ),
     Bound(
@@ -68,6 +68,8 @@ BOUNDS: tuple[Bound, ...] = (
         "hidden_dropout attention_dropout adam_beta1 adam_beta2 sgd_momentum lr_warmup_fraction", at_least=0, below=1
     ),
     Bound("rotary_percent", above=0, at_most=1),
+    Bound("mask_prob", above=0, below=1),
+    Bound("short_seq_prob", at_least=0, at_most=1),
 )
 
 

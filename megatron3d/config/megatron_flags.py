@@ -397,10 +397,9 @@ REFUSED: tuple[Refused, ...] = (
         --dino- --ict- --biencoder- --retriever- --disable-mamba-""",
     ),
     Refused(
-        "it belongs to pretraining BERT, which is not in this version",
+        "BERT is masked by --mask-prob of all tokens; embeddings are not written while training",
         flags="""
-        --mask-prob --short-seq-prob --bert-no-binary-head --bert-embedder-type --output-bert-embeddings
-        --max-preds-per-seq --titles-data-path --query-in-block-prob""",
+        --bert-embedder-type --output-bert-embeddings --max-preds-per-seq --titles-data-path --query-in-block-prob""",
     ),
     Refused(
         "reinforcement learning and distillation are not in this version",

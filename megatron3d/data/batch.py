@@ -6,71 +6,87 @@ A batch knows nothing of ranks or layouts; `loader.py` decides which samples it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class GPTBatch:
-    """B samples for next-token prediction: `labels_BS[b, s]` is the token that follows `tokens_BS[b, s]`.
+class Batch:
+    """What batches of every kind of model have: B samples of S tokens, each token with a label that may count.
 
     tokens_BS, labels_BS: int64. loss_mask_BS: float32, 1 where the label counts and 0 where it does not.
-    position_ids_BS: int64, or None for 0..S-1 in every row.
-    document_ids_BS: int64, the number within the sample of the document each token belongs to; a token attends
-    only to its own document. None: plain causal attention.
+    The fields of a kind are tensors whose first dim is B, or None where a run does without them.
     """
 
     tokens_BS: Tensor
     labels_BS: Tensor
     loss_mask_BS: Tensor
-    position_ids_BS: Tensor | None = None
-    document_ids_BS: Tensor | None = None
 
     @property
     def num_samples(self) -> int:
         """B, the number of samples."""
         return self.tokens_BS.shape[0]
 
-    def to(self, device: torch.device | str) -> GPTBatch:
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on `device`; copies from pinned memory do not block the host."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()}
+        return replace(self, **moved)
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        return GPTBatch(
-            self.tokens_BS.to(device, non_blocking=True),
-            self.labels_BS.to(device, non_blocking=True),
-            self.loss_mask_BS.to(device, non_blocking=True),
-            position_ids_BS=move(self.position_ids_BS),
-            document_ids_BS=move(self.document_ids_BS),
-        )
-
-    def split(self, micro_batch_size: int) -> list[GPTBatch]:
+    def split(self, micro_batch_size: int) -> list[Self]:
         """The micro-batches in order, as views: micro-batch m holds samples [m*size, (m+1)*size).
 
         Raises: ValueError if the number of samples is not a multiple of `micro_batch_size`.
         """
         if micro_batch_size < 1 or self.num_samples % micro_batch_size:
             raise ValueError(f"{self.num_samples} samples do not split into micro-batches of {micro_batch_size}")
+        pieces = {name: tensor.split(micro_batch_size) for name, tensor in self._tensors().items()}
         num_micro_batches = self.num_samples // micro_batch_size
-
-        def cut(tensor: Tensor | None) -> tuple[Tensor | None, ...]:
-            return (None,) * num_micro_batches if tensor is None else tensor.split(micro_batch_size)
-
         return [
-            GPTBatch(tokens, labels, mask, position_ids_BS=positions, document_ids_BS=documents)
-            for tokens, labels, mask, positions, documents in zip(
-                self.tokens_BS.split(micro_batch_size),
-                self.labels_BS.split(micro_batch_size),
-                self.loss_mask_BS.split(micro_batch_size),
-                cut(self.position_ids_BS),
-                cut(self.document_ids_BS),
-                strict=True,
-            )
+            replace(self, **{name: parts[number] for name, parts in pieces.items()})
+            for number in range(num_micro_batches)
         ]
 
     def loss_count(self) -> Tensor:
         """How many labels count, as an int64 scalar; sums over ranks stay exact."""
         return self.loss_mask_BS.sum(dtype=torch.float64).to(torch.int64)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The fields that are present."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class GPTBatch(Batch):
+    """B samples for next-token prediction: `labels_BS[b, s]` is the token that follows `tokens_BS[b, s]`.
+
+    position_ids_BS: int64, or None for 0..S-1 in every row.
+    document_ids_BS: int64, the number within the sample of the document each token belongs to; a token attends
+    only to its own document. None: plain causal attention.
+    """
+
+    position_ids_BS: Tensor | None = None
+    document_ids_BS: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BertBatch(Batch):
+    """B samples for masked language modelling, and for the sentence head where there is one.
+
+    tokens_BS: [CLS] A [SEP] B [SEP] and padding, with some tokens masked. labels_BS: the original token where
+    loss_mask_BS is 1, and the padding id elsewhere. token_types_BS: int64, 1 on B and its [SEP], else 0.
+    padding_mask_BS: bool, True where a real token stands and False on padding; nobody attends to padding.
+    sentence_labels_B: int64, 0 where B goes on from A and 1 where it does not; None without the sentence head.
+    """
+
+    token_types_BS: Tensor
+    padding_mask_BS: Tensor
+    sentence_labels_B: Tensor | None = None
+
+    def sentence_count(self) -> Tensor:
+        """How many sentence labels count, as an int64 scalar: B, or 0 without the sentence head."""
+        return torch.tensor(
+            0 if self.sentence_labels_B is None else self.num_samples, dtype=torch.int64, device=self.tokens_BS.device
+        )

@@ -13,11 +13,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron3d.data.stream import SampleStream
+from megatron3d.data.stream import Sample, SampleStream
 from megatron3d.errors import ConfigError
 
 MAX_PERIOD = 65536
@@ -96,10 +97,10 @@ def fair_turns(weights: Sequence[int]) -> NDArray[np.int32]:
     return turns
 
 
-class Blend:
-    """The streams of several corpora mixed by integer weights; a `SampleStream` itself."""
+class Blend(Generic[Sample]):
+    """The streams of several corpora mixed by integer weights; a `SampleStream` of the same kind itself."""
 
-    def __init__(self, streams: Sequence[SampleStream], weights: Sequence[int]) -> None:
+    def __init__(self, streams: Sequence[SampleStream[Sample]], weights: Sequence[int]) -> None:
         """Compute the table of one period. `weights` are positive, see `integer_weights`."""
         if len(streams) != len(weights) or min(weights) < 1:
             raise ValueError(f"{len(streams)} streams with the weights {list(weights)}")
@@ -128,8 +129,8 @@ class Blend:
         corpus = int(self._turns[place])
         return corpus, periods * self.weights[corpus] + int(self._served[place])
 
-    def sample(self, number: int) -> NDArray[np.int64]:
-        """S + 1 tokens of the corpus whose turn it is."""
+    def sample(self, number: int) -> Sample:
+        """A sample of the corpus whose turn it is."""
         corpus, own_number = self.choose(number)
         return self.streams[corpus].sample(own_number)
 

@@ -1,19 +1,29 @@
-"""From the data options to the three streams of a run: training, validation, test."""
+"""From the data options to the three streams of a run: training, validation, test.
+
+`build_gpt_data` and `build_bert_data` differ in the samples they make of a corpus; which corpora and documents belong
+to which split is the same for both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron3d.config.data import DataConfig
+from megatron3d.data.bert import MIN_SEQ_LENGTH, BertForm, BertReader, BertSample, BertSamples
 from megatron3d.data.blend import Blend, Corpus, integer_weights, parse_data_path
-from megatron3d.data.gpt import DocumentRules, GPTSamples
+from megatron3d.data.gpt import DocumentRules, GPTReader, GPTSamples
 from megatron3d.data.indexed import IndexedDataset
-from megatron3d.data.mock import MockSamples
+from megatron3d.data.masking import BertVocabulary, MaskingRules
+from megatron3d.data.mock import MockBertSamples, MockSamples
 from megatron3d.data.order import derive_seed
 from megatron3d.data.splits import SPLIT_NAMES, split_documents
 from megatron3d.data.stream import SampleStream
+from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import ConfigError, DataError
 
 
@@ -21,13 +31,34 @@ from megatron3d.errors import ConfigError, DataError
 class GPTData:
     """The streams of a run. `valid` and `test` are None where their split is empty.
 
-    `notes` are sentences the run should print: corpora that a split had to leave out.
+    `notes` are sentences the run should print: corpora that a split had to leave out. `vocab_size` bounds the ids,
+    None does not check them.
     """
 
-    train: SampleStream | None
-    valid: SampleStream | None
-    test: SampleStream | None
+    train: SampleStream[NDArray[np.int64]]
+    valid: SampleStream[NDArray[np.int64]] | None
+    test: SampleStream[NDArray[np.int64]] | None
+    rules: DocumentRules
+    vocab_size: int | None
     notes: tuple[str, ...] = ()
+
+    def reader(self, stream: SampleStream[NDArray[np.int64]]) -> GPTReader:
+        """What makes batches of one of the streams, for `GlobalBatches`."""
+        return GPTReader(stream, self.rules, self.vocab_size)
+
+
+@dataclass(frozen=True)
+class BertData:
+    """The streams of masked sentences of a run, as `GPTData` has those of token rows."""
+
+    train: SampleStream[BertSample]
+    valid: SampleStream[BertSample] | None
+    test: SampleStream[BertSample] | None
+    notes: tuple[str, ...] = ()
+
+    def reader(self, stream: SampleStream[BertSample]) -> BertReader:
+        """What makes batches of one of the streams, for `GlobalBatches`."""
+        return BertReader(stream)
 
 
 @dataclass(frozen=True)
@@ -43,24 +74,61 @@ class _Share:
 def build_gpt_data(data: DataConfig, *, seq_length: int, vocab_size: int, eod_token: int | None) -> GPTData:
     """Open the files that the options name and make the streams; the same on every rank, without communication.
 
-    `vocab_size` and `eod_token` are the tokenizer's (or the options'); `vocab_size` is used for mock data alone.
+    `vocab_size` and `eod_token` are the tokenizer's (or the options'); `vocab_size` bounds the ids of every batch
+    (unless `--no-check-token-ids` is given) and those of mock data.
 
     Raises: ConfigError for options that contradict each other; DataError for files that are missing or damaged, and
     for splits that leave no training document or too few tokens for a sample.
     """
     check_data_options(data, eod_token)
+    rules, bound = document_rules(data, eod_token), vocab_size if data.dataloader_check_ids else None
     if data.mock_data:
         train, valid, test = (
             MockSamples(split, seq_length=seq_length, vocab_size=vocab_size, eod_token=eod_token, seed=data.seed)
             for split in SPLIT_NAMES
         )
-        return GPTData(train, valid, test)
-    shares = _shares_by_split(data)
-    streams, notes = {}, []
-    for split in SPLIT_NAMES:
-        streams[split], split_notes = _build_split(split, shares[split], seq_length)
-        notes += split_notes
-    return GPTData(streams["train"], streams["valid"], streams["test"], tuple(notes))
+        return GPTData(train, valid, test, rules, bound)
+
+    def samples(share: _Share) -> GPTSamples:
+        return GPTSamples(share.dataset, share.documents, seq_length=seq_length, seed=share.seed)
+
+    streams, notes = _build_splits(data, samples)
+    return GPTData(streams["train"], streams["valid"], streams["test"], rules, bound, notes)
+
+
+def build_bert_data(data: DataConfig, *, seq_length: int, tokenizer: Tokenizer | None, vocab_size: int) -> BertData:
+    """The streams of masked sentences of the files that the options name; the same on every rank.
+
+    `tokenizer` gives the special ids and says which pieces go on with a word; without one, which only mock data can
+    do, the ids are those of `BertVocabulary.without_tokenizer(vocab_size)`.
+
+    Raises: ConfigError for options that contradict each other, a tokenizer that is none of BERT's, or no tokenizer;
+    DataError for files that are missing or damaged, and for splits that leave no training document or no sample.
+    """
+    check_bert_options(data, seq_length, has_tokenizer=tokenizer is not None)
+    vocabulary = (
+        BertVocabulary.without_tokenizer(vocab_size) if tokenizer is None else BertVocabulary.of_tokenizer(tokenizer)
+    )
+    form = bert_form(data, seq_length, vocabulary)
+    if data.mock_data:
+        return BertData(*(MockBertSamples(split, form, seed=data.seed) for split in SPLIT_NAMES))
+
+    def samples(share: _Share) -> BertSamples:
+        return BertSamples(share.dataset, share.documents, form=form, seed=share.seed)
+
+    streams, notes = _build_splits(data, samples)
+    return BertData(streams["train"], streams["valid"], streams["test"], notes)
+
+
+def bert_form(data: DataConfig, seq_length: int, vocabulary: BertVocabulary) -> BertForm:
+    """The options on sentences and masking, as `BertSamples` takes them."""
+    return BertForm(
+        seq_length,
+        vocabulary,
+        MaskingRules(data.mask_prob, max_ngram=data.mask_max_ngram, whole_words=data.mask_whole_words),
+        short_seq_prob=data.short_seq_prob,
+        sentence_task=data.bert_sentence_task if data.bert_binary_head else None,
+    )
 
 
 def document_rules(data: DataConfig, eod_token: int | None) -> DocumentRules:
@@ -74,20 +142,19 @@ def document_rules(data: DataConfig, eod_token: int | None) -> DocumentRules:
 
 
 def check_data_options(data: DataConfig, eod_token: int | None) -> None:
-    """Raises: ConfigError with all contradictions among the data options."""
-    per_split = [data.train_data_path, data.valid_data_path, data.test_data_path]
-    sources = {
-        "--data-path": bool(data.data_path),
-        "--data-args-path": data.data_args_path is not None,
-        "--train-data-path/--valid-data-path/--test-data-path": any(per_split),
-        "--mock-data": data.mock_data,
-    }
-    given = [name for name, present in sources.items() if present]
-    problems = []
-    if not given:
-        problems.append("No data is given; give --data-path PREFIX (made by tools/preprocess_data.py) or --mock-data.")
-    if len(given) > 1:
-        problems.append(f"{' and '.join(given)} exclude each other; give one of them.")
+    """Raises: ConfigError with all contradictions among the data options of a GPT."""
+    problems = _source_problems(data)
+    default = DataConfig()
+    for flag, value, usual in (
+        ("--mask-prob", data.mask_prob, default.mask_prob),
+        ("--short-seq-prob", data.short_seq_prob, default.short_seq_prob),
+        ("--mask-max-ngram", data.mask_max_ngram, default.mask_max_ngram),
+        ("--no-mask-whole-words", data.mask_whole_words, default.mask_whole_words),
+        ("--bert-no-binary-head", data.bert_binary_head, default.bert_binary_head),
+        ("--bert-sentence-task", data.bert_sentence_task, default.bert_sentence_task),
+    ):
+        if value != usual:
+            problems.append(f"{flag} ({value}) means nothing to a GPT; leave it out, or use pretrain_bert.py.")
     flags = {
         "--reset-position-ids": data.reset_position_ids,
         "--reset-attention-mask": data.reset_attention_mask,
@@ -100,6 +167,47 @@ def check_data_options(data: DataConfig, eod_token: int | None) -> None:
         )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def check_bert_options(data: DataConfig, seq_length: int, *, has_tokenizer: bool) -> None:
+    """Raises: ConfigError with all contradictions among the data options of a BERT."""
+    problems = _source_problems(data)
+    if not (has_tokenizer or data.mock_data):
+        problems.append(
+            "A BERT must know which tokens are [CLS], [SEP], [MASK] and [PAD], but no tokenizer is given; give "
+            "--vocab-file FILE, with --tokenizer-type BertWordPieceLowerCase or BertWordPieceCase."
+        )
+    for flag, value in (
+        ("--reset-position-ids", data.reset_position_ids),
+        ("--reset-attention-mask", data.reset_attention_mask),
+        ("--eod-mask-loss", data.eod_mask_loss),
+    ):
+        if value:
+            problems.append(f"{flag} is about the ends of documents, which no sample of a BERT crosses; leave it out.")
+    if seq_length < MIN_SEQ_LENGTH:
+        problems.append(
+            f"--seq-length {seq_length} leaves no room for two sentences between [CLS] and two [SEP]; use at least "
+            f"{MIN_SEQ_LENGTH}."
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _source_problems(data: DataConfig) -> list[str]:
+    """Sentences about no source of data, or more than one."""
+    per_split = [data.train_data_path, data.valid_data_path, data.test_data_path]
+    sources = {
+        "--data-path": bool(data.data_path),
+        "--data-args-path": data.data_args_path is not None,
+        "--train-data-path/--valid-data-path/--test-data-path": any(per_split),
+        "--mock-data": data.mock_data,
+    }
+    given = [name for name, present in sources.items() if present]
+    if not given:
+        return ["No data is given; give --data-path PREFIX (made by tools/preprocess_data.py) or --mock-data."]
+    if len(given) > 1:
+        return [f"{' and '.join(given)} exclude each other; give one of them."]
+    return []
 
 
 def _shares_by_split(data: DataConfig) -> dict[str, list[_Share]]:
@@ -131,7 +239,21 @@ def _require_training_documents(data: DataConfig, shares: Sequence[_Share]) -> N
             )
 
 
-def _build_split(split: str, shares: Sequence[_Share], seq_length: int) -> tuple[SampleStream | None, list[str]]:
+def _build_splits(
+    data: DataConfig, samples: Callable[[_Share], GPTSamples | BertSamples]
+) -> tuple[dict[str, SampleStream | None], tuple[str, ...]]:
+    """The stream of each split, of the samples that `samples` makes of a share, and the notes of all."""
+    shares = _shares_by_split(data)
+    streams, notes = {}, []
+    for split in SPLIT_NAMES:
+        streams[split], split_notes = _build_split(split, shares[split], samples)
+        notes += split_notes
+    return streams, tuple(notes)
+
+
+def _build_split(
+    split: str, shares: Sequence[_Share], samples: Callable[[_Share], GPTSamples | BertSamples]
+) -> tuple[SampleStream | None, list[str]]:
     """The stream of one split, and notes on corpora that had to be left out of validation or test.
 
     Training needs a sample from every corpus. Validation and test leave out a corpus whose documents there are too
@@ -142,7 +264,7 @@ def _build_split(split: str, shares: Sequence[_Share], seq_length: int) -> tuple
         if len(share.documents) == 0:
             continue
         try:
-            stream = GPTSamples(share.dataset, share.documents, seq_length=seq_length, seed=share.seed)
+            stream = samples(share)
         except DataError as error:
             if split == "train":
                 raise

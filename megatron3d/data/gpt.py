@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from megatron3d.data.batch import GPTBatch
 from megatron3d.data.indexed import IndexedDataset
 from megatron3d.data.order import Permutation, derive_seed
+from megatron3d.data.stream import SampleStream
+from megatron3d.data.token_row import TokenRow
 from megatron3d.errors import DataError
 
 
@@ -33,11 +35,7 @@ class GPTSamples:
         Raises: DataError if the documents hold fewer than seq_length + 1 tokens.
         """
         self.dataset, self.documents, self.seq_length, self.seed = dataset, documents, seq_length, seed
-        self._first_sequence = int(dataset.document_bounds[documents.start])
-        last_sequence = int(dataset.document_bounds[documents.stop])
-        lengths = dataset.lengths[self._first_sequence : last_sequence]
-        self._starts = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths, dtype=np.int64, out=self._starts[1:])
+        self._row = TokenRow(dataset, documents)
         if self.num_tokens < seq_length + 1:
             raise DataError(
                 f"{dataset.prefix}: documents {documents.start} to {documents.stop} hold {self.num_tokens} tokens, but "
@@ -48,7 +46,7 @@ class GPTSamples:
     @property
     def num_tokens(self) -> int:
         """T, the tokens of the split."""
-        return int(self._starts[-1])
+        return self._row.num_tokens
 
     @property
     def num_samples_per_epoch(self) -> int:
@@ -57,16 +55,11 @@ class GPTSamples:
 
     def sample(self, number: int) -> NDArray[np.int64]:
         """The S + 1 tokens of sample `number`, int64. Raises: IndexError for a negative number."""
-        return self._read(self._first_token(number), self.seq_length + 1)
+        return self._row.read(self._first_token(number), self.seq_length + 1)
 
     def locate(self, number: int, position: int) -> str:
         """File, document, sequence and offset of token `position` of sample `number`."""
-        token = self._first_token(number) + position
-        sequence = int(np.searchsorted(self._starts, token, side="right")) - 1
-        offset = token - int(self._starts[sequence])
-        sequence += self._first_sequence
-        document = int(np.searchsorted(self.dataset.document_bounds, sequence, side="right")) - 1
-        return f"{self.dataset.bin_path}, document {document}, sequence {sequence}, token {offset}"
+        return self._row.locate(self._first_token(number) + position)
 
     def describe(self) -> str:
         """Documents, tokens and samples."""
@@ -85,18 +78,40 @@ class GPTSamples:
         order = Permutation(self.num_samples_per_epoch, derive_seed(self.seed, "order", epoch))
         return shift + order[index] * self.seq_length
 
-    def _read(self, first_token: int, count: int) -> NDArray[np.int64]:
-        """`count` tokens of the row from `first_token` on, across sequences."""
-        tokens = np.empty(count, dtype=np.int64)
-        sequence = int(np.searchsorted(self._starts, first_token, side="right")) - 1
-        offset = first_token - int(self._starts[sequence])
-        filled = 0
-        while filled < count:
-            available = int(self._starts[sequence + 1] - self._starts[sequence]) - offset
-            taken = min(available, count - filled)
-            tokens[filled : filled + taken] = self.dataset.get(self._first_sequence + sequence, offset, taken)
-            filled, sequence, offset = filled + taken, sequence + 1, 0
-        return tokens
+
+@dataclass(frozen=True)
+class GPTReader:
+    """Reads batches of a stream of token rows, and compares every id with the vocabulary.
+
+    `vocab_size` bounds the ids; None does not check them.
+    """
+
+    stream: SampleStream[NDArray[np.int64]]
+    rules: DocumentRules
+    vocab_size: int | None
+
+    def __call__(self, first: int, count: int) -> GPTBatch:
+        """The samples first .. first + count - 1.
+
+        Raises: DataError for a token id outside the vocabulary, with the file, document and offset.
+        """
+        samples_BS1 = np.empty((count, self.stream.seq_length + 1), dtype=np.int64)
+        for row in range(count):
+            samples_BS1[row] = self.stream.sample(first + row)
+        if self.vocab_size is not None:
+            self._check_ids(samples_BS1, first, self.vocab_size)
+        return collate(samples_BS1, self.rules)
+
+    def _check_ids(self, samples_BS1: NDArray[np.int64], first: int, vocab_size: int) -> None:
+        """Raises: DataError for the first id that is negative or not below `vocab_size`."""
+        # a negative id is a very large one when read without a sign, so one comparison sees both
+        outside_BS1 = samples_BS1.view(np.uint64) >= vocab_size
+        if outside_BS1.any():
+            row, position = (int(place) for place in np.argwhere(outside_BS1)[0])
+            raise DataError(
+                f"{self.stream.locate(first + row, position)}: token id {samples_BS1[row, position]} is outside the "
+                f"vocabulary of {vocab_size}; use the tokenizer and vocabulary the data was preprocessed with."
+            )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Global batches: the samples [c, c + G) of a stream, of which each data-parallel rank reads its part.
 
 After c consumed samples the next global batch of G samples is the numbers c .. c + G - 1, whatever the layout. Rank r
-of dp reads the G/dp numbers from c + r*G/dp on, in order; cut into micro-batches of B with `GPTBatch.split`,
+of dp reads the G/dp numbers from c + r*G/dp on, in order; cut into micro-batches of B with `Batch.split`,
 micro-batch m holds the B numbers from c + r*G/dp + m*B on. Put in the order (rank, micro-batch, row), a global batch
 is the same list of samples for every dp and B. Tensor and pipeline ranks read their own copies; nobody broadcasts.
 
@@ -11,19 +11,13 @@ where the last one stopped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Generic, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from megatron3d.config.data import DataConfig
-from megatron3d.data.batch import GPTBatch
-from megatron3d.data.build import document_rules
-from megatron3d.data.gpt import collate
-from megatron3d.data.stream import SampleStream
-from megatron3d.errors import DataError
+from megatron3d.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -57,31 +51,34 @@ class BatchPart:
         return replace(self, consumed_samples=self.consumed_samples + self.global_batch_size)
 
 
-class GlobalBatches:
-    """Reads one rank's batches of a stream, ahead of time in threads, and checks every token id.
+BatchT = TypeVar("BatchT", bound=Batch)
+
+
+class GlobalBatches(Generic[BatchT]):
+    """Reads one rank's batches, ahead of time in threads.
 
     Reading ahead is a guess that the next batch follows the last with the same size; a wrong guess (a batch-size
     ramp, a jump after a resume) costs the reading, never the result. Use as a context manager, or `close()`.
     """
 
-    def __init__(self, stream: SampleStream, data: DataConfig, *, vocab_size: int, eod_token: int | None) -> None:
-        """`vocab_size` bounds the ids (unless `--no-check-token-ids`); `data.num_workers` batches are read ahead."""
-        self._stream, self._rules = stream, document_rules(data, eod_token)
-        self._vocab_size = vocab_size if data.dataloader_check_ids else None
-        self._num_ahead = data.num_workers
-        self._threads = ThreadPoolExecutor(data.num_workers, "read-ahead") if data.num_workers > 0 else None
-        self._ahead: dict[BatchPart, Future[GPTBatch]] = {}
+    def __init__(self, reader: Callable[[int, int], BatchT], *, num_workers: int) -> None:
+        """`reader(first, count)` makes the batch of those sample numbers, in any thread; `num_workers` batches are
+        read ahead, 0 reads in the caller's thread."""
+        self._reader = reader
+        self._num_ahead = num_workers
+        self._threads = ThreadPoolExecutor(num_workers, "read-ahead") if num_workers > 0 else None
+        self._ahead: dict[BatchPart, Future[BatchT]] = {}
 
-    def read(self, consumed_samples: int, global_batch_size: int, dp_rank: int, dp_size: int) -> GPTBatch:
+    def read(self, consumed_samples: int, global_batch_size: int, dp_rank: int, dp_size: int) -> BatchT:
         """All G/dp samples of this rank of the global batch that follows `consumed_samples`.
 
-        Raises: DataError for a token id outside the vocabulary, with the file, document and offset; ValueError if
-        the global batch does not divide among the ranks.
+        Raises: what the reader raises, such as DataError for a token id outside the vocabulary; ValueError if the
+        global batch does not divide among the ranks.
         """
         part = BatchPart(consumed_samples, global_batch_size, dp_rank, dp_size)
         if self._threads is None:
-            return self._read(part)
-        future = self._ahead.pop(part, None) or self._threads.submit(self._read, part)
+            return self._reader(part.first, part.count)
+        future = self._ahead.pop(part, None) or self._submit(part)
         self._read_ahead_of(part)
         return future.result()
 
@@ -91,7 +88,7 @@ class GlobalBatches:
             self._threads.shutdown(wait=True, cancel_futures=True)
         self._ahead.clear()
 
-    def __enter__(self) -> GlobalBatches:
+    def __enter__(self) -> GlobalBatches[BatchT]:
         """The reader itself."""
         return self
 
@@ -111,24 +108,8 @@ class GlobalBatches:
             self._ahead.pop(guess).cancel()
         for guess in wanted:
             if guess not in self._ahead:
-                self._ahead[guess] = self._threads.submit(self._read, guess)
+                self._ahead[guess] = self._submit(guess)
 
-    def _read(self, part: BatchPart) -> GPTBatch:
-        """Read, check and collate the samples of `part`."""
-        samples_BS1 = np.empty((part.count, self._stream.seq_length + 1), dtype=np.int64)
-        for row in range(part.count):
-            samples_BS1[row] = self._stream.sample(part.first + row)
-        if self._vocab_size is not None:
-            self._check_ids(samples_BS1, part.first, self._vocab_size)
-        return collate(samples_BS1, self._rules)
-
-    def _check_ids(self, samples_BS1: NDArray[np.int64], first: int, vocab_size: int) -> None:
-        """Raises: DataError for the first id that is negative or not below `vocab_size`."""
-        # a negative id is a very large one when read without a sign, so one comparison sees both
-        outside_BS1 = samples_BS1.view(np.uint64) >= vocab_size
-        if outside_BS1.any():
-            row, position = (int(place) for place in np.argwhere(outside_BS1)[0])
-            raise DataError(
-                f"{self._stream.locate(first + row, position)}: token id {samples_BS1[row, position]} is outside the "
-                f"vocabulary of {vocab_size}; use the tokenizer and vocabulary the data was preprocessed with."
-            )
+    def _submit(self, part: BatchPart) -> Future[BatchT]:
+        """Ask the threads for one batch."""
+        return self._threads.submit(self._reader, part.first, part.count)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron3d.data.bert import BertForm, BertSample, make_sample
 from megatron3d.data.order import derive_seed
 
 _MAX_STATES = 512
 _JUMP_PROBABILITY = 0.1
 _END_PROBABILITY = 0.1
+_OTHER_WALK = 2**61
 
 
 class MockSamples:
@@ -54,3 +56,58 @@ class MockSamples:
     def describe(self) -> str:
         """What is in the stream."""
         return f"--mock-data: a noisy cycle through {len(self._cycle)} token ids"
+
+
+class MockBertSamples:
+    """BERT samples of the same chain, A and B being neighbours on it; sample k is a function of seed, split and k.
+
+    With the task `next`, a B that does not go on from A comes from another walk. The order or origin of B can be told
+    from the step between the end of the one and the beginning of the other, as long as neither is masked.
+    """
+
+    def __init__(self, split: str, form: BertForm, *, seed: int) -> None:
+        """Draw the cycle over the ids that are no special tokens."""
+        self.split, self.form, self.seed = split, form, seed
+        self._chain = MockSamples(
+            split, seq_length=form.capacity - 1, vocab_size=len(form.vocabulary.text_ids), eod_token=None, seed=seed
+        )
+
+    @property
+    def seq_length(self) -> int:
+        """S."""
+        return self.form.seq_length
+
+    @property
+    def num_samples_per_epoch(self) -> int:
+        """As many as anyone could ask for."""
+        return self._chain.num_samples_per_epoch
+
+    def sample(self, number: int) -> BertSample:
+        """Sample `number`. Raises: IndexError for a negative number."""
+        generator = np.random.default_rng(derive_seed(self.seed, "mock bert", self.split, number))
+        short, length, cut, coin = generator.random(4)
+        num_tokens = (
+            self.form.capacity if short >= self.form.short_seq_prob else 2 + int(length * (self.form.capacity - 2))
+        )
+        tokens = self._text(number)[:num_tokens]
+        if self.form.sentence_task is None:
+            return make_sample(tokens, None, None, self.form, generator)
+        middle = 1 + int(cut * (num_tokens - 1))
+        a, b, label = tokens[:middle], tokens[middle:], int(coin < 0.5)
+        if label and self.form.sentence_task == "order":
+            a, b = b, a
+        elif label:
+            b = self._text(_OTHER_WALK + number)[: len(b)]
+        return make_sample(a, b, label, self.form, generator)
+
+    def locate(self, number: int, position: int) -> str:
+        """In words, where the token comes from."""
+        return self._chain.locate(number, position)
+
+    def describe(self) -> str:
+        """What is in the stream."""
+        return f"{self._chain.describe()}, masked"
+
+    def _text(self, number: int) -> NDArray[np.int64]:
+        """As many tokens of the chain as a sample has room for."""
+        return self.form.vocabulary.text_ids[self._chain.sample(number)]

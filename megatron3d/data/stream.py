@@ -1,18 +1,21 @@
 """An endless, ordered stream of samples, each a pure function of its number.
 
-`GPTSamples` (one corpus), `Blend` (several) and `MockSamples` (none) are streams; the loader knows only this.
+`GPTSamples` (one corpus), `Blend` (several) and `MockSamples` (none) are streams of token rows; `BertSamples` and
+`MockBertSamples` are streams of masked sentences. What makes a batch of them knows only this.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
+Sample = TypeVar("Sample", covariant=True)
 
 
-class SampleStream(Protocol):
-    """What the loader needs of any source of samples. S is the sequence length."""
+class SampleStream(Protocol[Sample]):
+    """What a reader of batches needs of any source of samples. S is the sequence length.
+
+    `Sample` is int64 [S + 1] for a GPT (the inputs are the first S, the labels the last S), `BertSample` for a BERT.
+    """
 
     @property
     def seq_length(self) -> int:
@@ -24,8 +27,8 @@ class SampleStream(Protocol):
         """Samples until the data begins again; numbers may go beyond it without end."""
         ...
 
-    def sample(self, number: int) -> NDArray[np.int64]:
-        """S + 1 token ids: the inputs are the first S, the labels the last S."""
+    def sample(self, number: int) -> Sample:
+        """The sample of that number."""
         ...
 
     def locate(self, number: int, position: int) -> str:

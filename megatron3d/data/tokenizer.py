@@ -67,6 +67,10 @@ class Tokenizer(ABC):
         """The ids of each text; libraries that can use all cores do."""
         return [self.encode(text) for text in texts]
 
+    def word_continuations(self) -> list[bool] | None:
+        """For each id whether its piece goes on with the word before it; None where pieces do not say so."""
+        return None
+
 
 @dataclass(frozen=True)
 class TokenizerSpec:
@@ -146,6 +150,14 @@ class LibraryTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""
         return self._library.decode(list(ids), skip_special_tokens=False)
+
+    def word_continuations(self) -> list[bool] | None:
+        """True for the pieces of a word-piece model that begin with its mark, ## in BERT."""
+        model = self._library.model
+        if not isinstance(model, models.WordPiece):
+            return None
+        pieces = (self._library.id_to_token(id) for id in range(self.vocab_size))
+        return [piece is not None and piece.startswith(model.continuing_subword_prefix) for piece in pieces]
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron3d.config.data import DataConfig
-from megatron3d.data.build import build_gpt_data
-from megatron3d.data.gpt import GPTSamples
+from megatron3d.data.batch import GPTBatch
+from megatron3d.data.build import build_gpt_data, document_rules
+from megatron3d.data.gpt import GPTReader, GPTSamples
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.data.mock import MockSamples
 from megatron3d.errors import DataError
@@ -24,9 +25,10 @@ MOCK = MockSamples("train", seq_length=6, vocab_size=100, eod_token=0, seed=3)
 
 def batches(
     stream: MockSamples | GPTSamples = MOCK, workers: int = 0, vocab_size: int = 100, **options: bool
-) -> GlobalBatches:
-    data = DataConfig(mock_data=True, num_workers=workers, **options)
-    return GlobalBatches(stream, data, vocab_size=vocab_size, eod_token=0)
+) -> GlobalBatches[GPTBatch]:
+    data = DataConfig(mock_data=True, **options)
+    bound = vocab_size if data.dataloader_check_ids else None
+    return GlobalBatches(GPTReader(stream, document_rules(data, 0), bound), num_workers=workers)
 
 
 @settings(max_examples=40, deadline=None)

@@ -85,7 +85,7 @@ def trace(parts: Parts, *, num_steps: int = NUM_STEPS) -> Trace:
     data = build_gpt_data(config.data, seq_length=config.model.seq_length, vocab_size=VOCAB_SIZE, eod_token=0)
     losses, norms, gradients = [], [], {}
     size = config.train.global_batch_size
-    with GlobalBatches(data.train, config.data, vocab_size=VOCAB_SIZE, eod_token=0) as batches:
+    with GlobalBatches(data.reader(data.train), num_workers=config.data.num_workers) as batches:
         first = batches.read(0, size, dp.rank, dp.size)
         forward_backward(parts, first, global_count(parts, first), step=0)
         parts.engine.finish_reduce()

@@ -33,7 +33,7 @@ def counted_step(rank: int, world_size: int, case: Case) -> tuple[Counts, dict[s
     parts = parts_of(case, mesh)
     config = parts.config
     data = build_gpt_data(config.data, seq_length=S, vocab_size=VOCAB_SIZE, eod_token=0)
-    with GlobalBatches(data.train, config.data, vocab_size=VOCAB_SIZE, eod_token=0) as batches:
+    with GlobalBatches(data.reader(data.train), num_workers=config.data.num_workers) as batches:
         batch = batches.read(0, GLOBAL_BATCH, mesh.dp.rank, mesh.dp.size)
     mesh.meter.reset()
     train_step(parts, batch, RATES, step=0)

@@ -1,0 +1,61 @@
+"""The documents of a split as one long row of tokens: any stretch of it is found by one binary search.
+
+A row keeps the cumulative lengths of its sequences, 8 bytes each, and nothing else; the tokens stay in the file.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron3d.data.indexed import IndexedDataset
+
+
+class TokenRow:
+    """All tokens of `documents` (numbers in a row) of one token file, in file order, counted from 0.
+
+    starts: int64, where each sequence begins in the row, and at the end the length of the row.
+    """
+
+    def __init__(self, dataset: IndexedDataset, documents: range) -> None:
+        """Sum the lengths of the documents' sequences: O(sequences)."""
+        self.dataset, self.documents = dataset, documents
+        self.first_sequence = int(dataset.document_bounds[documents.start])
+        last_sequence = int(dataset.document_bounds[documents.stop])
+        lengths = dataset.lengths[self.first_sequence : last_sequence]
+        self.starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, dtype=np.int64, out=self.starts[1:])
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of the row."""
+        return int(self.starts[-1])
+
+    @property
+    def document_bounds(self) -> NDArray[np.int64]:
+        """For each document the number within the row of its first sequence, and at the end the number of all."""
+        return self.dataset.document_bounds[self.documents.start : self.documents.stop + 1] - self.first_sequence
+
+    def read(self, first_token: int, count: int) -> NDArray[np.int64]:
+        """`count` tokens from `first_token` on, across sequences, int64."""
+        tokens = np.empty(count, dtype=np.int64)
+        sequence = self._sequence_of(first_token)
+        offset = first_token - int(self.starts[sequence])
+        filled = 0
+        while filled < count:
+            available = int(self.starts[sequence + 1] - self.starts[sequence]) - offset
+            taken = min(available, count - filled)
+            tokens[filled : filled + taken] = self.dataset.get(self.first_sequence + sequence, offset, taken)
+            filled, sequence, offset = filled + taken, sequence + 1, 0
+        return tokens
+
+    def locate(self, token: int) -> str:
+        """File, document, sequence and offset of token `token` of the row."""
+        sequence = self._sequence_of(token)
+        offset = token - int(self.starts[sequence])
+        sequence += self.first_sequence
+        document = int(np.searchsorted(self.dataset.document_bounds, sequence, side="right")) - 1
+        return f"{self.dataset.bin_path}, document {document}, sequence {sequence}, token {offset}"
+
+    def _sequence_of(self, token: int) -> int:
+        return int(np.searchsorted(self.starts, token, side="right")) - 1
