@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 
 @dataclass
 class _Destination:
-    """The buffer of one parameter, and how many contributions it gets in one backward."""
+    """How to come by the buffer of one parameter, whom to tell of contributions, and whether those that autograd
+    brings in an input-gradient step wait for the weight-gradient step."""
 
-    buffer: Tensor
+    buffer_of: Callable[[], Tensor]
     on_arrival: Callable[[], None]
+    waits: bool
 
 
 class GradSink:
@@ -37,7 +40,20 @@ class GradSink:
 
     def bind(self, parameter: nn.Parameter, buffer: Tensor, on_arrival: Callable[[], None]) -> None:
         """Send the gradient of `parameter` to `buffer` (same shape), and call `on_arrival` after each contribution."""
-        self._destinations[parameter] = _Destination(buffer, on_arrival)
+        self._bind(parameter, _Destination(lambda: buffer, on_arrival, waits=False))
+
+    def bind_late(
+        self, parameter: nn.Parameter, buffer_of: Callable[[], Tensor], on_arrival: Callable[[], None]
+    ) -> None:
+        """The same with a buffer that is asked for at each contribution, as it may come and go between them.
+
+        Within `defer` the gradients that autograd brings are put aside too, so that an input-gradient step needs no
+        buffer; they are those of norms and tables, small beside the activations that are kept as long.
+        """
+        self._bind(parameter, _Destination(buffer_of, on_arrival, waits=True))
+
+    def _bind(self, parameter: nn.Parameter, destination: _Destination) -> None:
+        self._destinations[parameter] = destination
         # Tensors keep their hooks where Python's garbage collector cannot look, so a hook that held the sink would
         # keep every buffer and process group of a finished run alive.
         this = weakref.ref(self)
@@ -59,6 +75,7 @@ class GradSink:
             x: [..., I], the layer's (gathered) input.
         """
 
+        @torch.no_grad()  # put aside, it runs outside of the backward that asked for it
         def work() -> None:
             grad_TO, x_TI = grad_out.reshape(-1, grad_out.shape[-1]), x.reshape(-1, x.shape[-1])
             self._add_product(weight, grad_TO, x_TI)
@@ -76,7 +93,7 @@ class GradSink:
         if destination is None:
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
             return
-        destination.buffer.add_(grad)
+        destination.buffer_of().add_(grad)
         destination.on_arrival()
 
     @contextmanager
@@ -90,14 +107,18 @@ class GradSink:
 
     def _add_product(self, weight: nn.Parameter, grad_TO: Tensor, x_TI: Tensor) -> None:
         destination = self._destinations.get(weight)
-        if destination is None or destination.buffer.dtype != grad_TO.dtype:
+        buffer = None if destination is None else destination.buffer_of()
+        if destination is None or buffer is None or buffer.dtype != grad_TO.dtype:
             self.add(weight, grad_TO.t() @ x_TI)
             return
-        destination.buffer.addmm_(grad_TO.t(), x_TI)  # accumulates inside the product: no temporary of weight size
+        buffer.addmm_(grad_TO.t(), x_TI)  # accumulates inside the product: no temporary of weight size
         destination.on_arrival()
 
     def _take_from_autograd(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, nn.Parameter), f"hook on {type(parameter).__name__}"
         if parameter.grad is not None:
             grad, parameter.grad = parameter.grad, None
-            self.add(parameter, grad)
+            if self._deferred is not None and self._destinations[parameter].waits:
+                self._deferred.append(partial(self.add, parameter, grad))
+            else:
+                self.add(parameter, grad)
