@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megatron3d.comm.collectives import Pending
 from megatron3d.comm.mesh import Axis
-from megatron3d.comm.p2p import start_receive, start_send
+from megatron3d.comm.p2p import Message, start_exchange
 from megatron3d.params.grads import GradSink
-from megatron3d.pipeline.schedule import Action, Op, Recv, Reduce, Schedule, Send, Step
+from megatron3d.pipeline.schedule import Action, Exchange, Op, Recv, Reduce, Schedule, Send, Step, What
 
 Key = tuple[int, int]  # (stage, micro-batch)
 
@@ -28,6 +28,35 @@ class StageForward(Protocol):
     def __call__(self, x_SBH: Tensor | None, micro: Any) -> Tensor:
         """Hidden in (None on the first stage), hidden out (on the last stage the summed loss, or logits)."""
         ...
+
+
+class Recorder(Protocol):
+    """What the interpreter tells about its work, for a timeline of a real run; see `measured`."""
+
+    def start(self, schedule: Schedule) -> None:
+        """The first action comes next."""
+        ...
+
+    def begin(self, what: Step | Send | Recv | Reduce) -> None:
+        """A step or the start of a reduction begins; or, with a message, waiting for it, maybe inside a step."""
+        ...
+
+    def end(self) -> None:
+        """What began last is over."""
+        ...
+
+
+class _NoRecorder:
+    """Takes no notice."""
+
+    def start(self, schedule: Schedule) -> None:
+        pass
+
+    def begin(self, what: Step | Send | Recv | Reduce) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -67,6 +96,7 @@ def run(
     *,
     wire: Wire,
     backward: Backward | None = None,
+    recorder: Recorder | None = None,
 ) -> list[Tensor]:
     """Carry out this rank's actions and return the last stage's outputs in micro-batch order (empty elsewhere).
 
@@ -77,13 +107,15 @@ def run(
         micros: one value for each micro-batch, handed to the stages.
         wire: shape, dtype and axis of the messages.
         backward: None runs forwards alone, without building a graph.
+        recorder: told when each step and each wait for a message begins and ends.
 
     Raises:
         ValueError: the number of micro-batches is not the schedule's.
     """
     if len(micros) != schedule.num_microbatches:
         raise ValueError(f"{len(micros)} micro-batches for a schedule of {schedule.num_microbatches}")
-    interpreter = _Interpreter(schedule, stages, micros, wire, backward)
+    interpreter = _Interpreter(schedule, stages, micros, wire, backward, recorder or _NoRecorder())
+    interpreter.recorder.start(schedule)
     with torch.set_grad_enabled(backward is not None):
         for action in actions:
             interpreter.carry_out(action)
@@ -97,31 +129,31 @@ class _Interpreter:
     micros: Sequence[Any]
     wire: Wire
     backward: Backward | None
+    recorder: Recorder
     inputs: dict[Key, Tensor | None] = field(default_factory=dict)
     outputs: dict[Key, Tensor] = field(default_factory=dict)
     output_grads: dict[Key, Tensor] = field(default_factory=dict)
-    arriving: dict[tuple[str, int, int], Pending] = field(default_factory=dict)
-    leaving: dict[tuple[str, int, int], Pending] = field(default_factory=dict)
+    arriving: dict[tuple[What, int, int], tuple[Recv, Pending]] = field(default_factory=dict)
+    leaving: dict[Send, Pending] = field(default_factory=dict)
     weight_work: dict[Key, list[Callable[[], None]]] = field(default_factory=dict)
     results: dict[int, Tensor] = field(default_factory=dict)
 
     def carry_out(self, action: Action) -> None:
+        if isinstance(action, Exchange):
+            self._exchange(action)
+            return
+        self.recorder.begin(action)
         if isinstance(action, Step):
             {Op.F: self._forward, Op.B: self._backward, Op.I: self._input_gradient, Op.W: self._weight_gradient}[
                 action.op
             ](action.stage, action.mb)
-        elif isinstance(action, Send):
-            self._send(action)
-        elif isinstance(action, Recv):
-            tag = self._tag(action.what, action.stage, action.mb)
-            pending = start_receive(self.wire.empty(), self.wire.axis, peer=action.peer, tag=tag)
-            self.arriving[action.what, action.stage, action.mb] = pending
-        elif isinstance(action, Reduce) and self.backward is not None:
+        elif self.backward is not None:
             self.backward.reduce(action.stage)
+        self.recorder.end()
 
     def finish(self) -> list[Tensor]:
-        for pending in self.leaving.values():
-            pending.wait()
+        for send in [*self.leaving]:
+            self._wait_until_sent(send)
         left = [*self.arriving, *self.weight_work, *self.output_grads] + (
             [] if self.backward is None else [*self.outputs]
         )
@@ -142,7 +174,7 @@ class _Interpreter:
         if stage == 0:
             return None
         if ("activation", stage, mb) in self.arriving:
-            x = self.arriving.pop(("activation", stage, mb)).wait()
+            x = self._arrived("activation", stage, mb)
         else:  # the stage before is on this rank
             before = (stage - 1, mb)
             x = (self.outputs[before] if self.backward is not None else self.outputs.pop(before)).detach()
@@ -151,9 +183,9 @@ class _Interpreter:
     def _backward(self, stage: int, mb: int) -> None:
         grad = self._output_gradient(stage, mb)
         y = self.outputs.pop((stage, mb))
-        sent = self.leaving.pop(("activation", stage, mb), None)
+        sent = next((send for send in self.leaving if send[:3] == ("activation", stage, mb)), None)
         if sent is not None:
-            sent.wait()  # its gradient has come back, so it arrived long ago
+            self._wait_until_sent(sent)  # its gradient has come back, so it arrived long ago
         torch.autograd.backward(y, grad)
         x = self.inputs.pop((stage, mb))
         if x is not None:
@@ -165,7 +197,7 @@ class _Interpreter:
         if stage == self.schedule.num_stages - 1:
             return self.backward.loss_gradient
         if ("gradient", stage, mb) in self.arriving:
-            return self.arriving.pop(("gradient", stage, mb)).wait()
+            return self._arrived("gradient", stage, mb)
         return self.output_grads.pop((stage, mb))
 
     def _input_gradient(self, stage: int, mb: int) -> None:
@@ -178,31 +210,55 @@ class _Interpreter:
         for work in self.weight_work.pop((stage, mb)):
             work()
 
-    def _send(self, send: Send) -> None:
-        self._release_sent(send)
+    def _exchange(self, exchange: Exchange) -> None:
+        ends = []
+        for message in exchange.messages:
+            if isinstance(message, Send):
+                self._release_sent(message)
+                user = message.stage + (1 if message.what == "activation" else -1)
+                tensor = self._outgoing(message)
+            else:
+                user, tensor = message.stage, self.wire.empty()
+            ends.append(Message(tensor, isinstance(message, Send), message.peer, self._tag(message, user)))
+        for message, pending in zip(exchange.messages, start_exchange(ends, self.wire.axis)):
+            if isinstance(message, Send):
+                self.leaving[message] = pending
+            else:
+                self.arriving[message.what, message.stage, message.mb] = (message, pending)
+
+    def _outgoing(self, send: Send) -> Tensor:
         if send.what == "activation":
             kept = self.backward is not None
             x = self.outputs[send.stage, send.mb] if kept else self.outputs.pop((send.stage, send.mb))
-            receiving_stage = send.stage + 1
         else:
             x = self.output_grads.pop((send.stage - 1, send.mb))
-            receiving_stage = send.stage - 1
-        tag = self._tag(send.what, receiving_stage, send.mb)
-        x = x.detach().to(self.wire.dtype).contiguous()
-        self.leaving[send.what, send.stage, send.mb] = start_send(x, self.wire.axis, peer=send.peer, tag=tag)
+        return x.detach().to(self.wire.dtype).contiguous()
+
+    def _arrived(self, what: What, stage: int, mb: int) -> Tensor:
+        """The message that a step needs, waited for."""
+        recv, pending = self.arriving.pop((what, stage, mb))
+        self.recorder.begin(recv)
+        tensor = pending.wait()
+        self.recorder.end()
+        return tensor
+
+    def _wait_until_sent(self, send: Send) -> None:
+        self.recorder.begin(send)
+        self.leaving.pop(send).wait()
+        self.recorder.end()
 
     def _release_sent(self, coming: Send) -> None:
         """Let go of messages that have arrived, so that a rank does not hold every tensor it ever sent.
 
-        Gloo cannot tell what has arrived. But the messages of a pair of ranks arrive in order, and a receive is posted
-        before its data is produced, so the older of two messages to the same rank may be waited for.
+        Gloo cannot tell what has arrived. But an exchange needs nothing but earlier ones to pass, so those from before
+        the coming one may be waited for; a few are left, so that a slow receiver does not hold up this rank.
         """
-        self.leaving = {key: pending for key, pending in self.leaving.items() if not pending.is_done()}
-        same = [key for key in self.leaving if key[:2] == (coming.what, coming.stage)]
-        for key in same[: max(0, len(same) - self.schedule.num_stages)]:
-            self.leaving.pop(key).wait()
+        self.leaving = {send: pending for send, pending in self.leaving.items() if not pending.is_done()}
+        same = [send for send in self.leaving if (send.what, send.stage) == (coming.what, coming.stage)]
+        for send in same[: max(0, len(same) - self.schedule.num_stages)]:
+            self._wait_until_sent(send)
 
-    def _tag(self, what: str, receiving_stage: int, mb: int) -> int:
+    def _tag(self, message: Send | Recv, user_stage: int) -> int:
         """A number that no other message of this schedule has (gloo matches messages by it)."""
-        kind = 0 if what == "activation" else 1
-        return (kind * self.schedule.num_stages + receiving_stage) * self.schedule.num_microbatches + mb
+        kind = 0 if message.what == "activation" else 1
+        return (kind * self.schedule.num_stages + user_stage) * self.schedule.num_microbatches + message.mb

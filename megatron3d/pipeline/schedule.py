@@ -65,13 +65,19 @@ class Recv(NamedTuple):
     peer: int
 
 
+class Exchange(NamedTuple):
+    """Messages that are posted together; it is over when all of them have passed. Most hold a single one."""
+
+    messages: tuple[Send | Recv, ...]
+
+
 class Reduce(NamedTuple):
     """All weight gradients of `stage` are complete: their reduction over the other axes may start."""
 
     stage: int
 
 
-Action = Step | Send | Recv | Reduce
+Action = Step | Exchange | Reduce
 
 
 @dataclass(frozen=True)

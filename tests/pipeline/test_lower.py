@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterable
 from itertools import combinations
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 
 from megatron3d.errors import ScheduleError
 from megatron3d.pipeline.lower import lower
-from megatron3d.pipeline.orders import ORDERS, build_schedule, forward_only, gpipe, one_f_one_b
-from megatron3d.pipeline.schedule import Action, Op, Recv, Reduce, Schedule, Send, Step
+from megatron3d.pipeline.orders import ORDERS, build_schedule, forward_only, gpipe, one_f_one_b, virtual_of
+from megatron3d.pipeline.schedule import Action, Exchange, Op, Recv, Reduce, Schedule, Send, Step, handover
+from megatron3d.pipeline.simulate import simulate
 
 Rows = tuple[tuple[Action, ...], ...]
 
@@ -21,7 +24,8 @@ Rows = tuple[tuple[Action, ...], ...]
 def named_schedules(draw: st.DrawFn) -> Schedule:
     """Any named order at any size."""
     name, num_ranks = draw(st.sampled_from(sorted(ORDERS))), draw(st.integers(1, 16))
-    return build_schedule(name, num_ranks=num_ranks, num_microbatches=draw(st.integers(1, 64)))
+    virtual = virtual_of(name) or draw(st.integers(1, 4))
+    return build_schedule(name, num_ranks=num_ranks, num_microbatches=draw(st.integers(1, 64)), virtual=virtual)
 
 
 @st.composite
@@ -44,6 +48,11 @@ def random_schedules(draw: st.DrawFn) -> Schedule:
     return Schedule("random", num_stages, num_mb, tuple(map(tuple, rows)), places)
 
 
+def messages_of(actions: Iterable[Action]) -> list[Send | Recv]:
+    """All messages in the order in which they are posted."""
+    return [message for action in actions if isinstance(action, Exchange) for message in action.messages]
+
+
 Message = tuple[str, int, int, int, int]  # what, consumer stage, mb, sender, receiver
 
 
@@ -64,31 +73,37 @@ def input_of(step: Step, rank: int, schedule: Schedule) -> tuple[str, int, int, 
     return (what, step.stage, step.mb, schedule.stage_to_rank[other])
 
 
-def stuck_actions(rows: Rows, schedule: Schedule) -> list[str]:
+Waits = Literal["never", "behind a send", "always"]
+WAITS: tuple[Waits, ...] = ("never", "behind a send", "always")
+
+
+def stuck_actions(rows: Rows, schedule: Schedule, waits: Waits) -> list[str]:
     """Run the rows on a strict transport and return what could not finish.
 
-    Posting a receive never waits. A send waits until its data has been taken (rendezvous). All messages of a rank,
-    whatever the peer and direction, go through one queue, strictly one after the other: a message passes only when
-    it is at the head of both its queues. A step waits for its message, and its local input must already be there.
+    All exchanges of a rank, whatever the peers and directions, go through one queue, strictly one after the other. A
+    message passes when the exchanges that hold it head both its ranks' queues (rendezvous), and an exchange leaves its
+    queue when all its messages have passed. A step waits for the whole exchange that brings its message, and its local
+    input must already be there. Posting an exchange waits until it is over never, always, or if it sends something.
     """
     position = [0] * len(rows)
-    queues: list[deque[Message]] = [deque() for _ in rows]
+    queues: list[deque[frozenset[Message]]] = [deque() for _ in rows]
     passed: set[Message] = set()
-    computed: set[Step] = set()
+    exchange_of: dict[tuple[Message, int], frozenset[Message]] = {}
 
     def advance(rank: int) -> bool:
         action = rows[rank][position[rank]]
         if isinstance(action, Step):
             needed = input_of(action, rank, schedule)
-            if needed is not None and (*needed, rank) not in passed:
+            if needed is not None and not exchange_of.get(((*needed, rank), rank), {None}) <= passed:
                 return False
-            computed.add(action)
-        elif isinstance(action, (Send, Recv)):
-            message = message_of(action, rank)
-            if message not in queues[rank] and message not in passed:
-                queues[rank].append(message)
+        elif isinstance(action, Exchange):
+            messages = frozenset(message_of(message, rank) for message in action.messages)
+            if (next(iter(messages)), rank) not in exchange_of:
+                exchange_of.update({(message, rank): messages for message in messages})
+                queues[rank].append(messages)
             _pass_heads(queues, passed)
-            if isinstance(action, Send) and message not in passed:
+            sends = any(isinstance(message, Send) for message in action.messages)
+            if (waits == "always" or (waits == "behind a send" and sends)) and not messages <= passed:
                 return False
         position[rank] += 1
         return True
@@ -102,42 +117,82 @@ def stuck_actions(rows: Rows, schedule: Schedule) -> list[str]:
     return [f"rank {rank}: {row[position[rank]]}" for rank, row in enumerate(rows) if position[rank] < len(row)]
 
 
-def _pass_heads(queues: list[deque[Message]], passed: set[Message]) -> None:
-    """Let messages through that head both queues, until none does."""
-    heads = {queue[0] for queue in queues if queue}
-    while ready := [m for m in heads if queues[m[3]] and queues[m[4]] and queues[m[3]][0] == m == queues[m[4]][0]]:
-        for message in ready:
-            passed.add(message)
-            queues[message[3]].popleft()
-            queues[message[4]].popleft()
-        heads = {queue[0] for queue in queues if queue}
+def _pass_heads(queues: list[deque[frozenset[Message]]], passed: set[Message]) -> None:
+    """Let messages through whose exchanges head both queues, until none does."""
+    moved = True
+    while moved:
+        heads = [queue[0] if queue else frozenset() for queue in queues]
+        new = {message for head in heads for message in head if message in heads[message[3]] & heads[message[4]]}
+        moved = not new <= passed
+        passed |= new
+        for queue in queues:
+            if queue and queue[0] <= passed:
+                queue.popleft()
+                moved = True
 
 
 @settings(max_examples=25, deadline=None)
 @given(named_schedules())
 def test_named_orders_cannot_deadlock_on_one_strict_rendezvous_queue_per_rank(schedule):
-    assert stuck_actions(lower(schedule), schedule) == []
+    rows = lower(schedule)
+    assert [stuck_actions(rows, schedule, waits) for waits in WAITS] == [[], [], []]
 
 
 @settings(max_examples=150, deadline=None)
 @given(random_schedules())
 def test_random_schedules_cannot_deadlock_on_one_strict_rendezvous_queue_per_rank(schedule):
-    assert stuck_actions(lower(schedule), schedule) == []
+    rows = lower(schedule)
+    assert [stuck_actions(rows, schedule, waits) for waits in WAITS] == [[], [], []]
 
 
-def test_the_strict_transport_notices_two_messages_in_crossed_order():
+@pytest.mark.parametrize("waits", WAITS)
+def test_the_strict_transport_notices_two_exchanges_in_crossed_order(waits):
     schedule = one_f_one_b(2, 2)
     first, second = (list(row) for row in lower(schedule))
-    receives = [i for i, action in enumerate(second) if isinstance(action, Recv)]
-    second[receives[0]], second[receives[1]] = second[receives[1]], second[receives[0]]
-    assert stuck_actions((tuple(first), tuple(second)), schedule) != []
+    exchanges = [i for i, action in enumerate(second) if isinstance(action, Exchange)]
+    second[exchanges[0]], second[exchanges[1]] = second[exchanges[1]], second[exchanges[0]]
+    assert stuck_actions((tuple(first), tuple(second)), schedule, waits) != []
+
+
+def due_times(schedule: Schedule) -> dict[Message, float]:
+    """When the step ends that produces each message."""
+    return {
+        (what, user, step.mb, rank, schedule.stage_to_rank[user]): end
+        for rank, step, _, end in simulate(schedule).steps
+        if (hand := handover(step, schedule)) is not None
+        for what, user in [("activation" if step.op is Op.F else "gradient", hand[0])]
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(random_schedules())
+def test_an_exchange_holds_what_is_due_together_and_two_ranks_that_send_to_each_other_do_so_at_once(schedule):
+    due = due_times(schedule)
+    exchanges = [
+        (rank, [message_of(message, rank) for message in action.messages])
+        for rank, row in enumerate(lower(schedule))
+        for action in row
+        if isinstance(action, Exchange)
+    ]
+    for rank, messages in exchanges:
+        assert len({due[message] for message in messages}) == 1
+        assert sum(message[3] == rank for message in messages) <= 1
+        for what, user, mb, sender, receiver in messages:
+            back = [m for m in due if m[3:] == (receiver, sender) and due[m] == due[what, user, mb, sender, receiver]]
+            assert set(back) <= set(messages)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_the_steady_state_of_1f1b_sends_and_receives_over_a_link_at_once(num_ranks):
+    for row in lower(one_f_one_b(num_ranks, 8)):
+        assert sum(isinstance(action, Exchange) and len(action.messages) == 2 for action in row) >= 8 - num_ranks
 
 
 @settings(max_examples=100, deadline=None)
 @given(random_schedules())
 def test_both_ends_of_every_pair_of_ranks_see_one_order_of_messages(schedule):
     rows = lower(schedule)
-    messages = [[message_of(a, rank) for a in row if isinstance(a, (Send, Recv))] for rank, row in enumerate(rows)]
+    messages = [[message_of(message, rank) for message in messages_of(row)] for rank, row in enumerate(rows)]
     for one, other in combinations(range(len(rows)), 2):
         pair = {one, other}
         assert [m for m in messages[one] if {m[3], m[4]} == pair] == [
@@ -154,13 +209,14 @@ def test_steps_keep_their_order_with_each_message_where_it_belongs(schedule):
         assert tuple(a for a in row if isinstance(a, Step)) == schedule.rows[rank]
         posted: set[tuple[str, int, int, int]] = set()
         for before, action in zip((None, *row), row):
-            if isinstance(action, Recv):
-                posted.add((action.what, action.stage, action.mb, action.peer))
             if isinstance(action, Step) and (needed := input_of(action, rank, schedule)) is not None:
                 posted.remove(needed)  # a KeyError here is a step whose receive was not posted
-            if isinstance(action, Send):
-                ops = (Op.F,) if action.what == "activation" else (Op.B, Op.I)
-                assert before in [Step(op, action.stage, action.mb) for op in ops]
+            for message in messages_of([action]):
+                if isinstance(message, Recv):
+                    posted.add((message.what, message.stage, message.mb, message.peer))
+                else:
+                    ops = (Op.F,) if message.what == "activation" else (Op.B, Op.I)
+                    assert before in [Step(op, message.stage, message.mb) for op in ops]
         assert posted == set()
 
 
@@ -174,7 +230,8 @@ def test_each_stage_is_reduced_once_after_its_last_weight_gradient(schedule):
         at = row.index(Reduce(stage))
         last = max(i for i, a in enumerate(row) if isinstance(a, Step) and a.stage == stage and a.op in (Op.B, Op.W))
         assert at > last
-        assert all(isinstance(a, Send) for a in row[last + 1 : at])
+        assert all(isinstance(a, Exchange) for a in row[last + 1 : at])
+        assert at - last <= 2
 
 
 def test_without_backward_there_is_nothing_to_reduce():
@@ -191,8 +248,9 @@ def test_the_next_microbatch_is_received_while_this_one_is_computed(schedule):
     for row in lower(schedule)[1:]:
         steps = {a: i for i, a in enumerate(row) if isinstance(a, Step)}
         for at, action in enumerate(row):
-            if isinstance(action, Recv) and action.what == "activation" and action.mb > 0:
-                assert at < steps[Step(Op.F, action.stage, action.mb - 1)]
+            for message in messages_of([action]):
+                if isinstance(message, Recv) and message.what == "activation" and message.mb > 0:
+                    assert at < steps[Step(Op.F, message.stage, message.mb - 1)]
 
 
 @pytest.mark.parametrize("num_microbatches", [4, 64])
@@ -202,7 +260,7 @@ def test_receive_buffers_do_not_grow_with_the_number_of_microbatches(num_microba
         for rank, row in enumerate(lower(schedule)):
             waiting = peak = 0
             for action in row:
-                waiting += isinstance(action, Recv)
+                waiting += sum(isinstance(message, Recv) for message in messages_of([action]))
                 peak = max(peak, waiting)
                 waiting -= isinstance(action, Step) and input_of(action, rank, schedule) is not None
             assert peak <= 2
