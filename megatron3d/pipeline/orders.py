@@ -15,8 +15,12 @@ from difflib import get_close_matches
 from types import MappingProxyType
 
 from megatron3d.errors import ScheduleError
-from megatron3d.pipeline.placement import require_sizes, round_robin
+from megatron3d.pipeline.orders_interleaved import breadth_first, interleaved
+from megatron3d.pipeline.orders_v import dualpipe_v, zb_v
+from megatron3d.pipeline.orders_zero_bubble import zb_h1, zb_h2
+from megatron3d.pipeline.placement import require_sizes, round_robin, v_shape
 from megatron3d.pipeline.schedule import Op, Schedule, Step, check
+from megatron3d.pipeline.user_order import build_user_schedule, is_user_order
 
 
 def gpipe(num_ranks: int, num_microbatches: int, virtual: int = 1) -> Schedule:
@@ -104,6 +108,12 @@ ORDERS: Mapping[str, Order] = MappingProxyType(
     {
         "gpipe": Order(gpipe, 1),
         "1f1b": Order(one_f_one_b, 1),
+        "interleaved": Order(interleaved, None),
+        "breadth-first": Order(breadth_first, None),
+        "zb-h1": Order(zb_h1, 1),
+        "zb-h2": Order(zb_h2, 1),
+        "zb-v": Order(zb_v, 2, v_shape),
+        "dualpipe-v": Order(dualpipe_v, 2, v_shape),
         "forward-only": Order(forward_only, None),
     }
 )
@@ -114,42 +124,52 @@ def build_schedule(
 ) -> Schedule:
     """The checked schedule of that name for `num_ranks` pipeline ranks with `virtual` stages each.
 
-    `group_size` is for `interleaved` only: how many microbatches pass one stage before the rank turns to its next.
+    `name` is one of `ORDERS`, or points to a user's own function. `group_size` is for `interleaved` only: how many
+    microbatches pass one stage before the rank turns to its next one.
 
     Raises:
-        ScheduleError: if no order has that name, or the order does not take these sizes.
+        ScheduleError: if no order has that name, the order does not take these sizes, or a user's order is faulty.
     """
-    order = _order(name)
-    require_sizes(name, num_ranks, num_microbatches, virtual, fixed=order.virtual)
-    options = {}
-    if group_size is not None:
+    if group_size is not None and name != "interleaved":
         raise ScheduleError(
-            f"a microbatch group size ({group_size}) has no meaning for --pipeline-schedule {name}; drop "
-            "--microbatch-group-size-per-virtual-pipeline-stage, or use --pipeline-schedule interleaved"
+            f"--microbatch-group-size-per-virtual-pipeline-stage {group_size} has no meaning for --pipeline-schedule "
+            f"{name}; drop it, or use --pipeline-schedule interleaved"
         )
-    schedule = order.build(num_ranks, num_microbatches, virtual, **options)
+    if is_user_order(name):
+        require_sizes(name, num_ranks, num_microbatches, virtual)
+        schedule = build_user_schedule(name, num_ranks=num_ranks, num_microbatches=num_microbatches, virtual=virtual)
+    else:
+        order = _order(name)
+        require_sizes(name, num_ranks, num_microbatches, virtual, fixed=order.virtual)
+        options = {} if group_size is None else {"group_size": group_size}
+        schedule = order.build(num_ranks, num_microbatches, virtual, **options)
     check(schedule)
     return schedule
 
 
-def placement_of(name: str, *, num_ranks: int, virtual: int) -> tuple[int, ...]:
-    """The pipeline rank of each stage under that order, whatever the number of microbatches.
+def placement_of(name: str, *, num_ranks: int, virtual: int, num_microbatches: int | None = None) -> tuple[int, ...]:
+    """The pipeline rank of each stage under that order, which does not depend on the number of microbatches.
+
+    A user's order only says so in a schedule: it is asked for one of `num_microbatches`, or twice the ranks.
 
     Raises:
         ScheduleError: if no order has that name, or the order does not take these sizes.
     """
+    if is_user_order(name):
+        count = 2 * num_ranks if num_microbatches is None else num_microbatches
+        return build_schedule(name, num_ranks=num_ranks, num_microbatches=count, virtual=virtual).stage_to_rank
     order = _order(name)
     require_sizes(name, num_ranks, 1, virtual, fixed=order.virtual)
     return order.place(num_ranks, virtual)
 
 
 def virtual_of(name: str) -> int | None:
-    """How many stages per rank that order always has; None if it takes any number.
+    """How many stages per rank that order always has; None if it takes any number, or is a user's own.
 
     Raises:
         ScheduleError: if no order has that name.
     """
-    return _order(name).virtual
+    return None if is_user_order(name) else _order(name).virtual
 
 
 def _order(name: str) -> Order:

@@ -58,11 +58,25 @@ class Timeline:
     span: float
     busy: tuple[float, ...]
     peak_live_activations: tuple[int, ...]
+    """By rank: the most (stage, microbatch) whose activations are held at once, large and small stages alike."""
+    peak_in_ranks: tuple[float, ...]
+    """The same in units of one microbatch on a whole rank, so that orders with more stages per rank compare."""
 
     @property
     def idle(self) -> tuple[float, ...]:
         """Time each rank has nothing to do between the first start and the last end of all ranks."""
         return tuple(self.span - busy for busy in self.busy)
+
+    @property
+    def idle_inside(self) -> tuple[float, ...]:
+        """Time each rank has nothing to do between its own first start and its own last end.
+
+        This is the bubble of papers whose ranks do not wait for each other at the end of a training step.
+        """
+        first, last = [self.span] * len(self.busy), [0.0] * len(self.busy)
+        for rank, _, start, end in self.steps:
+            first[rank], last[rank] = min(first[rank], start), max(last[rank], end)
+        return tuple(end - start - busy for start, end, busy in zip(first, last, self.busy))
 
     @property
     def bubble_fraction(self) -> float:
@@ -84,8 +98,8 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     busy = [0.0] * schedule.num_ranks
     for timed in steps:
         busy[timed.rank] += timed.end - timed.start
-    peaks = tuple(_peak_live(row, schedule.has_backward()) for row in schedule.rows)
-    return Timeline(schedule, tuple(steps), steps[-1].end, tuple(busy), peaks)
+    peaks, in_ranks = peak_live(schedule), peak_live_in_ranks(schedule, costs.stage_factors)
+    return Timeline(schedule, tuple(steps), steps[-1].end, tuple(busy), peaks, in_ranks)
 
 
 def _tie(step: Step) -> tuple[int, int]:
@@ -150,19 +164,38 @@ def _who_waits(schedule: Schedule, next_index: list[int], present: set[Step], do
     return f"schedule {schedule.name!r} deadlocks: {', '.join(circle)}; change the order of one of these rows"
 
 
-def _peak_live(row: tuple[Step, ...], trains: bool) -> int:
-    """Most (stage, mb) whose activations are held at once: from F to the end of B or W (of F, without backward).
+def peak_live(schedule: Schedule) -> tuple[int, ...]:
+    """By rank: the most (stage, mb) whose activations are held at once, from F to the end of B or W.
 
-    An input-gradient half does not release: the weight-gradient half still reads the stage's inputs.
+    Without backwards, activations last only as long as their forward. An input-gradient half I does not release: the
+    weight-gradient half still reads the stage's inputs.
     """
-    if not trains:
-        return min(len(row), 1)
-    live = peak = 0
-    for step in row:
-        live += step.op is Op.F
-        peak = max(peak, live)
-        live -= step.op in (Op.B, Op.W)
-    return peak
+    return tuple(round(peak) for peak in _peaks(schedule, (1.0,) * schedule.num_stages))
+
+
+def peak_live_in_ranks(schedule: Schedule, stage_factors: tuple[float, ...] | None = None) -> tuple[float, ...]:
+    """The same, counting each stage as its share of the model times the number of ranks.
+
+    Stages have equal shares, or shares in proportion to `stage_factors`. With V equal stages per rank, each
+    (stage, mb) counts 1/V, so that 1F1B's first rank has num_ranks whatever the number of stages.
+    """
+    factors = stage_factors or (1.0,) * schedule.num_stages
+    unit = sum(factors) / schedule.num_ranks
+    return tuple(peak / unit for peak in _peaks(schedule, factors))
+
+
+def _peaks(schedule: Schedule, weights: tuple[float, ...]) -> list[float]:
+    """The largest sum of weights of live (stage, mb), by rank."""
+    trains = schedule.has_backward()
+    peaks = []
+    for row in schedule.rows:
+        live = peak = 0.0
+        for op, stage, _ in row:
+            live += weights[stage] * (op is Op.F)
+            peak = max(peak, live)
+            live -= weights[stage] * (not trains or op in (Op.B, Op.W))
+        peaks.append(peak)
+    return peaks
 
 
 def _check_costs(costs: Costs, schedule: Schedule) -> None:

@@ -1,15 +1,29 @@
-"""Every named order is complete and ordered at any size, and has the bubble and the memory the papers give."""
+"""Every named order is complete and ordered at any size; the classics have the bubble and the memory the papers give.
+
+The figures of the other orders are in the test_orders_* files beside this one.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron3d.errors import ScheduleError
-from megatron3d.pipeline.orders import ORDERS, build_schedule, forward_only, gpipe, one_f_one_b
+from megatron3d.pipeline.orders import (
+    ORDERS,
+    build_schedule,
+    forward_only,
+    forward_only_on,
+    gpipe,
+    one_f_one_b,
+    placement_of,
+    virtual_of,
+)
+from megatron3d.pipeline.placement import v_shape
 from megatron3d.pipeline.schedule import Op, Schedule, Step, check, handover, needs
 from megatron3d.pipeline.simulate import simulate
 
@@ -29,23 +43,95 @@ def by_hand(*rows: str) -> Schedule:
     return Schedule("by hand", len(rows), num_microbatches, steps, tuple(range(len(rows))))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(sorted(ORDERS)), RANKS, MICROBATCHES)
-def test_every_order_has_each_step_exactly_once_and_never_deadlocks(name, num_ranks, num_microbatches):
-    schedule = build_schedule(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
-    ops = [Op.F] if name == "forward-only" else [Op.F, Op.B]
-    cells = [(stage, mb) for stage in range(num_ranks) for mb in range(num_microbatches)]
-    assert Counter(schedule.steps()) == Counter(Step(op, stage, mb) for op in ops for stage, mb in cells)
-    ends = {timed.step: timed.end for timed in simulate(schedule).steps}
-    for timed in simulate(schedule).steps:
+@st.composite
+def sized_orders(draw: st.DrawFn, *, ranks: st.SearchStrategy[int] = RANKS) -> tuple[str, int, int, int]:
+    """A named order, ranks, microbatches and stages per rank that it takes."""
+    name = draw(st.sampled_from(sorted(ORDERS)))
+    return name, draw(ranks), draw(MICROBATCHES), virtual_of(name) or draw(st.integers(1, 4))
+
+
+@settings(max_examples=80, deadline=None)
+@given(sized_orders())
+def test_every_order_has_each_step_exactly_once_and_never_deadlocks(sized):
+    name, p, m, virtual = sized
+    schedule = build_schedule(name, num_ranks=p, num_microbatches=m, virtual=virtual)
+    cells = [(stage, mb) for stage in range(p * virtual) for mb in range(m)]
+    counts = Counter(schedule.steps())
+    assert set(counts.values()) == {1}
+    assert {(stage, mb) for op, stage, mb in counts if op is Op.F} == set(cells)
+    for stage, mb in cells:
+        ops = "".join(op.value for op in Op if Step(op, stage, mb) in counts)
+        assert ops in (["F"] if name == "forward-only" else ["FB", "FIW"])
+    assert all(schedule.stage_to_rank[step.stage] == rank for rank, row in enumerate(schedule.rows) for step in row)
+    timeline = simulate(schedule)
+    ends = {timed.step: timed.end for timed in timeline.steps}
+    for timed in timeline.steps:
         op, stage, mb = timed.step
-        before = Step(Op.F, stage - 1, mb) if op is Op.F else Step(Op.B, stage + 1, mb)
-        assert before not in ends or ends[before] <= timed.start
-        assert op is Op.F or ends[Step(Op.F, stage, mb)] <= timed.start
+        neighbour = stage - 1 if op is Op.F else stage + 1
+        before = [Step(Op.F, stage, mb)] if op is not Op.F else []
+        before += [Step(o, neighbour, mb) for o in ((Op.F,) if op is Op.F else (Op.B, Op.I)) if op is not Op.W]
+        before += [Step(Op.I, stage, mb)] if op is Op.W else []
+        assert all(ends.get(step, 0.0) <= timed.start for step in before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sized_orders(ranks=st.integers(2, 6)), st.randoms(use_true_random=False))
+def test_an_order_with_a_step_lost_doubled_or_brought_forward_is_refused(sized, random):
+    name, p, m, virtual = sized
+    schedule = build_schedule(name, num_ranks=p, num_microbatches=m, virtual=virtual)
+    rank = random.randrange(p)
+    row = list(schedule.rows[rank])
+    step = random.choice(row)
+    lost = [other for other in row if other != step]
+    if name != "forward-only":  # a step before what its own rank needs: the backward or W at the very start
+        last = row[-1]
+        assert_refused(schedule, rank, [last, *row[:-1]])
+    assert_refused(schedule, rank, lost)
+    assert_refused(schedule, rank, [*row, step])
+
+
+def assert_refused(schedule: Schedule, rank: int, row: list[Step]) -> None:
+    """The schedule with another row is no schedule."""
+    rows = (*schedule.rows[:rank], tuple(row), *schedule.rows[rank + 1 :])
+    with pytest.raises(ScheduleError):
+        simulate(replace(schedule, rows=rows))
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(sorted(ORDERS)), RANKS, MICROBATCHES)
+@given(sized_orders())
+def test_the_placement_of_an_order_is_known_without_its_microbatches(sized):
+    name, p, m, virtual = sized
+    places = placement_of(name, num_ranks=p, virtual=virtual)
+    assert build_schedule(name, num_ranks=p, num_microbatches=m, virtual=virtual).stage_to_rank == places
+    expected = (*range(p), *range(p - 1, -1, -1)) if name in ("zb-v", "dualpipe-v") else (*range(p),) * virtual
+    assert places == expected
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("num_microbatches", [1, 2, 7])
+def test_one_rank_alone_never_idles(name, num_microbatches):
+    for virtual in [virtual_of(name)] if virtual_of(name) else [1, 2, 3]:
+        timeline = simulate(build_schedule(name, num_ranks=1, num_microbatches=num_microbatches, virtual=virtual))
+        assert timeline.idle == timeline.idle_inside == (0.0,)
+        assert timeline.span == num_microbatches * virtual * (1 if name == "forward-only" else 3)
+
+
+def test_the_table_names_the_orders_and_their_stages_per_rank():
+    assert {name: virtual_of(name) for name in ORDERS} == {
+        "gpipe": 1,
+        "1f1b": 1,
+        "interleaved": None,
+        "breadth-first": None,
+        "zb-h1": 1,
+        "zb-h2": 1,
+        "zb-v": 2,
+        "dualpipe-v": 2,
+        "forward-only": None,
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["gpipe", "1f1b", "forward-only"]), RANKS, MICROBATCHES)
 def test_bubble_is_p_minus_1_over_m_plus_p_minus_1(name, p, m):
     timeline = simulate(build_schedule(name, num_ranks=p, num_microbatches=m))
     assert timeline.bubble_fraction == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
@@ -80,13 +166,47 @@ def test_forward_only_serves_several_stages_per_rank(p, m, virtual):
         assert simulate(schedule).span == m * virtual + p - 1
 
 
+@settings(max_examples=25, deadline=None)
+@given(RANKS, MICROBATCHES)
+def test_forwards_on_a_v_take_turns_between_both_ways_without_a_gap(p, m):
+    timeline = simulate(forward_only_on(v_shape(p), m))
+    assert timeline.span == (2 * m + 2 * p - 2 if p > 1 else 2 * m)
+    assert timeline.peak_live_activations == (1,) * p
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(1, 12))
+def test_forwards_run_wherever_the_stages_lie(places, m):
+    places = tuple(sorted(set(places)).index(rank) for rank in places)  # every rank holds a stage
+    schedule = forward_only_on(places, m)
+    check(schedule)
+    timeline = simulate(schedule)
+    assert (schedule.stage_to_rank, schedule.num_microbatches) == (places, m)
+    starts = {timed.step: timed.start for timed in timeline.steps}
+    for mb in range(1, m):
+        assert starts[Step(Op.F, len(places) - 1, mb - 1)] < starts[Step(Op.F, len(places) - 1, mb)]
+    assert timeline.span < m * len(places) + 1
+
+
+def test_forwards_without_a_stage_are_refused():
+    with pytest.raises(ScheduleError, match="0 pipeline ranks"):
+        forward_only_on((), 3)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"name": "1F1B"}, ["'1F1B'", "gpipe, 1f1b, forward-only", "did you mean '1f1b'"]),
+        ({"name": "1F1B"}, ["'1F1B'", "gpipe, 1f1b, interleaved", "did you mean '1f1b'"]),
         ({"name": "forward_only"}, ["did you mean 'forward-only'"]),
-        ({"name": "zzz"}, ["'zzz'", "gpipe, 1f1b, forward-only"]),
-        ({"virtual": 2}, ["1f1b", "2 virtual stages"]),
+        ({"name": "zzz"}, ["'zzz'", "gpipe, 1f1b, interleaved"]),
+        ({"virtual": 2}, ["1f1b has one stage", "2 virtual stages", "use 1"]),
+        ({"name": "zb-h1", "virtual": 3}, ["zb-h1 has one stage", "3 virtual stages"]),
+        ({"name": "zb-v"}, ["zb-v has 2 stages per rank", "1 virtual stages", "use 2"]),
+        ({"name": "dualpipe-v", "virtual": 4}, ["dualpipe-v has 2 stages per rank", "4 virtual stages"]),
+        ({"group_size": 4}, ["stage 4 has no meaning for --pipeline-schedule 1f1b", "use --pipeline-schedule inter"]),
+        ({"name": "interleaved", "group_size": 3, "virtual": 2}, ["stage 3 is under the 4 pipeline ranks"]),
+        ({"name": "interleaved", "group_size": 0, "virtual": 2}, ["stage 0 is under the 4 pipeline ranks"]),
+        ({"name": "breadth-first", "virtual": 0}, ["0 stages per rank", "at least 1"]),
         ({"num_ranks": 0}, ["0 pipeline ranks", "at least 1"]),
         ({"num_microbatches": 0}, ["0 microbatches", "at least 1"]),
     ],
