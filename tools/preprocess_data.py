@@ -3,7 +3,8 @@
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix my \
         --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --append-eod --workers 8
 
-writes my_text_document.bin and my_text_document.idx. The work is done in megatron3d/data/preprocess.py.
+writes my_text_document.bin and my_text_document.idx; with --split-sentences, which BERT needs, my_text_sentence.bin
+and .idx. The work is done in megatron3d/data/preprocess.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron3d.data.corpus import FORMATS, find_inputs
-from megatron3d.data.preprocess import EncodeRequest, Progress, output_prefix, preprocess
+from megatron3d.data.preprocess import EncodeRequest, Progress, SentenceSplitting, output_prefix, preprocess
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import ConfigError, Megatron3dError
 
@@ -24,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     data = p.add_argument_group("input and output")
     data.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"paths or globs of {FORMATS} files")
     data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys to read (default text)")
-    data.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx")
+    data.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin, .idx")
     data.add_argument("--dataset-impl", choices=["mmap"], help="accepted; the format is always the mapped one")
     tokenizer = p.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES, help="kind of tokenizer")
@@ -36,9 +37,9 @@ def parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--vocab-size", type=int, default=786, metavar="N", help="of the NullTokenizer")
     tokenizer.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's token")
     sentences = p.add_argument_group("sentences")
-    sentences.add_argument("--split-sentences", action="store_true", help="not supported yet")
-    sentences.add_argument("--keep-newlines", action="store_true", help="accepted; matters to --split-sentences alone")
-    sentences.add_argument("--lang", default="english", help="accepted; matters to --split-sentences alone")
+    sentences.add_argument("--split-sentences", action="store_true", help="a sequence for each sentence (BERT)")
+    sentences.add_argument("--keep-newlines", action="store_true", help="keep line ends at the end of sentences")
+    sentences.add_argument("--lang", default="english", metavar="L", help="language of the sentences")
     work = p.add_argument_group("work")
     work.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode (default 1)")
     work.add_argument("--partitions", type=int, default=1, metavar="N", help="accepted; see the note it prints")
@@ -70,11 +71,6 @@ class ProgressLines:
 
 def check(args: argparse.Namespace) -> None:
     """Raises: ConfigError for what the options alone show to be impossible."""
-    if args.split_sentences:
-        raise ConfigError(
-            f"--split-sentences is not supported yet for --input {' '.join(args.input)}; leave it out for GPT, or give "
-            f"each document as a JSON list of its sentences, which become sequences of their own."
-        )
     for flag, value in (
         ("--workers", args.workers),
         ("--partitions", args.partitions),
@@ -100,7 +96,8 @@ def run(args: argparse.Namespace) -> None:
         tokenizer_model=args.tokenizer_model,
         vocab_size=args.vocab_size,
     )
-    request = EncodeRequest(spec, tuple(dict.fromkeys(args.json_keys)), args.append_eod)
+    splitting = SentenceSplitting(args.lang, args.keep_newlines) if args.split_sentences else None
+    request = EncodeRequest(spec, tuple(dict.fromkeys(args.json_keys)), args.append_eod, splitting)
     done = preprocess(
         find_inputs(args.input),
         args.output_prefix,
@@ -109,10 +106,12 @@ def run(args: argparse.Namespace) -> None:
         report=ProgressLines(args.log_interval),
     )
     for key in request.json_keys:
-        print(f"wrote {output_prefix(args.output_prefix, key)}.bin and .idx")
+        target = output_prefix(args.output_prefix, key, split_sentences=args.split_sentences)
+        print(f"wrote {target}.bin and .idx")
+    sentences = f", {done.num_sequences:,} sentences" if args.split_sentences else ""
     empty = f" ({done.num_empty:,} texts without a token)" if done.num_empty else ""
     print(
-        f"{done.num_documents:,} documents{empty}, {done.num_tokens:,} tokens in {done.elapsed_s:.1f} s: "
+        f"{done.num_documents:,} documents{empty}{sentences}, {done.num_tokens:,} tokens in {done.elapsed_s:.1f} s: "
         f"{done.documents_per_s:,.0f} docs/s, {done.megabytes_per_s:.2f} MB/s"
     )
 

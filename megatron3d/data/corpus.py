@@ -43,10 +43,11 @@ class RawBatch:
 
 @dataclass(frozen=True)
 class Document:
-    """The texts of one key of one record: one, or several where the value is a list of sentences."""
+    """The texts of one key of one record: one, or several where the value is a list of sentences (`is_split`)."""
 
     place: str
     sentences: list[str]
+    is_split: bool
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
@@ -92,7 +93,10 @@ def parse_documents(batch: RawBatch, key: str) -> list[Document]:
     """
     places = [f"{batch.path}, line {number}" for number in batch.line_numbers]
     objects = [_parse(record, place) for record, place in zip(batch.records, places)]
-    return [Document(place, _sentences(values, key, place)) for values, place in zip(objects, places)]
+    return [
+        Document(place, _sentences(values, key, place), is_split=isinstance(values[key], list))
+        for values, place in zip(objects, places)
+    ]
 
 
 def iterate_texts(files: Sequence[Path], key: str) -> Iterator[str]:

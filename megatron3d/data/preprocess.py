@@ -22,8 +22,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron3d.data.abbreviations import language_rules
 from megatron3d.data.corpus import Document, RawBatch, parse_documents, read_batches
 from megatron3d.data.indexed import IndexedDatasetWriter, token_dtype
+from megatron3d.data.sentences import split_sentences
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError, PeerError
 
@@ -33,12 +35,21 @@ _Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
+class SentenceSplitting:
+    """How texts are cut into sentences: by the rules of a language; `keep_newlines` keeps line ends in sentences."""
+
+    language: str = "english"
+    keep_newlines: bool = False
+
+
+@dataclass(frozen=True)
 class EncodeRequest:
-    """What every worker needs to know."""
+    """What every worker needs to know. Without `splitting` a text is one sequence."""
 
     tokenizer: TokenizerSpec
     json_keys: tuple[str, ...]
     append_eod: bool
+    splitting: SentenceSplitting | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ class Progress:
 
     num_documents: int
     num_empty: int
+    num_sequences: int
     num_tokens: int
     text_bytes: int
     input_share: float
@@ -87,9 +99,9 @@ class Progress:
         return self.elapsed_s * (1 - self.input_share) / max(self.input_share, 1e-9)
 
 
-def output_prefix(prefix: str, key: str) -> str:
-    """Where the tokens of `key` go: Megatron-LM's name for whole documents."""
-    return f"{prefix}_{key}_document"
+def output_prefix(prefix: str, key: str, *, split_sentences: bool = False) -> str:
+    """Where the tokens of `key` go: Megatron-LM's names for documents that are and are not cut into sentences."""
+    return f"{prefix}_{key}_{'sentence' if split_sentences else 'document'}"
 
 
 def preprocess(
@@ -100,14 +112,15 @@ def preprocess(
     workers: int,
     report: Callable[[Progress], None],
 ) -> Progress:
-    """Encode all documents of `files` into `{prefix}_{key}_document.bin/.idx`, one pair a key; the final progress.
+    """Encode all documents of `files` into the `.bin/.idx` of `output_prefix`, one pair a key; the final progress.
 
-    An empty text is a document without sequences, as in Megatron-LM, so that the keys of one corpus stay in step.
-    `report` is called after each batch.
+    With `request.splitting` each sentence is a sequence; a text that is a list is taken as sentences already. An empty
+    text is a document without sequences, as in Megatron-LM, so that the keys of one corpus stay in step. `report` is
+    called after each batch.
 
-    Raises: ConfigError if --append-eod meets a tokenizer without such a token; DataError for input that cannot be
-    read or holds no token at all; StorageError if the output cannot be written; PeerError if a worker was killed. No
-    output appears in these cases.
+    Raises: ConfigError if --append-eod meets a tokenizer without such a token, or --lang is unknown; DataError for
+    input that cannot be read or holds no token at all; StorageError if the output cannot be written; PeerError if a
+    worker was killed. No output appears in these cases.
     """
     tokenizer = _tokenizer_of(request.tokenizer)
     if request.append_eod and tokenizer.eod is None:
@@ -115,13 +128,16 @@ def preprocess(
             f"--append-eod cannot be used: {request.tokenizer.tokenizer_type} has no end-of-document token; leave the "
             f"option out or choose another tokenizer."
         )
+    if request.splitting is not None:
+        language_rules(request.splitting.language)
     total_bytes = max(1, sum(file.stat().st_size for file in files))
     start_s = time.monotonic()
-    progress = Progress(0, 0, 0, 0, 0.0, 0.0)
+    progress = Progress(0, 0, 0, 0, 0, 0.0, 0.0)
     batches = read_batches(files, request.json_keys)
     with ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
-        targets = [output_prefix(prefix, key) for key in request.json_keys]
+        is_split = request.splitting is not None
+        targets = [output_prefix(prefix, key, split_sentences=is_split) for key in request.json_keys]
         writers = [stack.enter_context(IndexedDatasetWriter(target, dtype)) for target in targets]
         num_tokens = [0] * len(writers)
         for batch in _map_in_order(functools.partial(encode_batch, request), batches, workers):
@@ -131,6 +147,7 @@ def preprocess(
             progress = Progress(
                 progress.num_documents + batch.num_documents,
                 progress.num_empty + int(sum((encoded.sequences_per_document == 0).sum() for encoded in batch.keys)),
+                progress.num_sequences + sum(len(encoded.sequence_lengths) for encoded in batch.keys),
                 sum(num_tokens),
                 progress.text_bytes + batch.text_bytes,
                 batch.input_bytes / total_bytes,
@@ -148,8 +165,23 @@ def encode_batch(request: EncodeRequest, batch: RawBatch) -> EncodedBatch:
     for key in request.json_keys:
         documents = parse_documents(batch, key)
         text_bytes += sum(len(sentence.encode()) for document in documents for sentence in document.sentences)
+        if request.splitting is not None:
+            documents = [_split(document, request.splitting) for document in documents]
         keys.append(_encode_documents(tokenizer, documents, append_eod=request.append_eod))
     return EncodedBatch(tuple(keys), len(batch.records), text_bytes, batch.input_bytes)
+
+
+def _split(document: Document, splitting: SentenceSplitting) -> Document:
+    """A document with its text cut into sentences, unless it came as a list of them."""
+    if document.is_split:
+        return document
+    rules = language_rules(splitting.language)
+    sentences = [
+        sentence
+        for text in document.sentences
+        for sentence in split_sentences(text, rules, keep_newlines=splitting.keep_newlines)
+    ]
+    return Document(document.place, sentences, is_split=True)
 
 
 def _encode_documents(tokenizer: Tokenizer, documents: Sequence[Document], *, append_eod: bool) -> EncodedKey:

@@ -201,7 +201,7 @@ def test_wrong_usage_has_exit_code_2(tmp_path: Path, run: Run, tool: ModuleType)
     (tmp_path / "c.csv").write_text("x")
     out = ("--output-prefix", tmp_path / "out")
     for words, message in [
-        ((tmp_path / "c.jsonl", "--split-sentences"), "--split-sentences is not supported yet"),
+        ((tmp_path / "c.jsonl", "--split-sentences", "--lang", "klingon"), "--lang klingon is not known"),
         ((tmp_path / "c.jsonl", "--workers", 0), "--workers 0 is not at least 1"),
         ((tmp_path / "c.jsonl", "--tokenizer-type", "GPT2BPETokenizer"), "GPT2BPETokenizer needs --vocab-file"),
         ((tmp_path / "c.csv",), "c.csv has an ending that is not known"),
