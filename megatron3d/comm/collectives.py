@@ -83,6 +83,18 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     return Pending(part, _scatter_flat(part, x.contiguous(), group=axis.group, async_op=True))
 
 
+def start_reduce_scatter_into(part: Tensor, x: Tensor, axis: Axis) -> Pending:
+    """Sum the one-dimensional `x` over the axis and keep this rank's part in the caller's `part`, which may be this
+    rank's part of `x` itself. The rest of `x` is left as the backend leaves it."""
+    if axis.size == 1:
+        if part.data_ptr() != x.data_ptr():
+            part.copy_(x)
+        return Pending(part)
+    _require_divisible(x.shape[0], axis)
+    axis.meter.add(axis.name, "reduce_scatter", _size_bytes(x))
+    return Pending(part, _scatter_flat(part, x, group=axis.group, async_op=True))
+
+
 def all_reduce(x: Tensor, axis: Axis, *, reduction: str = "sum") -> Tensor:
     """`start_all_reduce` and wait."""
     return start_all_reduce(x, axis, reduction=reduction).wait()

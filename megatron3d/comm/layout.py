@@ -17,18 +17,26 @@ AXES = ("tp", "cp", "dp", "pp")  # fastest first
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of tensor, pipeline, data, context and expert parallelism (experts share the data ranks)."""
+    """Degrees of tensor, pipeline, data, context and expert parallelism (experts share the data ranks).
+
+    `zero_shard` is the number of consecutive data ranks that share ZeRO's state out; None is all of them.
+    """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     cp: int = 1
     ep: int = 1
+    zero_shard: int | None = None
 
     def __post_init__(self) -> None:
         for axis in (*AXES, "ep"):
             if getattr(self, axis) < 1:
                 raise ConfigError(f"the {axis} degree of a layout must be at least 1, not {getattr(self, axis)}")
+        if self.shard_size < 1 or self.dp % self.shard_size:
+            raise ConfigError(
+                f"--zero-shard-size {self.zero_shard} does not cut the {self.dp} data-parallel ranks into equal groups"
+            )
 
     @property
     def world_size(self) -> int:
@@ -38,6 +46,11 @@ class Layout:
     def size(self, axis: str) -> int:
         """Number of ranks along `axis` ("tp", "cp", "dp" or "pp")."""
         return {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp}[axis]
+
+    @property
+    def shard_size(self) -> int:
+        """Consecutive data-parallel ranks that share ZeRO's state out."""
+        return self.dp if self.zero_shard is None else self.zero_shard
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Position of a rank along every axis."""
@@ -62,6 +75,15 @@ class Layout:
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """Every group of ranks along `axis`; together they hold each rank once."""
         return sorted({self.ranks_along(axis, rank) for rank in range(self.world_size)})
+
+    def shard_groups(self) -> list[tuple[int, ...]]:
+        """Groups of consecutive data-parallel ranks that share ZeRO's state out."""
+        size = self.shard_size
+        return sorted(group[i : i + size] for group in self.groups("dp") for i in range(0, self.dp, size))
+
+    def replica_groups(self) -> list[tuple[int, ...]]:
+        """Groups of data-parallel ranks that own the same part of ZeRO's state, one of each shard group."""
+        return sorted(group[i :: self.shard_size] for group in self.groups("dp") for i in range(self.shard_size))
 
     def tied_groups(self) -> list[tuple[int, ...]]:
         """Groups of the first and last pipeline rank that share the tied embedding; single ranks elsewhere."""

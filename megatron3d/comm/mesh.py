@@ -23,7 +23,8 @@ class Axis:
     """The ranks that this rank shares one kind of work with.
 
     Attributes:
-        name: "tp", "cp", "dp", "pp", "tied" (holders of the tied embedding) or "world".
+        name: "tp", "cp", "dp", "pp", "shard" and "replica" (the two axes that hierarchical ZeRO cuts dp into), "tied"
+            (holders of the tied embedding), "world", or "alone" (this rank by itself).
         size: number of ranks.
         rank: own position among them.
         ranks: their global ranks, in order.
@@ -41,7 +42,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """A layout as one rank sees it."""
+    """A layout as one rank sees it.
+
+    `shard` are the data-parallel ranks that share ZeRO's state out (`dp` itself where that is all of them) and
+    `replica` those that own the same part.
+    """
 
     layout: Layout
     rank: int
@@ -49,6 +54,9 @@ class Mesh:
     cp: Axis
     dp: Axis
     pp: Axis
+    shard: Axis
+    replica: Axis
+    alone: Axis
     tied: Axis
     world: Axis
     meter: Meter
@@ -87,6 +95,22 @@ def make_mesh(layout: Layout, *, timeout: timedelta = timedelta(minutes=10)) -> 
         return Axis(name, len(mine), mine.index(rank), mine, group, meter)
 
     axes = {name: axis(name, layout.groups(name)) for name in AXES}
+    alone = Axis("alone", 1, 0, (rank,), None, meter)
+    shard, replica = axes["dp"], alone
+    if layout.shard_size == 1:
+        shard, replica = alone, axes["dp"]
+    elif layout.shard_size < layout.dp:
+        shard, replica = axis("shard", layout.shard_groups()), axis("replica", layout.replica_groups())
     tied = axis("tied", layout.tied_groups())
     world = axis("world", [tuple(range(world_size))])
-    return Mesh(layout=layout, rank=rank, tied=tied, world=world, meter=meter, **axes)
+    return Mesh(
+        layout=layout,
+        rank=rank,
+        shard=shard,
+        replica=replica,
+        alone=alone,
+        tied=tied,
+        world=world,
+        meter=meter,
+        **axes,
+    )

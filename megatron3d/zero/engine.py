@@ -1,7 +1,8 @@
 """ZeroEngine: all flat units of one rank: gradients in, updated weights out, and what checkpoints store.
 
-One optimizer step is: `begin_step`, backwards (during which units start their reductions), `finish_reduce`,
-`squared_norm`, `scale_grads`, the optimizer's step on `pieces`, `publish`.
+One optimizer step is: `begin_step`; backwards, each between `before_backward` and `after_backward`, during which units
+start their reductions; `finish_reduce`, `squared_norm`, `scale_grads`, `step`, `clear_grads`. The stages of ZeRO differ
+in the rows of `policy.py` alone.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from megatron3d.comm.mesh import Mesh
 from megatron3d.params.boxes import ShardView
+from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import Declared
+from megatron3d.zero.buffers import Transit
+from megatron3d.zero.lending import Lending, Places
 from megatron3d.zero.unit import FlatUnit, Piece, UnitOptions
 
 
@@ -32,27 +36,45 @@ class UnitParameters:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes that this rank holds of each kind of state."""
+    """Bytes that this rank holds of each kind of state, and the most that buffers taken for a while have come to."""
 
     weights: int
     gradients: int
     master_weights: int
+    transient_peak: int
 
 
 class ZeroEngine:
     """The units of this rank in the order in which they are reduced and published, which all ranks share."""
 
     def __init__(
-        self, parameters: Mapping[str, UnitParameters], mesh: Mesh, options: UnitOptions, sink: GradSink
+        self,
+        parameters: Mapping[str, UnitParameters],
+        mesh: Mesh,
+        options: UnitOptions,
+        sink: GradSink,
+        *,
+        gate: WeightGate | None = None,
+        places: Places | None = None,
     ) -> None:
+        """Args: `gate` and `places` are those of the stages, which options that move weights need."""
         self.options = options
         self.parameters = dict(parameters)
-        self.units = {
-            name: FlatUnit(name, unit.declared, mesh, options, tied=mesh.tied if unit.is_tied else None)
-            for name, unit in parameters.items()
-        }
+        self.transit = Transit()
+        self.units: dict[str, FlatUnit] = {}
+        for name, unit in parameters.items():
+            tied = mesh.tied if unit.is_tied else None
+            self.units[name] = FlatUnit(name, unit.declared, mesh, options, tied=tied, transit=self.transit)
         for unit in self.units.values():
             unit.bind(sink)
+        self.lending = Lending(
+            {name: unit.weights for name, unit in self.units.items()},
+            places or {},
+            takes_back=options.policy.shard_params,
+            prefetch=options.prefetch,
+        )
+        if gate is not None:
+            gate.bind(self.lending)
 
     @property
     def pieces(self) -> list[Piece]:
@@ -64,11 +86,24 @@ class ZeroEngine:
         for name, unit in self.units.items():
             unit.expect(self.parameters[name].contributions * num_microbatches)
 
+    def before_backward(self, stage: int) -> None:
+        """A backward of a stage, or its weight-gradient half, begins."""
+        self.lending.begin_backward()
+        for name, unit in self._units_of(stage):
+            used_once = len(self.parameters[name].stages) == 1
+            unit.expect_in_backward(self.parameters[name].contributions if used_once else 0)
+
+    def after_backward(self, stage: int) -> None:
+        """It is over: reduce what it brought where gradients are sharded, free what it borrowed."""
+        self.lending.end_backward(stage)
+        if self.options.policy.shard_grads:
+            for _, unit in self._units_of(stage):
+                unit.start_reduce()
+
     def reduce_stage(self, stage: int) -> None:
-        """Start the reductions of a stage whose backwards are done, but for units that other stages still use; those of
-        tied tables wait for `finish_reduce`."""
-        for name, unit in self.units.items():
-            if stage in self.parameters[name].stages and unit.tied is None and unit.is_complete:
+        """Start the reductions of a stage whose backwards are done, but for units that other stages still use."""
+        for _, unit in self._units_of(stage):
+            if unit.is_complete:
                 unit.start_reduce()
 
     def finish_reduce(self) -> None:
@@ -76,7 +111,12 @@ class ZeroEngine:
         for unit in self.units.values():
             unit.start_reduce()
         for unit in self.units.values():
+            unit.start_finishing()
+        for unit in self.units.values():
             unit.finish_reduce()
+
+    def _units_of(self, stage: int) -> list[tuple[str, FlatUnit]]:
+        return [(name, unit) for name, unit in self.units.items() if stage in self.parameters[name].stages]
 
     def squared_norm(self) -> Tensor:
         """This rank's share of the global squared gradient norm, fp64; shares add up over all ranks of the mesh."""
@@ -90,11 +130,26 @@ class ZeroEngine:
                 assert unit.own_grads is not None, f"unit {unit.name} has no reduced gradients"
                 unit.own_grads.mul_(factor)
 
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Update the master weights of this rank's part, and bring them to the layers."""
+        optimizer.step()
+        self.publish()
+
     def publish(self) -> None:
-        """Bring the updated master weights to the layers of every rank."""
-        pending = [unit.start_publish() for unit in self.units.values()]
-        for one in pending:
-            one.wait()
+        """Bring the updated master weights to the layers of every rank.
+
+        With `overlap_gather` this returns while they are on their way; whoever reads them waits at a gate, or for
+        `finish_publish`.
+        """
+        for unit in self.units.values():
+            unit.weights.start_publish()
+        if not self.options.overlap_gather:
+            self.finish_publish()
+
+    def finish_publish(self) -> None:
+        """Wait until the weights of every unit that keeps them have arrived."""
+        for unit in self.units.values():
+            unit.weights.finish_gather()
 
     def clear_grads(self) -> None:
         """Forget the gradients, for the next step."""
@@ -138,11 +193,11 @@ class ZeroEngine:
         return views
 
     def state_bytes(self) -> StateBytes:
-        """Bytes of weights, gradients and separate master weights, as allocated."""
-
-        def total(tensors: list[Tensor]) -> int:
-            return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
+        """Bytes of weights, gradients and separate master weights, as allocated from step to step."""
         units = list(self.units.values())
-        separate = [unit.master for unit in units if unit.master.dtype != self.options.param_dtype]
-        return StateBytes(total([u.weights for u in units]), total([u.grads for u in units]), total(separate))
+        return StateBytes(
+            weights=sum(unit.weights.persistent_bytes for unit in units),
+            gradients=sum(unit.grads.persistent_bytes for unit in units),
+            master_weights=sum(unit.weights.separate_master_bytes for unit in units),
+            transient_peak=self.transit.peak_bytes,
+        )

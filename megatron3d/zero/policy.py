@@ -22,6 +22,8 @@ class Policy:
 POLICIES = {
     0: Policy(shard_optimizer=False, shard_grads=False, shard_params=False),
     1: Policy(shard_optimizer=True, shard_grads=False, shard_params=False),
+    2: Policy(shard_optimizer=True, shard_grads=True, shard_params=False),
+    3: Policy(shard_optimizer=True, shard_grads=True, shard_params=True),
 }
 
 
@@ -29,8 +31,8 @@ def policy_of(zero_stage: int) -> Policy:
     """The policy of a stage.
 
     Raises:
-        ConfigError: the stage is not in this version.
+        ConfigError: there is no such stage.
     """
     if zero_stage not in POLICIES:
-        raise ConfigError(f"--zero-stage {zero_stage} is not in this version; use {' or '.join(map(str, POLICIES))}")
+        raise ConfigError(f"--zero-stage {zero_stage} is not a stage of ZeRO; use {', '.join(map(str, POLICIES))}")
     return POLICIES[zero_stage]

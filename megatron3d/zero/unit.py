@@ -1,33 +1,30 @@
 """FlatUnit: the parameters of one block in flat buffers, from initialisation to checkpoint.
 
-A unit owns its weights (in the dtype layers compute in), gradient buffer, and the fp32 master weights of the part
-that this rank updates; the modules' parameters are views into the weights. Communication of gradients and weights is
-written as start/finish pairs, and all of it is in this file.
+A unit lays its parameters out, owns the buffers of their weights and gradients (`buffers.py`, where all that moves
+them is), and knows which part of the master weights this rank updates and stores; the modules' parameters are views
+into the weights.
 
-The gradient of a unit is complete after every micro-batch has contributed; then, in this order:
-partial sums over the tensor axis, the sum over the holders of a tied table, the sum over the data-parallel ranks.
+The gradient of a unit is complete after every micro-batch has contributed; then, in this order: the sum over the ranks
+that share its state out, and on the part that is left the sum over the replicas, the sum of partial gradients over the
+tensor axis, and the sum over the holders of a tied table. Sums are sums, so their order is free, and last is cheapest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from megatron3d.comm.collectives import (
-    Pending,
-    all_reduce,
-    start_all_gather_into,
-    start_all_reduce,
-    start_reduce_scatter,
-)
+from megatron3d.comm.collectives import all_reduce
 from megatron3d.comm.mesh import Axis, Mesh
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.grads import GradSink
 from megatron3d.params.init import initial_shard
 from megatron3d.params.module import Declared
+from megatron3d.zero.buffers import GradBuffer, Transit, WeightBuffer, sharing_axes
 from megatron3d.zero.flat import Slot, Span, flat_layout
 from megatron3d.zero.policy import Policy
 
@@ -47,6 +44,8 @@ class UnitOptions:
         device: where the buffers are.
         seed: seed of the initial weights.
         overlap: start a unit's reduction when its last gradient arrives instead of at the end of the stage.
+        overlap_gather: let the gathers of updated weights run into the next forward, up to the gates.
+        prefetch: places ahead whose weights are on their way, where weights are gathered for use.
     """
 
     policy: Policy
@@ -55,6 +54,8 @@ class UnitOptions:
     device: torch.device
     seed: int
     overlap: bool = True
+    overlap_gather: bool = False
+    prefetch: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,46 +71,94 @@ class FlatUnit:
     """One unit on one rank. `tied` is the axis of the other holders where the unit is a tied table, else None."""
 
     def __init__(
-        self, name: str, declared: Sequence[Declared], mesh: Mesh, options: UnitOptions, *, tied: Axis | None
+        self,
+        name: str,
+        declared: Sequence[Declared],
+        mesh: Mesh,
+        options: UnitOptions,
+        *,
+        tied: Axis | None,
+        transit: Transit | None = None,
     ) -> None:
         self.name, self.mesh, self.options, self.tied = name, mesh, options, tied
         specs = [one.spec for one in declared]
         self.layout = flat_layout(specs, tp=mesh.tp.size, num_ranks=mesh.dp.size)
-        whole = Span(0, self.layout.length)
-        self.own = self.layout.slice_of(mesh.dp.rank, mesh.dp.size) if options.policy.shard_optimizer else whole
-        self._allocate()
+        self.axes = sharing_axes(options.policy, mesh)
+        self.own = self.layout.slice_of(self.axes.shard.rank, self.axes.shard.size)
         self._by_name = {one.spec.name: one for one in declared}
-        for slot in self.layout.slots:
-            one, view = self._by_name[slot.spec.name], self.weights[slot.span.slice].view(slot.shape)
-            one.owner.register_parameter(one.attribute, nn.Parameter(view))
+        self._allocate(transit or Transit())
         self.pieces = tuple(
             Piece(nn.Parameter(self.master[span.shifted(-self.own.start).slice]), span, decays)
             for decays, span in self.layout.optimizer_spans(self.own)
         )
         self._outstanding = 0
-        self._reducing: Pending | None = None
-        self.own_grads: Tensor | None = None
+        self._until_start = 0
+        self._is_reduced = False
 
-    def _allocate(self) -> None:
-        options, mesh = self.options, self.mesh
+    def _allocate(self, transit: Transit) -> None:
+        options, policy = self.options, self.options.policy
+        self.weights = WeightBuffer(
+            self._initial(),
+            self.own,
+            self.axes.shard,
+            dtype=options.param_dtype,
+            is_lent=policy.shard_params,
+            transit=transit,
+        )
+        for slot in self.layout.slots:
+            one, view = self._by_name[slot.spec.name], self.weights.whole[slot.span.slice].view(slot.shape)
+            one.owner.register_parameter(one.attribute, nn.Parameter(view))
+        self.weights.free()
+        self.grads = GradBuffer(
+            self.layout.length,
+            self.own,
+            self.axes,
+            dtype=options.grad_dtype,
+            device=options.device,
+            is_resident=not policy.shard_grads,
+            transit=transit,
+        )
+
+    def _initial(self) -> Tensor:
+        """The whole unit's initial values, fp32."""
+        options, tp = self.options, self.mesh.tp
         initial = torch.zeros(self.layout.length, device=options.device)
         for slot in self.layout.slots:
-            shard = initial_shard(slot.spec, seed=options.seed, tp=mesh.tp.size, tp_rank=mesh.tp.rank)
+            shard = initial_shard(slot.spec, seed=options.seed, tp=tp.size, tp_rank=tp.rank)
             initial[slot.span.slice].copy_(shard.flatten())
-        self.weights = initial.to(options.param_dtype)
-        is_own_master = options.param_dtype == torch.float32
-        self.master = self.weights[self.own.slice] if is_own_master else initial[self.own.slice].clone()
-        self.grads = torch.zeros(self.layout.length, dtype=options.grad_dtype, device=options.device)
+        return initial
+
+    @property
+    def master(self) -> Tensor:
+        """The fp32 weights of the part that this rank updates."""
+        return self.weights.master
+
+    @property
+    def own_grads(self) -> Tensor | None:
+        """The reduced gradients of the part that this rank updates, fp32; None until `finish_reduce`."""
+        return self.grads.own if self._is_reduced else None
 
     def bind(self, sink: GradSink) -> None:
         """Send the gradients of the unit's parameters to its buffer."""
         for slot in self.layout.slots:
             parameter = self._by_name[slot.spec.name].parameter
-            sink.bind(parameter, self.grads[slot.span.slice].view(slot.shape), self._on_arrival)
+            if self.grads.is_resident:
+                sink.bind(parameter, self._place_of(slot), self._on_arrival)
+            else:
+                sink.bind_late(parameter, partial(self._place_of, slot), self._on_arrival)
+
+    def _place_of(self, slot: Slot) -> Tensor:
+        return self.grads.arriving[slot.span.slice].view(slot.shape)
 
     def expect(self, contributions: int) -> None:
         """Say how many gradient contributions the coming step brings before the gradients are complete."""
         self._outstanding = contributions
+        self._until_start = contributions if self.grads.is_resident else 0
+
+    def expect_in_backward(self, contributions: int) -> None:
+        """Say how many of them the coming backward brings, where every backward is reduced by itself."""
+        if not self.grads.is_resident:
+            self._until_start = contributions
 
     @property
     def is_complete(self) -> bool:
@@ -118,40 +167,41 @@ class FlatUnit:
 
     def _on_arrival(self) -> None:
         self._outstanding -= 1
+        self._until_start -= 1
         assert self._outstanding >= 0, f"unit {self.name} got a gradient after all that were expected"
-        if self._outstanding == 0 and self.options.overlap and self.tied is None:
+        if self._until_start == 0 and self.options.overlap:
             self.start_reduce()
 
     def start_reduce(self) -> None:
-        """Start adding the gradients up over the ranks; does nothing where that has begun. Tied tables wait for all
-        their holders and so start in `finish_reduce`."""
-        if self._reducing is not None:
-            return
-        for segment in self.layout.segments:
-            if segment.tp_gradient == "partial":
-                all_reduce(self.grads[segment.span.slice], self.mesh.tp)
-        if self.tied is not None:
-            all_reduce(self.grads, self.tied)
-        if self.options.policy.shard_optimizer:
-            self._reducing = start_reduce_scatter(self.grads, self.mesh.dp)
-        else:
-            self._reducing = start_all_reduce(self.grads, self.mesh.dp)
+        """Start adding what has arrived up over the ranks that share the state out; nothing where that has begun."""
+        self.grads.start_scatter()
+
+    def start_finishing(self) -> None:
+        """Once all micro-batches are in: start the sum over the replicas."""
+        assert self.is_complete, f"unit {self.name} lacks {self._outstanding} gradients of this step"
+        self.grads.start_scatter()
+        self.grads.finish_scatter()
+        self.grads.start_replica_sum()
 
     def finish_reduce(self) -> None:
-        """Wait for the reduction and hand the optimizer's pieces their gradients, in fp32."""
-        assert self._outstanding == 0, f"unit {self.name} lacks {self._outstanding} gradients of this step"
-        self.start_reduce()
-        assert self._reducing is not None, f"unit {self.name} has no reduction to finish"
-        self.own_grads = self._reducing.wait().float()
-        self._reducing = None
+        """Complete the sums over all axes and hand the optimizer's pieces their gradients, in fp32."""
+        self.start_finishing()
+        self.grads.finish_replica_sum()
+        for segment in self.layout.segments:
+            span = segment.span.intersect(self.own)
+            if segment.tp_gradient == "partial" and span.length:
+                all_reduce(self.grads.own[span.shifted(-self.own.start).slice], self.mesh.tp)
+        if self.tied is not None:
+            all_reduce(self.grads.own, self.tied)
+        self._is_reduced = True
         for piece in self.pieces:
-            piece.parameter.grad = self.own_grads[piece.span.shifted(-self.own.start).slice]
+            piece.parameter.grad = self.grads.own[piece.span.shifted(-self.own.start).slice]
 
     def squared_norm(self) -> Tensor:
         """This rank's share of the sum of squared gradients, fp64: every logical element counts on one rank alone."""
         total = torch.zeros((), dtype=torch.float64, device=self.options.device)
         assert self.own_grads is not None, f"unit {self.name} has no reduced gradients"
-        if not self.options.policy.shard_optimizer and self.mesh.dp.rank > 0:
+        if self.axes.replica.rank > 0:
             return total
         for segment in self.layout.segments:
             is_copy = segment.tied_copy or (segment.tp_gradient != "sharded" and self.mesh.tp.rank > 0)
@@ -162,19 +212,10 @@ class FlatUnit:
                 total += norm.double().square()
         return total
 
-    def start_publish(self) -> Pending:
-        """Bring updated master weights into the weights that the layers read, on every rank."""
-        part = self.weights[self.own.slice]
-        if part.data_ptr() != self.master.data_ptr():
-            part.copy_(self.master)
-        if not self.options.policy.shard_optimizer:
-            return Pending(self.weights)
-        return start_all_gather_into(self.weights, part, self.mesh.dp)
-
     def clear_grads(self) -> None:
         """Forget the gradients, for the next step."""
-        self.grads.zero_()
-        self.own_grads = None
+        self.grads.clear()
+        self._is_reduced = False
         for piece in self.pieces:
             piece.parameter.grad = None
 

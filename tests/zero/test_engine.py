@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -36,14 +37,28 @@ RTOL, ATOL = 1e-5, 1e-6
 Boxes = dict[str, list[tuple[Box, Tensor]]]
 
 
-def backward(declared: dict[str, Declared], mesh: Mesh, sink: GradSink, step: int) -> None:
-    """Bring every contribution of this rank's micro-batches, as its layers would."""
+def backward(engine: ZeroEngine, declared: dict[str, Declared], mesh: Mesh, sink: GradSink, step: int) -> None:
+    """Bring every contribution of this rank's micro-batches, as its layers and its schedule would."""
     for mb in range(NUM_MICROBATCHES):
+        engine.before_backward(mesh.pp.rank)
         sample = mesh.dp.rank * NUM_MICROBATCHES + mb
         for name, one in declared.items():
             holder = 1 if mesh.pp.rank > 0 and name.startswith(TABLE) else 0
             grad = contribution(one.spec, step, sample, holder=holder, tp=mesh.tp.size, tp_rank=mesh.tp.rank)
             sink.add(one.parameter, grad.to(one.parameter.dtype))
+        engine.after_backward(mesh.pp.rank)
+
+
+def layers_of(engine: ZeroEngine, declared: dict[str, Declared]) -> dict[str, Tensor]:
+    """What the layers read after the last update, wherever the weights are kept meanwhile."""
+    engine.finish_publish()
+    for unit in engine.units.values():
+        unit.weights.start_gather()
+        unit.weights.finish_gather()
+    layers = {name: one.parameter.detach().clone() for name, one in declared.items()}
+    for unit in engine.units.values():
+        unit.weights.free()
+    return layers
 
 
 def reduced_norm(engine: ZeroEngine, mesh: Mesh) -> float:
@@ -62,20 +77,19 @@ def train(mesh: Mesh, setting: Setting) -> tuple[dict[str, Any], list[float]]:
     norms = []
     for step in range(NUM_STEPS):
         engine.begin_step(NUM_MICROBATCHES)
-        backward(declared, mesh, sink, step)
+        backward(engine, declared, mesh, sink, step)
         engine.reduce_stage(mesh.pp.rank)
         engine.finish_reduce()
         norms.append(reduced_norm(engine, mesh))
         engine.scale_grads(clip_factor(norms[-1], MAX_NORM))
         set_rates(optimizer, lr=LR, weight_decay=WEIGHT_DECAY)
-        optimizer.step()
-        engine.publish()
+        engine.step(optimizer)
         engine.clear_grads()
     held = {
         "weights": boxes_of(engine.weight_views()),
         "exp_avg": boxes_of(engine.state_views(optimizer, "exp_avg")),
         "exp_avg_sq": boxes_of(engine.state_views(optimizer, "exp_avg_sq")),
-        "layers": {name: one.parameter.detach().clone() for name, one in declared.items()},
+        "layers": layers_of(engine, declared),
     }
     return held, norms
 
@@ -115,6 +129,7 @@ def put_together(everyone: list[Boxes], name: str, shape: tuple[int, ...], *, nu
 
 def _train_and_compare(rank: int, world_size: int, settings: list[Setting]) -> None:
     mesh = make_mesh(settings[0].layout)
+    replicas = {True: mesh.replica.size, False: mesh.dp.size}
     num_holders = mesh.tied.size if mesh.pp.size == 1 else 2
     expected, expected_norms = reference(mesh.dp.size * NUM_MICROBATCHES, num_holders)
     specs = whole_specs()
@@ -124,7 +139,7 @@ def _train_and_compare(rank: int, world_size: int, settings: list[Setting]) -> N
         for kind in ("weights", "exp_avg", "exp_avg_sq"):
             everyone = gather_values(held[kind], mesh.world)
             for name, spec in specs.items():
-                copies = 1 if setting.zero_stage else mesh.dp.size
+                copies = replicas[setting.zero_stage > 0]
                 copies *= mesh.tp.size if spec.is_replicated else 1
                 copies *= num_holders if name.startswith("table") else 1
                 whole = put_together(everyone, name, spec.shape, num_copies=copies)
@@ -136,17 +151,33 @@ def _train_and_compare(rank: int, world_size: int, settings: list[Setting]) -> N
                     assert torch.equal(held["layers"][name], shard), f"{setting}: layers do not read {name}"
 
 
-LAYOUTS = [Layout(), Layout(dp=2), Layout(dp=4), Layout(tp=2, dp=2), Layout(tp=4), Layout(pp=2, dp=2), Layout(pp=3)]
+LAYOUTS = [
+    Layout(),
+    Layout(dp=2),
+    Layout(dp=4),
+    Layout(dp=4, zero_shard=2),
+    Layout(dp=2, zero_shard=1),
+    Layout(tp=2, dp=2),
+    Layout(tp=2, dp=4, zero_shard=2),
+    Layout(tp=4),
+    Layout(pp=2, dp=2),
+    Layout(pp=3),
+]
 DTYPES = [(FP32, FP32), (BF16, FP32), (BF16, BF16)]
+STAGES = (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def layout_id(layout: Layout) -> str:
+    return f"{layout}{f' in shards of {layout.zero_shard}' if layout.zero_shard else ''}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 def test_training_equals_plain_adamw_on_whole_parameters(pool: Pool, layout: Layout) -> None:
     settings = [
         Setting(layout, stage, param, grad, overlap)
-        for stage in (0, 1)
+        for stage in STAGES
         for param, grad in DTYPES
-        for overlap in (True, False)
+        for overlap in ((True, False) if (param, grad) != (BF16, FP32) else (True,))
     ]
     if layout.world_size == 1:
         _train_and_compare(0, 1, settings)
@@ -156,7 +187,7 @@ def test_training_equals_plain_adamw_on_whole_parameters(pool: Pool, layout: Lay
 
 def _train_twice(rank: int, world_size: int, layout: Layout) -> None:
     mesh = make_mesh(layout)
-    for stage in (0, 1):
+    for stage in STAGES:
         overlapped, plain = (train(mesh, Setting(layout, stage, BF16, FP32, overlap)) for overlap in (True, False))
         assert overlapped[1] == plain[1]
         for name, weight in overlapped[0]["layers"].items():
@@ -171,7 +202,7 @@ def test_overlap_changes_no_bit(pool: Pool) -> None:
 
 
 def _when_reductions_start(rank: int, world_size: int, overlap: bool, stage: int) -> list[int]:
-    """Calls on the dp axis after the first micro-batch, after the last, after `reduce_stage`, and at the end."""
+    """Calls on the dp axis: before and after the end of each of two backwards, after `reduce_stage`, at the end."""
     mesh, sink = make_mesh(Layout(dp=2)), GradSink()
     engine, declared = engine_of(Setting(mesh.layout, stage, overlap=overlap), mesh, sink)
     calls = []
@@ -181,8 +212,11 @@ def _when_reductions_start(rank: int, world_size: int, overlap: bool, stage: int
 
     engine.begin_step(2)
     for _ in range(2):
+        engine.before_backward(0)
         for one in declared.values():
             sink.add(one.parameter, torch.ones_like(one.parameter))
+        note()
+        engine.after_backward(0)
         note()
     engine.reduce_stage(0)
     note()
@@ -191,44 +225,109 @@ def _when_reductions_start(rank: int, world_size: int, overlap: bool, stage: int
     return calls
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_reductions_start_with_the_last_gradient_where_they_overlap_and_tied_tables_wait(
-    pool: Pool, stage: int
+@pytest.mark.parametrize(
+    ("stage", "overlap", "calls"),
+    [
+        (0, True, [0, 0, 3, 3, 3, 3]),
+        (0, False, [0, 0, 0, 0, 3, 3]),
+        (1, True, [0, 0, 3, 3, 3, 3]),
+        (1, False, [0, 0, 0, 0, 3, 3]),
+        (2, True, [3, 3, 6, 6, 6, 6]),
+        (2, False, [0, 3, 3, 6, 6, 6]),
+        (3, True, [3, 3, 6, 6, 6, 6]),
+        (3, False, [0, 3, 3, 6, 6, 6]),
+    ],
+)
+def test_reductions_start_with_the_last_gradient_of_the_step_or_with_sharded_gradients_of_each_backward(
+    pool: Pool, stage: int, overlap: bool, calls: list[int]
 ) -> None:
-    assert pool.run(2, _when_reductions_start, True, stage) == [[0, 2, 2, 3]] * 2
-    assert pool.run(2, _when_reductions_start, False, stage) == [[0, 0, 2, 3]] * 2
+    assert pool.run(2, _when_reductions_start, overlap, stage) == [calls] * 2
 
 
-def _bytes(rank: int, world_size: int, setting: Setting) -> None:
-    mesh = make_mesh(setting.layout)
+def _storages(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the distinct storages beneath these tensors."""
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}.values()
+    )
+
+
+def _attributes(buffer: object) -> list[Tensor | None]:
+    return [value for value in vars(buffer).values() if isinstance(value, Tensor)]
+
+
+def _bytes(rank: int, world_size: int, layout: Layout) -> dict[Setting, tuple[int, int, int]]:
+    mesh = make_mesh(layout)
+    return {
+        setting: _bytes_of(setting, mesh)
+        for setting in (Setting(layout, stage, *dtypes) for stage in STAGES for dtypes in DTYPES)
+    }
+
+
+def _bytes_of(setting: Setting, mesh: Mesh) -> tuple[int, int, int]:
+    """Length of all units, this rank's state bytes without the optimizer's, and elements it owns."""
     engine, declared = engine_of(setting, mesh, GradSink())
     optimizer = build_optimizer(ADAM, [(piece.parameter, piece.decays) for piece in engine.pieces])
     found, units = engine.state_bytes(), list(engine.units.values())
-    storages = {
-        "weights": {unit.weights.untyped_storage() for unit in units},
-        "grads": {unit.grads.untyped_storage() for unit in units},
-    }
-    assert found.weights == sum(storage.nbytes() for storage in storages["weights"])
-    assert found.gradients == sum(storage.nbytes() for storage in storages["grads"])
+    buffers = [tensor for unit in units for buffer in (unit.weights, unit.grads) for tensor in _attributes(buffer)]
+    held = found.weights + found.gradients + found.master_weights
+    assert held == _storages(buffers), "what is reported is what is allocated"
+    parameters = _storages(one.parameter for one in declared.values())
+    assert parameters == (0 if setting.zero_stage == 3 else found.weights), "parameters are views of the weights"
     local = sum(math.prod(one.spec.local_shape(mesh.tp.size)) for one in declared.values())
-    length = found.weights // setting.param_dtype.itemsize
+    length = sum(unit.layout.length for unit in units)
     num_segments = sum(len(unit.layout.segments) for unit in units)
     assert local <= length < local + 32 * num_segments + 32 * mesh.dp.size * len(units), "padding beyond alignment"
-    assert found.gradients == length * setting.grad_dtype.itemsize
-    owned = length // mesh.dp.size if setting.zero_stage else length
-    assert found.master_weights == (0 if setting.param_dtype == FP32 else 4 * owned)
-    if setting.param_dtype != FP32:
-        assert sum(unit.master.untyped_storage().nbytes() for unit in units) == found.master_weights
     in_pieces = sum(piece.parameter.numel() for piece in engine.pieces)
-    assert state_bytes(optimizer) == 2 * 4 * in_pieces and in_pieces <= owned
+    assert state_bytes(optimizer) == 2 * 4 * in_pieces
+    owned = sum(unit.own.length for unit in units)
+    assert in_pieces <= owned
+    return length, held, owned
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_state_bytes_are_those_allocated_and_those_of_the_formula(
-    pool: Pool, zero_stage: int, dtypes: tuple[torch.dtype, torch.dtype]
-) -> None:
-    pool.run(4, _bytes, Setting(Layout(tp=2, dp=2), zero_stage, *dtypes))
+# Bytes for each parameter without Adam's moments (8/N more): what stays, and what is divided by the N ranks that share.
+BYTES_PER_PARAMETER = {
+    (BF16, FP32): {0: (10, 0), 1: (6, 4), 2: (2, 8), 3: (0, 10)},
+    (BF16, BF16): {0: (12, 0), 1: (4, 8), 2: (2, 10), 3: (0, 12)},
+    (FP32, FP32): {0: (8, 0), 1: (8, 0), 2: (4, 4), 3: (0, 8)},
+}
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2, dp=2), Layout(dp=4), Layout(dp=4, zero_shard=2), Layout(dp=8)], ids=layout_id
+)
+def test_state_bytes_are_those_allocated_and_those_of_the_formula(pool: Pool, layout: Layout) -> None:
+    """With 16-bit gradients and Adam 4 + 16/N, 2 + 18/N, 20/N bytes at stages 1, 2, 3; with fp32 gradients and bf16
+    weights 6 + 12/N, 2 + 16/N, 18/N.
+
+    Source: the table of Megatron-LM's distributed optimizer for stage 1; Rajbhandari et al. 2020, section 5.
+    """
+    for found in pool.run(layout.world_size, _bytes, layout):
+        for setting, (length, held, owned) in found.items():
+            stays, shared = BYTES_PER_PARAMETER[setting.param_dtype, setting.grad_dtype][setting.zero_stage]
+            assert owned * (layout.shard_size if setting.zero_stage else 1) == length
+            assert held == stays * length + shared * owned, f"{setting}"
+
+
+def _transient(rank: int, world_size: int, setting: Setting) -> tuple[list[int], int]:
+    """Transient bytes now, after a step and after a read of all weights; and the largest unit's gradient bytes."""
+    mesh, sink = make_mesh(setting.layout), GradSink()
+    engine, declared = engine_of(setting, mesh, sink)
+    held = [engine.transit.held_bytes]
+    engine.begin_step(NUM_MICROBATCHES)
+    backward(engine, declared, mesh, sink, 0)
+    engine.finish_reduce()
+    engine.publish()
+    held.append(engine.transit.held_bytes)
+    layers_of(engine, declared)
+    held.append(engine.transit.held_bytes)
+    return held, engine.state_bytes().transient_peak
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_transient_buffers_are_given_back(pool: Pool, stage: int) -> None:
+    for held, peak in pool.run(2, _transient, Setting(Layout(dp=2), stage, BF16, FP32)):
+        assert held == [0, 0, 0]
+        assert (peak > 0) == (stage >= 2)
 
 
 def _traffic(rank: int, world_size: int, setting: Setting) -> list[Any]:
@@ -236,30 +335,53 @@ def _traffic(rank: int, world_size: int, setting: Setting) -> list[Any]:
     sink = GradSink()
     engine, declared = engine_of(setting, mesh, sink)
     engine.begin_step(NUM_MICROBATCHES)
-    backward(declared, mesh, sink, 0)
+    backward(engine, declared, mesh, sink, 0)
     engine.finish_reduce()
     engine.publish()
     lengths = [unit.layout.length for unit in engine.units.values()]
     return [mesh.meter.read(), len(lengths), sum(lengths)]
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
-def test_a_step_moves_the_gradients_once_and_with_zero_one_the_weights_once(pool: Pool, zero_stage: int) -> None:
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_a_step_moves_the_gradients_once_or_once_a_backward_and_the_weights_once_or_when_used(
+    pool: Pool, zero_stage: int
+) -> None:
     for counted, num_units, length in pool.run(2, _traffic, Setting(Layout(dp=2), zero_stage, BF16, FP32)):
-        if zero_stage == 0:
-            assert counted == {("dp", "all_reduce"): (num_units, 4 * length)}
-        else:
-            assert counted == {
-                ("dp", "reduce_scatter"): (num_units, 4 * length),
-                ("dp", "all_gather"): (num_units, 2 * length),
-            }
+        once, each = (num_units, 4 * length), (NUM_MICROBATCHES * num_units, NUM_MICROBATCHES * 4 * length)
+        published = {("dp", "all_gather"): (num_units, 2 * length)}
+        assert (
+            counted
+            == {
+                0: {("dp", "all_reduce"): once},
+                1: {("dp", "reduce_scatter"): once, **published},
+                2: {("dp", "reduce_scatter"): each, **published},
+                3: {("dp", "reduce_scatter"): each},
+            }[zero_stage]
+        )
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_hierarchical_sharding_sums_over_the_replicas_once_and_only_the_own_part(pool: Pool, zero_stage: int) -> None:
+    """Reduce-scatters and gathers stay inside the groups of K ranks; across them goes 1/K of the gradients, once.
+
+    Source: Zhang et al. 2022 (MiCS), section 3.4 (2-hop gradient synchronization).
+    """
+    for counted, num_units, length in pool.run(4, _traffic, Setting(Layout(dp=4, zero_shard=2), zero_stage)):
+        times = 1 if zero_stage == 1 else NUM_MICROBATCHES
+        expected = {
+            ("shard", "reduce_scatter"): (times * num_units, times * 4 * length),
+            ("replica", "all_reduce"): (num_units, 4 * length // 2),
+        }
+        if zero_stage < 3:
+            expected["shard", "all_gather"] = (num_units, 4 * length)
+        assert counted == expected
 
 
 def test_clearing_forgets_the_gradients_of_the_step() -> None:
     mesh, sink = make_mesh(Layout()), GradSink()
     engine, declared = engine_of(Setting(mesh.layout), mesh, sink)
     engine.begin_step(NUM_MICROBATCHES)
-    backward(declared, mesh, sink, 0)
+    backward(engine, declared, mesh, sink, 0)
     engine.finish_reduce()
     assert reduced_norm(engine, mesh) > 0
     engine.clear_grads()
@@ -286,10 +408,10 @@ def test_a_step_that_lacks_a_gradient_or_gets_one_too_many_is_refused() -> None:
     mesh, sink = make_mesh(Layout()), GradSink()
     engine, declared = engine_of(Setting(mesh.layout), mesh, sink)
     engine.begin_step(NUM_MICROBATCHES + 1)
-    backward(declared, mesh, sink, 0)
+    backward(engine, declared, mesh, sink, 0)
     with pytest.raises(AssertionError, match="lacks"):
         engine.finish_reduce()
     engine.clear_grads()
     engine.begin_step(NUM_MICROBATCHES - 1)
     with pytest.raises(AssertionError, match="after all that were expected"):
-        backward(declared, mesh, sink, 0)
+        backward(engine, declared, mesh, sink, 0)

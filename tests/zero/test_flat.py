@@ -127,5 +127,7 @@ def test_spans_intersect_as_sets_of_numbers(a: int, b: int, c: int, d: int) -> N
 def test_policies_share_out_what_the_stage_says_and_unknown_stages_are_refused() -> None:
     assert not policy_of(0).shard_optimizer and policy_of(1).shard_optimizer
     assert not policy_of(1).shard_grads and not policy_of(1).shard_params
-    with pytest.raises(ConfigError, match=r"--zero-stage 7 is not in this version; use"):
+    assert policy_of(2).shard_grads and not policy_of(2).shard_params
+    assert policy_of(3).shard_optimizer and policy_of(3).shard_grads and policy_of(3).shard_params
+    with pytest.raises(ConfigError, match=r"--zero-stage 7 is not a stage of ZeRO; use 0, 1, 2, 3"):
         policy_of(7)

@@ -38,7 +38,9 @@ class Setting:
 
     def __str__(self) -> str:
         dtypes = f"{self.param_dtype}-{self.grad_dtype}".replace("torch.", "")
-        return f"{self.layout}-zero{self.zero_stage}-{dtypes}-{'overlap' if self.overlap else 'plain'}".replace(" ", "")
+        shard = f"of{self.layout.shard_size}" if self.layout.zero_shard else ""
+        overlap = "overlap" if self.overlap else "plain"
+        return f"{self.layout}-zero{self.zero_stage}{shard}-{dtypes}-{overlap}".replace(" ", "")
 
 
 class FirstUnit(ParallelModule):
@@ -105,6 +107,7 @@ def engine_of(setting: Setting, mesh: Mesh, sink: GradSink) -> tuple[ZeroEngine,
         device=torch.device("cpu"),
         seed=SEED,
         overlap=setting.overlap,
+        overlap_gather=setting.overlap,
     )
     return ZeroEngine(units, mesh, options, sink), declared
 

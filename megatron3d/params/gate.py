@@ -1,0 +1,102 @@
+"""WeightGate: where a model says that it is about to read some weights, and that it has done so.
+
+A stage names its places (embedding, each layer, head) and opens and closes the gate around each. Unbound, the gate
+passes tensors through. Bound to a lender that keeps weights elsewhere, the passage is where they come and go:
+
+    forward:   open brings them,  close lets them go
+    backward:  close brings them, open lets them go
+
+Both lie inside a recomputed function, so recomputation opens and closes too. A gate is explicit where module hooks
+would be hidden, and it is the only thing a model knows of sharded weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of a stage: the flat units whose weights its forward reads, and those that its backward reads again
+    (a lookup's backward does not read its table)."""
+
+    forward: tuple[str, ...]
+    backward: tuple[str, ...]
+
+
+class Lender(Protocol):
+    """Whoever keeps the weights. `takes_back` says whether weights go after use, so that backwards must ask again."""
+
+    takes_back: bool
+
+    def borrow(self, place: str, *, backward: bool) -> None:
+        """Return when the weights of a place may be read."""
+        ...
+
+    def give_back(self, place: str, *, backward: bool) -> None:
+        """The weights of a place have been read."""
+        ...
+
+
+class WeightGate:
+    """The gate of one rank's stages; bound once, after the stages are built."""
+
+    def __init__(self) -> None:
+        self._lender: Lender | None = None
+
+    def bind(self, lender: Lender) -> None:
+        """Ask `lender` from now on."""
+        self._lender = lender
+
+    def open(self, place: str, x: Tensor | None = None) -> Tensor | None:
+        """Before the place: its weights may be read from here on. Returns `x`, the place's input.
+
+        None is the input of a place that takes no gradient (the embedding); then nothing tells the lender that its
+        backward is over, and the lender takes the weights back at the end of the stage's backward.
+        """
+        if self._lender is None:
+            return x
+        if x is None or not self._lender.takes_back:
+            self._lender.borrow(place, backward=False)
+            return x
+        return _Open.apply(x, self._lender, place)
+
+    def close(self, place: str, x: Tensor) -> Tensor:
+        """After the place: its weights are not read any more. Returns `x`, the place's output."""
+        if self._lender is None or not self._lender.takes_back:
+            return x
+        return _Close.apply(x, self._lender, place)
+
+
+class _Open(torch.autograd.Function):
+    """The identity; the backward comes here when the backward of the place is over."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lender: Lender, place: str) -> Tensor:
+        ctx.lender, ctx.place = lender, place
+        lender.borrow(place, backward=False)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.lender.give_back(ctx.place, backward=True)
+        return grad, None, None
+
+
+class _Close(torch.autograd.Function):
+    """The identity; the backward comes here before the backward of the place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lender: Lender, place: str) -> Tensor:
+        ctx.lender, ctx.place = lender, place
+        lender.give_back(place, backward=False)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.lender.borrow(ctx.place, backward=True)
+        return grad, None, None

@@ -1,0 +1,244 @@
+"""The flat buffers of one unit's weights and gradients, and every collective that moves them, as start/finish pairs.
+
+Two axes share the data-parallel ranks out. The ranks of the *shard* axis each own one part of the unit; the ranks of
+the *replica* axis own the same part. ZeRO over all ranks is one replica; plain data parallelism is shards of one rank;
+between them lies hierarchical sharding (HSDP, MiCS). So there is one path: gradients are reduce-scattered over the
+shard axis and all-reduced over the replica axis, weights are all-gathered over the shard axis.
+
+Source: Rajbhandari et al. 2020 (ZeRO), section 5; Zhang et al. 2022 (MiCS), sections 3.2 and 3.4.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron3d.comm.collectives import (
+    Pending,
+    start_all_gather_into,
+    start_all_reduce,
+    start_reduce_scatter_into,
+)
+from megatron3d.comm.mesh import Axis, Mesh
+from megatron3d.zero.flat import Span
+from megatron3d.zero.policy import Policy
+
+# Reductions of whole-unit buffers that may be on their way at once: one that moves and one that waits behind it. More
+# would keep more buffers alive, which is what sharding the gradients is to spare.
+MAX_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class SharingAxes:
+    """The ranks that each own a part of the unit, and those that own the same part."""
+
+    shard: Axis
+    replica: Axis
+
+
+def sharing_axes(policy: Policy, mesh: Mesh) -> SharingAxes:
+    """The axes of a policy: where nothing is shared out, every rank is a shard group of its own."""
+    if policy.shard_optimizer:
+        return SharingAxes(mesh.shard, mesh.replica)
+    return SharingAxes(mesh.alone, mesh.dp)
+
+
+def size_bytes(tensor: Tensor | None) -> int:
+    """Bytes of a tensor's elements; 0 for None."""
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+class Transit:
+    """What is lent or on its way in all units of a rank: bytes of transient buffers now and at most, and reductions."""
+
+    def __init__(self) -> None:
+        self.held_bytes = 0
+        self.peak_bytes = 0
+        self._flying: deque[GradBuffer] = deque()
+
+    def take(self, num_bytes: int) -> None:
+        """Count a transient buffer that is allocated (a negative number: freed)."""
+        self.held_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
+    def depart(self, buffer: GradBuffer) -> None:
+        """Note a reduction that has started, and finish the oldest ones where too many are under way."""
+        self._flying.append(buffer)
+        while len(self._flying) > MAX_IN_FLIGHT:
+            self._flying.popleft().finish_scatter()
+
+
+class WeightBuffer:
+    """The weights that layers read (`whole`, of which parameters are views) and the part this rank owns (`shard`).
+
+    Where parameters are sharded, `whole` has memory only between `start_gather` and `free`. Its storage then grows and
+    shrinks beneath the views, so modules and autograd keep the tensors they know.
+    """
+
+    def __init__(
+        self, initial: Tensor, own: Span, axis: Axis, *, dtype: torch.dtype, is_lent: bool, transit: Transit
+    ) -> None:
+        """Args: `initial` is fp32 and 1-D, `own` this rank's part of it, and `is_lent` frees `whole` between uses."""
+        self.whole = initial.to(dtype)
+        self.is_lent, self._axis, self._transit = is_lent, axis, transit
+        # Gathers write through an alias that has a version counter of its own: autograd would take the return of the
+        # same values for a change of what it saved.
+        self._alias = self.whole.data
+        part = self._alias[own.slice]
+        self.shard = part.clone() if is_lent else part
+        self.master = self.shard if dtype == torch.float32 else initial[own.slice].clone()
+        self._is_here = True
+        self._gathering: Pending | None = None
+        if is_lent:
+            transit.take(size_bytes(self.whole))
+
+    @property
+    def persistent_bytes(self) -> int:
+        """Bytes that are held from step to step, without separate master weights."""
+        return size_bytes(self.shard if self.is_lent else self.whole)
+
+    @property
+    def separate_master_bytes(self) -> int:
+        """Bytes of master weights that are not the weights themselves."""
+        return 0 if self.master is self.shard else size_bytes(self.master)
+
+    def start_publish(self) -> None:
+        """Bring the updated master weights into the shard, and start bringing all shards into `whole` if it stays."""
+        self.finish_gather()
+        if self.master is not self.shard:
+            self.shard.copy_(self.master)
+        if not self.is_lent:
+            self._gathering = start_all_gather_into(self._alias, self.shard, self._axis)
+
+    def start_gather(self) -> None:
+        """Start bringing the weights here; nothing where they are here or on their way."""
+        if not self._is_here:
+            self._is_here = True
+            self.whole.untyped_storage().resize_(size_bytes(self.whole))
+            self._transit.take(size_bytes(self.whole))
+            self._gathering = start_all_gather_into(self._alias, self.shard, self._axis)
+
+    def finish_gather(self) -> None:
+        """Wait until the weights may be read."""
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+
+    def free(self) -> None:
+        """Give the memory of lent weights back; nothing where they stay or are gone."""
+        if self.is_lent and self._is_here:
+            self.finish_gather()
+            self._is_here = False
+            self.whole.untyped_storage().resize_(0)
+            self._transit.take(-size_bytes(self.whole))
+
+
+class GradBuffer:
+    """The gradients of one unit: `arriving` collects a whole unit's, `own` sums up this rank's part in fp32.
+
+    Where gradients are sharded, `arriving` is taken when the first gradient of a backward comes, reduced when its last
+    one came, and freed; `own` adds up over the micro-batches. Otherwise `arriving` stays and is reduced once a step,
+    in place where it is fp32. A reduction in a dtype that is not fp32 lands in a buffer of that dtype.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        own: Span,
+        axes: SharingAxes,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        is_resident: bool,
+        transit: Transit,
+    ) -> None:
+        """Args: `length` of the whole unit, `own` this rank's part of it, and `is_resident` keeps `arriving`."""
+        self._length, self._own_span, self._axes = length, own, axes
+        self._dtype, self._device = dtype, device
+        self.is_resident, self._transit = is_resident, transit
+        self._arriving = torch.zeros(length, dtype=dtype, device=device) if is_resident else None
+        if self._arriving is not None and dtype == torch.float32:
+            self.own = self._arriving[own.slice]
+            self._is_in_place = True
+        else:
+            self.own = torch.zeros(own.length, device=device)
+            self._is_in_place = False
+        lands_apart = not is_resident and dtype != torch.float32
+        self._landing = torch.empty(own.length, dtype=dtype, device=device) if lands_apart else None
+        self._leaving: Tensor | None = None
+        self._flying: Pending | None = None
+        self._summing: Pending | None = None
+        self._is_scattered = False
+        self._is_summed = False
+
+    @property
+    def persistent_bytes(self) -> int:
+        """Bytes that are held from step to step."""
+        resident = size_bytes(self._arriving) if self.is_resident else 0
+        return resident + size_bytes(self._landing) + (0 if self._is_in_place else size_bytes(self.own))
+
+    @property
+    def arriving(self) -> Tensor:
+        """The buffer that gradients are added to; taken, with zeros, if there is none."""
+        if self._arriving is None:
+            self._arriving = torch.zeros(self._length, dtype=self._dtype, device=self._device)
+            self._transit.take(size_bytes(self._arriving))
+        return self._arriving
+
+    def start_scatter(self) -> None:
+        """Start the reduction of what has arrived, to the owners; nothing where nothing has or a resident buffer's
+        only reduction has begun. Where every rank owns all, it is the sum over the replicas that starts."""
+        whole = self._arriving
+        if whole is None or self._is_scattered:
+            return
+        self.finish_scatter()
+        if self.is_resident and self._axes.shard.size == 1:
+            self._flying = start_all_reduce(whole, self._axes.replica)
+            self._is_summed = True
+        else:
+            landing = whole[self._own_span.slice] if self._landing is None else self._landing
+            self._flying = start_reduce_scatter_into(landing, whole, self._axes.shard)
+        if self.is_resident:
+            self._is_scattered = True
+        else:
+            self._leaving, self._arriving = whole, None
+            self._transit.depart(self)
+
+    def finish_scatter(self) -> None:
+        """Wait for the reduction under way, if there is one, and add what came to `own`."""
+        if self._flying is None:
+            return
+        landed = self._flying.wait()
+        self._flying = None
+        if not self.is_resident:
+            self.own.add_(landed)
+            self._transit.take(-size_bytes(self._leaving))
+            self._leaving = None
+        elif not self._is_in_place:
+            self.own.copy_(landed)
+
+    def start_replica_sum(self) -> None:
+        """Start adding `own` up over the replicas, once all micro-batches are in it; does nothing a second time."""
+        if not self._is_summed:
+            self._summing = start_all_reduce(self.own, self._axes.replica)
+            self._is_summed = True
+
+    def finish_replica_sum(self) -> None:
+        """Wait for the sum over the replicas."""
+        if self._summing is not None:
+            self._summing.wait()
+            self._summing = None
+
+    def clear(self) -> None:
+        """Forget everything, for the next step."""
+        self.finish_scatter()
+        if self.is_resident:
+            self.arriving.zero_()
+        elif self._arriving is not None:
+            self._transit.take(-size_bytes(self._arriving))
+            self._arriving = None
+        self.own.zero_()
+        self._is_scattered = self._is_summed = False
