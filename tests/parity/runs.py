@@ -31,6 +31,7 @@ SHAPE = (
 )
 MODELS = {
     "gpt2": "",
+    "gpt2-deep": "--num-layers 8",
     "gpt2-untied": "--untie-embeddings-and-output-weights",
     "llama": (
         "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "

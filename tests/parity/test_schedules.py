@@ -1,0 +1,110 @@
+"""Every order of pipeline work gives the training of one process: losses, norms and gradients.
+
+Where an order only moves work in time (no table is tied between stages, the same micro-batches in the same order),
+gradients are the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from itertools import groupby
+
+import pytest
+import torch
+
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import make_mesh
+from tests.dist.pool import Pool
+from tests.parity.runs import Case, Trace, assemble, parts_of, trace, trace_cases
+from tests.parity.test_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, NORM_TOLERANCE, relative
+
+VIRTUAL2 = "--num-virtual-stages-per-pipeline-rank 2"
+SINGLE = ["gpipe", "1f1b", "zb-h1", "zb-h2"]
+DOUBLE = [f"interleaved {VIRTUAL2}", f"breadth-first {VIRTUAL2}", "zb-v", "dualpipe-v"]
+SAME_MICRO_BATCHES = "--micro-batch-size 1"
+OWN = "examples/my_pipeline_order.py:last_in_first_out"
+
+
+def named(order: str, *options: str) -> str:
+    """The options of an order and more."""
+    return " ".join((f"--pipeline-schedule {order}", *options))
+
+
+def cases() -> list[Case]:
+    """Every order at PP 2 and 4, and each with what it could upset: TP, SP, DP, ZeRO, recomputation, uneven stages."""
+    everywhere = [Case("llama-tied", Layout(pp=2), named(order)) for order in [*SINGLE, *DOUBLE, OWN]]
+    deep = [Case("gpt2-deep", Layout(pp=4), named(order)) for order in SINGLE + DOUBLE]
+    mixed = [
+        case
+        for order in ["zb-h1", *DOUBLE]
+        for case in (
+            Case("gpt2", Layout(tp=2, pp=2), named(order, "--sequence-parallel")),
+            Case("gpt2", Layout(pp=2, dp=2), named(order, "--zero-stage 1", "--recompute-granularity full")),
+        )
+    ]
+    big = [
+        Case("gpt2", Layout(tp=2, pp=2, dp=2), named(order, "--zero-stage 1 --recompute-granularity selective"))
+        for order in ["zb-h2", *DOUBLE]
+    ]
+    odd = [
+        Case("gpt2-deep", Layout(pp=2), f"--num-layers-per-virtual-pipeline-stage 1 {SAME_MICRO_BATCHES}"),
+        Case("gpt2-deep", Layout(pp=4), named("zb-v", "--micro-batch-size 8")),  # one micro-batch for eight stages
+        Case("gpt2-deep", Layout(pp=4), named(DOUBLE[0], "--micro-batch-size 4")),
+        Case("gpt2-deep", Layout(pp=2), "--pipeline-model-parallel-layout Ett|t|t*4|tL"),
+        Case("gpt2-deep", Layout(pp=4), named("zb-v", "--pipeline-model-parallel-layout E|tt|t|t|t|t|tt|L")),
+        Case("llama", Layout(pp=2), "--pipeline-split-costs 0,1,1,1,1,2"),
+        Case(
+            "gpt2-deep",
+            Layout(pp=2),
+            f"{VIRTUAL2} --microbatch-group-size-per-virtual-pipeline-stage 3 {SAME_MICRO_BATCHES}",
+        ),
+    ]
+    return sorted(everywhere + deep + mixed + big + odd, key=lambda case: case.layout.world_size)
+
+
+BATCHES = [
+    pytest.param(size, list(group), id=f"world{size}")
+    for size, group in groupby(cases(), key=lambda case: case.layout.world_size)
+]
+
+
+@functools.cache
+def reference(model: str) -> tuple[Trace, dict[str, tuple[int, ...]]]:
+    """One process's trace and the full shapes of its parameters."""
+    torch.set_num_threads(1)
+    parts = parts_of(Case(model, Layout()), make_mesh(Layout()))
+    shapes = {name: view.full_shape for name, view in parts.engine.weight_views().items()}
+    return trace(parts), shapes
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("world_size", "batch"), BATCHES)
+def test_every_order_gives_the_losses_norms_and_gradients_of_one_process(
+    pool: Pool, parity_table: list[str], world_size: int, batch: list[Case]
+) -> None:
+    by_rank = pool.run(world_size, trace_cases, batch, timeout_s=400)
+    for number, case in enumerate(batch):
+        expected, shapes = reference(case.model)
+        traces = [traces_of_rank[number] for traces_of_rank in by_rank]
+        loss = relative(traces[0].losses, expected.losses)
+        norm = relative(traces[0].norms, expected.norms)
+        got, whole = assemble(traces, shapes), assemble([expected], shapes)
+        gradient = max(float((got[n] - whole[n]).abs().max() / whole[n].abs().max()) for n in shapes)
+        layout = str(case.layout)
+        parity_table.append(f"{case.model:12s} {layout:18s} {loss:8.1e} {norm:8.1e} {gradient:8.1e}  {case.options}")
+        assert loss < LOSS_TOLERANCE, f"{case}: losses differ by {loss}"
+        assert norm < NORM_TOLERANCE, f"{case}: gradient norms differ by {norm}"
+        assert gradient < GRADIENT_TOLERANCE, f"{case}: gradients differ by {gradient}"
+        assert all(one.losses == traces[0].losses for one in traces), f"{case}: ranks disagree about the loss"
+
+
+@pytest.mark.parity
+def test_untied_gradients_are_those_of_one_process_bit_for_bit_under_every_order(pool: Pool) -> None:
+    batch = [Case("llama", Layout(pp=2), named(order, SAME_MICRO_BATCHES)) for order in SINGLE + DOUBLE]
+    by_rank = pool.run(2, trace_cases, batch, timeout_s=240)
+    expected, shapes = reference("llama")
+    whole = assemble([expected], shapes)
+    for number, case in enumerate(batch):
+        got = assemble([traces[number] for traces in by_rank], shapes)
+        different = [name for name in shapes if not torch.equal(got[name], whole[name])]
+        assert not different, f"{case}: {different}"
