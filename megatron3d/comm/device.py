@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 
 import torch
+from torch import Tensor
 
 from megatron3d.errors import ConfigError
 
@@ -57,3 +59,78 @@ def peak_memory_bytes(device: torch.device) -> int:
 def device_name(device: torch.device) -> str:
     """The marketing name of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+HOST_ALIGNMENT_BYTES = 4096  # of buffers that direct file access reads into: a page, and a block of every common disk
+
+
+def empty_on_host(num_bytes: int, device: torch.device) -> Tensor:
+    """Uninitialised bytes on the host at the start of a page, pinned where `device` is a GPU that copies them."""
+    spare = torch.empty(num_bytes + HOST_ALIGNMENT_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    start = -spare.data_ptr() % HOST_ALIGNMENT_BYTES
+    return spare[start : start + num_bytes]
+
+
+class Copy:
+    """A copy between host and device under way, or already made where both are the CPU."""
+
+    def __init__(self, event: torch.Event | None) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        """Block the host until the target holds what was copied."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class HostCopies:
+    """Copies between host and device, on CUDA beside the computation on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, target: Tensor, source: Tensor) -> Copy:
+        """Start copying `source` into `target` after what is queued on the device now, converting dtypes.
+
+        Neither may change until `wait` of the result; on the CPU the copy is made before this returns.
+        """
+        if self._stream is None:
+            target.copy_(source)
+            return Copy(None)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            event = self._stream.record_event()
+        for tensor in (target, source):
+            if tensor.device.type == "cuda":
+                tensor.record_stream(self._stream)  # its memory must not be lent again before the copy is made
+        return Copy(event)
+
+
+Moment = float | torch.cuda.Event
+
+
+class Clock:
+    """Moments between the pieces of a device's work: of its own time on CUDA, where Python runs ahead of the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def moment(self) -> Moment:
+        """The moment at which everything queued so far on the current stream is done, without waiting for it."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            return event
+        return time.perf_counter()
+
+    def settle(self) -> None:
+        """Wait until everything queued is done, and so every moment is known."""
+        synchronize(self._device)
+
+    def seconds_between(self, start: Moment, end: Moment) -> float:
+        """Time from one moment to another one of this clock, in seconds; `settle` first."""
+        if isinstance(start, float) or isinstance(end, float):
+            return float(end) - float(start)
+        return start.elapsed_time(end) / 1000.0
