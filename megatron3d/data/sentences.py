@@ -25,7 +25,7 @@ from megatron3d.data.abbreviations import LanguageRules
 
 _WRAPPED_LINE_CHARACTERS = 100
 _MAX_QUOTE_CHARACTERS = 300
-_CLOSERS = "\"'”’»›)\\]}」』）】》〉＂"
+_CLOSERS = "\"'”’»›«‹“‘)\\]}」』）】》〉＂"
 _OPENERS = "\"'“‘«‹([{「『（【《〈¿¡„‚—–-*•"
 _EAST_ASIAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _HARD = "。！？｡।॥؟۔။៕။።፧։՜՞꘎᠃᠉"

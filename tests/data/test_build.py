@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from megatron3d.config.data import DataConfig
 from megatron3d.data.blend import Blend
-from megatron3d.data.build import GPTData, build_gpt_data
+from megatron3d.data.build import BertData, GPTData, build_bert_data, build_gpt_data
 from megatron3d.data.gpt import GPTSamples
+from megatron3d.data.indexed import IndexedDatasetWriter
+from megatron3d.data.tokenizer import Tokenizer, build_tokenizer
 from megatron3d.errors import ConfigError, DataError
 from tests.data.corpora import counting_documents, write_documents
 
@@ -127,3 +131,81 @@ def test_file_of_words_that_cannot_be_used_is_named(tmp_path: Path, content: str
         (tmp_path / "args").write_text(content)
     with pytest.raises(DataError, match=rf"--data-args-path {tmp_path}/args {message}"):
         build(data_args_path=str(tmp_path / "args"))
+
+
+def build_bert(tokenizer: Tokenizer | None = None, *, binary_head: bool = True, **options: object) -> BertData:
+    sizes = {"seq_length": 32, "vocab_size": 1000}
+    return build_bert_data(DataConfig(**options), tokenizer=tokenizer, binary_head=binary_head, **sizes)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    """Word pieces of 1,000 ids."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"{'##' * (n % 3 == 0)}w{n}" for n in range(995))]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
+    return build_tokenizer("BertWordPieceCase", vocab_file=str(tmp_path / "vocab.txt"))
+
+
+@pytest.fixture
+def sentences(tmp_path: Path) -> tuple[str, str]:
+    """A: 100 documents of 5 sentences of 6 tokens. B: 100 documents of 20 such sentences."""
+    for name, count in (("A", 5), ("B", 20)):
+        with IndexedDatasetWriter(tmp_path / name, np.uint16) as writer:
+            for number in range(100):
+                writer.add_document([5 + number] * 6 * count, [6] * count)
+    return str(tmp_path / "A"), str(tmp_path / "B")
+
+
+def test_bert_data_is_split_blended_and_read(sentences: tuple[str, str], tokenizer: Tokenizer) -> None:
+    data = build_bert(tokenizer, data_path=sentences, split="80,15,5")
+    assert isinstance(data.train, Blend) and data.train.weights == (1, 4) and data.notes == ()
+    assert [stream.documents for stream in data.train.streams] == [range(80)] * 2
+    batch = data.reader(data.valid)(0, 50)
+    original = torch.where(batch.loss_mask_BS.bool(), batch.labels_BS, batch.tokens_BS)
+    assert set(original.unique().tolist()) <= {0, 2, 3, *range(85, 100)}
+    assert batch.tokens_BS.shape == (50, 32) and batch.sentence_labels_B is not None
+
+
+def test_bert_options_reach_the_samples(sentences: tuple[str, str], tokenizer: Tokenizer) -> None:
+    options = {"data_path": sentences[:1], "split": "100,0,0"}
+    many = build_bert(tokenizer, **options, mask_prob=0.5, mask_whole_words=False, mask_max_ngram=1)
+    form = many.train.form
+    assert (form.masking.probability, form.masking.max_ngram, form.masking.whole_words) == (0.5, 1, False)
+    batch = many.reader(many.train)(0, 50)
+    assert batch.loss_count() / batch.padding_mask_BS.sum() == pytest.approx(0.5, abs=0.03)
+    alone = build_bert(tokenizer, **options, binary_head=False)
+    assert alone.reader(alone.train)(0, 2).sentence_labels_B is None and alone.valid is None
+    assert build_bert(tokenizer, **options, bert_sentence_task="next").train.form.sentence_task == "next"
+    counts = [build_bert(tokenizer, **options, short_seq_prob=p).train.num_samples_per_epoch for p in (0.0, 0.1)]
+    assert counts == [200, 200]  # 5 sentences make blocks of 3 and 2, too short to be cut
+    longer = [
+        build_bert(tokenizer, data_path=sentences[1:], split="100,0,0", short_seq_prob=p).train.num_samples_per_epoch
+        for p in (0.0, 0.1)
+    ]
+    assert longer == [500, 526]  # blocks of 4, of which 26 are cut in two: 52 of 526 samples are short
+
+
+def test_bert_without_a_tokenizer_needs_mock_data(sentences: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match="no tokenizer is given; give --vocab-file FILE"):
+        build_bert(data_path=sentences[:1])
+    data = build_bert(mock_data=True)
+    assert data.reader(data.train)(0, 3).tokens_BS.max() < 1000
+
+
+def test_options_of_the_other_model_are_refused(sentences: tuple[str, str], tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="--reset-position-ids is about the ends of documents"):
+        build_bert(tokenizer, data_path=sentences, reset_position_ids=True)
+    for flag, name, value in (
+        ("--mask-prob", "mask_prob", 0.2),
+        ("--short-seq-prob", "short_seq_prob", 0.0),
+        ("--bert-sentence-task", "bert_sentence_task", "next"),
+    ):
+        with pytest.raises(ConfigError, match=f"{flag} .* means nothing to a GPT; leave it out, or use pretrain_bert"):
+            build(mock_data=True, **{name: value})
+
+
+def test_sequence_without_room_for_two_sentences_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="--seq-length 4 leaves no room"):
+        build_bert_data(DataConfig(mock_data=True), seq_length=4, tokenizer=tokenizer, vocab_size=1000)
+    data = build_bert_data(DataConfig(mock_data=True), seq_length=5, tokenizer=tokenizer, vocab_size=1000)
+    assert data.reader(data.train)(0, 20).tokens_BS.shape == (20, 5)

@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -115,6 +116,45 @@ def test_lists_of_sentences_become_sequences(tmp_path: Path, run: Run) -> None:
     dataset = IndexedDataset(tmp_path / "out_text_document")
     assert [dataset[i].tolist() for i in range(3)] == [[97, 98], [99, 256], [100, 256]]
     assert dataset.document_bounds.tolist() == [0, 2, 3]
+
+
+def test_split_sentences_writes_what_megatron_core_writes(tmp_path: Path, run: Run) -> None:
+    """The same sentences through Megatron's own builder give the same two files, byte for byte, for any workers."""
+    theirs = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="needs megatron-core")
+    texts = ["One is here. Two is there!", "", "Mr. Three alone", "Vier.\n\nFünf? Sechs."]
+    cut = [["One is here.", "Two is there!"], [], ["Mr. Three alone"], ["Vier.", "Fünf?", "Sechs."]]
+    (tmp_path / "c.jsonl").write_bytes(as_json_lines(texts))
+    for workers in (1, 2):
+        words = ("--input", tmp_path / "c.jsonl", "--output-prefix", tmp_path / "out", "--split-sentences")
+        code, printed = run(*words, "--append-eod", "--workers", workers)
+        assert code == 0 and "wrote " + str(tmp_path / "out_text_sentence.bin") in printed
+        assert "4 documents (1 texts without a token), 6 sentences" in printed
+        builder = theirs.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=theirs.DType.optimal_dtype(257))
+        for sentences in cut:
+            ids = [list(sentence.encode()) for sentence in sentences]
+            ids[-1:] = [[*last, 256] for last in ids[-1:]]
+            builder.add_document([token for sentence in ids for token in sentence], [len(sentence) for sentence in ids])
+        builder.finalize(str(tmp_path / "theirs.idx"))
+        for ending in ("bin", "idx"):
+            ours = (tmp_path / f"out_text_sentence.{ending}").read_bytes()
+            assert ours == (tmp_path / f"theirs.{ending}").read_bytes()
+    read = theirs.IndexedDataset(str(tmp_path / "out_text_sentence"))
+    assert [bytes(read[n].tolist()).decode() for n in (0, 3)] == ["One is here.", "Vier."]
+    assert read.document_indices.tolist() == [0, 2, 2, 3, 6]
+
+
+def test_sentences_follow_the_language_the_lists_and_the_line_ends(tmp_path: Path, run: Run) -> None:
+    lines = [{"text": "Am 3. Mai. Dann.\n\nEnde"}, {"text": ["Already cut. So it stays.", "Second"]}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("--input", tmp_path / "c.jsonl", "--output-prefix", tmp_path / "out", "--split-sentences")
+    found = {}
+    for name, more in (("de", ("--lang", "german", "--keep-newlines")), ("en", ())):
+        assert run(*words, *more)[0] == 0
+        dataset = IndexedDataset(tmp_path / "out_text_sentence")
+        found[name] = [bytes(dataset[n].tolist()).decode() for n in range(len(dataset))]
+    lists = ["Already cut. So it stays.", "Second"]
+    assert found["de"] == ["Am 3. Mai.", "Dann.\n\n", "Ende", *lists]
+    assert found["en"] == ["Am 3.", "Mai.", "Dann.", "Ende", *lists]
 
 
 def test_each_key_has_its_own_files(tmp_path: Path, run: Run) -> None:
@@ -268,3 +308,16 @@ def test_real_corpus_has_the_counted_tokens_and_the_script_runs_by_itself(tmp_pa
     )
     first = json.loads((SHARED / "books/valid.jsonl").read_text(encoding="utf-8").split("\n")[0])["text"]
     assert tokenizer.decode(dataset[0].tolist()) == first + "<|endoftext|>"
+
+
+@needs_shared
+def test_real_corpus_is_cut_into_sentences_of_a_sensible_length(tmp_path: Path, run: Run) -> None:
+    vocab = SHARED / "tokenizers/bert-base-uncased/vocab.txt"
+    words = ("--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", vocab, "--split-sentences")
+    code, printed = run("--input", SHARED / "books/valid.jsonl", "--output-prefix", tmp_path / "b", *words)
+    assert code == 0, printed
+    dataset = IndexedDataset(tmp_path / "b_text_sentence")
+    assert dataset.num_documents == 27 and 2500 < len(dataset) < 4000
+    tokenizer = build_tokenizer("BertWordPieceLowerCase", vocab_file=str(vocab))
+    ends = Counter(tokenizer.decode([int(dataset[n][-1])]) for n in range(len(dataset)))
+    assert sum(ends[mark] for mark in ".!?\"'\u201d\u2019") > 0.97 * len(dataset)
