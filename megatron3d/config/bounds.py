@@ -50,13 +50,13 @@ BOUNDS: tuple[Bound, ...] = (
         "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_virtual_pipeline_stage "
         "micro_batch_size global_batch_size "
         "train_iters train_samples eval_interval exit_interval log_interval recompute_num_layers save_interval "
-        "keep_last lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples loss_scale_window "
-        "hysteresis mask_max_ngram",
+        "profile_pipeline_step keep_last lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
+        "loss_scale_window hysteresis mask_max_ngram",
         at_least=1,
     ),
     Bound(
         "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples weight_decay start_weight_decay end_weight_decay "
-        "clip_grad eval_iters ckpt_step seed num_workers eod_token init_method_std",
+        "clip_grad eval_iters ckpt_step seed num_workers eod_token num_token_types init_method_std zero_prefetch_units",
         at_least=0,
     ),
     Bound(

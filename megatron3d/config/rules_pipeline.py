@@ -100,8 +100,8 @@ def stages_filled_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         fixed = f" besides the {fixed_layers} fixed ones" if fixed_layers else ""
         yield (
             f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}{several} is more than "
-            f"--num-layers {layers} can fill: {max(0, layers - fixed_layers)} layers{fixed} are left for {open_stages} stages; use "
-            f"at most {layers} stages, more layers, or fewer fixed ones."
+            f"--num-layers {layers} can fill: {max(0, layers - fixed_layers)} layers{fixed} are left for {open_stages} "
+            f"stages; use at most {layers} stages, more layers, or fewer fixed ones."
         )
 
 

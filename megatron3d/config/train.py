@@ -78,4 +78,10 @@ class TrainConfig:
     peak_tflops: float = option(
         None, "--peak-tflops", "Peak of one device, for MFU where the device is not known.", unit="TFLOP/s"
     )
+    profile_pipeline: str = option(
+        None, "--profile-pipeline", "Folder for a picture and a trace of when each rank computed what in one step."
+    )
+    profile_pipeline_step: int = option(
+        3, "--profile-pipeline-step", "The step to record, counted from the start of this process.", unit="iterations"
+    )
     batch_size_steps: tuple[tuple[int, int], ...] = ()

@@ -26,6 +26,7 @@ from megatron3d.train import state
 from megatron3d.train.evaluate import evaluate
 from megatron3d.train.launch import Guard
 from megatron3d.train.parts import Parts
+from megatron3d.train.profile import recorder_of_step, write_recorded
 from megatron3d.train.reports import Reports
 from megatron3d.train.signals import StopFlag
 from megatron3d.train.state import Progress
@@ -106,6 +107,7 @@ class _Loop:
     schedule: ScheduleSettings
     progress: Progress
     saved_step: int = -1
+    steps_made: int = 0
 
     def run(self) -> None:
         config, started_s = self.parts.config, time.monotonic()
@@ -148,12 +150,16 @@ class _Loop:
         at = {"iteration": before.updates, "consumed_samples": before.updated_samples}
         rates = Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
         loss_scale = self.parts.scaler.scale
-        result = train_step(self.parts, batch, rates, step=before.step, wants_stop=wants_stop)
+        self.steps_made += 1
+        recorder = recorder_of_step(self.parts, self.steps_made)
+        result = train_step(self.parts, batch, rates, step=before.step, wants_stop=wants_stop, recorder=recorder)
         synchronize(self.parts.model.device)
         self.progress = before.after(size, skipped=result.skipped)
         self.guard.step = self.progress.step
         elapsed_s = time.monotonic() - began_s
         self.reports.step(self.progress, result, rates, loss_scale=loss_scale, batch_size=size, elapsed_s=elapsed_s)
+        if recorder is not None and (written := write_recorded(self.parts, recorder, self.progress.step)):
+            self.reports.note(written)
         return result.stop_votes
 
     def _evaluate(self) -> None:
@@ -179,5 +185,5 @@ class _Loop:
         self._save()
         num_batches = self.parts.config.train.eval_iters
         if self.streams.test is not None and num_batches > 0:
-            loss = evaluate(self.parts, self.streams.test, num_batches=num_batches)
-            self.reports.test(self.progress.step, loss)
+            found = evaluate(self.parts, self.streams.test, num_batches=num_batches)
+            self.reports.test(self.progress.step, found)

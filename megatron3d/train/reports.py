@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,8 +16,11 @@ from megatron3d.comm.device import device_name, peak_memory_bytes
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import to_dict
 from megatron3d.models.flops import flops_per_step, num_parameters, peak_tflops
+from megatron3d.models.zoo import TITLES
 from megatron3d.optim.build import state_bytes
 from megatron3d.pipeline.simulate import simulate
+from megatron3d.pipeline.split import describe
+from megatron3d.train.evaluate import Evaluation
 from megatron3d.train.metrics import MetricsFile, StartRecord, StepRecord
 from megatron3d.train.parts import Parts
 from megatron3d.train.progress import ProgressReporter, StepReport, format_bytes, format_count
@@ -83,6 +85,7 @@ class Reports:
         tokens = batch_size * config.model.seq_length
         is_fp16 = config.optim.precision == "fp16"
         scale = loss_scale if is_fp16 else None
+        losses = {f"{name}_loss": loss for name, loss in result.losses.items()} if len(result.losses) > 1 else {}
         self._progress.step(
             StepReport(
                 step=progress.step,
@@ -95,6 +98,7 @@ class Reports:
                 skipped=result.skipped,
                 loss_scale=scale,
                 memory_bytes=peak_memory_bytes(self.parts.model.device),
+                losses=losses,
             )
         )
         record = StepRecord(
@@ -107,24 +111,26 @@ class Reports:
             skipped=result.skipped,
             loss_scale=scale,
             batch_size=batch_size,
+            losses=losses,
         )
         if self._metrics is not None:
             self._metrics.step(record)
-        self._write(progress.step, {k: float(v) for k, v in asdict(record).items() if k != "step" and v is not None})
+        self._write(progress.step, {name: float(value) for name, value in record.scalars().items() if name != "step"})
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Report the validation loss after a step."""
+    def evaluation(self, step: int, found: Evaluation) -> None:
+        """Report the losses, and accuracies where there are any, on the validation split after a step."""
+        more = {f"valid_{name}": value for name, value in found.scalars().items()}
         if self._progress is not None:
-            self._progress.evaluation(step, loss)
+            self._progress.evaluation(step, found.loss, more=found.scalars())
         if self._metrics is not None:
-            self._metrics.evaluation(step, loss)
-        self._write(step, {"valid_loss": loss})
+            self._metrics.evaluation(step, found.loss, more)
+        self._write(step, {"valid_loss": found.loss, **more})
 
-    def test(self, step: int, loss: float) -> None:
-        """Report the loss on the test split at the end."""
+    def test(self, step: int, found: Evaluation) -> None:
+        """Report the same on the test split at the end."""
         if self._progress is not None:
-            self._progress.evaluation(step, loss, name="test")
-        self._write(step, {"test_loss": loss})
+            self._progress.evaluation(step, found.loss, name="test", more=found.scalars())
+        self._write(step, {"test_loss": found.loss, **{f"test_{n}": value for n, value in found.scalars().items()}})
 
     def note(self, text: str) -> None:
         """Write a line, on rank 0."""
@@ -152,6 +158,10 @@ class Reports:
         held = ", ".join(f"{name} {format_bytes(size)}" for name, size in record.bytes_per_rank.items())
         self.note(f"{record.model}: {format_count(record.parameters)} parameters on {self.parts.mesh.layout}, {held}")
         source = self.restored.source
+        plan = self.parts.model.rows.plan
+        if plan.num_stages > 1:
+            chosen = f" ({plan.why})" if plan.why else ""
+            self.note(f"schedule {plan.order}{chosen}, {describe(plan.layers)}")
         if self.restored.damage:
             self.note(f"fell back to the checkpoint before, because {self.restored.damage}")
         self.note(f"starting from {source}" if source else "starting from the initial weights")
@@ -168,7 +178,7 @@ def start_record(parts: Parts) -> StartRecord:
     row = parts.model.rows.training(_first_microbatches(config))
     degrees = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "zero": config.parallel.zero_stage}
     return StartRecord(
-        model="GPT",
+        model=TITLES[config.model.architecture],
         parameters=num_parameters(config.model),
         layout=degrees,
         bytes_per_rank={"weights": weights, "gradients": gradients, "optimizer": optimizer},
