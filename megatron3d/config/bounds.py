@@ -51,7 +51,7 @@ BOUNDS: tuple[Bound, ...] = (
         "micro_batch_size global_batch_size "
         "train_iters train_samples eval_interval exit_interval log_interval recompute_num_layers save_interval "
         "profile_pipeline_step keep_last lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
-        "loss_scale_window hysteresis mask_max_ngram",
+        "loss_scale_window hysteresis zero_shard_size muon_num_ns_steps mask_max_ngram",
         at_least=1,
     ),
     Bound(
@@ -60,12 +60,15 @@ BOUNDS: tuple[Bound, ...] = (
         at_least=0,
     ),
     Bound(
-        "norm_epsilon rotary_base adam_eps loss_scale initial_loss_scale min_loss_scale peak_tflops "
+        "norm_epsilon rotary_base muon_extra_scale_factor adam_eps loss_scale initial_loss_scale min_loss_scale peak_tflops "
         "pipeline_memory_limit_gb distributed_timeout_minutes exit_duration_in_mins",
         above=0,
     ),
     Bound(
-        "hidden_dropout attention_dropout adam_beta1 adam_beta2 sgd_momentum lr_warmup_fraction", at_least=0, below=1
+        "hidden_dropout attention_dropout adam_beta1 adam_beta2 sgd_momentum lion_beta1 lion_beta2 muon_momentum "
+        "lr_warmup_fraction",
+        at_least=0,
+        below=1,
     ),
     Bound("rotary_percent", above=0, at_most=1),
     Bound("mask_prob", above=0, below=1),

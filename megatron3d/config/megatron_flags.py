@@ -94,7 +94,7 @@ ACCEPTED: tuple[Accepted, ...] = (
     Accepted(
         "when the updated weights are gathered changes no result",
         switches="""
-        --overlap-param-gather --overlap-param-gather-with-optimizer-step --delay-param-gather
+        --overlap-param-gather-with-optimizer-step --delay-param-gather
         --align-param-gather --no-align-param-gather""",
     ),
     Accepted(
@@ -251,7 +251,8 @@ REFUSED: tuple[Refused, ...] = (
         prefixes="--fp8- --fp4- --kitchen- --use-kitchen-",
     ),
     Refused(
-        "use --zero-stage 1, which shares the optimizer state over the data-parallel ranks",
+        "use --zero-stage 1, 2 or 3, which share out optimizer state, gradients and weights over the data-parallel "
+        "ranks, and --zero-shard-size for groups of them",
         flags="""
         --use-torch-fsdp2 --use-custom-fsdp --use-megatron-fsdp --data-parallel-sharding-strategy
         --torch-fsdp2-no-reshard-after-forward --outer-dp-sharding-strategy --enable-full-sharding-in-hsdp

@@ -91,13 +91,24 @@ class ParallelConfig:
     zero_stage: int = option(
         0,
         "--zero-stage",
-        "What the data-parallel ranks share out: 0 nothing, 1 the optimizer state.",
+        "What the data-parallel ranks share out: 0 nothing, 1 the optimizer state, 2 also gradients, 3 also weights.",
         choices=(0, 1, 2, 3),
+    )
+    zero_shard_size: int = option(
+        None,
+        "--zero-shard-size",
+        "Share out within groups of so many consecutive data-parallel ranks, and replicate across them; default all.",
+    )
+    zero_prefetch_units: int = option(
+        1, "--zero-prefetch-units", "Layers ahead whose weights are on their way, with --zero-stage 3; 0 is none."
     )
     use_distributed_optimizer: bool = switch("--use-distributed-optimizer", "The same as --zero-stage 1.")
     grad_reduce_in_bf16: bool = switch("--grad-reduce-in-bf16", "Keep and reduce gradients in bf16; default fp32.")
     overlap_grad_reduce: bool = off_switch(
         "--no-overlap-grad-reduce", "Reduce gradients after the last backward instead of during it."
+    )
+    overlap_param_gather: bool = switch(
+        "--overlap-param-gather", "Let the gathers of updated weights run into the next forward (--zero-stage 1 and 2)."
     )
     device: str = option(
         None, "--device", "Where to run; default cuda where there is one, else cpu.", choices=("cpu", "cuda")

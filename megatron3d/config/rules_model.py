@@ -122,8 +122,23 @@ def unsupported_parallelism_rule(given: RunConfig, run: RunConfig) -> Iterator[s
             f"--expert-model-parallel-size {parallel.expert_model_parallel_size} is not in this version, which has no "
             "mixtures of experts; use 1."
         )
-    if parallel.zero_stage > 1:
-        yield f"--zero-stage {parallel.zero_stage} is not in this version: stages 2 and 3 are not here yet; use 0 or 1."
+
+
+def zero_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Groups that share state out are equal parts of the data-parallel ranks, and there is something to share."""
+    size, dp = run.parallel.zero_shard_size, run.parallel.data_parallel_size
+    if size is None:
+        return
+    if run.parallel.zero_stage == 0:
+        yield (
+            f"--zero-shard-size {size} shares nothing out with --zero-stage 0; give --zero-stage 1, 2 or 3, or leave "
+            "it out."
+        )
+    if dp % size:
+        yield (
+            f"--zero-shard-size {size} does not divide the {dp} data-parallel ranks; use {_divisors_text(dp)}, or "
+            "leave it out to share out over all of them."
+        )
 
 
 def _divisors_text(number: int) -> str:
@@ -142,4 +157,5 @@ MODEL_RULES = (
     tensor_parallel_rule,
     *PIPELINE_RULES,
     unsupported_parallelism_rule,
+    zero_rule,
 )

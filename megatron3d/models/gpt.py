@@ -112,4 +112,4 @@ def build_gpt_stage(config: ModelConfig, train: TrainConfig, part: StagePart, co
         layers_each=train.recompute_num_layers,
     )
     head = GPTHead(config, context) if part.is_last else None
-    return Stage(config, part, StageModules(embedding, blocks, head, groups))
+    return Stage(config, part, StageModules(embedding, blocks, head, groups, context.gate))

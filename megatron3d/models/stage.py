@@ -7,7 +7,7 @@ shapes are known beforehand and nothing but hidden tensors crosses the wire.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from megatron3d.config.model import ModelConfig
 from megatron3d.nn.inputs import KeyValueCache, LayerInputs
 from megatron3d.nn.positions import rotary_table
 from megatron3d.nn.recompute import LayerGroup, run_layers
+from megatron3d.params.gate import Place, WeightGate
 from megatron3d.params.module import Declared, declared_parameters
 
 
@@ -54,12 +55,14 @@ class StagePart:
 
 @dataclass(frozen=True)
 class StageModules:
-    """The modules of a stage; the embedding and the head are None where the stage has none."""
+    """The modules of a stage, and the gate of their weights; the embedding and the head are None where the stage has
+    none."""
 
     embedding: nn.Module | None
     blocks: Mapping[int, nn.Module]
     head: nn.Module | None
     groups: tuple[LayerGroup, ...]
+    gate: WeightGate
 
 
 class Stage(nn.Module):
@@ -71,6 +74,7 @@ class Stage(nn.Module):
         self.embedding = modules.embedding
         self.layers = nn.ModuleDict({str(number): block for number, block in modules.blocks.items()})
         self.head = modules.head
+        self.gate = modules.gate
 
     def forward(self, x_SBH: Tensor | None, micro: MicroBatch) -> Tensor:
         """Run the stage.
@@ -85,14 +89,41 @@ class Stage(nn.Module):
         """
         inputs = self._layer_inputs(micro)
         if self.part.is_first:
-            x_SBH = self.embedding(micro.tokens_BS, micro.position_ids_BS, inputs)
+            self.gate.open("embedding")
+            x_SBH = self.gate.close("embedding", self.embedding(micro.tokens_BS, micro.position_ids_BS, inputs))
         assert x_SBH is not None, "only the first stage runs without a hidden tensor"
-        x_SBH = run_layers(list(self.layers.values()), self.groups, x_SBH, inputs)
+        layers = [self._gated(f"layers.{number}", layer) for number, layer in self.layers.items()]
+        x_SBH = run_layers(layers, self.groups, x_SBH, inputs)
         if self.head is None:
             return x_SBH
         tied = not self.config.untie_embeddings_and_output_weights
         table = self.embedding.word if tied else self.head.output
-        return self.head(x_SBH, micro.labels_BS, micro.loss_mask_BS, table)
+        x_SBH = self.gate.open("head", x_SBH)
+        return self.gate.close("head", self.head(x_SBH, micro.labels_BS, micro.loss_mask_BS, table))
+
+    def _gated(self, place: str, layer: nn.Module) -> Callable[[Tensor, LayerInputs], Tensor]:
+        """A layer between the opening and the closing of its place, which a recomputation passes too."""
+
+        def run(x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
+            return self.gate.close(place, layer(self.gate.open(place, x_SBH), inputs))
+
+        return run
+
+    def places(self) -> dict[str, Place]:
+        """Which units the stage's places read, in the order of the forward."""
+        units = list(self.units())
+        layers = [name for name in units if name.startswith("layers.")]
+        embedding = tuple(name for name in units if self.part.is_first and name.startswith("embedding"))
+        places = {}
+        if self.part.is_first:
+            # The lookup in the word table does not read the table again; norms beside it, where a model has them, do.
+            places["embedding"] = Place(embedding, tuple(name for name in embedding if name != "embedding.word"))
+        places |= {name: Place((name,), (name,)) for name in layers}
+        if self.head is not None:
+            head = tuple(name for name in units if name not in layers and not name.startswith("embedding"))
+            head += () if self.tied_unit is None else (self.tied_unit,)
+            places["head"] = Place(head, head)
+        return places
 
     def parameters_by_name(self) -> dict[str, Declared]:
         """Declared parameters by full name; a tied table that this stage both embeds and projects with stands once."""

@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron3d.nn.inputs import LayerInputs
+
+Layer = Callable[[Tensor, LayerInputs], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def plan_recompute(
     return tuple(LayerGroup(range(i, min(i + size, num_layers)), True) for i in range(0, num_layers, size))
 
 
-def run_layers(layers: Sequence[nn.Module], groups: Sequence[LayerGroup], x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
+def run_layers(layers: Sequence[Layer], groups: Sequence[LayerGroup], x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
     """Run the layers in order, recomputing the groups that say so when gradients are wanted."""
 
     def run(group: LayerGroup) -> Callable[[Tensor], Tensor]:

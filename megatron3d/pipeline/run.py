@@ -26,7 +26,7 @@ class StageForward(Protocol):
     """What the interpreter asks of a stage."""
 
     def __call__(self, x_SBH: Tensor | None, micro: Any) -> Tensor:
-        """Hidden in (None on the first stage), hidden out (on the last stage the summed loss, or logits)."""
+        """Hidden in (None on the first stage), hidden out (on the last stage the summed losses, or logits)."""
         ...
 
 
@@ -78,14 +78,19 @@ class Backward:
     """What a training schedule needs besides the stages.
 
     Attributes:
-        loss_gradient: gradient of the final objective with respect to each summed loss, a scalar tensor.
+        loss_gradient: gradient of the final objective with respect to what the last stage gives for a micro-batch,
+            its summed losses: a tensor of their shape.
         sink: takes weight gradients; asked to put them aside in input-gradient steps.
         reduce: called with a stage once its weight gradients are complete.
+        before: called with a stage before each of its backwards, and before each half where they are split.
+        after: called with the stage when that is over.
     """
 
     loss_gradient: Tensor
     sink: GradSink
     reduce: Callable[[int], None]
+    before: Callable[[int], None] = lambda stage: None
+    after: Callable[[int], None] = lambda stage: None
 
 
 def run(
@@ -144,9 +149,14 @@ class _Interpreter:
             return
         self.recorder.begin(action)
         if isinstance(action, Step):
+            turns_back = self.backward is not None and action.op is not Op.F
+            if turns_back:
+                self.backward.before(action.stage)
             {Op.F: self._forward, Op.B: self._backward, Op.I: self._input_gradient, Op.W: self._weight_gradient}[
                 action.op
             ](action.stage, action.mb)
+            if turns_back:
+                self.backward.after(action.stage)
         elif self.backward is not None:
             self.backward.reduce(action.stage)
         self.recorder.end()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron3d.comm.collectives import own_part
 from megatron3d.comm.mesh import Axis
+from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 from megatron3d.params.spec import TpGradient
 
@@ -23,12 +24,14 @@ class LayerContext:
             being the same on all its ranks (type I).
         sink: takes the weight gradients.
         kernels: picks the implementation of each kernel.
+        gate: asked by a stage before and after weights are used.
     """
 
     tp: Axis
     sequence_parallel: bool
     sink: GradSink
     kernels: Registry = field(default_factory=Registry)
+    gate: WeightGate = field(default_factory=WeightGate)
 
     @property
     def residual_gradient(self) -> TpGradient:

@@ -77,6 +77,7 @@ def joined(parallel: ParallelConfig, guard: Guard, *, save: str | None) -> Itera
         pp=parallel.pipeline_model_parallel_size,
         dp=parallel.data_parallel_size,
         cp=parallel.context_parallel_size,
+        zero_shard=parallel.zero_shard_size,
     )
     yield make_mesh(layout, timeout=timeout), device
 

@@ -19,6 +19,7 @@ from megatron3d.config.train import TrainConfig
 from megatron3d.models.stage import Stage, StagePart
 from megatron3d.optim.build import build_optimizer
 from megatron3d.optim.scaler import LossScaler, build_scaler
+from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 from megatron3d.pipeline.lower import lower
 from megatron3d.pipeline.plan import PipelinePlan
@@ -76,6 +77,7 @@ class Model:
     dtype: torch.dtype
     stages: dict[int, Stage]
     sink: GradSink
+    gate: WeightGate
     rows: Rows
 
     @property
@@ -115,16 +117,16 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
         ConfigError: the layers cannot be split as asked.
         ScheduleError: the order of work is not known or does not take the stages it is given.
     """
-    sink = GradSink()
+    sink, gate = GradSink(), WeightGate()
     sequence_parallel = config.parallel.sequence_parallel and mesh.tp.size > 1
-    context = LayerContext(mesh.tp, sequence_parallel, sink, Registry())
+    context = LayerContext(mesh.tp, sequence_parallel, sink, Registry(), gate)
     plan = plan_of(config)
     stages = {
         stage: builder(config.model, config.train, stage_part(plan, stage), context)
         for stage in plan.stages_of(mesh.pp.rank)
     }
     _share_tied_table(list(stages.values()))
-    return Model(mesh, device, DTYPES[config.optim.precision], stages, sink, Rows(plan, mesh.pp.rank))
+    return Model(mesh, device, DTYPES[config.optim.precision], stages, sink, gate, Rows(plan, mesh.pp.rank))
 
 
 def _share_tied_table(stages: list[Stage]) -> None:
@@ -146,8 +148,11 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
         device=device,
         seed=config.data.seed,
         overlap=config.parallel.overlap_grad_reduce,
+        overlap_gather=config.parallel.overlap_param_gather,
+        prefetch=config.parallel.zero_prefetch_units,
     )
-    engine = ZeroEngine(unit_parameters(model.stages), mesh, options, model.sink)
+    places = {number: stage.places() for number, stage in model.stages.items()}
+    engine = ZeroEngine(unit_parameters(model.stages), mesh, options, model.sink, gate=model.gate, places=places)
     optimizer = build_optimizer(config.optim, [(piece.parameter, piece.decays) for piece in engine.pieces])
     return Parts(config, model, engine, optimizer, build_scaler(config.optim))
 

@@ -76,8 +76,7 @@ def train_step(parts: Parts, batch: GPTBatch, rates: Rates, *, step: int, wants_
     if not skipped:
         set_rates(parts.optimizer, lr=rates.lr, weight_decay=rates.weight_decay)
         parts.engine.scale_grads(clip_factor(grad_norm, parts.config.optim.clip_grad) / parts.scaler.scale)
-        parts.optimizer.step()
-        parts.engine.publish()
+        parts.engine.step(parts.optimizer)
     parts.scaler.update(not skipped)
     parts.engine.clear_grads()
     return StepResult(loss, grad_norm, skipped, int(votes))
@@ -107,7 +106,13 @@ def forward_backward(parts: Parts, batch: GPTBatch, count: int, *, step: int) ->
         model.stages,
         micros,
         wire=model.wire(config, micro_batch_size=config.train.micro_batch_size),
-        backward=Backward(gradient, model.sink, parts.engine.reduce_stage),
+        backward=Backward(
+            gradient,
+            model.sink,
+            parts.engine.reduce_stage,
+            before=parts.engine.before_backward,
+            after=parts.engine.after_backward,
+        ),
     )
     return share_of_sum(parts, losses)
 

@@ -103,7 +103,9 @@ def test_resolving_twice_is_resolving_once() -> None:
             "A world of 6 ranks is not a multiple of tensor 4 x pipeline 1 = 4; start 4 or 8",
         ),
         ("--tensor-model-parallel-size 4", 2, "start 4 ranks"),
-        ("--zero-stage 2", 2, "stages 2 and 3 are not here yet; use 0 or 1"),
+        ("--zero-stage 2 --zero-shard-size 4", 6, "--zero-shard-size 4 does not divide the 6 data-parallel ranks"),
+        ("--zero-shard-size 2", 2, "--zero-shard-size 2 shares nothing out with --zero-stage 0"),
+        ("--zero-stage 1 --zero-shard-size 0", 2, "it must be at least 1"),
         ("--context-parallel-size 2", 2, "--context-parallel-size 2 is not in this version"),
         ("--expert-model-parallel-size 2", 2, "--expert-model-parallel-size 2 is not in this version"),
         # The model.
