@@ -90,6 +90,10 @@ class HostCopies:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def nothing(self) -> Copy:
+        """A copy that is over, where none is needed."""
+        return Copy(None)
+
     def start(self, target: Tensor, source: Tensor) -> Copy:
         """Start copying `source` into `target` after what is queued on the device now, converting dtypes.
 

@@ -27,15 +27,6 @@ def step_label(step: Step, timeline: Timeline) -> str:
     return f"{step.op.value}{step.mb}{stage}"
 
 
-def peak_in_ranks(timeline: Timeline) -> tuple[float, ...]:
-    """Most activations alive on each rank, in units of one microbatch on a whole rank, so that orders compare.
-
-    A rank that holds V of the stages counts each (stage, microbatch) as 1/V of that unit.
-    """
-    schedule = timeline.schedule
-    return tuple(peak * schedule.num_ranks / schedule.num_stages for peak in timeline.peak_live_activations)
-
-
 def render_text(timeline: Timeline, *, width: int = 120) -> str:
     """The timeline to scale, and what each rank does in numbers.
 
@@ -86,7 +77,7 @@ def _legend(timeline: Timeline) -> str:
 
 def _rank_table(timeline: Timeline) -> list[str]:
     """Busy and idle time and peak live activations; neighbouring ranks with the same numbers share a line."""
-    peaks = zip(timeline.peak_live_activations, peak_in_ranks(timeline))
+    peaks = zip(timeline.peak_live_activations, timeline.peak_in_ranks)
     several = timeline.schedule.num_stages != timeline.schedule.num_ranks
     live = [
         f"{peak} live activations" + (f" (as {whole:.3g} of a whole rank)" if several else "") for peak, whole in peaks

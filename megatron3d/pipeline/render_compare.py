@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from megatron3d.errors import ScheduleError
 from megatron3d.pipeline.orders import build_schedule
-from megatron3d.pipeline.render import peak_in_ranks
 from megatron3d.pipeline.schedule import Schedule
 from megatron3d.pipeline.simulate import Costs, Timeline, simulate
 
@@ -32,7 +31,7 @@ class Contender:
     @property
     def peaks(self) -> tuple[float, ...]:
         """Peak live activations by rank, in units of one microbatch on a whole rank."""
-        return peak_in_ranks(self.timeline)
+        return self.timeline.peak_in_ranks
 
 
 @dataclass(frozen=True)

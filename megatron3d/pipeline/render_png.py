@@ -17,7 +17,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from megatron3d.errors import StorageError
-from megatron3d.pipeline.render import OP_WORDS, peak_in_ranks
+from megatron3d.pipeline.render import OP_WORDS
 from megatron3d.pipeline.schedule import Op, Step
 from megatron3d.pipeline.simulate import Timeline
 
@@ -198,7 +198,7 @@ def _draw_frame(axes: Axes, timeline: Timeline) -> None:
     axes.tick_params(axis="x", labelsize=9, pad=2)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    for rank, peak in enumerate(peak_in_ranks(timeline)):
+    for rank, peak in enumerate(timeline.peak_in_ranks):
         axes.annotate(
             f"{peak:.3g}",
             (1, rank),

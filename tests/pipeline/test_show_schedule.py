@@ -90,6 +90,28 @@ def test_the_comparison_is_drawn_with_every_colour_that_occurs(show, tmp_path: P
         assert (abs(pixels - wanted).max(axis=1) < 0.01).mean() > 0.003, colour
 
 
+OWN_ORDER = """
+from megatron3d.pipeline.schedule import Op, Schedule, Step
+
+
+def one_at_a_time(num_ranks, num_microbatches, virtual=1):
+    rows = [
+        tuple(Step(op, rank, mb) for mb in range(num_microbatches) for op in (Op.F, Op.B)) for rank in range(num_ranks)
+    ]
+    return Schedule("one at a time", num_ranks, num_microbatches, tuple(rows), tuple(range(num_ranks)))
+"""
+
+
+def test_an_order_of_the_user_is_shown_and_compared(show, tmp_path: Path):
+    (tmp_path / "mine.py").write_text(OWN_ORDER)
+    name = f"{tmp_path / 'mine.py'}:one_at_a_time"
+    code, out, _ = show("--pipeline-schedule", name, "--stages", 2, "--microbatches", 3)
+    assert code == 0 and "2 pipeline ranks, 3 microbatches, span 18, bubble 50.0%" in out
+    _, out, _ = show("--compare", "--pipeline-schedule", name, "--stages", 2, "--microbatches", 3)
+    row = next(line for line in out.splitlines() if "one_at_a_time" in line)
+    assert row.split()[1:4] == ["1", "18", "50.0%"]
+
+
 @pytest.mark.parametrize(
     ("args", "expected", "words"),
     [
