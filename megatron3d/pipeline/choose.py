@@ -1,7 +1,7 @@
 """`--pipeline-schedule auto`: simulate every named order that can run, and take the shortest that fits.
 
 Every order is simulated with all its microbatches, so the figures are those of the step that will run; the largest
-case at hand, 16 ranks with 4 stages each and 512 microbatches, takes a second for each order.
+case at hand, 16 ranks with up to 4 stages each and 512 microbatches, takes about a second for each order.
 """
 
 from __future__ import annotations

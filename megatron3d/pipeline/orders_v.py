@@ -2,8 +2,8 @@
 
 Both ends of the model lie on rank 0, so a microbatch that is finished frees memory where the next one starts, and all
 ranks can hold the same amount. The rows are written as phases of words such as "F0 I1 W1": the op, and the way, 0 down
-or 1 up. Microbatches follow each other on each way. The phases need a minimum of microbatches; with fewer, the rest of
-them is left out of the rows, and no rank waits for what is in no row.
+or 1 up. Microbatches follow each other on each way. Start and end of the phases work on `num_ranks` microbatches or
+twice as many; where there are fewer, the surplus is left out of all rows, and nobody waits for what is in no row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def zb_v(num_ranks: int, num_microbatches: int, virtual: int = 2) -> Schedule:
     Parallelism with Controllable Memory (arXiv:2405.15362), where it is the V-ZB building block.
     """
     require_sizes("zb-v", num_ranks, num_microbatches, virtual, fixed=2)
-    full = max(num_microbatches, 2 * num_ranks - 1)
+    steady = max(num_microbatches - num_ranks, 0)
     phases = []
     for rank in range(num_ranks):
         below = num_ranks - rank
@@ -37,7 +37,7 @@ def zb_v(num_ranks: int, num_microbatches: int, virtual: int = 2) -> Schedule:
             ["F0"] * (2 * below - 1)
             + ["F1 F0"] * rank
             + ["F1 I1 W1"] * below
-            + ["F0 I0 W0 F1 I1 W1"] * (full - num_ranks)
+            + ["F0 I0 W0 F1 I1 W1"] * steady
             + ["I0 I1"] * rank
             + ["I0 W0"] * below
             + ["W1"] * rank
@@ -62,7 +62,7 @@ def dualpipe_v(num_ranks: int, num_microbatches: int, virtual: int = 2) -> Sched
     bubble and the memory for PP = 2 num_ranks stages.
     """
     require_sizes("dualpipe-v", num_ranks, num_microbatches, virtual, fixed=2)
-    full = max(num_microbatches, 2 * num_ranks)
+    steady = max(num_microbatches - 2 * num_ranks, 0)
     phases = []
     for rank in range(num_ranks):
         below, half = num_ranks - 1 - rank, (rank + 1) // 2
@@ -72,7 +72,7 @@ def dualpipe_v(num_ranks: int, num_microbatches: int, virtual: int = 2) -> Sched
             ["F0"] * (2 * below)
             + ["F0 F1"] * (rank + 1)
             + ["I1 W F1"] * below
-            + ["F0 B1 F1 B0"] * (full - 2 * num_ranks + rank + 1)
+            + ["F0 B1 F1 B0"] * (steady + rank + 1)
             + ["B1 F1 B0"] * below
             + turn
             + ["W I0"] * below

@@ -140,11 +140,11 @@ def _dependency_order(schedule: Schedule, present: set[Step]) -> list[Step]:
     while len(done) < len(present):
         before = len(done)
         for rank, row in enumerate(schedule.rows):
-            for step in row[next_index[rank] :]:
-                if not all(needed in done for needed in needs(step, schedule.num_stages, present)):
-                    break
-                done[step] = None
-                next_index[rank] += 1
+            at = next_index[rank]
+            while at < len(row) and all(needed in done for needed in needs(row[at], schedule.num_stages, present)):
+                done[row[at]] = None
+                at += 1
+            next_index[rank] = at
         if len(done) == before:
             raise ScheduleError(_who_waits(schedule, next_index, present, done))
     return list(done)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron3d.errors import ScheduleError
 from megatron3d.pipeline.orders import gpipe, one_f_one_b
 from megatron3d.pipeline.schedule import Op, Schedule, Step
-from megatron3d.pipeline.simulate import Costs, simulate
+from megatron3d.pipeline.simulate import Costs, peak_live, peak_live_in_ranks, simulate
 
 
 def steps(text: str) -> tuple[Step, ...]:
@@ -64,6 +64,27 @@ def test_weight_gradients_fill_the_bubble_and_keep_activations_alive():
     assert timeline.span == 7.0  # full backwards take 9, see the first test
     assert timeline.busy == (6.0, 6.0)
     assert timeline.peak_live_activations == (2, 2)  # the last rank of 1F1B with full backwards holds 1
+
+
+def test_idle_time_inside_a_rank_starts_with_its_first_step_and_ends_with_its_last():
+    timeline = simulate(one_f_one_b(2, 2))  # rank 0 works from 0 to 9, rank 1 from 1 to 7, each for 6
+    assert timeline.idle == (3.0, 3.0)
+    assert timeline.idle_inside == (3.0, 0.0)
+
+
+def test_live_activations_count_by_the_share_of_their_stage():
+    schedule = Schedule("both here", 2, 1, (steps("F00 F10 B10 B00"),), (0, 0))
+    assert simulate(schedule).peak_in_ranks == (1.0,)  # two halves of the only rank
+    rows = (steps("F00 F01 B00 B01"), steps("F10 F11 B10 B11"))
+    uneven = simulate(Schedule("uneven", 2, 2, rows, (0, 1)), Costs(stage_factors=(3.0, 1.0)))
+    assert uneven.peak_live_activations == (2, 2)
+    assert uneven.peak_in_ranks == (3.0, 1.0)  # the first stage is 3/4 of the model, that is 1.5 of two ranks
+    assert peak_live_in_ranks(uneven.schedule, (6.0, 2.0)) == (3.0, 1.0)
+
+
+def test_a_forward_without_backward_holds_its_stage_only_while_it_runs():
+    schedule = Schedule("forwards", 2, 2, (steps("F00 F01"), steps("F10 F11")), (0, 1))
+    assert peak_live(schedule) == (1, 1)
 
 
 @settings(max_examples=30, deadline=None)
