@@ -113,7 +113,9 @@ def _headings(columns: list[Axes], comparison: Comparison, title: str | None) ->
     timelines, bubbles, peaks = columns
     heading = title or "Pipeline schedules compared"
     timelines.annotate(heading, (0, 1), xytext=(0, 44), fontsize=17, fontweight="bold", va="baseline", **place)
+    several = any(contender.stages_per_rank > 1 for contender in comparison.contenders)
     facts = f"{comparison_headline(comparison)}, the same work in each; the number behind a timeline is its span"
+    facts += "; a rank's later stages are paler" if several else ""
     timelines.annotate(facts, (0, 1), xytext=(0, 25), fontsize=11.5, va="baseline", **place)
     bubbles.annotate("bubble", (0, 1), xytext=(0, 8), fontsize=11, va="baseline", **place)
     peaks.annotate("peak live activations,\nmicrobatches per rank", (0, 1), xytext=(0, 8), fontsize=9, **place)
