@@ -195,6 +195,13 @@ def test_epochs_differ_in_order_in_masks_and_in_short_samples(corpus: IndexedDat
     assert set(texts[0]) - set(texts[1])
 
 
+def test_the_only_sample_of_an_epoch_is_masked_anew_each_time(tmp_path: Path) -> None:
+    samples = samples_of(write_sentences(tmp_path / "d", [[19, 19]]), form_of(short=0.0))
+    assert samples.num_samples_per_epoch == 1
+    drawn = [samples.sample(epoch) for epoch in range(20)]
+    assert len({tuple(sample.predicted) for sample in drawn}) > 15 and {s.sentence_label for s in drawn} == {0, 1}
+
+
 def test_counts_of_masked_tokens_differ_between_samples_and_have_the_share(corpus: IndexedDataset) -> None:
     batch = BertReader(samples_of(corpus, form_of()))(0, 400)
     counts = batch.loss_mask_BS.sum(dim=1)

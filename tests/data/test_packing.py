@@ -117,3 +117,11 @@ def test_order_and_choice_of_short_blocks_change_with_the_epoch() -> None:
     plan = EpochPlan(pieces, pack(pieces, capacity=50, min_pieces=2), min_pieces=2, short_share=0.3, seed=1)
     first, second = ([plan.pieces_of(epoch, index) for index in range(plan.num_samples)] for epoch in (0, 1))
     assert first != second and {s[2] for s in first if s[1] - s[0] < 10} != {s[2] for s in second if s[1] - s[0] < 10}
+
+
+def test_order_of_blocks_too_small_to_be_cut_changes_with_the_epoch() -> None:
+    pieces = equal_pieces(300, 3, 5)
+    plan = EpochPlan(pieces, pack(pieces, capacity=50, min_pieces=2), min_pieces=2, short_share=0.3, seed=1)
+    first, second = ([plan.pieces_of(epoch, index)[2] for index in range(300)] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(300))
+    assert sum(one == two for one, two in zip(first, second)) < 10
