@@ -11,6 +11,7 @@ from dataclasses import replace
 from megatron3d.config.bounds import single_option_problems, with_defaults_where_wrong
 from megatron3d.config.derive import derive
 from megatron3d.config.rules_model import MODEL_RULES
+from megatron3d.config.rules_offload import OFFLOAD_RULES
 from megatron3d.config.rules_run import RUN_RULES, required_problems
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
@@ -25,7 +26,7 @@ def check(config: RunConfig, world_size: int) -> list[str]:
     problems = [*single_option_problems(config), *required_problems(config)]
     given = with_defaults_where_wrong(config)
     run = derive(given, world_size)
-    for rule in (*MODEL_RULES, *RUN_RULES):
+    for rule in (*MODEL_RULES, *OFFLOAD_RULES, *RUN_RULES):
         problems += rule(given, run)
     return problems
 

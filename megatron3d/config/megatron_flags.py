@@ -261,11 +261,17 @@ REFUSED: tuple[Refused, ...] = (
         prefixes="--fsdp- --megatron-fsdp- --gtp-",
     ),
     Refused(
+        "use --offload-optimizer cpu, which keeps all master weights and optimizer state in host memory and updates "
+        "them there",
+        flags="""
+        --optimizer-cpu-offload --optimizer-offload-fraction --overlap-cpu-optimizer-d2h-h2d
+        --use-torch-optimizer-for-cpu-offload --no-pin-cpu-grads --no-pin-cpu-params""",
+    ),
+    Refused(
         "optimizer states are fp32 on the device of the weights; leave it out",
         flags="""
         --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype
-        --optimizer-cpu-offload --optimizer-offload-fraction --overlap-cpu-optimizer-d2h-h2d
-        --use-torch-optimizer-for-cpu-offload --no-pin-cpu-grads --no-pin-cpu-params --optimizer-cuda-graph
+        --optimizer-cuda-graph
         --load-main-params-from-ckpt --ddp-param-name-patterns-for-fp32-local-accumulation
         --dump-param-to-param-group-map""",
     ),

@@ -18,6 +18,7 @@ PIPELINE_SCHEDULES = (
     "dualpipe-v",
     "auto",
 )
+OFFLOAD_PLACES = ("none", "cpu", "nvme")
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,25 @@ class ParallelConfig:
     )
     overlap_param_gather: bool = switch(
         "--overlap-param-gather", "Let the gathers of updated weights run into the next forward (--zero-stage 1 and 2)."
+    )
+    offload_optimizer: str = option(
+        "none",
+        "--offload-optimizer",
+        "Where master weights and optimizer state live: none on the device, cpu in host memory, nvme in files.",
+        choices=OFFLOAD_PLACES,
+    )
+    offload_params: str = option(
+        "none",
+        "--offload-params",
+        "Where the shared-out weights of --zero-stage 3 live between uses.",
+        choices=OFFLOAD_PLACES,
+    )
+    offload_dir: str = option(
+        None, "--offload-dir", "Where nvme files take their space: a directory on a local disk of each machine."
+    )
+    offload_delayed_update: bool = switch(
+        "--offload-delayed-update",
+        "Update offloaded weights beside the next forward and backward, which then use weights one update old.",
     )
     device: str = option(
         None, "--device", "Where to run; default cuda where there is one, else cpu.", choices=("cpu", "cuda")

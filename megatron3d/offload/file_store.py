@@ -9,6 +9,7 @@ Source: Rajbhandari et al. 2021 (ZeRO-Infinity), section 6.3 (DeepNVMe), which d
 
 from __future__ import annotations
 
+import ctypes
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -180,4 +181,5 @@ def _chunks(num_bytes: int) -> list[tuple[int, int]]:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     assert tensor.is_contiguous() and tensor.device.type == "cpu", "transfers need contiguous memory of the host"
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+    # Not through numpy, which would forbid the tensor's storage to be freed and taken again later.
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")

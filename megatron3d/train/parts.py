@@ -26,6 +26,7 @@ from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.run import Wire
 from megatron3d.pipeline.schedule import Action, Schedule
 from megatron3d.tensor.context import LayerContext
+from megatron3d.train.offload import offload_of
 from megatron3d.train.plan import plan_of, stage_part
 from megatron3d.zero.engine import UnitParameters, ZeroEngine
 from megatron3d.zero.policy import policy_of
@@ -150,6 +151,7 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
         overlap=config.parallel.overlap_grad_reduce,
         overlap_gather=config.parallel.overlap_param_gather,
         prefetch=config.parallel.zero_prefetch_units,
+        offload=offload_of(config, rank=mesh.rank, device=device),
     )
     places = {number: stage.places() for number, stage in model.stages.items()}
     engine = ZeroEngine(unit_parameters(model.stages), mesh, options, model.sink, gate=model.gate, places=places)

@@ -171,17 +171,22 @@ def start_record(parts: Parts) -> StartRecord:
     """What the run is made of; collective, because it names the largest bytes of any rank."""
     config, layout = parts.config, parts.mesh.layout
     held = parts.engine.state_bytes()
-    sizes = torch.tensor(
-        [held.weights, held.gradients, held.master_weights + state_bytes(parts.optimizer)], device=parts.model.device
-    )
-    weights, gradients, optimizer = all_reduce(sizes, parts.mesh.world, reduction="max").tolist()
+    on_device = {
+        "weights": held.weights,
+        "gradients": held.gradients,
+        "optimizer": held.master_weights + state_bytes(parts.optimizer),
+    }
+    offloaded = {"host": held.host, "files": held.files} if config.parallel.offload_optimizer != "none" else {}
+    held_by_name = on_device | offloaded
+    sizes = torch.tensor(list(held_by_name.values()), device=parts.model.device)
+    largest = all_reduce(sizes, parts.mesh.world, reduction="max").tolist()
     row = parts.model.rows.training(_first_microbatches(config))
     degrees = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "zero": config.parallel.zero_stage}
     return StartRecord(
         model=TITLES[config.model.architecture],
         parameters=num_parameters(config.model),
         layout=degrees,
-        bytes_per_rank={"weights": weights, "gradients": gradients, "optimizer": optimizer},
+        bytes_per_rank=dict(zip(held_by_name, largest, strict=True)),
         schedule=parts.model.rows.plan.order,
         predicted_bubble=simulate(row.schedule).bubble_fraction,
     )

@@ -68,6 +68,11 @@ def save(parts: Parts, progress: Progress, schedule: ScheduleSettings) -> Path:
     Raises:
         StorageError: the file system refused; the checkpoints before are untouched.
     """
+    with parts.engine.states_opened(parts.optimizer, writes=False):
+        return _save(parts, progress, schedule)
+
+
+def _save(parts: Parts, progress: Progress, schedule: ScheduleSettings) -> Path:
     config, mesh = parts.config, parts.mesh
     state = {
         "progress": asdict(progress),
@@ -136,7 +141,8 @@ def _restore_from(source: Path, parts: Parts, flags: ScheduleSettings) -> Restor
     with_optimizer = not (options.finetune or options.no_load_optim)
     if with_optimizer:
         _check_optimizer(state, parts.config.optim.optimizer, source)
-    load_tensors(source, _views(parts, with_optimizer=with_optimizer, with_copies=True), group=group)
+    with parts.engine.states_opened(parts.optimizer, writes=True):
+        load_tensors(source, _views(parts, with_optimizer=with_optimizer, with_copies=True), group=group)
     parts.engine.publish()
     if options.finetune:
         return Restored(Progress(), flags, source)

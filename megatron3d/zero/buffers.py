@@ -23,6 +23,8 @@ from megatron3d.comm.collectives import (
     start_reduce_scatter_into,
 )
 from megatron3d.comm.mesh import Axis, Mesh
+from megatron3d.offload.home import StateHome
+from megatron3d.offload.stream import Waitable
 from megatron3d.zero.flat import Span
 from megatron3d.zero.policy import Policy
 
@@ -71,6 +73,22 @@ class Transit:
             self._flying.popleft().finish_scatter()
 
 
+@dataclass(frozen=True)
+class WeightHome:
+    """The place of one unit's shard in a home of weights."""
+
+    home: StateHome
+    unit: str
+
+    def start_fetch(self, into: Tensor) -> Waitable:
+        """Start copying the shard to the device."""
+        return self.home.start_fetch(self.unit, into)
+
+    def start_store(self, shard: Tensor) -> Waitable:
+        """Start replacing the shard by one on the device."""
+        return self.home.start_store(self.unit, shard)
+
+
 class WeightBuffer:
     """The weights that layers read (`whole`, of which parameters are views) and the part this rank owns (`shard`).
 
@@ -79,18 +97,35 @@ class WeightBuffer:
     """
 
     def __init__(
-        self, initial: Tensor, own: Span, axis: Axis, *, dtype: torch.dtype, is_lent: bool, transit: Transit
+        self,
+        initial: Tensor,
+        own: Span,
+        axis: Axis,
+        *,
+        dtype: torch.dtype,
+        is_lent: bool,
+        transit: Transit,
+        keeps_master: bool = True,
+        home: WeightHome | None = None,
     ) -> None:
-        """Args: `initial` is fp32 and 1-D, `own` this rank's part of it, and `is_lent` frees `whole` between uses."""
+        """Args: `initial` is fp32 and 1-D, `own` this rank's part of it, and `is_lent` frees `whole` between uses.
+        Without `keeps_master` the master weights are elsewhere; with a `home`, so is the shard of lent weights."""
         self.whole = initial.to(dtype)
         self.is_lent, self._axis, self._transit = is_lent, axis, transit
         # Gathers write through an alias that has a version counter of its own: autograd would take the return of the
         # same values for a change of what it saved.
         self._alias = self.whole.data
         part = self._alias[own.slice]
-        self.shard = part.clone() if is_lent else part
-        self.master = self.shard if dtype == torch.float32 else initial[own.slice].clone()
+        self._home, self._own_part = home, part
+        self.shard = part.clone() if is_lent and home is None else part
+        self.master: Tensor | None = None
+        if keeps_master:
+            self.master = self.shard if dtype == torch.float32 else initial[own.slice].clone()
+        if home is not None:
+            assert is_lent and not keeps_master, "weights with a home are lent, and their master is elsewhere too"
+            home.start_store(part).wait()
         self._is_here = True
+        self._fetching: Waitable | None = None
         self._gathering: Pending | None = None
         if is_lent:
             transit.take(size_bytes(self.whole))
@@ -98,6 +133,8 @@ class WeightBuffer:
     @property
     def persistent_bytes(self) -> int:
         """Bytes that are held from step to step, without separate master weights."""
+        if self._home is not None:
+            return 0
         return size_bytes(self.shard if self.is_lent else self.whole)
 
     @property
@@ -108,10 +145,18 @@ class WeightBuffer:
     def start_publish(self) -> None:
         """Bring the updated master weights into the shard, and start bringing all shards into `whole` if it stays."""
         self.finish_gather()
-        if self.master is not self.shard:
+        if self.master is not None and self.master is not self.shard:
             self.shard.copy_(self.master)
         if not self.is_lent:
             self._gathering = start_all_gather_into(self._alias, self.shard, self._axis)
+
+    def set_shard(self, values: Tensor) -> None:
+        """Replace this rank's part by values that are on the host; `start_publish` then brings it to the others."""
+        self.finish_gather()
+        if self._home is None:
+            self.shard.copy_(values)
+        else:
+            self._home.start_store(values.to(self.whole.dtype).to(self.whole.device)).wait()
 
     def start_gather(self) -> None:
         """Start bringing the weights here; nothing where they are here or on their way."""
@@ -119,10 +164,17 @@ class WeightBuffer:
             self._is_here = True
             self.whole.untyped_storage().resize_(size_bytes(self.whole))
             self._transit.take(size_bytes(self.whole))
-            self._gathering = start_all_gather_into(self._alias, self.shard, self._axis)
+            if self._home is None:
+                self._gathering = start_all_gather_into(self._alias, self.shard, self._axis)
+            else:
+                self._fetching = self._home.start_fetch(self._own_part)
 
     def finish_gather(self) -> None:
-        """Wait until the weights may be read."""
+        """Wait until the weights may be read; weights that came from their home are gathered now."""
+        if self._fetching is not None:
+            self._fetching.wait()
+            self._fetching = None
+            self._gathering = start_all_gather_into(self._alias, self._own_part, self._axis)
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None

@@ -7,7 +7,8 @@ in the rows of `policy.py` alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from megatron3d.params.grads import GradSink
 from megatron3d.params.module import Declared
 from megatron3d.zero.buffers import Transit
 from megatron3d.zero.lending import Lending, Places
+from megatron3d.zero.offload_step import OffloadedStates
 from megatron3d.zero.unit import FlatUnit, Piece, UnitOptions
 
 
@@ -36,12 +38,15 @@ class UnitParameters:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes that this rank holds of each kind of state, and the most that buffers taken for a while have come to."""
+    """Bytes that this rank holds of each kind of state, and the most that buffers taken for a while have come to;
+    `host` and `files` are the offloaded bytes there, with staging buffers."""
 
     weights: int
     gradients: int
     master_weights: int
     transient_peak: int
+    host: int = 0
+    files: int = 0
 
 
 class ZeroEngine:
@@ -75,6 +80,9 @@ class ZeroEngine:
         )
         if gate is not None:
             gate.bind(self.lending)
+        self._away: OffloadedStates | None = None
+        if options.offload.states is not None:
+            self._away = OffloadedStates(self.units, options.offload, options.device)
 
     @property
     def pieces(self) -> list[Piece]:
@@ -107,7 +115,8 @@ class ZeroEngine:
                 unit.start_reduce()
 
     def finish_reduce(self) -> None:
-        """Wait until every unit's gradients are added up over all ranks."""
+        """Wait until every unit's gradients are added up over all ranks, and for a delayed update."""
+        self.finish_update()
         for unit in self.units.values():
             unit.start_reduce()
         for unit in self.units.values():
@@ -131,12 +140,50 @@ class ZeroEngine:
                 unit.own_grads.mul_(factor)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Update the master weights of this rank's part, and bring them to the layers."""
-        optimizer.step()
-        self.publish()
+        """Update the master weights of this rank's part, and bring them to the layers.
+
+        Raises:
+            StorageError: a file of offloaded state could not be read or written, or is damaged.
+        """
+        if self._away is None:
+            optimizer.step()
+            self._start_publish()
+        elif self._away.delays_update:
+            self._away.start_step(optimizer)
+        else:
+            self._away.step(optimizer)
+            self._start_publish()
+
+    def finish_update(self) -> None:
+        """Bring the weights of a delayed update to the layers; nothing where none is under way."""
+        if self._away is not None and self._away.finish_step():
+            self._start_publish()
+
+    @contextmanager
+    def states_opened(self, optimizer: torch.optim.Optimizer, *, writes: bool) -> Iterator[None]:
+        """Have all master weights and optimizer states at hand for a checkpoint, wherever they live.
+
+        `weight_views` and `state_views` are valid within. `writes` says that the block changes them; call `publish`
+        afterwards.
+
+        Raises:
+            StorageError: a file of offloaded state could not be read, or is damaged.
+        """
+        self.finish_update()
+        if self._away is None:
+            yield
+        else:
+            with self._away.opened(optimizer, writes=writes):
+                yield
 
     def publish(self) -> None:
-        """Bring the updated master weights to the layers of every rank.
+        """Bring the master weights to the layers of every rank, as after a load; see `finish_publish`."""
+        if self._away is not None:
+            self._away.bring_weights()
+        self._start_publish()
+
+    def _start_publish(self) -> None:
+        """Bring the shards to the layers of every rank.
 
         With `overlap_gather` this returns while they are on their way; whoever reads them waits at a gate, or for
         `finish_publish`.
@@ -193,11 +240,15 @@ class ZeroEngine:
         return views
 
     def state_bytes(self) -> StateBytes:
-        """Bytes of weights, gradients and separate master weights, as allocated from step to step."""
-        units = list(self.units.values())
+        """Bytes of weights, gradients and separate master weights, as allocated from step to step, and of what is
+        offloaded."""
+        units, offload = list(self.units.values()), self.options.offload
+        homes = [home for home in (offload.states, offload.weights) if home is not None]
         return StateBytes(
             weights=sum(unit.weights.persistent_bytes for unit in units),
             gradients=sum(unit.grads.persistent_bytes for unit in units),
             master_weights=sum(unit.weights.separate_master_bytes for unit in units),
             transient_peak=self.transit.peak_bytes,
+            host=sum(home.host_bytes for home in homes) + (self._away.buffer_bytes if self._away else 0),
+            files=sum(home.file_bytes for home in homes),
         )

@@ -12,7 +12,7 @@ tensor axis, and the sum over the holders of a tied table. Sums are sums, so the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -24,8 +24,9 @@ from megatron3d.params.boxes import ShardView
 from megatron3d.params.grads import GradSink
 from megatron3d.params.init import initial_shard
 from megatron3d.params.module import Declared
-from megatron3d.zero.buffers import GradBuffer, Transit, WeightBuffer, sharing_axes
+from megatron3d.zero.buffers import GradBuffer, Transit, WeightBuffer, WeightHome, sharing_axes
 from megatron3d.zero.flat import Slot, Span, flat_layout
+from megatron3d.zero.offload import MASTER, Offload, states_record, weights_record
 from megatron3d.zero.policy import Policy
 
 # Elements that one norm adds up in fp32. On the CPU torch adds squares one after another: over 10^8 elements the sum
@@ -46,6 +47,7 @@ class UnitOptions:
         overlap: start a unit's reduction when its last gradient arrives instead of at the end of the stage.
         overlap_gather: let the gathers of updated weights run into the next forward, up to the gates.
         prefetch: places ahead whose weights are on their way, where weights are gathered for use.
+        offload: what lives off the device.
     """
 
     policy: Policy
@@ -56,6 +58,7 @@ class UnitOptions:
     overlap: bool = True
     overlap_gather: bool = False
     prefetch: int = 1
+    offload: Offload = field(default_factory=Offload)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class FlatUnit:
         self._by_name = {one.spec.name: one for one in declared}
         self._allocate(transit or Transit())
         self.pieces = tuple(
-            Piece(nn.Parameter(self.master[span.shifted(-self.own.start).slice]), span, decays)
+            Piece(nn.Parameter(self._master_of(span)), span, decays)
             for decays, span in self.layout.optimizer_spans(self.own)
         )
         self._outstanding = 0
@@ -97,13 +100,22 @@ class FlatUnit:
 
     def _allocate(self, transit: Transit) -> None:
         options, policy = self.options, self.options.policy
+        initial, offload = self._initial(), options.offload
+        if offload.states is not None:
+            offload.states.add(self.name, states_record(self.own.length, offload.state_kinds))
+            with offload.states.opened([self.name], writes=True) as records:
+                records[self.name][MASTER].copy_(initial[self.own.slice])
+        if offload.weights is not None:
+            offload.weights.add(self.name, weights_record(self.own.length, options.param_dtype))
         self.weights = WeightBuffer(
-            self._initial(),
+            initial,
             self.own,
             self.axes.shard,
             dtype=options.param_dtype,
             is_lent=policy.shard_params,
             transit=transit,
+            keeps_master=offload.states is None,
+            home=None if offload.weights is None else WeightHome(offload.weights, self.name),
         )
         for slot in self.layout.slots:
             one, view = self._by_name[slot.spec.name], self.weights.whole[slot.span.slice].view(slot.shape)
@@ -130,8 +142,15 @@ class FlatUnit:
 
     @property
     def master(self) -> Tensor:
-        """The fp32 weights of the part that this rank updates."""
+        """The fp32 weights of the part that this rank updates; where they are offloaded, only while they are open."""
+        assert self.weights.master is not None, f"the master weights of unit {self.name} are offloaded and not open"
         return self.weights.master
+
+    def _master_of(self, span: Span) -> Tensor:
+        """What the optimizer gets of a span: nothing yet where it is offloaded."""
+        if self.options.offload.states is not None:
+            return torch.empty(0)
+        return self.master[span.shifted(-self.own.start).slice]
 
     @property
     def own_grads(self) -> Tensor | None:
@@ -194,7 +213,7 @@ class FlatUnit:
         if self.tied is not None:
             all_reduce(self.grads.own, self.tied)
         self._is_reduced = True
-        for piece in self.pieces:
+        for piece in self.pieces if self.options.offload.states is None else ():
             piece.parameter.grad = self.grads.own[piece.span.shifted(-self.own.start).slice]
 
     def squared_norm(self) -> Tensor:

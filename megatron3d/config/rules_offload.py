@@ -1,0 +1,51 @@
+"""What must hold between the options that move state off the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron3d.config.run import RunConfig
+
+# Optimizers whose update of an element needs that element alone: the others exchange parts of whole matrices between
+# the ranks in every step, which a GPU's collectives cannot do in host memory.
+ELEMENTWISE_OPTIMIZERS = ("adam", "adamw", "sgd", "lion")
+
+
+def offload_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Weights go where their state goes; files have a directory; the optimizer can step on the host."""
+    parallel, optimizer = run.parallel, run.optim.optimizer
+    states, params = parallel.offload_optimizer, parallel.offload_params
+    if states != "none" and optimizer not in ELEMENTWISE_OPTIMIZERS:
+        yield (
+            f"--offload-optimizer {states} does not go with --optimizer {optimizer}, which works on whole parameters "
+            f"across ranks; use --optimizer {', '.join(ELEMENTWISE_OPTIMIZERS)}, or --offload-optimizer none."
+        )
+    if params != "none" and parallel.zero_stage != 3:
+        yield (
+            f"--offload-params {params} moves weights that are shared out, which --zero-stage {parallel.zero_stage} "
+            "does not; use --zero-stage 3, or leave it out."
+        )
+    if params != "none" and states == "none":
+        yield (
+            f"--offload-params {params} needs the larger optimizer state off the device first; give "
+            "--offload-optimizer cpu or nvme too."
+        )
+    if parallel.offload_delayed_update and states == "none":
+        yield "--offload-delayed-update delays the update of offloaded state; give --offload-optimizer cpu or nvme."
+
+
+def offload_directory_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """A directory where there are files, and files where there is a directory."""
+    parallel = run.parallel
+    uses_files = "nvme" in (parallel.offload_optimizer, parallel.offload_params)
+    if uses_files and parallel.offload_dir is None:
+        flag = "--offload-optimizer" if parallel.offload_optimizer == "nvme" else "--offload-params"
+        yield f"{flag} nvme keeps state in files; say where with --offload-dir, best on a local disk."
+    if not uses_files and parallel.offload_dir is not None:
+        yield (
+            f"--offload-dir {parallel.offload_dir} is not used, as nothing is offloaded to files; give "
+            "--offload-optimizer nvme, or leave it out."
+        )
+
+
+OFFLOAD_RULES = (offload_rule, offload_directory_rule)
