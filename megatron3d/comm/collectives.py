@@ -7,7 +7,7 @@ Differentiable collectives are in `typed.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,23 @@ def reduce_scatter(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
     if dim % x.dim() == 0:
         return start_reduce_scatter(x, axis).wait()
     return start_reduce_scatter(x.movedim(dim, 0), axis).wait().movedim(0, dim).contiguous()
+
+
+def all_to_all(x: Tensor, axis: Axis, *, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    """Send each rank of the axis its own stretch of the one-dimensional `x`, and join what comes, in rank order.
+
+    Args:
+        x: the stretches one after another.
+        axis: the ranks.
+        send: elements for each rank.
+        receive: elements from each rank, which must be what it sends here.
+    """
+    if axis.size == 1:
+        return x
+    arrived = x.new_empty(sum(receive))
+    axis.meter.add(axis.name, "all_to_all", _size_bytes(arrived))
+    dist.all_to_all_single(arrived, x.contiguous(), list(receive), list(send), group=axis.group)
+    return arrived
 
 
 def own_part(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:

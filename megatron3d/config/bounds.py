@@ -51,7 +51,7 @@ BOUNDS: tuple[Bound, ...] = (
         "micro_batch_size global_batch_size "
         "train_iters train_samples eval_interval exit_interval log_interval recompute_num_layers save_interval "
         "profile_pipeline_step keep_last lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
-        "loss_scale_window hysteresis zero_shard_size muon_num_ns_steps mask_max_ngram",
+        "loss_scale_window hysteresis muon_num_ns_steps zero_shard_size muon_num_ns_steps mask_max_ngram",
         at_least=1,
     ),
     Bound(
@@ -61,7 +61,7 @@ BOUNDS: tuple[Bound, ...] = (
     ),
     Bound(
         "norm_epsilon rotary_base muon_extra_scale_factor adam_eps loss_scale initial_loss_scale min_loss_scale peak_tflops "
-        "pipeline_memory_limit_gb distributed_timeout_minutes exit_duration_in_mins",
+        "muon_extra_scale_factor pipeline_memory_limit_gb distributed_timeout_minutes exit_duration_in_mins",
         above=0,
     ),
     Bound(

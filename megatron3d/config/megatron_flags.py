@@ -92,6 +92,10 @@ ACCEPTED: tuple[Accepted, ...] = (
         --disrib-opt-comm-mem-savings""",
     ),
     Accepted(
+        "--exp-avg-dtype and --exp-avg-sq-dtype say by themselves how the optimizer keeps its state",
+        switches="--use-precision-aware-optimizer",
+    ),
+    Accepted(
         "when the updated weights are gathered changes no result",
         switches="""
         --overlap-param-gather-with-optimizer-step --delay-param-gather
@@ -268,9 +272,9 @@ REFUSED: tuple[Refused, ...] = (
         --use-torch-optimizer-for-cpu-offload --no-pin-cpu-grads --no-pin-cpu-params""",
     ),
     Refused(
-        "optimizer states are fp32 on the device of the weights; leave it out",
+        "gradients are reduced and weights updated in fp32, on the device of the weights; leave it out",
         flags="""
-        --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype
+        --main-grads-dtype --main-params-dtype
         --optimizer-cuda-graph
         --load-main-params-from-ckpt --ddp-param-name-patterns-for-fp32-local-accumulation
         --dump-param-to-param-group-map""",
@@ -386,8 +390,8 @@ REFUSED: tuple[Refused, ...] = (
         prefixes="--non-persistent-",
     ),
     Refused(
-        "use --optimizer adam or sgd",
-        prefixes="--muon- --lion-",
+        "Muon orthogonalises whole matrices at every layout, with torch's products; leave it out",
+        flags="--muon-tp-mode --muon-use-syrk",
     ),
     Refused(
         "this model is not in this version; use pretrain_gpt.py's own model flags",
@@ -455,8 +459,7 @@ HARMLESS_VALUES: Mapping[str, str] = MappingProxyType(
         "--head-lr-mult": "1.0",
         "--main-grads-dtype": "fp32",
         "--main-params-dtype": "fp32",
-        "--exp-avg-dtype": "fp32",
-        "--exp-avg-sq-dtype": "fp32",
+        "--muon-tp-mode": "duplicated",
     }
 )
 

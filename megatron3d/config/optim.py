@@ -12,7 +12,16 @@ class OptimConfig:
     """How weights are updated and in which precision. `precision` is derived: "fp32", "bf16" or "fp16"."""
 
     optimizer: str = option(
-        "adam", "--optimizer", "The update rule; adam is AdamW (decoupled decay).", choices=("adam", "sgd")
+        "adam",
+        "--optimizer",
+        "The update rule; adam is AdamW (decoupled decay).",
+        choices=("adam", "adamw", "sgd", "lion", "adafactor", "lamb", "muon"),
+    )
+    optimizer_implementation: str = option(
+        "torch",
+        "--optimizer-implementation",
+        "Whose fused Adam to use; the others must be installed.",
+        choices=("torch", "apex", "transformer-engine"),
     )
     lr: float = option(None, "--lr", "Peak learning rate.")
     min_lr: float = option(0.0, "--min-lr", "Learning rate at the end of the decay.")
@@ -64,7 +73,50 @@ class OptimConfig:
     adam_beta1: float = option(0.9, "--adam-beta1", "First-moment coefficient.")
     adam_beta2: float = option(0.999, "--adam-beta2", "Second-moment coefficient.")
     adam_eps: float = option(1e-8, "--adam-eps", "Added to the square root of the second moment.")
+    decoupled_weight_decay: bool = off_switch(
+        "--no-decoupled-weight-decay", "Adam as first published: the decay is added to the gradient."
+    )
+    exp_avg_dtype: str = option(
+        "fp32", "--exp-avg-dtype", "Dtype of the first moment (adam, lion, lamb).", choices=("fp32", "bf16")
+    )
+    exp_avg_sq_dtype: str = option(
+        "fp32", "--exp-avg-sq-dtype", "Dtype of the second moment (adam, lamb).", choices=("fp32", "bf16")
+    )
     sgd_momentum: float = option(0.9, "--sgd-momentum", "Momentum of SGD.")
+    lion_beta1: float = option(0.95, "--lion-beta1", "Share of the momentum in the direction of Lion.")
+    lion_beta2: float = option(0.98, "--lion-beta2", "Coefficient of the momentum of Lion.")
+    muon_momentum: float = option(0.9, "--muon-momentum", "Momentum of Muon.")
+    muon_nesterov: bool = switch(
+        "--muon-nesterov", "Nesterov's momentum, as in the Muon of Jordan et al.", also=("--muon-use-nesterov",)
+    )
+    muon_split_qkv: bool = off_switch(
+        "--muon-no-split-qkv", "Orthogonalise fused matrices (query, key, value; gate, up) as one."
+    )
+    muon_scale_mode: str = option(
+        "spectral",
+        "--muon-scale-mode",
+        "How the update of Muon depends on the matrix's shape.",
+        choices=("spectral", "unit_rms_norm", "shape_scaling"),
+    )
+    muon_extra_scale_factor: float = option(
+        1.0, "--muon-extra-scale-factor", "Factor of Muon's update; 0.2 with spectral has the size of AdamW's."
+    )
+    muon_coefficient_type: str = option(
+        "quintic",
+        "--muon-coefficient-type",
+        "Coefficients of the Newton-Schulz iteration.",
+        choices=("simple", "quintic"),
+    )
+    muon_num_ns_steps: int = option(5, "--muon-num-ns-steps", "Newton-Schulz iterations of Muon.", unit="iterations")
+    muon_fp32_matmul_prec: str = option(
+        "high",
+        "--muon-fp32-matmul-prec",
+        "Products of the Newton-Schulz iteration: low and medium in bf16, high in fp32.",
+        choices=("low", "medium", "high"),
+    )
+    muon_scalar_optimizer: str = option(
+        "adam", "--muon-scalar-optimizer", "What updates tables, biases and norms beside Muon.", choices=("adam", "lion")
+    )
     bf16: bool = switch("--bf16", "Compute in bf16 with fp32 master weights.")
     fp16: bool = switch("--fp16", "Compute in fp16 with fp32 master weights and loss scaling.")
     loss_scale: float = option(None, "--loss-scale", "A fixed loss scale for fp16; default dynamic.")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from megatron3d.config.batch_size import parse_step_schedule
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.options import BY_NAME
+from megatron3d.config.rules_optimizer import OPTIMIZER_RULES
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
 
@@ -300,6 +301,7 @@ RUN_RULES = (
     learning_rate_rule,
     weight_decay_rule,
     precision_rule,
+    *OPTIMIZER_RULES,
     recompute_rule,
     data_rule,
     tokenizer_rule,

@@ -1,56 +1,137 @@
-"""Building torch's fused optimizers over flat pieces of master weights.
+"""Building the optimizer of a run over flat pieces of master weights.
 
-An optimizer here sees a few long one-dimensional fp32 tensors and nothing parallel: the update is elementwise, so it
-does not matter which part of which parameter an element is.
+An optimizer here sees a few long one-dimensional fp32 tensors and nothing parallel. Most updates are elementwise, so it
+does not matter which part of which parameter an element is; LAMB, Adafactor and Muon ask a `Whole` for what concerns
+whole parameters. All leave parameters without a gradient alone, so a step can be made unit by unit.
 
-Source: Loshchilov and Hutter 2019 (AdamW), algorithm 2.
+Source: Loshchilov and Hutter 2019 (AdamW), algorithm 2, for Adam; the others name theirs in their own files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from megatron3d.config.optim import OptimConfig
+from megatron3d.errors import ConfigError
+from megatron3d.optim.adafactor import Adafactor
+from megatron3d.optim.adam import AdamOfMoments
+from megatron3d.optim.external import external_adam
+from megatron3d.optim.lamb import Lamb
+from megatron3d.optim.lion import Lion
+from megatron3d.optim.muon import Muon
+from megatron3d.optim.several import Several
+from megatron3d.params.boxes import ShardView
+from megatron3d.params.portion import Whole
+
+_STATES = {"adam": ("exp_avg", "exp_avg_sq"), "lamb": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
+
+
+def kind(config: OptimConfig) -> str:
+    """Which state an optimizer keeps, as checkpoints note it: the same word where one can go on from the other's."""
+    if config.optimizer == "adamw":
+        return "adam"
+    if config.optimizer == "muon" and config.muon_scalar_optimizer != "adam":
+        return f"muon with {config.muon_scalar_optimizer}"
+    return config.optimizer
 
 
 def state_names(config: OptimConfig) -> tuple[str, ...]:
-    """The tensors of state that the optimizer keeps for every parameter, by torch's names."""
-    if config.optimizer == "adam":
-        return ("exp_avg", "exp_avg_sq")
-    return ("momentum_buffer",) if config.sgd_momentum else ()
+    """The states with an element for each element of a parameter, by torch's names; a parameter may lack some."""
+    if config.optimizer == "sgd":
+        return ("momentum_buffer",) if config.sgd_momentum else ()
+    if config.optimizer == "muon":
+        return ("momentum_buffer", *_STATES[config.muon_scalar_optimizer])
+    return _STATES.get(kind(config), ())
 
 
-def build_optimizer(config: OptimConfig, pieces: Iterable[tuple[nn.Parameter, bool]]) -> torch.optim.Optimizer:
-    """A fused optimizer with its state allocated, so that a checkpoint can be loaded into it before the first step.
+def other_state_views(optimizer: torch.optim.Optimizer, *, with_copies: bool) -> dict[str, ShardView]:
+    """The states that are not shaped like their parameters, by "state name/parameter name"; a checkpoint's business.
+
+    Copies of tied tables are left out unless `with_copies`.
+    """
+    return optimizer.state_views(with_copies=with_copies) if isinstance(optimizer, Adafactor) else {}
+
+
+def build_optimizer(
+    config: OptimConfig, pieces: Iterable[tuple[nn.Parameter, bool]], whole: Whole | None = None
+) -> torch.optim.Optimizer:
+    """An optimizer with its state allocated, so that a checkpoint can be loaded into it before the first step.
 
     Args:
         config: kind and coefficients.
         pieces: (parameter, whether weight decay applies); parameters are one-dimensional fp32.
+        whole: which parameters the pieces hold, for lamb, adafactor and muon; others do not ask.
+
+    Raises:
+        ConfigError: an implementation that is not here, or a `whole` that is needed and missing.
     """
-    by_decay: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter, decays in pieces:
-        by_decay[decays].append(parameter)
-    groups = [{"params": parameters, "decays": decays} for decays, parameters in by_decay.items()]
-    if config.optimizer == "adam":
-        betas = (config.adam_beta1, config.adam_beta2)
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            groups, lr=0.0, betas=betas, eps=config.adam_eps, weight_decay=0.0, fused=True
+    listed = list(pieces)
+    groups = _groups(listed)
+    if config.optimizer in ("adam", "adamw"):
+        return _adam(groups, config)
+    if config.optimizer == "sgd":
+        return _sgd(groups, config)
+    if config.optimizer == "lion":
+        return Lion(groups, config)
+    if whole is None:
+        raise ConfigError(
+            f"--optimizer {config.optimizer} needs to know whole parameters, which are not given here; use adam"
         )
-    else:
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, weight_decay=0.0, fused=True)
-    _allocate_state(optimizer, config)
+    if config.optimizer == "lamb":
+        return Lamb(groups, config, whole)
+    if config.optimizer == "adafactor":
+        return Adafactor(groups, config, whole)
+    return _muon(listed, config, whole)
+
+
+def _groups(pieces: list[tuple[nn.Parameter, bool]]) -> list[dict[str, Any]]:
+    by_decay = {decays: [piece for piece, its in pieces if its == decays] for decays in (True, False)}
+    return [{"params": parameters, "decays": decays} for decays, parameters in by_decay.items()]
+
+
+def _adam(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    if config.optimizer_implementation != "torch":
+        return external_adam(groups, config)
+    if "bf16" in (config.exp_avg_dtype, config.exp_avg_sq_dtype):
+        return AdamOfMoments(groups, config)
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = torch.optim.Adam(
+        groups,
+        lr=0.0,
+        betas=betas,
+        eps=config.adam_eps,
+        weight_decay=0.0,
+        fused=True,
+        decoupled_weight_decay=config.decoupled_weight_decay,
+    )
+    _allocate(optimizer, ("exp_avg", "exp_avg_sq"), counts=True)
     return optimizer
 
 
-def _allocate_state(optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
+def _sgd(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, weight_decay=0.0, fused=True)
+    _allocate(optimizer, state_names(config), counts=False)
+    return optimizer
+
+
+def _muon(pieces: list[tuple[nn.Parameter, bool]], config: OptimConfig, whole: Whole) -> torch.optim.Optimizer:
+    matrices = {p.piece for p in whole.portions() if p.piece is not None and p.spec.is_hidden_matrix}
+    hidden = [(piece, decays) for piece, decays in pieces if piece in matrices]
+    others = _groups([(piece, decays) for piece, decays in pieces if piece not in matrices])
+    scalar = Lion(others, config) if config.muon_scalar_optimizer == "lion" else _adam(others, config)
+    return Several([Muon(_groups(hidden), config, whole), scalar])
+
+
+def _allocate(optimizer: torch.optim.Optimizer, names: tuple[str, ...], *, counts: bool) -> None:
     """Zeros for every piece; torch would allocate them at the first step, too late for loading a checkpoint."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            state = {name: torch.zeros_like(parameter) for name in state_names(config)}
-            if config.optimizer == "adam":
+            state = {name: torch.zeros_like(parameter) for name in names}
+            if counts:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             optimizer.state[parameter].update(state)
 
@@ -63,8 +144,9 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: floa
 
 
 def step_count(optimizer: torch.optim.Optimizer) -> int:
-    """Updates made so far, as Adam's bias correction counts them (0 for optimizers that do not count)."""
+    """Updates made so far, as bias corrections count them (0 for optimizers that do not count)."""
     counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+    counts += [int(group["step"]) for group in optimizer.param_groups if "step" in group]
     return max(counts, default=0)
 
 
@@ -73,6 +155,9 @@ def set_step_count(optimizer: torch.optim.Optimizer, count: int) -> None:
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(count)
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = count
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -155,7 +155,7 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
     )
     places = {number: stage.places() for number, stage in model.stages.items()}
     engine = ZeroEngine(unit_parameters(model.stages), mesh, options, model.sink, gate=model.gate, places=places)
-    optimizer = build_optimizer(config.optim, [(piece.parameter, piece.decays) for piece in engine.pieces])
+    optimizer = build_optimizer(config.optim, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.whole)
     return Parts(config, model, engine, optimizer, build_scaler(config.optim))
 
 

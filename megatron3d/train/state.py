@@ -19,7 +19,7 @@ from megatron3d.config.checkpoint import CheckpointConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import to_dict
 from megatron3d.errors import CheckpointError, MisfitError
-from megatron3d.optim.build import set_step_count, state_names, step_count
+from megatron3d.optim.build import kind, other_state_views, set_step_count, state_names, step_count
 from megatron3d.optim.schedule import ScheduleSettings, reconcile, settings_from_config
 from megatron3d.params.boxes import ShardView
 from megatron3d.train.parts import Parts
@@ -78,7 +78,7 @@ def _save(parts: Parts, progress: Progress, schedule: ScheduleSettings) -> Path:
         "progress": asdict(progress),
         "schedule": schedule.to_json(),
         "scaler": parts.scaler.state(),
-        "optimizer": {"kind": config.optim.optimizer, "step_count": step_count(parts.optimizer)},
+        "optimizer": {"kind": kind(config.optim), "step_count": step_count(parts.optimizer)},
     }
     return save_checkpoint(
         Path(config.checkpoint.save),
@@ -140,7 +140,7 @@ def _restore_from(source: Path, parts: Parts, flags: ScheduleSettings) -> Restor
     state = read_document(source, "state")
     with_optimizer = not (options.finetune or options.no_load_optim)
     if with_optimizer:
-        _check_optimizer(state, parts.config.optim.optimizer, source)
+        _check_optimizer(state, kind(parts.config.optim), source)
     with parts.engine.states_opened(parts.optimizer, writes=True):
         load_tensors(source, _views(parts, with_optimizer=with_optimizer, with_copies=True), group=group)
     parts.engine.publish()
@@ -159,11 +159,11 @@ def _restore_from(source: Path, parts: Parts, flags: ScheduleSettings) -> Restor
     return Restored(Progress(**state["progress"]), schedule, source)
 
 
-def _check_optimizer(state: Mapping[str, Any], kind: str, source: Path) -> None:
+def _check_optimizer(state: Mapping[str, Any], wanted: str, source: Path) -> None:
     saved = state["optimizer"]["kind"]
-    if saved != kind:
+    if saved != wanted:
         raise MisfitError(
-            f"{source} holds the state of --optimizer {saved} and this run asks for {kind}; "
+            f"{source} holds the state of --optimizer {saved} and this run asks for {wanted}; "
             "use that optimizer, or leave its state out with --no-load-optim"
         )
 
@@ -174,6 +174,7 @@ def _views(parts: Parts, *, with_optimizer: bool, with_copies: bool) -> dict[str
         for state_name in state_names(parts.config.optim):
             states = parts.engine.state_views(parts.optimizer, state_name, with_copies=with_copies)
             views |= {f"{state_name}/{name}": view for name, view in states.items()}
+        views |= other_state_views(parts.optimizer, with_copies=with_copies)
     return views
 
 

@@ -23,6 +23,7 @@ from megatron3d.zero.buffers import Transit
 from megatron3d.zero.lending import Lending, Places
 from megatron3d.zero.offload_step import OffloadedStates
 from megatron3d.zero.unit import FlatUnit, Piece, UnitOptions
+from megatron3d.zero.whole import WholeParameters
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class ZeroEngine:
         for name, unit in parameters.items():
             tied = mesh.tied if unit.is_tied else None
             self.units[name] = FlatUnit(name, unit.declared, mesh, options, tied=tied, transit=self.transit)
+        self.whole = WholeParameters(self.units, mesh, options)
         for unit in self.units.values():
             unit.bind(sink)
         self.lending = Lending(

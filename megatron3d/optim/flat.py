@@ -1,0 +1,67 @@
+"""FlatOptimizer: the base of this project's own optimizers over flat tensors.
+
+Parameters are long one-dimensional fp32 tensors (pieces), and so is every tensor of their state, which exists from the
+start so that a checkpoint can be loaded into it. Parameters without a gradient are left alone: a step may concern one
+unit of the model. Gradients are used up: an optimizer may keep its update in them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# On the CPU a chunk of a few tensors stays in the cache over the passes of an update; on a GPU launches count.
+CHUNK_CPU = 1 << 16
+CHUNK_DEVICE = 1 << 26
+
+
+class FlatOptimizer(torch.optim.Optimizer):
+    """Parameters in groups with "lr", "weight_decay" and "decays"; a step counter for each parameter."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                # The counter stays on the CPU, where reading it waits for nothing.
+                self.state[parameter].update(self.new_state(parameter), step=torch.zeros(()))
+
+    @abstractmethod
+    def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Zeros for the state of one parameter, by name: one-dimensional tensors on its device."""
+
+    @abstractmethod
+    def update(self, due: Sequence[Due]) -> None:
+        """Update the parameters that are due, which may be none; all ranks call it together."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Update every parameter that has a gradient; a closure is not taken."""
+        assert closure is None, f"{type(self).__name__} evaluates no closure"
+        due = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state["step"] += 1
+                    due.append(Due(parameter, group, state))
+        self.update(due)
+
+
+class Due:
+    """A parameter to be updated: its values, gradient, state, rates, and the number of the update from 1."""
+
+    def __init__(self, parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Tensor]) -> None:
+        assert parameter.grad is not None, "a parameter without gradient is not due"
+        self.parameter, self.value, self.grad, self.state = parameter, parameter.detach(), parameter.grad, state
+        self.lr, self.weight_decay = float(group["lr"]), float(group["weight_decay"])
+        self.count = int(state["step"])
+
+
+def chunks(tensor: Tensor) -> Iterator[slice]:
+    """Ranges that cover a flat tensor, each small enough for elementwise passes to stay in the cache."""
+    size = CHUNK_CPU if tensor.device.type == "cpu" else CHUNK_DEVICE
+    return (slice(start, min(start + size, tensor.numel())) for start in range(0, tensor.numel(), size))

@@ -1,0 +1,76 @@
+"""LAMB: Adam's direction, scaled in each parameter by the ratio of two norms.
+
+    r = m' / (sqrt(v') + eps) + decay w;  w <- w - lr (|w| / |r|) r
+
+m' and v' are Adam's moments with bias correction. The norms are those of whole parameters, whichever ranks hold them:
+their squares travel in one sum of two fp64 numbers for each parameter. As in the authors' code, parameters without
+decay (biases and norms) are not scaled, nor are those whose weights or direction are all zero.
+
+Source: You et al. 2020 (Large Batch Optimization for Deep Learning), algorithm 2, with phi the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron3d.config.optim import OptimConfig
+from megatron3d.optim.adam import new_moments
+from megatron3d.optim.flat import Due, FlatOptimizer, chunks
+from megatron3d.optim.moments import read_moment, write_moment
+from megatron3d.optim.norms import squared_norm
+from megatron3d.params.portion import Whole
+
+
+class Lamb(FlatOptimizer):
+    """LAMB with moments in the dtypes of `--exp-avg-dtype` and `--exp-avg-sq-dtype`."""
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, whole: Whole) -> None:
+        self.config, self.whole = config, whole
+        super().__init__(groups)
+
+    def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Both moments."""
+        return new_moments(parameter, self.config)
+
+    def update(self, due: Sequence[Due]) -> None:
+        """Directions in place of the gradients, then norms, then one step for each parameter."""
+        for one in due:
+            for chunk in chunks(one.value):
+                self._to_direction(one, chunk)
+        by_piece = {one.parameter: one for one in due}
+        held = [(p, by_piece[p.piece]) for p in self.whole.portions() if p.piece is not None]
+        for (portion, one), ratio in zip(held, self._trust_ratios(by_piece), strict=True):
+            one.value[portion.within].add_(one.grad[portion.within], alpha=-one.lr * ratio)
+
+    def _to_direction(self, one: Due, chunk: slice) -> None:
+        config, value, grad = self.config, one.value[chunk], one.grad[chunk]
+        stored = one.state["exp_avg"][chunk], one.state["exp_avg_sq"][chunk]
+        moment, square = read_moment(stored[0]), read_moment(stored[1])
+        moment.lerp_(grad, 1.0 - config.adam_beta1)
+        square.mul_(config.adam_beta2).addcmul_(grad, grad, value=1.0 - config.adam_beta2)
+        correction = 1.0 - config.adam_beta1**one.count, 1.0 - config.adam_beta2**one.count
+        denominator = (square / correction[1]).sqrt_().add_(config.adam_eps)
+        torch.div(moment, denominator, out=grad).div_(correction[0]).add_(value, alpha=one.weight_decay)
+        write_moment(stored[0], moment, count=one.count)
+        write_moment(stored[1], square, count=one.count)
+
+    def _trust_ratios(self, by_piece: dict[nn.Parameter, Due]) -> list[float]:
+        """|w| / |r| of each parameter of which this rank holds a part."""
+        portions = self.whole.portions()
+        device = next(iter(by_piece)).device if by_piece else None
+        squares = torch.zeros(len(portions), 2, dtype=torch.float64, device=device)
+        for row, portion in zip(squares, portions, strict=True):
+            if portion.piece is not None and portion.counts and portion.spec.decays:
+                one = by_piece[portion.piece]
+                row[0], row[1] = (squared_norm(x[portion.within]) for x in (one.value, one.grad))
+        sums = self.whole.add_up(squares).tolist()
+        return [_ratio(*row) for row, portion in zip(sums, portions, strict=True) if portion.piece is not None]
+
+
+def _ratio(weight: float, direction: float) -> float:
+    return math.sqrt(weight / direction) if weight > 0.0 and direction > 0.0 else 1.0

@@ -1,0 +1,234 @@
+"""WholeParameters: norms of whole parameters, and functions of whole matrices, where each rank holds only a part.
+
+A parameter is cut over the tensor axis, and its flattened shard over the ranks that share ZeRO's state out. A sum over
+a parameter is therefore a sum over both axes. A whole matrix is put together on one of these ranks by two exchanges
+(first the parts of each shard, then the shards), worked on there, and its parts go back the same way; the matrices of
+a step are dealt out so that all ranks have about equally much to do. Ranks that hold the same part (stage 0, replicas)
+repeat each other's work, bit for bit.
+
+A step so sends and receives on each rank at most four times what the rank holds, in the dtype of the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from megatron3d.comm.collectives import all_reduce, all_to_all
+from megatron3d.comm.mesh import Axis, Mesh
+from megatron3d.params.portion import Portion
+from megatron3d.params.spec import ParamSpec
+from megatron3d.zero.buffers import sharing_axes
+from megatron3d.zero.flat import Slot
+from megatron3d.zero.unit import FlatUnit, UnitOptions
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where a matrix is worked on: positions on the axis that shares state out and on the tensor axis.
+
+    `tp_rank` is None for a matrix that the tensor ranks hold alike: each of them works on its own copy.
+    """
+
+    shard_rank: int
+    tp_rank: int | None
+
+
+def deal(specs: Sequence[ParamSpec], *, shard: int, tp: int) -> list[Desk]:
+    """Deal matrices out over `shard` x `tp` ranks, the largest first, each to the rank with the least work so far.
+
+    The work is that of products of a matrix with its own transpose: rows x columns x the smaller of the two.
+    """
+    work = [spec.numel * min(spec.shape) for spec in specs]
+    load = dict.fromkeys([(s, t) for s in range(shard) for t in range(tp)], 0)
+    desks: dict[int, Desk] = {}
+    for number in sorted(range(len(specs)), key=lambda n: -work[n]):
+        shard_rank, tp_rank = min(load, key=lambda place: load[place])
+        everywhere = specs[number].is_replicated
+        desks[number] = Desk(shard_rank, None if everywhere else tp_rank)
+        for t in range(tp) if everywhere else (tp_rank,):
+            load[shard_rank, t] += work[number]
+    return [desks[number] for number in range(len(specs))]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A parameter of a unit, and which range of its flattened local shard each sharing rank holds."""
+
+    portion: Portion
+    ranges: tuple[slice, ...]
+
+
+class WholeParameters:
+    """The parameters of some units, for optimizers that need them whole: `megatron3d.params.portion.Whole`."""
+
+    def __init__(self, units: Mapping[str, FlatUnit], mesh: Mesh, options: UnitOptions) -> None:
+        """Args: `units` in the order that all ranks which share them have, their mesh and options."""
+        self._tp, self._shard, self._device = mesh.tp, sharing_axes(options.policy, mesh).shard, options.device
+        self._places = {name: [_place(unit, slot) for slot in unit.layout.slots] for name, unit in units.items()}
+        self._stepped = tuple(self._places)
+
+    @contextmanager
+    def only(self, unit: str) -> Iterator[None]:
+        """Let the steps inside concern one unit. The ranks that share it take their units in the same order."""
+        before, self._stepped = self._stepped, (unit,)
+        try:
+            yield
+        finally:
+            self._stepped = before
+
+    def portions(self) -> list[Portion]:
+        """This rank's part of every parameter of the units that are stepped."""
+        return [place.portion for name in self._stepped for place in self._places[name]]
+
+    def add_up(self, shares: Tensor) -> Tensor:
+        """Add up over the ranks that share state out and the tensor ranks; the result is where `shares` is."""
+        there = shares.to(self._device)
+        return all_reduce(all_reduce(there, self._shard), self._tp).to(shares.device)
+
+    def map_whole(
+        self,
+        portions: Sequence[Portion],
+        values: Sequence[Tensor],
+        function: Callable[[ParamSpec, Tensor], Tensor],
+    ) -> None:
+        """Put each whole tensor together on one rank, apply the function there, and bring the parts back."""
+        if not portions:
+            return
+        by_name = {place.portion.spec.name: place for name in self._stepped for place in self._places[name]}
+        places = [by_name[portion.spec.name] for portion in portions]
+        desks = deal([portion.spec for portion in portions], shard=self._shard.size, tp=self._tp.size)
+        there = [value.to(self._device) for value in values]
+        routes = _Routes(places, desks, self._shard, self._tp, there[0])
+        wholes = routes.wholes_of(routes.shards_of(there))
+        for number, whole in wholes.items():
+            whole.copy_(function(portions[number].spec, whole))
+        for value, part in zip(values, routes.parts_of(routes.shards_back(wholes)), strict=True):
+            if value.data_ptr() != part.data_ptr():
+                value.copy_(part)
+
+
+def _place(unit: FlatUnit, slot: Slot) -> _Place:
+    axis, start = unit.axes.shard, slot.span.start
+    spans = [slot.span.intersect(unit.layout.slice_of(rank, axis.size)) for rank in range(axis.size)]
+    own = spans[axis.rank]
+    piece = unit.piece_of(own) if own.length else None
+    portion = Portion(
+        spec=slot.spec,
+        tp=unit.mesh.tp.size,
+        tp_rank=unit.mesh.tp.rank,
+        start=own.start - start,
+        stop=own.stop - start,
+        piece=None if piece is None else piece.parameter,
+        offset=0 if piece is None else own.start - piece.span.start,
+    )
+    return _Place(portion, tuple(span.shifted(-start).slice for span in spans))
+
+
+@dataclass(frozen=True)
+class _Routes:
+    """The ways of some matrices to their desks and back; `like` has the dtype and device of what travels.
+
+    A part is what a rank holds of a shard, a shard is flattened and what a tensor rank holds of a whole matrix. The
+    results are by number in `places`. On axes of one rank everything is a view of what came in.
+    """
+
+    places: list[_Place]
+    desks: list[Desk]
+    shard: Axis
+    tp: Axis
+    like: Tensor
+
+    def _at_shard_rank(self, rank: int) -> list[int]:
+        return [number for number, desk in enumerate(self.desks) if desk.shard_rank == rank]
+
+    def _at_tp_rank(self, rank: int) -> list[int]:
+        return [number for number in self._at_shard_rank(self.shard.rank) if self.desks[number].tp_rank == rank]
+
+    def _local_shape(self, number: int) -> tuple[int, ...]:
+        return self.places[number].portion.spec.local_shape(self.tp.size)
+
+    def shards_of(self, values: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Parts to shards, on the sharing rank of their desks."""
+        mine = self._at_shard_rank(self.shard.rank)
+        outgoing = [[values[number] for number in self._at_shard_rank(to)] for to in range(self.shard.size)]
+        lengths = [[_length(self.places[number].ranges[at]) for number in mine] for at in range(self.shard.size)]
+        arrived = _exchange(outgoing, lengths, self.shard, self.like)
+        return {number: _joined([parts[i] for parts in arrived]) for i, number in enumerate(mine)}
+
+    def parts_of(self, shards: Mapping[int, Tensor]) -> list[Tensor]:
+        """Shards on the sharing rank of their desks to parts."""
+        mine, rank = self._at_shard_rank(self.shard.rank), self.shard.rank
+        outgoing = [[shards[n][self.places[n].ranges[to]] for n in mine] for to in range(self.shard.size)]
+        sources = [self._at_shard_rank(source) for source in range(self.shard.size)]
+        lengths = [[_length(self.places[number].ranges[rank]) for number in numbers] for numbers in sources]
+        arrived = _exchange(outgoing, lengths, self.shard, self.like)
+        parts = {n: part for ns, got in zip(sources, arrived, strict=True) for n, part in zip(ns, got, strict=True)}
+        return [parts[number] for number in range(len(self.places))]
+
+    def wholes_of(self, shards: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Shards to whole matrices, on the tensor rank of their desks."""
+        wholes = {n: shards[n].view(self._local_shape(n)) for n in shards if self.desks[n].tp_rank is None}
+        mine = self._at_tp_rank(self.tp.rank)
+        outgoing = [[shards[number] for number in self._at_tp_rank(to)] for to in range(self.tp.size)]
+        lengths = [[prod(self._local_shape(number)) for number in mine]] * self.tp.size
+        arrived = _exchange(outgoing, lengths, self.tp, self.like)
+        for i, number in enumerate(mine):
+            spec, shape = self.places[number].portion.spec, self._local_shape(number)
+            wholes[number] = _assembled(spec, [got[i].view(shape) for got in arrived])
+        return wholes
+
+    def shards_back(self, wholes: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Whole matrices on the tensor rank of their desks to shards."""
+        shards = {n: wholes[n].flatten() for n in wholes if self.desks[n].tp_rank is None}
+        mine = self._at_tp_rank(self.tp.rank)
+        outgoing = [[self._shard_for(to, number, wholes[number]) for number in mine] for to in range(self.tp.size)]
+        sources = [self._at_tp_rank(source) for source in range(self.tp.size)]
+        lengths = [[prod(self._local_shape(number)) for number in numbers] for numbers in sources]
+        arrived = _exchange(outgoing, lengths, self.tp, self.like)
+        for numbers, got in zip(sources, arrived, strict=True):
+            shards |= dict(zip(numbers, got, strict=True))
+        return shards
+
+    def _shard_for(self, tp_rank: int, number: int, whole: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return whole.flatten()
+        return self.places[number].portion.spec.take(whole, self.tp.size, tp_rank).flatten()
+
+
+def _length(within: slice) -> int:
+    return within.stop - within.start
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _assembled(spec: ParamSpec, shards: list[Tensor]) -> Tensor:
+    """The whole matrix from its shards in order of tensor rank: the way back of `ParamSpec.take`, without padding."""
+    if len(shards) == 1:
+        return shards[0]
+    assert spec.tp_dim is not None, f"{spec.name} is not cut over the tensor ranks"
+    whole = shards[0].new_empty(spec.shape)
+    for tp_rank, shard in enumerate(shards):
+        at = 0
+        for low, high in spec.cuts(len(shards), tp_rank):
+            whole.narrow(spec.tp_dim, low, high - low).copy_(shard.narrow(spec.tp_dim, at, high - low))
+            at += high - low
+    return whole
+
+
+def _exchange(outgoing: list[list[Tensor]], lengths: list[list[int]], axis: Axis, like: Tensor) -> list[list[Tensor]]:
+    """Send each rank of the axis its list of flat tensors; returns the lists that came, of the given lengths."""
+    if axis.size == 1:
+        return outgoing
+    sent = torch.cat([like[:0], *(tensor for tensors in outgoing for tensor in tensors)])
+    sizes = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
+    arrived = all_to_all(sent, axis, send=sizes, receive=[sum(one) for one in lengths])
+    halves = arrived.split([sum(one) for one in lengths])
+    return [list(half.split(one)) for half, one in zip(halves, lengths, strict=True)]
