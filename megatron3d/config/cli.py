@@ -38,12 +38,18 @@ _EPILOG = (
 
 
 def parse_args(
-    argv: Sequence[str], *, program: str, description: str, say: Callable[[str], None] | None = None
+    argv: Sequence[str],
+    *,
+    program: str,
+    description: str,
+    say: Callable[[str], None] | None = None,
+    architecture: str = "gpt",
 ) -> RunConfig:
     """The run a command line asks for; `--help` prints and exits.
 
     `argv` is without the program's name. `say` takes the lines about Megatron-LM's flags that have no meaning here;
-    by default they go to stderr (pass a function that keeps silent on all ranks but one).
+    by default they go to stderr (pass a function that keeps silent on all ranks but one). `architecture` is what the
+    program trains: a preset, file or flag that names another is refused.
 
     Raises: ConfigError with every unknown, refused or malformed word of the command line and the config file.
     """
@@ -54,7 +60,7 @@ def parse_args(
     given = vars(namespace)
     foreign, stray = _group_by_flag(leftover)
     config_file = read_config_file(given["config"]) if given["config"] else FileSettings({}, None, (), ())
-    settings: dict[tuple[str, str], Any] = {}
+    settings: dict[tuple[str, str], Any] = {("model", "architecture"): architecture}
     settings.update(_preset_settings(given["preset"] or config_file.preset, problems))
     settings.update(config_file.settings)
     problems += config_file.problems
@@ -62,6 +68,12 @@ def parse_args(
     settings.update(_flag_settings(given, problems))
     problems += _review(foreign, stray, say)
     problems += [f"{given['config']}: {problem}" for problem in _review(config_file.foreign, (), say)]
+    asked = settings["model", "architecture"]
+    if asked != architecture:
+        problems.append(
+            f"{program} trains a {architecture.upper()}, but --preset, --config or --architecture asks for a "
+            f"{asked.upper()}; use pretrain_{asked}.py."
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     return build_run_config(settings)

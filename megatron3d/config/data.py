@@ -31,7 +31,6 @@ class DataConfig:
     mask_max_ngram: int = option(3, "--mask-max-ngram", "Words that are masked in a row, at most; n with odds 1/n.")
     mask_whole_words: bool = off_switch("--no-mask-whole-words", "Mask single word pieces instead of whole words.")
     short_seq_prob: float = option(0.1, "--short-seq-prob", "Share of BERT samples that are made short.")
-    bert_binary_head: bool = off_switch("--bert-no-binary-head", "No second sentence and no sentence head.")
     bert_sentence_task: str = option(
         "order",
         "--bert-sentence-task",

@@ -42,13 +42,23 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
         kv_channels=model.kv_channels or (hidden // heads if hidden and heads else None),
         ffn_hidden_size=model.ffn_hidden_size or (_ffn_hidden_size(hidden, activation) if hidden else None),
         max_position_embeddings=model.max_position_embeddings or model.seq_length,
+        num_token_types=_num_token_types(model),
     )
 
 
 def _activation_by_switch(model: ModelConfig) -> str:
     if model.swiglu:
         return "swiglu"
-    return "squared_relu" if model.squared_relu else "gelu_tanh"
+    if model.squared_relu:
+        return "squared_relu"
+    return "gelu" if model.architecture == "bert" and not model.openai_gelu else "gelu_tanh"
+
+
+def _num_token_types(model: ModelConfig) -> int:
+    """Two segments where there are two sentences, as in Megatron-LM; a GPT has none."""
+    if model.num_token_types is not None:
+        return model.num_token_types
+    return 2 if model.has_binary_head else 0
 
 
 def _ffn_hidden_size(hidden_size: int, activation: str) -> int:

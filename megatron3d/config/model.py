@@ -8,12 +8,16 @@ from megatron3d.config.fields import off_switch, option, switch
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu", "reglu")
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
+ARCHITECTURES = ("gpt", "bert")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The model. Fields that default to None are derived by `resolve` from the others; layers read resolved ones."""
 
+    architecture: str = option(
+        "gpt", "--architecture", "What is trained; every training script knows its own.", choices=ARCHITECTURES
+    )
     num_layers: int = option(None, "--num-layers", "Transformer layers.", also=("--encoder-num-layers",))
     hidden_size: int = option(None, "--hidden-size", "Width of the residual stream, H.")
     num_attention_heads: int = option(None, "--num-attention-heads", "Query heads, N.")
@@ -61,7 +65,15 @@ class ModelConfig:
     norm_epsilon: float = option(
         1e-5, "--norm-epsilon", "Added to the variance inside a norm.", also=("--layernorm-epsilon",)
     )
-    activation: str = option(None, "--activation", "MLP activation; default gelu_tanh.", choices=ACTIVATIONS)
+    norm_position: str = option(
+        "pre",
+        "--norm-position",
+        "Norms before each half of a block, and one at the end (pre), or after each residual sum (post); BERT only.",
+        choices=("pre", "post"),
+    )
+    activation: str = option(
+        None, "--activation", "MLP activation; default gelu_tanh, and gelu in a BERT.", choices=ACTIVATIONS
+    )
     swiglu: bool = switch("--swiglu", "The same as --activation swiglu.")
     squared_relu: bool = switch("--squared-relu", "The same as --activation squared_relu.")
     openai_gelu: bool = switch("--openai-gelu", "The same as --activation gelu_tanh.")
@@ -79,6 +91,22 @@ class ModelConfig:
     apply_residual_connection_post_layernorm: bool = switch(
         "--apply-residual-connection-post-layernorm", "Take the residual from after the norm."
     )
+    bert_binary_head: bool = off_switch("--bert-no-binary-head", "No second sentence and no sentence head.")
+    num_token_types: int = option(
+        None,
+        "--num-token-types",
+        "Rows of BERT's table of segments, 0 for none; default 2 with the sentence head and 0 without.",
+    )
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token attends to those before it alone, where no mask says otherwise."""
+        return self.architecture == "gpt"
+
+    @property
+    def has_binary_head(self) -> bool:
+        """Whether the model also scores a pair of sentences."""
+        return self.architecture == "bert" and self.bert_binary_head
 
     @property
     def is_gated(self) -> bool:

@@ -69,6 +69,30 @@ def positions_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         )
 
 
+def architecture_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Options that belong to one architecture stand with that one."""
+    model = given.model
+    if model.architecture == "bert":
+        if run.model.has_binary_head and run.model.num_token_types == 1:
+            yield (
+                "--num-token-types 1 cannot tell the two sentences of a sample apart; use 2, 0 for no table at all, or "
+                "--bert-no-binary-head."
+            )
+        if model.norm_position == "post" and model.apply_residual_connection_post_layernorm:
+            yield (
+                "--apply-residual-connection-post-layernorm is about norms before each half of a block; leave it out, "
+                "or use --norm-position pre."
+            )
+        return
+    used = {
+        "--norm-position post": model.norm_position == "post",
+        "--bert-no-binary-head": not model.bert_binary_head,
+        f"--num-token-types {model.num_token_types}": bool(model.num_token_types),
+    }
+    for words in (words for words, is_used in used.items() if is_used):
+        yield f"{words} means nothing to a GPT; leave it out, or use pretrain_bert.py."
+
+
 def world_size_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
     """The ranks factor into tensor x pipeline x data."""
     size, world = model_parallel_size(run.parallel), run.parallel.world_size
@@ -153,6 +177,7 @@ MODEL_RULES = (
     attention_rule,
     activation_rule,
     positions_rule,
+    architecture_rule,
     world_size_rule,
     tensor_parallel_rule,
     *PIPELINE_RULES,

@@ -7,7 +7,7 @@ A batch knows nothing of ranks or layouts; `loader.py` decides which samples it 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ class Batch:
     tokens_BS: Tensor
     labels_BS: Tensor
     loss_mask_BS: Tensor
+
+    # Whether an evaluation tells how many labels the model finds, beside the loss.
+    measures_accuracy: ClassVar[bool] = False
 
     @property
     def num_samples(self) -> int:
@@ -53,6 +56,14 @@ class Batch:
         """How many labels count, as an int64 scalar; sums over ranks stay exact."""
         return self.loss_mask_BS.sum(dtype=torch.float64).to(torch.int64)
 
+    def loss_counts(self) -> dict[str, Tensor]:
+        """How many labels each of the model's losses counts, int64 scalars, in the order of the losses."""
+        return {"lm": self.loss_count()}
+
+    def model_inputs(self) -> dict[str, Tensor | None]:
+        """What the model is told of the samples, by the names of `models.stage.MicroBatch`."""
+        return {"tokens_BS": self.tokens_BS, "labels_BS": self.labels_BS, "loss_mask_BS": self.loss_mask_BS}
+
     def _tensors(self) -> dict[str, Tensor]:
         """The fields that are present."""
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -70,6 +81,11 @@ class GPTBatch(Batch):
     position_ids_BS: Tensor | None = None
     document_ids_BS: Tensor | None = None
 
+    def model_inputs(self) -> dict[str, Tensor | None]:
+        """Also the positions, and a mask where a token attends only to those before it in its own document."""
+        mask = None if self.document_ids_BS is None else causal_within_documents(self.document_ids_BS)
+        return super().model_inputs() | {"position_ids_BS": self.position_ids_BS, "attention_mask_BST": mask}
+
 
 @dataclass(frozen=True)
 class BertBatch(Batch):
@@ -85,8 +101,30 @@ class BertBatch(Batch):
     padding_mask_BS: Tensor
     sentence_labels_B: Tensor | None = None
 
+    measures_accuracy: ClassVar[bool] = True
+
+    def loss_counts(self) -> dict[str, Tensor]:
+        """Masked tokens and, with the sentence head, samples."""
+        counts = super().loss_counts()
+        return counts if self.sentence_labels_B is None else counts | {"sentence": self.sentence_count()}
+
+    def model_inputs(self) -> dict[str, Tensor | None]:
+        """Also segments, sentence labels, and a mask [B, 1, S] that keeps every token from attending to padding."""
+        return super().model_inputs() | {
+            "token_types_BS": self.token_types_BS,
+            "sentence_labels_B": self.sentence_labels_B,
+            "attention_mask_BST": self.padding_mask_BS.unsqueeze(1),
+        }
+
     def sentence_count(self) -> Tensor:
         """How many sentence labels count, as an int64 scalar: B, or 0 without the sentence head."""
         return torch.tensor(
             0 if self.sentence_labels_B is None else self.num_samples, dtype=torch.int64, device=self.tokens_BS.device
         )
+
+
+def causal_within_documents(document_ids_BS: Tensor) -> Tensor:
+    """Causal attention within each document: [B, S, S], True where S may attend to T."""
+    length = document_ids_BS.shape[1]
+    causal_ST = torch.ones(length, length, dtype=torch.bool, device=document_ids_BS.device).tril()
+    return (document_ids_BS.unsqueeze(2) == document_ids_BS.unsqueeze(1)) & causal_ST

@@ -96,11 +96,14 @@ def build_gpt_data(data: DataConfig, *, seq_length: int, vocab_size: int, eod_to
     return GPTData(streams["train"], streams["valid"], streams["test"], rules, bound, notes)
 
 
-def build_bert_data(data: DataConfig, *, seq_length: int, tokenizer: Tokenizer | None, vocab_size: int) -> BertData:
+def build_bert_data(
+    data: DataConfig, *, seq_length: int, tokenizer: Tokenizer | None, vocab_size: int, binary_head: bool = True
+) -> BertData:
     """The streams of masked sentences of the files that the options name; the same on every rank.
 
     `tokenizer` gives the special ids and says which pieces go on with a word; without one, which only mock data can
-    do, the ids are those of `BertVocabulary.without_tokenizer(vocab_size)`.
+    do, the ids are those of `BertVocabulary.without_tokenizer(vocab_size)`. Without a `binary_head` (the model's
+    `bert_binary_head`) samples have no second sentence.
 
     Raises: ConfigError for options that contradict each other, a tokenizer that is none of BERT's, or no tokenizer;
     DataError for files that are missing or damaged, and for splits that leave no training document or no sample.
@@ -109,7 +112,7 @@ def build_bert_data(data: DataConfig, *, seq_length: int, tokenizer: Tokenizer |
     vocabulary = (
         BertVocabulary.without_tokenizer(vocab_size) if tokenizer is None else BertVocabulary.of_tokenizer(tokenizer)
     )
-    form = bert_form(data, seq_length, vocabulary)
+    form = bert_form(data, seq_length, vocabulary, binary_head=binary_head)
     if data.mock_data:
         return BertData(*(MockBertSamples(split, form, seed=data.seed) for split in SPLIT_NAMES))
 
@@ -120,14 +123,14 @@ def build_bert_data(data: DataConfig, *, seq_length: int, tokenizer: Tokenizer |
     return BertData(streams["train"], streams["valid"], streams["test"], notes)
 
 
-def bert_form(data: DataConfig, seq_length: int, vocabulary: BertVocabulary) -> BertForm:
+def bert_form(data: DataConfig, seq_length: int, vocabulary: BertVocabulary, *, binary_head: bool = True) -> BertForm:
     """The options on sentences and masking, as `BertSamples` takes them."""
     return BertForm(
         seq_length,
         vocabulary,
         MaskingRules(data.mask_prob, max_ngram=data.mask_max_ngram, whole_words=data.mask_whole_words),
         short_seq_prob=data.short_seq_prob,
-        sentence_task=data.bert_sentence_task if data.bert_binary_head else None,
+        sentence_task=data.bert_sentence_task if binary_head else None,
     )
 
 
@@ -150,7 +153,6 @@ def check_data_options(data: DataConfig, eod_token: int | None) -> None:
         ("--short-seq-prob", data.short_seq_prob, default.short_seq_prob),
         ("--mask-max-ngram", data.mask_max_ngram, default.mask_max_ngram),
         ("--no-mask-whole-words", data.mask_whole_words, default.mask_whole_words),
-        ("--bert-no-binary-head", data.bert_binary_head, default.bert_binary_head),
         ("--bert-sentence-task", data.bert_sentence_task, default.bert_sentence_task),
     ):
         if value != usual:

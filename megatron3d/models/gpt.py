@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from megatron3d.config.model import ModelConfig
 from megatron3d.config.train import TrainConfig
 from megatron3d.models.losses import masked_loss_sum
-from megatron3d.models.stage import Stage, StageModules, StagePart
-from megatron3d.nn.block import Block
+from megatron3d.models.stage import MicroBatch, Stage, StagePart, assemble_stage
+from megatron3d.models.vocabulary import TiedTable, vocabulary_table
 from megatron3d.nn.dropout import dropout
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.norm import residual_norm
 from megatron3d.nn.positions import LearnedPositions
-from megatron3d.nn.recompute import plan_recompute
-from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
-from megatron3d.tensor.embedding import VocabParallelEmbedding, padded_vocab_size
+from megatron3d.tensor.embedding import VocabParallelEmbedding
 from megatron3d.tensor.linear import linear
 
 
@@ -35,20 +33,12 @@ class GPTEmbedding(nn.Module):
         learned = config.position_embedding_type == "learned_absolute"
         self.position = LearnedPositions(config, context) if learned else None
 
-    def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor | None, inputs: LayerInputs) -> Tensor:
+    def forward(self, micro: MicroBatch, inputs: LayerInputs) -> Tensor:
         """Token ids [B, S] to the residual stream [S, B, H] (S local under sequence parallelism)."""
-        x_SBH = self.word(tokens_BS.t())
+        x_SBH = self.word(micro.tokens_BS.t())
         if self.position is not None:
-            x_SBH = x_SBH + self.position(tokens_BS.shape[1], position_ids_BS)
+            x_SBH = x_SBH + self.position(micro.tokens_BS.shape[1], micro.position_ids_BS)
         return dropout(x_SBH, self.config.hidden_dropout, seed=inputs.dropout_seed, place="embedding", shard=self.shard)
-
-
-class TiedTable(nn.Module):
-    """The last stage's copy of the word embedding, under the owner's name; it embeds nothing."""
-
-    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
-        super().__init__()
-        self.word = vocabulary_table(config, context, tied_copy=True)
 
 
 class GPTHead(nn.Module):
@@ -61,10 +51,8 @@ class GPTHead(nn.Module):
         untied = config.untie_embeddings_and_output_weights
         self.output = vocabulary_table(config, context) if untied else None
 
-    def forward(
-        self, x_SBH: Tensor, labels_BS: Tensor | None, loss_mask_BS: Tensor | None, table: VocabParallelEmbedding
-    ) -> Tensor:
-        """[S, B, H] to the summed loss (fp32 scalar), or to logits [S, B, Vp/tp] where there are no labels."""
+    def forward(self, x_SBH: Tensor, micro: MicroBatch, table: VocabParallelEmbedding) -> Tensor:
+        """[S, B, H] to the summed loss (fp32 [1]), or to logits [S, B, Vp/tp] where there are no labels."""
         context = self.context
         logits_SBV = linear(
             self.norm(x_SBH),
@@ -74,19 +62,11 @@ class GPTHead(nn.Module):
             sink=context.sink,
             input_type="V" if context.sequence_parallel else "I",
         )
-        if labels_BS is None:
+        if micro.labels_BS is None:
             return logits_SBV
-        return masked_loss_sum(logits_SBV, labels_BS, loss_mask_BS, table=table, context=context)
-
-
-def vocabulary_table(config: ModelConfig, context: LayerContext, *, tied_copy: bool = False) -> VocabParallelEmbedding:
-    """A table [V, H] cut over the tensor axis, padded as the config says."""
-    multiple = config.make_vocab_size_divisible_by
-    padded = padded_vocab_size(config.vocab_size, divisible_by=multiple, tp=context.tp.size)
-    init = Init("normal", config.init_method_std)
-    return VocabParallelEmbedding(
-        context, config.vocab_size, config.hidden_size, padded_size=padded, init=init, tied_copy=tied_copy
-    )
+        labels_SB = micro.labels_BS.t().contiguous()
+        mask_SB = None if micro.loss_mask_BS is None else micro.loss_mask_BS.t()
+        return masked_loss_sum(logits_SBV, labels_SB, mask_SB, table=table, context=context).reshape(1)
 
 
 def build_gpt_stage(config: ModelConfig, train: TrainConfig, part: StagePart, context: LayerContext) -> Stage:
@@ -103,13 +83,5 @@ def build_gpt_stage(config: ModelConfig, train: TrainConfig, part: StagePart, co
         embedding = GPTEmbedding(config, context)
     elif part.is_last and not config.untie_embeddings_and_output_weights:
         embedding = TiedTable(config, context)
-    selective = train.recompute_granularity == "selective"
-    blocks = {layer: Block(config, context, layer=layer, recompute_core=selective) for layer in part.layers}
-    groups = plan_recompute(
-        len(part.layers),
-        granularity=train.recompute_granularity,
-        method=train.recompute_method,
-        layers_each=train.recompute_num_layers,
-    )
     head = GPTHead(config, context) if part.is_last else None
-    return Stage(config, part, StageModules(embedding, blocks, head, groups, context.gate))
+    return assemble_stage(config, train, part, context, embedding=embedding, head=head)

@@ -1,18 +1,22 @@
-"""Losses as sums: never averaged here, so that micro-batches with different counts add up exactly."""
+"""Losses as sums: never averaged here, so that micro-batches with different counts add up exactly.
+
+Shapes: S sequence and B micro-batch, or any other dimensions that number the labels; V vocabulary, C classes.
+"""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.embedding import VocabParallelEmbedding
-from megatron3d.tensor.loss import vocab_parallel_cross_entropy
+from megatron3d.tensor.loss import vocab_parallel_cross_entropy, vocab_parallel_hits
 
 
 def masked_loss_sum(
     logits_SBV: Tensor,
-    labels_BS: Tensor,
-    loss_mask_BS: Tensor | None,
+    labels_SB: Tensor,
+    loss_mask_SB: Tensor | None,
     *,
     table: VocabParallelEmbedding,
     context: LayerContext,
@@ -21,16 +25,49 @@ def masked_loss_sum(
 
     Args:
         logits_SBV: this rank's columns [S, B, Vp/tp] of the logits.
-        labels_BS: token ids to predict, int64.
-        loss_mask_BS: weight of each token's loss, fp32; None weighs all alike.
+        labels_SB: token ids to predict, int64, contiguous.
+        loss_mask_SB: weight of each token's loss, fp32; None weighs all alike.
         table: says which rows of the vocabulary this rank holds.
     """
     loss_SB = vocab_parallel_cross_entropy(
         logits_SBV,
-        labels_BS.t().contiguous(),
+        labels_SB,
         context.tp,
         first_row=table.first_row,
         num_valid=table.num_valid_rows,
         kernels=context.kernels,
     )
-    return loss_SB.sum() if loss_mask_BS is None else (loss_SB * loss_mask_BS.t()).sum()
+    return loss_SB.sum() if loss_mask_SB is None else (loss_SB * loss_mask_SB).sum()
+
+
+def masked_hits(
+    logits_SBV: Tensor,
+    labels_SB: Tensor,
+    loss_mask_SB: Tensor,
+    *,
+    table: VocabParallelEmbedding,
+    context: LayerContext,
+) -> Tensor:
+    """How many labels score highest of the whole vocabulary, weighted by the mask: an fp32 scalar without gradient.
+
+    Arguments as for `masked_loss_sum`; to be called before its backward, which overwrites the logits.
+    """
+    hits_SB = vocab_parallel_hits(
+        logits_SBV,
+        labels_SB,
+        context.tp,
+        first_row=table.first_row,
+        num_valid=table.num_valid_rows,
+        kernels=context.kernels,
+    )
+    return (hits_SB * loss_mask_SB).sum()
+
+
+def class_loss_sum(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """Sum over samples of the cross-entropy of a few classes whose logits every rank holds whole; fp32 scalar."""
+    return F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")
+
+
+def class_hits(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """How many samples score highest in their own class: an fp32 scalar."""
+    return (logits_BC.argmax(-1) == labels_B).float().sum()

@@ -1,7 +1,7 @@
 """Stage: the consecutive layers of a model that one pipeline rank runs as one piece.
 
 A stage takes one hidden tensor [S, B, H] (or, on the first, the tokens of its own micro-batch) and returns one hidden
-tensor (or, on the last, the summed loss). Tokens, masks and labels come from the rank's own reading of the batch, so
+tensor (or, on the last, the summed losses). Tokens, masks and labels come from the rank's own reading of the batch, so
 shapes are known beforehand and nothing but hidden tensors crosses the wire.
 """
 
@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron3d.config.model import ModelConfig
+from megatron3d.config.train import TrainConfig
+from megatron3d.nn.block import Block
 from megatron3d.nn.inputs import KeyValueCache, LayerInputs
 from megatron3d.nn.positions import rotary_table
-from megatron3d.nn.recompute import LayerGroup, run_layers
+from megatron3d.nn.recompute import LayerGroup, plan_recompute, run_layers
 from megatron3d.params.gate import Place, WeightGate
 from megatron3d.params.module import Declared, declared_parameters
+from megatron3d.tensor.context import LayerContext
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,11 @@ class MicroBatch:
         labels_BS: the token to predict at each position, int64; None asks the last stage for logits.
         loss_mask_BS: weight of each position's loss, fp32.
         position_ids_BS: positions, int64; None is 0 .. S-1.
-        attention_mask_BST: True where position S may attend to position T; None is causal attention.
+        attention_mask_BST: True where position S may attend to position T, [B, S or 1, T]; None is the model's own
+            attention, causal in a GPT and to every position in a BERT.
+        token_types_BS: the segment of each token, int64, where the model tells segments apart.
+        sentence_labels_B: the class of each sample, int64, for models that score pairs of sentences.
+        counts_hits: whether the last stage also counts the labels that score highest of all.
         dropout_seed: seed of this forward's dropout masks; None drops nothing.
         cache: keys and values of earlier tokens, for generation.
     """
@@ -40,6 +47,9 @@ class MicroBatch:
     loss_mask_BS: Tensor | None = None
     position_ids_BS: Tensor | None = None
     attention_mask_BST: Tensor | None = None
+    token_types_BS: Tensor | None = None
+    sentence_labels_B: Tensor | None = None
+    counts_hits: bool = False
     dropout_seed: int | None = None
     cache: KeyValueCache | None = None
 
@@ -84,13 +94,13 @@ class Stage(nn.Module):
             micro: the micro-batch.
 
         Returns:
-            Hidden [S, B, H]; on the last stage the sum of the masked losses (fp32 scalar), or, where `micro` has no
-            labels, this rank's logits [S, B, Vp/tp].
+            Hidden [S, B, H]; on the last stage the sums of the model's losses (fp32 [K], followed by as many counts
+            of hits where `micro` asks for them), or, where `micro` has no labels, this rank's logits [S, B, Vp/tp].
         """
         inputs = self._layer_inputs(micro)
         if self.part.is_first:
             self.gate.open("embedding")
-            x_SBH = self.gate.close("embedding", self.embedding(micro.tokens_BS, micro.position_ids_BS, inputs))
+            x_SBH = self.gate.close("embedding", self.embedding(micro, inputs))
         assert x_SBH is not None, "only the first stage runs without a hidden tensor"
         layers = [self._gated(f"layers.{number}", layer) for number, layer in self.layers.items()]
         x_SBH = run_layers(layers, self.groups, x_SBH, inputs)
@@ -99,7 +109,7 @@ class Stage(nn.Module):
         tied = not self.config.untie_embeddings_and_output_weights
         table = self.embedding.word if tied else self.head.output
         x_SBH = self.gate.open("head", x_SBH)
-        return self.gate.close("head", self.head(x_SBH, micro.labels_BS, micro.loss_mask_BS, table))
+        return self.gate.close("head", self.head(x_SBH, micro, table))
 
     def _gated(self, place: str, layer: nn.Module) -> Callable[[Tensor, LayerInputs], Tensor]:
         """A layer between the opening and the closing of its place, which a recomputation passes too."""
@@ -157,6 +167,27 @@ class Stage(nn.Module):
             with torch.no_grad():
                 rotary = rotary_table(self.config, tokens.shape[1], micro.position_ids_BS, device=tokens.device)
         return LayerInputs(rotary, micro.attention_mask_BST, micro.cache, micro.dropout_seed)
+
+
+def assemble_stage(
+    config: ModelConfig,
+    train: TrainConfig,
+    part: StagePart,
+    context: LayerContext,
+    *,
+    embedding: nn.Module | None,
+    head: nn.Module | None,
+) -> Stage:
+    """A stage with the blocks of its part between a model's own ends, recomputed as `train` says."""
+    selective = train.recompute_granularity == "selective"
+    blocks = {layer: Block(config, context, layer=layer, recompute_core=selective) for layer in part.layers}
+    groups = plan_recompute(
+        len(part.layers),
+        granularity=train.recompute_granularity,
+        method=train.recompute_method,
+        layers_each=train.recompute_num_layers,
+    )
+    return Stage(config, part, StageModules(embedding, blocks, head, groups, context.gate))
 
 
 def unit_of(name: str) -> str:

@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
         return q, k, v
 
     def _core(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, inputs: LayerInputs) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v, causal unless a mask says otherwise."""
+        """softmax(q k^T / sqrt(D)) v; where no mask is given, causal if the model is."""
         mask_BST = inputs.attention_mask_BST
         queries, keys = q_BNSD.shape[2], k_BGTD.shape[2]
         assert mask_BST is not None or queries in (1, keys), f"{queries} queries of {keys} keys need a mask"
@@ -93,7 +93,7 @@ class SelfAttention(nn.Module):
                 v_BGTD,
                 attn_mask=None if mask_BST is None else mask_BST.unsqueeze(1),
                 dropout_p=probability,
-                is_causal=mask_BST is None and queries > 1,
+                is_causal=mask_BST is None and self.config.is_causal and queries > 1,
                 enable_gqa=q_BNSD.shape[1] != k_BGTD.shape[1],
             )
 
@@ -107,8 +107,11 @@ class SelfAttention(nn.Module):
 
 
 def output_init(config: ModelConfig) -> Init:
-    """Initial values of the two projections that write to the residual stream: std / sqrt(2 x layers).
+    """Initial values of the two projections that write to the residual stream: std / sqrt(2 x layers), or std alone
+    where norms follow each sum and the stream does not grow with depth.
 
-    Source: Radford et al. 2019 (GPT-2), section 2.3.
+    Source: Radford et al. 2019 (GPT-2), section 2.3; Devlin et al. 2018 (BERT), whose released code has one std.
     """
+    if config.norm_position == "post":
+        return Init("normal", config.init_method_std)
     return Init("normal", config.init_method_std / sqrt(2.0 * config.num_layers))

@@ -1,6 +1,7 @@
-"""One transformer block: attention and MLP, each behind a norm and added to the residual stream.
+"""One transformer block: attention and MLP, each added to the residual stream, with a norm before or after.
 
-Source: Radford et al. 2019 (GPT-2), section 2.3, for the norm before each half.
+Source: Vaswani et al. 2017, section 3.1, for the norm after each sum; Radford et al. 2019 (GPT-2), section 2.3, for
+the norm before each half.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from megatron3d.tensor.context import LayerContext
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + attention(norm(x)), then x + mlp(norm(x)); or, with norms after, norm(x + attention(x)), norm(x + mlp(x)).
 
-    The residual may be taken from after the norm instead (`apply_residual_connection_post_layernorm`).
+    With norms before, the residual may be taken from after the norm (`apply_residual_connection_post_layernorm`).
     """
 
     def __init__(self, config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool = False) -> None:
@@ -34,6 +35,9 @@ class Block(nn.Module):
 
     def forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
         """[S, B, H] to [S, B, H] (S local under sequence parallelism)."""
+        if self.config.norm_position == "post":
+            x_SBH = self.attention_norm(x_SBH + self._drop(self.attention(x_SBH, inputs), inputs, "attention"))
+            return self.mlp_norm(x_SBH + self._drop(self.mlp(x_SBH), inputs, "mlp"))
         normed_SBH = self.attention_norm(x_SBH)
         x_SBH = self._residual(x_SBH, normed_SBH) + self._drop(self.attention(normed_SBH, inputs), inputs, "attention")
         normed_SBH = self.mlp_norm(x_SBH)

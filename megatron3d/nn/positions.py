@@ -1,4 +1,5 @@
-"""Where positions enter: a learned table added to the embedding, or rotations of queries and keys."""
+"""Where positions enter: a learned table added to the embedding, or rotations of queries and keys; and segments, whose
+table is added likewise."""
 
 from __future__ import annotations
 
@@ -37,6 +38,29 @@ class LearnedPositions(ParallelModule):
         if position_ids_BS is None:
             return self.context.local_sequence(self.weight[:length].unsqueeze(1))
         return F.embedding(self.context.local_sequence(position_ids_BS.t()), self.weight)
+
+
+class TokenTypes(ParallelModule):
+    """A table [num_token_types, H] of segments (sentence A, sentence B), added to the word embedding.
+
+    Source: Devlin et al. 2018 (BERT), section 3.
+    """
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        super().__init__(tp=context.tp.size)
+        self.context = context
+        self.declare(
+            "weight",
+            (config.num_token_types, config.hidden_size),
+            init=Init("normal", config.init_method_std),
+            decays=True,
+            tp_gradient=context.residual_gradient,
+            is_table=True,
+        )
+
+    def forward(self, token_types_BS: Tensor) -> Tensor:
+        """Segments of the whole sequence, int64, to embeddings [S, B, H] (S local under sequence parallelism)."""
+        return F.embedding(self.context.local_sequence(token_types_BS.t()), self.weight)
 
 
 def rotary_table(

@@ -26,7 +26,7 @@ from megatron3d.comm.collectives import start_all_gather, start_all_reduce, star
 from megatron3d.comm.mesh import Axis
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import ParallelModule
-from megatron3d.params.spec import Init
+from megatron3d.params.spec import Init, TpGradient
 from megatron3d.tensor.context import LayerContext
 
 InputType = Literal["I", "V", "local"]
@@ -144,6 +144,26 @@ class RowParallelLinear(ParallelModule):
         partial_SBO = linear(x_SBI, self.weight, None, axis=axis, sink=sink, input_type="local")
         y_SBO = to_residual(partial_SBO, self.context)
         return y_SBO if self.bias is None else y_SBO + self.bias
+
+
+class ReplicatedLinear(ParallelModule):
+    """A small linear layer that every rank of the tensor axis holds whole and applies to what it has.
+
+    `tp_gradient` says what its gradients are then: "equal" where all ranks have the same input and output gradient,
+    "partial" where they have different rows, or partial sums of the output gradient.
+    """
+
+    def __init__(
+        self, context: LayerContext, in_features: int, out_features: int, *, init: Init, tp_gradient: TpGradient
+    ) -> None:
+        super().__init__(tp=context.tp.size)
+        self.context = context
+        self.declare("weight", (out_features, in_features), init=init, decays=True, tp_gradient=tp_gradient)
+        self.declare("bias", (out_features,), init=Init("zeros"), decays=False, tp_gradient=tp_gradient)
+
+    def forward(self, x_SBI: Tensor) -> Tensor:
+        """[..., I] to [..., O]; gradients of the input have the type that those of the output have."""
+        return linear(x_SBI, self.weight, self.bias, axis=self.context.tp, sink=self.context.sink, input_type="local")
 
 
 def to_residual(partial_SBH: Tensor, context: LayerContext) -> Tensor:

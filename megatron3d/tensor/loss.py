@@ -63,3 +63,19 @@ def vocab_parallel_cross_entropy(
         sum_and_target = kernels.local_sum_exp_and_target(logits_SBV, target_SB, max_SB, first_row, num_valid)
         sums_2SB = all_reduce(torch.stack(sum_and_target), axis)
     return _LossFromSums.apply(logits_SBV, target_SB, max_SB, sums_2SB, (first_row, num_valid), kernels)
+
+
+@torch.no_grad()
+def vocab_parallel_hits(
+    logits_SBV: Tensor, target_SB: Tensor, axis: Axis, *, first_row: int, num_valid: int, kernels: Registry
+) -> Tensor:
+    """1.0 where no logit of the whole vocabulary exceeds the target's, else 0.0; fp32 [S, B], the same on all ranks.
+
+    Arguments as for `vocab_parallel_cross_entropy`. A target that shares the first place counts.
+    """
+    max_SB = all_reduce(kernels.local_max(logits_SBV, num_valid), axis, reduction="max")
+    row_SB = target_SB - first_row
+    elsewhere_SB = (row_SB < 0) | (row_SB >= num_valid)
+    held_SB = logits_SBV.gather(-1, row_SB.masked_fill(elsewhere_SB, 0).unsqueeze(-1)).squeeze(-1).to(max_SB.dtype)
+    target_logit_SB = all_reduce(held_SB.masked_fill(elsewhere_SB, -torch.inf), axis, reduction="max")
+    return (target_logit_SB >= max_SB).float()

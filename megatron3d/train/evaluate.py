@@ -1,32 +1,92 @@
-"""Evaluation: the mean loss over the first global batches of a stream, by a forward-only schedule.
+"""Evaluation: mean losses over the first global batches of a stream, by a forward-only schedule.
 
-Every evaluation reads the same samples, so its numbers compare along a run and between runs.
+Every evaluation reads the same samples, so its numbers compare along a run and between runs. Where a kind of batch
+measures accuracy (masked tokens), it also tells which share of the labels the model finds, and beside it what the best
+constant answer would reach on the same labels: the share of the most frequent one, the unigram baseline.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
+from megatron3d.data.batch import Batch
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.pipeline.run import run
 from megatron3d.train.parts import Parts
-from megatron3d.train.step import micro_batches, share_of_sum
+from megatron3d.train.step import micro_batches, share_of_sums
 
 
-def evaluate(parts: Parts, batches: GlobalBatches, *, num_batches: int) -> float:
-    """Mean loss over the masked tokens of `num_batches` global batches, the same on every rank."""
-    config, model, dp = parts.config, parts.model, parts.mesh.dp
-    size, micro = config.train.global_batch_size, config.train.micro_batch_size
-    totals = torch.zeros(2, dtype=torch.float64, device=model.device)
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found, the same on every rank.
+
+    Attributes:
+        losses: each loss of the model by name, the mean over its labels.
+        accuracies: for each loss the share of labels that score highest, 0 to 1; empty where not measured.
+        unigram_accuracy: share of the most frequent token among the labels, 0 to 1; None where not measured.
+    """
+
+    losses: Mapping[str, float]
+    accuracies: Mapping[str, float]
+    unigram_accuracy: float | None = None
+
+    @property
+    def loss(self) -> float:
+        """The objective: the sum of the losses."""
+        return sum(self.losses.values())
+
+    def scalars(self) -> dict[str, float]:
+        """Everything by its name in reports, without the objective; what says no more than that is left out."""
+        named = {f"{name}_loss": loss for name, loss in self.losses.items()} if len(self.losses) > 1 else {}
+        words = {"lm": "masked", "sentence": "sentence"}
+        named |= {f"{words[name]}_accuracy": share for name, share in self.accuracies.items()}
+        return named if self.unigram_accuracy is None else named | {"unigram_accuracy": self.unigram_accuracy}
+
+
+def evaluate(parts: Parts, batches: GlobalBatches, *, num_batches: int) -> Evaluation:
+    """Mean losses over the labels of `num_batches` (at least 1) global batches."""
+    dp, size = parts.mesh.dp, parts.config.train.global_batch_size
+    totals, histogram, names = torch.zeros(0), torch.zeros(0), []
     for number in range(num_batches):
         batch = batches.read(number * size, size, dp.rank, dp.size)
-        micros = micro_batches(batch, micro, config.model, device=model.device)
-        row = model.rows.forward_only(len(micros))
-        wire = model.wire(config, micro_batch_size=micro)
-        losses = run(row.schedule, row.actions, model.stages, micros, wire=wire)
-        counts = model.holds_last_stage and parts.mesh.tp.rank == 0
-        count = batch.loss_count().double().to(model.device) if counts else torch.zeros_like(totals[1])
-        totals += torch.stack([share_of_sum(parts, losses), count])
-    loss_sum, count = all_reduce(totals, parts.mesh.world).tolist()
-    return loss_sum / max(1.0, count)
+        names, sums = [*batch.loss_counts()], _sums_and_counts(parts, batch)
+        totals = sums if number == 0 else totals + sums
+        if batch.measures_accuracy:
+            counted = _label_histogram(batch, parts.config.model.vocab_size)
+            histogram = counted if number == 0 else histogram + counted
+    values = all_reduce(totals, parts.mesh.world).tolist()
+    count = len(names)
+    loss_sums, hits, counts = values[:count], values[count:-count], values[-count:]
+    unigram = None
+    if len(histogram):
+        of_all = all_reduce(histogram.to(parts.model.device), parts.mesh.dp)
+        unigram = float(of_all.max()) / max(1, int(of_all.sum()))
+    return Evaluation(_means(names, loss_sums, counts), _means(names, hits, counts), unigram)
+
+
+def _means(names: list[str], sums: list[float], counts: list[float]) -> dict[str, float]:
+    """Sums by name over their counts; empty for no sums."""
+    return {name: total / max(1.0, count) for name, total, count in zip(names, sums, counts)}
+
+
+def _sums_and_counts(parts: Parts, batch: Batch) -> Tensor:
+    """This rank's share of the loss sums, of the hits if they are measured, and of the counts, fp64."""
+    config, model = parts.config, parts.model
+    micro, measures = config.train.micro_batch_size, batch.measures_accuracy
+    micros = micro_batches(batch, micro, device=model.device, counts_hits=measures)
+    row = model.rows.forward_only(len(micros))
+    outputs = run(row.schedule, row.actions, model.stages, micros, wire=model.wire(config, micro_batch_size=micro))
+    counts = torch.stack([*batch.loss_counts().values()]).double().to(model.device)
+    if not (model.holds_last_stage and parts.mesh.tp.rank == 0):
+        counts.zero_()
+    return torch.cat([share_of_sums(parts, outputs, len(counts) * (1 + measures)), counts])
+
+
+def _label_histogram(batch: Batch, vocab_size: int) -> Tensor:
+    """How often each token is a label that counts, int64 [vocab_size]."""
+    return torch.bincount(batch.labels_BS[batch.loss_mask_BS > 0], minlength=vocab_size)

@@ -6,7 +6,7 @@ Records, in the order they stand in the file:
 - `{"event": "resume", "from_step": N, ...}` after each resume from step N, with the fields of `StartRecord` again, as
   the layout may have changed;
 - per training step the fields of `StepRecord`;
-- per evaluation `{"step": N, "valid_loss": X}`.
+- per evaluation `{"step": N, "valid_loss": X}`, for a model of several losses also each of them and the accuracies.
 
 Numbers are written so that reading them gives the same double. JSON has no NaN or infinity: such a value is written as
 null, and its record gets `"finite": false`.
@@ -18,9 +18,9 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, TextIO
 
 from megatron3d.errors import DataError, StorageError
@@ -31,8 +31,8 @@ class StartRecord:
     """What a reader must know to make sense of the steps.
 
     `layout` maps the name of each parallel axis to its degree (and "zero" to the ZeRO stage); `bytes_per_rank` has the
-    keys weights, gradients and optimizer, for the rank that holds most; `predicted_bubble` is the idle share of the
-    pipeline, 0 to 1.
+    keys weights, gradients and optimizer, and host and files where state is offloaded, for the rank that holds most;
+    `predicted_bubble` is the idle share of the pipeline, 0 to 1.
     """
 
     model: str
@@ -48,7 +48,8 @@ class StepRecord:
     """One training step: `loss` is the mean over the tokens of the global batch, `lr` the rate this step used.
 
     `step` counts from 1, the number of steps made including this one. `skipped` says that the weights stayed as they
-    were. `loss_scale` and `batch_size` are written only where given.
+    were. `loss_scale` and `batch_size` are written only where given. `losses` has the terms of a model of several
+    losses by name, such as `lm_loss`, whose sum is `loss`; each is written under its own name.
     """
 
     step: int
@@ -60,6 +61,13 @@ class StepRecord:
     skipped: bool = False
     loss_scale: float | None = None
     batch_size: int | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
+
+    def scalars(self) -> dict[str, Any]:
+        """What is written of the step, by name."""
+        optional = ("loss_scale", "batch_size")
+        named = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "losses"}
+        return {k: v for k, v in named.items() if v is not None or k not in optional} | dict(self.losses)
 
 
 class MetricsFile:
@@ -117,15 +125,14 @@ class MetricsFile:
 
         Raises: StorageError if the file system refuses.
         """
-        optional = ("loss_scale", "batch_size")
-        self._append({k: v for k, v in asdict(record).items() if v is not None or k not in optional})
+        self._append(record.scalars())
 
-    def evaluation(self, step: int, valid_loss: float) -> None:
-        """Append the validation loss after `step`.
+    def evaluation(self, step: int, valid_loss: float, more: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Append the validation loss after `step`, and `more` of what the evaluation found by name.
 
         Raises: StorageError if the file system refuses.
         """
-        self._append({"step": step, "valid_loss": valid_loss})
+        self._append({"step": step, "valid_loss": valid_loss, **more})
 
     def close(self) -> None:
         """Close the file; another record opens it again.

@@ -4,8 +4,8 @@ The reporter takes plain numbers and a clock; it knows nothing of tensors, ranks
 stream is not a terminal (a log file, a pipe) it writes plain lines without control characters and no bar.
 
 What the numbers of a line mean: loss, and step time, tokens and FLOP rates are taken over the steps since the last
-line; learning rate, gradient norm and loss scale are those of the last step. Rates count the time of the steps alone;
-the time left is by the wall clock and so includes the evaluations and saves of the recent past.
+line; terms of the loss, learning rate, gradient norm and loss scale are those of the last step. Rates count the time of
+the steps alone; the time left is by the wall clock and so includes the evaluations and saves of the recent past.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TextIO
 
 from rich.console import Console
@@ -32,7 +33,7 @@ class StepReport:
     `step` is the number of steps made, from 1; `loss` the mean over the global batch; `tokens` and `flops` those of
     the whole step over all devices; `elapsed_s` the time of the step alone. `grad_norm` is None where it is not
     computed, `loss_scale` except with fp16, `memory_bytes` (the peak of one device) where it is not known. `skipped`
-    says that the weights stayed as they were.
+    says that the weights stayed as they were. `losses` has the terms of `loss` by name where there are several.
     """
 
     step: int
@@ -45,6 +46,7 @@ class StepReport:
     skipped: bool = False
     loss_scale: float | None = None
     memory_bytes: int | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 class ProgressReporter:
@@ -89,10 +91,19 @@ class ProgressReporter:
             self.note(self._line(report))
             self._since_line.clear()
 
-    def evaluation(self, step: int, loss: float, *, name: str = "validation") -> None:
-        """Write the line of an evaluation after `step`; the perplexity is exp(loss)."""
-        perplexity = math.exp(loss) if loss < 100 else math.inf
-        self.note(f"{name} after step {step} | loss {loss:.6f} | perplexity {perplexity:.4g}")
+    def evaluation(
+        self,
+        step: int,
+        loss: float,
+        *,
+        name: str = "validation",
+        more: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Write the line of an evaluation after `step`: `more` of what it found by name, or else the perplexity, which
+        is exp(loss)."""
+        perplexity = {"perplexity": math.exp(loss) if loss < 100 else math.inf}
+        found = " | ".join(f"{word.replace('_', ' ')} {value:.4g}" for word, value in (more or perplexity).items())
+        self.note(f"{name} after step {step} | loss {loss:.6f} | {found}")
 
     def note(self, text: str) -> None:
         """Write a line of any text, above the bar where there is one."""
@@ -128,6 +139,7 @@ class ProgressReporter:
         parts = [
             f"step {last.step}/{self._total_steps}",
             f"loss {sum(losses) / len(losses):.6f}" if losses else "loss none (all steps skipped)",
+            *(f"{word.replace('_', ' ')} {value:.4g}" for word, value in last.losses.items()),
             f"lr {last.lr:.4g}",
         ]
         if last.grad_norm is not None:

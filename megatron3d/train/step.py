@@ -1,14 +1,17 @@
 """One optimizer step: forwards and backwards of a global batch, reduction, clipping, update.
 
-Losses and counts travel as sums. The objective is the sum of all masked losses over the global count of masked
-tokens; the count is known before the first forward, so each loss's gradient is simply 1 / count (times the loss
-scale) and nothing is averaged twice, whatever the layout and however counts differ between micro-batches.
+Losses and counts travel as sums. The objective is, for each loss of the model, its sum over the global count of its
+labels (a GPT has one loss, that of its tokens; a BERT with the sentence head a second, that of its samples). Counts
+are known before the first forward, so the gradient of each sum is simply 1 / count (times the loss scale) and nothing
+is averaged twice, whatever the layout and however counts differ between micro-batches.
+
+Shapes: K losses of the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +19,13 @@ from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.config.model import ModelConfig
-from megatron3d.data.batch import GPTBatch
+from megatron3d.data.batch import Batch
 from megatron3d.errors import NumericsError
 from megatron3d.models.stage import MicroBatch
 from megatron3d.optim.build import set_rates
 from megatron3d.optim.clip import clip_factor
 from megatron3d.params.streams import stream_seed
-from megatron3d.pipeline.run import Backward, run
+from megatron3d.pipeline.run import Backward, Recorder, run
 from megatron3d.train.parts import Parts
 
 
@@ -39,19 +42,29 @@ class StepResult:
     """What one step gave, the same on every rank.
 
     Attributes:
-        loss: mean over the masked tokens of the global batch.
+        loss: the objective, the sum of `losses`.
+        losses: each loss of the model by name, the mean over its labels in the global batch.
         grad_norm: global norm before clipping.
         skipped: whether the update was left out because gradients were not finite (fp16).
         stop_votes: how many ranks asked to stop.
     """
 
     loss: float
+    losses: Mapping[str, float]
     grad_norm: float
     skipped: bool
     stop_votes: int
 
 
-def train_step(parts: Parts, batch: GPTBatch, rates: Rates, *, step: int, wants_stop: bool = False) -> StepResult:
+def train_step(
+    parts: Parts,
+    batch: Batch,
+    rates: Rates,
+    *,
+    step: int,
+    wants_stop: bool = False,
+    recorder: Recorder | None = None,
+) -> StepResult:
     """Make one optimizer step with this rank's part of the global batch.
 
     Args:
@@ -60,18 +73,20 @@ def train_step(parts: Parts, batch: GPTBatch, rates: Rates, *, step: int, wants_
         rates: of this step.
         step: number of the step from 0, for the dropout streams.
         wants_stop: this rank's vote to stop after the step.
+        recorder: told what the pipeline does and when.
 
     Raises:
         NumericsError: loss or gradients are not finite and the run is not one that skips such steps.
     """
-    count = global_count(parts, batch)
-    loss_sum = forward_backward(parts, batch, count, step=step)
+    counts = global_counts(parts, batch)
+    loss_sums = forward_backward(parts, batch, counts, step=step, recorder=recorder)
     parts.engine.finish_reduce()
-    votes = torch.tensor(float(wants_stop), dtype=torch.float64, device=loss_sum.device)
-    sums = torch.stack([loss_sum, parts.engine.squared_norm(), votes])
-    loss_sum, squared_norm, votes = all_reduce(sums, parts.mesh.world).cpu()
-    loss = float(loss_sum) / count
-    grad_norm = math.sqrt(float(squared_norm)) / parts.scaler.scale
+    votes = torch.tensor(float(wants_stop), dtype=torch.float64, device=loss_sums.device)
+    sums = torch.stack([*loss_sums, parts.engine.squared_norm(), votes])
+    *totals, squared_norm, votes = all_reduce(sums, parts.mesh.world).tolist()
+    losses = {name: total / counts[name] for name, total in zip(counts, totals, strict=True)}
+    loss = math.fsum(losses.values())
+    grad_norm = math.sqrt(squared_norm) / parts.scaler.scale
     skipped = not _finite_or_raise(parts, loss, grad_norm)
     if not skipped:
         set_rates(parts.optimizer, lr=rates.lr, weight_decay=rates.weight_decay)
@@ -79,27 +94,30 @@ def train_step(parts: Parts, batch: GPTBatch, rates: Rates, *, step: int, wants_
         parts.engine.step(parts.optimizer)
     parts.scaler.update(not skipped)
     parts.engine.clear_grads()
-    return StepResult(loss, grad_norm, skipped, int(votes))
+    return StepResult(loss, losses, grad_norm, skipped, int(votes))
 
 
-def global_count(parts: Parts, batch: GPTBatch) -> int:
-    """Tokens of the global batch whose loss counts (at least 1, so that a batch without any gives a loss of 0)."""
-    count = batch.loss_count().to(parts.model.device)
-    return max(1, int(all_reduce(count.reshape(1), parts.mesh.dp)))
+def global_counts(parts: Parts, batch: Batch) -> dict[str, int]:
+    """Labels of the global batch that each loss counts (at least 1, so that a batch without any has a loss of 0)."""
+    counts = batch.loss_counts()
+    totals = all_reduce(torch.stack([*counts.values()]).to(parts.model.device), parts.mesh.dp).tolist()
+    return {name: max(1, total) for name, total in zip(counts, totals)}
 
 
-def forward_backward(parts: Parts, batch: GPTBatch, count: int, *, step: int) -> Tensor:
-    """Run the training schedule, leaving gradients of sum / count in the engine.
+def forward_backward(
+    parts: Parts, batch: Batch, counts: Mapping[str, int], *, step: int, recorder: Recorder | None = None
+) -> Tensor:
+    """Run the training schedule, leaving the gradients of sum / count, added up over the losses, in the engine.
 
     Returns:
-        This rank's share of the summed loss, fp64: shares add up over all ranks.
+        This rank's share of the summed losses, fp64 [K]: shares add up over all ranks.
     """
     config, model = parts.config, parts.model
-    micros = micro_batches(batch, config.train.micro_batch_size, config.model, device=model.device)
+    micros = micro_batches(batch, config.train.micro_batch_size, device=model.device)
     micros = with_dropout(micros, config.model, seed=config.data.seed, step=step, dp_rank=parts.mesh.dp.rank)
     row = model.rows.training(len(micros))
     parts.engine.begin_step(len(micros))
-    gradient = torch.tensor(parts.scaler.scale / count, device=model.device)
+    gradient = torch.tensor([parts.scaler.scale / count for count in counts.values()], device=model.device)
     losses = run(
         row.schedule,
         row.actions,
@@ -113,29 +131,24 @@ def forward_backward(parts: Parts, batch: GPTBatch, count: int, *, step: int) ->
             before=parts.engine.before_backward,
             after=parts.engine.after_backward,
         ),
+        recorder=recorder,
     )
-    return share_of_sum(parts, losses)
+    return share_of_sums(parts, losses, len(counts))
 
 
-def share_of_sum(parts: Parts, losses: Sequence[Tensor]) -> Tensor:
-    """The sum of a rank's losses, fp64, or 0 where another rank of its model replica reports the same losses."""
-    if not losses or parts.mesh.tp.rank > 0:
-        return torch.zeros((), dtype=torch.float64, device=parts.model.device)
-    return torch.stack(list(losses)).double().sum()
+def share_of_sums(parts: Parts, outputs: Sequence[Tensor], num_sums: int) -> Tensor:
+    """What a rank's last stage gave, added up over the micro-batches: fp64 [num_sums].
+
+    All 0 where there is no last stage, or where another rank of the model replica reports the same sums.
+    """
+    if not outputs or parts.mesh.tp.rank > 0:
+        return torch.zeros(num_sums, dtype=torch.float64, device=parts.model.device)
+    return torch.stack([torch.stack(terms).double().sum() for terms in zip(*outputs, strict=True)])
 
 
-def micro_batches(batch: GPTBatch, size: int, model: ModelConfig, *, device: torch.device) -> list[MicroBatch]:
+def micro_batches(batch: Batch, size: int, *, device: torch.device, counts_hits: bool = False) -> list[MicroBatch]:
     """Cut a rank's batch into micro-batches on the device, without dropout."""
-    return [
-        MicroBatch(
-            tokens_BS=part.tokens_BS,
-            labels_BS=part.labels_BS,
-            loss_mask_BS=part.loss_mask_BS,
-            position_ids_BS=part.position_ids_BS,
-            attention_mask_BST=_within_documents(part.document_ids_BS),
-        )
-        for part in batch.to(device).split(size)
-    ]
+    return [MicroBatch(**part.model_inputs(), counts_hits=counts_hits) for part in batch.to(device).split(size)]
 
 
 def with_dropout(
@@ -148,15 +161,6 @@ def with_dropout(
         MicroBatch(**{**vars(micro), "dropout_seed": stream_seed(seed, "dropout", step, dp_rank, number)})
         for number, micro in enumerate(micros)
     ]
-
-
-def _within_documents(document_ids_BS: Tensor | None) -> Tensor | None:
-    """Causal attention within each document: [B, S, S], True where S may attend to T."""
-    if document_ids_BS is None:
-        return None
-    length = document_ids_BS.shape[1]
-    causal_ST = torch.ones(length, length, dtype=torch.bool, device=document_ids_BS.device).tril()
-    return (document_ids_BS.unsqueeze(2) == document_ids_BS.unsqueeze(1)) & causal_ST
 
 
 def _finite_or_raise(parts: Parts, loss: float, grad_norm: float) -> bool:

@@ -17,7 +17,7 @@ from megatron3d.data.loader import GlobalBatches
 from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.params.boxes import Box
 from megatron3d.train.parts import Parts, build_parts
-from megatron3d.train.step import Rates, forward_backward, global_count, train_step
+from megatron3d.train.step import Rates, forward_backward, global_counts, train_step
 
 VOCAB_SIZE = 101  # not a multiple of any degree: every layout pads differently
 NUM_STEPS = 20
@@ -88,7 +88,7 @@ def trace(parts: Parts, *, num_steps: int = NUM_STEPS) -> Trace:
     size = config.train.global_batch_size
     with GlobalBatches(data.reader(data.train), num_workers=config.data.num_workers) as batches:
         first = batches.read(0, size, dp.rank, dp.size)
-        forward_backward(parts, first, global_count(parts, first), step=0)
+        forward_backward(parts, first, global_counts(parts, first), step=0)
         parts.engine.finish_reduce()
         for name, view in parts.engine.grad_views().items():
             gradients[name] = [(box, piece.clone()) for box, piece in view.pieces()]
