@@ -60,7 +60,7 @@ BOUNDS: tuple[Bound, ...] = (
         at_least=0,
     ),
     Bound(
-        "norm_epsilon rotary_base muon_extra_scale_factor adam_eps loss_scale initial_loss_scale min_loss_scale peak_tflops "
+        "norm_epsilon rotary_base adam_eps loss_scale initial_loss_scale min_loss_scale peak_tflops "
         "muon_extra_scale_factor pipeline_memory_limit_gb distributed_timeout_minutes exit_duration_in_mins",
         above=0,
     ),

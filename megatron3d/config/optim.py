@@ -115,7 +115,10 @@ class OptimConfig:
         choices=("low", "medium", "high"),
     )
     muon_scalar_optimizer: str = option(
-        "adam", "--muon-scalar-optimizer", "What updates tables, biases and norms beside Muon.", choices=("adam", "lion")
+        "adam",
+        "--muon-scalar-optimizer",
+        "What updates tables, biases and norms beside Muon.",
+        choices=("adam", "lion"),
     )
     bf16: bool = switch("--bf16", "Compute in bf16 with fp32 master weights.")
     fp16: bool = switch("--fp16", "Compute in fp16 with fp32 master weights and loss scaling.")
