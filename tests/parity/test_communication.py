@@ -23,6 +23,7 @@ FP32 = 4
 HIDDEN = S * B * H * FP32
 TOKENS = S * B
 SP = "--sequence-parallel"
+RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 Counts = dict[tuple[str, str], tuple[int, int]]
 
@@ -98,22 +99,45 @@ def test_pipeline_step_sends_one_hidden_tensor_a_boundary_and_direction(pool: Po
         assert only(counts, "pp") == {"send": expected, "receive": expected}
 
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_data_parallel_step_reduces_every_gradient_once(pool: Pool, zero: int) -> None:
-    """ZeRO 0: one all-reduce of P bytes. ZeRO 1: a reduce-scatter and an all-gather of P bytes, the same volume.
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("micros", [1, 2])
+def test_data_parallel_step_moves_the_volume_of_its_zero_stage(pool: Pool, zero: int, micros: int) -> None:
+    """With P bytes and M micro-batches. ZeRO 0: one all-reduce of P. ZeRO 1: a reduce-scatter and an all-gather of P,
+    the same volume. ZeRO 2: M reduce-scatters and one all-gather. ZeRO 3: M reduce-scatters and 2 M all-gathers, 3 P
+    for each micro-batch, but that the embedding's backward reads no table (a tied one is read by the head's).
     Besides, eight bytes for the global token count.
 
-    Source: Rajbhandari et al. 2020, section 7.1: the volume of stage 1 is that of plain data parallelism.
+    Source: Rajbhandari et al. 2020, section 7.
     """
-    for counts, units in pool.run(4, counted_step, Case("gpt2", Layout(dp=4), f"--zero-stage {zero}")):
+    options = f"--zero-stage {zero} --micro-batch-size {GLOBAL_BATCH // 4 // micros}"
+    for counts, units in pool.run(4, counted_step, Case("gpt2-untied", Layout(dp=4), options)):
         num_units, payload = len(units), FP32 * sum(length for length, _ in units.values())
-        if zero == 0:
-            expected = {"all_reduce": (num_units + 1, payload + 8)}
-        else:
-            whole = (num_units, payload)
-            expected = {"all_reduce": (1, 8), "reduce_scatter": whole, "all_gather": whole}
-        assert only(counts, "dp") == expected
+        table = FP32 * units["embedding.word"][0]
+        each = (micros * num_units, micros * payload)
+        count = {"all_reduce": (1, 8)}
+        expected = {
+            0: {"all_reduce": (num_units + 1, payload + 8)},
+            1: {**count, "reduce_scatter": (num_units, payload), "all_gather": (num_units, payload)},
+            2: {**count, "reduce_scatter": each, "all_gather": (num_units, payload)},
+            3: {
+                **count,
+                "reduce_scatter": each,
+                "all_gather": (2 * each[0] - micros, 2 * each[1] - micros * table),
+            },
+        }
+        assert only(counts, "dp") == expected[zero]
         assert only(counts, "world") == {"all_reduce": (1, 24)}  # loss, squared norm, votes to stop: fp64
+
+
+@pytest.mark.parametrize("options", ["", "--zero-prefetch-units 0", "--zero-prefetch-units 3", RECOMPUTED])
+def test_prefetching_and_recomputing_layer_by_layer_gather_no_more(pool: Pool, options: str) -> None:
+    """Stage 3 of a tied model on one stage: the table is read once more, by the head. Recomputation of single layers
+    finds the weights that the layer's backward needs anyway."""
+    micros = GLOBAL_BATCH // 2 // B
+    for counts, units in pool.run(2, counted_step, Case("gpt2", Layout(dp=2), f"--zero-stage 3 {options}")):
+        payload = FP32 * sum(length for length, _ in units.values())
+        gathered = (2 * micros * len(units) + micros, 2 * micros * payload + micros * FP32 * units["embedding.word"][0])
+        assert only(counts, "dp")["all_gather"] == gathered
 
 
 def test_tied_embedding_costs_one_all_reduce_between_the_ends(pool: Pool) -> None:

@@ -1,0 +1,131 @@
+"""Sharded gradients and weights change no result: stages 2 and 3 of ZeRO against one process, at every kind of layout.
+
+With them go what could upset them: orders that split the backward or put both ends of a tied model on one rank,
+recomputation inside which weights are gathered again, hierarchical groups, 16-bit precisions, skipped steps.
+"""
+
+from __future__ import annotations
+
+import functools
+from itertools import groupby
+
+import pytest
+import torch
+
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import make_mesh
+from megatron3d.data.build import build_gpt_data
+from megatron3d.data.loader import GlobalBatches
+from megatron3d.train.evaluate import evaluate
+from tests.dist.pool import Pool
+from tests.parity.runs import Case, Trace, assemble, parts_of, trace, trace_cases
+from tests.parity.test_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, NORM_TOLERANCE, relative
+
+SP = "--sequence-parallel"
+ZERO2, ZERO3 = "--zero-stage 2", "--zero-stage 3"
+PAIRS = "--zero-shard-size 2"
+GROUPS_OF_TWO_LAYERS = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2"
+
+CASES = [
+    Case("gpt2", Layout(dp=2), f"{ZERO3} --recompute-granularity selective"),
+    Case("llama-tied", Layout(pp=2), ZERO3),  # one data-parallel rank: weights come and go on the rank itself
+    Case("gpt2", Layout(tp=4), f"{SP} {ZERO3}"),
+    Case("gpt2", Layout(dp=4), f"{ZERO2} --no-overlap-grad-reduce"),
+    Case("gpt2", Layout(dp=4), f"{ZERO3} --zero-prefetch-units 0 --micro-batch-size 1"),
+    Case("llama", Layout(dp=4, zero_shard=2), f"--zero-stage 1 {PAIRS} --overlap-param-gather"),
+    Case("gpt2", Layout(dp=4, zero_shard=2), f"{ZERO2} {PAIRS} --overlap-param-gather"),
+    Case("llama-tied", Layout(dp=4, zero_shard=2), f"{ZERO3} {PAIRS} {GROUPS_OF_TWO_LAYERS}"),
+    Case("llama", Layout(tp=2, dp=2), ZERO2),
+    Case("gpt2", Layout(tp=2, dp=2), f"{SP} {ZERO3} {GROUPS_OF_TWO_LAYERS} --zero-prefetch-units 2"),
+    Case("gpt2", Layout(pp=2, dp=2), ZERO2),
+    Case(
+        "llama",
+        Layout(pp=2, dp=2),
+        f"{ZERO3} --recompute-granularity full --recompute-method block --recompute-num-layers 1",
+    ),
+    Case("gpt2", Layout(pp=2, dp=2), f"{ZERO2} --pipeline-schedule zb-h1"),
+    Case("gpt2", Layout(pp=2, dp=2), f"{ZERO3} --pipeline-schedule zb-v"),
+    Case(
+        "gpt2", Layout(pp=2, dp=2), f"{ZERO3} --pipeline-schedule interleaved --num-virtual-stages-per-pipeline-rank 2"
+    ),
+    Case("gpt2", Layout(tp=2, pp=2, dp=2), f"{SP} {ZERO2}"),
+    Case("gpt2", Layout(tp=2, pp=2, dp=2), f"{SP} {ZERO3}"),
+    Case("llama", Layout(pp=2, dp=4, zero_shard=2), f"{ZERO3} {PAIRS}"),
+    Case("llama", Layout(dp=8), ZERO3),
+]
+BATCHES = [
+    pytest.param(size, list(group), id=f"world{size}")
+    for size, group in groupby(CASES, key=lambda case: case.layout.world_size)
+]
+
+
+@functools.cache
+def reference(model: str) -> tuple[Trace, dict[str, tuple[int, ...]]]:
+    """One process's trace and the full shapes of its parameters."""
+    torch.set_num_threads(1)
+    parts = parts_of(Case(model, Layout()), make_mesh(Layout()))
+    shapes = {name: view.full_shape for name, view in parts.engine.weight_views().items()}
+    return trace(parts), shapes
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("world_size", "batch"), BATCHES)
+def test_sharded_gradients_and_weights_give_the_training_of_one_process(
+    pool: Pool, parity_table: list[str], world_size: int, batch: list[Case]
+) -> None:
+    by_rank = pool.run(world_size, trace_cases, batch, timeout_s=300)
+    for number, case in enumerate(batch):
+        expected, shapes = reference(case.model)
+        traces = [traces_of_rank[number] for traces_of_rank in by_rank]
+        loss = relative(traces[0].losses, expected.losses)
+        norm = relative(traces[0].norms, expected.norms)
+        got, whole = assemble(traces, shapes), assemble([expected], shapes)
+        gradient = max(float((got[n] - whole[n]).abs().max() / whole[n].abs().max()) for n in shapes)
+        parity_table.append(
+            f"{case.model:12s} {case.layout!s:18s} {loss:8.1e} {norm:8.1e} {gradient:8.1e}  {case.options}"
+        )
+        assert loss < LOSS_TOLERANCE, f"{case}: losses differ by {loss}"
+        assert norm < NORM_TOLERANCE, f"{case}: gradient norms differ by {norm}"
+        assert gradient < GRADIENT_TOLERANCE, f"{case}: gradients differ by {gradient}"
+        assert all(one.losses == traces[0].losses for one in traces), f"{case}: ranks disagree about the loss"
+
+
+def sixteen_bit(rank: int, world_size: int, options: str) -> list[tuple[list[float], list[float]]]:
+    """Losses and norms of a few steps in 16 bits at every stage."""
+    mesh = make_mesh(Layout(dp=2))
+    traces = [
+        trace(parts_of(Case("gpt2", mesh.layout, f"{options} --zero-stage {stage}"), mesh), num_steps=6)
+        for stage in range(4)
+    ]
+    return [(one.losses, one.norms) for one in traces]
+
+
+@pytest.mark.parametrize("options", ["--bf16", "--bf16 --grad-reduce-in-bf16", "--fp16 --initial-loss-scale 4194304"])
+def test_every_stage_trains_in_16_bits_alike(pool: Pool, options: str) -> None:
+    """bf16 keeps 8 bits, so sums in another order change a loss by 2^-9 at most; fp16 begins with steps it skips."""
+    (plain, plain_norms), *sharded = pool.run(2, sixteen_bit, options)[0]
+    assert plain[-1] < plain[0]
+    for losses, norms in sharded:
+        assert relative(losses, plain) < 2**-9
+        finite = [n == n and n != float("inf") for n in plain_norms]
+        assert [n == n and n != float("inf") for n in norms] == finite, "the same steps are skipped"
+        assert all(finite) or "--fp16" in options
+
+
+def losses_around_an_evaluation(rank: int, world_size: int, options: str) -> list[float]:
+    """The loss of an evaluation of the initial weights, and of another: weights that come and go come again."""
+    case = Case("gpt2", Layout(pp=2, dp=2), options)
+    parts = parts_of(case, make_mesh(case.layout))
+    data = build_gpt_data(parts.config.data, seq_length=16, vocab_size=101, eod_token=0)
+    held = [parts.engine.transit.held_bytes]
+    with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
+        losses = [evaluate(parts, batches, num_batches=2).loss for _ in range(2)]
+    held.append(parts.engine.transit.held_bytes)
+    assert held == [0, 0], f"{held} bytes are held before and after"
+    return losses
+
+
+def test_an_evaluation_gathers_and_frees_the_weights(pool: Pool) -> None:
+    sharded = pool.run(4, losses_around_an_evaluation, ZERO3)
+    assert sharded == pool.run(4, losses_around_an_evaluation, "")
+    assert sharded[0][0] == sharded[0][1]
