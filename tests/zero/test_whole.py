@@ -1,0 +1,201 @@
+"""Every optimizer at every layout against the papers' formulas over whole parameters; who works on which matrix."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron3d.comm.collectives import gather_values
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import Mesh, make_mesh
+from megatron3d.config.optim import OptimConfig
+from megatron3d.optim.build import build_optimizer, other_state_views, set_rates, state_names
+from megatron3d.params.grads import GradSink
+from megatron3d.params.init import initial_full
+from megatron3d.params.spec import Init, ParamSpec
+from megatron3d.zero.engine import ZeroEngine
+from megatron3d.zero.whole import deal
+from tests.dist.pool import Pool
+from tests.optim.formulas import Whole
+from tests.zero.test_engine import Boxes, backward, boxes_of, put_together
+from tests.zero.toy import NUM_MICROBATCHES, SEED, Setting, engine_of, whole_gradient, whole_specs
+
+NUM_STEPS = 4
+LR, WEIGHT_DECAY = 0.02, 0.1
+CONFIGS = {
+    "lion": OptimConfig(optimizer="lion"),
+    "adam-l2": OptimConfig(optimizer="adam", decoupled_weight_decay=False),
+    "lamb": OptimConfig(optimizer="lamb"),
+    "adafactor": OptimConfig(optimizer="adafactor"),
+    "muon": OptimConfig(optimizer="muon"),
+    "muon-variant": OptimConfig(
+        optimizer="muon", muon_nesterov=True, muon_split_qkv=False, muon_extra_scale_factor=0.2
+    ),
+    "muon-lion": OptimConfig(optimizer="muon", muon_scalar_optimizer="lion"),
+}
+# fp32 against fp64. Newton-Schulz multiplies a small singular value by up to 485, and its rounding error with it.
+TOLERANCE = dict.fromkeys(CONFIGS, 2e-6) | {"muon": 2e-5, "muon-variant": 2e-5, "muon-lion": 2e-5}
+LAYOUTS = [
+    (Layout(), 0),
+    (Layout(tp=2), 0),
+    (Layout(dp=2), 1),
+    (Layout(dp=2), 3),
+    (Layout(dp=4), 2),
+    (Layout(tp=4), 0),
+    (Layout(tp=2, dp=2), 0),
+    (Layout(tp=2, dp=2), 1),
+    (Layout(dp=4, zero_shard=2), 1),
+    (Layout(pp=2, dp=2), 1),
+]
+
+
+def train(mesh: Mesh, zero_stage: int, config: OptimConfig, *, by_unit: bool = False) -> dict[str, Boxes]:
+    """What this rank holds after some steps: weights and every state, by kind."""
+    sink = GradSink()
+    engine, declared = engine_of(Setting(mesh.layout, zero_stage), mesh, sink)
+    optimizer = build_optimizer(config, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.whole)
+    for step in range(NUM_STEPS):
+        engine.begin_step(NUM_MICROBATCHES)
+        backward(engine, declared, mesh, sink, step)
+        engine.reduce_stage(mesh.pp.rank)
+        engine.finish_reduce()
+        set_rates(optimizer, lr=LR, weight_decay=WEIGHT_DECAY)
+        if by_unit:
+            step_by_unit(engine, optimizer)
+        else:
+            engine.step(optimizer)
+        engine.clear_grads()
+    held = {"weights": boxes_of(engine.weight_views())}
+    for kind in state_names(config):
+        held[kind] = boxes_of(engine.state_views(optimizer, kind))
+    for key, pieces in boxes_of(other_state_views(optimizer, with_copies=True)).items():
+        kind, name = key.split("/")
+        held.setdefault(kind, {})[name] = pieces
+    return held
+
+
+def step_by_unit(engine: ZeroEngine, optimizer: torch.optim.Optimizer) -> None:
+    grads = {piece.parameter: piece.parameter.grad for piece in engine.pieces}
+    for parameter in grads:
+        parameter.grad = None
+    for name, unit in engine.units.items():
+        for piece in unit.pieces:
+            piece.parameter.grad = grads[piece.parameter]
+        with engine.whole.only(name):
+            optimizer.step()
+        for piece in unit.pieces:
+            piece.parameter.grad = None
+    engine.publish()
+
+
+@functools.cache
+def expected(name: str, num_samples: int, num_holders: int) -> Whole:
+    specs = whole_specs()
+    whole = Whole(CONFIGS[name], specs, {key: initial_full(spec, seed=SEED) for key, spec in specs.items()})
+    for step in range(NUM_STEPS):
+        grads = {
+            key: whole_gradient(spec, step, num_samples=num_samples, num_holders=num_holders)
+            for key, spec in specs.items()
+        }
+        whole.step(grads, lr=LR, weight_decay=WEIGHT_DECAY)
+    return whole
+
+
+def _compare(rank: int, world_size: int, layout: Layout, zero_stage: int) -> None:
+    mesh = make_mesh(layout)
+    for name, config in CONFIGS.items():
+        everyone = gather_values(train(mesh, zero_stage, config), mesh.world)
+        reference = expected(name, mesh.dp.size * NUM_MICROBATCHES, 1 if mesh.pp.size == 1 else 2)
+        for key, spec in whole_specs().items():
+            for kind, wanted in {"weights": reference.weights[key], **reference.states[key]}.items():
+                found = whole_of([held.get(kind, {}) for held in everyone], key, tuple(wanted.shape))
+                scale = wanted.abs().max().clamp(min=1.0)
+                error = (found - wanted).abs().max() / scale
+                where = f"{name} at {layout} stage {zero_stage}: {kind} of {spec.name}"
+                assert error < TOLERANCE[name], f"{where} off by {error}"
+
+
+def whole_of(everyone: list[Boxes], name: str, shape: tuple[int, ...]) -> Tensor:
+    """The whole tensor, all of whose copies are equal to the last bit."""
+    copies = [sum(box.numel for box, _ in held.get(name, [])) for held in everyone]
+    num_elements = torch.Size(shape).numel()
+    assert sum(copies) % num_elements == 0, f"{name}: {copies} elements held of {num_elements}"
+    return put_together(everyone, name, shape, num_copies=sum(copies) // num_elements)
+
+
+@pytest.mark.parametrize(("layout", "zero_stage"), LAYOUTS, ids=lambda value: str(value).replace(" ", ""))
+def test_training_equals_the_formulas_over_whole_parameters(pool: Pool, layout: Layout, zero_stage: int) -> None:
+    if layout.world_size == 1:
+        _compare(0, 1, layout, zero_stage)
+    else:
+        pool.run(layout.world_size, _compare, layout, zero_stage)
+
+
+def _step_both_ways(rank: int, world_size: int, layout: Layout) -> None:
+    mesh = make_mesh(layout)
+    for config in CONFIGS.values():
+        at_once, by_unit = (train(mesh, 2, config, by_unit=one) for one in (False, True))
+        for kind, boxes in at_once.items():
+            for name, pieces in boxes.items():
+                for (box, found), (other_box, other) in zip(pieces, by_unit[kind][name], strict=True):
+                    assert box == other_box and torch.allclose(found, other, rtol=1e-6, atol=1e-7), (kind, name)
+
+
+def test_a_step_may_be_made_unit_by_unit(pool: Pool) -> None:
+    pool.run(4, _step_both_ways, Layout(tp=2, dp=2))
+    pool.run(3, _step_both_ways, Layout(dp=3))  # the last rank has nothing of the smaller units
+
+
+def _traffic(rank: int, world_size: int, config: OptimConfig) -> dict[Any, Any]:
+    mesh = make_mesh(Layout(tp=2, dp=2))
+    sink = GradSink()
+    engine, declared = engine_of(Setting(mesh.layout, 1), mesh, sink)
+    optimizer = build_optimizer(config, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.whole)
+    engine.begin_step(NUM_MICROBATCHES)
+    backward(engine, declared, mesh, sink, 0)
+    engine.finish_reduce()
+    before = mesh.meter.read()
+    optimizer.step()
+    return {key: count for key, (count, _) in mesh.meter.read().items() if before.get(key, (0, 0))[0] != count} | {
+        key: count - before[key][0] for key, (count, _) in mesh.meter.read().items() if key in before
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "operation", "count"),
+    [("lion", "all_reduce", 0), ("lamb", "all_reduce", 1), ("adafactor", "all_reduce", 2), ("muon", "all_to_all", 2)],
+)
+def test_a_step_has_few_exchanges_on_each_axis(pool: Pool, name: str, operation: str, count: int) -> None:
+    for found in pool.run(4, _traffic, CONFIGS[name]):
+        for axis in ("tp", "dp"):
+            calls = {op: number for (its_axis, op), number in found.items() if its_axis == axis and number}
+            assert calls == ({operation: count} if count else {})
+
+
+SPECS = st.lists(st.tuples(st.integers(1, 64), st.integers(1, 64), st.booleans()), min_size=1, max_size=12)
+
+
+@given(SPECS, st.integers(1, 4), st.integers(1, 4))
+def test_matrices_are_dealt_so_that_no_rank_has_more_than_one_matrix_above_the_mean(
+    sizes: list[tuple[int, int, bool]], shard: int, tp: int
+) -> None:
+    specs = [
+        ParamSpec(f"p{i}", (rows, columns), Init("zeros"), True, tp_dim=None if alike else 0)
+        for i, (rows, columns, alike) in enumerate(sizes)
+    ]
+    desks = deal(specs, shard=shard, tp=tp)
+    work = [spec.numel * min(spec.shape) for spec in specs]
+    load = dict.fromkeys([(s, t) for s in range(shard) for t in range(tp)], 0)
+    for spec, desk, amount in zip(specs, desks, work, strict=True):
+        assert (desk.tp_rank is None) == spec.is_replicated
+        for t in range(tp) if desk.tp_rank is None else (desk.tp_rank,):
+            load[desk.shard_rank, t] += amount
+    if not any(spec.is_replicated for spec in specs):
+        assert max(load.values()) <= sum(work) / len(load) + max(work)
+    assert desks == deal(specs, shard=shard, tp=tp), "every rank deals alike"
