@@ -68,6 +68,8 @@ class Transit:
 
     def depart(self, buffer: GradBuffer) -> None:
         """Note a reduction that has started, and finish the oldest ones where too many are under way."""
+        if buffer in self._flying:
+            self._flying.remove(buffer)  # its reduction before this one is over
         self._flying.append(buffer)
         while len(self._flying) > MAX_IN_FLIGHT:
             self._flying.popleft().finish_scatter()

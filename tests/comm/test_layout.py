@@ -71,3 +71,26 @@ def test_a_degree_under_one_is_refused_by_name(axis: str) -> None:
 def test_a_layout_prints_the_degrees_in_use() -> None:
     assert str(Layout(tp=2, pp=4, dp=8)) == "TP2 x PP4 x DP8"
     assert str(Layout(cp=2, ep=4)) == "TP1 x PP1 x DP1 x CP2 x EP4"
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3))
+def test_shard_and_replica_groups_cut_the_data_ranks_into_rows_and_columns(tp: int, pp: int, k: int, n: int) -> None:
+    layout = Layout(tp=tp, pp=pp, dp=k * n, zero_shard=k)
+    shards, replicas = layout.shard_groups(), layout.replica_groups()
+    for groups, size in ((shards, k), (replicas, n)):
+        assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
+        assert {len(group) for group in groups} == {size}
+    for group in shards:
+        positions = [layout.coordinates(rank)["dp"] for rank in group]
+        assert positions == list(range(positions[0], positions[0] + k)) and positions[0] % k == 0
+    for row in shards:
+        for column in replicas:
+            assert len(set(row) & set(column)) <= 1
+    whole = Layout(tp=tp, pp=pp, dp=k * n)
+    assert whole.shard_groups() == whole.groups("dp") and whole.shard_size == k * n
+
+
+@pytest.mark.parametrize("size", [0, 3, 8])
+def test_a_shard_size_that_cuts_unevenly_is_refused_with_both_numbers(size: int) -> None:
+    with pytest.raises(ConfigError, match=rf"--zero-shard-size {size} does not cut the 4 data-parallel ranks"):
+        Layout(dp=4, zero_shard=size)

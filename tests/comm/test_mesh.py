@@ -68,6 +68,21 @@ def test_two_layouts_live_in_one_process_each_with_its_own_groups_and_meter(pool
         assert lasts == [rank >= 2, rank >= 2]
 
 
+def _sharing(rank: int, world_size: int, size: int | None) -> list[tuple[str, list[int]]]:
+    mesh = make_mesh(Layout(dp=4, zero_shard=size))
+    return [(axis.name, collectives.gather_values(rank, axis)) for axis in (mesh.shard, mesh.replica)]
+
+
+def test_the_data_ranks_are_cut_into_shards_and_replicas(pool: Pool) -> None:
+    """Where either is all of them, it is the data axis itself, so that no second group is made."""
+    whole = [0, 1, 2, 3]
+    assert pool.run(4, _sharing, None) == [[("dp", whole), ("alone", [rank])] for rank in range(4)]
+    assert pool.run(4, _sharing, 1) == [[("alone", [rank]), ("dp", whole)] for rank in range(4)]
+    assert pool.run(4, _sharing, 2) == [
+        [("shard", [rank - rank % 2, rank - rank % 2 + 1]), ("replica", [rank % 2, rank % 2 + 2])] for rank in range(4)
+    ]
+
+
 def _tied_of_three_stages(rank: int, world_size: int) -> tuple[list[int], bool]:
     mesh = make_mesh(Layout(pp=3))
     return collectives.gather_values(rank, mesh.tied), mesh.tied.group is None

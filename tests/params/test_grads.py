@@ -101,3 +101,35 @@ def test_parameters_that_come_by_autograd_are_not_deferred() -> None:
     with sink.defer() as work:
         weight.sum().backward()
     assert work == [] and buffer.tolist() == [1.0] * 3 and len(arrivals) == 1
+
+
+def test_late_buffers_are_asked_for_at_each_contribution() -> None:
+    sink, weight = GradSink(), parameter(2, 3)
+    buffers: list[torch.Tensor] = []
+
+    def fresh() -> torch.Tensor:
+        buffers.append(torch.zeros(2, 3))
+        return buffers[-1]
+
+    arrivals: list[int] = []
+    sink.bind_late(weight, fresh, lambda: arrivals.append(len(buffers)))
+    for _ in range(2):
+        sink.add_linear(weight, None, torch.ones(4, 2), torch.ones(4, 3))
+        (weight * 2.0).sum().backward()
+    assert [float(buffer[0, 0]) for buffer in buffers] == [4.0, 2.0, 4.0, 2.0]
+    assert arrivals == [1, 2, 3, 4] and weight.grad is None
+
+
+def test_gradients_for_late_buffers_wait_for_the_weight_gradient_step_even_those_of_autograd() -> None:
+    sink, norm, linear = GradSink(), parameter(3), parameter(2, 2)
+    buffers = {norm: torch.zeros(3), linear: torch.zeros(2, 2)}
+    arrivals: list[str] = []
+    sink.bind_late(norm, lambda: buffers[norm], lambda: arrivals.append("norm"))
+    sink.bind_late(linear, lambda: buffers[linear], lambda: arrivals.append("linear"))
+    with sink.defer() as work:
+        norm.sum().backward()
+        sink.add_linear(linear, None, torch.ones(1, 2), torch.ones(1, 2))
+    assert arrivals == [] and norm.grad is None
+    for one in work:
+        one()
+    assert arrivals == ["norm", "linear"] and buffers[norm].tolist() == [1.0] * 3

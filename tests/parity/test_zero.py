@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import functools
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.data.build import build_gpt_data
 from megatron3d.data.loader import GlobalBatches
+from megatron3d.optim.schedule import settings_from_config
+from megatron3d.params.boxes import Box
+from megatron3d.train import state
 from megatron3d.train.evaluate import evaluate
+from megatron3d.train.parts import Parts
+from megatron3d.train.state import Progress
 from tests.dist.pool import Pool
 from tests.parity.runs import Case, Trace, assemble, parts_of, trace, trace_cases
 from tests.parity.test_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, NORM_TOLERANCE, relative
@@ -129,3 +136,54 @@ def test_an_evaluation_gathers_and_frees_the_weights(pool: Pool) -> None:
     sharded = pool.run(4, losses_around_an_evaluation, ZERO3)
     assert sharded == pool.run(4, losses_around_an_evaluation, "")
     assert sharded[0][0] == sharded[0][1]
+
+
+MOVES = [
+    (Layout(dp=2), "--bf16 --zero-stage 2"),
+    (Layout(dp=2), "--bf16 --zero-stage 3"),
+    (Layout(dp=4, zero_shard=2), f"--bf16 {ZERO3} {PAIRS}"),
+    (Layout(pp=2, dp=2), "--bf16 --zero-stage 3"),
+    (Layout(tp=2, dp=2), f"--bf16 {SP} {ZERO2}"),
+]
+
+
+def move_on(rank: int, world_size: int, directory: str) -> list[dict[str, list[tuple[Box, Tensor]]]]:
+    """Train and save at stage 0; load at each stage, compare, and save there for the next."""
+    first = Case("gpt2", Layout(dp=world_size), f"--bf16 --save {directory}/0")
+    parts = parts_of(first, make_mesh(first.layout))
+    trace(parts, num_steps=2)
+    schedule = settings_from_config(parts.config.optim, parts.config.train)
+    state.save(parts, Progress(step=2), schedule)
+    found = [held(parts)]
+    for number, (layout, options) in enumerate([move for move in MOVES if move[0].world_size == world_size], 1):
+        moved = Case("gpt2", layout, f"{options} --load {directory}/{number - 1} --save {directory}/{number}")
+        parts = parts_of(moved, make_mesh(layout))
+        state.restore(parts)
+        state.save(parts, Progress(step=2 + number), schedule)
+        found.append(held(parts))
+    return found
+
+
+def held(parts: Parts) -> dict[str, list[tuple[Box, Tensor]]]:
+    """Master weights and both moments that this rank owns."""
+    engine, optimizer = parts.engine, parts.optimizer
+    views = {f"weights/{name}": view for name, view in engine.weight_views().items()}
+    for kind in ("exp_avg", "exp_avg_sq"):
+        views |= {f"{kind}/{name}": view for name, view in engine.state_views(optimizer, kind).items()}
+    return {name: [(box, piece.clone()) for box, piece in view.pieces()] for name, view in views.items()}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_checkpoints_move_between_stages_bit_for_bit(pool: Pool, tmp_path: Path, world_size: int) -> None:
+    by_rank = pool.run(world_size, move_on, str(tmp_path))
+    weights = reference("gpt2")[1]
+    shapes = {
+        f"{kind}/{name}": shape for kind in ("weights", "exp_avg", "exp_avg_sq") for name, shape in weights.items()
+    }
+    first, *others = (
+        assemble([Trace([], [], rank[number]) for rank in by_rank], shapes) for number in range(len(by_rank[0]))
+    )
+    assert others and not any(tensor.isnan().any() for tensor in first.values())
+    assert any(bool(tensor.count_nonzero()) for name, tensor in first.items() if name.startswith("exp_avg"))
+    for moved in others:
+        assert all(torch.equal(moved[name], first[name]) for name in shapes)
