@@ -46,6 +46,14 @@ def cases() -> list[Case]:
         Case("gpt2", Layout(tp=2, pp=2, dp=2), named(order, "--zero-stage 1 --recompute-granularity selective"))
         for order in ["zb-h2", *DOUBLE]
     ]
+    sharded = [
+        Case("gpt2", Layout(pp=2, dp=2), named("zb-h1", "--zero-stage 2")),
+        Case("gpt2", Layout(pp=2, dp=2), named(DOUBLE[0], "--zero-stage 2 --overlap-param-gather")),
+        Case("gpt2", Layout(pp=2, dp=2), named("zb-h2", "--zero-stage 3 --recompute-granularity full")),
+        Case("gpt2", Layout(pp=2, dp=2), named("zb-v", "--zero-stage 3 --zero-prefetch-units 2")),
+        Case("llama", Layout(pp=2, dp=2), named(DOUBLE[1], "--zero-stage 3")),
+        Case("llama-tied", Layout(pp=2, dp=2), named("dualpipe-v", "--zero-stage 3 --recompute-granularity selective")),
+    ]
     odd = [
         Case("gpt2-deep", Layout(pp=2), f"--num-layers-per-virtual-pipeline-stage 1 {SAME_MICRO_BATCHES}"),
         Case("gpt2-deep", Layout(pp=4), named("zb-v", "--micro-batch-size 8")),  # one micro-batch for eight stages
@@ -59,7 +67,7 @@ def cases() -> list[Case]:
             f"{VIRTUAL2} --microbatch-group-size-per-virtual-pipeline-stage 3 {SAME_MICRO_BATCHES}",
         ),
     ]
-    return sorted(everywhere + deep + mixed + big + odd, key=lambda case: case.layout.world_size)
+    return sorted(everywhere + deep + mixed + big + sharded + odd, key=lambda case: case.layout.world_size)
 
 
 BATCHES = [
