@@ -27,6 +27,7 @@ from megatron3d.train.progress import ProgressReporter, StepReport, format_bytes
 from megatron3d.train.state import Progress, Restored, total_steps
 from megatron3d.train.step import Rates, StepResult
 from megatron3d.train.writers import ScalarWriter, open_writers
+from megatron3d.zero.volume import pipeline_cost, step_volume
 
 TERA = 1e12
 
@@ -162,6 +163,9 @@ class Reports:
         if plan.num_stages > 1:
             chosen = f" ({plan.why})" if plan.why else ""
             self.note(f"schedule {plan.order}{chosen}, {describe(plan.layers)}")
+        cost = sharing_cost(self.parts)
+        if cost:
+            self.note(cost)
         if self.restored.damage:
             self.note(f"fell back to the checkpoint before, because {self.restored.damage}")
         self.note(f"starting from {source}" if source else "starting from the initial weights")
@@ -190,6 +194,19 @@ def start_record(parts: Parts) -> StartRecord:
         schedule=parts.model.rows.plan.order,
         predicted_bubble=simulate(row.schedule).bubble_fraction,
     )
+
+
+def sharing_cost(parts: Parts) -> str | None:
+    """What sharded gradients or weights cost this run under a pipeline, in a sentence, by this rank's stages."""
+    engine, layout = parts.engine, parts.mesh.layout
+    elements = sum(unit.layout.length for unit in engine.units.values())
+    volume = step_volume(
+        engine.options.policy,
+        num_microbatches=_first_microbatches(parts.config),
+        weight_bytes=elements * engine.options.param_dtype.itemsize,
+        gradient_bytes=elements * engine.options.grad_dtype.itemsize,
+    )
+    return pipeline_cost(engine.options.policy, volume, num_stages=layout.pp, dp=layout.dp)
 
 
 def _first_microbatches(config: RunConfig) -> int:

@@ -282,6 +282,24 @@ def test_reduction_during_or_after_the_backward_makes_no_difference(pool: Pool, 
     assert losses(tmp_path / "during") == losses(tmp_path / "after")
 
 
+def test_gathering_during_or_before_the_forward_and_prefetching_make_no_difference(pool: Pool, tmp_path: Path) -> None:
+    for stage, pairs in (("2", ("", "--overlap-param-gather")), ("3", ("", "--zero-prefetch-units 3"))):
+        for number, option in enumerate(pairs):
+            metrics = tmp_path / f"{stage}-{number}"
+            _in_pool(pool, 2, MOCK, option, f"--zero-stage {stage} --eval-iters 1 --metrics-file", metrics)
+        assert losses(tmp_path / f"{stage}-0") == losses(tmp_path / f"{stage}-1")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_says_what_sharding_costs_under_its_pipeline(pool: Pool, stage: int) -> None:
+    argv = words(MOCK, f"--pipeline-model-parallel-size 2 --zero-stage {stage}")
+    ended = pool.run(4, on_rank, argv)
+    assert [one.code for one in ended] == [0] * 4
+    said = [line for line in ended[0].out.splitlines() if "under a pipeline cost" in line]
+    assert len(said) == (1 if stage > 1 else 0)
+    assert all(("gathers of all weights" in line) == (stage == 3) for line in said)
+
+
 # --- Model ------------------------------------------------------------------------------------------------------------
 
 
