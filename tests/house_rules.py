@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors", "config"},
     "convert": {"errors", "models", "params", "checkpoint"},
     "train": {"errors", *_TRAIN},
-    "tasks": {"errors", "train", "models", "data"},
+    "tasks": {"errors", "train", *_TRAIN},
     "inference": {"errors", "train", *_TRAIN},
     "scripts": {"errors", "train", "tasks", "inference", *_TRAIN},
 }

@@ -6,6 +6,7 @@ A batch knows nothing of ranks or layouts; `loader.py` decides which samples it 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -14,19 +15,13 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What batches of every kind of model have: B samples of S tokens, each token with a label that may count.
+class Samples:
+    """What batches of every kind have: B samples of S tokens, moved and cut as one.
 
-    tokens_BS, labels_BS: int64. loss_mask_BS: float32, 1 where the label counts and 0 where it does not.
-    The fields of a kind are tensors whose first dim is B, or None where a run does without them.
+    tokens_BS: int64. The fields of a kind are tensors whose first dim is B, or None where a run does without them.
     """
 
     tokens_BS: Tensor
-    labels_BS: Tensor
-    loss_mask_BS: Tensor
-
-    # Whether an evaluation tells how many labels the model finds, beside the loss.
-    measures_accuracy: ClassVar[bool] = False
 
     @property
     def num_samples(self) -> int:
@@ -52,21 +47,43 @@ class Batch:
             for number in range(num_micro_batches)
         ]
 
+    @abstractmethod
+    def loss_counts(self) -> dict[str, Tensor]:
+        """How many labels each of the model's losses counts, int64 scalars, in the order of the losses."""
+
+    @abstractmethod
+    def model_inputs(self) -> dict[str, Tensor | None]:
+        """What the model is told of the samples, by the names of `models.stage.MicroBatch`."""
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The fields that are present."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Batch(Samples):
+    """Samples of which each token has a label that may count.
+
+    labels_BS: int64. loss_mask_BS: float32, 1 where the label counts and 0 where it does not.
+    """
+
+    labels_BS: Tensor
+    loss_mask_BS: Tensor
+
+    # Whether an evaluation tells how many labels the model finds, beside the loss.
+    measures_accuracy: ClassVar[bool] = False
+
     def loss_count(self) -> Tensor:
         """How many labels count, as an int64 scalar; sums over ranks stay exact."""
         return self.loss_mask_BS.sum(dtype=torch.float64).to(torch.int64)
 
     def loss_counts(self) -> dict[str, Tensor]:
-        """How many labels each of the model's losses counts, int64 scalars, in the order of the losses."""
+        """The labels that count, of the one loss of most models."""
         return {"lm": self.loss_count()}
 
     def model_inputs(self) -> dict[str, Tensor | None]:
-        """What the model is told of the samples, by the names of `models.stage.MicroBatch`."""
+        """Tokens, labels and their mask."""
         return {"tokens_BS": self.tokens_BS, "labels_BS": self.labels_BS, "loss_mask_BS": self.loss_mask_BS}
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """The fields that are present."""
-        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -121,6 +138,35 @@ class BertBatch(Batch):
         return torch.tensor(
             0 if self.sentence_labels_B is None else self.num_samples, dtype=torch.int64, device=self.tokens_BS.device
         )
+
+
+@dataclass(frozen=True)
+class SequenceBatch(Samples):
+    """B texts, or pairs of texts, each with one label: a class or a value.
+
+    tokens_BS: [CLS] A [SEP], or [CLS] A [SEP] B [SEP], and padding. token_types_BS: int64, 1 on B and its [SEP].
+    weights_B: float32, 0 for rows that only fill up the batch. padding_mask_BS: bool, True where a real token stands;
+    None where no row has padding. labels_B: int64 classes or float32 values; None asks the model for its scores.
+    """
+
+    token_types_BS: Tensor
+    weights_B: Tensor
+    padding_mask_BS: Tensor | None = None
+    labels_B: Tensor | None = None
+
+    def loss_counts(self) -> dict[str, Tensor]:
+        """The rows that are samples."""
+        return {"label": self.weights_B.sum(dtype=torch.float64).to(torch.int64)}
+
+    def model_inputs(self) -> dict[str, Tensor | None]:
+        """Tokens, segments, labels with their weights, and a mask [B, 1, S] that keeps padding from being read."""
+        return {
+            "tokens_BS": self.tokens_BS,
+            "token_types_BS": self.token_types_BS,
+            "attention_mask_BST": None if self.padding_mask_BS is None else self.padding_mask_BS.unsqueeze(1),
+            "sentence_labels_B": self.labels_B,
+            "sample_weights_B": None if self.labels_B is None else self.weights_B,
+        }
 
 
 def causal_within_documents(document_ids_BS: Tensor) -> Tensor:

@@ -36,7 +36,9 @@ class MicroBatch:
         attention_mask_BST: True where position S may attend to position T, [B, S or 1, T]; None is the model's own
             attention, causal in a GPT and to every position in a BERT.
         token_types_BS: the segment of each token, int64, where the model tells segments apart.
-        sentence_labels_B: the class of each sample, int64, for models that score pairs of sentences.
+        sentence_labels_B: the class of each sample, int64, for models that score sentences or pairs of them; fp32
+            values for those that measure.
+        sample_weights_B: weight of each sample's loss, fp32, in models that score samples alone; None weighs all alike.
         counts_hits: whether the last stage also counts the labels that score highest of all.
         dropout_seed: seed of this forward's dropout masks; None drops nothing.
         cache: keys and values of earlier tokens, for generation.
@@ -49,6 +51,7 @@ class MicroBatch:
     attention_mask_BST: Tensor | None = None
     token_types_BS: Tensor | None = None
     sentence_labels_B: Tensor | None = None
+    sample_weights_B: Tensor | None = None
     counts_hits: bool = False
     dropout_seed: int | None = None
     cache: KeyValueCache | None = None

@@ -86,9 +86,10 @@ class Model:
         """Whether this rank gives losses or logits."""
         return any(stage.part.is_last for stage in self.stages.values())
 
-    def wire(self, config: RunConfig, *, micro_batch_size: int) -> Wire:
-        """What travels between the stages for micro-batches of this size."""
-        length = config.model.seq_length
+    def wire(self, config: RunConfig, *, micro_batch_size: int, seq_length: int | None = None) -> Wire:
+        """What travels between the stages for micro-batches of this size, and of this many tokens a sample where that
+        is not the run's --seq-length."""
+        length = config.model.seq_length if seq_length is None else seq_length
         if config.parallel.sequence_parallel:
             length //= self.mesh.tp.size
         shape = (length, micro_batch_size, config.model.hidden_size)
@@ -155,7 +156,9 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
     )
     places = {number: stage.places() for number, stage in model.stages.items()}
     engine = ZeroEngine(unit_parameters(model.stages), mesh, options, model.sink, gate=model.gate, places=places)
-    optimizer = build_optimizer(config.optim, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.whole)
+    optimizer = build_optimizer(
+        config.optim, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.whole
+    )
     return Parts(config, model, engine, optimizer, build_scaler(config.optim))
 
 
