@@ -196,7 +196,11 @@ def _preset_settings(name: str | None, problems: list[str]) -> Mapping[tuple[str
     if name not in PRESETS:
         problems.append(f"--preset {name} is not known; use one of: {', '.join(PRESETS)}.")
         return {}
-    return {("model", field): value for field, value in PRESETS[name].model.items()}
+    preset = PRESETS[name]
+    architecture = preset.model_config().architecture
+    return {("model", field): value for field, value in preset.model.items()} | {
+        ("model", "architecture"): architecture
+    }
 
 
 def _synonym_settings(foreign: Iterable[Foreign]) -> Mapping[tuple[str, str], Any]:

@@ -1,6 +1,6 @@
 """Published models by name: `--preset NAME` gives their shapes as defaults, which files and flags override.
 
-Each row holds the options that differ from a plain GPT, the parameter count its authors print, and where. Counts are
+Each row holds the options that differ from a plain GPT or BERT, the parameter count its authors print, and where. Counts are
 as precise as they are printed: "13.0B" means 12.95 to 13.05 billion, "350M" means 345 to 355 million.
 
 Sources: GPT-2: Radford et al. 2019 and the released weights. GPT-3: Brown et al. 2020 (arXiv:2005.14165), table 2.1;
@@ -8,7 +8,8 @@ its 1.3B row prints 24 heads of 128 for a width of 2048, which does not give 1.3
 128; its 13B row prints a width of 5140 with 40 heads of 128, kept as printed. Turing-NLG: Microsoft 2020. MT-NLG:
 Smith et al. 2022 (arXiv:2201.11990), section 3.1. megatron-*: Narayanan et al. 2021 (arXiv:2104.04473), table 1.
 Llama 2: Touvron et al. 2023 (arXiv:2307.09288); Llama 3: Grattafiori et al. 2024 (arXiv:2407.21783), table 3, at the
-sequence length of their first training phase.
+sequence length of their first training phase. BERT: Devlin et al. 2018 (arXiv:1810.04805), section 3, with the norm's
+epsilon and vocabulary of the released weights; megatron-bert-*: Shoeybi et al. 2019 (arXiv:1909.08053), table 4.
 """
 
 from __future__ import annotations
@@ -92,6 +93,34 @@ class _LlamaFamily:
         return Preset(name, MappingProxyType(model), published, self.source)
 
 
+@dataclass(frozen=True)
+class _BertFamily:
+    """What the BERTs of one source share."""
+
+    source: str
+    norm_position: str
+    norm_epsilon: float
+    vocab_size: int = 30522
+    seq_length: int = 512
+
+    def preset(self, name: str, published: str, *, layers: int, hidden: int, heads: int) -> Preset:
+        """One size of this family: learned positions, two token types, LayerNorm, exact GELU, tied embeddings."""
+        model = {
+            "architecture": "bert",
+            "num_layers": layers,
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "seq_length": self.seq_length,
+            "max_position_embeddings": self.seq_length,
+            "vocab_size": self.vocab_size,
+            "norm_position": self.norm_position,
+            "norm_epsilon": self.norm_epsilon,
+            "activation": "gelu",
+            "num_token_types": 2,
+        }
+        return Preset(name, MappingProxyType(model), published, self.source)
+
+
 _GPT2 = _GPTFamily("Radford et al. 2019, with the counts of the released weights", 50257, 1024)
 _GPT3 = _GPTFamily("Brown et al. 2020, table 2.1", 50257, 2048)
 _TURING = _GPTFamily("Microsoft Turing-NLG 2020", 50257, 1024)
@@ -99,6 +128,8 @@ _MT_NLG = _GPTFamily("Smith et al. 2022, section 3.1", 50257, 2048)
 _SC21 = _GPTFamily("Narayanan et al. 2021, table 1", 51200, 2048)
 _LLAMA2 = _LlamaFamily("Touvron et al. 2023, with the counts of the released weights", 32000, 4096, 10000.0)
 _LLAMA3 = _LlamaFamily("Grattafiori et al. 2024, with the counts of the released weights", 128256, 8192, 500000.0)
+_BERT = _BertFamily("Devlin et al. 2018, section 3", "post", 1e-12)
+_MEGATRON_BERT = _BertFamily("Shoeybi et al. 2019, table 4", "pre", 1e-5)
 
 _ROWS: tuple[Preset, ...] = (
     _GPT2.preset("gpt2-124m", "124M", layers=12, hidden=768, heads=12),
@@ -131,6 +162,11 @@ _ROWS: tuple[Preset, ...] = (
     _LLAMA3.preset("llama3-8b", "8.030B", layers=32, hidden=4096, heads=32, groups=8, ffn=14336),
     _LLAMA3.preset("llama3-70b", "70.554B", layers=80, hidden=8192, heads=64, groups=8, ffn=28672),
     _LLAMA3.preset("llama3-405b", "405.853B", layers=126, hidden=16384, heads=128, groups=8, ffn=53248),
+    _BERT.preset("bert-base", "110M", layers=12, hidden=768, heads=12),
+    _BERT.preset("bert-large", "340M", layers=24, hidden=1024, heads=16),
+    _MEGATRON_BERT.preset("megatron-bert-336m", "336M", layers=24, hidden=1024, heads=16),
+    _MEGATRON_BERT.preset("megatron-bert-1.3b", "1.3B", layers=24, hidden=2048, heads=32),
+    _MEGATRON_BERT.preset("megatron-bert-3.9b", "3.9B", layers=48, hidden=2560, heads=40),
 )
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({row.name: row for row in _ROWS})

@@ -92,7 +92,7 @@ class BertHead(ParallelModule):
         self.pooler = self.binary = None
         if config.has_binary_head:
             self.pooler = ReplicatedLinear(context, hidden, hidden, init=normal, tp_gradient="equal")
-            self.binary = ReplicatedLinear(context, hidden, _NUM_CLASSES, init=normal, tp_gradient="equal")
+            self.binary = ReplicatedLinear(context, hidden, _NUM_CLASSES, init=normal, tp_gradient="equal", scores=True)
 
     def forward(self, x_SBH: Tensor, micro: MicroBatch, table: VocabParallelEmbedding) -> Tensor:
         """[S, B, H] to the summed losses, or to logits [S, B, Vp/tp] of all tokens where there are no labels.

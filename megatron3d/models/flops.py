@@ -1,4 +1,4 @@
-"""How large a GPT is and how much it computes, by formula: nothing is allocated.
+"""How large a GPT or a BERT is and how much it computes, by formula: nothing is allocated.
 
 Per layer, with H hidden, N query heads, G key-value groups, D head size, F feed-forward and u = 2 for a gated MLP,
 else 1, the matrices hold
@@ -13,7 +13,8 @@ the same again twice in the backward pass, for the gradients of input and weight
 where VH is the output layer (the embedding is a look-up and costs nothing) and 4NDS the two products of queries with
 keys and probabilities with values. As is customary, the full S x S square is counted although causal attention needs
 half of it, norms and activations are left out, and recomputed activations are not counted again: these are the
-operations of the model, not of the machine. With NDS = HS, F = 4H this is 72 L H^2 (1 + S/6H + V/12LH) per token.
+operations of the model, not of the machine. A BERT's output layer with its H x H transform sees only the tokens that
+are masked, 15 % of all (Devlin et al. 2018, section 3.1), and is counted so. With NDS = HS, F = 4H this is 72 L H^2 (1 + S/6H + V/12LH) per token.
 
 Source: Narayanan et al. 2021 (arXiv:2104.04473), equation 3, which has 96 for 72 because it counts recomputation;
 Chowdhery et al. 2022 (arXiv:2204.02311), appendix B.
@@ -30,6 +31,7 @@ from megatron3d.config.model import ModelConfig
 from megatron3d.errors import ConfigError
 
 _FORWARD_AND_BACKWARD = 3
+_MASKED_SHARE = 0.15
 
 # Dense peak TFLOP/s of one device by words of its name, most specific first: (words, 16-bit, fp32, bf16 exists).
 # fp32 is without TF32, which torch does not use unless it is asked to. Source: NVIDIA's data sheets; where they print
@@ -65,9 +67,15 @@ def parameter_breakdown(model: ModelConfig) -> Mapping[str, int]:
         "attention": layers * (_attention_weights(model) + _attention_biases(model)),
         "query_key_norms": layers * 2 * norm_vectors * model.kv_channels if model.qk_layernorm else 0,
         "mlp": layers * (_mlp_weights(model) + _mlp_biases(model)),
+        # one before or after each half of a layer, and one at an end: the last, or that of the embedding
         "norms": (2 * layers + 1) * norm_vectors * hidden,
         "output": model.vocab_size * hidden if model.untie_embeddings_and_output_weights else 0,
     }
+    if model.architecture == "bert":
+        square = hidden * hidden + hidden
+        parts["token_type_embedding"] = model.num_token_types * hidden
+        parts["masked_token_head"] = square + norm_vectors * hidden + model.vocab_size
+        parts["binary_head"] = square + 2 * hidden + 2 if model.has_binary_head else 0
     return MappingProxyType(parts)
 
 
@@ -85,9 +93,7 @@ def flops_per_token(model: ModelConfig) -> float:
     Raises: ConfigError if the vocabulary or another size is not known.
     """
     model = _complete(model)
-    matrices = (
-        model.num_layers * (_attention_weights(model) + _mlp_weights(model)) + model.vocab_size * model.hidden_size
-    )
+    matrices = model.num_layers * (_attention_weights(model) + _mlp_weights(model)) + _output_weights(model)
     attention = model.num_layers * 4 * model.num_attention_heads * model.kv_channels * model.seq_length
     return float(_FORWARD_AND_BACKWARD * (2 * matrices + attention))
 
@@ -100,7 +106,7 @@ def forward_flops_by_layer(model: ModelConfig) -> tuple[float, float]:
     model = _complete(model)
     attention = 4 * model.num_attention_heads * model.kv_channels * model.seq_length
     layer = 2 * (_attention_weights(model) + _mlp_weights(model)) + attention
-    return float(layer), float(2 * model.vocab_size * model.hidden_size)
+    return float(layer), float(2 * _output_weights(model))
 
 
 def flops_per_step(model: ModelConfig, tokens: int) -> float:
@@ -134,6 +140,13 @@ def _complete(model: ModelConfig) -> ModelConfig:
     if missing:
         raise ConfigError(f"The size of the model needs {', '.join(missing)}, which is not known yet; give it first.")
     return model
+
+
+def _output_weights(model: ModelConfig) -> float:
+    """Matrix weights of the output layer, by the share of tokens that it sees."""
+    if model.architecture == "bert":
+        return _MASKED_SHARE * (model.hidden_size + model.vocab_size) * model.hidden_size
+    return model.vocab_size * model.hidden_size
 
 
 def _qkv_width(model: ModelConfig) -> int:

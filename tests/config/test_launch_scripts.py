@@ -100,6 +100,16 @@ SCRIPTS = {
         --no-gradient-accumulation-fusion --accumulate-allreduce-grads-in-fp32 --initial-loss-scale 65536""",
         8,
     ),
+    "bert_of_2019": (
+        """--num-layers 24 --hidden-size 1024 --num-attention-heads 16 --micro-batch-size 8 --global-batch-size 64
+        --seq-length 512 --max-position-embeddings 512 --train-iters 2000000 --save c --load c --data-path D_sentence
+        --vocab-file bert-vocab.txt --data-impl mmap --split 949,50,1 --distributed-backend nccl --lr 0.0001
+        --lr-decay-style linear --min-lr 1.0e-5 --lr-decay-iters 990000 --weight-decay 1e-2 --clip-grad 1.0
+        --lr-warmup-fraction .01 --log-interval 100 --save-interval 10000 --eval-interval 1000 --eval-iters 10 --fp16
+        --checkpoint-activations --DDP-impl local --bert-no-binary-head --mask-prob 0.15 --short-seq-prob 0.1
+        --tokenizer-type BertWordPieceLowerCase --num-workers 2""",
+        8,
+    ),
     "bert_340m": (
         """--num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 512 --max-position-embeddings 512
         --attention-backend auto --micro-batch-size 4 --global-batch-size 32 --train-iters 1000000 --weight-decay 1e-2
@@ -112,15 +122,18 @@ SCRIPTS = {
 }
 
 
-def parse(text: str, said: list[str] | None = None) -> RunConfig:
+def parse(text: str, said: list[str] | None = None, architecture: str = "gpt") -> RunConfig:
     lines: list[str] = [] if said is None else said
-    return parse_args(shlex.split(text), program="pretrain_gpt.py", description="Pretrain a GPT.", say=lines.append)
+    program = f"pretrain_{architecture}.py"
+    return parse_args(
+        shlex.split(text), program=program, description="Pretrain.", say=lines.append, architecture=architecture
+    )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_classic_script_starts(name: str) -> None:
     text, world_size = SCRIPTS[name]
-    assert check(parse(text), world_size) == []
+    assert check(parse(text, architecture="bert" if name.startswith("bert") else "gpt"), world_size) == []
 
 
 def test_each_flag_without_meaning_gets_one_line() -> None:
@@ -141,6 +154,28 @@ def test_values_of_the_345m_script_arrive() -> None:
     assert (run.model.ffn_hidden_size, run.model.kv_channels, run.model.activation) == (4096, 64, "gelu_tanh")
     assert run.data.tokenizer_type == "GPT2BPETokenizer"
     assert run.optim.precision == "fp16"
+
+
+def test_values_of_the_bert_scripts_arrive() -> None:
+    new, old = (
+        resolve(parse(SCRIPTS[n][0], architecture="bert"), SCRIPTS[n][1]) for n in ("bert_340m", "bert_of_2019")
+    )
+    assert (new.model.activation, new.model.norm_position, new.model.num_token_types) == ("gelu", "pre", 2)
+    assert new.model.has_binary_head and new.data.tokenizer_type == "BertWordPieceLowerCase"
+    assert (old.model.has_binary_head, old.model.num_token_types, old.data.mask_prob) == (False, 0, 0.15)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--norm-position post", "--norm-position post means nothing to a GPT"),
+        ("--bert-no-binary-head", "--bert-no-binary-head means nothing to a GPT"),
+        ("--num-token-types 3", "--num-token-types 3 means nothing to a GPT"),
+    ],
+)
+def test_options_of_a_bert_are_refused_for_a_gpt(words: str, sentence: str) -> None:
+    (problem,) = check(parse(f"{SCRIPTS['gpt_345m_tp_sp_pp'][0]} {words}"), SCRIPTS["gpt_345m_tp_sp_pp"][1])
+    assert sentence in problem
 
 
 def test_values_of_the_llama_script_arrive() -> None:

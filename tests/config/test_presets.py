@@ -9,6 +9,7 @@ import pytest
 from megatron3d.config.check import check
 from megatron3d.config.cli import parse_args
 from megatron3d.config.presets import PRESETS
+from megatron3d.errors import ConfigError
 from megatron3d.models.flops import num_parameters
 
 # A printed count is right to half a unit of its last digit; beyond that, counts agree to 1 %.
@@ -41,6 +42,8 @@ def test_released_weights_have_exactly_these_counts() -> None:
         "llama3-8b": 8_030_261_248,
         "llama3-70b": 70_553_706_496,
         "llama3-405b": 405_853_388_800,
+        "bert-base": 110_106_428,  # with both heads of pretraining
+        "bert-large": 336_226_108,
     }
     assert {name: num_parameters(PRESETS[name].model_config()) for name in released} == released
 
@@ -48,11 +51,28 @@ def test_released_weights_have_exactly_these_counts() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_needs_only_batch_rate_length_and_data(name: str) -> None:
     line = f"--preset {name} --micro-batch-size 1 --lr 1e-4 --train-iters 10 --mock-data"
-    config = parse_args(line.split(), program="t", description="t", say=print)
+    architecture = PRESETS[name].model.get("architecture", "gpt")
+    config = parse_args(line.split(), program="t", description="t", say=print, architecture=architecture)
     assert check(config, 1) == []
     assert config.model == PRESETS[name].model_config()
 
 
 def test_all_sizes_of_gpt3_and_of_the_sc21_table_are_there() -> None:
     assert sum(name.startswith("gpt3-") for name in PRESETS) == 8
-    assert sum(name.startswith("megatron-") for name in PRESETS) == 10
+    assert sum(name.startswith("megatron-") and "bert" not in name for name in PRESETS) == 10
+
+
+def test_both_sizes_of_bert_and_the_three_of_megatron_are_there() -> None:
+    assert {name for name in PRESETS if "bert" in name} == {
+        "bert-base",
+        "bert-large",
+        "megatron-bert-336m",
+        "megatron-bert-1.3b",
+        "megatron-bert-3.9b",
+    }
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("bert-base", "gpt"), ("gpt2-124m", "bert")])
+def test_a_preset_of_another_architecture_names_the_script_to_use(name: str, architecture: str) -> None:
+    with pytest.raises(ConfigError, match=f"use pretrain_{PRESETS[name].model.get('architecture', 'gpt')}.py"):
+        parse_args(["--preset", name], program="t", description="t", say=print, architecture=architecture)

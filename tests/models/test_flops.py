@@ -28,6 +28,8 @@ LLAMA = dataclasses.replace(
     untie_embeddings_and_output_weights=True,
 )
 
+BERT = dataclasses.replace(GPT, architecture="bert", norm_position="post")
+
 
 def unique_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
@@ -115,6 +117,39 @@ def test_qwens_norms_of_queries_and_keys_are_counted() -> None:
     with torch.device("meta"):
         expected = unique_parameters(transformers.Qwen3ForCausalLM(config))
     assert num_parameters(dataclasses.replace(LLAMA, qk_layernorm=True)) == expected
+
+
+def hugging_face_bert(model: ModelConfig, kind: str, **more: bool) -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=model.vocab_size,
+        max_position_embeddings=model.max_position_embeddings,
+        hidden_size=model.hidden_size,
+        intermediate_size=4 * model.hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        attn_implementation="eager",
+    )
+    with torch.device("meta"):
+        return getattr(transformers, kind)(config, **more)
+
+
+@pytest.mark.parametrize("model", [BERT, PRESETS["bert-base"].model_config(), PRESETS["bert-large"].model_config()])
+def test_bert_has_hugging_faces_number_of_parameters(model: ModelConfig) -> None:
+    assert num_parameters(model) == unique_parameters(hugging_face_bert(model, "BertForPreTraining"))
+    masked_only = dataclasses.replace(model, bert_binary_head=False, num_token_types=2)
+    assert num_parameters(masked_only) == unique_parameters(hugging_face_bert(model, "BertForMaskedLM"))
+
+
+def test_operations_of_bert_are_those_of_the_encoder_and_of_an_output_layer_for_15_percent() -> None:
+    counter = pytest.importorskip("torch.utils.flop_counter")
+    model = dataclasses.replace(BERT, seq_length=32)
+    encoder = hugging_face_bert(model, "BertModel", add_pooling_layer=False)
+    ids = torch.zeros(2, 32, dtype=torch.long, device="meta")
+    with counter.FlopCounterMode(display=False) as counted:
+        encoder(ids).last_hidden_state.sum().backward()
+    output = 6 * 0.15 * 2 * 32 * 64 * (64 + 101)
+    assert counted.get_total_flops() + output == pytest.approx(flops_per_step(model, 2 * 32), rel=1e-3)
 
 
 def test_the_breakdown_sums_to_the_whole_and_names_the_parts() -> None:

@@ -12,9 +12,9 @@ from megatron3d.comm.mesh import Mesh, make_mesh
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.config.run import RunConfig
-from megatron3d.data.build import build_gpt_data
+from megatron3d.data.build import BertData, GPTData, build_bert_data, build_gpt_data
 from megatron3d.data.loader import GlobalBatches
-from megatron3d.models.gpt import build_gpt_stage
+from megatron3d.models.zoo import BUILDERS
 from megatron3d.params.boxes import Box
 from megatron3d.train.parts import Parts, build_parts
 from megatron3d.train.step import Rates, forward_backward, global_counts, train_step
@@ -25,7 +25,7 @@ RATES = Rates(lr=2e-3, weight_decay=0.1)
 
 SHAPE = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 "
-    "--global-batch-size 8 --train-iters 20 --lr 2e-3 --mock-data --eod-mask-loss --hidden-dropout 0 "
+    "--global-batch-size 8 --train-iters 20 --lr 2e-3 --mock-data --hidden-dropout 0 "
     "--attention-dropout 0 --make-vocab-size-divisible-by 4 --num-workers 0 --device cpu --clip-grad 0.5 "
     f"--vocab-size {VOCAB_SIZE}"
 )
@@ -41,6 +41,15 @@ MODELS = {
         "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
         "--ffn-hidden-size 64 --qk-layernorm"
     ),
+}
+# Half of the samples are short, so that micro-batches differ in how many of their tokens are masked. With this seed
+# the first sentence labels are 1 and 0 in unequal numbers: else the head's gradients cancel to almost nothing.
+_BERT_SAMPLES = "--seed 10 --short-seq-prob 0.5 --mask-prob 0.3"
+BERTS = {
+    "bert": _BERT_SAMPLES,
+    "bert-post": f"{_BERT_SAMPLES} --norm-position post --norm-epsilon 1e-12",
+    "bert-masked": f"{_BERT_SAMPLES} --bert-no-binary-head",
+    "bert-untied": f"{_BERT_SAMPLES} --untie-embeddings-and-output-weights --bert-sentence-task next",
 }
 
 
@@ -71,19 +80,32 @@ def config_of(case: Case) -> RunConfig:
     micro_batch = 2 if case.layout.world_size > 1 and case.layout.dp <= 4 else 1
     layout = case.layout
     degrees = f"--tensor-model-parallel-size {layout.tp} --pipeline-model-parallel-size {layout.pp}"
-    argv = f"{SHAPE} {MODELS[case.model]} --micro-batch-size {micro_batch} {degrees} {case.options}".split()
-    return resolve(parse_args(argv, program="test", description="test"), case.layout.world_size)
+    is_bert = case.model in BERTS
+    model = BERTS[case.model] if is_bert else f"{MODELS[case.model]} --eod-mask-loss"
+    argv = f"{SHAPE} {model} --micro-batch-size {micro_batch} {degrees} {case.options}".split()
+    words = parse_args(argv, program="test", description="test", architecture="bert" if is_bert else "gpt")
+    return resolve(words, case.layout.world_size)
 
 
 def parts_of(case: Case, mesh: Mesh) -> Parts:
     """The parts of a case on a live mesh."""
-    return build_parts(config_of(case), mesh, torch.device("cpu"), build_gpt_stage)
+    config = config_of(case)
+    return build_parts(config, mesh, torch.device("cpu"), BUILDERS[config.model.architecture])
 
 
-def trace(parts: Parts, *, num_steps: int = NUM_STEPS) -> Trace:
+def data_of(config: RunConfig) -> GPTData | BertData:
+    """The mock data of a case's model."""
+    model = config.model
+    if model.architecture == "bert":
+        sizes = {"seq_length": model.seq_length, "vocab_size": VOCAB_SIZE}
+        return build_bert_data(config.data, **sizes, tokenizer=None, binary_head=model.has_binary_head)
+    return build_gpt_data(config.data, seq_length=model.seq_length, vocab_size=VOCAB_SIZE, eod_token=0)
+
+
+def trace(parts: Parts, *, num_steps: int = NUM_STEPS, first_step: int = 0, rates: Rates = RATES) -> Trace:
     """Train for some steps on mock data at a constant rate."""
     config, dp = parts.config, parts.mesh.dp
-    data = build_gpt_data(config.data, seq_length=config.model.seq_length, vocab_size=VOCAB_SIZE, eod_token=0)
+    data = data_of(config)
     losses, norms, gradients = [], [], {}
     size = config.train.global_batch_size
     with GlobalBatches(data.reader(data.train), num_workers=config.data.num_workers) as batches:
@@ -93,8 +115,8 @@ def trace(parts: Parts, *, num_steps: int = NUM_STEPS) -> Trace:
         for name, view in parts.engine.grad_views().items():
             gradients[name] = [(box, piece.clone()) for box, piece in view.pieces()]
         parts.engine.clear_grads()
-        for step in range(num_steps):
-            result = train_step(parts, batches.read(step * size, size, dp.rank, dp.size), RATES, step=step)
+        for step in range(first_step, first_step + num_steps):
+            result = train_step(parts, batches.read(step * size, size, dp.rank, dp.size), rates, step=step)
             losses.append(result.loss)
             norms.append(result.grad_norm)
     return Trace(losses, norms, gradients)

@@ -1,0 +1,64 @@
+"""Pretrain a BERT: `python pretrain_bert.py ...` in one process, `torchrun ... pretrain_bert.py ...` at any layout.
+
+The flags are Megatron-LM's (`--help` lists them). The story is that of `pretrain_gpt.py` with other samples and other
+ends of the model; schedules, layouts, checkpoints and reports are the same. docs/bert.md has a run on real text.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from megatron3d.config.check import resolve
+from megatron3d.config.cli import parse_args
+from megatron3d.config.serialize import as_table
+from megatron3d.data.build import build_bert_data
+from megatron3d.models.bert import build_bert_stage
+from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.loop import open_streams, train
+from megatron3d.train.parts import build_parts
+from megatron3d.train.vocabulary import open_vocabulary
+
+
+def main(guard: Guard) -> None:
+    """The story of a run."""
+    # What the user wants: all problems are found here, before a process group or a device exists.
+    is_first = guard.launch.rank == 0
+    words = parse_args(
+        sys.argv[1:],
+        program="pretrain_bert.py",
+        description="Pretrain a BERT.",
+        say=print if is_first else silent,
+        architecture="bert",
+    )
+    guard.save = words.checkpoint.save
+    config, vocabulary = open_vocabulary(resolve(words, guard.launch.world_size))
+    if is_first:
+        print(as_table(config))
+
+    # Where it runs.
+    with joined(config.parallel, guard, save=config.checkpoint.save) as (mesh, device):
+        # Which sentences, and which of their tokens are masked: a function of the sample's number on every rank.
+        data = build_bert_data(
+            config.data,
+            seq_length=config.model.seq_length,
+            tokenizer=vocabulary.tokenizer,
+            vocab_size=config.model.vocab_size,
+            binary_head=config.model.has_binary_head,
+        )
+        if is_first:
+            print("\n".join(data.notes), end="\n" if data.notes else "")
+
+        # Which layers: this rank's stage, its flat buffers, its part of the optimizer.
+        parts = build_parts(config, mesh, device, build_bert_stage)
+
+        # Steps, evaluations and checkpoints, from the latest checkpoint to the end.
+        with open_streams(data, config.data) as streams:
+            train(parts, streams, guard)
+
+
+def silent(line: str) -> None:
+    """Keep to oneself what rank 0 says already."""
+
+
+if __name__ == "__main__":
+    guarded(main)
