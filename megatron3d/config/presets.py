@@ -1,7 +1,7 @@
 """Published models by name: `--preset NAME` gives their shapes as defaults, which files and flags override.
 
-Each row holds the options that differ from a plain GPT or BERT, the parameter count its authors print, and where. Counts are
-as precise as they are printed: "13.0B" means 12.95 to 13.05 billion, "350M" means 345 to 355 million.
+Each row holds the options that differ from a plain GPT or BERT, the parameter count its authors print, and where.
+Counts are as precise as they are printed: "13.0B" means 12.95 to 13.05 billion, "350M" means 345 to 355 million.
 
 Sources: GPT-2: Radford et al. 2019 and the released weights. GPT-3: Brown et al. 2020 (arXiv:2005.14165), table 2.1;
 its 1.3B row prints 24 heads of 128 for a width of 2048, which does not give 1.3B parameters, so we take 16 heads of

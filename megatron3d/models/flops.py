@@ -13,11 +13,11 @@ the same again twice in the backward pass, for the gradients of input and weight
 where VH is the output layer (the embedding is a look-up and costs nothing) and 4NDS the two products of queries with
 keys and probabilities with values. As is customary, the full S x S square is counted although causal attention needs
 half of it, norms and activations are left out, and recomputed activations are not counted again: these are the
-operations of the model, not of the machine. A BERT's output layer with its H x H transform sees only the tokens that
-are masked, 15 % of all (Devlin et al. 2018, section 3.1), and is counted so. With NDS = HS, F = 4H this is 72 L H^2 (1 + S/6H + V/12LH) per token.
+operations of the model, not of the machine. With NDS = HS, F = 4H this is 72 L H^2 (1 + S/6H + V/12LH) per token.
+A BERT's output layer, with its H x H transform, sees only the tokens that are masked: 15 % of all, and is counted so.
 
 Source: Narayanan et al. 2021 (arXiv:2104.04473), equation 3, which has 96 for 72 because it counts recomputation;
-Chowdhery et al. 2022 (arXiv:2204.02311), appendix B.
+Chowdhery et al. 2022 (arXiv:2204.02311), appendix B; Devlin et al. 2018 (arXiv:1810.04805), section 3.1, for 15 %.
 """
 
 from __future__ import annotations
