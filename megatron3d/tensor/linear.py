@@ -150,15 +150,24 @@ class ReplicatedLinear(ParallelModule):
     """A small linear layer that every rank of the tensor axis holds whole and applies to what it has.
 
     `tp_gradient` says what its gradients are then: "equal" where all ranks have the same input and output gradient,
-    "partial" where they have different rows, or partial sums of the output gradient.
+    "partial" where they have different rows, or partial sums of the output gradient. `scores` says that its outputs
+    are scores of classes rather than a hidden vector (`ParamSpec.is_table`).
     """
 
     def __init__(
-        self, context: LayerContext, in_features: int, out_features: int, *, init: Init, tp_gradient: TpGradient
+        self,
+        context: LayerContext,
+        in_features: int,
+        out_features: int,
+        *,
+        init: Init,
+        tp_gradient: TpGradient,
+        scores: bool = False,
     ) -> None:
         super().__init__(tp=context.tp.size)
         self.context = context
-        self.declare("weight", (out_features, in_features), init=init, decays=True, tp_gradient=tp_gradient)
+        shape = (out_features, in_features)
+        self.declare("weight", shape, init=init, decays=True, tp_gradient=tp_gradient, is_table=scores)
         self.declare("bias", (out_features,), init=Init("zeros"), decays=False, tp_gradient=tp_gradient)
 
     def forward(self, x_SBI: Tensor) -> Tensor:

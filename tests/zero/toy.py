@@ -70,7 +70,9 @@ class TiedTable(ParallelModule):
     def __init__(self, tp: int, *, tied_copy: bool) -> None:
         super().__init__(tp=tp)
         normal = Init("normal", 0.5)
-        self.declare("weight", (10, 3), init=normal, decays=True, tp_dim=0, padded_size=16, tied_copy=tied_copy, is_table=True)
+        self.declare(
+            "weight", (10, 3), init=normal, decays=True, tp_dim=0, padded_size=16, tied_copy=tied_copy, is_table=True
+        )
 
 
 def model_of(mesh: Mesh) -> nn.ModuleDict:
