@@ -1,0 +1,152 @@
+"""The memory ledger: what every rank of a run holds, by formula, before anything is allocated.
+
+`ledger_of` has the exact bytes of the state and an estimate of the highest moment of a training step: activations,
+gradients on their way, whole units under ZeRO, messages, temporaries. docs/memory.md has how near it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron3d.config.run import RunConfig
+from megatron3d.models.stage import StagePart
+from megatron3d.pipeline.lower import lower
+from megatron3d.pipeline.plan import PipelinePlan
+from megatron3d.pipeline.schedule import Action, Schedule
+from megatron3d.planner.layers import stage_tape
+from megatron3d.planner.memory import ModelParts, StateBytes, part_of, parts_of_rank, shard_size, state_bytes
+from megatron3d.planner.sharing import SharedUnit, Sharing, SharingPlan
+from megatron3d.planner.sizes import BYTES, FP32, sizes_of
+from megatron3d.planner.temporaries import moving_temporary, update_temporary
+from megatron3d.planner.timeline import RankStages, highest_moment
+from megatron3d.planner.walk import Moment, StageWalk
+from megatron3d.zero.policy import policy_of
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """One pipeline rank, of those that share its stages out the one that holds most.
+
+    Attributes:
+        pp_rank: position along the pipeline.
+        state: exact, from step to step.
+        activations: kept for backwards at the highest moment of a step.
+        buffers: everything else that is there at that moment and not state.
+    """
+
+    pp_rank: int
+    state: StateBytes
+    activations: int
+    buffers: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device at the highest moment of a step."""
+        return self.state.on_device + self.activations + self.buffers
+
+    def rows(self) -> dict[str, int]:
+        """Bytes by name, as the metrics file has them."""
+        state = self.state
+        return {
+            "weights": state.weights,
+            "gradients": state.gradients,
+            "optimizer": state.master_weights + state.moments,
+            "activations": self.activations,
+            "buffers": self.buffers,
+            "peak": self.peak,
+            "host": state.host,
+            "files": state.files,
+        }
+
+
+def ledger_of(config: RunConfig, plan: PipelinePlan, *, device_type: str) -> tuple[Ledger, ...]:
+    """The ledger of every pipeline rank of a resolved run with its vocabulary settled.
+
+    Args:
+        config: the run.
+        plan: how it is cut along its depth.
+        device_type: "cpu" or "cuda", whose kernels keep different things.
+    """
+    schedule = plan.training(first_microbatches(config))
+    rows = lower(schedule)
+    return tuple(
+        ledger_of_rank(config, plan, (schedule, rows[rank]), rank, device_type=device_type)
+        for rank in range(plan.num_ranks)
+    )
+
+
+def ledger_of_rank(
+    config: RunConfig,
+    plan: PipelinePlan,
+    row: tuple[Schedule, Sequence[Action]],
+    pp_rank: int,
+    *,
+    device_type: str,
+) -> Ledger:
+    """The ledger of one pipeline rank; `row` is the schedule of a step and this rank's actions of it."""
+    parts = parts_of_rank(config, plan, pp_rank)
+    shards = range(shard_size(config.parallel))
+    state = max((state_bytes(config, parts.units.values(), shard_rank=rank) for rank in shards), key=_on_device)
+    sizes = sizes_of(config, device_type=device_type)
+    tapes = {number: stage_tape(config, part_of(plan, number), sizes) for number in parts.stages}
+    stages = RankStages(
+        tapes, sharing_of(config, parts, device_type=device_type), sizes.residual, sends_linger=device_type == "cpu"
+    )
+    in_step = highest_moment(stages, *row)
+    after = max(
+        one(config, parts.units.values(), device_type=device_type) for one in (moving_temporary, update_temporary)
+    )
+    moment = max(in_step, Moment(work=after), key=lambda one: one.total)
+    return Ledger(pp_rank, state, moment.activations, moment.total - moment.activations)
+
+
+def _on_device(state: StateBytes) -> int:
+    return state.on_device
+
+
+def sharing_of(config: RunConfig, parts: ModelParts, *, device_type: str) -> Mapping[int, SharingPlan]:
+    """What each stage of a rank shares out for a while."""
+    parallel, policy = config.parallel, policy_of(config.parallel.zero_stage)
+    gradient, element = 2 if parallel.grad_reduce_in_bf16 else FP32, BYTES[config.optim.precision]
+    units = {
+        name: SharedUnit(
+            gradients=layout.length * gradient if policy.shard_grads else 0,
+            weights=layout.length * element if policy.shard_params else 0,
+        )
+        for name, layout in parts.units.items()
+    }
+    users = [name for stage in parts.stages.values() for name in stage.units()]
+    twice = frozenset(name for name in users if users.count(name) > 1)
+    return {
+        number: SharingPlan(
+            units=units,
+            places=stage.places(),
+            shard_gradients=policy.shard_grads,
+            shard_weights=policy.shard_params,
+            overlaps=parallel.overlap_grad_reduce,
+            prefetch=parallel.zero_prefetch_units,
+            used_elsewhere=twice,
+            collectives_copy=device_type == "cpu" and shard_size(parallel) > 1,
+        )
+        for number, stage in parts.stages.items()
+    }
+
+
+def activation_bytes(config: RunConfig, part: StagePart, *, device_type: str) -> int:
+    """What one micro-batch keeps in one stage between its forward and its backward, with the stage's input."""
+    sizes = sizes_of(config, device_type=device_type)
+    stage = stage_tape(config, part, sizes)
+    kept = StageWalk(stage, Sharing(SharingPlan({}, {}, False, False))).forward().left.activations
+    return kept + (0 if part.is_first else sizes.residual)
+
+
+def first_microbatches(config: RunConfig) -> int:
+    """Micro-batches of a step at the full global batch, or the largest one of a growing batch."""
+    train, dp = config.train, config.parallel.data_parallel_size
+    return max(1, train.global_batch_size // (train.micro_batch_size * dp))
+
+
+def worst(ledgers: Sequence[Ledger]) -> Ledger:
+    """The rank that needs most memory on its device."""
+    return max(ledgers, key=lambda one: one.peak)

@@ -1,0 +1,201 @@
+"""The state of training in bytes, by formula: weights, gradients, master weights and moments of every rank.
+
+Everything follows from the flat layout of each unit, which follows from the parameter table of each stage, which a
+model built on the meta device gives without any memory. With L the padded length of a unit, K the ranks that share
+its state out, e bytes of a weight and g of a gradient, a rank holds of it
+
+    ZeRO stage      weights   gradients             master (where e < 4)   moments (Adam, fp32)
+    0               e L       g L  (+ 4 L if g < 4)    4 L                  8 L
+    1               e L       g L  (+ 4 L/K if g < 4)  4 L/K                8 L/K
+    2               e L       4 L/K (+ g L/K)          4 L/K                8 L/K
+    3               e L/K     4 L/K (+ g L/K)          4 L/K                8 L/K
+
+where what stands in brackets is added if gradients are reduced in bf16. Moments leave out the padding between the
+pieces that the optimizer updates. `test_memory.py` compares all of this with what is allocated.
+
+Source: Rajbhandari et al. 2020 (ZeRO), sections 3.1 and 5, for 16-bit weights and Adam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+from megatron3d.comm.mesh import Axis
+from megatron3d.comm.meter import Meter
+from megatron3d.config.optim import OptimConfig
+from megatron3d.config.parallel import ParallelConfig
+from megatron3d.config.run import RunConfig
+from megatron3d.models.stage import Stage, StagePart
+from megatron3d.models.zoo import BUILDERS
+from megatron3d.offload.record import FIELD_ALIGNMENT_BYTES
+from megatron3d.optim.build import kind
+from megatron3d.params.grads import GradSink
+from megatron3d.params.spec import ParamSpec
+from megatron3d.pipeline.plan import PipelinePlan
+from megatron3d.planner.sizes import BYTES, FP32
+from megatron3d.tensor.context import LayerContext
+from megatron3d.zero.flat import FlatLayout, Slot, Span, flat_layout
+from megatron3d.zero.policy import policy_of
+
+FILE_SLOTS = 3  # staging buffers of offloading to files: one read, one worked on, one written
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of one rank's state by kind and place.
+
+    Attributes:
+        weights: what the layers read, or this rank's part of it.
+        gradients: buffers of gradients that stay from step to step.
+        master_weights: fp32 weights beside those of the layers, on the device.
+        moments: what the optimizer keeps, on the device, without its scalar counters.
+        host: state that lives in host memory.
+        files: state that lives in files.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    master_weights: int = 0
+    moments: int = 0
+    host: int = 0
+    files: int = 0
+
+    def __add__(self, other: StateBytes) -> StateBytes:
+        return StateBytes(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
+    @property
+    def on_device(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.gradients + self.master_weights + self.moments
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The stages of one pipeline rank on the meta device, and the layout of each of its units."""
+
+    stages: Mapping[int, Stage]
+    units: Mapping[str, FlatLayout]
+
+
+def parts_of_rank(config: RunConfig, plan: PipelinePlan, pp_rank: int) -> ModelParts:
+    """Describe what a pipeline rank of a resolved run holds; its tensor-parallel ranks hold equal shares."""
+    tp, dp = config.parallel.tensor_model_parallel_size, config.parallel.data_parallel_size
+    axis = Axis("tp", tp, 0, tuple(range(tp)), None, Meter())
+    context = LayerContext(axis, config.parallel.sequence_parallel and tp > 1, GradSink())
+    build = BUILDERS[config.model.architecture]
+    stages = {
+        number: build(config.model, config.train, part_of(plan, number), context) for number in plan.stages_of(pp_rank)
+    }
+    specs: dict[str, list[ParamSpec]] = {}
+    for stage in stages.values():
+        declared = stage.parameters_by_name()
+        for unit, members in stage.units().items():
+            # A tied table at both ends of one rank is one table, so the first of its two descriptions is enough.
+            specs.setdefault(unit, [declared[member].spec for member in members])
+    return ModelParts(stages, {name: flat_layout(its, tp=tp, num_ranks=dp) for name, its in specs.items()})
+
+
+def part_of(plan: PipelinePlan, stage: int) -> StagePart:
+    """The share of the model that a stage of a plan holds."""
+    return StagePart(plan.layers[stage], is_first=stage == 0, is_last=stage == plan.num_stages - 1)
+
+
+def shard_size(parallel: ParallelConfig) -> int:
+    """Ranks that share the state out: 1 where nothing is shared."""
+    if not policy_of(parallel.zero_stage).shard_optimizer:
+        return 1
+    return parallel.zero_shard_size or parallel.data_parallel_size
+
+
+def state_bytes(config: RunConfig, units: Iterable[FlatLayout], *, shard_rank: int = 0) -> StateBytes:
+    """The state of a rank that holds these units, at position `shard_rank` among those that share it out."""
+    parallel, ranks = config.parallel, shard_size(config.parallel)
+    layouts = list(units)
+    total = StateBytes()
+    for layout in layouts:
+        own = layout.slice_of(shard_rank, ranks)
+        moments = moment_bytes(config.optim, layout, own, tp=parallel.tensor_model_parallel_size)
+        total += _on_device(config, layout, own)
+        total += _elsewhere(config, own) if parallel.offload_optimizer != "none" else StateBytes(moments=moments)
+    return total + _offload_buffers(config, [layout.slice_of(shard_rank, ranks) for layout in layouts])
+
+
+def _on_device(config: RunConfig, layout: FlatLayout, own: Span) -> StateBytes:
+    parallel, policy = config.parallel, policy_of(config.parallel.zero_stage)
+    element, gradient = BYTES[config.optim.precision], 2 if parallel.grad_reduce_in_bf16 else FP32
+    weights = (own.length if policy.shard_params else layout.length) * element
+    if policy.shard_grads:
+        gradients = own.length * (FP32 + (gradient if gradient < FP32 else 0))
+    else:
+        gradients = layout.length * gradient + (own.length * FP32 if gradient < FP32 else 0)
+    is_apart = element < FP32 and parallel.offload_optimizer == "none"
+    return StateBytes(
+        weights=0 if parallel.offload_params != "none" else weights,
+        gradients=gradients,
+        master_weights=own.length * FP32 if is_apart else 0,
+    )
+
+
+def moment_bytes(optim: OptimConfig, layout: FlatLayout, own: Span, *, tp: int) -> int:
+    """What the optimizer keeps of one unit on the device: of each piece of `own` that is updated alike."""
+    pieces = [span for _, span in layout.optimizer_spans(own)]
+    if optim.optimizer == "adafactor":
+        return sum(_factors(slot, slot.span.intersect(own)) for slot in layout.slots)
+    if optim.optimizer == "muon":
+        matrices = [one.span for one in layout.segments if one.is_hidden_matrix]
+        inside = [piece for piece in pieces if any(piece.intersect(span).length for span in matrices)]
+        others = sum(piece.length for piece in pieces) - sum(piece.length for piece in inside)
+        return FP32 * sum(piece.length for piece in inside) + others * _element_bytes(
+            optim, optim.muon_scalar_optimizer
+        )
+    return sum(piece.length for piece in pieces) * _element_bytes(optim, kind(optim))
+
+
+def _factors(slot: Slot, held: Span) -> int:
+    """Adafactor's state of one parameter: a row and a column of sums for a matrix, whole wherever a part is held."""
+    if not held.length:
+        return 0
+    return FP32 * (sum(slot.spec.shape) if len(slot.spec.shape) == 2 else held.length)
+
+
+def _element_bytes(optim: OptimConfig, optimizer: str) -> int:
+    """Bytes of optimizer state for every element."""
+    first, second = BYTES[optim.exp_avg_dtype], BYTES[optim.exp_avg_sq_dtype]
+    if optimizer == "sgd":
+        return FP32 if optim.sgd_momentum else 0
+    return first if optimizer == "lion" else first + second
+
+
+def _elsewhere(config: RunConfig, own: Span) -> StateBytes:
+    """What offloading keeps of one unit: a record of master weights and moments, and one of shared-out weights."""
+    parallel, optim = config.parallel, config.optim
+    element = BYTES[optim.precision]
+    total = StateBytes()
+    for place, size in (
+        (parallel.offload_optimizer, _record_bytes(optim, own.length)),
+        (parallel.offload_params, own.length * element),
+    ):
+        total += StateBytes(host=size) if place == "cpu" else StateBytes(files=size if place == "nvme" else 0)
+    return total
+
+
+def _record_bytes(optim: OptimConfig, length: int) -> int:
+    """A record: master weights and each moment one after another, each at a multiple of the alignment."""
+    moments = {"sgd": (FP32,) if optim.sgd_momentum else (), "lion": (BYTES[optim.exp_avg_dtype],)}
+    position = 0
+    for size in (FP32, *moments.get(kind(optim), (BYTES[optim.exp_avg_dtype], BYTES[optim.exp_avg_sq_dtype]))):
+        position = -(-position // FIELD_ALIGNMENT_BYTES) * FIELD_ALIGNMENT_BYTES + length * size
+    return position
+
+
+def _offload_buffers(config: RunConfig, owns: list[Span]) -> StateBytes:
+    """What offloading holds on the host beside the records, once a step has been made."""
+    parallel, element = config.parallel, BYTES[config.optim.precision]
+    if parallel.offload_optimizer == "none" or not owns:
+        return StateBytes()
+    largest, total = max(own.length for own in owns), sum(own.length for own in owns)
+    staging = FILE_SLOTS * _record_bytes(config.optim, largest) if parallel.offload_optimizer == "nvme" else 0
+    copies = total * (FP32 + element) if parallel.offload_delayed_update else 0
+    landed = FILE_SLOTS * largest * FP32 if parallel.device == "cuda" and not parallel.offload_delayed_update else 0
+    return StateBytes(host=staging + copies + landed)

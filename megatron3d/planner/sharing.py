@@ -1,0 +1,181 @@
+"""Sharing: the memory that ZeRO's stages 2 and 3 take for a while: whole units of gradients, and gathered weights.
+
+Gradients of a unit collect in a buffer of the whole unit, which is reduced when the last has come and then waits
+behind others on their way, as `zero.buffers.Transit` has it. Which weights are here is asked of `zero.lending.Lending`
+itself, over buffers that only count.
+
+Source: Rajbhandari et al. 2020 (ZeRO), sections 5.2 and 5.3.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron3d.params.gate import Place
+from megatron3d.zero.buffers import MAX_IN_FLIGHT
+from megatron3d.zero.lending import Lending
+
+
+@dataclass(frozen=True)
+class SharedUnit:
+    """Bytes of one unit's whole gradients and of its whole weights."""
+
+    gradients: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class SharingPlan:
+    """What a stage shares out, and how far ahead it gathers.
+
+    Attributes:
+        units: by name.
+        places: the places of the stage in the order of its forward.
+        shard_gradients: whether whole gradients come and go.
+        shard_weights: whether whole weights come and go.
+        overlaps: whether a unit is reduced as soon as its gradients are there, instead of at the end.
+        prefetch: places ahead whose weights are gathered.
+        used_elsewhere: units that other stages of the rank use too, which are reduced at the end of a backward.
+        collectives_copy: whether a collective takes as much again while it moves, as gloo's do.
+    """
+
+    units: Mapping[str, SharedUnit]
+    places: Mapping[str, Place]
+    shard_gradients: bool
+    shard_weights: bool
+    overlaps: bool = True
+    prefetch: int = 1
+    used_elsewhere: frozenset[str] = frozenset()
+    collectives_copy: bool = False
+
+
+@dataclass(frozen=True)
+class Flight:
+    """Units whose gradients are on their way, in the order in which they are waited for."""
+
+    units: tuple[str, ...] = ()
+
+
+@dataclass
+class _Total:
+    """Bytes held now, and bytes that moved since somebody asked."""
+
+    held_bytes: int = 0
+    moved_bytes: int = 0
+
+
+class _Counted:
+    """A unit's weights as the lender knows them: here or not."""
+
+    def __init__(self, size_bytes: int, total: _Total) -> None:
+        self._size_bytes, self._total, self._is_here = size_bytes, total, False
+
+    def start_gather(self) -> None:
+        """They are here from now on, though not yet to be read."""
+        if not self._is_here:
+            self._is_here = True
+            self._total.held_bytes += self._size_bytes
+            self._total.moved_bytes += self._size_bytes
+
+    def finish_gather(self) -> None:
+        """Their memory does not change by arriving."""
+
+    def free(self) -> None:
+        """They are gone."""
+        if self._is_here:
+            self._is_here = False
+            self._total.held_bytes -= self._size_bytes
+
+
+class Sharing:
+    """The transient buffers of one stage during one step; `flight` is what earlier steps left on its way."""
+
+    def __init__(self, plan: SharingPlan, flight: Flight | None = None) -> None:
+        flight = flight or Flight()
+        self.plan = plan
+        self.flying = list(flight.units)
+        self._arriving: list[str] = []
+        self._outstanding: Counter[str] = Counter()
+        self._total = _Total(sum(plan.units[name].gradients for name in self.flying))
+        weights = {name: _Counted(unit.weights, self._total) for name, unit in plan.units.items()}
+        self._lending = Lending(weights, {0: plan.places}, takes_back=plan.shard_weights, prefetch=plan.prefetch)
+
+    @property
+    def flight(self) -> Flight:
+        """What is on its way now."""
+        return Flight(tuple(self.flying))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all transient buffers now."""
+        return self._total.held_bytes
+
+    def take_copies(self) -> int:
+        """Bytes that the collectives since the last call take for themselves while they move."""
+        moved, self._total.moved_bytes = self._total.moved_bytes, 0
+        return moved if self.plan.collectives_copy else 0
+
+    @property
+    def waits_for_weights(self) -> bool:
+        """Whether gradients from autograd too are put aside in a split backward."""
+        return self.plan.shard_gradients
+
+    # --- Weights -------------------------------------------------------------------------------------------------
+
+    def enter(self, place: str) -> None:
+        """A forward comes to a place."""
+        if self.plan.shard_weights and place:
+            self._lending.borrow(place, backward=False)
+
+    def leave(self, place: str) -> None:
+        """A forward leaves it."""
+        if self.plan.shard_weights and place:
+            self._lending.give_back(place, backward=False)
+
+    def enter_backward(self, place: str) -> None:
+        """A backward comes to a place."""
+        if self.plan.shard_weights:
+            self._lending.borrow(place, backward=True)
+
+    def leave_backward(self, place: str) -> None:
+        """A backward leaves it; the embedding, whose input takes no gradient, never says so."""
+        if self.plan.shard_weights and place != "embedding":
+            self._lending.give_back(place, backward=True)
+
+    # --- Gradients -----------------------------------------------------------------------------------------------
+
+    def begin_backward(self, contributions: Counter[str]) -> None:
+        """A backward begins that brings so many gradients to each unit."""
+        self._outstanding = Counter(contributions)
+        self._lending.begin_backward()
+
+    def arrive(self, unit: str) -> None:
+        """A gradient of a unit needs its buffer."""
+        if self.plan.shard_gradients and unit not in self._arriving:
+            self._arriving.append(unit)
+            self._total.held_bytes += self.plan.units[unit].gradients
+
+    def contribute(self, unit: str, count: int) -> None:
+        """So many gradients of a unit have been added to its buffer."""
+        self.arrive(unit)
+        self._outstanding[unit] -= count
+        waits = not self.plan.overlaps or unit in self.plan.used_elsewhere
+        if self.plan.shard_gradients and self._outstanding[unit] == 0 and not waits:
+            self._depart(unit)
+
+    def end_backward(self) -> None:
+        """The backward is over: what has not left yet leaves, and what was borrowed is freed."""
+        for unit in [name for name in self.plan.units if name in self._arriving]:
+            self._depart(unit)
+        self._lending.end_backward(0)
+
+    def _depart(self, unit: str) -> None:
+        """A reduction waits for an earlier one of the same unit first, and then for the oldest beyond the limit."""
+        self._arriving.remove(unit)
+        flying = [name for name in self.flying if name != unit] + [unit]
+        self._total.moved_bytes += self.plan.units[unit].gradients
+        landed = [*flying[:-MAX_IN_FLIGHT], *([unit] if unit in self.flying else [])]
+        self._total.held_bytes -= sum(self.plan.units[name].gradients for name in landed)
+        self.flying = flying[-MAX_IN_FLIGHT:]

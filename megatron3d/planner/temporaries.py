@@ -1,0 +1,58 @@
+"""What the optimizer takes for a while when it updates, by optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+from megatron3d.config.optim import OptimConfig
+from megatron3d.config.run import RunConfig
+from megatron3d.optim.flat import CHUNK_CPU, CHUNK_DEVICE
+from megatron3d.planner.memory import shard_size
+from megatron3d.planner.sizes import BYTES, FP32
+from megatron3d.zero.flat import FlatLayout, Slot
+from megatron3d.zero.policy import policy_of
+
+# fp32 numbers that an elementwise update holds beside its chunk: widened moments, a direction, a denominator.
+_CHUNK_NUMBERS = {"lion": 1, "lamb": 2}
+
+
+def moving_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_type: str) -> int:
+    """Bytes that collectives of whole units take for themselves once the backwards are over: gloo's as much again as
+    they move, two at a time, for gradients that stay and for updated weights."""
+    policy = policy_of(config.parallel.zero_stage)
+    if device_type != "cpu" or shard_size(config.parallel) == 1:
+        return 0
+    gradient = 0 if policy.shard_grads else (2 if config.parallel.grad_reduce_in_bf16 else FP32)
+    weight = 0 if policy.shard_params else BYTES[config.optim.precision]
+    largest = sorted((layout.length for layout in units), reverse=True)[:2]
+    return sum(largest) * max(gradient, weight)
+
+
+def update_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_type: str) -> int:
+    """Bytes that an update takes at most at once, beside the state; torch's fused ones take none.
+
+    Elementwise updates work on chunks; Adafactor on one matrix; Muon on one whole matrix, with a momentum of the size
+    of it, two factors in the dtype of its products and their two Gram matrices.
+    """
+    optim, layouts = config.optim, list(units)
+    largest = max((_largest_piece(layout) for layout in layouts), default=0)
+    chunk = min(CHUNK_CPU if device_type == "cpu" else CHUNK_DEVICE, largest) * FP32
+    widened = chunk * ((optim.exp_avg_dtype == "bf16") + (optim.exp_avg_sq_dtype == "bf16"))
+    matrices = [slot for layout in layouts for slot in layout.slots if slot.spec.is_hidden_matrix]
+    if optim.optimizer == "muon":
+        return max([_orthogonal(optim, slot) for slot in matrices], default=0)
+    if optim.optimizer == "adafactor":
+        return max([2 * FP32 * prod(slot.shape) for layout in layouts for slot in layout.slots], default=0)
+    return widened + chunk * _CHUNK_NUMBERS.get(optim.optimizer, 0)
+
+
+def _largest_piece(layout: FlatLayout) -> int:
+    return layout.length
+
+
+def _orthogonal(optim: OptimConfig, slot: Slot) -> int:
+    rows, columns = slot.spec.shape
+    small = min(rows, columns)
+    product = FP32 if optim.muon_fp32_matmul_prec == "high" else 2
+    return 2 * FP32 * rows * columns + product * (2 * rows * columns + 2 * small * small)

@@ -1,0 +1,120 @@
+"""Timeline: the memory of one pipeline rank through all actions of a training step, besides its state.
+
+The rank's row of the lowered schedule is walked from left to right with the memory that each step takes and leaves.
+Steps of one stage are alike but for the reductions that are on their way when they begin, so few are worked out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from megatron3d.pipeline.schedule import Action, Exchange, Op, Recv, Schedule, Send, Step
+from megatron3d.planner.layers import StageTape
+from megatron3d.planner.sharing import Flight, Sharing, SharingPlan
+from megatron3d.planner.walk import Moment, StageWalk, StepMemory
+
+_Done = tuple[StepMemory, Flight]
+
+
+@dataclass(frozen=True)
+class RankStages:
+    """The stages of a rank: tapes and what they share out, by number, and bytes of one message between stages.
+
+    `sends_linger` says that a rank cannot tell when a message has left, as with gloo, and keeps some for longer.
+    """
+
+    tapes: Mapping[int, StageTape]
+    sharing: Mapping[int, SharingPlan]
+    message: int
+    sends_linger: bool
+
+
+def highest_moment(stages: RankStages, schedule: Schedule, actions: Sequence[Action]) -> Moment:
+    """The moment of a training step at which a rank holds most besides its state.
+
+    Args:
+        stages: of the rank.
+        schedule: the schedule that was lowered.
+        actions: the rank's row of it.
+    """
+    walk = _RowWalk(stages, schedule)
+    for action in actions:
+        walk.carry_out(action)
+    return walk.peak
+
+
+@dataclass
+class _RowWalk:
+    stages: RankStages
+    schedule: Schedule
+    now: Moment = field(default_factory=Moment)
+    peak: Moment = field(default_factory=Moment)
+    flight: Flight = field(default_factory=Flight)
+    known: dict[tuple[Op, int, Flight], _Done] = field(default_factory=dict)
+    lingering: Counter[int] = field(default_factory=Counter)
+
+    def carry_out(self, action: Action) -> None:
+        if isinstance(action, Exchange):
+            for message in action.messages:
+                self._message(message)
+        elif isinstance(action, Step):
+            self._step(action)
+
+    def _message(self, message: Send | Recv) -> None:
+        """A received tensor is new; a sent activation is kept by its stage anyhow, and a sent gradient until it left.
+
+        At most as many gradients as there are stages wait for word that they have left.
+        """
+        if isinstance(message, Recv):
+            self._count(1)
+        elif message.what == "gradient":
+            keeps = self.schedule.num_stages if self.stages.sends_linger else 0
+            if self.lingering[message.stage] > keeps:
+                self._count(-1)
+            else:
+                self.lingering[message.stage] += 1
+
+    def _step(self, step: Step) -> None:
+        memory, flight = self._memory_of(step)
+        self._look(self.now + memory.peak)
+        self.now, self.flight = self.now + memory.left, flight
+        if step.op in (Op.B, Op.I):
+            is_first, is_last = step.stage == 0, step.stage == self.schedule.num_stages - 1
+            comes_by_wire = not is_first and self._rank(step.stage - 1) != self._rank(step.stage)
+            # The gradient of the input is new; that of the output and, if it came as a message, the input go.
+            self._count((not is_first) - (not is_last) - comes_by_wire)
+        self._look(self.now)
+
+    def _rank(self, stage: int) -> int:
+        return self.schedule.stage_to_rank[stage]
+
+    def _count(self, messages: int) -> None:
+        self.now = self.now + Moment(messages=messages * self.stages.message)
+        self._look(self.now)
+
+    def _look(self, moment: Moment) -> None:
+        if moment.total > self.peak.total:
+            self.peak = moment
+
+    def _memory_of(self, step: Step) -> _Done:
+        flight = Flight() if step.op is Op.F else self.flight
+        key = (step.op, step.stage, flight)
+        if key not in self.known:
+            self.known[key] = self._work_out(step, flight)
+        memory, after = self.known[key]
+        return memory, self.flight if step.op is Op.F else after
+
+    def _work_out(self, step: Step, flight: Flight) -> _Done:
+        """One step on its own, with what comes before it in its stage."""
+        sharing = Sharing(self.stages.sharing[step.stage], flight)
+        walk = StageWalk(self.stages.tapes[step.stage], sharing)
+        memory = walk.forward()
+        if step.op is not Op.F:
+            if step.op is Op.W:
+                walk.backward(splits=True)
+                memory = walk.weight_gradients()
+            else:
+                memory = walk.backward(splits=step.op is Op.I)
+        return memory, sharing.flight
