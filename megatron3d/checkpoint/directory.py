@@ -159,7 +159,7 @@ def _shard_problems(directory: Path, index: Index, file: str, level: Level) -> l
     boxes = [(name, t, s) for name, t in index.tensors.items() for s in t.boxes if s.file == file]
     check = read_box if level == "full" else check_entry
     try:
-        with open_shard(path, index.files[file]) as handle:
+        with open_shard(path, index.files[file], for_data=level == "full") as handle:
             for name, tensor, stored in boxes if level != "sizes" else []:
                 try:
                     check(handle, path, name, tensor, stored)

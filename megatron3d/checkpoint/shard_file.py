@@ -41,8 +41,12 @@ _TAGS: dict[torch.dtype, str] = {
 _ALIGNMENT = 8  # of the first byte of data, so that a reader may map every dtype in place
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, int]]:
+def write_shard(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> tuple[int, dict[str, int]]:
     """Write `tensors` (any device) as one safetensors file; return its size in bytes and the CRC-32 of each entry.
+
+    `metadata` is free text that the format keeps for readers of the file.
 
     Raises:
         OSError: the system refused.
@@ -50,14 +54,14 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, dict[st
     """
     # Wide elements first: every entry then starts at a multiple of its own element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header = _header({name: tensors[name] for name in names})
+    header = _header({name: tensors[name] for name in names}, metadata)
     checksums = write_file(path, _pieces(header, [tensors[name] for name in names]))
     size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
     return size, dict(zip(names, checksums[1:], strict=True))
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    entries, position = {}, 0
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+    entries, position = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _TAGS:
             raise ValueError(f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold; use {list(_TAGS)}")
@@ -80,8 +84,11 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 @contextmanager
-def open_shard(path: Path, size_bytes: int) -> Iterator[safe_open]:
+def open_shard(path: Path, size_bytes: int, *, for_data: bool = True) -> Iterator[safe_open]:
     """Open a safetensors file whose size is known; the length is checked first because a short map ends in SIGBUS.
+
+    Without `for_data` only its header is to be read: the map is then read-only, where torch's counts as memory of the
+    process in limits such as `ulimit -d`.
 
     Raises:
         CheckpointError: the file is missing, has another length, or its header is damaged.
@@ -93,7 +100,7 @@ def open_shard(path: Path, size_bytes: int) -> Iterator[safe_open]:
     if found != size_bytes:
         raise CheckpointError(f"checkpoint file {path} is damaged: {found} bytes long instead of {size_bytes}; {_FIX}")
     try:
-        handle = safe_open(path, framework="pt")
+        handle = safe_open(path, framework="pt" if for_data else "np")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"checkpoint file {path} is damaged: its header cannot be read ({error}); {_FIX}") from (
             error

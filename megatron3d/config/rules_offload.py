@@ -20,6 +20,11 @@ def offload_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
             f"--offload-optimizer {states} does not go with --optimizer {optimizer}, which works on whole parameters "
             f"across ranks; use --optimizer {', '.join(ELEMENTWISE_OPTIMIZERS)}, or --offload-optimizer none."
         )
+    if states != "none" and run.optim.optimizer_implementation != "torch":
+        yield (
+            f"--optimizer-implementation {run.optim.optimizer_implementation} updates on a GPU and --offload-optimizer "
+            f"{states} on the host; use --optimizer-implementation torch, or --offload-optimizer none."
+        )
     if params != "none" and parallel.zero_stage != 3:
         yield (
             f"--offload-params {params} moves weights that are shared out, which --zero-stage {parallel.zero_stage} "

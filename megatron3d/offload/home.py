@@ -69,6 +69,10 @@ class StateHome(Protocol):
         """Take room for a unit."""
         ...
 
+    def prepare(self) -> None:
+        """Take what visits need beside the records, once all units are added; the first visit would."""
+        ...
+
     def visit(
         self,
         names: Sequence[str],
@@ -106,6 +110,9 @@ class HostHome:
         self._device, self._copies = device, HostCopies(device)
         self._fields: dict[str, Fields] = {}
         self.host_bytes = self.file_bytes = 0
+
+    def prepare(self) -> None:
+        """Nothing: visits work in the records themselves."""
 
     def add(self, name: str, record: Record) -> None:
         """Take room for a unit, filled with zeros."""
@@ -153,9 +160,15 @@ class FileHome:
         self._records: dict[str, Record] = {}
         self._slots: list[Tensor] = []
 
+    def prepare(self) -> None:
+        """Take the staging buffers."""
+        largest = max((record.num_bytes for record in self._records.values()), default=0)
+        if not self._slots or self._slots[0].numel() < largest:
+            self._slots = [empty_on_host(largest, self._device) for _ in range(NUM_SLOTS)]
+
     @property
     def host_bytes(self) -> int:
-        """Bytes of the staging buffers, which are made when they are first needed."""
+        """Bytes of the staging buffers, once they are taken."""
         return sum(slot.numel() for slot in self._slots)
 
     @property
@@ -184,9 +197,7 @@ class FileHome:
         Raises:
             StorageError: the disk refused, or what was read is not what was written.
         """
-        largest = max((self._records[name].num_bytes for name in names), default=0)
-        if not self._slots or self._slots[0].numel() < largest:
-            self._slots = [empty_on_host(largest, self._device) for _ in range(NUM_SLOTS)]
+        self.prepare()
 
         def buffer(name: str, slot: int) -> Tensor:
             return self._slots[slot][: self._records[name].num_bytes]

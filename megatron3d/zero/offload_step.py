@@ -35,6 +35,7 @@ class OffloadedStates:
         assert offload.states is not None, "states that stay on the device have no home"
         self._home, self._kinds, self.delays_update = offload.states, offload.state_kinds, offload.delays_update
         self._units, self._device = dict(units), device
+        self._home.prepare()
         self._gradients = _Gradients(self._units, device)
         self._new_weights: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="delayed-update") if self.delays_update else None

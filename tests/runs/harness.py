@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from megatron3d.data.indexed import IndexedDatasetWriter
+from megatron3d.offload.block_file import BlockFile
 from megatron3d.train import launch, loop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,7 +144,8 @@ def random_documents(seed: int, *, count: int = 40, length: int = 60, low: int =
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong on a rank instead of its step number `step` (from 1): "kill", "hang" or "raise"."""
+    """What goes wrong on a rank instead of its step number `step` (from 1): "kill", "hang" or "raise"; or, in that
+    step, "kill-writing" when some of its offloaded state is written back and some is not."""
 
     rank: int
     step: int
@@ -312,9 +314,24 @@ def _faulty(train_step: Callable[..., Any], at_step: int, kind: str) -> Callable
         if step + 1 == at_step:
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "kill-writing":
+                BlockFile.write = _write_once_and_die(BlockFile.write)
+                return train_step(*args, step=step, **kwargs)
             if kind == "hang":
                 time.sleep(3600)
             raise RuntimeError("a fault was injected here")
         return train_step(*args, step=step, **kwargs)
 
     return step_or_fail
+
+
+def _write_once_and_die(write: Callable[..., None]) -> Callable[..., None]:
+    written = []
+
+    def write_or_die(*args: Any, **kwargs: Any) -> None:
+        if written:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(True)
+        write(*args, **kwargs)
+
+    return write_or_die
