@@ -37,6 +37,7 @@ from tests.runs.harness import (
 # Sums in another order: fp32 rounding, amplified by a few optimizer steps. Measured: under 1e-6.
 OTHER_LAYOUT = 1e-5
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
+WRITTEN = "--pipeline-model-parallel-layout E|t|t|L"
 LAYOUTS = {
     "one process": ("", 1),
     "TP2 x PP2 with sequence parallelism": (
@@ -46,6 +47,11 @@ LAYOUTS = {
     "DP2": ("", 2),
     "DP2 with ZeRO 1": ("--zero-stage 1", 2),
     "PP2": ("--pipeline-model-parallel-size 2", 2),
+    "PP2 on a V": ("--pipeline-model-parallel-size 2 --pipeline-schedule zb-v " + WRITTEN, 2),
+    "PP2 interleaved, DP2 with ZeRO 3": (
+        "--pipeline-model-parallel-size 2 --zero-stage 3 " + WRITTEN,
+        4,
+    ),
 }
 
 
@@ -214,6 +220,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
         ("one process", "DP2 with ZeRO 1"),
         ("DP2 with ZeRO 1", "TP2 x PP2 with sequence parallelism"),
         ("PP2", "DP2"),
+        ("PP2 on a V", "PP2 interleaved, DP2 with ZeRO 3"),
+        ("PP2 interleaved, DP2 with ZeRO 3", "PP2 on a V"),
     ],
 )
 def test_a_run_goes_on_at_another_layout(
