@@ -15,6 +15,11 @@ from torch import Tensor
 from megatron3d.errors import ConfigError
 
 
+def likely_device_type(wanted: str | None) -> str:
+    """ "cuda" or "cpu": what `--device` says, else CUDA where there is any GPU; for predictions before a run starts."""
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def pick_device(wanted: str | None, *, local_rank: int, local_world_size: int) -> torch.device:
     """The device of this rank: one GPU for each local rank, or the CPU.
 

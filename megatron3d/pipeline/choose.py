@@ -96,8 +96,9 @@ def _takes(name: str, virtual: int) -> bool:
 def _nothing_fits(considered: Sequence[Considered]) -> str:
     """The sentence that says which order comes closest."""
     least = min(considered, key=lambda one: one.peak)
+    stages = "one stage" if least.virtual == 1 else f"{least.virtual} stages"
     return (
         f"--pipeline-schedule auto: none of the {len(considered)} orders fits the memory limit; {least.name} with "
-        f"{least.virtual} stages per rank holds the least, activations of {least.peak:g} microbatches on a whole rank; "
-        "use a smaller micro-batch, recomputation, or more pipeline ranks"
+        f"{stages} per rank holds the least, activations of {least.peak:.3g} microbatches on a whole rank; raise "
+        "--pipeline-memory-limit-gb, or use a smaller micro-batch, recomputation, or more pipeline ranks"
     )

@@ -25,9 +25,10 @@ from megatron3d.pipeline.lower import lower
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.run import Wire
 from megatron3d.pipeline.schedule import Action, Schedule
+from megatron3d.planner.memory import part_of
 from megatron3d.tensor.context import LayerContext
 from megatron3d.train.offload import offload_of
-from megatron3d.train.plan import plan_of, stage_part
+from megatron3d.train.plan import plan_of
 from megatron3d.zero.engine import UnitParameters, ZeroEngine
 from megatron3d.zero.policy import policy_of
 from megatron3d.zero.unit import UnitOptions
@@ -124,7 +125,7 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
     context = LayerContext(mesh.tp, sequence_parallel, sink, Registry(), gate)
     plan = plan_of(config)
     stages = {
-        stage: builder(config.model, config.train, stage_part(plan, stage), context)
+        stage: builder(config.model, config.train, part_of(plan, stage), context)
         for stage in plan.stages_of(mesh.pp.rank)
     }
     _share_tied_table(list(stages.values()))

@@ -5,16 +5,23 @@ Everything here is arithmetic on the config, so a plan that cannot work is refus
 
 from __future__ import annotations
 
+from megatron3d.comm.device import likely_device_type
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.flops import forward_flops_by_layer
-from megatron3d.models.stage import StagePart
+from megatron3d.pipeline.choose import Choice, choose
 from megatron3d.pipeline.orders import placement_of, virtual_of
 from megatron3d.pipeline.plan import PipelinePlan
+from megatron3d.pipeline.simulate import Costs, Timeline
 from megatron3d.pipeline.split import split_layers
-from megatron3d.pipeline.split_costs import split_by_costs
+from megatron3d.pipeline.split_costs import split_by_costs, stage_loads
 from megatron3d.pipeline.split_layout import expand_layout, split_by_layout
+from megatron3d.planner.ledger import first_microbatches, ledger_of, worst
+
+GIB = 2**30
+# Numbers of stages per rank that the automatic choice looks at; more make messages small and gain little.
+AUTO_VIRTUAL_STAGES = (1, 2, 4)
 
 
 def plan_of(config: RunConfig) -> PipelinePlan:
@@ -27,6 +34,18 @@ def plan_of(config: RunConfig) -> PipelinePlan:
     parallel = config.parallel
     ranks = parallel.pipeline_model_parallel_size
     order, virtual = _order_and_stages(parallel)
+    if order != "auto":
+        return _plan(config, order, virtual or virtual_of(order) or 1)
+    if ranks == 1 and (virtual or 1) == 1:
+        return _plan(config, "1f1b", 1)
+    choice = _choose(config, virtual)
+    return _plan(config, choice.name, choice.virtual, why=_reason(choice))
+
+
+def _plan(config: RunConfig, order: str, virtual: int, *, why: str = "") -> PipelinePlan:
+    """The plan of an order with so many stages per rank."""
+    parallel = config.parallel
+    ranks = parallel.pipeline_model_parallel_size
     return PipelinePlan(
         order=order,
         num_ranks=ranks,
@@ -34,12 +53,8 @@ def plan_of(config: RunConfig) -> PipelinePlan:
         stage_to_rank=placement_of(order, num_ranks=ranks, virtual=virtual),
         layers=split_of(config, ranks * virtual),
         group_size=parallel.microbatch_group_size_per_virtual_pipeline_stage if order == "interleaved" else None,
+        why=why,
     )
-
-
-def stage_part(plan: PipelinePlan, stage: int) -> StagePart:
-    """The share of the model that a stage of the plan holds."""
-    return StagePart(plan.layers[stage], is_first=stage == 0, is_last=stage == plan.num_stages - 1)
 
 
 def split_of(config: RunConfig, num_stages: int) -> tuple[range, ...]:
@@ -64,14 +79,46 @@ def split_of(config: RunConfig, num_stages: int) -> tuple[range, ...]:
     )
 
 
-def _order_and_stages(parallel: ParallelConfig) -> tuple[str, int]:
-    """The name of the order, and how many stages a rank has."""
+def _order_and_stages(parallel: ParallelConfig) -> tuple[str, int | None]:
+    """The name of the order, or "auto", and how many stages a rank has where an option says so."""
     virtual, layout = parallel.virtual_stages, parallel.pipeline_model_parallel_layout
     if virtual is None and layout is not None:
         num_stages = expand_layout(layout).count("|") + 1
         virtual = max(1, num_stages // parallel.pipeline_model_parallel_size)
     order = parallel.pipeline_schedule or ("interleaved" if (virtual or 1) > 1 else "1f1b")
-    return order, virtual or virtual_of(order) or 1
+    return order, virtual
+
+
+def _choose(config: RunConfig, virtual: int | None) -> Choice:
+    """The shortest order, by the operations of each stage, of those whose predicted memory is within the limit."""
+    ranks, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers
+    virtuals = [virtual] if virtual is not None else [v for v in AUTO_VIRTUAL_STAGES if v == 1 or ranks * v <= layers]
+    limit_gb = config.parallel.pipeline_memory_limit_gb
+
+    def fits(timeline: Timeline) -> bool:
+        if limit_gb is None:
+            return True
+        schedule = timeline.schedule
+        plan = _plan(config, schedule.name, schedule.num_stages // ranks)
+        device_type = likely_device_type(config.parallel.device)
+        return worst(ledger_of(config, plan, device_type=device_type)).peak <= limit_gb * GIB
+
+    def costs_of(virtual: int) -> Costs:
+        layer, head = forward_flops_by_layer(config.model)
+        loads = stage_loads(split_of(config, ranks * virtual), [layer] * layers, 0.0, head)
+        mean = sum(loads) / ranks
+        # A stage without any layer still takes some time.
+        return Costs(stage_factors=tuple(max(load / mean, 1e-3) for load in loads))
+
+    return choose(ranks, first_microbatches(config), virtuals, costs_of, fits)
+
+
+def _reason(choice: Choice) -> str:
+    """How the automatic choice came about, in words."""
+    chosen = next(one for one in choice.considered if (one.name, one.virtual) == (choice.name, choice.virtual))
+    dropped = sum(1 for one in choice.considered if one.dropped)
+    left_out = f", {dropped} of them over the memory limit" if dropped else ""
+    return f"the shortest of {len(choice.considered)} simulated{left_out}, bubble {chosen.bubble:.1%}"
 
 
 def _layer_costs(config: RunConfig, wish: str) -> tuple[float, ...]:
