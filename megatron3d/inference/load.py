@@ -24,7 +24,7 @@ from megatron3d.errors import ConfigError
 from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.module import Declared
-from megatron3d.train.parts import Model, build_model
+from megatron3d.train.parts import Model, StageBuilder, build_model
 
 
 def generation_config(stored: RunConfig, parallel: ParallelConfig, *, world_size: int, bf16: bool) -> RunConfig:
@@ -54,26 +54,37 @@ def generation_config(stored: RunConfig, parallel: ParallelConfig, *, world_size
     return run
 
 
-def load_model(config: RunConfig, mesh: Mesh, device: torch.device, directory: Path) -> Model:
-    """This rank's stage of a GPT with the weights of a checkpoint; collective over all ranks.
+def load_model(
+    config: RunConfig, mesh: Mesh, device: torch.device, directory: Path, *, builder: StageBuilder = build_gpt_stage
+) -> Model:
+    """This rank's stages with the weights of a checkpoint; collective over all ranks.
 
     Args:
         config: from `generation_config`.
         mesh: the live layout.
         device: where the weights go.
         directory: the checkpoint itself (see `checkpoint.directory.find_checkpoint`).
+        builder: makes the stages; parameters that it does not declare are not read.
 
     Raises:
         CheckpointError: it is damaged or holds another model.
     """
-    model = build_model(config, mesh, device, build_gpt_stage)
+    model, views = allocate_model(config, mesh, device, builder)
+    load_tensors(directory, {f"model/{name}": view for name, view in views.items()}, group=mesh.world.group)
+    return model
+
+
+def allocate_model(
+    config: RunConfig, mesh: Mesh, device: torch.device, builder: StageBuilder
+) -> tuple[Model, dict[str, ShardView]]:
+    """This rank's stages with weights that are all zeros, and what of each is to be filled, by name."""
+    model = build_model(config, mesh, device, builder)
     views = {
-        f"model/{name}": _allocate(declared, mesh, device, model.dtype)
+        name: _allocate(declared, mesh, device, model.dtype)
         for stage in model.stages.values()
         for name, declared in stage.parameters_by_name().items()
     }
-    load_tensors(directory, views, group=mesh.world.group)
-    return model
+    return model, views
 
 
 def _allocate(declared: Declared, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> ShardView:

@@ -139,6 +139,8 @@ def _restore_from(source: Path, parts: Parts, flags: ScheduleSettings) -> Restor
     options, group = parts.config.checkpoint, parts.mesh.world.group
     state = read_document(source, "state")
     with_optimizer = not (options.finetune or options.no_load_optim)
+    if state.get("weights_only") and not options.finetune:
+        raise MisfitError(f"{source} holds weights alone, without steps or optimizer; start from them with --finetune")
     if with_optimizer:
         _check_optimizer(state, kind(parts.config.optim), source)
     with parts.engine.states_opened(parts.optimizer, writes=True):

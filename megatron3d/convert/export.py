@@ -1,0 +1,140 @@
+"""Checkpoints of any layout as directories that transformers loads, bit for bit.
+
+The padding of the vocabulary exists in memory alone (see docs/decisions/0003) and so never leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron3d.checkpoint.index import Index, read_index
+from megatron3d.checkpoint.load import assemble, read_document
+from megatron3d.config.data import DataConfig
+from megatron3d.config.model import ModelConfig
+from megatron3d.config.run import RunConfig
+from megatron3d.config.serialize import from_dict
+from megatron3d.convert.directory import check_writable, write_directory
+from megatron3d.convert.families import family_of
+from megatron3d.convert.family import Family
+from megatron3d.convert.hf import HF_DOCUMENT
+from megatron3d.convert.rows import Row
+from megatron3d.convert.tokenizer_files import files_of
+from megatron3d.errors import CheckpointError, ConfigError
+
+_REWRITTEN = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an export may be told: a dtype instead of the stored one, names of the classes, and where the tokenizer
+    lies (None takes that of the run, and `with_tokenizer` says whether to take any)."""
+
+    dtype: torch.dtype | None = None
+    labels: Sequence[str] = ()
+    data: DataConfig | None = None
+    with_tokenizer: bool = True
+
+
+def export_model(checkpoint: Path, directory: Path, options: ExportOptions | None = None) -> str:
+    """Write a checkpoint of any layout as a directory that transformers loads; returns the name of its class there.
+
+    The weights pass through memory whole.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its tensors do not fit its `run.json`.
+        ConfigError: the model has no counterpart there, or `directory` exists.
+        StorageError: the file system refused.
+    """
+    options = options or ExportOptions()
+    check_writable(directory)
+    run = from_dict(read_document(checkpoint, "run"))
+    family = family_of(run.model)
+    index = read_index(checkpoint)
+    rows = _rows_here(family, run.model, index, checkpoint)
+    class_name = family.class_name(frozenset(row.piece for row in rows))
+    tensors = _tensors_there(checkpoint, rows, options.dtype)
+    tensors |= {copy: tensors[of] for copy, of in family.copies(run.model).items() if of in tensors}
+    if class_name.endswith("Model") and not class_name.endswith("LMHeadModel"):
+        tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
+    dtype = next(iter(tensors.values())).dtype
+    kept = read_document(checkpoint, HF_DOCUMENT) if f"{HF_DOCUMENT}.json" in index.documents else {}
+    config = {
+        **{name: value for name, value in kept.items() if name not in _REWRITTEN},
+        **_special_ids(run, kept),
+        **family.to_hf(run.model),
+        **_labels(_num_classes_here(index), options.labels, kept),
+        "architectures": [class_name],
+        "model_type": family.model_type,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    files = files_of(options.data or run.data, run.model) if options.with_tokenizer else {}
+    write_directory(directory, config, tensors, files)
+    return class_name
+
+
+def _num_classes_here(index: Index) -> int | None:
+    stored = index.tensors.get("model/head.classifier.weight")
+    return None if stored is None else stored.shape[0]
+
+
+def _rows_here(family: Family, model: ModelConfig, index: Index, checkpoint: Path) -> list[Row]:
+    """The rows of the pieces that a checkpoint has, each whole; none of its weights may be left over."""
+    stored = {n.removeprefix("model/"): t.shape for n, t in index.tensors.items() if n.startswith("model/")}
+    rows = family.rows(model, _num_classes_here(index) or 2)
+    pieces = {"trunk", *(row.piece for row in rows if row.ours in stored)}
+    rows = [row for row in rows if row.piece in pieces]
+    problems = [
+        f"it has no tensor {row.ours}" if row.ours not in stored else f"{row.ours} has shape {stored[row.ours]}"
+        for row in rows
+        if row.ours is not None and stored.get(row.ours) != row.shape
+    ]
+    problems += [f"{name} has no place there" for name in sorted(stored.keys() - {row.ours for row in rows})]
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} cannot be written as {family.model_type} with the model of its run.json: "
+            f"{'; '.join(problems[:3])}; export a checkpoint of a run that trained this model whole"
+        )
+    return rows
+
+
+def _tensors_there(checkpoint: Path, rows: Iterable[Row], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    zeros: list[Row] = []
+    for row in rows:
+        if row.ours is None:
+            zeros.append(row)
+            continue
+        tensor = assemble(checkpoint, f"model/{row.ours}")
+        tensors |= row.to_theirs(tensor if dtype is None else tensor.to(dtype))
+    kind = next(iter(tensors.values())).dtype
+    for row in zeros:
+        tensors |= row.to_theirs(torch.zeros(row.shape, dtype=kind))
+    return tensors
+
+
+def _special_ids(run: RunConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The end and the beginning of texts, said outright: transformers' defaults are ids of other vocabularies."""
+    if run.model.architecture != "gpt" or "eos_token_id" in kept:
+        return {}
+    return {"eos_token_id": run.data.eod_token, "bos_token_id": run.data.eod_token, "pad_token_id": None}
+
+
+def _labels(number: int | None, labels: Sequence[str], kept: Mapping[str, Any]) -> dict[str, Any]:
+    if number is None:
+        if labels:
+            raise ConfigError(f"--labels {' '.join(labels)}: the checkpoint has no classifier; leave them out")
+        return {}
+    if labels and len(labels) != number:
+        raise ConfigError(f"--labels {' '.join(labels)} names {len(labels)} classes, the checkpoint has {number}")
+    before = kept.get("id2label") or {}
+    names = list(labels) or [str(before.get(str(i), f"LABEL_{i}")) for i in range(number)]
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }

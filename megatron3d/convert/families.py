@@ -1,0 +1,31 @@
+"""The kinds of Hugging Face models that are known, by their `model_type`, and which of them a model of ours is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from megatron3d.config.model import ModelConfig
+from megatron3d.convert.family import Family
+from megatron3d.convert.maps.bert import BERT, MEGATRON_BERT
+from megatron3d.convert.maps.gpt2 import GPT2
+from megatron3d.convert.maps.llama import LLAMA
+from megatron3d.errors import ConfigError
+
+FAMILIES: Mapping[str, Family] = MappingProxyType({f.model_type: f for f in (BERT, MEGATRON_BERT, GPT2, LLAMA)})
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The kind of model there that computes what ours does.
+
+    Raises:
+        ConfigError: there is none, with what stands in the way of the nearest.
+    """
+    misfits = {kind: family.misfits(model) for kind, family in FAMILIES.items()}
+    nearest = min(misfits, key=lambda kind: len(misfits[kind]))
+    if misfits[nearest]:
+        raise ConfigError(
+            f"no model of Hugging Face's that we know computes the same: the nearest is {nearest}, but here "
+            f"{', '.join(misfits[nearest])}; train with options that it has, to export"
+        )
+    return FAMILIES[nearest]
