@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ from megatron3d.convert.rows import Row
 from megatron3d.convert.tokenizer_files import files_of
 from megatron3d.errors import CheckpointError, ConfigError
 
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+)
+_TASK_DOCUMENT = "task"  # what a fine-tuning says of its classifier
 _REWRITTEN = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
@@ -41,8 +46,17 @@ class ExportOptions:
     with_tokenizer: bool = True
 
 
-def export_model(checkpoint: Path, directory: Path, options: ExportOptions | None = None) -> str:
-    """Write a checkpoint of any layout as a directory that transformers loads; returns the name of its class there.
+@dataclass(frozen=True)
+class Exported:
+    """What was written: transformers' class, elements of all its tensors, and the files of the tokenizer."""
+
+    class_name: str
+    num_parameters: int
+    tokenizer_files: tuple[str, ...]
+
+
+def export_model(checkpoint: Path, directory: Path, options: ExportOptions | None = None) -> Exported:
+    """Write a checkpoint of any layout as a directory that transformers loads.
 
     The weights pass through memory whole.
 
@@ -62,20 +76,29 @@ def export_model(checkpoint: Path, directory: Path, options: ExportOptions | Non
     tensors |= {copy: tensors[of] for copy, of in family.copies(run.model).items() if of in tensors}
     if class_name.endswith("Model") and not class_name.endswith("LMHeadModel"):
         tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
-    dtype = next(iter(tensors.values())).dtype
-    kept = read_document(checkpoint, HF_DOCUMENT) if f"{HF_DOCUMENT}.json" in index.documents else {}
-    config = {
+    config = _config(checkpoint, run, class_name, index, options.labels)
+    config["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    files = files_of(options.data or run.data, run.model) if options.with_tokenizer else {}
+    write_directory(directory, config, tensors, files)
+    return Exported(class_name, sum(tensor.numel() for tensor in tensors.values()), tuple(sorted(files)))
+
+
+def _config(checkpoint: Path, run: RunConfig, class_name: str, index: Index, labels: Sequence[str]) -> dict[str, Any]:
+    """The `config.json`: what follows from the model, over what the model was imported with."""
+    kept = _document(checkpoint, HF_DOCUMENT, index)
+    family = family_of(run.model)
+    return {
         **{name: value for name, value in kept.items() if name not in _REWRITTEN},
         **_special_ids(run, kept),
         **family.to_hf(run.model),
-        **_labels(_num_classes_here(index), options.labels, kept),
+        **_classes(index, labels, kept, _document(checkpoint, _TASK_DOCUMENT, index)),
         "architectures": [class_name],
         "model_type": family.model_type,
-        "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    files = files_of(options.data or run.data, run.model) if options.with_tokenizer else {}
-    write_directory(directory, config, tensors, files)
-    return class_name
+
+
+def _document(checkpoint: Path, name: str, index: Index) -> dict[str, Any]:
+    return read_document(checkpoint, name) if f"{name}.json" in index.documents else {}
 
 
 def _num_classes_here(index: Index) -> int | None:
@@ -125,16 +148,21 @@ def _special_ids(run: RunConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
     return {"eos_token_id": run.data.eod_token, "bos_token_id": run.data.eod_token, "pad_token_id": None}
 
 
-def _labels(number: int | None, labels: Sequence[str], kept: Mapping[str, Any]) -> dict[str, Any]:
+def _classes(index: Index, labels: Sequence[str], kept: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of the classes: those given, those of the task that was learned, those of the import, or numbers."""
+    number = _num_classes_here(index)
     if number is None:
         if labels:
             raise ConfigError(f"--labels {' '.join(labels)}: the checkpoint has no classifier; leave them out")
         return {}
     if labels and len(labels) != number:
-        raise ConfigError(f"--labels {' '.join(labels)} names {len(labels)} classes, the checkpoint has {number}")
+        raise ConfigError(
+            f"--labels {' '.join(labels)} names {len(labels)} classes and the checkpoint has {number}; name each once"
+        )
     before = kept.get("id2label") or {}
-    names = list(labels) or [str(before.get(str(i), f"LABEL_{i}")) for i in range(number)]
-    return {
+    names = list(labels or task.get("labels") or [str(before.get(str(i), f"LABEL_{i}")) for i in range(number)])
+    kind = {"problem_type": "regression"} if task.get("is_regression") else {}
+    return kind | {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }

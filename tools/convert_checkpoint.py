@@ -1,0 +1,116 @@
+"""Models from Hugging Face's directories into checkpoints, and checkpoints into such directories.
+
+    python tools/convert_checkpoint.py hf-import --hf bert-base-uncased --save CHECKPOINTS
+    python tools/convert_checkpoint.py hf-export --load CHECKPOINTS --hf NEW_DIRECTORY
+
+Kinds of model: bert, megatron-bert (BERT with norms before), gpt2, llama. See docs/huggingface.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron3d.checkpoint.directory import find_checkpoint
+from megatron3d.checkpoint.load import read_document
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import make_mesh
+from megatron3d.config.data import DataConfig
+from megatron3d.config.derive import derive
+from megatron3d.config.run import RunConfig
+from megatron3d.config.serialize import from_dict
+from megatron3d.config.train import TrainConfig
+from megatron3d.convert.export import DTYPES, ExportOptions, export_model
+from megatron3d.convert.hf import HfModel, read_model, save_model
+from megatron3d.models.zoo import BUILDERS
+from megatron3d.params.init import initial_shard
+from megatron3d.train.launch import Guard, guarded
+from megatron3d.train.parts import build_model
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Between Hugging Face's directories and checkpoints.", allow_abbrev=False)
+    kinds = p.add_subparsers(dest="action", required=True)
+    take = kinds.add_parser("hf-import", help="a Hugging Face directory into a checkpoint", allow_abbrev=False)
+    take.add_argument("--hf", required=True, metavar="DIR", help="config.json, weights and tokenizer")
+    take.add_argument("--save", required=True, metavar="DIR", help="where the checkpoint goes; holds none yet")
+    take.add_argument(
+        "--new-heads", action="store_true", help="give the heads of training that DIR lacks random weights"
+    )
+    take.add_argument("--seed", type=int, default=1234, metavar="N", help="of the random weights (default 1234)")
+    give = kinds.add_parser("hf-export", help="a checkpoint into a Hugging Face directory", allow_abbrev=False)
+    give.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one of them")
+    give.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default the latest)")
+    give.add_argument("--hf", required=True, metavar="DIR", help="a directory that does not exist yet")
+    give.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default as they are stored)")
+    give.add_argument(
+        "--labels", nargs="+", default=[], metavar="NAME", help="names of a classifier's classes, in order"
+    )
+    give.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    give.add_argument("--vocab-file", metavar="FILE", help="where the tokenizer's files are now, if they were moved")
+    give.add_argument("--merge-file", metavar="FILE")
+    give.add_argument("--tokenizer-model", metavar="PATH")
+    return p
+
+
+def import_model(args: argparse.Namespace) -> None:
+    """Read a directory, complete it if so asked, write the checkpoint, and say what was found."""
+    found = read_model(Path(args.hf))
+    if args.new_heads:
+        new = new_tensors(found, args.seed)
+        found = replace(found, tensors={**found.tensors, **new})
+        print(f"random weights, seed {args.seed}: {', '.join(sorted(new)) or 'none, nothing was missing'}")
+    directory = save_model(found, Path(args.save))
+    count = sum(tensor.numel() for tensor in found.tensors.values())
+    print(f"{directory}: {found.model.architecture.upper()} of {count} parameters ({', '.join(sorted(found.pieces))})")
+    if found.left_out:
+        print(f"left out, as there is no such head here: {', '.join(found.left_out)}")
+    if found.data.tokenizer_type is None:
+        print(f"{args.hf} has no tokenizer; name its files with --vocab-file or --tokenizer-model when it is used")
+
+
+def new_tensors(found: HfModel, seed: int) -> dict[str, Tensor]:
+    """Initial values of the parameters that training needs and the directory lacks."""
+    run = derive(RunConfig(model=found.model, train=TrainConfig(micro_batch_size=1)), 1)
+    builder = BUILDERS[found.model.architecture]
+    stages = build_model(run, make_mesh(Layout()), torch.device("cpu"), builder).stages.values()
+    declared = {name: one for stage in stages for name, one in stage.parameters_by_name().items()}
+    missing = {name: one.spec for name, one in declared.items() if name not in found.tensors}
+    # The whole of a parameter, without the rows that pad a vocabulary in memory.
+    return {n: initial_shard(s, seed=seed, tp=1, tp_rank=0)[: s.shape[0]].clone() for n, s in missing.items()}
+
+
+def write_hf(args: argparse.Namespace) -> None:
+    """Write a checkpoint as a Hugging Face directory, and say as what."""
+    checkpoint = find_checkpoint(Path(args.load), args.ckpt_step)
+    moved = {name: vars(args)[name] for name in ("vocab_file", "merge_file", "tokenizer_model")}
+    options = ExportOptions(
+        dtype=DTYPES.get(args.dtype),
+        labels=tuple(args.labels),
+        data=_moved(from_dict(read_document(checkpoint, "run")).data, moved),
+        with_tokenizer=not args.no_tokenizer,
+    )
+    exported = export_model(checkpoint, Path(args.hf), options)
+    files = ", ".join(exported.tokenizer_files) or "no tokenizer"
+    print(f"{args.hf}: {exported.class_name} of {exported.num_parameters} parameters, with {files}")
+
+
+def _moved(data: DataConfig, moved: dict[str, str | None]) -> DataConfig:
+    data = replace(data, **{name: value for name, value in moved.items() if value is not None})
+    kind = data.tokenizer_type or ("BertWordPieceLowerCase" if data.vocab_file and not data.merge_file else None)
+    return replace(data, tokenizer_type=kind)
+
+
+def main(guard: Guard) -> None:
+    """Import or export, as the first word says."""
+    args = parser().parse_args()
+    {"hf-import": import_model, "hf-export": write_hf}[args.action](args)
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,242 @@
+"""Texts to vectors with a BERT, one row a text.
+
+    python tools/embed_text.py --hf all-MiniLM-L6-v2 --normalize --input sentences.txt --output vectors.npy
+    python tools/embed_text.py --load CHECKPOINTS --vocab-file vocab.txt --pooling cls \
+        --text "A sentence." "Another one." --output vectors.jsonl
+
+The weights come from a checkpoint of any layout (`--load`) or straight from a Hugging Face directory (`--hf`). Under
+torchrun, ranks beyond tensor x pipeline share the texts out. See docs/huggingface.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from megatron3d.checkpoint.directory import find_checkpoint
+from megatron3d.checkpoint.load import read_document, tensor_shapes
+from megatron3d.config.parallel import ParallelConfig
+from megatron3d.config.run import RunConfig
+from megatron3d.config.serialize import from_dict
+from megatron3d.convert.hf import read_model
+from megatron3d.data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
+from megatron3d.errors import ConfigError, DataError, StorageError
+from megatron3d.inference.embed import POOLINGS, EmbedOptions, embed, load_encoder
+from megatron3d.inference.load import generation_config
+from megatron3d.train.launch import Guard, guarded, joined
+
+_FORMATS = (".npy", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, settled before a device is touched."""
+
+    config: RunConfig
+    weights: Path | Mapping[str, Tensor]
+    texts: tuple[str, ...]
+    ids: tuple[list[int], ...]
+    num_cut: int
+    options: EmbedOptions
+    output: Path
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Texts to vectors with a BERT.", allow_abbrev=False)
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--load", metavar="DIR", help="directory of checkpoints, or one of them")
+    source.add_argument("--hf", metavar="DIR", help="a Hugging Face directory: config.json, weights, tokenizer")
+    p.add_argument("--ckpt-step", type=int, metavar="N", help="with --load: the checkpoint of this step")
+    p.add_argument(
+        "--input", nargs="+", default=[], metavar="FILE|TEXT", help="files with one text a line, or texts of more words"
+    )
+    p.add_argument("--text", nargs="+", default=[], metavar="TEXT", help="texts as they stand, whatever they look like")
+    p.add_argument("--output", required=True, metavar="FILE", help="F.npy: fp32 [texts, hidden]; F.jsonl: one a line")
+    how = p.add_argument_group("how a text becomes a vector")
+    how.add_argument("--pooling", choices=POOLINGS, default="mean", help="mean of all tokens (default), or of [CLS]")
+    how.add_argument("--normalize", action="store_true", help="scale vectors to length 1: products are cosines")
+    how.add_argument("--max-length", type=int, metavar="N", help="tokens of a text, [CLS] and [SEP] included; longer")
+    how.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="tokens worked on at once")
+    tokenizer = p.add_argument_group("tokenizer, where it is not as or where run.json says")
+    tokenizer.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
+    tokenizer.add_argument("--vocab-file", metavar="FILE")
+    tokenizer.add_argument("--tokenizer-model", metavar="PATH")
+    run = p.add_argument_group("where it runs")
+    run.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share a layer")
+    run.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share depth")
+    run.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one, else cpu")
+    run.add_argument("--bf16", action="store_true", help="compute in bf16 (default fp32)")
+    return p
+
+
+def settle(args: argparse.Namespace, world_size: int) -> Job:
+    """Read everything but a checkpoint's weights, and find what is wrong.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: an option, a file or the model cannot be used.
+    """
+    output = Path(args.output)
+    if output.suffix not in _FORMATS:
+        raise ConfigError(
+            f"--output {output} ends in '{output.suffix}'; give a file that ends in {' or '.join(_FORMATS)}"
+        )
+    if args.batch_tokens < 1:
+        raise ConfigError(f"--batch-tokens {args.batch_tokens} leaves nothing to work on; use at least 1")
+    texts = read_texts(args.input, args.text)
+    stored, weights, names = open_source(args)
+    if stored.model.architecture != "bert":
+        raise ConfigError(
+            f"{args.load or args.hf} holds a {stored.model.architecture.upper()}; vectors come from a BERT"
+        )
+    if args.pooling == "pooler" and "head.pooler.weight" not in names:
+        raise ConfigError(f"--pooling pooler: {args.load or args.hf} has no pooler; use --pooling mean or cls")
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        device=args.device,
+    )
+    config = generation_config(stored, parallel, world_size=world_size, bf16=args.bf16)
+    tokenizer = open_tokenizer(args, config)
+    length = length_limit(args.max_length, config)
+    ids = tokenizer.encode_batch(texts)
+    num_cut = sum(len(one) > length - 2 for one in ids)
+    framed = tuple([tokenizer.cls, *one[: length - 2], tokenizer.sep] for one in ids)
+    options = EmbedOptions(args.pooling, args.normalize, args.batch_tokens, pad=tokenizer.pad or 0)
+    return Job(config, weights, tuple(texts), framed, num_cut, options, output)
+
+
+def open_source(args: argparse.Namespace) -> tuple[RunConfig, Path | Mapping[str, Tensor], frozenset[str]]:
+    """The run that a model belongs to, its weights, and their names."""
+    if args.hf is not None:
+        found = read_model(Path(args.hf))
+        return RunConfig(model=found.model, data=found.data), found.tensors, frozenset(found.tensors)
+    directory = find_checkpoint(Path(args.load), args.ckpt_step)
+    names = frozenset(name.removeprefix("model/") for name in tensor_shapes(directory))
+    return from_dict(read_document(directory, "run")), directory, names
+
+
+def read_texts(inputs: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """The lines of the files and the texts, in the order given.
+
+    Raises:
+        ConfigError: there is none.
+        DataError: a file cannot be read or has an empty line.
+    """
+    found: list[str] = []
+    for word in inputs:
+        if Path(word).is_file():
+            found += _lines(Path(word))
+        elif len(word.split()) > 1:
+            found.append(word)
+        else:
+            raise DataError(
+                f"--input {word} is no file; give the path of one, or a text of one word with --text {word}"
+            )
+    found += texts
+    if not found:
+        raise ConfigError("no text is given; use --input FILE with one text a line, or --text TEXT")
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--input {path} cannot be read as UTF-8 ({error}); name a text file") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise DataError(f"--input {path} line {number} is empty; remove it, or every row after it would be off")
+    return lines
+
+
+def open_tokenizer(args: argparse.Namespace, config: RunConfig) -> Tokenizer:
+    """The model's tokenizer, with the files that the options name instead of its own.
+
+    Raises:
+        ConfigError: none is known, it has no [CLS] and [SEP], or it has more ids than the model.
+    """
+    given = {name: vars(args)[name] for name in ("tokenizer_type", "vocab_file", "tokenizer_model")}
+    data = replace(config.data, **{name: value for name, value in given.items() if value is not None})
+    kind = data.tokenizer_type or ("BertWordPieceLowerCase" if data.vocab_file else None)
+    if kind is None:
+        raise ConfigError(
+            f"{args.load or args.hf} names no tokenizer; give its word pieces with --vocab-file vocab.txt"
+        )
+    vocab_size = config.model.vocab_size
+    tokenizer = TokenizerSpec(kind, data.vocab_file, data.merge_file, data.tokenizer_model, vocab_size).build()
+    if tokenizer.cls is None or tokenizer.sep is None:
+        raise ConfigError(f"--tokenizer-type {kind} has no [CLS] and [SEP], between which a BERT reads; give a BERT's")
+    if tokenizer.vocab_size > vocab_size:
+        file = data.vocab_file or data.tokenizer_model
+        raise ConfigError(
+            f"{file} has {tokenizer.vocab_size} tokens, but the model of {args.load or args.hf} has {vocab_size}; give "
+            "the vocabulary it was trained with"
+        )
+    return tokenizer
+
+
+def length_limit(wanted: int | None, config: RunConfig) -> int:
+    """Tokens that a text may have. Raises: ConfigError if that is less than three, or more than the positions."""
+    learned = config.model.position_embedding_type == "learned_absolute"
+    positions = config.model.max_position_embeddings
+    length = positions if wanted is None else wanted
+    if length < 3:
+        raise ConfigError(f"--max-length {length} leaves no room between [CLS] and [SEP]; use at least 3")
+    if learned and length > positions:
+        raise ConfigError(
+            f"--max-length {length} is longer than the {positions} positions of the model; use {positions}"
+        )
+    return length
+
+
+def write(job: Job, vectors_NH: Tensor) -> None:
+    """Write the vectors aside and rename. Raises: StorageError if the file system refuses."""
+    aside = job.output.with_name(f".tmp-{job.output.name}")
+    try:
+        with open(aside, "wb") as file:
+            if job.output.suffix == ".npy":
+                np.save(file, vectors_NH.numpy())
+            else:
+                for text, vector_H in zip(job.texts, vectors_NH.tolist(), strict=True):
+                    file.write((json.dumps({"text": text, "embedding": vector_H}, ensure_ascii=False) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, job.output)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise StorageError(
+            f"--output {job.output} could not be written ({error.strerror}); free space there, or name another file"
+        ) from error
+
+
+def main(guard: Guard) -> None:
+    """Settle what is asked for, load the encoder, embed, write."""
+    args = parser().parse_args()
+    job = settle(args, guard.launch.world_size)
+    with joined(job.config.parallel, guard, save=None) as (mesh, device):
+        model = load_encoder(job.config, mesh, device, job.weights, pooling=job.options.pooling)
+        began_s = time.monotonic()
+        vectors_NH = embed(model, job.config, job.ids, job.options)
+        if mesh.rank == 0:
+            elapsed_s = time.monotonic() - began_s
+            write(job, vectors_NH)
+            rate, size = len(job.texts) / max(elapsed_s, 1e-9), vectors_NH.shape[1]
+            cut = f"; {job.num_cut} were cut to {max(map(len, job.ids))} tokens" if job.num_cut else ""
+            print(
+                f"{len(job.texts)} texts of {size} numbers in {elapsed_s:.2f} s, {rate:.1f} texts/s{cut}",
+                file=sys.stderr,
+            )
+
+
+if __name__ == "__main__":
+    guarded(main)
