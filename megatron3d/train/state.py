@@ -138,6 +138,7 @@ def _checkpoint_before(directory: Path) -> Path | None:
 def _restore_from(source: Path, parts: Parts, flags: ScheduleSettings) -> Restored:
     options, group = parts.config.checkpoint, parts.mesh.world.group
     state = read_document(source, "state")
+    _check_architecture(read_document(source, "run"), parts.config.model.architecture, source)
     with_optimizer = not (options.finetune or options.no_load_optim)
     if state.get("weights_only") and not options.finetune:
         raise MisfitError(f"{source} holds weights alone, without steps or optimizer; start from them with --finetune")
@@ -159,6 +160,13 @@ def _restore_from(source: Path, parts: Parts, flags: ScheduleSettings) -> Restor
         use_checkpoint=options.use_checkpoint_opt_param_scheduler,
     )
     return Restored(Progress(**state["progress"]), schedule, source)
+
+
+def _check_architecture(run: Mapping[str, Any], wanted: str, source: Path) -> None:
+    """Every tensor of a GPT has a namesake of its shape in a BERT, so names alone would not tell."""
+    saved = run["model"].get("architecture", "gpt")
+    if saved != wanted:
+        raise MisfitError(f"{source} holds a {saved.upper()}, not a {wanted.upper()}; go on with pretrain_{saved}.py")
 
 
 def _check_optimizer(state: Mapping[str, Any], wanted: str, source: Path) -> None:

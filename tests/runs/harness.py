@@ -67,8 +67,8 @@ class _EndedEarly(BaseException):
     """Stands for the end of the process, which a test must outlive."""
 
 
-def run(argv: Sequence[str], *, rank: int = 0, world_size: int = 1) -> Ended:
-    """pretrain_gpt.py as one rank in this process; with more ranks torch.distributed must be initialised already."""
+def run(argv: Sequence[str], *, rank: int = 0, world_size: int = 1, script: Path = SCRIPT) -> Ended:
+    """A training script as one rank in this process; with more ranks torch.distributed must be initialised already."""
     codes = [0]
 
     def end_process(code: int) -> None:
@@ -79,7 +79,7 @@ def run(argv: Sequence[str], *, rank: int = 0, world_size: int = 1) -> Ended:
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.dict(os.environ, place),
-        mock.patch.object(sys, "argv", [SCRIPT.name, *argv]),
+        mock.patch.object(sys, "argv", [script.name, *argv]),
         mock.patch.object(launch, "end_process", end_process),
         mock.patch.object(launch, "join", lambda *_, **__: None),
         mock.patch.object(launch, "leave", lambda: None),
@@ -87,7 +87,7 @@ def run(argv: Sequence[str], *, rank: int = 0, world_size: int = 1) -> Ended:
         contextlib.redirect_stderr(err),
         contextlib.suppress(_EndedEarly),
     ):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     return Ended(codes[-1], out.getvalue(), err.getvalue())
 
 
@@ -98,9 +98,9 @@ def run_ok(*options: str | Path) -> Ended:
     return ended
 
 
-def on_rank(rank: int, world_size: int, argv: Sequence[str]) -> Ended:
+def on_rank(rank: int, world_size: int, argv: Sequence[str], script: Path = SCRIPT) -> Ended:
     """Body for `pool.run`: the script as this rank of the pool's process group."""
-    return run(argv, rank=rank, world_size=world_size)
+    return run(argv, rank=rank, world_size=world_size, script=script)
 
 
 def records(path: Path) -> list[dict[str, Any]]:
