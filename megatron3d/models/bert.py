@@ -151,7 +151,7 @@ class BertHead(ParallelModule):
         mask_N = micro.loss_mask_BS.t().flatten()
         index_P = mask_N.nonzero().flatten()
         if not len(index_P):
-            index_P = index_P.new_zeros(1)  # a token of weight 0, so that every rank and micro-batch goes the same way
+            index_P = index_P.new_zeros(1)  # a token of weight 0: kernels on a GPU cannot be started for no rows
         x_PH = whole_sequence(x_SBH, self.context).flatten(0, 1).index_select(0, index_P)
         logits_PV = self.token_logits(x_PH, table)
         labels_P, mask_P = micro.labels_BS.t().flatten()[index_P], mask_N[index_P]

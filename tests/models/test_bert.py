@@ -14,7 +14,9 @@ from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.derive import resolve_model
 from megatron3d.config.model import ModelConfig
 from megatron3d.config.train import TrainConfig
+from megatron3d.models import bert
 from megatron3d.models.bert import build_bert_stage
+from megatron3d.models.losses import masked_loss_sum
 from megatron3d.models.stage import MicroBatch, Stage, StagePart
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import materialize_all
@@ -207,11 +209,20 @@ def test_an_earlier_token_sees_a_later_one_with_and_without_a_mask() -> None:
     assert (outputs[0] - outputs[2])[0].abs().max() > 1e-6
 
 
-def test_a_micro_batch_without_masked_tokens_has_no_token_loss_and_gradients_of_zero() -> None:
-    config = bert_config("masked only")
+def test_a_micro_batch_without_masked_tokens_has_no_token_loss_and_gradients_of_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, rows = bert_config("masked only"), []
+
+    def spy(logits_PV: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows.append(len(logits_PV))
+        return masked_loss_sum(logits_PV, *args, **kwargs)
+
+    monkeypatch.setattr(bert, "masked_loss_sum", spy)
     losses, grads = run_stages(stages_of(config, 1, context_of()), micro_of(loss_mask_BS=torch.zeros(B, S)))
     assert losses.tolist() == [0.0]
     assert all(not grad.any() for grad in grads.values())
+    assert rows == [1], "a kernel on a GPU cannot be started for no rows"
 
 
 def test_segments_left_out_are_all_of_type_zero() -> None:
