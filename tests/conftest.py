@@ -26,6 +26,11 @@ def pool() -> Iterator[Pool]:
     kept.close()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where things lie that some slow tests use and that nobody has to have."""
+    parser.addoption("--minilm", metavar="DIR", help="a Hugging Face directory of all-MiniLM-L6-v2, for slow tests")
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say at the top what this run leaves out and why."""
     lines = []

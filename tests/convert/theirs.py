@@ -1,0 +1,81 @@
+"""Small models of transformers with weights that let mistakes show, saved as `save_pretrained` saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB, HIDDEN, HEADS, LAYERS, POSITIONS, FFN, CLASSES = 67, 32, 4, 4, 24, 56, 3
+
+_BERT: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": FFN,
+    "max_position_embeddings": POSITIONS,
+    "type_vocab_size": 2,
+}
+_LABELS = {"id2label": {0: "bad", 1: "fair", 2: "good"}, "label2id": {"bad": 0, "fair": 1, "good": 2}}
+_GPT2: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "n_positions": POSITIONS,
+    "n_embd": HIDDEN,
+    "n_layer": LAYERS,
+    "n_head": HEADS,
+    "n_inner": FFN,
+    "bos_token_id": 5,
+    "eos_token_id": 5,
+}
+_LLAMA: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": POSITIONS,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Name -> transformers' class of the model, that of its config, and the config's values.
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert-pretraining": ("BertForPreTraining", "BertConfig", _BERT),
+    "bert-masked": ("BertForMaskedLM", "BertConfig", _BERT | {"hidden_act": "gelu_new"}),
+    "bert-untied": ("BertForPreTraining", "BertConfig", _BERT | {"tie_word_embeddings": False}),
+    "bert-bare": ("BertModel", "BertConfig", _BERT),
+    "bert-classifier": ("BertForSequenceClassification", "BertConfig", _BERT | _LABELS),
+    "megatron-bert": ("MegatronBertForPreTraining", "MegatronBertConfig", _BERT),
+    "megatron-bert-classifier": ("MegatronBertForSequenceClassification", "MegatronBertConfig", _BERT | _LABELS),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA | {"tie_word_embeddings": False}),
+    "llama-tied": ("LlamaForCausalLM", "LlamaConfig", _LLAMA | {"tie_word_embeddings": True}),
+}
+
+
+def build(name: str) -> nn.Module:
+    """The model in evaluation mode; every parameter is moved, so that no bias is 0 and no norm weight 1."""
+    model_class, config_class, values = MODELS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**values))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        if name == "bert-untied":
+            # With a decoder of its own transformers keeps this second bias, but computes nothing with it.
+            model.cls.predictions.bias.copy_(model.cls.predictions.decoder.bias)
+    return model.eval()
+
+
+def saved(model: nn.Module, directory: Path) -> Path:
+    """Write the model as transformers does."""
+    model.save_pretrained(directory)
+    return directory
