@@ -1,8 +1,9 @@
 """A picture of a run's losses, made from its metrics file and good enough to show.
 
 The raw training loss is drawn thin, its moving mean bold, the validation loss as points; the title says how large the
-model is and how it was cut. Steps whose loss was not finite or whose update was skipped are left out of the curves and
-marked at the bottom edge.
+model is and how it was cut. Where evaluations measured accuracies (a BERT's), a panel below shows them beside the
+unigram baseline, which is what the best constant answer would reach. Steps whose loss was not finite or whose update
+was skipped are left out of the curves and marked at the bottom edge.
 """
 
 from __future__ import annotations
@@ -51,11 +52,15 @@ def plot_losses(metrics_path: str | Path, png_path: str | Path) -> None:
     margins = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)  # inches
     figure = Figure(figsize=(9.6, 5.4), dpi=200, layout=margins)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    curves = accuracy_curves(records)
+    axes, *below = figure.subplots(2 if curves else 1, 1, sharex=True, squeeze=False).flatten()
     _draw_train(axes, train)
     _draw_valid(axes, valid)
     _mark_left_out(axes, left_out)
     _dress(axes, start, [*train, *valid])
+    for panel in below:
+        axes.set_xlabel("")
+        _draw_accuracies(panel, curves)
     _save(figure, Path(png_path))
 
 
@@ -72,6 +77,35 @@ def smoothed(losses: list[float], half_width: int) -> list[float]:
         first, end = i - reach, min(i + reach + 1, len(losses))
         means.append((sums[end] - sums[first]) / (end - first))
     return means
+
+
+def accuracy_curves(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """(step, share) of each accuracy in the records of evaluations, by its name without `valid_` and `_accuracy`."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for name, share in record.items():
+            if name.startswith("valid_") and name.endswith("_accuracy") and share is not None:
+                short = name.removeprefix("valid_").removesuffix("_accuracy")
+                curves.setdefault(short, []).append((record["step"], share))
+    return curves
+
+
+def _draw_accuracies(axes: Axes, curves: Mapping[str, list[tuple[int, float]]]) -> None:
+    """Each accuracy as a line with points; the baseline, which nothing was learnt for, dashed and grey."""
+    colors = iter((VALID_COLOR, TRAIN_COLOR, TEXT_COLOR))
+    for name, curve in curves.items():
+        steps, shares = zip(*curve, strict=True)
+        is_baseline = name == "unigram"
+        style = {"color": MUTED_COLOR, "linestyle": "--"} if is_baseline else {"color": next(colors), "marker": "o"}
+        label = f"{name}{' baseline' if is_baseline else ''}, last {shares[-1]:.1%}"
+        axes.plot(steps, shares, linewidth=1.4, markersize=4, label=label, **style)
+    axes.set_ylim(bottom=0.0)
+    axes.set_xlabel("step", fontsize=11, color=TEXT_COLOR)
+    axes.set_ylabel("validation accuracy", fontsize=11, color=TEXT_COLOR)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=MUTED_COLOR, labelsize=10)
+    axes.legend(fontsize=10, loc="best", labelcolor=TEXT_COLOR, edgecolor="none", framealpha=0.9)
 
 
 def _draw_train(axes: Axes, train: list[tuple[int, float]]) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron3d.errors import DataError, StorageError
-from megatron3d.train.loss_plot import plot_losses, smoothed
+from megatron3d.train.loss_plot import accuracy_curves, plot_losses, smoothed
 from megatron3d.train.metrics import MetricsFile, StartRecord, StepRecord, read_records
 
 START = StartRecord(
@@ -193,6 +193,20 @@ def test_a_run_of_any_length_draws_a_png_of_the_promised_size(tmp_path: Path, st
     data = (tmp_path / "out" / "loss.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", data[16:24]) == (1920, 1080)
+
+
+def test_accuracies_of_evaluations_get_a_panel_of_their_own(tmp_path: Path) -> None:
+    file = written(tmp_path / "plain.jsonl", 1, 20)
+    file.close()
+    with written(tmp_path / "more.jsonl", 1, 20) as more:
+        more.evaluation(20, 4.0, {"valid_masked_accuracy": 0.3, "valid_unigram_accuracy": 0.05, "valid_lm_loss": 4.0})
+    assert accuracy_curves(read_records(tmp_path / "plain.jsonl")) == {}
+    assert accuracy_curves(read_records(tmp_path / "more.jsonl")) == {"masked": [(20, 0.3)], "unigram": [(20, 0.05)]}
+    for name in ("plain", "more"):
+        plot_losses(tmp_path / f"{name}.jsonl", tmp_path / f"{name}.png")
+    sizes = [struct.unpack(">II", (tmp_path / f"{name}.png").read_bytes()[16:24]) for name in ("plain", "more")]
+    assert sizes == [(1920, 1080)] * 2
+    assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "more.png").read_bytes()
 
 
 def test_a_file_without_a_loss_is_not_drawn(tmp_path: Path) -> None:
