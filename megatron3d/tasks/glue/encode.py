@@ -1,0 +1,104 @@
+"""From texts to token ids: [CLS] A [SEP] or [CLS] A [SEP] B [SEP], cut to a length.
+
+Source: Devlin et al. 2018 (arXiv:1810.04805), figure 4; of a pair that is too long the longer text loses its last
+tokens, as in the paper's released code.
+
+Shapes: N samples, T tokens of all samples together, B samples of a batch, S its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron3d.data.batch import SequenceBatch
+from megatron3d.data.text_pair import cut, with_special_tokens
+from megatron3d.data.tokenizer import Tokenizer
+from megatron3d.errors import DataError
+from megatron3d.tasks.glue.read import Rows
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The samples of one file as token ids.
+
+    Attributes:
+        tokens_T: int32, sample after sample.
+        starts: int64 [N + 1], where each sample begins; the last is T.
+        first_lengths_N: int32, tokens of [CLS] A [SEP].
+        labels_N: int64 classes or float32 values; None for files without labels.
+        num_cut: samples that lost tokens.
+        pad: the id that fills rows up.
+    """
+
+    tokens_T: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    first_lengths_N: NDArray[np.int32]
+    labels_N: NDArray[np.generic] | None
+    num_cut: int
+    pad: int
+
+    def __len__(self) -> int:
+        """Samples, N."""
+        return len(self.starts) - 1
+
+    @property
+    def lengths_N(self) -> NDArray[np.int64]:
+        """Tokens of each sample."""
+        return np.diff(self.starts)
+
+    def without_labels(self) -> Encoded:
+        """The same samples, of which a model is asked for its scores."""
+        return replace(self, labels_N=None)
+
+    def batch(self, indices_B: NDArray[np.int64], weights_B: NDArray[np.float32], length: int) -> SequenceBatch:
+        """These samples, padded to `length`; without labels where there are none."""
+        lengths_B = self.lengths_N[indices_B]
+        positions_S = np.arange(length)
+        is_token_BS = positions_S < lengths_B[:, None]
+        tokens_BS = np.full((len(indices_B), length), self.pad, dtype=np.int64)
+        where_BS = np.where(is_token_BS, self.starts[indices_B][:, None] + positions_S, 0)
+        np.copyto(tokens_BS, self.tokens_T[where_BS], where=is_token_BS)
+        types_BS = is_token_BS & (positions_S >= self.first_lengths_N[indices_B][:, None])
+        return SequenceBatch(
+            tokens_BS=torch.from_numpy(tokens_BS),
+            token_types_BS=torch.from_numpy(types_BS.astype(np.int64)),
+            weights_B=torch.from_numpy(weights_B.copy()),
+            padding_mask_BS=None if is_token_BS.all() else torch.from_numpy(is_token_BS),
+            labels_B=None if self.labels_N is None else torch.from_numpy(self.labels_N[indices_B]),
+        )
+
+
+def encode(rows: Rows, tokenizer: Tokenizer, *, max_length: int) -> Encoded:
+    """All samples of a file as ids, none longer than `max_length` with its special tokens.
+
+    Raises:
+        DataError: the tokenizer has no [CLS], [SEP] or [PAD].
+    """
+    cls, sep, pad = tokenizer.cls, tokenizer.sep, tokenizer.pad
+    if cls is None or sep is None or pad is None:
+        missing = [name for name, id in (("[CLS]", cls), ("[SEP]", sep), ("[PAD]", pad)) if id is None]
+        raise DataError(
+            f"the tokenizer has no {' and no '.join(missing)}, which BERT's inputs are made of; give the vocabulary "
+            "that the model was trained with"
+        )
+    columns = [tokenizer.encode_batch(texts) for texts in rows.texts]
+    room = max_length - 1 - len(columns)
+    samples: list[Sequence[int]] = []
+    first_lengths, num_cut = [], 0
+    for parts in zip(*columns):
+        kept = cut(parts, room)
+        num_cut += sum(map(len, kept)) < sum(map(len, parts))
+        first_lengths.append(len(kept[0]) + 2)
+        samples.append(with_special_tokens(kept, cls=cls, sep=sep))
+    starts = np.zeros(len(samples) + 1, dtype=np.int64)
+    np.cumsum([len(sample) for sample in samples], out=starts[1:])
+    tokens = np.fromiter((id for sample in samples for id in sample), dtype=np.int32, count=int(starts[-1]))
+    labels = None
+    if rows.labels is not None:
+        labels = np.array(rows.labels, dtype=np.int64 if isinstance(rows.labels[0], int) else np.float32)
+    return Encoded(tokens, starts, np.array(first_lengths, dtype=np.int32), labels, num_cut, pad)

@@ -1,0 +1,210 @@
+"""Fine-tuning: epochs over a task, measured after each, the best weights kept.
+
+A step is that of pretraining (`train/step.py`); what differs is what goes around it. Samples come in epochs and in
+batches of different lengths, and the weights that count are not the last but those with the best metrics on the dev
+file.
+
+Source: Devlin et al. 2018 (arXiv:1810.04805), section 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron3d.comm.device import synchronize
+from megatron3d.optim.schedule import ScheduleSettings, settings_from_config
+from megatron3d.tasks.glue import weights
+from megatron3d.tasks.glue.encode import Encoded
+from megatron3d.tasks.glue.metrics import mean_of
+from megatron3d.tasks.glue.order import PlannedBatch, training_batches
+from megatron3d.tasks.glue.predict import mean_loss, metrics_of, scores
+from megatron3d.tasks.glue.reports import TaskReports
+from megatron3d.tasks.glue.tasks import Task
+from megatron3d.train.launch import Guard
+from megatron3d.train.parts import Parts
+from megatron3d.train.state import Progress
+from megatron3d.train.step import Rates, StepResult, train_step
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The encoded files of a task: training (None if nothing is trained), dev by metric ending, test by name."""
+
+    train: Encoded | None
+    dev: Mapping[str, Encoded]
+    test: Mapping[str, Encoded]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measurement on the dev files found: metrics by name (with the ending of their file), and mean loss."""
+
+    metrics: Mapping[str, float]
+    loss: float
+
+    @property
+    def score(self) -> float:
+        """The mean of the metrics, by which the best weights are chosen."""
+        return mean_of(self.metrics)
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What a fine-tuning gave: the best measurement, the epoch it was made after (0 is before the first), the step,
+    and the samples and time of the training steps alone."""
+
+    best: Measured
+    epoch: int
+    step: int
+    samples: int
+    train_s: float
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How to go about it: the task, how many epochs, where the best checkpoint goes and what its `task.json` says
+    (without metrics), and what batches are padded to."""
+
+    task: Task
+    epochs: int
+    max_length: int
+    multiple: int
+    save: Path | None
+
+
+def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say: Callable[[str], None]) -> Finetuned:
+    """Train for the epochs that are wished for and leave the best weights in the model; collective over all ranks.
+
+    Args:
+        parts: the rank's model, with the weights to start from in place, and its optimizer.
+        data: the encoded files.
+        wishes: how.
+        guard: learns the step, for reports of how the run ended.
+        say: takes lines for people; silent on all ranks but one.
+    """
+    if data.train is None:
+        found = measure_dev(parts, data.dev, wishes)
+        say(_line(0, found))
+        return Finetuned(found, 0, 0, 0, 0.0)
+    with ExitStack() as exits:
+        reports = exits.enter_context(TaskReports(parts))
+        loop = _Loop(parts, data.train, data.dev, wishes, reports, guard)
+        try:
+            for epoch in range(wishes.epochs):
+                loop.train_epoch(epoch)
+                loop.measure(epoch)
+        except Exception as error:
+            error.add_note(f"on {parts.mesh}, after step {loop.progress.step}")
+            raise
+        loop.take_back_best()
+    assert loop.best is not None, f"{wishes.epochs} epochs end with a measurement each"
+    return loop.best
+
+
+class _Loop:
+    """One fine-tuning under way."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        train: Encoded,
+        dev: Mapping[str, Encoded],
+        wishes: Wishes,
+        reports: TaskReports,
+        guard: Guard,
+    ) -> None:
+        self.parts, self.samples, self.dev, self.wishes = parts, train, dev, wishes
+        self.reports, self.guard = reports, guard
+        self.schedule: ScheduleSettings = settings_from_config(parts.config.optim, parts.config.train)
+        self.progress = Progress()
+        self.best: Finetuned | None = None
+        self.best_weights: Mapping[str, Tensor] = {}
+        self.train_s = 0.0
+
+    def train_epoch(self, epoch: int) -> None:
+        config = self.parts.config
+        batches = training_batches(
+            self.samples.lengths_N,
+            batch_size=config.train.global_batch_size,
+            multiple=self.wishes.multiple,
+            seed=config.data.seed,
+            epoch=epoch,
+        )
+        self.reports.epoch(epoch, batches, self.samples.lengths_N)
+        for batch in batches:
+            began_s = time.monotonic()
+            rates = self._rates()
+            result = self._step(batch, rates)
+            elapsed_s = time.monotonic() - began_s
+            self.train_s += elapsed_s
+            self.reports.step(self.progress, result, rates, batch, elapsed_s=elapsed_s)
+
+    def _rates(self) -> Rates:
+        at = {"iteration": self.progress.updates, "consumed_samples": self.progress.updated_samples}
+        return Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
+
+    def _step(self, batch: PlannedBatch, rates: Rates) -> StepResult:
+        dp, before = self.parts.mesh.dp, self.progress
+        part = batch.part(dp.rank, dp.size)
+        mine = self.samples.batch(part.indices_G, part.weights_G, part.length)
+        result = train_step(self.parts, mine, rates, step=before.step)
+        synchronize(self.parts.model.device)
+        self.progress = before.after(batch.num_samples, skipped=result.skipped)
+        self.guard.step = self.progress.step
+        return result
+
+    def measure(self, epoch: int) -> None:
+        """Measure after an epoch; keep and save the weights if they are the best so far."""
+        self.parts.engine.finish_update()
+        found = measure_dev(self.parts, self.dev, self.wishes)
+        self.reports.measured(self.progress.step, found.loss, found.metrics)
+        self.reports.note(_line(epoch + 1, found))
+        step, samples = self.progress.step, self.progress.consumed_samples
+        if self.best is not None and found.score <= self.best.best.score:
+            self.best = Finetuned(self.best.best, self.best.epoch, self.best.step, samples, self.train_s)
+            return
+        self.best = Finetuned(found, epoch + 1, step, samples, self.train_s)
+        self.best_weights = weights.remember(self.parts) if epoch + 1 < self.wishes.epochs else {}
+        if self.wishes.save is not None:
+            document = self._document(found.metrics)
+            path = weights.save(self.parts, self.wishes.save, step, document)
+            self.reports.note(f"saved {path}, the best so far")
+
+    def take_back_best(self) -> None:
+        """Put the best weights into the model, where they are not the last."""
+        if self.best_weights and self.best is not None and self.best.step != self.progress.step:
+            weights.recall(self.parts, self.best_weights)
+
+    def _document(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        return weights.task_document(self.wishes.task, max_length=self.wishes.max_length, metrics=metrics)
+
+
+def measure_dev(parts: Parts, dev: Mapping[str, Encoded], wishes: Wishes) -> Measured:
+    """The metrics on all dev files with the weights that are in the model; collective over all ranks."""
+    task = wishes.task
+    metrics: dict[str, float] = {}
+    losses: list[tuple[float, int]] = []
+    for ending, samples in dev.items():
+        assert samples.labels_N is not None, f"dev file {ending!r} was read without labels"
+        found_NC = scores(parts, samples, num_outputs=task.num_outputs, multiple=wishes.multiple)
+        metrics |= {f"{n}{ending}": v for n, v in metrics_of(found_NC, samples.labels_N, task).items()}
+        losses.append((mean_loss(found_NC, samples.labels_N), len(samples)))
+    return Measured(metrics, _mean(losses))
+
+
+def _mean(losses: Sequence[tuple[float, int]]) -> float:
+    return math.fsum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+
+
+def _line(epoch: int, found: Measured) -> str:
+    told = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+    when = f"after epoch {epoch}" if epoch else "as loaded"
+    return f"dev {when}: {told}, loss {found.loss:.4f}"

@@ -1,0 +1,99 @@
+"""What a classifier says of every sample of a file, at any layout, and the files in which the leaderboard wants it.
+
+Shapes: N samples, C outputs of the model (classes, or 1 value in a regression).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron3d.comm.collectives import all_reduce
+from megatron3d.errors import StorageError
+from megatron3d.models.bert_classifier import sample_losses
+from megatron3d.pipeline.run import run
+from megatron3d.tasks.glue.encode import Encoded
+from megatron3d.tasks.glue.metrics import measure
+from megatron3d.tasks.glue.order import PlannedBatch, evaluation_batches
+from megatron3d.tasks.glue.tasks import Task
+from megatron3d.train.parts import Parts
+from megatron3d.train.step import micro_batches
+
+
+def scores(parts: Parts, samples: Encoded, *, num_outputs: int, multiple: int) -> Tensor:
+    """The model's outputs for all samples, fp32 [N, C] on the CPU, the same on every rank; collective over all.
+
+    Args:
+        parts: the rank's model.
+        samples: of one file.
+        num_outputs: C.
+        multiple: batches are padded to a multiple of this.
+    """
+    mesh, device = parts.mesh, parts.model.device
+    found_NC = torch.zeros(len(samples), num_outputs, device=device)
+    size = parts.config.train.global_batch_size
+    for batch in evaluation_batches(samples.lengths_N, batch_size=size, multiple=multiple):
+        part = batch.part(mesh.dp.rank, mesh.dp.size)
+        outputs = _outputs(parts, samples, part)
+        if outputs is not None:
+            counts = torch.from_numpy(part.weights_G > 0)
+            found_NC[torch.from_numpy(part.indices_G)[counts].to(device)] = outputs[counts.to(device)].float()
+    # Each row was filled in by one rank of all; the others hold zeros.
+    return all_reduce(found_NC, mesh.world).cpu()
+
+
+def _outputs(parts: Parts, samples: Encoded, part: PlannedBatch) -> Tensor | None:
+    """The scores of one rank's rows, where this rank is the one to report them."""
+    model, size = parts.model, parts.config.train.micro_batch_size
+    asked = samples.without_labels().batch(part.indices_G, part.weights_G, part.length)
+    micros = micro_batches(asked, size, device=model.device)
+    row = model.rows.forward_only(len(micros))
+    wire = model.wire(parts.config, micro_batch_size=size, seq_length=part.length)
+    outputs = run(row.schedule, row.actions, model.stages, micros, wire=wire)
+    return torch.cat(outputs) if outputs and parts.mesh.tp.rank == 0 else None
+
+
+def mean_loss(scores_NC: Tensor, labels_N: NDArray[np.generic]) -> float:
+    """The objective over all samples of a file."""
+    return float(sample_losses(scores_NC, torch.from_numpy(labels_N)).double().mean())
+
+
+def answers(scores_NC: Tensor, task: Task) -> NDArray[np.generic]:
+    """The most probable class of each sample, int64 [N]; in a regression the value within the task's range, fp32."""
+    if not task.is_regression:
+        return scores_NC.argmax(1).numpy()
+    values_N = scores_NC[:, 0].numpy()
+    return values_N if task.value_range is None else values_N.clip(*task.value_range)
+
+
+def metrics_of(scores_NC: Tensor, labels_N: NDArray[np.generic], task: Task) -> dict[str, float]:
+    """The official metrics of a task on one labelled file."""
+    return measure(task.metrics, answers(scores_NC, task), labels_N, num_classes=task.num_outputs)
+
+
+def prediction_lines(scores_NC: Tensor, task: Task) -> list[str]:
+    """The lines of a predictions file: a header, then the number of each row and its label as the data writes it."""
+    found = answers(scores_NC, task)
+    words = [f"{value:.3f}" for value in found] if task.is_regression else [task.labels[number] for number in found]
+    return ["index\tprediction", *(f"{number}\t{word}" for number, word in enumerate(words))]
+
+
+def write_predictions(path: Path, scores_NC: Tensor, task: Task) -> None:
+    """Write a predictions file as the GLUE leaderboard takes it, under its name once it is whole.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    aside = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text("\n".join(prediction_lines(scores_NC, task)) + "\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"--predict: {path} could not be written ({error.strerror}); free space or give another directory"
+        ) from error

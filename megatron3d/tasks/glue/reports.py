@@ -1,0 +1,109 @@
+"""What a fine-tuning tells while it goes: the log lines and the metrics file of pretraining, with true token counts.
+
+Batches have different lengths, so rates count the tokens that were there and not the padding.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron3d.comm.device import device_name, peak_memory_bytes
+from megatron3d.models.flops import flops_per_step, peak_tflops
+from megatron3d.tasks.glue.order import PlannedBatch, padded_share
+from megatron3d.train.metrics import MetricsFile, StepRecord
+from megatron3d.train.parts import Parts
+from megatron3d.train.progress import ProgressReporter, StepReport
+from megatron3d.train.reports import TERA, start_record
+from megatron3d.train.state import Progress, total_steps
+from megatron3d.train.step import Rates, StepResult
+
+
+class TaskReports:
+    """A context manager; every rank makes one, and those of ranks above 0 write nothing."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self._exits = ExitStack()
+        self._metrics: MetricsFile | None = None
+        self._progress: ProgressReporter | None = None
+        self._lengths_N: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+    def __enter__(self) -> TaskReports:
+        """Open the metrics file and the progress line."""
+        record = start_record(self.parts)
+        if self.parts.mesh.rank > 0:
+            return self
+        config = self.parts.config
+        if config.train.metrics_file:
+            self._metrics = self._exits.enter_context(MetricsFile(config.train.metrics_file))
+            self._metrics.start(record)
+        peak = config.train.peak_tflops or peak_tflops(device_name(self.parts.model.device), config.optim.precision)
+        reporter = ProgressReporter(
+            total_steps(config),
+            sys.stderr,
+            log_interval=config.train.log_interval,
+            num_devices=self.parts.mesh.world.size,
+            peak_flops=None if peak is None else peak * TERA,
+        )
+        self._progress = self._exits.enter_context(reporter)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close both."""
+        self._exits.close()
+
+    def epoch(self, epoch: int, batches: Sequence[PlannedBatch], lengths_N: NDArray[np.int64]) -> None:
+        """An epoch with these batches begins."""
+        self._lengths_N = lengths_N
+        padding = padded_share(list(batches), lengths_N)
+        self.note(f"epoch {epoch + 1}: {len(batches)} steps, {padding:.1%} of their positions are padding")
+
+    def step(
+        self, progress: Progress, result: StepResult, rates: Rates, batch: PlannedBatch, *, elapsed_s: float
+    ) -> None:
+        """One step is done."""
+        if self._progress is None:
+            return
+        config = self.parts.config
+        tokens = int((self._lengths_N[batch.indices_G] * batch.weights_G).sum())
+        self._progress.step(
+            StepReport(
+                step=progress.step,
+                loss=result.loss,
+                lr=rates.lr,
+                grad_norm=result.grad_norm,
+                tokens=tokens,
+                flops=flops_per_step(config.model, tokens),
+                elapsed_s=elapsed_s,
+                skipped=result.skipped,
+                memory_bytes=peak_memory_bytes(self.parts.model.device),
+            )
+        )
+        if self._metrics is not None:
+            self._metrics.step(
+                StepRecord(
+                    step=progress.step,
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    lr=rates.lr,
+                    consumed_samples=progress.consumed_samples,
+                    tokens_per_second=tokens / elapsed_s,
+                    skipped=result.skipped,
+                    batch_size=batch.num_samples,
+                )
+            )
+
+    def measured(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
+        """The metrics on dev after a step."""
+        if self._metrics is not None:
+            self._metrics.evaluation(step, loss, {f"valid_{name}": value for name, value in metrics.items()})
+
+    def note(self, text: str) -> None:
+        """Write a line, on rank 0."""
+        if self._progress is not None:
+            self._progress.note(text)

@@ -1,0 +1,193 @@
+"""Where a fine-tuning starts: the weights of a checkpoint or of a Hugging Face directory, and a new head.
+
+What a checkpoint has, it gives, whatever layout wrote it; the classifier is new unless the checkpoint is one of the
+same task, and so is the pooler of a model that was pretrained without one. New weights depend on the seed and on their
+names alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron3d.checkpoint.directory import find_checkpoint
+from megatron3d.checkpoint.durable import storage_errors, write_file
+from megatron3d.checkpoint.index import read_index
+from megatron3d.checkpoint.load import load_tensors, read_document, tensor_shapes
+from megatron3d.checkpoint.save import save_checkpoint
+from megatron3d.checkpoint.store import everywhere
+from megatron3d.comm.mesh import Mesh
+from megatron3d.config.data import DataConfig
+from megatron3d.config.model import ModelConfig
+from megatron3d.config.serialize import from_dict, to_dict
+from megatron3d.convert.hf import TOKENIZER_FOLDER, fill_views, read_model
+from megatron3d.convert.tokenizer_files import data_of, files_of
+from megatron3d.errors import MisfitError
+from megatron3d.tasks.glue.tasks import Task
+from megatron3d.train.parts import Parts
+
+_CLASSIFIER, _POOLER = "head.classifier.", "head.pooler."
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The weights to start from, known by their shapes before a device is touched.
+
+    Attributes:
+        path: the checkpoint, or the Hugging Face directory.
+        model: the shape of the model.
+        names: the parameters that are there, by full name.
+        data: the options of the data it was trained on, which name its tokenizer.
+        task: what the checkpoint of a classifier says of its task (`task_document`), else None.
+        keeps_classifier: whether the user says that its classifier is one of the task.
+        tensors: all weights by name, of a Hugging Face directory; None of a checkpoint, which is read when needed.
+    """
+
+    path: Path
+    model: ModelConfig
+    names: frozenset[str]
+    data: DataConfig
+    task: Mapping[str, Any] | None = None
+    keeps_classifier: bool = False
+    tensors: Mapping[str, Tensor] | None = None
+
+    def is_of(self, task: Task) -> bool:
+        """Whether its classifier is one of this task."""
+        if self.keeps_classifier:
+            return True
+        return self.task is not None and all(self.task.get(key) == value for key, value in task_identity(task).items())
+
+
+def open_hf(directory: str) -> Origin:
+    """A Hugging Face directory as an origin.
+
+    Raises:
+        CheckpointError: it is damaged, or holds no BERT.
+    """
+    found = read_model(Path(directory))
+    _require_bert(f"--hf {directory}", found.model)
+    return Origin(found.directory, found.model, frozenset(found.tensors), found.data, tensors=found.tensors)
+
+
+def open_checkpoint(load: str, step: int | None) -> Origin:
+    """A megatron3d checkpoint as an origin.
+
+    Raises:
+        CheckpointError: there is none, or it holds no BERT.
+    """
+    directory = find_checkpoint(Path(load), step)
+    stored = from_dict(read_document(directory, "run"))
+    _require_bert(f"--load {directory}", stored.model)
+    names = frozenset(name.removeprefix("model/") for name in tensor_shapes(directory) if name.startswith("model/"))
+    task = read_document(directory, "task") if "task.json" in read_index(directory).documents else None
+    return Origin(directory, stored.model, names, stored.data, task)
+
+
+def _require_bert(source: str, model: ModelConfig) -> None:
+    if model.architecture != "bert":
+        raise MisfitError(
+            f"{source} holds a {model.architecture.upper()}, and the tasks are learned by a BERT; give a checkpoint of "
+            "pretrain_bert.py with --load, or a Hugging Face directory of a BERT with --hf"
+        )
+
+
+def new_prefixes(origin: Origin, task: Task) -> tuple[str, ...]:
+    """What the names of the parameters that start anew begin with."""
+    classifier = () if origin.is_of(task) else (_CLASSIFIER,)
+    return classifier if f"{_POOLER}weight" in origin.names else (*classifier, _POOLER)
+
+
+def fill(parts: Parts, origin: Origin, task: Task) -> None:
+    """Put the origin's weights into the model; collective over all ranks.
+
+    Raises:
+        CheckpointError: the origin is damaged, lacks weights of the encoder, or its shapes are not those of its model.
+    """
+    fresh = new_prefixes(origin, task)
+    with parts.engine.states_opened(parts.optimizer, writes=True):
+        views = parts.engine.weight_views()
+        old = {name: view for name, view in views.items() if not (fresh and name.startswith(fresh))}
+        if origin.tensors is None:
+            load_tensors(origin.path, {f"model/{n}": v for n, v in old.items()}, group=parts.mesh.world.group)
+        elif missing := fill_views(old, origin.tensors):
+            raise MisfitError(f"--hf {origin.path} has no weights for {missing[0]}; give a directory that has them")
+    parts.engine.publish()
+
+
+def remember(parts: Parts) -> dict[str, Tensor]:
+    """A copy of this rank's master weights."""
+    with parts.engine.states_opened(parts.optimizer, writes=False):
+        return {name: view.data.clone() for name, view in parts.engine.weight_views().items()}
+
+
+def recall(parts: Parts, weights: Mapping[str, Tensor]) -> None:
+    """Go back to remembered weights; collective over all ranks."""
+    with parts.engine.states_opened(parts.optimizer, writes=True):
+        for name, view in parts.engine.weight_views().items():
+            view.data.copy_(weights[name])
+    parts.engine.publish()
+
+
+def task_identity(task: Task) -> dict[str, Any]:
+    """What makes two classifiers ones of the same task."""
+    return {"task": task.name, "labels": list(task.labels), "num_outputs": task.num_outputs}
+
+
+def task_document(task: Task, *, max_length: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """`task.json` of a classifier's checkpoint: all that is needed to use it, beside the run.
+
+    `labels` are the classes in the order of the outputs (none in a regression), `num_texts` is 2 for pairs, and
+    `max_seq_length` the tokens that a sample was cut to, special ones included.
+    """
+    return task_identity(task) | {
+        "is_regression": task.is_regression,
+        "value_range": None if task.value_range is None else list(task.value_range),
+        "num_texts": len(task.texts),
+        "max_seq_length": max_length,
+        "metrics": dict(metrics),
+    }
+
+
+def save(parts: Parts, root: Path, step: int, document: Mapping[str, Any]) -> Path:
+    """Write the classifier without its optimizer, and keep it alone in `root`; collective over all ranks.
+
+    Raises:
+        StorageError: the file system refused; the checkpoint before is untouched.
+    """
+    mesh = parts.mesh
+    with parts.engine.states_opened(parts.optimizer, writes=False):
+        views = parts.engine.weight_views(with_copies=False)
+        return save_checkpoint(
+            root,
+            step,
+            {f"model/{name}": view for name, view in views.items()},
+            documents={"run": to_dict(parts.config), "task": dict(document)},
+            keep_last=1,
+            group=mesh.world.group,
+            rank=mesh.rank,
+            world_size=mesh.world.size,
+        )
+
+
+def keep_tokenizer(data: DataConfig, model: ModelConfig, save: Path, mesh: Mesh) -> DataConfig:
+    """Copy the tokenizer's files beside the checkpoints, and name these instead; collective over all ranks.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    files = files_of(data, model)
+    folder = save / TOKENIZER_FOLDER
+
+    def copy() -> None:
+        if mesh.rank == 0:
+            with storage_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                for name, content in files.items():
+                    write_file(folder / name, [content])
+
+    everywhere(copy, mesh.world.group)
+    return replace(data, **{name: vars(data_of(folder, model, {}))[name] for name in ("vocab_file", "tokenizer_model")})

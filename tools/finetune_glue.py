@@ -1,0 +1,162 @@
+"""Fine-tune a BERT on one of the nine GLUE tasks, or on TSV files of your own, and measure it.
+
+    python tools/finetune_glue.py --task sst-2 --data-dir glue/SST-2 --hf MODEL --epochs 3 --lr 3e-5 --save OUT
+    torchrun --nproc-per-node 4 tools/finetune_glue.py --task mrpc --data-dir glue --load CHECKPOINTS --epochs 3 \
+        --lr 3e-5 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --predict predictions
+
+Beside the options below it takes those of `pretrain_bert.py` for layout, optimizer, batch, precision and checkpoints
+(`pretrain_bert.py --help`). The last line on standard output is one JSON object with the metrics on the dev file; what
+happens meanwhile goes to standard error. See docs/glue.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron3d.checkpoint.directory import hold_directory
+from megatron3d.checkpoint.store import everywhere
+from megatron3d.comm.mesh import Mesh
+from megatron3d.config.run import RunConfig
+from megatron3d.models.bert_classifier import build_bert_classifier_stage
+from megatron3d.tasks.glue.finetune import Finetuned, Wishes, finetune
+from megatron3d.tasks.glue.job import Job, settle
+from megatron3d.tasks.glue.metrics import over_seeds
+from megatron3d.tasks.glue.predict import scores, write_predictions
+from megatron3d.tasks.glue.tasks import CUSTOM, GLUE_TASKS, METRICS
+from megatron3d.tasks.glue.weights import fill, keep_tokenizer
+from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.parts import Parts, build_parts
+
+
+def parser() -> argparse.ArgumentParser:
+    """The task's own options."""
+    p = argparse.ArgumentParser(
+        description="Fine-tune a BERT on a task of GLUE or on TSV files of your own.",
+        epilog="All other options are those of pretrain_bert.py: see its --help, and docs/glue.md.",
+        allow_abbrev=False,
+    )
+    p.add_argument("--task", required=True, metavar="NAME", help=f"{', '.join(GLUE_TASKS)}, or {CUSTOM} for your files")
+    p.add_argument("--data-dir", metavar="DIR", help="folder of the official TSV files, or the one it is in")
+    p.add_argument("--hf", metavar="DIR", help="start from a Hugging Face directory (or from --load CHECKPOINT)")
+    p.add_argument("--keep-classifier", action="store_true", help="the classifier there is one of this task: keep it")
+    p.add_argument("--epochs", type=int, default=3, metavar="N", help="default 3; 0 measures what was loaded")
+    p.add_argument("--max-seq-length", type=int, default=128, metavar="N", help="cut samples to N tokens (default 128)")
+    p.add_argument("--pad-to-multiple-of", type=int, metavar="N", help="length of batches (default 1 on a CPU, else 8)")
+    p.add_argument("--seeds", type=int, nargs="+", metavar="S", help="one fine-tuning for each seed, one after another")
+    p.add_argument("--hidden-dropout", type=float, metavar="P", help="default the model's")
+    p.add_argument("--attention-dropout", type=float, metavar="P", help="default the model's")
+    p.add_argument("--predict", metavar="DIR", help="write the leaderboard's files for the test files there")
+    p.add_argument("--skip-bad-rows", action="store_true", help="leave labelled rows with a problem out, and tell them")
+    own = p.add_argument_group(f"with --task {CUSTOM}: TSV files with a header line")
+    own.add_argument("--train-file", metavar="FILE")
+    own.add_argument("--dev-file", metavar="FILE")
+    own.add_argument("--test-file", metavar="FILE", help="texts without labels, for --predict")
+    own.add_argument("--text-column", default="sentence", metavar="NAME", help="default sentence")
+    own.add_argument("--second-text-column", metavar="NAME", help="for pairs")
+    own.add_argument("--label-column", default="label", metavar="NAME", help="default label")
+    own.add_argument("--labels", nargs="+", metavar="LABEL", help="default those of the training file, sorted")
+    own.add_argument("--regression", action="store_true", help="labels are numbers to be learned as such")
+    own.add_argument("--metric", nargs="+", choices=METRICS, metavar="NAME", help=", ".join(METRICS))
+    return p
+
+
+def main(guard: Guard) -> None:
+    """Settle what is asked for, fine-tune once for each seed, predict, and print the result."""
+    is_first = guard.launch.rank == 0
+    say = to_stderr if is_first else silent
+    args, other_words = parser().parse_known_args()
+    job = settle(args, other_words, guard.launch.world_size, say=say)
+    for note in job.notes:
+        say(note)
+    results = []
+    with joined(job.runs[0].parallel, guard, save=job.runs[0].checkpoint.save) as (mesh, device):
+        for run in job.runs:
+            results.append(one_seed(job, run, mesh, device, guard))
+    if is_first:
+        print(json.dumps(summary(job, results)))
+
+
+def one_seed(job: Job, run: RunConfig, mesh: Mesh, device: torch.device, guard: Guard) -> dict[str, Any]:
+    """Fine-tune, and predict with the best weights; collective over all ranks."""
+    say = to_stderr if mesh.rank == 0 else silent
+    save = None if run.checkpoint.save is None else Path(run.checkpoint.save)
+    with held(save, mesh):
+        if save is not None:
+            run = replace(run, data=keep_tokenizer(run.data, run.model, save, mesh))
+        builder = partial(build_bert_classifier_stage, num_outputs=job.task.num_outputs)
+        parts = build_parts(run, mesh, device, builder)
+        fill(parts, job.origin, job.task)
+        wishes = Wishes(job.task, job.epochs, run.model.seq_length, job.multiple, save)
+        found = finetune(parts, job.data, wishes, guard=guard, say=say)
+        files = predict(parts, job, run)
+    return result_of(run, found) | ({"predictions": files} if files else {})
+
+
+def predict(parts: Parts, job: Job, run: RunConfig) -> list[str]:
+    """Write the predictions of all test files; returns their paths."""
+    written = []
+    for name, samples in job.data.test.items():
+        found_NC = scores(parts, samples, num_outputs=job.task.num_outputs, multiple=job.multiple)
+        folder = job.predict or Path()
+        path = (folder / f"seed-{run.data.seed}" if len(job.runs) > 1 else folder) / f"{name}.tsv"
+        if parts.mesh.rank == 0:
+            write_predictions(path, found_NC, job.task)
+        written.append(str(path))
+    return written
+
+
+def result_of(run: RunConfig, found: Finetuned) -> dict[str, Any]:
+    """One seed's part of the result."""
+    speed = {"train_samples_per_second": found.samples / found.train_s} if found.train_s else {}
+    return {
+        "seed": run.data.seed,
+        "metrics": dict(found.best.metrics),
+        "loss": found.best.loss,
+        "epoch": found.epoch,
+        "step": found.step,
+        **speed,
+    }
+
+
+def summary(job: Job, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the last line says: of several seeds the means, their standard deviations, and each seed's own."""
+    if len(results) == 1:
+        return {"task": job.task.name, **results[0]}
+    means, spread = over_seeds([one["metrics"] for one in results])
+    return {"task": job.task.name, "metrics": means, "standard_deviations": spread, "runs": results}
+
+
+@contextmanager
+def held(save: Path | None, mesh: Mesh) -> Iterator[None]:
+    """Keep other runs out of a --save directory; if another is in, all ranks raise."""
+    with ExitStack() as stack:
+
+        def hold() -> None:
+            if save is not None and mesh.rank == 0:
+                stack.enter_context(hold_directory(save))
+
+        everywhere(hold, mesh.world.group)
+        yield
+
+
+def to_stderr(line: str) -> None:
+    """A line for people; standard output is for the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def silent(line: str) -> None:
+    """Keep to oneself what rank 0 says already."""
+
+
+if __name__ == "__main__":
+    guarded(main)
