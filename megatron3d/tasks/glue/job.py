@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
 
+from megatron3d.comm.device import likely_device_type
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.config.data import DataConfig
@@ -88,7 +89,7 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
         _run(args, words, origin, data, replace(options, seed=seed), world_size) for seed in _seeds(args, words)
     )
     parallel = runs[0].parallel
-    padded = args.pad_to_multiple_of or (1 if parallel.device == "cpu" else 8)
+    padded = args.pad_to_multiple_of or (1 if likely_device_type(parallel.device) == "cpu" else 8)
     return Job(
         task=task,
         origin=origin,
