@@ -1,0 +1,129 @@
+"""Samples as token ids, and the batches they make up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron3d.data.tokenizer import Tokenizer, build_tokenizer
+from megatron3d.errors import DataError
+from megatron3d.tasks.glue.encode import cut, encode
+from megatron3d.tasks.glue.order import evaluation_batches, padded_share, training_batches
+from megatron3d.tasks.glue.read import Rows
+
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+CLS, SEP, PAD = 2, 3, 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
+    path.write_text("\n".join(PIECES) + "\n")
+    return build_tokenizer("BertWordPieceLowerCase", vocab_file=str(path))
+
+
+def rows(*texts: tuple[str, ...], labels: tuple | None = None) -> Rows:
+    return Rows(Path("x.tsv"), texts, labels)
+
+
+def test_pairs_have_their_segments_and_padding(tokenizer: Tokenizer) -> None:
+    encoded = encode(rows(("a b", "c"), ("d", "e f g"), labels=(1, 0)), tokenizer, max_length=16)
+    batch = encoded.batch(np.array([0, 1]), np.ones(2, np.float32), 8)
+    a, b, c, d, e, f, g = range(5, 12)
+    assert batch.tokens_BS.tolist() == [[CLS, a, b, SEP, d, SEP, PAD, PAD], [CLS, c, SEP, e, f, g, SEP, PAD]]
+    assert batch.token_types_BS.tolist() == [[0, 0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 0]]
+    assert batch.padding_mask_BS.tolist() == [[True] * 6 + [False] * 2, [True] * 7 + [False]]
+    assert batch.labels_B.tolist() == [1, 0] and batch.labels_B.dtype == torch.int64
+    assert encoded.num_cut == 0
+
+
+def test_a_batch_without_padding_has_no_mask_and_values_are_fp32(tokenizer: Tokenizer) -> None:
+    encoded = encode(rows(("a b", "c d"), labels=(0.5, 2.0)), tokenizer, max_length=16)
+    batch = encoded.batch(np.array([1, 0]), np.array([1.0, 0.0], np.float32), 4)
+    assert batch.padding_mask_BS is None and batch.model_inputs()["attention_mask_BST"] is None
+    assert batch.labels_B.dtype == torch.float32 and batch.labels_B.tolist() == [2.0, 0.5]
+    assert batch.loss_counts()["label"].item() == 1
+
+
+def test_long_samples_are_cut_and_counted(tokenizer: Tokenizer) -> None:
+    encoded = encode(rows(("a b c d e f g h", "a")), tokenizer, max_length=6)
+    assert encoded.lengths_N.tolist() == [6, 3] and encoded.num_cut == 1
+    assert encoded.tokens_T[:6].tolist() == [CLS, 5, 6, 7, 8, SEP]
+
+
+def test_an_empty_text_is_still_a_sample(tokenizer: Tokenizer) -> None:
+    assert encode(rows(("",), ("a",)), tokenizer, max_length=8).tokens_T.tolist() == [CLS, SEP, 5, SEP]
+
+
+def test_a_tokenizer_without_berts_tokens_is_refused() -> None:
+    with pytest.raises(DataError, match=r"no \[CLS\] and no \[SEP\] and no \[PAD\]"):
+        encode(rows(("a",)), build_tokenizer("ByteTokenizer"), max_length=8)
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(2, 40))
+def test_a_pair_is_cut_as_in_the_papers_code(first: int, second: int, room: int) -> None:
+    a, b = [0] * first, [1] * second
+    while len(a) + len(b) > room:  # the loop of the released code
+        (a if len(a) > len(b) else b).pop()
+    assert tuple(map(list, cut(([0] * first, [1] * second), room))) == (a, b)
+
+
+LENGTHS = st.lists(st.integers(3, 128), min_size=1, max_size=300).map(np.array)
+
+
+@given(LENGTHS, st.sampled_from([1, 4, 16, 32]), st.sampled_from([1, 8]), st.integers(0, 5))
+def test_an_epoch_has_every_sample_once_in_batches_that_fit(
+    lengths: np.ndarray, size: int, multiple: int, epoch: int
+) -> None:
+    batches = training_batches(lengths, batch_size=size, multiple=multiple, seed=7, epoch=epoch)
+    counted = np.concatenate([batch.indices_G[batch.weights_G > 0] for batch in batches])
+    assert sorted(counted.tolist()) == list(range(len(lengths)))
+    assert len(batches) == -(-len(lengths) // size)
+    for batch in batches:
+        assert len(batch.indices_G) == size and batch.length % multiple == 0
+        assert lengths[batch.indices_G].max() <= batch.length < lengths[batch.indices_G].max() + multiple
+
+
+@given(LENGTHS, st.sampled_from([1, 2, 4]), st.integers(0, 3))
+def test_the_parts_of_the_ranks_make_up_the_batch_and_are_equally_long(
+    lengths: np.ndarray, dp: int, epoch: int
+) -> None:
+    for batch in training_batches(lengths, batch_size=8, multiple=8, seed=1, epoch=epoch):
+        parts = [batch.part(rank, dp) for rank in range(dp)]
+        assert np.concatenate([part.indices_G for part in parts]).tolist() == batch.indices_G.tolist()
+        assert {part.length for part in parts} == {batch.length}
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    lengths = np.random.default_rng(0).integers(3, 60, 1000)
+
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        batches = training_batches(lengths, batch_size=8, multiple=1, seed=seed, epoch=epoch)
+        return [batch.indices_G.tolist() for batch in batches]
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+
+
+def test_buckets_save_nearly_all_padding_and_batches_alternate() -> None:
+    lengths = np.random.default_rng(0).geometric(0.08, 20000).clip(3, 100)
+    batches = training_batches(lengths, batch_size=32, multiple=1, seed=1, epoch=0)
+    shuffled = lengths.reshape(-1, 32)
+    unsorted_share = 1 - lengths.sum() / (shuffled.max(1) * 32).sum()
+    assert padded_share(batches, lengths) < 0.1 < 0.5 < unsorted_share
+    sizes = np.array([batch.length for batch in batches])
+    assert abs(np.corrcoef(sizes[:-1], sizes[1:])[0, 1]) < 0.1
+
+
+def test_evaluation_goes_from_short_to_long() -> None:
+    lengths = np.array([9, 3, 5, 4, 8])
+    batches = evaluation_batches(lengths, batch_size=2, multiple=1)
+    assert [batch.indices_G.tolist() for batch in batches] == [[1, 3], [2, 4], [0, 0]]
+    assert [batch.length for batch in batches] == [4, 8, 9]
+    assert batches[-1].weights_G.tolist() == [1.0, 0.0] and batches[-1].num_samples == 1
