@@ -15,10 +15,11 @@ from megatron3d.planner.tape import Node, Tape, Value
 
 @dataclass(frozen=True)
 class CoreOptions:
-    """What decides how the core is computed: whether probabilities are dropped, and whether there is a mask."""
+    """What decides how the core is computed: whether probabilities are dropped, and the rows of a mask for each sample:
+    0 where there is none, 1 where it is the same for all queries, S where it is not."""
 
     drops: bool
-    masked: bool
+    mask_rows: int
 
 
 def core(tape: Tape, qkv: tuple[Value, Value, Value], sizes: Sizes, options: CoreOptions) -> Value:
@@ -43,16 +44,16 @@ def key_count(sizes: Sizes) -> int:
     return sizes.rows * sizes.groups * sizes.head
 
 
-def _mask_bytes(sizes: Sizes) -> int:
-    """The mask [B, 1, S, S] in the dtype of the queries, which torch makes of ours."""
-    return sizes.batch * sizes.sequence**2 * sizes.element
+def _mask_bytes(sizes: Sizes, options: CoreOptions) -> int:
+    """The mask [B, 1, rows, S] in the dtype of the queries, which torch makes of ours."""
+    return sizes.batch * options.mask_rows * sizes.sequence * sizes.element
 
 
 def _fused(tape: Tape, qkv: tuple[Value, Value, Value], sizes: Sizes, options: CoreOptions) -> Value:
     queries, keys = query_count(sizes) * sizes.element, key_count(sizes) * sizes.element
     y = tape.value(queries)
     sums = tape.memory(sizes.rows * sizes.heads * FP32)
-    mask = (tape.memory(_mask_bytes(sizes)),) if options.masked else ()
+    mask = (tape.memory(_mask_bytes(sizes, options)),) if options.mask_rows else ()
     # On CUDA the gradients of shared keys and values are made per query head first, and added up after.
     expanded = 2 * queries if sizes.groups != sizes.heads and not sizes.on_cpu else 0
     return tape.add(
@@ -70,7 +71,7 @@ def _fused(tape: Tape, qkv: tuple[Value, Value, Value], sizes: Sizes, options: C
 def _composed(tape: Tape, qkv: tuple[Value, Value, Value], sizes: Sizes, options: CoreOptions) -> Value:
     wide, narrow = query_count(sizes) * FP32, sizes.element < FP32
     square = sizes.batch * sizes.heads * sizes.sequence**2 * FP32
-    mask = _mask_bytes(sizes) if options.masked else 0
+    mask = _mask_bytes(sizes, options)
     q, k, v = (_wide_heads(tape, one, count, sizes) for one, count in zip(qkv, _counts(sizes), strict=True))
     q, k = (tape.elementwise("scale", one, wide) for one in (q, k))
     scores = tape.add(

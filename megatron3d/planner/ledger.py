@@ -18,7 +18,7 @@ from megatron3d.planner.layers import stage_tape
 from megatron3d.planner.memory import ModelParts, StateBytes, part_of, parts_of_rank, shard_size, state_bytes
 from megatron3d.planner.sharing import SharedUnit, Sharing, SharingPlan
 from megatron3d.planner.sizes import BYTES, FP32, sizes_of
-from megatron3d.planner.temporaries import moving_temporary, update_temporary
+from megatron3d.planner.temporaries import publish_temporary, update_temporary
 from megatron3d.planner.timeline import RankStages, highest_moment
 from megatron3d.planner.walk import Moment, StageWalk
 from megatron3d.zero.policy import policy_of
@@ -95,7 +95,7 @@ def ledger_of_rank(
     )
     in_step = highest_moment(stages, *row)
     after = max(
-        one(config, parts.units.values(), device_type=device_type) for one in (moving_temporary, update_temporary)
+        one(config, parts.units.values(), device_type=device_type) for one in (publish_temporary, update_temporary)
     )
     moment = max(in_step, Moment(work=after), key=lambda one: one.total)
     return Ledger(pp_rank, state, moment.activations, moment.total - moment.activations)
@@ -109,10 +109,13 @@ def sharing_of(config: RunConfig, parts: ModelParts, *, device_type: str) -> Map
     """What each stage of a rank shares out for a while."""
     parallel, policy = config.parallel, policy_of(config.parallel.zero_stage)
     gradient, element = 2 if parallel.grad_reduce_in_bf16 else FP32, BYTES[config.optim.precision]
+    copies = device_type == "cpu" and shard_size(parallel) > 1
     units = {
         name: SharedUnit(
             gradients=layout.length * gradient if policy.shard_grads else 0,
             weights=layout.length * element if policy.shard_params else 0,
+            scatter=layout.length * gradient if copies else 0,
+            gather=layout.length * element if copies else 0,
         )
         for name, layout in parts.units.items()
     }
@@ -127,7 +130,6 @@ def sharing_of(config: RunConfig, parts: ModelParts, *, device_type: str) -> Map
             overlaps=parallel.overlap_grad_reduce,
             prefetch=parallel.zero_prefetch_units,
             used_elsewhere=twice,
-            collectives_copy=device_type == "cpu" and shard_size(parallel) > 1,
         )
         for number, stage in parts.stages.items()
     }

@@ -28,6 +28,7 @@ from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.models.stage import Stage, StagePart
 from megatron3d.models.zoo import BUILDERS
+from megatron3d.offload.block_file import round_up
 from megatron3d.offload.record import FIELD_ALIGNMENT_BYTES
 from megatron3d.optim.build import kind
 from megatron3d.params.grads import GradSink
@@ -176,7 +177,10 @@ def _elsewhere(config: RunConfig, own: Span) -> StateBytes:
         (parallel.offload_optimizer, _record_bytes(optim, own.length)),
         (parallel.offload_params, own.length * element),
     ):
-        total += StateBytes(host=size) if place == "cpu" else StateBytes(files=size if place == "nvme" else 0)
+        if place == "cpu":
+            total += StateBytes(host=size)
+        elif place == "nvme":
+            total += StateBytes(files=round_up(size))
     return total
 
 

@@ -61,20 +61,30 @@ def weight_work(sizes: Sizes, count: int) -> int:
 
 
 def linear(
-    tape: Tape, x: Value, features: tuple[int, int], sizes: Sizes, *, input_type: str, unit: str, bias: bool
+    tape: Tape,
+    x: Value,
+    features: tuple[int, int],
+    sizes: Sizes,
+    *,
+    input_type: str,
+    unit: str,
+    bias: bool,
+    rows: int | None = None,
 ) -> Value:
-    """`tensor.linear.linear`: [rows, inputs] to [rows, outputs] of this rank; `input_type` "V" gathers the rows."""
+    """`tensor.linear.linear`: [rows, inputs] to [rows, outputs] of this rank, by default of all tokens of a
+    micro-batch; `input_type` "V" gathers them."""
     inputs, outputs = features
+    rows = sizes.rows if rows is None else rows
     gathers = input_type == "V" and sizes.sharded
     copies = 2 if sizes.on_cpu else 1  # gloo's gathers and scatters take as much again while they move
-    whole = sizes.rows * inputs * sizes.element
+    whole = rows * inputs * sizes.element
     part = sizes.residual_rows * inputs * sizes.element if gathers else whole
     held = (tape.memory(whole),) if gathers else ()
     return tape.add(
         Node(
             f"linear {inputs}x{outputs}",
             (x,),
-            (tape.value(sizes.rows * outputs * sizes.element),),
+            (tape.value(rows * outputs * sizes.element),),
             saves=(x.memory,),
             gradients=(part,),
             forward_temporary=copies * whole if gathers else 0,

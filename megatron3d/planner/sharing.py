@@ -20,10 +20,15 @@ from megatron3d.zero.lending import Lending
 
 @dataclass(frozen=True)
 class SharedUnit:
-    """Bytes of one unit's whole gradients and of its whole weights."""
+    """Bytes of one unit that come and go: its whole gradients and its whole weights, 0 where they stay.
 
-    gradients: int
-    weights: int
+    `scatter` and `gather` are what the collectives take for themselves until they are waited for, as gloo's do.
+    """
+
+    gradients: int = 0
+    weights: int = 0
+    scatter: int = 0
+    gather: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,13 @@ class SharingPlan:
     """What a stage shares out, and how far ahead it gathers.
 
     Attributes:
-        units: by name.
+        units: of the rank, by name.
         places: the places of the stage in the order of its forward.
         shard_gradients: whether whole gradients come and go.
         shard_weights: whether whole weights come and go.
         overlaps: whether a unit is reduced as soon as its gradients are there, instead of at the end.
         prefetch: places ahead whose weights are gathered.
         used_elsewhere: units that other stages of the rank use too, which are reduced at the end of a backward.
-        collectives_copy: whether a collective takes as much again while it moves, as gloo's do.
     """
 
     units: Mapping[str, SharedUnit]
@@ -48,7 +52,6 @@ class SharingPlan:
     overlaps: bool = True
     prefetch: int = 1
     used_elsewhere: frozenset[str] = frozenset()
-    collectives_copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,33 +63,40 @@ class Flight:
 
 @dataclass
 class _Total:
-    """Bytes held now, and bytes that moved since somebody asked."""
+    """Bytes held now, and the most since somebody asked."""
 
     held_bytes: int = 0
-    moved_bytes: int = 0
+    highest: int = 0
+
+    def add(self, size_bytes: int) -> None:
+        self.held_bytes += size_bytes
+        self.highest = max(self.highest, self.held_bytes)
 
 
 class _Counted:
-    """A unit's weights as the lender knows them: here or not."""
+    """A unit's weights as the lender knows them: here, on their way, or not."""
 
-    def __init__(self, size_bytes: int, total: _Total) -> None:
-        self._size_bytes, self._total, self._is_here = size_bytes, total, False
+    def __init__(self, unit: SharedUnit, total: _Total) -> None:
+        self._unit, self._total, self._is_here, self._is_moving = unit, total, False, False
 
     def start_gather(self) -> None:
-        """They are here from now on, though not yet to be read."""
+        """They are coming."""
         if not self._is_here:
-            self._is_here = True
-            self._total.held_bytes += self._size_bytes
-            self._total.moved_bytes += self._size_bytes
+            self._is_here = self._is_moving = True
+            self._total.add(self._unit.weights + self._unit.gather)
 
     def finish_gather(self) -> None:
-        """Their memory does not change by arriving."""
+        """They may be read."""
+        if self._is_moving:
+            self._is_moving = False
+            self._total.add(-self._unit.gather)
 
     def free(self) -> None:
         """They are gone."""
         if self._is_here:
+            self.finish_gather()
             self._is_here = False
-            self._total.held_bytes -= self._size_bytes
+            self._total.add(-self._unit.weights)
 
 
 class Sharing:
@@ -98,9 +108,12 @@ class Sharing:
         self.flying = list(flight.units)
         self._arriving: list[str] = []
         self._outstanding: Counter[str] = Counter()
-        self._total = _Total(sum(plan.units[name].gradients for name in self.flying))
-        weights = {name: _Counted(unit.weights, self._total) for name, unit in plan.units.items()}
-        self._lending = Lending(weights, {0: plan.places}, takes_back=plan.shard_weights, prefetch=plan.prefetch)
+        self._is_last = False
+        self._total = _Total()
+        self._total.add(sum(self._flying_bytes(name) for name in self.flying))
+        weights = {name: _Counted(unit, self._total) for name, unit in plan.units.items() if plan.shard_weights}
+        places = {0: plan.places} if plan.shard_weights else {}
+        self._lending = Lending(weights, places, takes_back=plan.shard_weights, prefetch=plan.prefetch)
 
     @property
     def flight(self) -> Flight:
@@ -112,15 +125,18 @@ class Sharing:
         """Bytes of all transient buffers now."""
         return self._total.held_bytes
 
-    def take_copies(self) -> int:
-        """Bytes that the collectives since the last call take for themselves while they move."""
-        moved, self._total.moved_bytes = self._total.moved_bytes, 0
-        return moved if self.plan.collectives_copy else 0
+    def take_highest(self) -> int:
+        """The most bytes that they have been since the last call."""
+        highest, self._total.highest = self._total.highest, self._total.held_bytes
+        return highest
 
     @property
     def waits_for_weights(self) -> bool:
         """Whether gradients from autograd too are put aside in a split backward."""
         return self.plan.shard_gradients
+
+    def _flying_bytes(self, name: str) -> int:
+        return self.plan.units[name].gradients + self.plan.units[name].scatter
 
     # --- Weights -------------------------------------------------------------------------------------------------
 
@@ -146,23 +162,23 @@ class Sharing:
 
     # --- Gradients -----------------------------------------------------------------------------------------------
 
-    def begin_backward(self, contributions: Counter[str]) -> None:
-        """A backward begins that brings so many gradients to each unit."""
-        self._outstanding = Counter(contributions)
+    def begin_backward(self, contributions: Counter[str], *, is_last: bool) -> None:
+        """A backward begins that brings so many gradients to each unit; `is_last` says that no more will come."""
+        self._outstanding, self._is_last = Counter(contributions), is_last
         self._lending.begin_backward()
 
     def arrive(self, unit: str) -> None:
         """A gradient of a unit needs its buffer."""
-        if self.plan.shard_gradients and unit not in self._arriving:
+        if unit not in self._arriving:
             self._arriving.append(unit)
-            self._total.held_bytes += self.plan.units[unit].gradients
+            self._total.add(self.plan.units[unit].gradients)
 
     def contribute(self, unit: str, count: int) -> None:
         """So many gradients of a unit have been added to its buffer."""
         self.arrive(unit)
         self._outstanding[unit] -= count
         waits = not self.plan.overlaps or unit in self.plan.used_elsewhere
-        if self.plan.shard_gradients and self._outstanding[unit] == 0 and not waits:
+        if self._outstanding[unit] == 0 and not waits:
             self._depart(unit)
 
     def end_backward(self) -> None:
@@ -172,10 +188,20 @@ class Sharing:
         self._lending.end_backward(0)
 
     def _depart(self, unit: str) -> None:
-        """A reduction waits for an earlier one of the same unit first, and then for the oldest beyond the limit."""
+        """Start a reduction: of gradients that come and go after every backward, of those that stay after the last.
+
+        It waits for an earlier one of the same unit first, and then for the oldest beyond the limit, if there is one.
+        """
         self._arriving.remove(unit)
-        flying = [name for name in self.flying if name != unit] + [unit]
-        self._total.moved_bytes += self.plan.units[unit].gradients
-        landed = [*flying[:-MAX_IN_FLIGHT], *([unit] if unit in self.flying else [])]
-        self._total.held_bytes -= sum(self.plan.units[name].gradients for name in landed)
-        self.flying = flying[-MAX_IN_FLIGHT:]
+        if not self.plan.shard_gradients and not self._is_last:
+            return
+        if unit in self.flying:
+            self._land(unit)
+        self.flying.append(unit)
+        self._total.add(self.plan.units[unit].scatter)
+        while self.plan.shard_gradients and len(self.flying) > MAX_IN_FLIGHT:
+            self._land(self.flying[0])
+
+    def _land(self, unit: str) -> None:
+        self.flying.remove(unit)
+        self._total.add(-self._flying_bytes(unit))

@@ -17,16 +17,11 @@ from megatron3d.zero.policy import policy_of
 _CHUNK_NUMBERS = {"lion": 1, "lamb": 2}
 
 
-def moving_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_type: str) -> int:
-    """Bytes that collectives of whole units take for themselves once the backwards are over: gloo's as much again as
-    they move, two at a time, for gradients that stay and for updated weights."""
-    policy = policy_of(config.parallel.zero_stage)
-    if device_type != "cpu" or shard_size(config.parallel) == 1:
+def publish_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_type: str) -> int:
+    """Bytes that the gathers of updated weights take for themselves: gloo's as much again as they bring."""
+    if device_type != "cpu" or shard_size(config.parallel) == 1 or policy_of(config.parallel.zero_stage).shard_params:
         return 0
-    gradient = 0 if policy.shard_grads else (2 if config.parallel.grad_reduce_in_bf16 else FP32)
-    weight = 0 if policy.shard_params else BYTES[config.optim.precision]
-    largest = sorted((layout.length for layout in units), reverse=True)[:2]
-    return sum(largest) * max(gradient, weight)
+    return sum(layout.length for layout in units) * BYTES[config.optim.precision]
 
 
 def update_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_type: str) -> int:
@@ -43,7 +38,7 @@ def update_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_t
     if optim.optimizer == "muon":
         return max([_orthogonal(optim, slot) for slot in matrices], default=0)
     if optim.optimizer == "adafactor":
-        return max([2 * FP32 * prod(slot.shape) for layout in layouts for slot in layout.slots], default=0)
+        return max([FP32 * prod(slot.shape) for layout in layouts for slot in layout.slots], default=0)
     return widened + chunk * _CHUNK_NUMBERS.get(optim.optimizer, 0)
 
 

@@ -52,8 +52,14 @@ class _RowWalk:
     now: Moment = field(default_factory=Moment)
     peak: Moment = field(default_factory=Moment)
     flight: Flight = field(default_factory=Flight)
-    known: dict[tuple[Op, int, Flight], _Done] = field(default_factory=dict)
+    known: dict[tuple[Op, int, bool, Flight], _Done] = field(default_factory=dict)
     lingering: Counter[int] = field(default_factory=Counter)
+    last_steps: frozenset[Step] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Find the last step of each stage that brings gradients of weights."""
+        last = {step.stage: step for step in self.schedule.steps() if step.op in (Op.B, Op.W)}
+        self.last_steps = frozenset(last.values())
 
     def carry_out(self, action: Action) -> None:
         if isinstance(action, Exchange):
@@ -100,13 +106,14 @@ class _RowWalk:
 
     def _memory_of(self, step: Step) -> _Done:
         flight = Flight() if step.op is Op.F else self.flight
-        key = (step.op, step.stage, flight)
+        is_last = step in self.last_steps
+        key = (step.op, step.stage, is_last, flight)
         if key not in self.known:
-            self.known[key] = self._work_out(step, flight)
+            self.known[key] = self._work_out(step, flight, is_last=is_last)
         memory, after = self.known[key]
         return memory, self.flight if step.op is Op.F else after
 
-    def _work_out(self, step: Step, flight: Flight) -> _Done:
+    def _work_out(self, step: Step, flight: Flight, *, is_last: bool) -> _Done:
         """One step on its own, with what comes before it in its stage."""
         sharing = Sharing(self.stages.sharing[step.stage], flight)
         walk = StageWalk(self.stages.tapes[step.stage], sharing)
@@ -114,7 +121,7 @@ class _RowWalk:
         if step.op is not Op.F:
             if step.op is Op.W:
                 walk.backward(splits=True)
-                memory = walk.weight_gradients()
+                memory = walk.weight_gradients(is_last=is_last)
             else:
-                memory = walk.backward(splits=step.op is Op.I)
+                memory = walk.backward(splits=step.op is Op.I, is_last=is_last)
         return memory, sharing.flight

@@ -91,13 +91,14 @@ class StageWalk:
             self._run(nodes, readers, keeps=group is None)
         return self._end(before)
 
-    def backward(self, *, splits: bool) -> StepMemory:
-        """The backward, with the gradient of the output allocated by others; `splits` puts weight gradients aside."""
+    def backward(self, *, splits: bool, is_last: bool = True) -> StepMemory:
+        """The backward, with the gradient of the output allocated by others; `splits` puts weight gradients aside, and
+        `is_last` says that no more gradients of weights will come in this training step."""
         before = self._start()
         contributions = Counter[str]()
         for node in self.stage.tape.nodes:
             contributions[node.unit] += 0 if splits else node.contributions
-        self.sharing.begin_backward(contributions)
+        self.sharing.begin_backward(contributions, is_last=is_last)
         # Whoever handed the gradient of the output in holds it too, so nothing is added to it in place.
         root = self._new_gradient(0)
         self._hold([root])
@@ -113,13 +114,13 @@ class StageWalk:
         self.sharing.end_backward()
         return self._end(before)
 
-    def weight_gradients(self) -> StepMemory:
+    def weight_gradients(self, *, is_last: bool = True) -> StepMemory:
         """The half of a split backward that was put aside."""
         before = self._start()
         contributions = Counter[str]()
         for node, _ in self._aside:
             contributions[node.unit] += node.contributions
-        self.sharing.begin_backward(contributions)
+        self.sharing.begin_backward(contributions, is_last=is_last)
         for node, _ in self._aside:
             self.sharing.contribute(node.unit, node.contributions)
             self._note(node.weights_temporary if node.keeps_for_weights else 0)
@@ -268,7 +269,7 @@ class StageWalk:
 
     def _note(self, temporary: int) -> None:
         """Look whether now, with a temporary, is the highest moment."""
-        now = Moment(self._activations, self._work + temporary, self.sharing.held_bytes + self.sharing.take_copies())
+        now = Moment(self._activations, self._work + temporary, self.sharing.take_highest())
         if now.total > self._peak.total:
             self._peak = now
 
