@@ -1,0 +1,104 @@
+"""A tokenizer as text inside another file: its kind, and its files byte for byte.
+
+A served model is one file. Its tokenizer is built from exactly the files that trained it, whichever kind it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
+from megatron3d.errors import DataError
+
+_FILE_OPTIONS = ("vocab_file", "merge_file", "tokenizer_model")
+_DESCRIPTIONS = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")
+_DIRECTORY = "."
+
+
+@dataclass(frozen=True)
+class PackedTokenizer:
+    """A tokenizer without a path.
+
+    Attributes:
+        kind: as `--tokenizer-type` takes it.
+        options: which file each option of `TokenizerSpec` names; "." is the directory of all.
+        files: contents by name.
+    """
+
+    kind: str
+    options: Mapping[str, str]
+    files: Mapping[str, bytes]
+
+    def build(self) -> Tokenizer:
+        """The tokenizer. Raises: DataError for files that are damaged."""
+        with tempfile.TemporaryDirectory(prefix="megatron3d-tokenizer-") as folder:
+            for name, content in self.files.items():
+                (Path(folder) / name).write_bytes(content)
+            paths = {option: str(Path(folder) / name) for option, name in self.options.items()}
+            return TokenizerSpec(self.kind, **paths).build()
+
+    def to_text(self) -> str:
+        """JSON, with the files in base 64: vocabularies are not all text."""
+        files = {name: base64.b64encode(content).decode("ascii") for name, content in self.files.items()}
+        return json.dumps({"kind": self.kind, "options": dict(self.options), "files": files})
+
+
+def pack(spec: TokenizerSpec) -> PackedTokenizer:
+    """Read the files of a tokenizer.
+
+    Raises:
+        DataError: a file is missing or cannot be read.
+    """
+    options: dict[str, str] = {}
+    files: dict[str, bytes] = {}
+    paths = {"vocab_file": spec.vocab_file, "merge_file": spec.merge_file, "tokenizer_model": spec.tokenizer_model}
+    for option, value in paths.items():
+        if value is None:
+            continue
+        path = Path(value)
+        if spec.tokenizer_type == "HuggingFaceTokenizer":
+            # Its special tokens are named in descriptions that lie beside it.
+            folder = path if path.is_dir() else path.parent
+            described = [folder / name for name in _DESCRIPTIONS if (folder / name).is_file()]
+            options[option] = _DIRECTORY
+            files |= {"tokenizer.json": _read(path if path.is_file() else folder / "tokenizer.json")}
+            files |= {file.name: _read(file) for file in described if file.name != "tokenizer.json"}
+        else:
+            options[option] = path.name
+            files[path.name] = _read(path)
+    return PackedTokenizer(spec.tokenizer_type, options, files)
+
+
+def from_text(text: str) -> PackedTokenizer:
+    """The reverse of `to_text`.
+
+    Raises:
+        DataError: `text` is something else.
+    """
+    try:
+        found = json.loads(text)
+        kind, options = str(found["kind"]), dict(found["options"])
+        files = {str(name): base64.b64decode(content, validate=True) for name, content in found["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"the tokenizer inside the model cannot be read ({error}); export the model again") from error
+    # Names become files of a temporary folder, and must not lead out of it.
+    wrong = [name for name in (*files, *options.values()) if name != _DIRECTORY and Path(name).name != name]
+    wrong += [option for option in options if option not in _FILE_OPTIONS]
+    if wrong:
+        raise DataError(f"the tokenizer inside the model names {wrong[0]!r}, which is no file of it; export it again")
+    return PackedTokenizer(kind, options, files)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"the tokenizer's file {path} cannot be read ({error.strerror}); name it with --vocab-file or "
+            "--tokenizer-model"
+        ) from error

@@ -1,0 +1,193 @@
+"""A trained classifier out of a checkpoint of any layout: one stage in one process, and what it says of itself.
+
+Shapes: B samples, S sequence, C outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron3d.checkpoint.directory import find_checkpoint
+from megatron3d.checkpoint.index import read_index
+from megatron3d.checkpoint.load import read_document, tensor_shapes
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import make_mesh
+from megatron3d.config.parallel import ParallelConfig
+from megatron3d.config.run import RunConfig
+from megatron3d.config.serialize import from_dict
+from megatron3d.convert.hf import HF_DOCUMENT, TOKENIZER_FOLDER
+from megatron3d.data.tokenizer import TokenizerSpec
+from megatron3d.errors import CheckpointError, ConfigError
+from megatron3d.inference.load import generation_config, load_model
+from megatron3d.models.bert_classifier import build_bert_classifier_stage
+from megatron3d.models.stage import MicroBatch, Stage
+from megatron3d.serve.description import Description
+from megatron3d.serve.packed_tokenizer import PackedTokenizer, pack
+
+_CLASSIFIER = "model/head.classifier.weight"
+# A file of ONNX is one protobuf message, which cannot be longer; the graph itself needs a few of these bytes.
+MAX_WEIGHT_BYTES = (1 << 31) - (1 << 24)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the command line says about a checkpoint, where it says more than the checkpoint does: the names of the
+    classes, the length, and the tokenizer's files, where they have moved."""
+
+    label_names: tuple[str, ...] = ()
+    max_length: int | None = None
+    vocab_file: str | None = None
+    tokenizer_model: str | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint of a classifier, read but for its weights; `classes` are the labels as its training data has them,
+    which `description` may show under other names."""
+
+    directory: Path
+    config: RunConfig
+    description: Description
+    classes: tuple[str, ...]
+    tokenizer: PackedTokenizer
+
+
+class WholeClassifier(nn.Module):
+    """A classifier as a function of three tensors, as it is exported."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, input_ids_BS: Tensor, token_type_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
+        """Token ids, types and the mask of real tokens, all int64 [B, S], to the outputs, fp32 [B, C]."""
+        micro = MicroBatch(
+            tokens_BS=input_ids_BS,
+            token_types_BS=token_type_ids_BS if self.stage.config.num_token_types else None,
+            attention_mask_BST=attention_mask_BS.bool().unsqueeze(1),
+        )
+        return self.stage(None, micro)
+
+
+def open_trained(root: Path, step: int | None, wishes: Wishes) -> Trained:
+    """Find a classifier and settle what it says of itself.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or it holds no classifier.
+        ConfigError: it is too large for one ONNX file, or the wishes do not fit it.
+        DataError: a file of its tokenizer is missing or damaged.
+    """
+    directory = find_checkpoint(root, step)
+    stored = from_dict(read_document(directory, "run"))
+    shapes = {name: shape for name, shape in tensor_shapes(directory).items() if name.startswith("model/")}
+    if stored.model.architecture != "bert" or _CLASSIFIER not in shapes:
+        raise CheckpointError(
+            f"--load {directory} holds a {stored.model.architecture.upper()} without a classifier; fine-tune one with "
+            "tools/finetune_glue.py, or import one with tools/convert_checkpoint.py"
+        )
+    size = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
+    if size > MAX_WEIGHT_BYTES:
+        raise ConfigError(
+            f"--load {directory} has {size} bytes of fp32 weights, and one ONNX file holds {MAX_WEIGHT_BYTES}; "
+            "export a smaller model"
+        )
+    config = generation_config(stored, ParallelConfig(device="cpu"), world_size=1, bf16=False)
+    found = _described(directory, config, shapes[_CLASSIFIER][0])
+    description = _as_wished(found, wishes, config.model.max_position_embeddings)
+    return Trained(directory, config, description, found.labels, _tokenizer(directory, config, wishes))
+
+
+def load_classifier(trained: Trained) -> WholeClassifier:
+    """The weights, merged from whatever layout wrote them; no gradients. Needs no process group.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    builder = partial(build_bert_classifier_stage, num_outputs=trained.description.num_outputs)
+    model = load_model(trained.config, make_mesh(Layout()), torch.device("cpu"), trained.directory, builder=builder)
+    return WholeClassifier(model.stages[0]).eval()
+
+
+def _described(directory: Path, config: RunConfig, num_outputs: int) -> Description:
+    """What `task.json` of a fine-tuning says; of an imported classifier, its `config.json`."""
+    documents = read_index(directory).documents
+    if "task.json" in documents:
+        return _of_task(read_document(directory, "task"))
+    named = read_document(directory, HF_DOCUMENT).get("id2label") if f"{HF_DOCUMENT}.json" in documents else None
+    labels = tuple(str((named or {}).get(str(number), number)) for number in range(num_outputs))
+    return Description(
+        task="imported",
+        labels=labels if num_outputs > 1 else (),
+        is_regression=num_outputs == 1,
+        value_range=None,
+        num_texts=None,
+        max_length=config.model.max_position_embeddings,
+    )
+
+
+def _of_task(document: dict[str, Any]) -> Description:
+    bounds = document["value_range"]
+    return Description(
+        task=document["task"],
+        labels=tuple(document["labels"]),
+        is_regression=document["is_regression"],
+        value_range=None if bounds is None else (bounds[0], bounds[1]),
+        num_texts=document["num_texts"],
+        max_length=document["max_seq_length"],
+    )
+
+
+def _as_wished(description: Description, wishes: Wishes, num_positions: int) -> Description:
+    names, length = wishes.label_names, wishes.max_length
+    if names and (len(names) != len(description.labels) or len(set(names)) != len(names)):
+        raise ConfigError(
+            f"--label-names {' '.join(names)}: the model has {len(description.labels)} classes "
+            f"({', '.join(description.labels) or 'it is a regression'}); give each of them one name, in this order"
+        )
+    if length is not None and not 3 <= length <= num_positions:
+        raise ConfigError(f"--max-length {length} must be from 3 to the model's {num_positions} positions")
+    return replace(
+        description, labels=names or description.labels, max_length=length or min(description.max_length, num_positions)
+    )
+
+
+def _tokenizer(directory: Path, config: RunConfig, wishes: Wishes) -> PackedTokenizer:
+    data = config.data
+    if data.tokenizer_type is None:
+        raise CheckpointError(
+            f"{directory / 'run.json'} names no tokenizer, and a service reads texts; fine-tune again"
+        )
+    packed = pack(
+        TokenizerSpec(
+            data.tokenizer_type,
+            wishes.vocab_file or _where(data.vocab_file, directory),
+            _where(data.merge_file, directory),
+            wishes.tokenizer_model or _where(data.tokenizer_model, directory),
+        )
+    )
+    tokenizer, vocab_size = packed.build(), config.model.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"--tokenizer-type {data.tokenizer_type} has {tokenizer.vocab_size} ids, but the model of {directory} has "
+            f"{vocab_size}; give the files it was trained with (--vocab-file, --tokenizer-model)"
+        )
+    if None in (tokenizer.cls, tokenizer.sep, tokenizer.pad):
+        raise ConfigError(
+            f"--tokenizer-type {data.tokenizer_type} lacks [CLS], [SEP] or [PAD], which BERT's inputs are made of"
+        )
+    return packed
+
+
+def _where(stored: str | None, directory: Path) -> str | None:
+    """A tokenizer's file: the one that was copied beside the checkpoints, else where it lay when they were written,
+    for all of them may have moved to another machine together."""
+    if stored is None:
+        return None
+    beside = directory.parent / TOKENIZER_FOLDER / Path(stored).name
+    return str(beside) if beside.exists() else stored
