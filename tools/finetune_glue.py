@@ -31,6 +31,7 @@ from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.tasks.glue.finetune import Finetuned, Wishes, finetune
 from megatron3d.tasks.glue.job import Job, settle
 from megatron3d.tasks.glue.metrics import over_seeds
+from megatron3d.tasks.glue.pace import Pace
 from megatron3d.tasks.glue.predict import scores, write_predictions
 from megatron3d.tasks.glue.tasks import CUSTOM, GLUE_TASKS, METRICS
 from megatron3d.tasks.glue.weights import fill, keep_tokenizer
@@ -79,7 +80,7 @@ def main(guard: Guard) -> None:
     for note in job.notes:
         say(note)
     results = []
-    with joined(job.runs[0].parallel, guard, save=job.runs[0].checkpoint.save) as (mesh, device):
+    with joined(job.runs[0].parallel, guard, save=job.save) as (mesh, device):
         for run in job.runs:
             results.append(one_seed(job, run, mesh, device, guard))
     if is_first:
@@ -106,7 +107,8 @@ def predict(parts: Parts, job: Job, run: RunConfig) -> list[str]:
     """Write the predictions of all test files; returns their paths."""
     written = []
     for name, samples in job.data.test.items():
-        found_NC = scores(parts, samples, num_outputs=job.task.num_outputs, multiple=job.multiple)
+        pace = Pace(f"predicting {name}", samples.lengths_N, to_stderr if parts.mesh.rank == 0 else silent)
+        found_NC = scores(parts, samples, num_outputs=job.task.num_outputs, multiple=job.multiple, pace=pace)
         folder = job.predict or Path()
         path = (folder / f"seed-{run.data.seed}" if len(job.runs) > 1 else folder) / f"{name}.tsv"
         if parts.mesh.rank == 0:

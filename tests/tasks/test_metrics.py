@@ -93,7 +93,7 @@ def test_predictions_that_cannot_be_written_are_told(tmp_path: Path) -> None:
 
 def test_loss_and_metrics_come_from_the_scores_of_all_samples() -> None:
     scores, labels = torch.tensor([[2.0, 0.0], [0.0, 0.0]]), np.array([0, 1])
-    first, second = torch.tensor(scores[0]).softmax(0)[0].log(), torch.tensor(0.5).log()
+    first, second = scores[0].softmax(0)[0].log(), torch.tensor(0.5).log()
     assert mean_loss(scores, labels) == pytest.approx(-(first + second).item() / 2)
     assert metrics_of(scores, labels, GLUE_TASKS["sst-2"]) == {"accuracy": 0.5}
     values, targets = torch.tensor([[1.0], [2.0]]), np.array([1.5, 4.0], np.float32)

@@ -86,7 +86,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, task, lines: list[s
 def test_a_score_is_a_number_from_0_to_5(tmp_path: Path, score: str) -> None:
     header = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
     path = write(tmp_path / "train.tsv", header, f"0\tg\tf\ty\to\ts\ts\tone\ttwo\t{score}")
-    with pytest.raises(DataError, match="line 2: .* from 0 to 5"):
+    with pytest.raises(DataError, match=r"line 2: .* from 0 to 5"):
         read_rows(path, STS, labelled=True)
 
 
@@ -129,7 +129,7 @@ def test_a_file_that_is_no_such_table_is_refused(tmp_path: Path, content: bytes,
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere.tsv cannot be read"):
+    with pytest.raises(DataError, match=r"nowhere\.tsv cannot be read"):
         read_rows(tmp_path / "nowhere.tsv", SST, labelled=True)
 
 

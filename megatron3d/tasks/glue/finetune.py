@@ -25,6 +25,7 @@ from megatron3d.tasks.glue import weights
 from megatron3d.tasks.glue.encode import Encoded
 from megatron3d.tasks.glue.metrics import mean_of
 from megatron3d.tasks.glue.order import PlannedBatch, training_batches
+from megatron3d.tasks.glue.pace import Pace
 from megatron3d.tasks.glue.predict import mean_loss, metrics_of, scores
 from megatron3d.tasks.glue.reports import TaskReports
 from megatron3d.tasks.glue.tasks import Task
@@ -91,7 +92,7 @@ def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say:
         say: takes lines for people; silent on all ranks but one.
     """
     if data.train is None:
-        found = measure_dev(parts, data.dev, wishes)
+        found = measure_dev(parts, data.dev, wishes, say)
         say(_line(0, found))
         return Finetuned(found, 0, 0, 0, 0.0)
     with ExitStack() as exits:
@@ -164,7 +165,7 @@ class _Loop:
     def measure(self, epoch: int) -> None:
         """Measure after an epoch; keep and save the weights if they are the best so far."""
         self.parts.engine.finish_update()
-        found = measure_dev(self.parts, self.dev, self.wishes)
+        found = measure_dev(self.parts, self.dev, self.wishes, self.reports.note)
         self.reports.measured(self.progress.step, found.loss, found.metrics)
         self.reports.note(_line(epoch + 1, found))
         step, samples = self.progress.step, self.progress.consumed_samples
@@ -187,14 +188,15 @@ class _Loop:
         return weights.task_document(self.wishes.task, max_length=self.wishes.max_length, metrics=metrics)
 
 
-def measure_dev(parts: Parts, dev: Mapping[str, Encoded], wishes: Wishes) -> Measured:
+def measure_dev(parts: Parts, dev: Mapping[str, Encoded], wishes: Wishes, say: Callable[[str], None]) -> Measured:
     """The metrics on all dev files with the weights that are in the model; collective over all ranks."""
     task = wishes.task
     metrics: dict[str, float] = {}
     losses: list[tuple[float, int]] = []
     for ending, samples in dev.items():
         assert samples.labels_N is not None, f"dev file {ending!r} was read without labels"
-        found_NC = scores(parts, samples, num_outputs=task.num_outputs, multiple=wishes.multiple)
+        pace = Pace(f"measuring dev{ending}", samples.lengths_N, say)
+        found_NC = scores(parts, samples, num_outputs=task.num_outputs, multiple=wishes.multiple, pace=pace)
         metrics |= {f"{n}{ending}": v for n, v in metrics_of(found_NC, samples.labels_N, task).items()}
         losses.append((mean_loss(found_NC, samples.labels_N), len(samples)))
     return Measured(metrics, _mean(losses))

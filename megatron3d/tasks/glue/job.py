@@ -17,35 +17,24 @@ from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.config.data import DataConfig
 from megatron3d.config.derive import model_parallel_size
-from megatron3d.config.options import OPTIONS
 from megatron3d.config.run import RunConfig
-from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.tasks.glue.encode import Encoded, encode
 from megatron3d.tasks.glue.finetune import TaskData
 from megatron3d.tasks.glue.metrics import require_libraries
+from megatron3d.tasks.glue.options import check_options
 from megatron3d.tasks.glue.order import num_batches
 from megatron3d.tasks.glue.read import Rows, distinct_labels, read_rows
 from megatron3d.tasks.glue.tasks import CUSTOM, CustomColumns, Task, custom_task, find_task
+from megatron3d.tasks.glue.vocabulary import choose_tokenizer
 from megatron3d.tasks.glue.weights import Origin, new_prefixes, open_checkpoint, open_hf
 
-_PADDED_VOCABULARY = 128  # a model may have fewer than this many rows beyond its tokens, for speed
 _SHORTEST = 8  # tokens; a pair needs three special ones and some of its own
-_FROM_ELSEWHERE = {
-    "train_iters": "--epochs",
-    "train_samples": "--epochs",
-    "rampup_batch_size": "--global-batch-size",
-    "step_batch_size_schedule": "--global-batch-size",
-    "data_path": "--data-dir",
-    "train_data_path": "--data-dir, or --train-file with --task tsv",
-    "mock_data": "--data-dir",
-    "finetune": "--load, which takes the weights alone anyway",
-}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A fine-tuning that is settled: the run for each seed, and what goes into it."""
+    """A fine-tuning that is settled: the run for each seed, what goes into it, and `save`, where all of it is kept."""
 
     task: Task
     origin: Origin
@@ -54,6 +43,7 @@ class Job:
     epochs: int
     multiple: int
     predict: Path | None
+    save: str | None
     notes: tuple[str, ...]
 
 
@@ -73,11 +63,13 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
     words = parse_args(
         other_words, program="finetune_glue.py", description="Fine-tune a BERT.", say=say, architecture="bert"
     )
-    _refuse_foreign_options(words)
-    task, folder = _task_and_folder(args)
+    check_options(args, words)
     origin = _origin(args, words)
-    max_length = _max_length(args.max_seq_length, origin)
-    data_options, tokenizer = _tokenizer(words.data, origin)
+    task, folder = _task_and_folder(args, origin)
+    _check_classifier(args, origin, task)
+    multiple = _multiple(args, words)
+    max_length = _max_length(args.max_seq_length, origin, multiple)
+    data_options, tokenizer = choose_tokenizer(words.data, origin)
     rows = _read(args, task, folder)
     data = TaskData(
         train=encode(rows.train, tokenizer, max_length=max_length) if rows.train else None,
@@ -88,34 +80,36 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
     runs = tuple(
         _run(args, words, origin, data, replace(options, seed=seed), world_size) for seed in _seeds(args, words)
     )
-    parallel = runs[0].parallel
-    padded = args.pad_to_multiple_of or (1 if likely_device_type(parallel.device) == "cpu" else 8)
     return Job(
         task=task,
         origin=origin,
-        runs=tuple(replace(run, model=replace(run.model, seq_length=max_length)) for run in runs),
+        runs=runs,
         data=data,
         epochs=args.epochs,
-        multiple=lcm(padded, parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1),
-        predict=None if args.predict is None else Path(args.predict),
+        multiple=multiple,
+        predict=None if args.predict is None else _writable(Path(args.predict)),
+        save=words.checkpoint.save,
         notes=_notes(rows, data, origin, task, max_length),
     )
 
 
-def _refuse_foreign_options(words: RunConfig) -> None:
-    """Options of the model's shape, and those that other options stand for here."""
-    problems = []
-    for option in OPTIONS:
-        value = option.value_in(words)
-        if option.name in _FROM_ELSEWHERE and value not in (None, (), False):
-            problems.append(f"{option.spelling} is not for fine-tuning; use {_FROM_ELSEWHERE[option.name]}.")
-        elif option.section == "model" and option.name != "architecture" and value != option.default:
-            problems.append(f"{option.spelling} {value}: the model comes with --load or --hf; leave the option out.")
-    if problems:
-        raise ConfigError("\n".join(problems))
+def _multiple(args: argparse.Namespace, words: RunConfig) -> int:
+    """What the length of a batch is a multiple of: as asked for, and so that sequence parallelism can cut it."""
+    parallel = words.parallel
+    padded = args.pad_to_multiple_of or (1 if likely_device_type(parallel.device) == "cpu" else 8)
+    return lcm(padded, parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
 
 
-def _task_and_folder(args: argparse.Namespace) -> tuple[Task, Path]:
+def _writable(folder: Path) -> Path:
+    """Make the folder of the predictions now, and not after an hour of training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--predict {folder} cannot be made ({error.strerror}); give another directory.") from error
+    return folder
+
+
+def _task_and_folder(args: argparse.Namespace, origin: Origin) -> tuple[Task, Path]:
     """The task, and where its files are."""
     own = {
         "--train-file": args.train_file,
@@ -139,6 +133,8 @@ def _task_and_folder(args: argparse.Namespace) -> tuple[Task, Path]:
         raise ConfigError(f"--task {CUSTOM} needs {missing}; give the path of a TSV file with a header line.")
     texts = tuple(filter(None, (args.text_column, args.second_text_column)))
     labels = tuple(args.labels or ())
+    if not labels and not args.regression and not args.epochs:
+        labels = tuple((origin.task or {}).get("labels", ()))
     if not labels and not args.regression:
         labels = distinct_labels(Path(args.train_file or args.dev_file), args.label_column)
     columns = CustomColumns(texts, args.label_column, labels, args.regression, tuple(args.metric or ()))
@@ -165,43 +161,41 @@ def _origin(args: argparse.Namespace, words: RunConfig) -> Origin:
             f"--load CHECKPOINT or --hf DIRECTORY says which model is fine-tuned, and {state}; give one of them."
         )
     origin = open_hf(args.hf) if load is None else open_checkpoint(load, words.checkpoint.ckpt_step)
-    if args.keep_classifier and "head.classifier.weight" not in origin.names:
+    if args.keep_classifier and origin.num_outputs is None:
         raise ConfigError(f"--keep-classifier: {origin.path} has no classifier; leave the option out.")
     return replace(origin, keeps_classifier=args.keep_classifier)
 
 
-def _max_length(wanted: int, origin: Origin) -> int:
+def _check_classifier(args: argparse.Namespace, origin: Origin, task: Task) -> None:
+    """A classifier that is kept must fit, and one that is measured only must be there."""
+    if args.keep_classifier and origin.num_outputs != task.num_outputs:
+        raise ConfigError(
+            f"--keep-classifier: the classifier in {origin.path} has {origin.num_outputs} outputs, and --task "
+            f"{task.name} needs {task.num_outputs}; leave the option out for a new one."
+        )
+    if args.epochs == 0 and not origin.is_of(task):
+        has = "has no classifier" if origin.num_outputs is None else "has a classifier of another task"
+        raise ConfigError(
+            f"--epochs 0 measures what is loaded, and {origin.path} {has}, so that nothing of --task {task.name} would "
+            "be measured; give a checkpoint fine-tuned on it, --keep-classifier where its classifier is one of this "
+            "task, or --epochs 1 and more."
+        )
+
+
+def _max_length(wanted: int, origin: Origin, multiple: int) -> int:
+    """Tokens that samples are cut to; the batch they are in, padded to a multiple, must have its positions."""
     positions = origin.model.max_position_embeddings
     learned = origin.model.position_embedding_type == "learned_absolute"
-    if learned and wanted > positions:
+    longest = positions - positions % multiple
+    if learned and wanted > longest:
+        padded = f", whole batches of which are a multiple of {multiple} long" if multiple > 1 else ""
         raise ConfigError(
-            f"--max-seq-length {wanted} is longer than the {positions} positions of the model in {origin.path}; use "
-            f"--max-seq-length {positions}, or a model with more positions."
+            f"--max-seq-length {wanted} is longer than the {positions} positions of the model in {origin.path} allow"
+            f"{padded}; use --max-seq-length {longest}, or a model with more positions."
         )
     if wanted < _SHORTEST:
         raise ConfigError(f"--max-seq-length {wanted} leaves no room for a text; use at least {_SHORTEST}.")
     return wanted
-
-
-def _tokenizer(words: DataConfig, origin: Origin) -> tuple[DataConfig, Tokenizer]:
-    """The tokenizer that the options name, else the one that the weights were trained with."""
-    named = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
-    given = {name: vars(words)[name] for name in named if vars(words)[name] is not None}
-    if given.get("vocab_file") and "tokenizer_type" not in given:
-        own = origin.data.tokenizer_type or ""
-        given["tokenizer_type"] = own if own.startswith("BertWordPiece") else "BertWordPieceLowerCase"
-    options = replace(words, **(given or {name: vars(origin.data)[name] for name in named}))
-    if options.tokenizer_type is None:
-        raise ConfigError(f"{origin.path} names no tokenizer; give --vocab-file, the vocab.txt it was trained with.")
-    files = (options.vocab_file, options.merge_file, options.tokenizer_model)
-    tokenizer = TokenizerSpec(options.tokenizer_type, *files, vocab_size=origin.model.vocab_size).build()
-    here, there = tokenizer.vocab_size, origin.model.vocab_size
-    if not here <= there < here + _PADDED_VOCABULARY:
-        raise ConfigError(
-            f"the vocabulary {next(filter(None, files))} has {here} tokens, but the model in {origin.path} was trained "
-            f"with {there}; give the vocabulary of the model with --vocab-file."
-        )
-    return options, tokenizer
 
 
 @dataclass(frozen=True)
@@ -213,8 +207,6 @@ class _Files:
 
 def _read(args: argparse.Namespace, task: Task, folder: Path) -> _Files:
     skip = {"skip_bad_rows": args.skip_bad_rows}
-    if args.epochs < 0:
-        raise ConfigError(f"--epochs {args.epochs} is below 0; use 0 to measure only, or at least 1.")
     if task.name == CUSTOM and args.predict is not None and not task.test:
         raise ConfigError(f"--predict {args.predict} needs --test-file, the texts to be labelled; give it.")
     train = read_rows(folder / task.train, task, labelled=True, **skip) if args.epochs else None

@@ -19,12 +19,13 @@ from megatron3d.pipeline.run import run
 from megatron3d.tasks.glue.encode import Encoded
 from megatron3d.tasks.glue.metrics import measure
 from megatron3d.tasks.glue.order import PlannedBatch, evaluation_batches
+from megatron3d.tasks.glue.pace import Pace
 from megatron3d.tasks.glue.tasks import Task
 from megatron3d.train.parts import Parts
 from megatron3d.train.step import micro_batches
 
 
-def scores(parts: Parts, samples: Encoded, *, num_outputs: int, multiple: int) -> Tensor:
+def scores(parts: Parts, samples: Encoded, *, num_outputs: int, multiple: int, pace: Pace) -> Tensor:
     """The model's outputs for all samples, fp32 [N, C] on the CPU, the same on every rank; collective over all.
 
     Args:
@@ -32,6 +33,7 @@ def scores(parts: Parts, samples: Encoded, *, num_outputs: int, multiple: int) -
         samples: of one file.
         num_outputs: C.
         multiple: batches are padded to a multiple of this.
+        pace: told of every batch.
     """
     mesh, device = parts.mesh, parts.model.device
     found_NC = torch.zeros(len(samples), num_outputs, device=device)
@@ -42,6 +44,7 @@ def scores(parts: Parts, samples: Encoded, *, num_outputs: int, multiple: int) -
         if outputs is not None:
             counts = torch.from_numpy(part.weights_G > 0)
             found_NC[torch.from_numpy(part.indices_G)[counts].to(device)] = outputs[counts.to(device)].float()
+        pace.done(batch.num_samples, tokens=int(batch.length * batch.num_samples))
     # Each row was filled in by one rank of all; the others hold zeros.
     return all_reduce(found_NC, mesh.world).cpu()
 
@@ -78,7 +81,11 @@ def metrics_of(scores_NC: Tensor, labels_N: NDArray[np.generic], task: Task) -> 
 def prediction_lines(scores_NC: Tensor, task: Task) -> list[str]:
     """The lines of a predictions file: a header, then the number of each row and its label as the data writes it."""
     found = answers(scores_NC, task)
-    words = [f"{value:.3f}" for value in found] if task.is_regression else [task.labels[number] for number in found]
+    if task.is_regression:
+        digits = ".6g" if task.value_range is None else ".3f"
+        words = [format(value, digits) for value in found]
+    else:
+        words = [task.labels[number] for number in found]
     return ["index\tprediction", *(f"{number}\t{word}" for number, word in enumerate(words))]
 
 

@@ -16,6 +16,7 @@ from megatron3d.errors import DataError
 from megatron3d.tasks.glue.tasks import Task
 
 _SHOWN = 3  # bad rows told in one message
+_MANY_LABELS = 20  # more than this many, and hardly a row like another: values, or a column of texts
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,13 @@ def distinct_labels(path: Path, column: str) -> tuple[str, ...]:
     header, lines, _ = _table(path, ())
     at = _position(path, header, column)
     cells = (line.split("\t") for line in lines)
-    found = {row[at].strip() for row in cells if len(row) > at and row[at].strip()}
+    all_labels = [row[at].strip() for row in cells if len(row) == len(header) and row[at].strip()]
+    found = set(all_labels)
+    if len(found) > max(_MANY_LABELS, len(all_labels) / 2):
+        raise DataError(
+            f"{path}: column {column!r} has {len(found)} different labels in {len(all_labels)} rows, which are no "
+            "classes; learn them as values with --regression, or give another --label-column"
+        )
     if len(found) < 2:
         raise DataError(
             f"{path}: column {column!r} has {len(found)} different labels, and a classifier needs two; "

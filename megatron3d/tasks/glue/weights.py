@@ -44,6 +44,7 @@ class Origin:
         data: the options of the data it was trained on, which name its tokenizer.
         task: what the checkpoint of a classifier says of its task (`task_document`), else None.
         keeps_classifier: whether the user says that its classifier is one of the task.
+        num_outputs: outputs of its classifier; None if it has none.
         tensors: all weights by name, of a Hugging Face directory; None of a checkpoint, which is read when needed.
     """
 
@@ -53,6 +54,7 @@ class Origin:
     data: DataConfig
     task: Mapping[str, Any] | None = None
     keeps_classifier: bool = False
+    num_outputs: int | None = None
     tensors: Mapping[str, Tensor] | None = None
 
     def is_of(self, task: Task) -> bool:
@@ -70,7 +72,15 @@ def open_hf(directory: str) -> Origin:
     """
     found = read_model(Path(directory))
     _require_bert(f"--hf {directory}", found.model)
-    return Origin(found.directory, found.model, frozenset(found.tensors), found.data, tensors=found.tensors)
+    classifier = found.tensors.get(f"{_CLASSIFIER}weight")
+    return Origin(
+        found.directory,
+        found.model,
+        frozenset(found.tensors),
+        found.data,
+        num_outputs=None if classifier is None else classifier.shape[0],
+        tensors=found.tensors,
+    )
 
 
 def open_checkpoint(load: str, step: int | None) -> Origin:
@@ -82,9 +92,10 @@ def open_checkpoint(load: str, step: int | None) -> Origin:
     directory = find_checkpoint(Path(load), step)
     stored = from_dict(read_document(directory, "run"))
     _require_bert(f"--load {directory}", stored.model)
-    names = frozenset(name.removeprefix("model/") for name in tensor_shapes(directory) if name.startswith("model/"))
+    shapes = {name.removeprefix("model/"): shape for name, shape in tensor_shapes(directory).items()}
     task = read_document(directory, "task") if "task.json" in read_index(directory).documents else None
-    return Origin(directory, stored.model, names, stored.data, task)
+    num_outputs = shapes.get(f"{_CLASSIFIER}weight", (None,))[0]
+    return Origin(directory, stored.model, frozenset(shapes), stored.data, task, num_outputs=num_outputs)
 
 
 def _require_bert(source: str, model: ModelConfig) -> None:
