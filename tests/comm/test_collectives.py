@@ -12,7 +12,7 @@ from megatron3d.comm import collectives
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.comm.meter import Meter, wire_bytes
-from megatron3d.comm.p2p import start_receive, start_send
+from megatron3d.comm.p2p import Message, start_exchange
 from tests.dist.pool import Pool
 
 FLOAT_BYTES = 4
@@ -69,11 +69,9 @@ def _counts(rank: int, world_size: int) -> tuple[dict[tuple[str, str], tuple[int
     collectives.broadcast(x, mesh.world)
     peer = 1 - mesh.tp.rank
     received = torch.empty(5)
-    pending = [
-        start_send(torch.full((5,), float(rank)), mesh.tp, peer=peer, tag=7),
-        start_receive(received, mesh.tp, peer=peer, tag=7),
-    ]
-    for one in pending:
+    sent = torch.full((5,), float(rank))
+    messages = [Message(sent, sends=True, peer=peer, tag=7), Message(received, sends=False, peer=peer, tag=7)]
+    for one in start_exchange(messages, mesh.tp):
         one.wait()
     assert received.tolist() == [float(mesh.tp.ranks[peer])] * 5
     counted = mesh.meter.read()
