@@ -1,9 +1,14 @@
-"""Train a byte-level BPE tokenizer on a text corpus.
+"""Train a tokenizer on a text corpus: a byte-level BPE for a GPT, word pieces for a BERT.
 
     python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192 --output-dir tokenizer
 
 writes tokenizer/tokenizer.json (for --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer) and
-vocab.json with merges.txt (for --tokenizer-type GPT2BPETokenizer). The work is done in megatron3d/data/train_bpe.py.
+vocab.json with merges.txt (for --tokenizer-type GPT2BPETokenizer).
+
+    python tools/train_tokenizer.py --kind word-pieces --input corpus.jsonl --vocab-size 8192 --output-dir tokenizer
+
+writes tokenizer/vocab.txt (for --tokenizer-type BertWordPieceLowerCase, or with --keep-case BertWordPieceCase). The
+work is done in megatron3d/data/train_bpe.py and train_word_pieces.py.
 """
 
 from __future__ import annotations
@@ -13,34 +18,46 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron3d.data.corpus import FORMATS, find_inputs
 from megatron3d.data.train_bpe import train_byte_level_bpe, write_tokenizer
-from megatron3d.errors import Megatron3dError
+from megatron3d.data.train_word_pieces import train_word_pieces, write_word_pieces
+from megatron3d.errors import ConfigError, Megatron3dError
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.", allow_abbrev=False)
+    p = argparse.ArgumentParser(description="Train a tokenizer.", allow_abbrev=False)
+    p.add_argument("--kind", choices=("bpe", "word-pieces"), default="bpe", help="byte-level BPE (default), or BERT's")
     p.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"paths or globs of {FORMATS} files")
     p.add_argument("--json-key", default="text", metavar="KEY", help="key of the text (default text)")
-    p.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids with bytes and <|endoftext|>")
+    p.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids, special ones counted")
     p.add_argument("--min-frequency", type=int, default=2, metavar="N", help="rarer pairs are not merged (default 2)")
+    p.add_argument("--keep-case", action="store_true", help="word pieces with capitals and accents")
     p.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the files go")
     return p
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, write, and say what was written."""
+    if args.keep_case and args.kind == "bpe":
+        raise ConfigError("--keep-case is for --kind word-pieces; a byte-level BPE always keeps it, so leave it out")
     start_s = time.monotonic()
-    tokenizer = train_byte_level_bpe(
-        find_inputs(args.input),
-        args.json_key,
-        vocab_size=args.vocab_size,
-        min_frequency=args.min_frequency,
-        show_progress=sys.stderr.isatty(),
-    )
-    for path in write_tokenizer(tokenizer, args.output_dir):
+    files = find_inputs(args.input)
+    options: dict[str, Any] = {
+        "vocab_size": args.vocab_size,
+        "min_frequency": args.min_frequency,
+        "show_progress": sys.stderr.isatty(),
+    }
+    if args.kind == "bpe":
+        tokenizer = train_byte_level_bpe(files, args.json_key, **options)
+        written = write_tokenizer(tokenizer, args.output_dir)
+    else:
+        lower_case = not args.keep_case
+        tokenizer = train_word_pieces(files, args.json_key, lower_case=lower_case, **options)
+        written = write_word_pieces(tokenizer, args.output_dir, lower_case=lower_case)
+    for path in written:
         print(f"wrote {path}")
     size = tokenizer.get_vocab_size()
     fewer = f", fewer than the {args.vocab_size:,} asked for: the corpus has no more pairs" * (size < args.vocab_size)

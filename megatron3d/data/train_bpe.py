@@ -43,7 +43,7 @@ def train_byte_level_bpe(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=show_progress,
     )
-    texts = _counted(iterate_texts(files, key), files, key)
+    texts = counted(iterate_texts(files, key), files, key)
     tokenizer.train_from_iterator(texts, trainer=trainer)
     return tokenizer
 
@@ -75,7 +75,7 @@ def write_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> list[Pa
     return [directory / name for name in contents]
 
 
-def _counted(texts: Iterator[str], files: Sequence[Path], key: str) -> Iterator[str]:
+def counted(texts: Iterator[str], files: Sequence[Path], key: str) -> Iterator[str]:
     """The texts themselves. Raises: DataError at the end if none of them had a character."""
     num_characters = 0
     for text in texts:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, ByteTokenizer, NullTokenizer, Tokenizer, build_tokenizer
 from megatron3d.data.train_bpe import train_byte_level_bpe, write_tokenizer
+from megatron3d.data.train_word_pieces import SPECIAL_PIECES, train_word_pieces, write_word_pieces
 from megatron3d.errors import ConfigError, DataError
 from tests.data.corpora import SHARED, needs_shared
 
@@ -128,6 +129,29 @@ def test_training_twice_gives_the_same_files(trained: Path, tmp_path: Path) -> N
 def test_vocabulary_too_small_for_the_bytes_is_refused(trained: Path) -> None:
     with pytest.raises(ConfigError, match=r"--vocab-size 256 is too small: 256 bytes and <\|endoftext\|> take 257"):
         train_byte_level_bpe([trained.parent / "corpus.jsonl"], "text", vocab_size=256)
+
+
+@pytest.mark.parametrize(("lower_case", "kind"), [(True, "BertWordPieceLowerCase"), (False, "BertWordPieceCase")])
+def test_trained_word_pieces_are_read_as_they_were_trained(tmp_path: Path, lower_case: bool, kind: str) -> None:
+    texts = [f"The cat number {n} sat on the mat; the Ñandú did not sit. " * 3 for n in range(50)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    folders = [tmp_path / "once", tmp_path / "again"]
+    for folder in folders:
+        trained = train_word_pieces([tmp_path / "corpus.jsonl"], "text", vocab_size=90, lower_case=lower_case)
+        written = write_word_pieces(trained, folder, lower_case=lower_case)
+    assert all((folders[0] / path.name).read_bytes() == path.read_bytes() for path in written)
+    pieces = (folders[0] / "vocab.txt").read_text().split()
+    assert pieces[:5] == list(SPECIAL_PIECES) and len(pieces) == len(set(pieces)) <= 90
+    assert any(len(piece) > 4 for piece in pieces[5:]) and ("T" in pieces) != lower_case
+    tokenizer = build_tokenizer(kind, vocab_file=str(folders[0] / "vocab.txt"))
+    for text in (texts[3], "the mats", "Cat 7"):
+        assert tokenizer.encode(text) == trained.encode(text).ids
+    assert trained.token_to_id("[UNK]") not in tokenizer.encode(texts[3])
+
+
+def test_a_vocabulary_without_room_for_the_special_pieces_is_refused(trained: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--vocab-size 5 is too small: \[PAD\], .* take 5"):
+        train_word_pieces([trained.parent / "corpus.jsonl"], "text", vocab_size=5)
 
 
 @given(st.text())
