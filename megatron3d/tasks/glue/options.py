@@ -1,4 +1,4 @@
-"""Which options of pretraining a fine-tuning takes, and what is said to the others."""
+"""The options of a fine-tuning: its own, which of those of pretraining it takes, and what is said to the others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 from megatron3d.config.options import OPTIONS
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
+from megatron3d.tasks.glue.tasks import CUSTOM, GLUE_TASKS, METRICS
 
 # Of these sections of the options of pretraining, what fine-tuning takes; others would be without effect.
 _TAKEN = {
@@ -30,6 +31,38 @@ _INSTEAD = {
     "seq_length": "use --max-seq-length",
     "finetune": "the weights alone are taken from --load anyway; leave the option out",
 }
+
+
+def task_parser() -> argparse.ArgumentParser:
+    """The parser of the task's own options; what it leaves over are those of pretraining."""
+    p = argparse.ArgumentParser(
+        description="Fine-tune a BERT on a task of GLUE or on TSV files of your own.",
+        epilog="All other options are those of pretrain_bert.py: see its --help, and docs/glue.md.",
+        allow_abbrev=False,
+    )
+    p.add_argument("--task", required=True, metavar="NAME", help=f"{', '.join(GLUE_TASKS)}, or {CUSTOM} for your files")
+    p.add_argument("--data-dir", metavar="DIR", help="folder of the official TSV files, or the one it is in")
+    p.add_argument("--hf", metavar="DIR", help="start from a Hugging Face directory (or from --load CHECKPOINT)")
+    p.add_argument("--keep-classifier", action="store_true", help="the classifier there is one of this task: keep it")
+    p.add_argument("--epochs", type=int, default=3, metavar="N", help="default 3; 0 measures what was loaded")
+    p.add_argument("--max-seq-length", type=int, default=128, metavar="N", help="cut samples to N tokens (default 128)")
+    p.add_argument("--pad-to-multiple-of", type=int, metavar="N", help="length of batches (default 1 on a CPU, else 8)")
+    p.add_argument("--seeds", type=int, nargs="+", metavar="S", help="one fine-tuning for each seed, one after another")
+    p.add_argument("--hidden-dropout", type=float, metavar="P", help="default the model's")
+    p.add_argument("--attention-dropout", type=float, metavar="P", help="default the model's")
+    p.add_argument("--predict", metavar="DIR", help="write the leaderboard's files for the test files there")
+    p.add_argument("--skip-bad-rows", action="store_true", help="leave labelled rows with a problem out, and tell them")
+    own = p.add_argument_group(f"with --task {CUSTOM}: TSV files with a header line")
+    own.add_argument("--train-file", metavar="FILE")
+    own.add_argument("--dev-file", metavar="FILE")
+    own.add_argument("--test-file", metavar="FILE", help="texts without labels, for --predict")
+    own.add_argument("--text-column", default="sentence", metavar="NAME", help="default sentence")
+    own.add_argument("--second-text-column", metavar="NAME", help="for pairs")
+    own.add_argument("--label-column", default="label", metavar="NAME", help="default label")
+    own.add_argument("--labels", nargs="+", metavar="LABEL", help="default those of the training file, sorted")
+    own.add_argument("--regression", action="store_true", help="labels are numbers to be learned as such")
+    own.add_argument("--metric", nargs="+", choices=METRICS, metavar="NAME", help=", ".join(METRICS))
+    return p
 
 
 def check_options(args: argparse.Namespace, words: RunConfig) -> None:
