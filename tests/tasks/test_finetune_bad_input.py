@@ -31,7 +31,7 @@ def sst(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 OPTIONS = [
-    ("--task sts2", ["--task sts2 is not known; did you mean sst-2?", "cola"]),
+    ("--task sst3", ["--task sst3 is not known; did you mean sst-2?", "cola"]),
     ("--task sst-2 --epochs -1", ["--epochs -1 is below 0"]),
     ("--task sst-2 --max-seq-length 33", ["--max-seq-length 33", "the 32 positions", "use --max-seq-length 32"]),
     (
@@ -48,7 +48,7 @@ OPTIONS = [
     ("--task sst-2 --keep-classifier", ["--keep-classifier", "has no classifier"]),
     ("--task sst-2 --epochs 0", ["--epochs 0 measures what is loaded", "has no classifier", "--epochs 1"]),
     ("--task sst-2 --epochs 0 --save out", ["--save out", "--epochs 0 learns nothing"]),
-    ("--task sst-2 --tokenizer-type ByteTokenizer", ["the vocabulary ByteTokenizer has 256 tokens"]),
+    ("--task sst-2 --tokenizer-type ByteTokenizer", ["the vocabulary ByteTokenizer has 257 tokens"]),
     ("--task tsv", ["--task tsv needs --dev-file"]),
     ("--task sst-2 --load somewhere", ["both are given"]),
     ("--task sst-2 --global-batch-size 9 --micro-batch-size 2", ["--global-batch-size 9"]),
@@ -116,7 +116,7 @@ def test_ones_own_labels_that_are_no_classes_are_refused(hf: Path, tmp_path: Pat
     arguments = ("--task tsv", USUAL, "--hf", hf, "--train-file", own, "--dev-file", own)
     tool(*arguments).says(f"{own}: column 'label' has 40 different labels in 40 rows", "--regression")
     tool(*arguments, "--label-column mood").says(f"{own} has no column 'mood'", "'sentence', 'label'")
-    tool(*arguments, "--predict", tmp_path / "p").says("--predict")
+    tool(*arguments, "--regression --predict", tmp_path / "p").says("--predict", "needs --test-file")
 
 
 def test_predictions_that_could_not_be_written_are_refused_before_training(hf: Path, sst: Path, tmp_path: Path) -> None:
