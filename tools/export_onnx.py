@@ -80,7 +80,7 @@ def measurement(args: argparse.Namespace, trained: Trained) -> Measurement | Non
         columns = (args.text_column, *([args.second_text_column] if args.second_text_column else []))
         if known.num_texts not in (None, len(columns)):
             raise ConfigError(
-                f"--dev-file {args.dev_file} gives {len(columns)} text a sample and {known.task} reads "
+                f"--dev-file {args.dev_file} gives {len(columns)} text(s) a sample and {known.task} reads "
                 f"{known.num_texts}; {'name' if known.num_texts == 2 else 'leave out'} --second-text-column"
             )
         wanted = CustomColumns(columns, args.label_column, trained.classes, known.is_regression, ())

@@ -98,6 +98,10 @@ def write(model: WholeClassifier, path: Path, metadata: Mapping[str, str], *, ma
             external_data=False,
             verbose=False,
         )
+    # The exporter notes for every node which line of which file it came from: paths of this machine, in most of a small
+    # file's bytes.
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()
     program.model.metadata_props.update(metadata)
     program.save(path)
 

@@ -87,11 +87,16 @@ def from_text(text: str) -> PackedTokenizer:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"the tokenizer inside the model cannot be read ({error}); export the model again") from error
     # Names become files of a temporary folder, and must not lead out of it.
-    wrong = [name for name in (*files, *options.values()) if name != _DIRECTORY and Path(name).name != name]
+    wrong = [name for name in (*files, *options.values()) if name != _DIRECTORY and not _is_plain(name)]
+    wrong += [name for name in files if name == _DIRECTORY]
     wrong += [option for option in options if option not in _FILE_OPTIONS]
     if wrong:
         raise DataError(f"the tokenizer inside the model names {wrong[0]!r}, which is no file of it; export it again")
     return PackedTokenizer(kind, options, files)
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
 
 
 def _read(path: Path) -> bytes:

@@ -31,12 +31,16 @@ def quantize(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
     import onnx
     from onnxruntime import quantization
 
+    model = onnx.load(source)
+    # The exporter notes the shapes of weights too, the library transposes some without changing the notes and then
+    # stops at the contradiction. It works the shapes out again by itself.
+    del model.graph.value_info[:]
     logger = logging.getLogger()
     before = logger.level
     logger.setLevel(logging.ERROR)  # it advises a preparation that the exporter has done already
     try:
         quantization.quantize_dynamic(
-            source,
+            model,
             target,
             op_types_to_quantize=_LINEAR,
             per_channel=True,
