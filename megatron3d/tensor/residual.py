@@ -23,6 +23,8 @@ def first_position(x_SBH: Tensor, context: LayerContext) -> Tensor:
     """The first position, [B, H], type I at every layout."""
     if not context.sequence_parallel:
         return x_SBH[0]
-    # Only rank 0 holds it: what the others add is 0, and the gradient goes to rank 0 alone.
-    first_BH = x_SBH[0] if context.tp.rank == 0 else torch.zeros_like(x_SBH[0])
+    # Only rank 0 holds it: what the others add is 0, and so is their gradient. But it must reach their blocks, whose
+    # backward takes part in collectives, also where no other head asks for their positions.
+    own_BH = x_SBH[0]
+    first_BH = own_BH if context.tp.rank == 0 else own_BH.masked_fill(torch.ones_like(own_BH, dtype=torch.bool), 0.0)
     return typed.all_reduce(first_BH, context.tp, dst="I")

@@ -211,22 +211,23 @@ def test_each_task_is_learned_from_its_official_files(tmp_path: Path, hf: Path, 
             assert set(labels) <= set(LABELS.get(task, ("0", "1")))
 
 
-def test_the_best_weights_are_kept_saved_and_predicted_with(tmp_path: Path, hf: Path, sst: Path) -> None:
+def test_the_best_weights_are_kept_saved_and_predicted_with(tmp_path: Path, hf: Path, sts: Path) -> None:
     metrics, save = tmp_path / "m.jsonl", tmp_path / "save"
-    wild = f"--epochs 6 --lr 2e-2 --max-seq-length 24 --global-batch-size 8 --seed 2 {QUIET}"
+    wild = f"--epochs 5 --lr 5e-3 --max-seq-length 24 --global-batch-size 8 --seed 3 {QUIET}"
     more = ("--metrics-file", metrics, "--save", save, "--predict", tmp_path / "during")
-    found = tuned("--task sst-2", "--data-dir", sst, "--hf", hf, wild, *more)
-    measured = [record for record in records(metrics) if "valid_accuracy" in record]
-    best = max(measured, key=lambda record: record["valid_accuracy"])  # the first of equals
-    assert best["step"] < measured[-1]["step"] and best["valid_accuracy"] > measured[-1]["valid_accuracy"]
-    assert (found["step"], found["metrics"]["accuracy"]) == (best["step"], best["valid_accuracy"])
+    found = tuned("--task sts-b", "--data-dir", sts, "--hf", hf, wild, *more)
+    measured = [record for record in records(metrics) if "valid_loss" in record]
+    best = max(measured, key=lambda record: record["valid_pearson"] + record["valid_spearman"])
+    assert measured[0]["step"] < best["step"] < measured[-1]["step"], "choose a seed whose best is in the middle"
+    assert (found["step"], found["epoch"]) == (best["step"], measured.index(best) + 1)
+    assert found["metrics"] == {name: best[f"valid_{name}"] for name in ("pearson", "spearman")}
     assert [path.name for path in list_checkpoints(save)] == [f"iter_{best['step']:07d}"]
     assert read_document(find_checkpoint(save), "task")["metrics"] == found["metrics"]
     again = f"--epochs 0 --max-seq-length 24 --global-batch-size 8 {QUIET}"
-    after = tuned("--task sst-2", "--data-dir", sst, "--load", save, again, "--predict", tmp_path / "after")
-    assert (after["metrics"], after["loss"]) == (found["metrics"], pytest.approx(found["loss"], rel=1e-6))
-    during = (tmp_path / "during" / "SST-2.tsv").read_text()
-    assert (tmp_path / "after" / "SST-2.tsv").read_text() == during
+    after = tuned("--task sts-b", "--data-dir", sts, "--load", save, again, "--predict", tmp_path / "after")
+    assert (after["metrics"], after["loss"]) == (found["metrics"], found["loss"])
+    during = (tmp_path / "during" / "STS-B.tsv").read_text()
+    assert (tmp_path / "after" / "STS-B.tsv").read_text() == during
 
 
 def test_a_checkpoint_of_any_layout_is_measured_at_another_with_its_own_classifier(
@@ -261,7 +262,7 @@ def test_pretraining_at_one_layout_is_fine_tuned_at_another(
     said = tool("--task sst-2", *arguments).err
     assert "with a new head.classifier" in said and new in said
     # What came from pretraining was trained on, not drawn anew: one small step changes it little.
-    name = "model/trunk.layers.0.mlp.up.weight"
+    name = "model/layers.0.mlp.up.weight"
     before, after = (assemble(find_checkpoint(tmp_path / kind), name) for kind in ("pretrained", "tuned"))
     assert 0 < (before - after).abs().max() < 0.05
 
@@ -286,7 +287,7 @@ def test_several_seeds_are_several_runs_and_their_mean(tmp_path: Path, hf: Path,
 
 
 def test_dropout_is_on_unless_switched_off_and_the_same_each_time(tmp_path: Path, hf: Path, sst: Path) -> None:
-    short = ("--data-dir", sst, "--hf", hf, "--epochs 1 --lr 1e-3 --device cpu --global-batch-size 14")
+    short = ("--data-dir", sst, "--hf", hf, "--epochs 1 --lr 1e-3 --device cpu --max-seq-length 24")
     first, second = (told(tmp_path, "sst-2", *short) for _ in range(2))
     without = told(tmp_path, "sst-2", *short, "--hidden-dropout 0 --attention-dropout 0")
     assert first.losses == second.losses and first.losses[0] != without.losses[0]
@@ -360,10 +361,10 @@ def test_a_kept_classifier_of_transformers_gives_its_predictions(tmp_path: Path)
     options = f"--epochs 0 --keep-classifier --max-seq-length 24 {QUIET}"
     found = tuned("--task rte", "--data-dir", data, "--hf", folder, options)
     rows = read_rows(data / "dev.tsv", GLUE_TASKS["rte"], labelled=True)
-    tokenizer = transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     batch = tokenizer(*map(list, rows.texts), padding=True, truncation="longest_first", max_length=24)
     with torch.no_grad():
         scores = model(**{name: torch.tensor(values) for name, values in batch.items()}).logits
     labels = torch.tensor(rows.labels)
     assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(scores, labels).item(), rel=1e-5)
-    assert found["metrics"]["accuracy"] == (scores.argmax(1) == labels).float().mean().item()
+    assert found["metrics"]["accuracy"] == (scores.argmax(1) == labels).double().mean().item()
