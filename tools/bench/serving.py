@@ -52,7 +52,7 @@ def main() -> None:
 
 def row(url: str, sentences: Sequence[str], load: Load) -> str:
     """Put one load on the service and say how it did."""
-    before, begin_s = _counts(url), time.perf_counter()
+    before, begin_s = counts(url), time.perf_counter()
     elapsed_s: list[float] = []
     threads = [
         threading.Thread(target=_client, args=(url, sentences, load, number, elapsed_s))
@@ -62,7 +62,7 @@ def row(url: str, sentences: Sequence[str], load: Load) -> str:
         thread.start()
     for thread in threads:
         thread.join()
-    wall_s, after = time.perf_counter() - begin_s, _counts(url)
+    wall_s, after = time.perf_counter() - begin_s, counts(url)
     if len(elapsed_s) < 2:
         raise SystemExit(f"error: {url} answered {len(elapsed_s)} requests in {wall_s:.1f} s; is it the right address?")
     rate = len(elapsed_s) / wall_s
@@ -92,7 +92,8 @@ def _client(url: str, sentences: Sequence[str], load: Load, number: int, elapsed
         elapsed_s.append(time.perf_counter() - begin_s)
 
 
-def _counts(url: str) -> dict[str, int]:
+def counts(url: str) -> dict[str, int]:
+    """What the service says it has done so far."""
     with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
         return json.load(response)
 
