@@ -52,7 +52,8 @@ class _Worker:
             os.kill(self.process.pid, signal.SIGUSR1)
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline:
-            text = self.stack_file.read_text()
+            # A process that is still starting has made no file yet.
+            text = self.stack_file.read_text() if self.stack_file.exists() else ""
             if text.endswith("\n"):
                 return text.partition(f'  File "{worker.__file__}"')[0].rstrip()
             time.sleep(0.01)
