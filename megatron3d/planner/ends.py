@@ -27,7 +27,8 @@ def embedding(tape: Tape, config: RunConfig, sizes: Sizes) -> Value:
             # The gradient of the rows in use is put into a whole table, and that is widened to be added.
             x = _added(tape, x, sizes, 2 * model.max_position_embeddings * sizes.hidden * sizes.element)
         if is_bert and model.num_token_types:
-            x = _added(tape, x, sizes, 0)
+            # Each rank looks up the types of its own part of the sequence, a copy.
+            x = _added(tape, x, sizes, 0, kept=sizes.residual_rows * INT64 if sizes.sharded else 0)
         if is_bert and model.norm_position == "post":
             x = residual_norm(tape, x, config, sizes, "embedding")
         return op.dropout(tape, x, sizes.residual, drops=model.hidden_dropout > 0)
@@ -38,21 +39,23 @@ def _words(tape: Tape, sizes: Sizes) -> Value:
     count, whole = sizes.vocab * sizes.hidden, sizes.rows * sizes.hidden * sizes.element
     widened = count * FP32 if sizes.on_cpu and sizes.element != sizes.gradient else 0
     ids, x = tape.memory(sizes.rows * INT64), tape.value(whole)
-    table = count * sizes.element + widened
-    tape.add(Node("lookup", (), (x,), (ids,), weights_temporary=table, unit="embedding.word", contributions=1))
+    table = count * sizes.element
+    work = {"weights_temporary": table + widened, "weights_gradient": table}
+    tape.add(Node("lookup", (), (x,), (ids,), unit="embedding.word", contributions=1, **work))
     if sizes.tp > 1:
         x = tape.elementwise("elsewhere", x, whole, saves=(tape.memory(sizes.rows),))
     return op.to_residual(tape, x, sizes)
 
 
-def _added(tape: Tape, x: Value, sizes: Sizes, temporary: int) -> Value:
-    """x plus rows of another table of the embedding."""
+def _added(tape: Tape, x: Value, sizes: Sizes, temporary: int, *, kept: int = 0) -> Value:
+    """x plus rows of another table of the embedding, with `kept` bytes of indices."""
     return tape.add(
         Node(
             "rows",
             (x,),
             (tape.value(sizes.residual),),
-            gradients=(0,),
+            (tape.memory(kept),) if kept else (),
+            (0,),
             backward_temporary=temporary,
             unit="embedding",
             contributions=1,
@@ -103,7 +106,7 @@ def _bert_head(tape: Tape, x: Value, config: RunConfig, sizes: Sizes) -> Value:
     logits = op.linear(tape, y, (sizes.hidden, sizes.vocab), sizes, bias=False, **table)
     biased = tape.view(logits.memory)  # the bias is added within the product, and is of another unit than the table
     tape.add(Node("bias", (logits,), (biased,), gradients=(0,), unit="head", contributions=1))
-    losses = [_loss(tape, biased, predicted, config, sizes, reads=(entry.memory,))]
+    losses = [_loss(tape, biased, predicted, config, sizes, reads=(entry.memory,), weights=predicted * FP32)]
     if model.has_binary_head:
         losses.append(_pairs(tape, x, sizes))
     return tape.add(Node("losses", tuple(losses), (tape.value(FP32),), gradients=(FP32,) * len(losses)))
@@ -113,19 +116,31 @@ def _pairs(tape: Tape, x: Value, sizes: Sizes) -> Value:
     """The first token of every sample through the pooler to two classes."""
     rows = sizes.batch
     size = rows * sizes.hidden * sizes.element
-    first = tape.view(x.memory)
-    tape.add(Node("first token", (x,), (first,), gradients=(sizes.residual,)))
+    # Under sequence parallelism one rank has it; the others mask what they have and take part in the sum.
+    first = tape.value(size) if sizes.sharded else tape.view(x.memory)
+    mask = (tape.memory(rows * sizes.hidden),) if sizes.sharded else ()
+    tape.add(Node("first token", (x,), (first,), mask, (sizes.residual,)))
     given = {"input_type": "local", "unit": "head", "rows": rows, "bias": True}
     y = op.linear(tape, first, (sizes.hidden, sizes.hidden), sizes, **given)
     pooled = tape.value(size)
     tape.add(Node("tanh", (y,), (pooled,), (pooled.memory,), (size,)))
     scores = op.linear(tape, pooled, (sizes.hidden, NUM_CLASSES), sizes, **given)
-    chances = tape.memory(rows * NUM_CLASSES * FP32)
-    return tape.add(Node("classes", (scores,), (tape.value(FP32),), (chances,), (rows * NUM_CLASSES * FP32,)))
+    saves = (tape.memory(rows * NUM_CLASSES * FP32), tape.memory(FP32))  # log-probabilities, and torch's total weight
+    return tape.add(Node("classes", (scores,), (tape.value(FP32),), saves, (rows * NUM_CLASSES * FP32,)))
 
 
-def _loss(tape: Tape, logits: Value, rows: int, config: RunConfig, sizes: Sizes, *, reads: tuple[int, ...]) -> Value:
-    """The cross-entropy of every row, whose gradient takes the place of the logits, and its sum."""
+def _loss(
+    tape: Tape,
+    logits: Value,
+    rows: int,
+    config: RunConfig,
+    sizes: Sizes,
+    *,
+    reads: tuple[int, ...],
+    weights: int = 0,
+) -> Value:
+    """The cross-entropy of every row, whose gradient takes the place of the logits, and its sum with weights, of which
+    some bytes may be made for it."""
     row, columns = rows * FP32, min(config.model.vocab_size, sizes.vocab)
     copied = rows * INT64 if sizes.batch > 1 else 0  # a single sample's labels lie as the loss wants them
     targets, largest, sums = tape.memory(copied), tape.memory(row), tape.memory(2 * row)
@@ -142,7 +157,7 @@ def _loss(tape: Tape, logits: Value, rows: int, config: RunConfig, sizes: Sizes,
             reads=reads,
         )
     )
-    weighed = tape.elementwise("weigh", loss, row)
+    weighed = tape.elementwise("weigh", loss, row, saves=(tape.memory(weights),) if weights else ())
     return tape.add(Node("sum", (weighed,), (tape.value(FP32),), gradients=(0,)))
 
 

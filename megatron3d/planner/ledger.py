@@ -15,7 +15,7 @@ from megatron3d.pipeline.lower import lower
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.schedule import Action, Schedule
 from megatron3d.planner.layers import stage_tape
-from megatron3d.planner.memory import ModelParts, StateBytes, part_of, parts_of_rank, shard_size, state_bytes
+from megatron3d.planner.memory import ModelParts, StateBytes, fullest_state, part_of, parts_of_rank, shard_size
 from megatron3d.planner.sharing import SharedUnit, Sharing, SharingPlan
 from megatron3d.planner.sizes import BYTES, FP32, sizes_of
 from megatron3d.planner.temporaries import publish_temporary, update_temporary
@@ -46,7 +46,7 @@ class Ledger:
         return self.state.on_device + self.activations + self.buffers
 
     def rows(self) -> dict[str, int]:
-        """Bytes by name, as the metrics file has them."""
+        """Bytes by name, as the metrics file and tools/estimate.py have them."""
         state = self.state
         return {
             "weights": state.weights,
@@ -71,7 +71,9 @@ def ledger_of(config: RunConfig, plan: PipelinePlan, *, device_type: str) -> tup
     schedule = plan.training(first_microbatches(config))
     rows = lower(schedule)
     return tuple(
-        ledger_of_rank(config, plan, (schedule, rows[rank]), rank, device_type=device_type)
+        ledger_of_rank(
+            config, plan, (schedule, rows[rank]), parts_of_rank(config, plan, rank), rank, device_type=device_type
+        )
         for rank in range(plan.num_ranks)
     )
 
@@ -80,14 +82,22 @@ def ledger_of_rank(
     config: RunConfig,
     plan: PipelinePlan,
     row: tuple[Schedule, Sequence[Action]],
+    parts: ModelParts,
     pp_rank: int,
     *,
     device_type: str,
 ) -> Ledger:
-    """The ledger of one pipeline rank; `row` is the schedule of a step and this rank's actions of it."""
-    parts = parts_of_rank(config, plan, pp_rank)
-    shards = range(shard_size(config.parallel))
-    state = max((state_bytes(config, parts.units.values(), shard_rank=rank) for rank in shards), key=_on_device)
+    """The ledger of one pipeline rank.
+
+    Args:
+        config: the run.
+        plan: how it is cut along its depth.
+        row: the schedule of a step, and this rank's actions of it.
+        parts: what the rank holds.
+        pp_rank: its position along the pipeline.
+        device_type: as in `ledger_of`.
+    """
+    state = fullest_state(config, parts.units.values())
     sizes = sizes_of(config, device_type=device_type)
     tapes = {number: stage_tape(config, part_of(plan, number), sizes) for number in parts.stages}
     stages = RankStages(
@@ -101,10 +111,6 @@ def ledger_of_rank(
     return Ledger(pp_rank, state, moment.activations, moment.total - moment.activations)
 
 
-def _on_device(state: StateBytes) -> int:
-    return state.on_device
-
-
 def sharing_of(config: RunConfig, parts: ModelParts, *, device_type: str) -> Mapping[int, SharingPlan]:
     """What each stage of a rank shares out for a while."""
     parallel, policy = config.parallel, policy_of(config.parallel.zero_stage)
@@ -116,6 +122,7 @@ def sharing_of(config: RunConfig, parts: ModelParts, *, device_type: str) -> Map
             weights=layout.length * element if policy.shard_params else 0,
             scatter=layout.length * gradient if copies else 0,
             gather=layout.length * element if copies else 0,
+            is_fetched=parallel.offload_params != "none",
         )
         for name, layout in parts.units.items()
     }

@@ -117,24 +117,54 @@ def state_bytes(config: RunConfig, units: Iterable[FlatLayout], *, shard_rank: i
     for layout in layouts:
         own = layout.slice_of(shard_rank, ranks)
         moments = moment_bytes(config.optim, layout, own, tp=parallel.tensor_model_parallel_size)
-        total += _on_device(config, layout, own)
+        total += _on_device(config, layout.length, own.length)
         total += _elsewhere(config, own) if parallel.offload_optimizer != "none" else StateBytes(moments=moments)
     return total + _offload_buffers(config, [layout.slice_of(shard_rank, ranks) for layout in layouts])
 
 
-def _on_device(config: RunConfig, layout: FlatLayout, own: Span) -> StateBytes:
+def fullest_state(config: RunConfig, units: Iterable[FlatLayout]) -> StateBytes:
+    """The state of the rank that holds most of those that share these units out."""
+    layouts, ranks = list(units), shard_size(config.parallel)
+    best = state_bytes(config, layouts)
+    if config.parallel.offload_optimizer != "none":
+        return best  # ranks differ in nothing but moments, which leave padding out
+    limit = None
+    if config.optim.optimizer not in ("adafactor", "muon"):
+        limit = sum(layout.length for layout in layouts) // ranks * _element_bytes(config.optim, kind(config.optim))
+    for rank in range(1, ranks):
+        if best.moments == limit:
+            break
+        best = max(best, state_bytes(config, layouts, shard_rank=rank), key=lambda one: one.on_device)
+    return best
+
+
+def least_state_bytes(config: RunConfig, num_parameters: int) -> int:
+    """A bound of the state that the fullest rank has on its device, from the parameters of the whole model alone.
+
+    It counts neither padding nor moments of optimizers that keep different ones for matrices.
+    """
+    parallel, optimizer = config.parallel, config.optim.optimizer
+    held = num_parameters // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    own = held // shard_size(parallel)
+    has_moments = parallel.offload_optimizer == "none" and optimizer not in ("adafactor", "muon")
+    moments = own * _element_bytes(config.optim, kind(config.optim)) if has_moments else 0
+    return _on_device(config, held, own).on_device + moments
+
+
+def _on_device(config: RunConfig, length: int, own: int) -> StateBytes:
+    """Weights, gradients and master weights of `length` elements, of which this rank owns `own`."""
     parallel, policy = config.parallel, policy_of(config.parallel.zero_stage)
     element, gradient = BYTES[config.optim.precision], 2 if parallel.grad_reduce_in_bf16 else FP32
-    weights = (own.length if policy.shard_params else layout.length) * element
+    weights = (own if policy.shard_params else length) * element
     if policy.shard_grads:
-        gradients = own.length * (FP32 + (gradient if gradient < FP32 else 0))
+        gradients = own * (FP32 + (gradient if gradient < FP32 else 0))
     else:
-        gradients = layout.length * gradient + (own.length * FP32 if gradient < FP32 else 0)
+        gradients = length * gradient + (own * FP32 if gradient < FP32 else 0)
     is_apart = element < FP32 and parallel.offload_optimizer == "none"
     return StateBytes(
         weights=0 if parallel.offload_params != "none" else weights,
         gradients=gradients,
-        master_weights=own.length * FP32 if is_apart else 0,
+        master_weights=own * FP32 if is_apart else 0,
     )
 
 

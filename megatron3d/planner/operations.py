@@ -90,6 +90,7 @@ def linear(
             forward_temporary=copies * whole if gathers else 0,
             backward_temporary=(1 + copies) * whole if gathers else 0,
             weights_temporary=weight_work(sizes, inputs * outputs),
+            weights_gradient=0 if sizes.element == sizes.gradient else inputs * outputs * sizes.element,
             keeps_for_weights=(x.memory, *held),
             unit=unit,
             contributions=2 if bias else 1,

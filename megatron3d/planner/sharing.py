@@ -22,13 +22,16 @@ from megatron3d.zero.lending import Lending
 class SharedUnit:
     """Bytes of one unit that come and go: its whole gradients and its whole weights, 0 where they stay.
 
-    `scatter` and `gather` are what the collectives take for themselves until they are waited for, as gloo's do.
+    `scatter` is what a reduction takes for itself until it is waited for, as gloo's do; `gather` is the same of a
+    gather, which is over long before anybody waits for it. `is_fetched` says that the weights come from a home off
+    the device first, and are gathered only when waited for.
     """
 
     gradients: int = 0
     weights: int = 0
     scatter: int = 0
     gather: int = 0
+    is_fetched: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,10 @@ class _Total:
         self.held_bytes += size_bytes
         self.highest = max(self.highest, self.held_bytes)
 
+    def touch(self, size_bytes: int) -> None:
+        """Take and give back at once."""
+        self.highest = max(self.highest, self.held_bytes + size_bytes)
+
 
 class _Counted:
     """A unit's weights as the lender knows them: here, on their way, or not."""
@@ -83,13 +90,14 @@ class _Counted:
         """They are coming."""
         if not self._is_here:
             self._is_here = self._is_moving = True
-            self._total.add(self._unit.weights + self._unit.gather)
+            self._total.add(self._unit.weights)
+            self._total.touch(0 if self._unit.is_fetched else self._unit.gather)
 
     def finish_gather(self) -> None:
         """They may be read."""
         if self._is_moving:
             self._is_moving = False
-            self._total.add(-self._unit.gather)
+            self._total.touch(self._unit.gather if self._unit.is_fetched else 0)
 
     def free(self) -> None:
         """They are gone."""

@@ -34,6 +34,7 @@ class Node:
         forward_temporary: taken and given back within the forward.
         backward_temporary: the same within the backward.
         weights_temporary: the same while the gradients of weights are added up, in the backward or put aside.
+        weights_gradient: the part of it that is still there when the gradients have been added up.
         keeps_for_weights: memories that work for the gradients of weights holds, with the gradient of the output,
             where a schedule puts it aside.
         unit: the flat unit whose weights get gradients here; empty if none does.
@@ -52,6 +53,7 @@ class Node:
     forward_temporary: int = 0
     backward_temporary: int = 0
     weights_temporary: int = 0
+    weights_gradient: int = 0
     keeps_for_weights: tuple[int, ...] = ()
     unit: str = ""
     contributions: int = 0

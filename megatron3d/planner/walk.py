@@ -122,8 +122,10 @@ class StageWalk:
             contributions[node.unit] += node.contributions
         self.sharing.begin_backward(contributions, is_last=is_last)
         for node, _ in self._aside:
-            self.sharing.contribute(node.unit, node.contributions)
+            self.sharing.arrive(node.unit)
             self._note(node.weights_temporary if node.keeps_for_weights else 0)
+            self.sharing.contribute(node.unit, node.contributions)
+            self._note(node.weights_gradient if node.keeps_for_weights else 0)
         for _, held in self._aside:
             self._drop(held)
         self._aside = []
@@ -203,7 +205,7 @@ class StageWalk:
         self._note(node.backward_temporary + (0 if aside else node.weights_temporary))
         if node.unit and not splits:
             self.sharing.contribute(node.unit, node.contributions)
-            self._note(0)
+            self._note(node.weights_gradient)
         self._drop(received)
         self._drop(node.saves)
         for value, gradient in zip(node.inputs, new, strict=True):
@@ -292,9 +294,11 @@ def _readers(nodes: Sequence[Node]) -> Counter[int]:
 
 
 def _from_before(nodes: Sequence[Node]) -> list[int]:
-    """Memories that a group reads and does not make, each once."""
+    """Memories that a group reads and does not make, each once: its inputs, and tables that several nodes save."""
     made = {value.memory for node in nodes for value in node.outputs if not _is_view(node, value.memory)}
-    return sorted(set(_readers(nodes)) - made)
+    saved = Counter(memory for node in nodes for memory in node.saves)
+    tables = {memory for memory, times in saved.items() if times > 1}
+    return sorted((set(_readers(nodes)) | tables) - made)
 
 
 def _is_view(node: Node, memory: int) -> bool:

@@ -32,13 +32,16 @@ class StartRecord:
 
     `layout` maps the name of each parallel axis to its degree (and "zero" to the ZeRO stage); `bytes_per_rank` has the
     keys weights, gradients and optimizer, and host and files where state is offloaded, for the rank that holds most;
-    `predicted_bubble` is the idle share of the pipeline, 0 to 1.
+    `predicted_bytes_per_rank` is what the ledger says before a step was made: these, at the highest moment of a step
+    activations and buffers, and the peak of all that is on the device; it is empty where fine-tuning trains a model
+    that the ledger does not know. `predicted_bubble` is the idle share of the pipeline, 0 to 1.
     """
 
     model: str
     parameters: int
     layout: Mapping[str, int]
     bytes_per_rank: Mapping[str, int]
+    predicted_bytes_per_rank: Mapping[str, int]
     schedule: str
     predicted_bubble: float
 

@@ -6,6 +6,7 @@ Only rank 0 writes. Collectives happen at the start alone, to find the rank that
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,13 +14,14 @@ import torch
 
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.comm.device import device_name, peak_memory_bytes
-from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import to_dict
 from megatron3d.models.flops import flops_per_step, num_parameters, peak_tflops
 from megatron3d.models.zoo import TITLES
 from megatron3d.optim.build import state_bytes
 from megatron3d.pipeline.simulate import simulate
 from megatron3d.pipeline.split import describe
+from megatron3d.planner.ledger import first_microbatches, ledger_of_rank
+from megatron3d.planner.memory import ModelParts
 from megatron3d.train.evaluate import Evaluation
 from megatron3d.train.metrics import MetricsFile, StartRecord, StepRecord
 from megatron3d.train.parts import Parts
@@ -48,7 +50,7 @@ class Reports:
 
     def __enter__(self) -> Reports:
         """Open the files and say what starts."""
-        record = start_record(self.parts)
+        record = start_record(self.parts, predicted=predicted_bytes(self.parts))
         if not self._is_writer:
             return self
         config, first_step = self.parts.config, self.restored.progress.step
@@ -158,6 +160,9 @@ class Reports:
     def _introduce(self, record: StartRecord) -> None:
         held = ", ".join(f"{name} {format_bytes(size)}" for name, size in record.bytes_per_rank.items())
         self.note(f"{record.model}: {format_count(record.parameters)} parameters on {self.parts.mesh.layout}, {held}")
+        predicted = record.predicted_bytes_per_rank
+        needed = ", ".join(f"{name} {format_bytes(predicted[name])}" for name in ("peak", "activations", "buffers"))
+        self.note(f"predicted for a step on the fullest rank: {needed}")
         source = self.restored.source
         plan = self.parts.model.rows.plan
         if plan.num_stages > 1:
@@ -171,8 +176,9 @@ class Reports:
         self.note(f"starting from {source}" if source else "starting from the initial weights")
 
 
-def start_record(parts: Parts) -> StartRecord:
-    """What the run is made of; collective, because it names the largest bytes of any rank."""
+def start_record(parts: Parts, *, predicted: Mapping[str, int] | None = None) -> StartRecord:
+    """What the run is made of; collective, because it names the largest bytes of any rank. `predicted` is given where
+    the ledger knows the model."""
     config, layout = parts.config, parts.mesh.layout
     held = parts.engine.state_bytes()
     on_device = {
@@ -181,19 +187,39 @@ def start_record(parts: Parts) -> StartRecord:
         "optimizer": held.master_weights + state_bytes(parts.optimizer),
     }
     offloaded = {"host": held.host, "files": held.files} if config.parallel.offload_optimizer != "none" else {}
-    held_by_name = on_device | offloaded
-    sizes = torch.tensor(list(held_by_name.values()), device=parts.model.device)
-    largest = all_reduce(sizes, parts.mesh.world, reduction="max").tolist()
-    row = parts.model.rows.training(_first_microbatches(config))
+    row = parts.model.rows.training(first_microbatches(config))
     degrees = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "zero": config.parallel.zero_stage}
     return StartRecord(
         model=TITLES[config.model.architecture],
         parameters=num_parameters(config.model),
         layout=degrees,
-        bytes_per_rank=dict(zip(held_by_name, largest, strict=True)),
+        bytes_per_rank=_largest(on_device | offloaded, parts),
+        predicted_bytes_per_rank=dict(predicted or {}),
         schedule=parts.model.rows.plan.order,
         predicted_bubble=simulate(row.schedule).bubble_fraction,
     )
+
+
+def predicted_bytes(parts: Parts) -> dict[str, int]:
+    """What the ledger says of the rank that will hold most of each kind, by name; collective."""
+    model, config = parts.model, parts.config
+    row = model.rows.training(first_microbatches(config))
+    held = ModelParts(model.stages, {name: unit.layout for name, unit in parts.engine.units.items()})
+    ledger = ledger_of_rank(
+        config,
+        model.rows.plan,
+        (row.schedule, row.actions),
+        held,
+        parts.mesh.pp.rank,
+        device_type=model.device.type,
+    )
+    return _largest(ledger.rows(), parts)
+
+
+def _largest(sizes: Mapping[str, int], parts: Parts) -> dict[str, int]:
+    """The most of each kind that any rank has."""
+    largest = all_reduce(torch.tensor([*sizes.values()], device=parts.model.device), parts.mesh.world, reduction="max")
+    return dict(zip(sizes, largest.tolist(), strict=True))
 
 
 def sharing_cost(parts: Parts) -> str | None:
@@ -202,13 +228,8 @@ def sharing_cost(parts: Parts) -> str | None:
     elements = sum(unit.layout.length for unit in engine.units.values())
     volume = step_volume(
         engine.options.policy,
-        num_microbatches=_first_microbatches(parts.config),
+        num_microbatches=first_microbatches(parts.config),
         weight_bytes=elements * engine.options.param_dtype.itemsize,
         gradient_bytes=elements * engine.options.grad_dtype.itemsize,
     )
     return pipeline_cost(engine.options.policy, volume, num_stages=layout.pp, dp=layout.dp)
-
-
-def _first_microbatches(config: RunConfig) -> int:
-    train, dp = config.train, config.parallel.data_parallel_size
-    return max(1, train.global_batch_size // (train.micro_batch_size * dp))

@@ -6,10 +6,11 @@ from the start of the step on, with the bytes of the state that was there before
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._C._profiler import _EventType, _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile
 
 from megatron3d.comm.layout import Layout
@@ -17,15 +18,16 @@ from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.config.run import RunConfig
+from megatron3d.data.batch import Samples
 from megatron3d.data.build import build_bert_data, build_gpt_data
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.optim.build import state_bytes
+from megatron3d.planner.memory import StateBytes, shard_size
 from megatron3d.train.parts import Parts, build_parts
 from megatron3d.train.step import Rates, train_step
 
 COMMON = "--train-iters 3 --lr 1e-3 --mock-data --num-workers 0 --device cpu"
-EVENT = "[memory]"
 
 
 @dataclass(frozen=True)
@@ -38,32 +40,62 @@ class Allocations:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One rank: bytes of its state by kind as allocated, and the peak of a step with them."""
+class Held:
+    """The state of one rank as allocated, and which rank it is: along the pipeline, and of those that share state."""
 
     pp_rank: int
     shard_rank: int
-    weights: int
-    gradients: int
-    master_weights: int
-    moments: int
-    host: int
-    files: int
-    transient: int
+    state: StateBytes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One rank: its state, and the peak of a step with what of it is on the device."""
+
+    held: Held
     peak: int
 
 
-def allocations_of(action: Callable[[], object]) -> Allocations:
-    """Run `action` and follow the allocator of the CPU."""
+def allocations_of(action: Callable[[], object], *, leaves_nothing: bool = False) -> Allocations:
+    """Run `action` and follow the allocator of the CPU; `leaves_nothing` says that it gives back all it takes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         action()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == EVENT]
-    changes = tuple(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    events = _allocations(recorded.profiler.kineto_results.experimental_event_tree())
+    changes = tuple(_changes(sorted(events, key=lambda one: one.start_time_ns), leaves_nothing=leaves_nothing))
     now = peak = 0
     for change in changes:
         now += change
         peak = max(peak, now)
     return Allocations(peak, now, changes)
+
+
+def _allocations(events: Sequence[_ProfilerEvent]) -> Iterator[_ProfilerEvent]:
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            yield event
+        yield from _allocations(event.children)
+
+
+def _changes(events: Sequence[_ProfilerEvent], *, leaves_nothing: bool) -> Iterator[int]:
+    """Bytes taken or given back, in order.
+
+    Now and then a thread of gloo is the last to let go of a collective's copy, and does so unseen. That the copy is
+    gone shows when its address is taken again, or at the end of what leaves nothing. Such a copy counts at the moment
+    at which it is taken; hundreds of its like, whose ends are seen, show how long they live.
+    """
+    held: dict[int, int] = {}
+    unseen: set[int] = set()
+    for number, event in enumerate(events):
+        before = held.pop(event.typed[1].ptr, None)
+        if event.typed[1].alloc_size > 0:
+            held[event.typed[1].ptr] = number
+            if before is not None:
+                unseen.add(before)
+    unseen |= set(held.values()) if leaves_nothing else set()
+    for number, event in enumerate(events):
+        yield event.typed[1].alloc_size
+        if number in unseen:
+            yield -event.typed[1].alloc_size
 
 
 def config_of(flags: str, world_size: int, *, architecture: str = "gpt") -> RunConfig:
@@ -83,6 +115,11 @@ def layout_of(config: RunConfig) -> Layout:
     )
 
 
+def hold_all(rank: int, world_size: int, cases: list[tuple[str, str]]) -> list[Held]:
+    """Body of a worker: the state of this rank for each (architecture, flags)."""
+    return [_held_by(config_of(flags, world_size, architecture=kind)) for kind, flags in cases]
+
+
 def measure_all(rank: int, world_size: int, cases: list[tuple[str, str]]) -> list[Measured]:
     """Body of a worker: state and peak of this rank for each (architecture, flags)."""
     return [measure(config_of(flags, world_size, architecture=kind)) for kind, flags in cases]
@@ -90,38 +127,51 @@ def measure_all(rank: int, world_size: int, cases: list[tuple[str, str]]) -> lis
 
 def measure(config: RunConfig) -> Measured:
     """Make two steps of a config on this rank, the second of them followed."""
+    parts, rates = parts_of(config), Rates(lr=1e-3, weight_decay=0.1)
+    first, second = batches_of(config, parts, 2)
+    train_step(parts, first, rates, step=0)
+    seen = allocations_of(lambda: train_step(parts, second, rates, step=1), leaves_nothing=True)
+    held = held_of(parts)
+    return Measured(held, held.state.on_device + seen.peak)
+
+
+def _held_by(config: RunConfig) -> Held:
+    """The state of a rank that has just been built, or, where staging buffers come with use, after a step."""
+    parts = parts_of(config)
+    if config.parallel.offload_optimizer != "none":
+        train_step(parts, batches_of(config, parts, 1)[0], Rates(lr=1e-3, weight_decay=0.1), step=0)
+        parts.engine.finish_update()  # while a delayed update runs, the optimizer shows the records on the host
+    return held_of(parts)
+
+
+def parts_of(config: RunConfig) -> Parts:
+    """Build this rank."""
     mesh = make_mesh(layout_of(config))
-    parts = build_parts(config, mesh, torch.device("cpu"), BUILDERS[config.model.architecture])
-    size, rates = config.train.global_batch_size, Rates(lr=1e-3, weight_decay=0.1)
-    with _batches(config) as batches:
-        given = [batches.read(step * size, size, mesh.dp.rank, mesh.dp.size) for step in range(2)]
-    train_step(parts, given[0], rates, step=0)
-    seen = allocations_of(lambda: train_step(parts, given[1], rates, step=1))
-    return _with_peak(parts, seen)
+    return build_parts(config, mesh, torch.device("cpu"), BUILDERS[config.model.architecture])
 
 
-def _batches(config: RunConfig) -> GlobalBatches:
-    model = config.model
+def batches_of(config: RunConfig, parts: Parts, number: int) -> list[Samples]:
+    """This rank's part of the first global batches."""
+    model, size, dp = config.model, config.train.global_batch_size, parts.mesh.dp
     sizes = {"seq_length": model.seq_length, "vocab_size": model.vocab_size}
     if model.architecture == "bert":
         data = build_bert_data(config.data, **sizes, tokenizer=None, binary_head=model.has_binary_head)
     else:
         data = build_gpt_data(config.data, **sizes, eod_token=0)
-    return GlobalBatches(data.reader(data.train), num_workers=0)
+    with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
+        return [batches.read(step * size, size, dp.rank, dp.size) for step in range(number)]
 
 
-def _with_peak(parts: Parts, seen: Allocations) -> Measured:
-    held, moments = parts.engine.state_bytes(), state_bytes(parts.optimizer)
-    state = held.weights + held.gradients + held.master_weights + moments
-    return Measured(
-        pp_rank=parts.mesh.pp.rank,
-        shard_rank=parts.mesh.shard.rank,
-        weights=held.weights,
-        gradients=held.gradients,
-        master_weights=held.master_weights,
-        moments=moments,
-        host=held.host,
-        files=held.files,
-        transient=held.transient_peak,
-        peak=state + seen.peak,
+def held_of(parts: Parts) -> Held:
+    """What the engine and the optimizer say they hold."""
+    found = parts.engine.state_bytes()
+    state = StateBytes(
+        weights=found.weights,
+        gradients=found.gradients,
+        master_weights=found.master_weights,
+        moments=state_bytes(parts.optimizer),
+        host=found.host,
+        files=found.files,
     )
+    shares = shard_size(parts.config.parallel) > 1
+    return Held(parts.mesh.pp.rank, parts.mesh.shard.rank if shares else 0, state)

@@ -24,6 +24,7 @@ START = StartRecord(
     parameters=1_234_567,
     layout={"tp": 2, "pp": 2, "dp": 1, "zero": 1},
     bytes_per_rank={"weights": 10, "gradients": 20, "optimizer": 30},
+    predicted_bytes_per_rank={"weights": 10, "gradients": 20, "optimizer": 30, "peak": 90},
     schedule="1f1b",
     predicted_bubble=0.2,
 )
@@ -53,7 +54,7 @@ def test_records_have_the_promised_names_in_the_promised_order(tmp_path: Path) -
     written(tmp_path / "deep" / "m.jsonl", 1, 2).close()
     lines = [json.loads(line) for line in (tmp_path / "deep" / "m.jsonl").read_text().splitlines()]
     assert lines[0]["event"] == "start"
-    for name in ("layout", "parameters", "bytes_per_rank", "schedule", "predicted_bubble"):
+    for name in ("layout", "parameters", "bytes_per_rank", "predicted_bytes_per_rank", "schedule", "predicted_bubble"):
         assert name in lines[0]
     names = ["step", "loss", "grad_norm", "lr", "consumed_samples", "tokens_per_second", "skipped"]
     assert list(lines[1]) == names

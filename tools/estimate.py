@@ -1,0 +1,110 @@
+"""Tell how much memory a run will take, or the largest model for a given memory; nothing is started or allocated.
+
+    python tools/estimate.py --preset gpt3-175b --world-size 1024 --tensor-model-parallel-size 8 \
+        --pipeline-model-parallel-size 16 --micro-batch-size 1 --bf16 --device cuda
+    python tools/estimate.py --largest --memory-gb 80 --world-size 1,8,64 --micro-batch-size 1 --bf16 --device cuda
+
+The other flags are those of pretrain_gpt.py or pretrain_bert.py; data, length and learning rate may be left out.
+docs/memory.md says what is counted and how near it comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron3d.config.cli import parse_args
+from megatron3d.config.presets import PRESETS, Preset
+from megatron3d.config.run import RunConfig
+from megatron3d.errors import ConfigError, Megatron3dError
+from megatron3d.train.estimate import Limits, describe, describe_largest, estimate_of, family_of, settled
+from megatron3d.train.plan import GIB
+
+PROGRAM = "estimate.py"
+DESCRIPTION = "Tell how much memory a run will take on each rank."
+DEFAULT_FAMILY = "gpt3"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises our error instead of leaving the process."""
+
+    def error(self, message: str) -> None:
+        """Raise ConfigError; argparse's own messages name the flag and its value."""
+        raise ConfigError(f"{message[0].upper()}{message[1:]}; --help lists every flag and its value.")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags that are this tool's own."""
+    p = _Parser(prog=PROGRAM, description=DESCRIPTION, allow_abbrev=False, add_help=False)
+    p.add_argument("--world-size", default="1", metavar="N", help="ranks (default 1); with --largest also N,N,...")
+    p.add_argument("--architecture", choices=("gpt", "bert"), help="default: the preset's, or gpt")
+    p.add_argument("--largest", action="store_true", help="find the largest preset for each ZeRO stage and offload")
+    p.add_argument("--memory-gb", type=float, metavar="X", help="with --largest: GiB of a rank's device")
+    p.add_argument("--host-memory-gb", type=float, metavar="X", help="with --largest: GiB of host memory for a rank")
+    p.add_argument("--family", metavar="NAME", help=f"with --largest: how presets' names begin ({DEFAULT_FAMILY})")
+    return p
+
+
+def world_sizes_of(args: argparse.Namespace) -> list[int]:
+    """The numbers of ranks as given.
+
+    Raises: ConfigError if they are not whole numbers above 0, or several where one is meant.
+    """
+    try:
+        sizes = [int(word) for word in args.world_size.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ConfigError(f"--world-size {args.world_size} is not a whole number of ranks above 0; use --world-size 8.")
+    if len(sizes) > 1 and not args.largest:
+        raise ConfigError(f"--world-size {args.world_size} names several sizes, which --largest compares; give one.")
+    return sizes
+
+
+def estimate(args: argparse.Namespace, rest: Sequence[str]) -> str:
+    """The estimate of one run."""
+    for name in ("memory_gb", "host_memory_gb", "family"):
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} {getattr(args, name)} is for --largest; give --largest too, or leave it out.")
+    preset = next((PRESETS[word] for word in rest if word in PRESETS), None)
+    architecture = args.architecture or (preset.model_config().architecture if preset else "gpt")
+    words = parse_args(rest, program=PROGRAM, description=DESCRIPTION, architecture=architecture)
+    return describe(estimate_of(settled(words, world_sizes_of(args)[0])))
+
+
+def largest(args: argparse.Namespace, rest: Sequence[str]) -> str:
+    """The table of largest models."""
+    if args.memory_gb is None or args.memory_gb <= 0:
+        raise ConfigError(f"--largest needs the GiB of a rank's device, not {args.memory_gb}; give --memory-gb 80.")
+    if "--preset" in rest:
+        raise ConfigError("--preset names one model and --largest searches a family of them; use --family instead.")
+    family = family_of(args.family or DEFAULT_FAMILY)
+    architecture = family[0].model_config().architecture
+    host = None if args.host_memory_gb is None else int(args.host_memory_gb * GIB)
+
+    def parse(preset: Preset) -> RunConfig:
+        argv = ["--preset", preset.name, *rest]
+        return parse_args(argv, program=PROGRAM, description=DESCRIPTION, architecture=architecture)
+
+    return describe_largest(parse, family, world_sizes_of(args), Limits(int(args.memory_gb * GIB), host))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    own = parser()
+    if "--help" in words:
+        own.print_help()
+    try:
+        args, rest = own.parse_known_args(words)
+        print(largest(args, rest) if args.largest else estimate(args, rest))
+    except Megatron3dError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
