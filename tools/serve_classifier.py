@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone; there is no password")
     p.add_argument("--port", type=int, default=8000, help="default 8000; 0 is any free one")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="share one batch (default 0, all cores)")
-    p.add_argument("--max-batch", type=int, default=batching.max_batch, metavar="N", help="texts run together")
+    p.add_argument("--max-batch", type=int, default=batching.max_batch, metavar="N", help="texts answered together")
     p.add_argument(
         "--max-wait-ms", type=float, default=1e3 * batching.max_wait_s, metavar="X", help="for others to come"
     )

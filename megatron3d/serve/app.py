@@ -55,7 +55,7 @@ class Service:
             say: takes a line about a failure inside the service.
         """
         self.classifier, self.limits, self.counts, self.say = classifier, limits, Counts(), say
-        self.batcher = Batcher(classifier.logits, batching)
+        self.batcher = Batcher(classifier.logits_by_length, batching)
         self.app = Starlette(
             routes=[
                 Route("/classify", self.classify, methods=["POST"]),
@@ -107,6 +107,7 @@ class Service:
                 "failed": counts.failed,
                 "texts": counts.samples,
                 "batches": self.batcher.counts.batches,
+                "cpu_s": time.process_time(),
             }
         )
 

@@ -19,6 +19,10 @@ from megatron3d.errors import ConfigError, DataError
 from megatron3d.serve.description import INPUTS, OUTPUT, Description, from_metadata
 from megatron3d.serve.requests import TOO_LARGE, UNPROCESSABLE, RequestError, Sample
 
+# Rows that run together. A few fill the arithmetic of a CPU, and more bring only padding: with 8 of like length a core
+# answers almost twice as many sentences of SST-2 as with 32 as they come (docs/serving.md).
+_RUN_SIZE = 8
+
 
 @dataclass(frozen=True)
 class TokenRow:
@@ -89,12 +93,12 @@ class Classifier:
         found: NDArray[np.float32] = self._session.run([OUTPUT], {n: v for n, v in given.items() if n in wanted})[0]
         return found
 
-    def logits_in_batches(self, rows: Sequence[TokenRow], batch_size: int) -> NDArray[np.float32]:
-        """The outputs for any number of rows, [N, C]; rows of like length go together, so that little is padding."""
+    def logits_by_length(self, rows: Sequence[TokenRow]) -> NDArray[np.float32]:
+        """The outputs for any number of rows, [N, C]; rows of like length run together, so that little is padding."""
         order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
         found = np.empty((len(rows), self.description.num_outputs), dtype=np.float32)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for start in range(0, len(order), _RUN_SIZE):
+            chosen = order[start : start + _RUN_SIZE]
             found[chosen] = self.logits([rows[number] for number in chosen])
         return found
 

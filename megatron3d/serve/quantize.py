@@ -23,7 +23,6 @@ from megatron3d.tasks.glue.read import Rows
 from megatron3d.tasks.glue.tasks import Task
 
 _LINEAR = ["MatMul", "Gemm"]
-_BATCH_SIZE = 16
 
 
 def quantize(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
@@ -69,4 +68,4 @@ def metrics(classifier: Classifier, rows: Rows, task: Task) -> dict[str, float]:
         raise DataError(f"{rows.path}: {error}") from error
     assert rows.labels is not None, f"{rows.path} was read without labels"
     labels = torch.tensor(rows.labels).numpy()
-    return metrics_of(torch.from_numpy(classifier.logits_in_batches(encoded, _BATCH_SIZE)), labels, task)
+    return metrics_of(torch.from_numpy(classifier.logits_by_length(encoded)), labels, task)

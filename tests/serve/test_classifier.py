@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from megatron3d.serve.classifier import Classifier, TokenRow, open_classifier, p
 from megatron3d.serve.description import from_metadata, to_metadata
 from megatron3d.serve.packed_tokenizer import from_text, pack
 from megatron3d.serve.requests import RequestError, Sample
+from megatron3d.serve.trained import Wishes, load_classifier, open_trained
 from megatron3d.tasks.glue.encode import encode
 from megatron3d.tasks.glue.read import Rows
 from tests.serve.conftest import Exported
@@ -74,14 +76,24 @@ def test_padding_beside_longer_texts_changes_no_output(opened: Callable[[str], C
     assert alone_NC.std() > 0.05, "outputs this alike would hide a mixed-up order"
     largest = max(1.0, float(np.abs(alone_NC).max()))
     assert np.abs(classifier.logits(rows) - alone_NC).max() < TOLERANCE * largest
-    assert np.abs(classifier.logits_in_batches(rows, 3) - alone_NC).max() < TOLERANCE * largest
+    many = [number % 4 for number in range(30)]
+    found_NC = classifier.logits_by_length([rows[number] for number in many])
+    assert np.abs(found_NC - alone_NC[many]).max() < TOLERANCE * largest
 
 
-def test_second_texts_count(opened: Callable[[str], Classifier]) -> None:
-    classifier = opened("pairs")
-    rows = classifier.encode([Sample("good film", "bad plot"), Sample("good film", "good plot")], truncate=False)
-    assert np.abs(np.diff(classifier.logits(rows), axis=0)).max() > 1e-3
-    assert rows[0].first_length == 4 and len(rows[0].ids) == 7
+def test_outputs_of_pairs_are_those_of_torch_on_a_batch_of_fine_tuning(
+    opened: Callable[[str], Classifier], exported: Get
+) -> None:
+    classifier, model = opened("pairs"), load_classifier(open_trained(exported("pairs").checkpoint, None, Wishes()))
+    texts = (("good film", "good film", "it was dull and long ."), ("bad plot", "good plot", "why ?"))
+    batch = encode(Rows(Path("dev.tsv"), texts, None), classifier.tokenizer, max_length=MAX_LENGTH).batch(
+        np.arange(3), np.ones(3, dtype=np.float32), MAX_LENGTH
+    )
+    assert batch.token_types_BS.any() and batch.padding_mask_BS is not None
+    with torch.no_grad():
+        expected_NC = model(batch.tokens_BS, batch.token_types_BS, batch.padding_mask_BS.long()).numpy()
+    rows = classifier.encode([Sample(a, b) for a, b in zip(*texts)], truncate=False)
+    assert np.abs(classifier.logits(rows) - expected_NC).max() < TOLERANCE * max(1.0, float(np.abs(expected_NC).max()))
 
 
 def test_answers_are_the_softmax_and_its_largest_label(opened: Callable[[str], Classifier]) -> None:

@@ -2,8 +2,9 @@
 
 Each client is a thread with a connection of its own that asks, waits for the answer and asks again. The table has one
 row for each number of clients and of texts a request: requests and texts a second, the median and the 99th percentile
-of the time that a request takes, and how many texts the service ran together. The clients need the processor too: on
-the machine of the service they take a part of what they measure.
+of the time that a request takes, how many texts the service ran together, and texts for each second of its processor
+time. The clients need the processor too: on the machine of the service they take a part of what they measure, but for
+that last column.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def main() -> None:
     header, *lines = args.file.read_text(encoding="utf-8").splitlines()
     at = header.split("\t").index(args.column)
     sentences = [line.split("\t")[at].strip() for line in lines]
-    print("| clients | texts a request | requests/s | texts/s | median ms | 99% ms | texts a batch |")
-    print("|---:|---:|---:|---:|---:|---:|---:|")
+    print("| clients | texts a request | requests/s | texts/s | median ms | 99% ms | texts a batch | texts/CPU s |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for texts, clients in itertools.product(args.texts, args.clients):
         print(row(args.url, sentences, Load(clients, texts, args.seconds)), flush=True)
 
@@ -66,11 +67,11 @@ def row(url: str, sentences: Sequence[str], load: Load) -> str:
     if len(elapsed_s) < 2:
         raise SystemExit(f"error: {url} answered {len(elapsed_s)} requests in {wall_s:.1f} s; is it the right address?")
     rate = len(elapsed_s) / wall_s
-    per_batch = (after["texts"] - before["texts"]) / (after["batches"] - before["batches"])
+    texts, batches, cpu_s = (after[key] - before[key] for key in ("texts", "batches", "cpu_s"))
     median_s, last_s = statistics.median(elapsed_s), statistics.quantiles(elapsed_s, n=100)[98]
     return (
         f"| {load.clients} | {load.texts} | {rate:.0f} | {rate * load.texts:.0f} | {1e3 * median_s:.1f} "
-        f"| {1e3 * last_s:.1f} | {per_batch:.1f} |"
+        f"| {1e3 * last_s:.1f} | {texts / batches:.1f} | {texts / cpu_s:.0f} |"
     )
 
 
@@ -92,7 +93,7 @@ def _client(url: str, sentences: Sequence[str], load: Load, number: int, elapsed
         elapsed_s.append(time.perf_counter() - begin_s)
 
 
-def counts(url: str) -> dict[str, int]:
+def counts(url: str) -> dict[str, float]:
     """What the service says it has done so far."""
     with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
         return json.load(response)
