@@ -45,6 +45,7 @@ def part_of_sst(folder: Path, num_train: int) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_thousand_sentences_teach_feelings(minilm: Path, tmp_path: Path) -> None:
     data = part_of_sst(tmp_path / "SST-2", 2000)
     options = "--epochs 3 --lr 1e-4 --global-batch-size 32 --max-seq-length 64 --device cpu --seed 1"
@@ -53,6 +54,7 @@ def test_two_thousand_sentences_teach_feelings(minilm: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_tp2_pp2_gives_the_metrics_of_one_process(pool: Pool, minilm: Path, tmp_path: Path) -> None:
     data = part_of_sst(tmp_path / "SST-2", 640)
     options = f"--task sst-2 --epochs 1 --lr 5e-5 --global-batch-size 32 --max-seq-length 64 --seed 1 {QUIET}"
