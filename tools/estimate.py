@@ -23,7 +23,7 @@ from megatron3d.train.plan import GIB
 
 PROGRAM = "estimate.py"
 DESCRIPTION = "Tell how much memory a run will take on each rank."
-DEFAULT_FAMILY = "gpt3"
+DEFAULT_FAMILIES = {"gpt": "gpt3,megatron", "bert": "bert,megatron-bert"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--largest", action="store_true", help="find the largest preset for each ZeRO stage and offload")
     p.add_argument("--memory-gb", type=float, metavar="X", help="with --largest: GiB of a rank's device")
     p.add_argument("--host-memory-gb", type=float, metavar="X", help="with --largest: GiB of host memory for a rank")
-    p.add_argument("--family", metavar="NAME", help=f"with --largest: how presets' names begin ({DEFAULT_FAMILY})")
+    p.add_argument("--family", metavar="NAME,...", help="with --largest: how presets' names begin (gpt3,megatron)")
     return p
 
 
@@ -80,8 +80,8 @@ def largest(args: argparse.Namespace, rest: Sequence[str]) -> str:
         raise ConfigError(f"--largest needs the GiB of a rank's device, not {args.memory_gb}; give --memory-gb 80.")
     if "--preset" in rest:
         raise ConfigError("--preset names one model and --largest searches a family of them; use --family instead.")
-    family = family_of(args.family or DEFAULT_FAMILY)
-    architecture = family[0].model_config().architecture
+    architecture = args.architecture or "gpt"
+    family = family_of(args.family or DEFAULT_FAMILIES[architecture], architecture)
     host = None if args.host_memory_gb is None else int(args.host_memory_gb * GIB)
 
     def parse(preset: Preset) -> RunConfig:

@@ -158,17 +158,22 @@ class Limits:
         return found.worst.peak <= self.device and (self.host is None or host <= self.host)
 
 
-def family_of(prefix: str) -> tuple[Preset, ...]:
-    """The presets of one architecture whose names begin so, the smallest first.
+def family_of(names: str, architecture: str) -> tuple[Preset, ...]:
+    """The presets of an architecture whose names begin with one of several words (separated by commas), the smallest
+    first.
 
     Raises:
-        ConfigError: there are none, or they are of several architectures.
+        ConfigError: a word begins none of them.
     """
-    found = [preset for name, preset in PRESETS.items() if name.startswith(prefix)]
-    if len({preset.model_config().architecture for preset in found}) != 1:
-        problem = "mixes architectures" if found else "begins no preset's name"
-        families = sorted({name.rsplit("-", 1)[0] for name in PRESETS})
-        raise ConfigError(f"--family {prefix} {problem}; use one of: {', '.join(families)}.")
+    known = {name: preset for name, preset in PRESETS.items() if preset.model_config().architecture == architecture}
+    for word in names.split(","):
+        if not word or not any(name.startswith(word) for name in known):
+            families = sorted({name.rsplit("-", 1)[0] for name in known})
+            raise ConfigError(
+                f"--family {names}: '{word}' begins the name of no {TITLES[architecture]} among the presets; use one "
+                f"or more of {', '.join(families)}, or another --architecture."
+            )
+    found = [preset for name, preset in known.items() if name.startswith(tuple(names.split(",")))]
     return tuple(sorted(found, key=lambda preset: num_parameters(preset.model_config())))
 
 

@@ -112,7 +112,7 @@ def _saved(parts: Parts, stage: Stage, x: Tensor | None, micro: MicroBatch) -> i
 @pytest.mark.parametrize(("world_size", "cases"), [(1, ONE), (2, TWO)], ids=["1 process", "2 processes"])
 def test_a_forward_keeps_what_the_tape_says(pool: Pool, world_size: int, cases: tuple[tuple[str, str], ...]) -> None:
     wrong = []
-    for rank, of_rank in enumerate(pool.run(world_size, _kept, list(cases))):
+    for rank, of_rank in enumerate(pool.run(world_size, _kept, list(cases), timeout_s=600)):
         for (kind, flags), found in zip(cases, of_rank, strict=True):
             config = config_of(flags, world_size, architecture=kind)
             sizes, plan = sizes_of(config, device_type="cpu"), plan_of(config)

@@ -88,8 +88,11 @@ def test_help_tells_both_kinds_of_flags(estimate) -> None:
         ("--world-size 1 --micro-batch-size 1", "--num-layers is missing"),
         ("--largest --micro-batch-size 1", "--memory-gb 80"),
         ("--largest --memory-gb 80 --preset gpt3-175b --micro-batch-size 1", "use --family"),
-        ("--largest --memory-gb 80 --family nobody --micro-batch-size 1", "--family nobody begins no preset's name"),
-        ("--largest --memory-gb 80 --family b --micro-batch-size 1 --world-size 3 --zero-shard-size 2", "2"),
+        (
+            "--largest --memory-gb 80 --family nobody --micro-batch-size 1",
+            "'nobody' begins the name of no GPT among the presets",
+        ),
+        ("--largest --memory-gb 80 --family gpt3 --micro-batch-size 1 --world-size 3 --zero-shard-size 2", "2"),
     ],
 )
 def test_what_cannot_be_estimated_is_told_with_the_code_of_wrong_usage(estimate, flags: str, told: str) -> None:
@@ -113,7 +116,7 @@ def test_the_bound_by_parameters_is_below_the_state_and_near_it() -> None:
 
 
 def test_the_largest_model_fits_and_the_next_one_does_not() -> None:
-    family = family_of("gpt3")
+    family = family_of("gpt3", "gpt")
     assert [preset.name for preset in family][:3] == ["gpt3-125m", "gpt3-350m", "gpt3-760m"]
     words, limits = [_words(preset.name) for preset in family], Limits(device=24 * GIB, host=64 * GIB)
     position, problems = largest(words, Setting(1), 8, limits)
@@ -123,7 +126,7 @@ def test_the_largest_model_fits_and_the_next_one_does_not() -> None:
 
 
 def test_more_stages_and_more_offload_take_larger_models_until_the_host_is_full() -> None:
-    words, family = [_words(preset.name) for preset in family_of("gpt3")], family_of("gpt3")
+    words, family = [_words(preset.name) for preset in family_of("gpt3", "gpt")], family_of("gpt3", "gpt")
     names = [preset.name for preset in family]
 
     def found(setting: Setting, *, host: int | None = None) -> str:
@@ -138,19 +141,26 @@ def test_more_stages_and_more_offload_take_larger_models_until_the_host_is_full(
 
 
 def test_the_table_of_largest_models_has_a_row_for_each_setting(estimate) -> None:
-    code, out, _ = estimate(f"--largest --memory-gb 1 --family bert --world-size 1,4 --micro-batch-size 1 {FULL}")
+    code, out, _ = estimate(f"--largest --memory-gb 1 --architecture bert --world-size 1,4 --micro-batch-size 1 {FULL}")
     assert code == 0
     head, *rows = [_cells(line) for line in out.splitlines() if line.startswith("| ")]
     assert head == ["ZeRO stage", "offloaded", "1 rank", "4 ranks"]
     assert len(rows) == len(SETTINGS) == 14
-    assert {row[2] for row in rows} <= {"none", *(f"{name} ({size})" for name, size in _sizes("bert"))}
+    assert {row[2] for row in rows} <= {"none", *(f"{name} ({size})" for name, size in _sizes("bert", "megatron-bert"))}
 
 
-def _sizes(prefix: str) -> list[tuple[str, str]]:
-    models = {name: preset.model_config() for name, preset in PRESETS.items() if name.startswith(prefix)}
+def _sizes(*prefixes: str) -> list[tuple[str, str]]:
+    models = {name: preset.model_config() for name, preset in PRESETS.items() if name.startswith(prefixes)}
     return [(name, format_count(num_parameters(model))) for name, model in models.items()]
 
 
 def test_a_family_is_of_one_architecture() -> None:
-    with pytest.raises(ConfigError, match="mixes architectures"):
-        family_of("megatron")
+    assert {preset.model_config().architecture for preset in family_of("megatron", "gpt")} == {"gpt"}
+    assert [preset.name for preset in family_of("bert,megatron-bert-3", "bert")] == [
+        "bert-base",
+        "bert-large",
+        "megatron-bert-336m",
+        "megatron-bert-3.9b",
+    ]
+    with pytest.raises(ConfigError, match="another --architecture"):
+        family_of("bert", "gpt")

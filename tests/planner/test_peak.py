@@ -15,6 +15,7 @@ from tests.planner.models import BERT, DROPOUT, FULL, GPT, LLAMA, NO_DROPOUT, SE
 
 TOLERANCE = 0.05
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+MORE = "--global-batch-size 8"  # micro-batches than the two of the models' own
 Case = tuple[str, str]
 
 ONE: dict[str, Case] = {
@@ -34,22 +35,22 @@ ONE: dict[str, Case] = {
     "wide bf16 offload": ("gpt", f"{WIDE} --bf16 --offload-optimizer cpu"),
 }
 TWO: dict[str, Case] = {
-    "gpt dropout tp": ("gpt", f"{GPT} {DROPOUT} {TP} 2"),
+    "llama tp": ("gpt", f"{LLAMA} {TP} 2"),
     "gpt dropout tp sp": ("gpt", f"{GPT} {DROPOUT} {TP} 2 --sequence-parallel"),
     "llama tp sp": ("gpt", f"{LLAMA} {TP} 2 --sequence-parallel"),
     "llama tp sp bf16": ("gpt", f"{LLAMA} {TP} 2 --sequence-parallel --bf16"),
     "bert tp sp": ("bert", f"{BERT} {TP} 2 --sequence-parallel"),
     "gpt dropout pp": ("gpt", f"{GPT} {DROPOUT} {PP} 2"),
-    "llama pp": ("gpt", f"{LLAMA} {PP} 2"),
+    "llama pp": ("gpt", f"{LLAMA} {PP} 2 {MORE}"),
     "llama pp full": ("gpt", f"{LLAMA} {PP} 2 {FULL}"),
     "bert pp": ("bert", f"{BERT} {PP} 2"),
     "llama pp interleaved": ("gpt", f"{LLAMA} {PP} 2 --num-layers-per-virtual-pipeline-stage 1"),
-    "llama pp zb-h1": ("gpt", f"{LLAMA} {PP} 2 --pipeline-schedule zb-h1"),
-    **{f"gpt dropout zero {stage}": ("gpt", f"{GPT} {DROPOUT} --zero-stage {stage}") for stage in (1, 2, 3)},
-    **{f"llama full zero {stage}": ("gpt", f"{LLAMA} {FULL} --zero-stage {stage}") for stage in (1, 2, 3)},
+    "llama pp zb-h1": ("gpt", f"{LLAMA} {PP} 2 --pipeline-schedule zb-h1 {MORE}"),
+    "gpt dropout zero 2": ("gpt", f"{GPT} {DROPOUT} {MORE} --zero-stage 2"),
+    **{f"llama full zero {stage}": ("gpt", f"{LLAMA} {FULL} {MORE} --zero-stage {stage}") for stage in (1, 2, 3)},
     **{f"wide zero {stage}": ("gpt", f"{WIDE} --zero-stage {stage}") for stage in (1, 2, 3)},
     **{f"wide bf16 zero {stage}": ("gpt", f"{WIDE} --bf16 --zero-stage {stage}") for stage in (1, 2, 3)},
-    "bert zero 3": ("bert", f"{BERT} --zero-stage 3"),
+    "bert zero 3": ("bert", f"{BERT} {MORE} --zero-stage 3"),
     "wide bf16 zero 2 offload": ("gpt", f"{WIDE} --bf16 --zero-stage 2 --offload-optimizer cpu"),
     "wide zero 3 all offload": ("gpt", f"{WIDE} --zero-stage 3 --offload-optimizer cpu --offload-params cpu"),
 }
