@@ -70,7 +70,7 @@ def row(url: str, sentences: Sequence[str], load: Load) -> str:
     texts, batches, cpu_s = (after[key] - before[key] for key in ("texts", "batches", "cpu_s"))
     median_s, last_s = statistics.median(elapsed_s), statistics.quantiles(elapsed_s, n=100)[98]
     return (
-        f"| {load.clients} | {load.texts} | {rate:.0f} | {rate * load.texts:.0f} | {1e3 * median_s:.1f} "
+        f"| {load.clients} | {load.texts} | {rate:.1f} | {rate * load.texts:.0f} | {1e3 * median_s:.1f} "
         f"| {1e3 * last_s:.1f} | {texts / batches:.1f} | {texts / cpu_s:.0f} |"
     )
 
