@@ -56,6 +56,11 @@ class Measured:
         """The mean of the metrics, by which the best weights are chosen."""
         return mean_of(self.metrics)
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What measurements are ordered by: the score, and of equal scores the lower loss."""
+        return self.score, -self.loss
+
 
 @dataclass(frozen=True)
 class Finetuned:
@@ -169,7 +174,7 @@ class _Loop:
         self.reports.measured(self.progress.step, found.loss, found.metrics)
         self.reports.note(_line(epoch + 1, found))
         step, samples = self.progress.step, self.progress.consumed_samples
-        if self.best is not None and found.score <= self.best.best.score:
+        if self.best is not None and found.rank <= self.best.best.rank:
             self.best = Finetuned(self.best.best, self.best.epoch, self.best.step, samples, self.train_s)
             return
         self.best = Finetuned(found, epoch + 1, step, samples, self.train_s)
