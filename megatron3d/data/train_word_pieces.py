@@ -14,6 +14,7 @@ from megatron3d.data.publish import write_text_atomically
 from megatron3d.data.train_bpe import counted
 from megatron3d.errors import ConfigError
 
+_INSIDE = "##"  # begins a piece that is not the first of its word
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_CHARACTERS = 1000  # the most frequent ones get a piece; rarer ones are [UNK]
 
@@ -40,18 +41,40 @@ def train_word_pieces(
         raise ConfigError(
             f"--vocab-size {vocab_size} is too small: {', '.join(SPECIAL_PIECES)} take {len(SPECIAL_PIECES)}; give more"
         )
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    alphabet = _alphabet(files, key, lower_case=lower_case, limit=min(MAX_CHARACTERS, vocab_size))
+    inside = sorted(piece for piece in alphabet if piece.startswith(_INSIDE))
+    first = sorted(alphabet - set(inside))
+    tokenizer = _empty(lower_case)
+    # The library numbers the pieces inside words as a hash table gives them, and decides between equally frequent pairs
+    # by those numbers. Named beforehand they have the same numbers each time, and so has everything that follows.
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=list(SPECIAL_PIECES),
-        limit_alphabet=min(MAX_CHARACTERS, vocab_size),
+        special_tokens=[*SPECIAL_PIECES, *inside],
+        initial_alphabet=first,
+        limit_alphabet=len(first),
         show_progress=show_progress,
     )
     tokenizer.train_from_iterator(counted(iterate_texts(files, key), files, key), trainer=trainer)
+    trained = _empty(lower_case)  # without the marks that pieces named beforehand have: only five are special
+    trained.model = models.WordPiece(tokenizer.get_vocab(with_added_tokens=True), unk_token="[UNK]")
+    trained.add_special_tokens(list(SPECIAL_PIECES))
+    return trained
+
+
+def _empty(lower_case: bool) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return tokenizer
+
+
+def _alphabet(files: Sequence[Path], key: str, *, lower_case: bool, limit: int) -> set[str]:
+    """The most frequent characters of the corpus, those that occur inside words also with their prefix."""
+    tokenizer = _empty(lower_case)
+    trainer = trainers.WordPieceTrainer(vocab_size=0, limit_alphabet=limit, show_progress=False)
+    tokenizer.train_from_iterator(counted(iterate_texts(files, key), files, key), trainer=trainer)
+    return set(tokenizer.get_vocab())
 
 
 def write_word_pieces(tokenizer: tokenizers.Tokenizer, directory: Path, *, lower_case: bool) -> list[Path]:
