@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron3d.errors import ConfigError
 from megatron3d.serve.classifier import open_classifier, probabilities
 from megatron3d.serve.requests import Sample
 from megatron3d.serve.trained import Wishes, load_classifier, open_trained
@@ -28,6 +29,7 @@ pytest.importorskip("starlette", reason="starlette is not installed: pip install
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'megatron3d[serve]'")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'megatron3d[onnx]'")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed; the tests need a client of HTTP")
+bind = pytest.importorskip("megatron3d.serve.server").bind
 
 Get = Callable[[str], Exported]
 TEXTS = ["good", "a long , dull film .", "it was not bad", "why is this good ? it is not !", "very poor", "Great plot."]
@@ -100,10 +102,19 @@ def test_bad_requests_get_a_sentence_and_the_service_goes_on(
     assert ask(service, {"text": "good"}).status_code == 200
 
 
-def test_a_body_without_a_length_is_cut_off_at_the_limit(service: Started) -> None:
-    pieces = (b" " * 1000 for _ in range(20))
-    response = httpx.post(f"{service.url}/classify", content=pieces, timeout=60)
-    assert response.status_code == 413 and "more than 4096 bytes" in message_of(response)
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"Content-Length: 1000000\r\n\r\n{",
+        b"Transfer-Encoding: chunked\r\n\r\n1388\r\n" + b" " * 5000 + b"\r\n",
+    ],
+    ids=["announced", "in pieces"],
+)
+def test_a_body_that_is_too_long_is_refused_before_its_end(service: Started, begun: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
+        connection.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\n" + begun)
+        answer = connection.recv(10000)
+    assert answer.startswith(b"HTTP/1.1 413") and b"more than 4096 bytes" in answer
 
 
 @pytest.mark.parametrize(
@@ -204,6 +215,17 @@ def test_a_port_in_use_is_said_before_the_model_is_read(service: Started) -> Non
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"error: --host 127.0.0.1 --port {service.port} is not to be had")
     assert "give another port, or 0 for any free one" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_port_is_taken_from_the_moment_it_is_bound() -> None:
+    with bind("127.0.0.1", 0) as bound, pytest.raises(ConfigError, match="is not to be had"):
+        bind("127.0.0.1", bound.getsockname()[1])
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
+def test_an_address_that_is_not_this_machines_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match=f"--host {host} --port 0 is not to be had"):
+        bind(host, 0)
 
 
 def test_options_that_cannot_work_are_told_together() -> None:
