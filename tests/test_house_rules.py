@@ -43,6 +43,7 @@ BAD: dict[Rule, tuple[str, str, str]] = {
     rules.environment_outside_launch: ("megatron3d/nn/x.py", "import os\nos.environ['A']\n", "names os.environ"),
     rules.global_statements: ("tools/x.py", "def f() -> None:\n    global state\n", "global state"),
     rules.swallowed_errors: ("tools/x.py", "try:\n    f()\nexcept Exception:\n    pass\n", "goes on"),
+    # What the rule must find: an example, not a mark.
     rules.unfinished_marks: ("tools/x.py", "raise NotImplementedError\n", "NotImplementedError"),
     rules.unsafe_loading: ("tools/x.py", "torch.load('f', map_location='cpu')\n", "without weights_only"),
     rules.long_files: ("tools/x.py", "a = 1\n" * 499, "501 lines"),
