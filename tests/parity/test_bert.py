@@ -28,8 +28,8 @@ from megatron3d.train.evaluate import Evaluation, evaluate
 from megatron3d.train.parts import build_model
 from megatron3d.train.step import micro_batches, train_step
 from tests.dist.pool import Pool
-from tests.parity.runs import BERTS, RATES, Case, assemble, config_of, data_of, parts_of, trace_cases
-from tests.parity.test_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, NORM_TOLERANCE, reference, relative
+from tests.parity.compare import LOSS_TOLERANCE, check_against_one_process
+from tests.parity.runs import BERTS, RATES, Case, config_of, data_of, parts_of, trace_cases
 
 SP, ZERO1, ZERO2, ZERO3 = "--sequence-parallel", "--zero-stage 1", "--zero-stage 2", "--zero-stage 3"
 SELECTIVE, FULL = "--recompute-granularity selective", "--recompute-granularity full"
@@ -80,16 +80,7 @@ def test_layout_gives_the_losses_norms_and_gradients_of_one_process(
 ) -> None:
     by_rank = pool.run(world_size, trace_cases, batch, timeout_s=240)
     for number, case in enumerate(batch):
-        expected, shapes = reference(case.model)
-        traces = [traces_of_rank[number] for traces_of_rank in by_rank]
-        loss, norm = relative(traces[0].losses, expected.losses), relative(traces[0].norms, expected.norms)
-        got, whole = assemble(traces, shapes), assemble([expected], shapes)
-        gradient = max(float((got[n] - whole[n]).abs().max() / whole[n].abs().max()) for n in shapes)
-        layout = str(case.layout)
-        parity_table.append(f"{case.model:12s} {layout:18s} {loss:8.1e} {norm:8.1e} {gradient:8.1e}  {case.options}")
-        assert loss < LOSS_TOLERANCE, f"{case}: losses differ by {loss}"
-        assert norm < NORM_TOLERANCE, f"{case}: gradient norms differ by {norm}"
-        assert gradient < GRADIENT_TOLERANCE, f"{case}: gradients differ by {gradient}"
+        check_against_one_process(case, [traces_of_rank[number] for traces_of_rank in by_rank], parity_table)
 
 
 @pytest.mark.parametrize("model", BERTS)

@@ -6,20 +6,14 @@ and every element of the first step's gradients.
 
 from __future__ import annotations
 
-import functools
 from itertools import groupby
 
 import pytest
-import torch
 
 from megatron3d.comm.layout import Layout
-from megatron3d.comm.mesh import make_mesh
 from tests.dist.pool import Pool
-from tests.parity.runs import MODELS, Case, Trace, assemble, parts_of, trace, trace_cases
-
-LOSS_TOLERANCE = 1e-5  # the promise; fp32 sums in another order give about 1e-7
-NORM_TOLERANCE = 1e-4  # the promise
-GRADIENT_TOLERANCE = 1e-5  # of the largest element of the same parameter's gradient
+from tests.parity.compare import check_against_one_process, reference
+from tests.parity.runs import MODELS, Case, trace_cases
 
 SP = "--sequence-parallel"
 ZERO1 = "--zero-stage 1"
@@ -74,20 +68,6 @@ BATCHES = [
 ]
 
 
-@functools.cache
-def reference(model: str) -> tuple[Trace, dict[str, tuple[int, ...]]]:
-    """One process's trace and the full shapes of its parameters."""
-    torch.set_num_threads(1)
-    parts = parts_of(Case(model, Layout()), make_mesh(Layout()))
-    shapes = {name: view.full_shape for name, view in parts.engine.weight_views().items()}
-    return trace(parts), shapes
-
-
-def relative(a: list[float], b: list[float]) -> float:
-    """Largest relative difference of two lists of equal length."""
-    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize(("world_size", "layout", "batch"), BATCHES)
 def test_layout_gives_the_losses_norms_and_gradients_of_one_process(
@@ -95,18 +75,7 @@ def test_layout_gives_the_losses_norms_and_gradients_of_one_process(
 ) -> None:
     by_rank = pool.run(world_size, trace_cases, batch, timeout_s=240)
     for number, case in enumerate(batch):
-        expected, shapes = reference(case.model)
-        traces = [traces_of_rank[number] for traces_of_rank in by_rank]
-        loss = relative(traces[0].losses, expected.losses)
-        norm = relative(traces[0].norms, expected.norms)
-        got = assemble(traces, shapes)
-        whole = assemble([expected], shapes)
-        gradient = max(float((got[n] - whole[n]).abs().max() / whole[n].abs().max()) for n in shapes)
-        parity_table.append(f"{case.model:12s} {layout:18s} {loss:8.1e} {norm:8.1e} {gradient:8.1e}  {case.options}")
-        assert loss < LOSS_TOLERANCE, f"{case}: losses differ by {loss}"
-        assert norm < NORM_TOLERANCE, f"{case}: gradient norms differ by {norm}"
-        assert gradient < GRADIENT_TOLERANCE, f"{case}: gradients differ by {gradient}"
-        assert all(one.losses == traces[0].losses for one in traces), f"{case}: ranks disagree about the loss"
+        check_against_one_process(case, [traces_of_rank[number] for traces_of_rank in by_rank], parity_table)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -23,8 +23,8 @@ from megatron3d.train import state
 from megatron3d.train.parts import Parts
 from megatron3d.train.step import Rates
 from tests.dist.pool import Pool
+from tests.parity.compare import LOSS_TOLERANCE, relative
 from tests.parity.runs import Case, parts_of, trace
-from tests.parity.test_layouts import LOSS_TOLERANCE, relative
 
 NUM_STEPS = 10
 SP = "--sequence-parallel"

@@ -6,17 +6,15 @@ gradients are the same bit for bit.
 
 from __future__ import annotations
 
-import functools
 from itertools import groupby
 
 import pytest
 import torch
 
 from megatron3d.comm.layout import Layout
-from megatron3d.comm.mesh import make_mesh
 from tests.dist.pool import Pool
-from tests.parity.runs import Case, Trace, assemble, parts_of, trace, trace_cases
-from tests.parity.test_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, NORM_TOLERANCE, relative
+from tests.parity.compare import check_against_one_process, reference
+from tests.parity.runs import Case, assemble, trace_cases
 
 VIRTUAL2 = "--num-virtual-stages-per-pipeline-rank 2"
 SINGLE = ["gpipe", "1f1b", "zb-h1", "zb-h2"]
@@ -76,15 +74,6 @@ BATCHES = [
 ]
 
 
-@functools.cache
-def reference(model: str) -> tuple[Trace, dict[str, tuple[int, ...]]]:
-    """One process's trace and the full shapes of its parameters."""
-    torch.set_num_threads(1)
-    parts = parts_of(Case(model, Layout()), make_mesh(Layout()))
-    shapes = {name: view.full_shape for name, view in parts.engine.weight_views().items()}
-    return trace(parts), shapes
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize(("world_size", "batch"), BATCHES)
 def test_every_order_gives_the_losses_norms_and_gradients_of_one_process(
@@ -92,18 +81,7 @@ def test_every_order_gives_the_losses_norms_and_gradients_of_one_process(
 ) -> None:
     by_rank = pool.run(world_size, trace_cases, batch, timeout_s=400)
     for number, case in enumerate(batch):
-        expected, shapes = reference(case.model)
-        traces = [traces_of_rank[number] for traces_of_rank in by_rank]
-        loss = relative(traces[0].losses, expected.losses)
-        norm = relative(traces[0].norms, expected.norms)
-        got, whole = assemble(traces, shapes), assemble([expected], shapes)
-        gradient = max(float((got[n] - whole[n]).abs().max() / whole[n].abs().max()) for n in shapes)
-        layout = str(case.layout)
-        parity_table.append(f"{case.model:12s} {layout:18s} {loss:8.1e} {norm:8.1e} {gradient:8.1e}  {case.options}")
-        assert loss < LOSS_TOLERANCE, f"{case}: losses differ by {loss}"
-        assert norm < NORM_TOLERANCE, f"{case}: gradient norms differ by {norm}"
-        assert gradient < GRADIENT_TOLERANCE, f"{case}: gradients differ by {gradient}"
-        assert all(one.losses == traces[0].losses for one in traces), f"{case}: ranks disagree about the loss"
+        check_against_one_process(case, [traces_of_rank[number] for traces_of_rank in by_rank], parity_table)
 
 
 @pytest.mark.parity

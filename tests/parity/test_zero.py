@@ -6,7 +6,6 @@ recomputation inside which weights are gathered again, hierarchical groups, 16-b
 
 from __future__ import annotations
 
-import functools
 from itertools import groupby
 from pathlib import Path
 
@@ -25,8 +24,8 @@ from megatron3d.train.evaluate import evaluate
 from megatron3d.train.parts import Parts
 from megatron3d.train.state import Progress
 from tests.dist.pool import Pool
+from tests.parity.compare import check_against_one_process, reference, relative
 from tests.parity.runs import Case, Trace, assemble, parts_of, trace, trace_cases
-from tests.parity.test_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, NORM_TOLERANCE, relative
 
 SP = "--sequence-parallel"
 ZERO2, ZERO3 = "--zero-stage 2", "--zero-stage 3"
@@ -66,15 +65,6 @@ BATCHES = [
 ]
 
 
-@functools.cache
-def reference(model: str) -> tuple[Trace, dict[str, tuple[int, ...]]]:
-    """One process's trace and the full shapes of its parameters."""
-    torch.set_num_threads(1)
-    parts = parts_of(Case(model, Layout()), make_mesh(Layout()))
-    shapes = {name: view.full_shape for name, view in parts.engine.weight_views().items()}
-    return trace(parts), shapes
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize(("world_size", "batch"), BATCHES)
 def test_sharded_gradients_and_weights_give_the_training_of_one_process(
@@ -82,19 +72,7 @@ def test_sharded_gradients_and_weights_give_the_training_of_one_process(
 ) -> None:
     by_rank = pool.run(world_size, trace_cases, batch, timeout_s=300)
     for number, case in enumerate(batch):
-        expected, shapes = reference(case.model)
-        traces = [traces_of_rank[number] for traces_of_rank in by_rank]
-        loss = relative(traces[0].losses, expected.losses)
-        norm = relative(traces[0].norms, expected.norms)
-        got, whole = assemble(traces, shapes), assemble([expected], shapes)
-        gradient = max(float((got[n] - whole[n]).abs().max() / whole[n].abs().max()) for n in shapes)
-        parity_table.append(
-            f"{case.model:12s} {case.layout!s:18s} {loss:8.1e} {norm:8.1e} {gradient:8.1e}  {case.options}"
-        )
-        assert loss < LOSS_TOLERANCE, f"{case}: losses differ by {loss}"
-        assert norm < NORM_TOLERANCE, f"{case}: gradient norms differ by {norm}"
-        assert gradient < GRADIENT_TOLERANCE, f"{case}: gradients differ by {gradient}"
-        assert all(one.losses == traces[0].losses for one in traces), f"{case}: ranks disagree about the loss"
+        check_against_one_process(case, [traces_of_rank[number] for traces_of_rank in by_rank], parity_table)
 
 
 def sixteen_bit(rank: int, world_size: int, options: str) -> list[tuple[list[float], list[float]]]:
