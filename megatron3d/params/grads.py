@@ -1,8 +1,9 @@
 """GradSink: where weight gradients go, and WeightGradQueue: when they are computed.
 
 Linear layers own their backward and hand their weight-gradient work to the sink, which computes it at once, or puts
-it aside while a schedule runs an input-gradient step, to be run by the matching weight-gradient step. Parameters
-whose gradient comes from autograd (norms, embeddings) reach the same buffers through a hook.
+it aside while a schedule runs an input-gradient step, to be run by the matching weight-gradient step. A lookup in a
+table hands over the rows of its gradient, so that no gradient of the table's size is made for them. Parameters whose
+gradient comes from autograd (norms, positions) reach the same buffers through a hook.
 """
 
 from __future__ import annotations
@@ -87,6 +88,26 @@ class GradSink:
         else:
             self._deferred.append(work)
 
+    def add_rows(self, table: nn.Parameter, rows: Tensor, grad_rows: Tensor) -> None:
+        """Add gradients to rows of a table: table[rows[t]] += grad_rows[t], one after another where rows repeat.
+
+        Args:
+            table: [V, H].
+            rows: [T], int64.
+            grad_rows: [T, H].
+        """
+
+        @torch.no_grad()
+        def work() -> None:
+            destination = self._destinations.get(table)
+            if destination is None:
+                self.add(table, _add_to_rows(torch.zeros_like(table), rows, grad_rows))
+            else:
+                _add_to_rows(destination.buffer_of(), rows, grad_rows)
+                destination.on_arrival()
+
+        self._now_or_later(table, work)
+
     def add(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """Add a gradient of the parameter's shape."""
         destination = self._destinations.get(parameter)
@@ -118,7 +139,20 @@ class GradSink:
         assert isinstance(parameter, nn.Parameter), f"hook on {type(parameter).__name__}"
         if parameter.grad is not None:
             grad, parameter.grad = parameter.grad, None
-            if self._deferred is not None and self._destinations[parameter].waits:
-                self._deferred.append(partial(self.add, parameter, grad))
-            else:
-                self.add(parameter, grad)
+            self._now_or_later(parameter, partial(self.add, parameter, grad))
+
+    def _now_or_later(self, parameter: nn.Parameter, work: Callable[[], None]) -> None:
+        """Do work that is small: at once, unless the parameter's buffer waits for the weight-gradient step."""
+        destination = self._destinations.get(parameter)
+        if self._deferred is not None and destination is not None and destination.waits:
+            self._deferred.append(work)
+        else:
+            work()
+
+
+def _add_to_rows(buffer: Tensor, rows: Tensor, grad_rows: Tensor) -> Tensor:
+    """buffer[rows] += grad_rows with a fixed order of additions, which `index_add_` has on a CPU alone."""
+    grad_rows = grad_rows.to(buffer.dtype)
+    if buffer.device.type == "cpu":
+        return buffer.index_add_(0, rows, grad_rows)
+    return buffer.index_put_((rows,), grad_rows, accumulate=True)

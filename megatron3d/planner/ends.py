@@ -31,19 +31,18 @@ def embedding(tape: Tape, config: RunConfig, sizes: Sizes) -> Value:
             x = _added(tape, x, sizes, 0, kept=sizes.residual_rows * INT64 if sizes.sharded else 0)
         if is_bert and model.norm_position == "post":
             x = residual_norm(tape, x, config, sizes, "embedding")
-        return op.dropout(tape, x, sizes.residual, drops=model.hidden_dropout > 0)
+        return op.dropout(tape, x, sizes.residual, sizes, drops=model.hidden_dropout > 0)
 
 
 def _words(tape: Tape, sizes: Sizes) -> Value:
-    """The lookup, whose gradient is a whole table that is added to its buffer at the end."""
-    count, whole = sizes.vocab * sizes.hidden, sizes.rows * sizes.hidden * sizes.element
-    widened = count * FP32 if sizes.on_cpu and sizes.element != sizes.gradient else 0
-    ids, x = tape.memory(sizes.rows * INT64), tape.value(whole)
-    table = count * sizes.element
-    work = {"weights_temporary": table + widened, "weights_gradient": table}
+    """The lookup, whose gradients are added to the rows of a buffer, widened where that is wider."""
+    count = sizes.rows * sizes.hidden
+    widened = count * FP32 if sizes.element != sizes.gradient else 0
+    ids, x = tape.memory(sizes.rows * INT64), tape.value(count * sizes.element)
+    work = {"weights_temporary": widened, "reads_gradient": True}
     tape.add(Node("lookup", (), (x,), (ids,), unit="embedding.word", contributions=1, **work))
     if sizes.tp > 1:
-        x = tape.elementwise("elsewhere", x, whole, saves=(tape.memory(sizes.rows),))
+        x = tape.elementwise("elsewhere", x, count * sizes.element, saves=(tape.memory(sizes.rows),))
     return op.to_residual(tape, x, sizes)
 
 

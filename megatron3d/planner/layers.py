@@ -73,12 +73,14 @@ def block(tape: Tape, x: Value, config: RunConfig, sizes: Sizes, *, unit: str, t
     halves = (_attention, _mlp)
     for half, reads in zip(halves, ((), (entry.memory,)), strict=True):
         if model.norm_position == "post":
-            y = op.dropout(tape, half(tape, x, config, sizes, unit, tables), sizes.residual, drops=_drops(config))
+            y = half(tape, x, config, sizes, unit, tables)
+            y = op.dropout(tape, y, sizes.residual, sizes, drops=_drops(config))
             total = op.add(tape, x, y, sizes.residual, reads=reads)
             x = residual_norm(tape, total, config, sizes, unit)
             continue
         normed = residual_norm(tape, x, config, sizes, unit)
-        y = op.dropout(tape, half(tape, normed, config, sizes, unit, tables), sizes.residual, drops=_drops(config))
+        y = half(tape, normed, config, sizes, unit, tables)
+        y = op.dropout(tape, y, sizes.residual, sizes, drops=_drops(config))
         kept = normed if model.apply_residual_connection_post_layernorm else x
         x = op.add(tape, kept, y, sizes.residual, reads=reads)
     return x

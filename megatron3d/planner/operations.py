@@ -127,11 +127,11 @@ def row_linear(tape: Tape, x: Value, inputs: int, sizes: Sizes, *, unit: str, bi
     return tape.add(Node("bias", (y,), (tape.value(sizes.residual),), gradients=(0,), unit=unit, contributions=1))
 
 
-def dropout(tape: Tape, x: Value, size_bytes: int, *, drops: bool) -> Value:
-    """`nn.dropout`: the mask has the dtype of what it masks."""
+def dropout(tape: Tape, x: Value, size_bytes: int, sizes: Sizes, *, drops: bool) -> Value:
+    """`nn.dropout`, whose mask has one byte for each element."""
     if not drops:
         return x
-    kept = tape.elementwise("mask", x, size_bytes, saves=(tape.memory(size_bytes),))
+    kept = tape.elementwise("mask", x, size_bytes, saves=(tape.memory(size_bytes // sizes.element),))
     return tape.elementwise("rescale", kept, size_bytes)
 
 

@@ -37,6 +37,8 @@ class Node:
         weights_gradient: the part of it that is still there when the gradients have been added up.
         keeps_for_weights: memories that work for the gradients of weights holds, with the gradient of the output,
             where a schedule puts it aside.
+        reads_gradient: whether work for the gradients of weights that waits for its buffer holds the gradient of the
+            output meanwhile, rather than a gradient of `weights_temporary` bytes.
         unit: the flat unit whose weights get gradients here; empty if none does.
         contributions: how many gradients the unit gets.
         reads: memories besides the inputs' that have to live until here.
@@ -55,6 +57,7 @@ class Node:
     weights_temporary: int = 0
     weights_gradient: int = 0
     keeps_for_weights: tuple[int, ...] = ()
+    reads_gradient: bool = False
     unit: str = ""
     contributions: int = 0
     reads: tuple[int, ...] = ()

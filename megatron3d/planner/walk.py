@@ -242,8 +242,10 @@ class StageWalk:
         return total
 
     def _put_aside(self, node: Node, received: Sequence[int]) -> None:
-        held = (*node.keeps_for_weights, *received) if node.keeps_for_weights else ()
-        if not node.keeps_for_weights and self.sharing.waits_for_weights:
+        waits = self.sharing.waits_for_weights
+        holds_gradient = node.keeps_for_weights or (waits and node.reads_gradient)
+        held = (*node.keeps_for_weights, *received) if holds_gradient else ()
+        if waits and not holds_gradient:
             held = (self._new_gradient(node.weights_temporary),)
         else:
             self._hold(held)

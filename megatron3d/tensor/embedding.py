@@ -8,9 +8,13 @@ Source: Shoeybi et al. 2019, section 3.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron3d.params.grads import GradSink
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
@@ -21,6 +25,22 @@ def padded_vocab_size(vocab_size: int, *, divisible_by: int, tp: int) -> int:
     """The smallest multiple of `divisible_by * tp` that holds the vocabulary."""
     multiple = divisible_by * tp
     return -(-vocab_size // multiple) * multiple
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a table, whose gradients go to the sink row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, table: nn.Parameter, sink: GradSink) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.table, ctx.sink = table, sink
+        return F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[None, None, None]:
+        (rows,) = ctx.saved_tensors
+        ctx.sink.add_rows(ctx.table, rows.flatten(), grad_out.flatten(0, -2))
+        return None, None, None
 
 
 class VocabParallelEmbedding(ParallelModule):
@@ -62,7 +82,7 @@ class VocabParallelEmbedding(ParallelModule):
         """Token ids [S, B] (int64, the whole S) to [S, B, H] on the residual stream."""
         row_SB = tokens_SB - self.first_row
         elsewhere_SB = (row_SB < 0) | (row_SB >= self.rows_per_rank)
-        x_SBH = F.embedding(row_SB.masked_fill(elsewhere_SB, 0), self.weight)
+        x_SBH = _Lookup.apply(row_SB.masked_fill(elsewhere_SB, 0), self.weight, self.context.sink)
         if self.context.tp.size > 1:
             x_SBH = x_SBH.masked_fill(elsewhere_SB.unsqueeze(-1), 0.0)
         return to_residual(x_SBH, self.context)

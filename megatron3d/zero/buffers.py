@@ -294,5 +294,6 @@ class GradBuffer:
         elif self._arriving is not None:
             self._transit.take(-size_bytes(self._arriving))
             self._arriving = None
-        self.own.zero_()
+        if not self._is_in_place:
+            self.own.zero_()
         self._is_scattered = self._is_summed = False

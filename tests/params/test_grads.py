@@ -58,6 +58,43 @@ def test_linear_gradients_equal_those_of_autograd() -> None:
         assert len(arrivals) == 2
 
 
+ROWS = torch.tensor([4, 0, 4, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_rows_equal_those_of_autograd_and_add_up_in_the_buffers_dtype(dtype: torch.dtype) -> None:
+    sink, table = GradSink(), parameter(5, 3, dtype=dtype)
+    buffer, arrivals = bound(sink, table, torch.float32)
+    grads = [torch.randn(4, 3, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 2)]
+    leaf = table.detach().float().requires_grad_()
+    for grad in grads:
+        sink.add_rows(table, ROWS, grad)
+        torch.nn.functional.embedding(ROWS, leaf).backward(grad.float())
+    torch.testing.assert_close(buffer, leaf.grad, rtol=1e-6, atol=0)
+    assert len(arrivals) == 2 and table.grad is None
+    unbound = GradSink()
+    unbound.add_rows(table, ROWS, grads[0])
+    unbound.add_rows(table, ROWS, grads[1])
+    torch.testing.assert_close(table.grad.float(), leaf.grad, rtol=0.02 if dtype == torch.bfloat16 else 1e-6, atol=1e-2)
+
+
+@pytest.mark.parametrize(("late", "waiting"), [(False, 0), (True, 1)])
+def test_gradients_of_rows_wait_for_the_weight_gradient_step_only_where_the_buffer_does(
+    late: bool, waiting: int
+) -> None:
+    sink, table, buffer, arrivals = GradSink(), parameter(5, 3), torch.zeros(5, 3), []
+    if late:
+        sink.bind_late(table, lambda: buffer, lambda: arrivals.append(1))
+    else:
+        sink.bind(table, buffer, lambda: arrivals.append(1))
+    with sink.defer() as work:
+        sink.add_rows(table, ROWS, torch.ones(4, 3))
+    assert len(work) == waiting and len(arrivals) == 1 - waiting
+    for one in work:
+        one()
+    assert buffer.sum(1).tolist() == [3.0, 0.0, 3.0, 0.0, 6.0] and len(arrivals) == 1
+
+
 @pytest.mark.parametrize(("buffer_dtype", "kept"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_an_fp32_buffer_keeps_the_small_terms_that_a_bf16_one_loses(buffer_dtype: torch.dtype, kept: bool) -> None:
     sink, weight = GradSink(), parameter(1, dtype=torch.bfloat16)

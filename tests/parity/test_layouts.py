@@ -44,12 +44,12 @@ LAYOUTS = [
 
 def cases() -> list[Case]:
     """GPT-2-like tied and Llama-like untied everywhere; the other two where the embedding's ends matter, which are two
-    stages whatever else is cut. Other orders than 1F1B are in test_schedules.py."""
+    stages whatever else is cut, at most in two. Other orders than 1F1B are in test_schedules.py."""
     everywhere = [Case(m, layout, options) for layout, options in LAYOUTS for m in ("gpt2", "llama")]
     ends = [
         Case(m, layout, o)
         for layout, o in LAYOUTS
-        if layout.pp > 1 and layout.tp < 4
+        if layout.pp > 1 and layout.world_size <= 4
         for m in ("gpt2-untied", "llama-tied")
     ]
     uneven = [

