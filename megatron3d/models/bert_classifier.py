@@ -43,7 +43,7 @@ class ClassifierHead(nn.Module):
         self.classifier = ReplicatedLinear(context, hidden, num_outputs, init=normal, tp_gradient="equal")
 
     def forward(self, x_SBH: Tensor, micro: MicroBatch, table: None) -> Tensor:
-        """[S, B, H] to the summed loss (fp32 [1]), or to the scores [B, C] where there are no labels."""
+        """[S or 1, B, H] to the summed loss (fp32 [1]), or to the scores [B, C] where there are no labels."""
         if self.norm is not None:
             x_SBH = self.norm(x_SBH)
         pooled_BH = torch.tanh(self.pooler(first_position(x_SBH, self.context)))
@@ -81,4 +81,4 @@ def build_bert_classifier_stage(
     config = replace(config, untie_embeddings_and_output_weights=True)
     embedding = BertEmbedding(config, context) if part.is_first else None
     head = ClassifierHead(config, context, num_outputs=num_outputs) if part.is_last else None
-    return assemble_stage(config, train, part, context, embedding=embedding, head=head)
+    return assemble_stage(config, train, part, context, embedding=embedding, head=head, reads_first_only=True)

@@ -180,10 +180,25 @@ def assemble_stage(
     *,
     embedding: nn.Module | None,
     head: nn.Module | None,
+    reads_first_only: bool = False,
 ) -> Stage:
-    """A stage with the blocks of its part between a model's own ends, recomputed as `train` says."""
+    """A stage with the blocks of its part between a model's own ends, recomputed as `train` says.
+
+    `reads_first_only` says that the head reads the first position alone: then the block before it computes no other,
+    unless the sequence is cut over the ranks, where that position would be the work of one of them.
+    """
     selective = train.recompute_granularity == "selective"
-    blocks = {layer: Block(config, context, layer=layer, recompute_core=selective) for layer in part.layers}
+    last = part.layers[-1] if head is not None and reads_first_only and part.layers else None
+    blocks = {
+        layer: Block(
+            config,
+            context,
+            layer=layer,
+            recompute_core=selective,
+            first_only=layer == last and not context.sequence_parallel,
+        )
+        for layer in part.layers
+    }
     groups = plan_recompute(
         len(part.layers),
         granularity=train.recompute_granularity,

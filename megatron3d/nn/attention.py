@@ -28,11 +28,21 @@ from megatron3d.tensor.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class SelfAttention(nn.Module):
-    """Attention of one block. `recompute_core` recomputes the attention probabilities in the backward."""
+    """Attention of one block. `recompute_core` recomputes the attention probabilities in the backward; `first_only`
+    lets the first position alone attend (to all)."""
 
-    def __init__(self, config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        context: LayerContext,
+        *,
+        layer: int,
+        recompute_core: bool = False,
+        first_only: bool = False,
+    ) -> None:
         super().__init__()
         self.config, self.context, self.layer, self.recompute_core = config, context, layer, recompute_core
+        self.first_only = first_only
         head = config.kv_channels
         query, key = config.num_attention_heads * head, config.num_query_groups * head
         self.local_parts = tuple(size // context.tp.size for size in (query, key, key))
@@ -53,8 +63,10 @@ class SelfAttention(nn.Module):
             self.key_norm = Norm(config, context, head, tp_gradient="partial")
 
     def forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
-        """[S, B, H] on the residual stream to [S, B, H] on the residual stream."""
+        """[S, B, H] on the residual stream to [S, B, H] on the residual stream ([1, B, H] where one attends)."""
         q_BNSD, k_BGSD, v_BGSD = self._heads(x_SBH, inputs)
+        if self.first_only:
+            q_BNSD = q_BNSD[:, :, :1]
         if inputs.cache is not None:
             k_BGSD, v_BGSD = inputs.cache.extend(self.layer, k_BGSD, v_BGSD)
         if self.recompute_core and torch.is_grad_enabled():
@@ -82,6 +94,8 @@ class SelfAttention(nn.Module):
     def _core(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, inputs: LayerInputs) -> Tensor:
         """softmax(q k^T / sqrt(D)) v; where no mask is given, causal if the model is."""
         mask_BST = inputs.attention_mask_BST
+        if mask_BST is not None and self.first_only:
+            mask_BST = mask_BST[:, :1]
         queries, keys = q_BNSD.shape[2], k_BGTD.shape[2]
         assert mask_BST is not None or queries in (1, keys), f"{queries} queries of {keys} keys need a mask"
         probability = self.config.attention_dropout if inputs.dropout_seed is not None else 0.0

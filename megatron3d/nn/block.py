@@ -21,27 +21,47 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); or, with norms after, norm(x + attention(x)), norm(x + mlp(x)).
 
     With norms before, the residual may be taken from after the norm (`apply_residual_connection_post_layernorm`).
+    A `first_only` block gives the first position alone, for a head that reads no other: keys and values of all
+    positions, everything else of one. It needs attention in both directions, since under a causal mask the first
+    position would see itself alone, and a residual stream that is not sharded along the sequence.
     """
 
-    def __init__(self, config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        context: LayerContext,
+        *,
+        layer: int,
+        recompute_core: bool = False,
+        first_only: bool = False,
+    ) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        assert not (first_only and context.sequence_parallel), "one rank of several holds the first position"
+        assert not (first_only and config.is_causal), "the first position of a causal model attends to itself alone"
+        self.config, self.layer, self.first_only = config, layer, first_only
         # Where the residual stream is sharded its masks differ from rank to rank; where it is not they must not.
         self.shard = context.tp.rank + 1 if context.sequence_parallel else 0
         self.attention_norm = residual_norm(config, context)
-        self.attention = SelfAttention(config, context, layer=layer, recompute_core=recompute_core)
+        self.attention = SelfAttention(
+            config, context, layer=layer, recompute_core=recompute_core, first_only=first_only
+        )
         self.mlp_norm = residual_norm(config, context)
         self.mlp = MLP(config, context)
 
     def forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
-        """[S, B, H] to [S, B, H] (S local under sequence parallelism)."""
+        """[S, B, H] to [S, B, H] (S local under sequence parallelism), or to [1, B, H] of the first position."""
         if self.config.norm_position == "post":
-            x_SBH = self.attention_norm(x_SBH + self._drop(self.attention(x_SBH, inputs), inputs, "attention"))
+            attended_SBH = self._drop(self.attention(x_SBH, inputs), inputs, "attention")
+            x_SBH = self.attention_norm(self._kept(x_SBH) + attended_SBH)
             return self.mlp_norm(x_SBH + self._drop(self.mlp(x_SBH), inputs, "mlp"))
         normed_SBH = self.attention_norm(x_SBH)
-        x_SBH = self._residual(x_SBH, normed_SBH) + self._drop(self.attention(normed_SBH, inputs), inputs, "attention")
+        attended_SBH = self._drop(self.attention(normed_SBH, inputs), inputs, "attention")
+        x_SBH = self._kept(self._residual(x_SBH, normed_SBH)) + attended_SBH
         normed_SBH = self.mlp_norm(x_SBH)
         return self._residual(x_SBH, normed_SBH) + self._drop(self.mlp(normed_SBH), inputs, "mlp")
+
+    def _kept(self, x_SBH: Tensor) -> Tensor:
+        return x_SBH[:1] if self.first_only else x_SBH
 
     def _residual(self, x_SBH: Tensor, normed_SBH: Tensor) -> Tensor:
         return normed_SBH if self.config.apply_residual_connection_post_layernorm else x_SBH

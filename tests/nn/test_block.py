@@ -128,6 +128,49 @@ def test_a_block_on_four_ranks_equals_the_dense_formulas(pool: Pool) -> None:
     pool.run(4, _check_blocks, [case for case in CASES if case.config.num_query_groups == 4])
 
 
+BOTH_WAYS = {"architecture": "bert"}
+FIRST_ONLY = [
+    ({**BOTH_WAYS, "norm_position": norm}, masked, recompute)
+    for norm in ("pre", "post")
+    for masked, recompute in ((False, False), (True, False), (True, True))
+]
+
+
+def check_first_only(context: LayerContext, changes: dict[str, Any], masked: bool, recompute: bool) -> None:
+    """What a block gives that computes the first position alone, and its gradients, against the whole block's."""
+    config = model_config(**changes)
+    lengths = torch.tensor([[S], [S - 3]])
+    inputs = LayerInputs(attention_mask_BST=(torch.arange(S) < lengths).unsqueeze(1) if masked else None)
+    found = []
+    for first_only in (False, True):
+        block = Block(config, context, layer=0, recompute_core=recompute, first_only=first_only)
+        fill(block, context.tp, scale=0.4)
+        x = numbered(S, B, config.hidden_size, seed=1).requires_grad_()
+        y = block(x, inputs)
+        assert y.shape[0] == (1 if first_only else S)
+        (numbered(1, B, config.hidden_size, seed=2) * y[:1]).sum().backward()
+        found.append([y[:1].detach(), x.grad, *(one.grad for one in block.parameters())])
+    for whole, first in zip(*found, strict=True):
+        torch.testing.assert_close(first, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("changes", "masked", "recompute"), FIRST_ONLY)
+def test_the_first_position_alone_is_that_of_the_whole_block(
+    changes: dict[str, Any], masked: bool, recompute: bool
+) -> None:
+    check_first_only(one_rank(), changes, masked, recompute)
+
+
+def _check_first_only(rank: int, world_size: int) -> None:
+    context = LayerContext(make_mesh(Layout(tp=world_size)).tp, False, GradSink())
+    for case in FIRST_ONLY:
+        check_first_only(context, *case)
+
+
+def test_the_first_position_alone_is_that_of_the_whole_block_on_two_ranks(pool: Pool) -> None:
+    pool.run(2, _check_first_only)
+
+
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_mlp_equals_its_formula_with_every_activation(kind: str, bias: bool) -> None:
