@@ -64,7 +64,14 @@ def one_seed(job: Job, run: RunConfig, mesh: Mesh, device: torch.device, guard: 
         builder = partial(build_bert_classifier_stage, num_outputs=job.task.num_outputs)
         parts = build_parts(run, mesh, device, builder)
         fill(parts, job.origin, job.task)
-        wishes = Wishes(job.task, job.epochs, run.model.seq_length, job.multiple, save)
+        wishes = Wishes(
+            task=job.task,
+            epochs=job.epochs,
+            max_length=run.model.seq_length,
+            multiple=job.multiple,
+            group_size=job.group_size,
+            save=save,
+        )
         found = finetune(parts, job.data, wishes, guard=guard, say=say)
         files = predict(parts, job, run)
     return result_of(run, found) | ({"predictions": files} if files else {})

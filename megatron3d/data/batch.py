@@ -61,6 +61,29 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class GroupedSamples:
+    """All samples a rank reads of one global batch, in groups that are each padded to a length of their own."""
+
+    groups: tuple[Samples, ...]
+
+    def to(self, device: torch.device | str) -> GroupedSamples:
+        """The same samples on `device`."""
+        return GroupedSamples(tuple(group.to(device) for group in self.groups))
+
+    def split(self, micro_batch_size: int) -> list[Samples]:
+        """The micro-batches of the groups, one group after another.
+
+        Raises: ValueError if the samples of a group are not a multiple of `micro_batch_size`.
+        """
+        return [micro for group in self.groups for micro in group.split(micro_batch_size)]
+
+    def loss_counts(self) -> dict[str, Tensor]:
+        """How many labels each of the model's losses counts, over all groups."""
+        counts = [group.loss_counts() for group in self.groups]
+        return {name: torch.stack([one[name] for one in counts]).sum(0) for name in counts[0]}
+
+
+@dataclass(frozen=True)
 class Batch(Samples):
     """Samples of which each token has a label that may count.
 

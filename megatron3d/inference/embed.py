@@ -127,7 +127,7 @@ def _pooled(model: Model, config: RunConfig, texts: list[Sequence[int]], options
     is_token_BS = torch.arange(width, device=device) < lengths_B.unsqueeze(1)
     mask_B1S = None if bool(is_token_BS.all()) else is_token_BS.unsqueeze(1)
     row = model.rows.forward_only(1)
-    wire = Wire(model.mesh.pp, (width, len(texts), config.model.hidden_size), model.dtype, device)
+    wire = Wire(model.mesh.pp, [(width, len(texts), config.model.hidden_size)], model.dtype, device)
     micros = [MicroBatch(tokens_BS=tokens_BS, attention_mask_BST=mask_B1S)]
     outputs = run(row.schedule, row.actions, model.stages, micros, wire=wire)
     if not outputs:

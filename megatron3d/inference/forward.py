@@ -103,7 +103,8 @@ class GrowingBatch:
         ]
         model = self.model
         row = model.rows.forward_only(len(micros))
-        wire = Wire(model.mesh.pp, (stop - start, self.group_size, self.config.hidden_size), model.dtype, model.device)
+        shapes = [(stop - start, self.group_size, self.config.hidden_size)] * len(micros)
+        wire = Wire(model.mesh.pp, shapes, model.dtype, model.device)
         return run(row.schedule, row.actions, model.stages, micros, wire=wire)
 
     def _positions(self, start: int, stop: int) -> Tensor:

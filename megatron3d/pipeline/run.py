@@ -61,16 +61,17 @@ class _NoRecorder:
 
 @dataclass(frozen=True)
 class Wire:
-    """What travels between stages: hidden tensors of one known shape, over the pipeline axis."""
+    """What travels between stages: hidden tensors of shapes that both ends know, one for each micro-batch, over the
+    pipeline axis."""
 
     axis: Axis
-    shape: tuple[int, int, int]
+    shapes: Sequence[tuple[int, int, int]]
     dtype: torch.dtype
     device: torch.device
 
-    def empty(self) -> Tensor:
-        """A buffer for one message."""
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def empty(self, mb: int) -> Tensor:
+        """A buffer for one message of a micro-batch."""
+        return torch.empty(self.shapes[mb], dtype=self.dtype, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,17 @@ def run(
         actions: this rank's row of `lower(schedule)`.
         stages: this rank's stages by number.
         micros: one value for each micro-batch, handed to the stages.
-        wire: shape, dtype and axis of the messages.
+        wire: shapes, dtype and axis of the messages.
         backward: None runs forwards alone, without building a graph.
         recorder: told when each step and each wait for a message begins and ends.
 
     Raises:
-        ValueError: the number of micro-batches is not the schedule's.
+        ValueError: the number of micro-batches, or of shapes of their messages, is not the schedule's.
     """
     if len(micros) != schedule.num_microbatches:
         raise ValueError(f"{len(micros)} micro-batches for a schedule of {schedule.num_microbatches}")
+    if len(wire.shapes) != len(micros):
+        raise ValueError(f"{len(wire.shapes)} shapes of messages for {len(micros)} micro-batches")
     interpreter = _Interpreter(schedule, stages, micros, wire, backward, recorder or _NoRecorder())
     interpreter.recorder.start(schedule)
     with torch.set_grad_enabled(backward is not None):
@@ -228,7 +231,7 @@ class _Interpreter:
                 user = message.stage + (1 if message.what == "activation" else -1)
                 tensor = self._outgoing(message)
             else:
-                user, tensor = message.stage, self.wire.empty()
+                user, tensor = message.stage, self.wire.empty(message.mb)
             ends.append(Message(tensor, isinstance(message, Send), message.peer, self._tag(message, user)))
         for message, pending in zip(exchange.messages, start_exchange(ends, self.wire.axis)):
             if isinstance(message, Send):

@@ -80,7 +80,7 @@ def _sums_and_counts(parts: Parts, batch: Batch) -> Tensor:
     micro, measures = config.train.micro_batch_size, batch.measures_accuracy
     micros = micro_batches(batch, micro, device=model.device, counts_hits=measures)
     row = model.rows.forward_only(len(micros))
-    outputs = run(row.schedule, row.actions, model.stages, micros, wire=model.wire(config, micro_batch_size=micro))
+    outputs = run(row.schedule, row.actions, model.stages, micros, wire=model.wire(config, micros))
     counts = torch.stack([*batch.loss_counts().values()]).double().to(model.device)
     if not (model.holds_last_stage and parts.mesh.tp.rank == 0):
         counts.zero_()

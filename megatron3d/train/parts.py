@@ -6,7 +6,7 @@ Nothing here decides anything: the config says what, the mesh says where, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from megatron3d.comm.mesh import Mesh
 from megatron3d.config.model import ModelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.train import TrainConfig
-from megatron3d.models.stage import Stage, StagePart
+from megatron3d.models.stage import MicroBatch, Stage, StagePart
 from megatron3d.optim.build import build_optimizer
 from megatron3d.optim.scaler import LossScaler, build_scaler
 from megatron3d.params.gate import WeightGate
@@ -87,14 +87,12 @@ class Model:
         """Whether this rank gives losses or logits."""
         return any(stage.part.is_last for stage in self.stages.values())
 
-    def wire(self, config: RunConfig, *, micro_batch_size: int, seq_length: int | None = None) -> Wire:
-        """What travels between the stages for micro-batches of this size, and of this many tokens a sample where that
-        is not the run's --seq-length."""
-        length = config.model.seq_length if seq_length is None else seq_length
-        if config.parallel.sequence_parallel:
-            length //= self.mesh.tp.size
-        shape = (length, micro_batch_size, config.model.hidden_size)
-        return Wire(self.mesh.pp, shape, self.dtype, self.device)
+    def wire(self, config: RunConfig, micros: Sequence[MicroBatch]) -> Wire:
+        """What travels between the stages for these micro-batches, which may have different lengths."""
+        cut = self.mesh.tp.size if config.parallel.sequence_parallel else 1
+        sizes = [micro.tokens_BS.shape for micro in micros]
+        shapes = [(length // cut, samples, config.model.hidden_size) for samples, length in sizes]
+        return Wire(self.mesh.pp, shapes, self.dtype, self.device)
 
 
 @dataclass(frozen=True)

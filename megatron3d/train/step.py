@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.config.model import ModelConfig
-from megatron3d.data.batch import Samples
+from megatron3d.data.batch import GroupedSamples, Samples
 from megatron3d.errors import NumericsError
 from megatron3d.models.stage import MicroBatch
 from megatron3d.optim.build import set_rates
@@ -58,7 +58,7 @@ class StepResult:
 
 def train_step(
     parts: Parts,
-    batch: Samples,
+    batch: Samples | GroupedSamples,
     rates: Rates,
     *,
     step: int,
@@ -97,7 +97,7 @@ def train_step(
     return StepResult(loss, losses, grad_norm, skipped, int(votes))
 
 
-def global_counts(parts: Parts, batch: Samples) -> dict[str, int]:
+def global_counts(parts: Parts, batch: Samples | GroupedSamples) -> dict[str, int]:
     """Labels of the global batch that each loss counts (at least 1, so that a batch without any has a loss of 0)."""
     counts = batch.loss_counts()
     totals = all_reduce(torch.stack([*counts.values()]).to(parts.model.device), parts.mesh.dp).tolist()
@@ -105,7 +105,12 @@ def global_counts(parts: Parts, batch: Samples) -> dict[str, int]:
 
 
 def forward_backward(
-    parts: Parts, batch: Samples, counts: Mapping[str, int], *, step: int, recorder: Recorder | None = None
+    parts: Parts,
+    batch: Samples | GroupedSamples,
+    counts: Mapping[str, int],
+    *,
+    step: int,
+    recorder: Recorder | None = None,
 ) -> Tensor:
     """Run the training schedule, leaving the gradients of sum / count, added up over the losses, in the engine.
 
@@ -123,7 +128,7 @@ def forward_backward(
         row.actions,
         model.stages,
         micros,
-        wire=model.wire(config, micro_batch_size=config.train.micro_batch_size, seq_length=batch.tokens_BS.shape[1]),
+        wire=model.wire(config, micros),
         backward=Backward(
             gradient,
             model.sink,
@@ -146,7 +151,9 @@ def share_of_sums(parts: Parts, outputs: Sequence[Tensor], num_sums: int) -> Ten
     return torch.stack([torch.stack(terms).double().sum() for terms in zip(*outputs, strict=True)])
 
 
-def micro_batches(batch: Samples, size: int, *, device: torch.device, counts_hits: bool = False) -> list[MicroBatch]:
+def micro_batches(
+    batch: Samples | GroupedSamples, size: int, *, device: torch.device, counts_hits: bool = False
+) -> list[MicroBatch]:
     """Cut a rank's batch into micro-batches on the device, without dropout."""
     return [MicroBatch(**part.model_inputs(), counts_hits=counts_hits) for part in batch.to(device).split(size)]
 

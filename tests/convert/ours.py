@@ -74,7 +74,7 @@ def _logits(model: Model, config: RunConfig, mesh: Mesh, batch: Batch, *, scores
         last.head.register_forward_pre_hook(lambda head, inputs: normed.append(head.normed(inputs[0])))
     row = model.rows.forward_only(1)
     num_samples, length = batch.tokens_BS.shape
-    wire = Wire(mesh.pp, (length, num_samples, config.model.hidden_size), model.dtype, model.device)
+    wire = Wire(mesh.pp, [(length, num_samples, config.model.hidden_size)], model.dtype, model.device)
     outputs = run(row.schedule, row.actions, model.stages, [micro], wire=wire)
     if last is None:
         return None

@@ -87,7 +87,7 @@ def _sleep_through(rank: int, world_size: int, schedules: list[Schedule], nap_s:
 
 def _run(mesh: Mesh, schedule: Schedule, seconds: float) -> Measured:
     """One measured run with stages that sleep so long."""
-    wire = Wire(mesh.pp, SHAPE, torch.float32, torch.device("cpu"))
+    wire = Wire(mesh.pp, [SHAPE] * schedule.num_microbatches, torch.float32, torch.device("cpu"))
     sink = GradSink()
     stages = {
         stage: SleepingStage(seconds, sink, is_last=stage == schedule.num_stages - 1)

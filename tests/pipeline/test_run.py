@@ -5,6 +5,7 @@ The reference runs the same toy stages one after another in one autograd graph, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -24,7 +25,7 @@ from megatron3d.pipeline.schedule import Op, Schedule, Step, check
 from megatron3d.tensor.linear import linear
 from tests.dist.pool import Pool
 
-SHAPE = (5, 2, 6)  # S, B, H of a hidden tensor
+B, H = 2, 6  # of a hidden tensor
 LOSS_GRADIENT = 0.125
 
 
@@ -40,8 +41,13 @@ class Micro:
     target: Tensor
 
 
+def shape_of(mb: int) -> tuple[int, int, int]:
+    """The shape of a micro-batch's hidden tensors; neighbours differ in length."""
+    return 4 + mb % 3, B, H
+
+
 def micros_of(number: int) -> list[Micro]:
-    return [Micro(random(*SHAPE, seed=1000 + mb), random(*SHAPE, seed=2000 + mb)) for mb in range(number)]
+    return [Micro(random(*shape_of(mb), seed=1000 + mb), random(*shape_of(mb), seed=2000 + mb)) for mb in range(number)]
 
 
 class ToyStage(nn.Module):
@@ -51,8 +57,8 @@ class ToyStage(nn.Module):
         super().__init__()
         self.axis, self.sink = axis, sink
         self.is_first, self.is_last = stage == 0, stage == num_stages - 1
-        self.weight = nn.Parameter(random(SHAPE[-1], SHAPE[-1], seed=stage))
-        self.scale = nn.Parameter(random(SHAPE[-1], seed=100 + stage))
+        self.weight = nn.Parameter(random(H, H, seed=stage))
+        self.scale = nn.Parameter(random(H, seed=100 + stage))
 
     def forward(self, x: Tensor | None, micro: Micro) -> Tensor:
         assert (x is None) == self.is_first, "only the first stage starts from the micro-batch"
@@ -80,8 +86,9 @@ def axis_of_one() -> Axis:
     return Axis("tp", 1, 0, (0,), None, Meter())
 
 
-def wire_of(mesh: Mesh) -> Wire:
-    return Wire(mesh.pp, SHAPE, torch.float32, torch.device("cpu"))
+def wire_of(mesh: Mesh, schedule: Schedule) -> Wire:
+    shapes = [shape_of(mb) for mb in range(schedule.num_microbatches)]
+    return Wire(mesh.pp, shapes, torch.float32, torch.device("cpu"))
 
 
 def own_stages(schedule: Schedule, rank: int, sink: GradSink) -> dict[int, ToyStage]:
@@ -102,7 +109,7 @@ def check_training(mesh: Mesh, schedule: Schedule) -> None:
 
     backward = Backward(torch.tensor(LOSS_GRADIENT), sink, reduce)
     micros = micros_of(schedule.num_microbatches)
-    results = run(schedule, lower(schedule)[rank], stages, micros, wire=wire_of(mesh), backward=backward)
+    results = run(schedule, lower(schedule)[rank], stages, micros, wire=wire_of(mesh, schedule), backward=backward)
     losses, grads = one_process(schedule.num_stages, schedule.num_microbatches)
     has_loss = schedule.num_stages - 1 in stages
     assert len(results) == (schedule.num_microbatches if has_loss else 0)
@@ -119,7 +126,7 @@ def check_forward(mesh: Mesh, schedule: Schedule) -> None:
     sink, rank = GradSink(), mesh.pp.rank
     stages = own_stages(schedule, rank, sink)
     micros = micros_of(schedule.num_microbatches)
-    results = run(schedule, lower(schedule)[rank], stages, micros, wire=wire_of(mesh))
+    results = run(schedule, lower(schedule)[rank], stages, micros, wire=wire_of(mesh, schedule))
     losses, _ = one_process(schedule.num_stages, schedule.num_microbatches)
     assert len(results) == (schedule.num_microbatches if schedule.num_stages - 1 in stages else 0)
     assert all(torch.equal(found, loss) for found, loss in zip(results, losses))
@@ -215,10 +222,10 @@ def _messages(rank: int, world_size: int) -> dict[tuple[str, str], tuple[int, in
 
 
 def test_each_boundary_carries_one_hidden_tensor_each_way_for_every_microbatch(pool: Pool) -> None:
-    size = 5 * 2 * 6 * 4
+    size = sum(math.prod(shape_of(mb)) for mb in range(5)) * 4
     for rank, counted in enumerate(pool.run(3, _messages)):
         neighbours = 2 if rank == 1 else 1
-        expected = (5 * neighbours, 5 * neighbours * size)
+        expected = (5 * neighbours, neighbours * size)
         assert counted == {("pp", "send"): expected, ("pp", "receive"): expected}
 
 
@@ -228,7 +235,7 @@ def run_alone(schedule: Schedule, num_micros: int, *, actions: Any = None, train
     backward = Backward(torch.tensor(1.0), sink, lambda stage: None) if trains else None
     row = lower(schedule)[0] if actions is None else actions
     stages = own_stages(schedule, 0, sink)
-    return run(schedule, row, stages, micros_of(num_micros), wire=wire_of(mesh), backward=backward)
+    return run(schedule, row, stages, micros_of(num_micros), wire=wire_of(mesh, schedule), backward=backward)
 
 
 @pytest.mark.parametrize("num_micros", [0, 2, 4])
@@ -236,6 +243,14 @@ def test_another_number_of_microbatches_than_the_schedules_is_refused(num_micros
     schedule = build_schedule("1f1b", num_ranks=1, num_microbatches=3)
     with pytest.raises(ValueError, match=f"{num_micros} micro-batches for a schedule of 3"):
         run_alone(schedule, num_micros)
+
+
+def test_another_number_of_shapes_than_of_microbatches_is_refused() -> None:
+    schedule, sink = build_schedule("1f1b", num_ranks=1, num_microbatches=3), GradSink()
+    mesh, stages = make_mesh(Layout()), own_stages(schedule, 0, sink)
+    wire = Wire(mesh.pp, [shape_of(0)] * 2, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="2 shapes of messages for 3 micro-batches"):
+        run(schedule, lower(schedule)[0], stages, micros_of(3), wire=wire)
 
 
 def test_a_row_without_its_last_backward_is_found_out() -> None:
@@ -272,5 +287,12 @@ def test_weight_gradients_are_computed_in_their_own_steps_and_not_with_the_input
     stage.register_forward_pre_hook(lambda module, args: events.append("forward"))
     sink.bind(stage.weight, torch.zeros_like(stage.weight), lambda: events.append("weight"))
     backward = Backward(torch.tensor(1.0), sink, lambda number: events.append("reduce"))
-    run(schedule, lower(schedule)[0], {0: stage}, micros_of(2), wire=wire_of(make_mesh(Layout())), backward=backward)
+    run(
+        schedule,
+        lower(schedule)[0],
+        {0: stage},
+        micros_of(2),
+        wire=wire_of(make_mesh(Layout()), schedule),
+        backward=backward,
+    )
     assert events == ["forward", "forward", "weight", "weight", "reduce"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron3d.data.tokenizer import Tokenizer, build_tokenizer
 from megatron3d.errors import DataError
 from megatron3d.tasks.glue.encode import cut, encode
-from megatron3d.tasks.glue.order import evaluation_batches, padded_share, training_batches
+from megatron3d.tasks.glue.order import PlannedStep, evaluation_batches, padded_share, training_steps
 from megatron3d.tasks.glue.read import Rows
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
@@ -76,35 +76,42 @@ def test_a_pair_is_cut_as_in_the_papers_code(first: int, second: int, room: int)
 LENGTHS = st.lists(st.integers(3, 128), min_size=1, max_size=300).map(np.array)
 
 
-@given(LENGTHS, st.sampled_from([1, 4, 16, 32]), st.sampled_from([1, 8]), st.integers(0, 5))
+SIZES = st.sampled_from([(1, 1), (4, 4), (4, 1), (16, 8), (32, 8), (32, 32)])  # of a step and of its groups
+
+
+@given(LENGTHS, SIZES, st.sampled_from([1, 8]), st.integers(0, 5))
 def test_an_epoch_has_every_sample_once_in_batches_that_fit(
-    lengths: np.ndarray, size: int, multiple: int, epoch: int
+    lengths: np.ndarray, sizes: tuple[int, int], multiple: int, epoch: int
 ) -> None:
-    batches = training_batches(lengths, batch_size=size, multiple=multiple, seed=7, epoch=epoch)
-    counted = np.concatenate([batch.indices_G[batch.weights_G > 0] for batch in batches])
+    step, group = sizes
+    steps = training_steps(lengths, step_size=step, group_size=group, multiple=multiple, seed=7, epoch=epoch)
+    batches = [batch for one in steps for batch in one.batches]
+    counted = np.concatenate([batch.indices_R[batch.weights_R > 0] for batch in batches])
     assert sorted(counted.tolist()) == list(range(len(lengths)))
-    assert len(batches) == -(-len(lengths) // size)
+    assert len(steps) == -(-len(lengths) // step)
+    assert {len(one.batches) for one in steps} == {step // group}, "every step has as many micro-batches"
     for batch in batches:
-        assert len(batch.indices_G) == size and batch.length % multiple == 0
-        assert lengths[batch.indices_G].max() <= batch.length < lengths[batch.indices_G].max() + multiple
+        assert len(batch.indices_R) == group and batch.length % multiple == 0
+        assert lengths[batch.indices_R].max() <= batch.length < lengths[batch.indices_R].max() + multiple
 
 
 @given(LENGTHS, st.sampled_from([1, 2, 4]), st.integers(0, 3))
-def test_the_parts_of_the_ranks_make_up_the_batch_and_are_equally_long(
-    lengths: np.ndarray, dp: int, epoch: int
-) -> None:
-    for batch in training_batches(lengths, batch_size=8, multiple=8, seed=1, epoch=epoch):
-        parts = [batch.part(rank, dp) for rank in range(dp)]
-        assert np.concatenate([part.indices_G for part in parts]).tolist() == batch.indices_G.tolist()
-        assert {part.length for part in parts} == {batch.length}
+def test_the_parts_of_the_ranks_make_up_the_step_and_are_equally_long(lengths: np.ndarray, dp: int, epoch: int) -> None:
+    for step in training_steps(lengths, step_size=8, group_size=4, multiple=8, seed=1, epoch=epoch):
+        parts = [step.part(rank, dp) for rank in range(dp)]
+        assert sum(part.num_samples for part in parts) == step.num_samples
+        for number, batch in enumerate(step.batches):
+            shares = [part.batches[number] for part in parts]
+            assert np.concatenate([share.indices_R for share in shares]).tolist() == batch.indices_R.tolist()
+            assert {share.length for share in shares} == {batch.length}
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     lengths = np.random.default_rng(0).integers(3, 60, 1000)
 
     def order(seed: int, epoch: int) -> list[list[int]]:
-        batches = training_batches(lengths, batch_size=8, multiple=1, seed=seed, epoch=epoch)
-        return [batch.indices_G.tolist() for batch in batches]
+        steps = training_steps(lengths, step_size=8, group_size=8, multiple=1, seed=seed, epoch=epoch)
+        return [batch.indices_R.tolist() for step in steps for batch in step.batches]
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1)
@@ -113,17 +120,32 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 
 def test_buckets_save_nearly_all_padding_and_batches_alternate() -> None:
     lengths = np.random.default_rng(0).geometric(0.08, 20000).clip(3, 100)
-    batches = training_batches(lengths, batch_size=32, multiple=1, seed=1, epoch=0)
+    steps = training_steps(lengths, step_size=32, group_size=32, multiple=1, seed=1, epoch=0)
     shuffled = lengths.reshape(-1, 32)
     unsorted_share = 1 - lengths.sum() / (shuffled.max(1) * 32).sum()
-    assert padded_share(batches, lengths) < 0.1 < 0.5 < unsorted_share
-    sizes = np.array([batch.length for batch in batches])
+    assert padded_share(steps, lengths) < 0.1 < 0.5 < unsorted_share
+    sizes = np.array([batch.length for step in steps for batch in step.batches])
     assert abs(np.corrcoef(sizes[:-1], sizes[1:])[0, 1]) < 0.1
+
+
+def test_small_groups_mix_lengths_within_a_step_without_padding() -> None:
+    lengths = np.random.default_rng(0).geometric(0.08, 20000).clip(3, 100)
+
+    def steps(group: int) -> list[PlannedStep]:
+        return training_steps(lengths, step_size=128, group_size=group, multiple=1, seed=1, epoch=0)
+
+    def spread(group: int) -> float:
+        """How far the mean length of a step is from that of all samples, on average."""
+        means = [lengths[np.concatenate([batch.indices_R for batch in step.batches])].mean() for step in steps(group)]
+        return float(np.abs(np.array(means) - lengths.mean()).mean())
+
+    assert padded_share(steps(16), lengths) <= padded_share(steps(128), lengths) + 0.01
+    assert spread(16) < spread(128) / 2
 
 
 def test_evaluation_goes_from_short_to_long() -> None:
     lengths = np.array([9, 3, 5, 4, 8])
     batches = evaluation_batches(lengths, batch_size=2, multiple=1)
-    assert [batch.indices_G.tolist() for batch in batches] == [[1, 3], [2, 4], [0, 0]]
+    assert [batch.indices_R.tolist() for batch in batches] == [[1, 3], [2, 4], [0, 0]]
     assert [batch.length for batch in batches] == [4, 8, 9]
-    assert batches[-1].weights_G.tolist() == [1.0, 0.0] and batches[-1].num_samples == 1
+    assert batches[-1].weights_R.tolist() == [1.0, 0.0] and batches[-1].num_samples == 1

@@ -17,7 +17,8 @@ from megatron3d.checkpoint.directory import find_checkpoint, list_checkpoints
 from megatron3d.checkpoint.load import assemble, read_document
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.tasks.glue.encode import Encoded, encode
-from megatron3d.tasks.glue.order import training_batches
+from megatron3d.tasks.glue.finetune import grouped
+from megatron3d.tasks.glue.order import training_steps
 from megatron3d.tasks.glue.read import read_rows
 from megatron3d.tasks.glue.tasks import GLUE_TASKS
 from tests.dist.pool import Pool
@@ -139,6 +140,35 @@ def test_gradients_accumulated_over_micro_batches_are_those_of_one(
         assert_same(found, one_process)
 
 
+@pytest.fixture(scope="module")
+def one_process_in_groups(tmp_path_factory: pytest.TempPathFactory, hf: Path, sst: Path) -> Told:
+    """SST-2 in one process, a step's samples in four groups of a length each."""
+    folder = tmp_path_factory.mktemp("groups")
+    return told(folder, "sst-2", "--data-dir", sst, "--hf", hf, USUAL, "--length-group-size 2")
+
+
+GROUP_LAYOUTS = [
+    pytest.param(4, f"{TP2} {PP2} --micro-batch-size 2", id="tp2-pp2"),
+    pytest.param(4, f"{PP2} --micro-batch-size 1 --zero-stage 1", id="pp2-dp2"),
+    pytest.param(2, f"{PP2} --micro-batch-size 1 --num-layers-per-virtual-pipeline-stage 1", id="pp2-interleaved"),
+    pytest.param(2, "--zero-stage 3 --micro-batch-size 1", id="dp2-zero3"),
+]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("world_size", "options"), GROUP_LAYOUTS)
+def test_groups_of_several_lengths_in_a_step_are_the_same_at_any_layout(
+    pool: Pool, tmp_path: Path, hf: Path, sst: Path, one_process_in_groups: Told, world_size: int, options: str
+) -> None:
+    arguments = ("--data-dir", sst, "--hf", hf, USUAL, options, "--length-group-size 2")
+    assert_same(told(tmp_path, "sst-2", *arguments, pool=pool, world_size=world_size), one_process_in_groups)
+
+
+def test_groups_make_other_steps_of_the_same_samples(one_process: Told, one_process_in_groups: Told) -> None:
+    assert len(one_process_in_groups.losses) == len(one_process.losses)
+    assert one_process_in_groups.losses[1:] != pytest.approx(one_process.losses[1:], rel=1e-3)
+
+
 def test_length_of_batches_changes_nothing(tmp_path: Path, hf: Path, sst: Path, one_process: Told) -> None:
     found = told(tmp_path, "sst-2", "--data-dir", sst, "--hf", hf, USUAL, "--pad-to-multiple-of 8")
     assert_same(found, one_process)
@@ -150,13 +180,14 @@ def read(path: Path, task: str, vocabulary: Path) -> Encoded:
     return encode(read_rows(path, GLUE_TASKS[task], labelled=True), tokenizer, max_length=24)
 
 
-@pytest.mark.parametrize("task", ["sst-2", "sts-b", "mrpc"])
-def test_losses_are_those_of_transformers_on_the_same_batches(tmp_path: Path, task: str) -> None:
+@pytest.mark.parametrize(("task", "group"), [("sst-2", 8), ("sst-2", 2), ("sts-b", 8), ("mrpc", 4)])
+def test_losses_are_those_of_transformers_on_the_same_batches(tmp_path: Path, task: str, group: int) -> None:
     """The model, its classifier, the loss, AdamW and the clipping are transformers' and torch's own."""
     data = write_task(task, tmp_path / "data")
     model = bert_classifier(GLUE_TASKS[task].num_outputs)
     folder = write_hf(tmp_path / "hf", model)
     options = f"{USUAL} --lr-decay-style constant --lr-warmup-fraction 0 --weight-decay 0.01 --seed 5 --keep-classifier"
+    options = f"{options} --length-group-size {group}"
     found = told(tmp_path, task, "--data-dir", data, "--hf", folder, options)
 
     model.train()
@@ -169,22 +200,25 @@ def test_losses_are_those_of_transformers_on_the_same_batches(tmp_path: Path, ta
     optimizer = torch.optim.AdamW(groups, lr=2e-3)
     samples, expected = read(data / "train.tsv", task, folder / "vocab.txt"), []
     for epoch in range(3):
-        for batch in training_batches(samples.lengths_N, batch_size=8, multiple=1, seed=5, epoch=epoch):
-            here = samples.batch(batch.indices_G, batch.weights_G, batch.length)
-            mask = torch.ones_like(here.tokens_BS) if here.padding_mask_BS is None else here.padding_mask_BS.long()
-            rows = here.weights_B > 0
-            named = {
-                "input_ids": here.tokens_BS,
-                "token_type_ids": here.token_types_BS,
-                "attention_mask": mask,
-                "labels": here.labels_B,
-            }
-            loss = model(**{name: values[rows] for name, values in named.items()}).loss
-            loss.backward()
+        for step in training_steps(samples.lengths_N, step_size=8, group_size=group, multiple=1, seed=5, epoch=epoch):
+            total = torch.zeros(())
+            for here in grouped(samples, step).groups:
+                mask = torch.ones_like(here.tokens_BS) if here.padding_mask_BS is None else here.padding_mask_BS.long()
+                rows = here.weights_B > 0
+                named = {
+                    "input_ids": here.tokens_BS,
+                    "token_type_ids": here.token_types_BS,
+                    "attention_mask": mask,
+                    "labels": here.labels_B,
+                }
+                if rows.any():
+                    loss = model(**{name: values[rows] for name, values in named.items()}).loss
+                    total = total + loss * rows.sum() / step.num_samples
+            total.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            expected.append(loss.item())
+            expected.append(total.item())
     assert found.losses == pytest.approx(expected, rel=1e-4)  # AdamW's first steps amplify the rounding of gradients
 
 

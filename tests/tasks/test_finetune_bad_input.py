@@ -40,6 +40,13 @@ OPTIONS = [
     ),
     ("--task sst-2 --max-seq-length 4", ["--max-seq-length 4 leaves no room"]),
     ("--task sst-2 --pad-to-multiple-of 0", ["--pad-to-multiple-of 0 is below 1"]),
+    ("--task sst-2 --length-group-size 3", ["--length-group-size 3 does not divide --global-batch-size 8"]),
+    ("--task sst-2 --length-group-size -4", ["--length-group-size -4 does not divide"]),
+    (
+        "--task sst-2 --length-group-size 2 --micro-batch-size 4",
+        ["--length-group-size 2 does not split into micro-batches of --micro-batch-size 4", "use a multiple of 4"],
+    ),
+    ("--task sst-2 --epochs 0 --length-group-size 2", ["--length-group-size 2 orders the training samples"]),
     ("--task sst-2 --hidden-size 64", ["--hidden-size 64: the model comes with --load or --hf"]),
     ("--task sst-2 --seq-length 64", ["--seq-length 64 is not for fine-tuning; use --max-seq-length"]),
     ("--task sst-2 --train-iters 100 --mask-prob 0.3", ["--train-iters 100", "use --epochs", "--mask-prob 0.3 has no"]),

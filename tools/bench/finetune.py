@@ -32,7 +32,7 @@ from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.tasks.glue.encode import Encoded
 from megatron3d.tasks.glue.job import Job, settle
 from megatron3d.tasks.glue.options import task_parser
-from megatron3d.tasks.glue.order import padded_share, training_batches
+from megatron3d.tasks.glue.order import padded_share, training_steps
 from megatron3d.tasks.glue.weights import fill
 from megatron3d.train.parts import build_parts
 from megatron3d.train.step import Rates, train_step
@@ -135,11 +135,13 @@ def our_turns(args: argparse.Namespace, job: Job) -> TakeTurn:
         numbers = chosen(samples, steps * args.batch_size)
         lengths_N = samples.lengths_N[numbers]
         began_s = time.perf_counter()
-        batches = training_batches(lengths_N, batch_size=args.batch_size, multiple=job.multiple, seed=SEED, epoch=0)
-        for step, batch in enumerate(batches):
-            here = samples.batch(numbers[batch.indices_G], batch.weights_G, batch.length)
+        sizes = {"step_size": args.batch_size, "group_size": args.batch_size}
+        planned = training_steps(lengths_N, **sizes, multiple=job.multiple, seed=SEED, epoch=0)
+        for step, one in enumerate(planned):
+            (batch,) = one.batches
+            here = samples.batch(numbers[batch.indices_R], batch.weights_R, batch.length)
             train_step(parts, here, Rates(args.lr * (1 - step / steps), 0.01), step=step)
-        return Turn(time.perf_counter() - began_s, padded_share(batches, lengths_N))
+        return Turn(time.perf_counter() - began_s, padded_share(planned, lengths_N))
 
     return take
 

@@ -22,7 +22,7 @@ from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import Megatron3dError
 from megatron3d.tasks.glue.encode import Encoded, encode
 from megatron3d.tasks.glue.metrics import mean_of, measure, over_seeds
-from megatron3d.tasks.glue.order import evaluation_batches, training_batches
+from megatron3d.tasks.glue.order import evaluation_batches, training_steps
 from megatron3d.tasks.glue.read import read_rows
 from megatron3d.tasks.glue.tasks import Task, find_task
 
@@ -66,7 +66,7 @@ def evaluate(model: nn.Module, samples: Encoded, task: Task) -> dict[str, float]
     model.eval()
     found, labels = [], []
     for batch in evaluation_batches(samples.lengths_N, batch_size=64, multiple=MULTIPLE):
-        inputs = model_inputs(samples, batch.indices_G, batch.weights_G, batch.length)
+        inputs = model_inputs(samples, batch.indices_R, batch.weights_R, batch.length)
         labels.append(inputs.pop("labels"))
         with torch.no_grad():
             logits = model(**inputs).logits
@@ -88,13 +88,12 @@ def finetune(args: argparse.Namespace, task: Task, train: Encoded, dev: Encoded,
     step, total = 0, args.epochs * -(-len(train) // args.batch_size)
     for epoch in range(args.epochs):
         model.train()
-        batches = training_batches(
-            train.lengths_N, batch_size=args.batch_size, multiple=MULTIPLE, seed=seed, epoch=epoch
-        )
-        for batch in batches:
+        sizes = {"step_size": args.batch_size, "group_size": args.batch_size}
+        for planned in training_steps(train.lengths_N, **sizes, multiple=MULTIPLE, seed=seed, epoch=epoch):
+            (batch,) = planned.batches
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * rate_at(step, total, args.warmup)
-            model(**model_inputs(train, batch.indices_G, batch.weights_G, batch.length)).loss.backward()
+            model(**model_inputs(train, batch.indices_R, batch.weights_R, batch.length)).loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -20,11 +20,12 @@ from typing import Any
 from torch import Tensor
 
 from megatron3d.comm.device import synchronize
+from megatron3d.data.batch import GroupedSamples
 from megatron3d.optim.schedule import ScheduleSettings, settings_from_config
 from megatron3d.tasks.glue import weights
 from megatron3d.tasks.glue.encode import Encoded
 from megatron3d.tasks.glue.metrics import mean_of
-from megatron3d.tasks.glue.order import PlannedBatch, training_batches
+from megatron3d.tasks.glue.order import PlannedStep, training_steps
 from megatron3d.tasks.glue.pace import Pace
 from megatron3d.tasks.glue.predict import mean_loss, metrics_of, scores
 from megatron3d.tasks.glue.reports import TaskReports
@@ -76,13 +77,22 @@ class Finetuned:
 
 @dataclass(frozen=True)
 class Wishes:
-    """How to go about it: the task, how many epochs, where the best checkpoint goes and what its `task.json` says
-    (without metrics), and what batches are padded to."""
+    """How to go about it.
+
+    Attributes:
+        task: what is learned.
+        epochs: how often every sample is seen.
+        max_length: tokens that samples were cut to, for `task.json` of the checkpoint.
+        multiple: what the length of a batch is a multiple of.
+        group_size: samples of near-equal length that stay together in a step.
+        save: where the best checkpoint goes.
+    """
 
     task: Task
     epochs: int
     max_length: int
     multiple: int
+    group_size: int
     save: Path | None
 
 
@@ -137,33 +147,33 @@ class _Loop:
 
     def train_epoch(self, epoch: int) -> None:
         config = self.parts.config
-        batches = training_batches(
+        steps = training_steps(
             self.samples.lengths_N,
-            batch_size=config.train.global_batch_size,
+            step_size=config.train.global_batch_size,
+            group_size=self.wishes.group_size,
             multiple=self.wishes.multiple,
             seed=config.data.seed,
             epoch=epoch,
         )
-        self.reports.epoch(epoch, batches, self.samples.lengths_N)
-        for batch in batches:
+        self.reports.epoch(epoch, steps, self.samples.lengths_N)
+        for planned in steps:
             began_s = time.monotonic()
             rates = self._rates()
-            result = self._step(batch, rates)
+            result = self._step(planned, rates)
             elapsed_s = time.monotonic() - began_s
             self.train_s += elapsed_s
-            self.reports.step(self.progress, result, rates, batch, elapsed_s=elapsed_s)
+            self.reports.step(self.progress, result, rates, planned, elapsed_s=elapsed_s)
 
     def _rates(self) -> Rates:
         at = {"iteration": self.progress.updates, "consumed_samples": self.progress.updated_samples}
         return Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
 
-    def _step(self, batch: PlannedBatch, rates: Rates) -> StepResult:
+    def _step(self, planned: PlannedStep, rates: Rates) -> StepResult:
         dp, before = self.parts.mesh.dp, self.progress
-        part = batch.part(dp.rank, dp.size)
-        mine = self.samples.batch(part.indices_G, part.weights_G, part.length)
+        mine = grouped(self.samples, planned.part(dp.rank, dp.size))
         result = train_step(self.parts, mine, rates, step=before.step)
         synchronize(self.parts.model.device)
-        self.progress = before.after(batch.num_samples, skipped=result.skipped)
+        self.progress = before.after(planned.num_samples, skipped=result.skipped)
         self.guard.step = self.progress.step
         return result
 
@@ -191,6 +201,12 @@ class _Loop:
 
     def _document(self, metrics: Mapping[str, float]) -> dict[str, Any]:
         return weights.task_document(self.wishes.task, max_length=self.wishes.max_length, metrics=metrics)
+
+
+def grouped(samples: Encoded, planned: PlannedStep) -> GroupedSamples:
+    """The samples of a step, or of a rank's part of it, each batch padded to its own length."""
+    batches = planned.batches
+    return GroupedSamples(tuple(samples.batch(one.indices_R, one.weights_R, one.length) for one in batches))
 
 
 def measure_dev(parts: Parts, dev: Mapping[str, Encoded], wishes: Wishes, say: Callable[[str], None]) -> Measured:

@@ -23,7 +23,7 @@ from megatron3d.tasks.glue.encode import Encoded, encode
 from megatron3d.tasks.glue.finetune import TaskData
 from megatron3d.tasks.glue.metrics import require_libraries
 from megatron3d.tasks.glue.options import check_options
-from megatron3d.tasks.glue.order import num_batches
+from megatron3d.tasks.glue.order import num_steps
 from megatron3d.tasks.glue.read import Rows, distinct_labels, read_rows
 from megatron3d.tasks.glue.tasks import CUSTOM, CustomColumns, Task, custom_task, find_task
 from megatron3d.tasks.glue.vocabulary import choose_tokenizer
@@ -34,7 +34,10 @@ _SHORTEST = 8  # tokens; a pair needs three special ones and some of its own
 
 @dataclass(frozen=True)
 class Job:
-    """A fine-tuning that is settled: the run for each seed, what goes into it, and `save`, where all of it is kept."""
+    """A fine-tuning that is settled: the run for each seed, what goes into it, and `save`, where all of it is kept.
+
+    `multiple` and `group_size` are those of `finetune.Wishes`.
+    """
 
     task: Task
     origin: Origin
@@ -42,6 +45,7 @@ class Job:
     data: TaskData
     epochs: int
     multiple: int
+    group_size: int
     predict: Path | None
     save: str | None
     notes: tuple[str, ...]
@@ -87,6 +91,7 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
         data=data,
         epochs=args.epochs,
         multiple=multiple,
+        group_size=_group_size(args, runs[0].train.global_batch_size),
         predict=None if args.predict is None else _writable(Path(args.predict)),
         save=words.checkpoint.save,
         notes=_notes(rows, data, origin, task, max_length),
@@ -98,6 +103,28 @@ def _multiple(args: argparse.Namespace, words: RunConfig) -> int:
     parallel = words.parallel
     padded = args.pad_to_multiple_of or (1 if likely_device_type(parallel.device) == "cpu" else 8)
     return lcm(padded, parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+
+
+def _group_size(args: argparse.Namespace, step_size: int) -> int:
+    """Samples of near-equal length that stay together in a step."""
+    group = step_size if args.length_group_size is None else args.length_group_size
+    if group < 1 or step_size % group:
+        raise ConfigError(
+            f"--length-group-size {group} does not divide --global-batch-size {step_size}, of whose samples it is a "
+            "part; use a divisor."
+        )
+    return group
+
+
+def _check_micro_batches(run: RunConfig, group: int) -> None:
+    """Refuse micro-batches that do not lie within one group, on each rank."""
+    micro, dp = run.train.micro_batch_size, run.parallel.data_parallel_size
+    if group % (micro * dp):
+        ranks = f" on each of {dp} data-parallel ranks" if dp > 1 else ""
+        raise ConfigError(
+            f"--length-group-size {group} does not split into micro-batches of --micro-batch-size {micro}{ranks}, "
+            f"so that some would mix lengths; use a multiple of {micro * dp}, or a smaller --micro-batch-size."
+        )
 
 
 def _writable(folder: Path) -> Path:
@@ -237,9 +264,10 @@ def _run(
     dp = max(1, world_size // model_parallel_size(words.parallel))
     batch = train.global_batch_size or (train.micro_batch_size or 0) * dp or 32
     stages = words.parallel.pipeline_model_parallel_size
-    micro = train.micro_batch_size or max(1, batch // (dp * stages if batch % (dp * stages) == 0 else dp))
+    group = _group_size(args, batch)
+    micro = train.micro_batch_size or max(1, group // (dp * stages if group % (dp * stages) == 0 else dp))
     num_train = len(data.train) if data.train else 1
-    iterations = max(1, args.epochs * num_batches(num_train, batch))
+    iterations = max(1, args.epochs * num_steps(num_train, batch))
     if optim.lr is None and not args.epochs:
         optim = replace(optim, lr=0.0)
     if optim.lr_warmup_fraction is None and not optim.lr_warmup_iters:
@@ -256,9 +284,11 @@ def _run(
     train = replace(
         train, global_batch_size=batch, micro_batch_size=micro, train_iters=iterations, metrics_file=metrics_file
     )
-    return resolve(
+    run = resolve(
         replace(words, model=model, train=train, optim=optim, data=options, checkpoint=checkpoint), world_size
     )
+    _check_micro_batches(run, group)
+    return run
 
 
 def _notes(rows: _Files, data: TaskData, origin: Origin, task: Task, max_length: int) -> tuple[str, ...]:

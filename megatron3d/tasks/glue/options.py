@@ -47,6 +47,12 @@ def task_parser() -> argparse.ArgumentParser:
     p.add_argument("--epochs", type=int, default=3, metavar="N", help="default 3; 0 measures what was loaded")
     p.add_argument("--max-seq-length", type=int, default=128, metavar="N", help="cut samples to N tokens (default 128)")
     p.add_argument("--pad-to-multiple-of", type=int, metavar="N", help="length of batches (default 1 on a CPU, else 8)")
+    p.add_argument(
+        "--length-group-size",
+        type=int,
+        metavar="N",
+        help="samples of near-equal length that stay together in a step (default --global-batch-size: all of them)",
+    )
     p.add_argument("--seeds", type=int, nargs="+", metavar="S", help="one fine-tuning for each seed, one after another")
     p.add_argument("--hidden-dropout", type=float, metavar="P", help="default the model's")
     p.add_argument("--attention-dropout", type=float, metavar="P", help="default the model's")
@@ -98,6 +104,11 @@ def _problems_of_numbers(args: argparse.Namespace, words: RunConfig) -> list[str
     if args.epochs == 0 and words.checkpoint.save is not None:
         problems.append(
             f"--save {words.checkpoint.save} keeps what was learned, and --epochs 0 learns nothing; leave one out."
+        )
+    if args.epochs == 0 and args.length_group_size is not None:
+        problems.append(
+            f"--length-group-size {args.length_group_size} orders the training samples, and --epochs 0 has none; leave "
+            "it out."
         )
     if args.pad_to_multiple_of is not None and args.pad_to_multiple_of < 1:
         problems.append(f"--pad-to-multiple-of {args.pad_to_multiple_of} is below 1; use 1 for no such padding.")

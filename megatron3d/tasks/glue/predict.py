@@ -42,8 +42,8 @@ def scores(parts: Parts, samples: Encoded, *, num_outputs: int, multiple: int, p
         part = batch.part(mesh.dp.rank, mesh.dp.size)
         outputs = _outputs(parts, samples, part)
         if outputs is not None:
-            counts = torch.from_numpy(part.weights_G > 0)
-            found_NC[torch.from_numpy(part.indices_G)[counts].to(device)] = outputs[counts.to(device)].float()
+            counts = torch.from_numpy(part.weights_R > 0)
+            found_NC[torch.from_numpy(part.indices_R)[counts].to(device)] = outputs[counts.to(device)].float()
         pace.done(batch.num_samples, tokens=int(batch.length * batch.num_samples))
     # Each row was filled in by one rank of all; the others hold zeros.
     return all_reduce(found_NC, mesh.world).cpu()
@@ -52,11 +52,10 @@ def scores(parts: Parts, samples: Encoded, *, num_outputs: int, multiple: int, p
 def _outputs(parts: Parts, samples: Encoded, part: PlannedBatch) -> Tensor | None:
     """The scores of one rank's rows, where this rank is the one to report them."""
     model, size = parts.model, parts.config.train.micro_batch_size
-    asked = samples.without_labels().batch(part.indices_G, part.weights_G, part.length)
+    asked = samples.without_labels().batch(part.indices_R, part.weights_R, part.length)
     micros = micro_batches(asked, size, device=model.device)
     row = model.rows.forward_only(len(micros))
-    wire = model.wire(parts.config, micro_batch_size=size, seq_length=part.length)
-    outputs = run(row.schedule, row.actions, model.stages, micros, wire=wire)
+    outputs = run(row.schedule, row.actions, model.stages, micros, wire=model.wire(parts.config, micros))
     return torch.cat(outputs) if outputs and parts.mesh.tp.rank == 0 else None
 
 

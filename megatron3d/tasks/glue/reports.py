@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron3d.comm.device import device_name, peak_memory_bytes
 from megatron3d.models.flops import flops_per_step, peak_tflops
-from megatron3d.tasks.glue.order import PlannedBatch, padded_share
+from megatron3d.tasks.glue.order import PlannedStep, padded_share
 from megatron3d.train.metrics import MetricsFile, StepRecord
 from megatron3d.train.parts import Parts
 from megatron3d.train.progress import ProgressReporter, StepReport
@@ -57,20 +57,20 @@ class TaskReports:
         """Close both."""
         self._exits.close()
 
-    def epoch(self, epoch: int, batches: Sequence[PlannedBatch], lengths_N: NDArray[np.int64]) -> None:
-        """An epoch with these batches begins."""
+    def epoch(self, epoch: int, steps: Sequence[PlannedStep], lengths_N: NDArray[np.int64]) -> None:
+        """An epoch of these steps begins."""
         self._lengths_N = lengths_N
-        padding = padded_share(list(batches), lengths_N)
-        self.note(f"epoch {epoch + 1}: {len(batches)} steps, {padding:.1%} of their positions are padding")
+        padding = padded_share(list(steps), lengths_N)
+        self.note(f"epoch {epoch + 1}: {len(steps)} steps, {padding:.1%} of their positions are padding")
 
     def step(
-        self, progress: Progress, result: StepResult, rates: Rates, batch: PlannedBatch, *, elapsed_s: float
+        self, progress: Progress, result: StepResult, rates: Rates, planned: PlannedStep, *, elapsed_s: float
     ) -> None:
         """One step is done."""
         if self._progress is None:
             return
         config = self.parts.config
-        tokens = int((self._lengths_N[batch.indices_G] * batch.weights_G).sum())
+        tokens = planned.num_tokens(self._lengths_N)
         self._progress.step(
             StepReport(
                 step=progress.step,
@@ -94,7 +94,7 @@ class TaskReports:
                     consumed_samples=progress.consumed_samples,
                     tokens_per_second=tokens / elapsed_s,
                     skipped=result.skipped,
-                    batch_size=batch.num_samples,
+                    batch_size=planned.num_samples,
                 )
             )
 
