@@ -264,6 +264,22 @@ def test_the_best_weights_are_kept_saved_and_predicted_with(tmp_path: Path, hf: 
     assert (tmp_path / "after" / "STS-B.tsv").read_text() == during
 
 
+def test_measuring_within_epochs_changes_no_step_and_finds_better_weights(tmp_path: Path, hf: Path, sts: Path) -> None:
+    wild = f"--epochs 3 --lr 5e-3 --max-seq-length 24 --global-batch-size 4 {QUIET}"
+    arguments = ("--task sts-b", "--data-dir", sts, "--hf", hf, wild, "--metrics-file")
+    tuned(*arguments, tmp_path / "epochs.jsonl")
+    found = tuned(*arguments, tmp_path / "steps.jsonl", "--eval-interval 2", "--predict", tmp_path / "during")
+    seldom, often = (records(tmp_path / f"{name}.jsonl") for name in ("epochs", "steps"))
+    assert losses(tmp_path / "steps.jsonl") == losses(tmp_path / "epochs.jsonl")
+    measured = [record for record in often if "valid_loss" in record]
+    at = [record["step"] for record in measured]
+    assert at == [2, 4, 6, 7, 8, 10, 12, 14, 16, 18, 20, 21], "every second step, and each epoch of seven once"
+    by_step = {record["step"]: record["valid_loss"] for record in measured}
+    assert all(by_step[one["step"]] == one["valid_loss"] for one in seldom if "valid_loss" in one)
+    best = max(measured, key=lambda record: record["valid_pearson"] + record["valid_spearman"])
+    assert best["step"] % 7 and (found["step"], found["epoch"]) == (best["step"], 1 + best["step"] // 7)
+
+
 def test_a_checkpoint_of_any_layout_is_measured_at_another_with_its_own_classifier(
     pool: Pool, tmp_path: Path, hf: Path, sts: Path
 ) -> None:

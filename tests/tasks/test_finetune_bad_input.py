@@ -40,6 +40,7 @@ OPTIONS = [
     ),
     ("--task sst-2 --max-seq-length 4", ["--max-seq-length 4 leaves no room"]),
     ("--task sst-2 --pad-to-multiple-of 0", ["--pad-to-multiple-of 0 is below 1"]),
+    ("--task sst-2 --eval-interval 0", ["--eval-interval 0 is below 1"]),
     ("--task sst-2 --length-group-size 3", ["--length-group-size 3 does not divide --global-batch-size 8"]),
     ("--task sst-2 --length-group-size -4", ["--length-group-size -4 does not divide"]),
     (

@@ -65,8 +65,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What a fine-tuning gave: the best measurement, the epoch it was made after (0 is before the first), the step,
-    and the samples and time of the training steps alone."""
+    """What a fine-tuning gave: the best measurement, the epoch it was made in or after (0 is before the first), the
+    step, and the samples and time of the training steps alone."""
 
     best: Measured
     epoch: int
@@ -85,6 +85,7 @@ class Wishes:
         max_length: tokens that samples were cut to, for `task.json` of the checkpoint.
         multiple: what the length of a batch is a multiple of.
         group_size: samples of near-equal length that stay together in a step.
+        eval_interval: steps between measurements on the dev files; None measures after each epoch alone.
         save: where the best checkpoint goes.
     """
 
@@ -93,6 +94,7 @@ class Wishes:
     max_length: int
     multiple: int
     group_size: int
+    eval_interval: int | None
     save: Path | None
 
 
@@ -108,7 +110,7 @@ def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say:
     """
     if data.train is None:
         found = measure_dev(parts, data.dev, wishes, say)
-        say(_line(0, found))
+        say(_line("as loaded", found))
         return Finetuned(found, 0, 0, 0, 0.0)
     with ExitStack() as exits:
         reports = exits.enter_context(TaskReports(parts))
@@ -116,7 +118,6 @@ def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say:
         try:
             for epoch in range(wishes.epochs):
                 loop.train_epoch(epoch)
-                loop.measure(epoch)
         except Exception as error:
             error.add_note(f"on {parts.mesh}, after step {loop.progress.step}")
             raise
@@ -146,6 +147,7 @@ class _Loop:
         self.train_s = 0.0
 
     def train_epoch(self, epoch: int) -> None:
+        """Train and measure: after the epoch, and within it as often as is wished for."""
         config = self.parts.config
         steps = training_steps(
             self.samples.lengths_N,
@@ -163,6 +165,13 @@ class _Loop:
             elapsed_s = time.monotonic() - began_s
             self.train_s += elapsed_s
             self.reports.step(self.progress, result, rates, planned, elapsed_s=elapsed_s)
+            if planned is not steps[-1] and self._is_time_to_measure():
+                self._measure(epoch, f"step {self.progress.step}")
+        self._measure(epoch, f"epoch {epoch + 1}")
+
+    def _is_time_to_measure(self) -> bool:
+        interval = self.wishes.eval_interval
+        return interval is not None and self.progress.step % interval == 0
 
     def _rates(self) -> Rates:
         at = {"iteration": self.progress.updates, "consumed_samples": self.progress.updated_samples}
@@ -177,18 +186,19 @@ class _Loop:
         self.guard.step = self.progress.step
         return result
 
-    def measure(self, epoch: int) -> None:
-        """Measure after an epoch; keep and save the weights if they are the best so far."""
+    def _measure(self, epoch: int, when: str) -> None:
+        """Measure on the dev files; keep and save the weights if they are the best so far."""
         self.parts.engine.finish_update()
         found = measure_dev(self.parts, self.dev, self.wishes, self.reports.note)
         self.reports.measured(self.progress.step, found.loss, found.metrics)
-        self.reports.note(_line(epoch + 1, found))
+        self.reports.note(_line(f"after {when}", found))
         step, samples = self.progress.step, self.progress.consumed_samples
         if self.best is not None and found.rank <= self.best.best.rank:
             self.best = Finetuned(self.best.best, self.best.epoch, self.best.step, samples, self.train_s)
             return
         self.best = Finetuned(found, epoch + 1, step, samples, self.train_s)
-        self.best_weights = weights.remember(self.parts) if epoch + 1 < self.wishes.epochs else {}
+        is_last = step == self.parts.config.train.train_iters
+        self.best_weights = {} if is_last else weights.remember(self.parts)
         if self.wishes.save is not None:
             document = self._document(found.metrics)
             path = weights.save(self.parts, self.wishes.save, step, document)
@@ -227,7 +237,6 @@ def _mean(losses: Sequence[tuple[float, int]]) -> float:
     return math.fsum(loss * count for loss, count in losses) / sum(count for _, count in losses)
 
 
-def _line(epoch: int, found: Measured) -> str:
+def _line(when: str, found: Measured) -> str:
     told = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
-    when = f"after epoch {epoch}" if epoch else "as loaded"
     return f"dev {when}: {told}, loss {found.loss:.4f}"

@@ -36,7 +36,7 @@ _SHORTEST = 8  # tokens; a pair needs three special ones and some of its own
 class Job:
     """A fine-tuning that is settled: the run for each seed, what goes into it, and `save`, where all of it is kept.
 
-    `multiple` and `group_size` are those of `finetune.Wishes`.
+    `multiple`, `group_size` and `eval_interval` are those of `finetune.Wishes`.
     """
 
     task: Task
@@ -46,6 +46,7 @@ class Job:
     epochs: int
     multiple: int
     group_size: int
+    eval_interval: int | None
     predict: Path | None
     save: str | None
     notes: tuple[str, ...]
@@ -92,6 +93,7 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
         epochs=args.epochs,
         multiple=multiple,
         group_size=_group_size(args, runs[0].train.global_batch_size),
+        eval_interval=args.eval_interval,
         predict=None if args.predict is None else _writable(Path(args.predict)),
         save=words.checkpoint.save,
         notes=_notes(rows, data, origin, task, max_length),

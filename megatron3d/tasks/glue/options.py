@@ -45,6 +45,7 @@ def task_parser() -> argparse.ArgumentParser:
     p.add_argument("--hf", metavar="DIR", help="start from a Hugging Face directory (or from --load CHECKPOINT)")
     p.add_argument("--keep-classifier", action="store_true", help="the classifier there is one of this task: keep it")
     p.add_argument("--epochs", type=int, default=3, metavar="N", help="default 3; 0 measures what was loaded")
+    p.add_argument("--eval-interval", type=int, metavar="N", help="measure every N steps too, not only after an epoch")
     p.add_argument("--max-seq-length", type=int, default=128, metavar="N", help="cut samples to N tokens (default 128)")
     p.add_argument("--pad-to-multiple-of", type=int, metavar="N", help="length of batches (default 1 on a CPU, else 8)")
     p.add_argument(
@@ -109,6 +110,11 @@ def _problems_of_numbers(args: argparse.Namespace, words: RunConfig) -> list[str
         problems.append(
             f"--length-group-size {args.length_group_size} orders the training samples, and --epochs 0 has none; leave "
             "it out."
+        )
+    if args.eval_interval is not None and args.eval_interval < 1:
+        problems.append(
+            f"--eval-interval {args.eval_interval} is below 1; give a number of steps, or leave it out to measure "
+            "after each epoch alone."
         )
     if args.pad_to_multiple_of is not None and args.pad_to_multiple_of < 1:
         problems.append(f"--pad-to-multiple-of {args.pad_to_multiple_of} is below 1; use 1 for no such padding.")
