@@ -70,6 +70,7 @@ def one_seed(job: Job, run: RunConfig, mesh: Mesh, device: torch.device, guard: 
             max_length=run.model.seq_length,
             multiple=job.multiple,
             group_size=job.group_size,
+            token_dropout=job.token_dropout,
             eval_interval=job.eval_interval,
             save=save,
         )

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from megatron3d.data.tokenizer import Tokenizer, build_tokenizer
 from megatron3d.errors import DataError
-from megatron3d.tasks.glue.encode import cut, encode
+from megatron3d.tasks.glue.encode import cut, encode, hide_tokens
 from megatron3d.tasks.glue.order import PlannedStep, evaluation_batches, padded_share, training_steps
 from megatron3d.tasks.glue.read import Rows
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
-CLS, SEP, PAD = 2, 3, 0
+CLS, SEP, PAD, MASK = 2, 3, 0, 4
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,33 @@ def test_an_empty_text_is_still_a_sample(tokenizer: Tokenizer) -> None:
 def test_a_tokenizer_without_berts_tokens_is_refused() -> None:
     with pytest.raises(DataError, match=r"no \[CLS\] and no \[SEP\] and no \[PAD\]"):
         encode(rows(("a",)), build_tokenizer("ByteTokenizer"), max_length=8)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20),
+    st.floats(0, 1, exclude_max=True),
+    st.integers(0, 3),
+)
+def test_hidden_tokens_are_masks_and_never_special(
+    tokenizer: Tokenizer, pairs: list[tuple[int, int]], probability: float, epoch: int
+) -> None:
+    texts = [tuple("a " * count for count in column) for column in zip(*pairs)]
+    samples = encode(rows(*texts), tokenizer, max_length=64)
+    hidden = hide_tokens(samples, probability, seed=1, epoch=epoch)
+    again = hide_tokens(samples, probability, seed=1, epoch=epoch)
+    assert np.array_equal(hidden.tokens_T, again.tokens_T) and hidden.tokens_T.dtype == samples.tokens_T.dtype
+    changed = hidden.tokens_T != samples.tokens_T
+    assert (hidden.tokens_T[changed] == MASK).all()
+    assert not np.isin(samples.tokens_T[changed], (CLS, SEP)).any()
+    assert probability > 0 or not changed.any()
+
+
+def test_the_share_of_hidden_tokens_is_the_probability_and_others_in_each_epoch(tokenizer: Tokenizer) -> None:
+    samples = encode(rows(("a " * 60,) * 500), tokenizer, max_length=64)
+    first, second = (hide_tokens(samples, 0.2, seed=1, epoch=epoch).tokens_T == MASK for epoch in (0, 1))
+    assert 0.19 < first.sum() / 30000 < 0.21
+    assert 0.03 < (first & second).sum() / 30000 < 0.05
+    assert samples.mask == MASK and not (samples.tokens_T == MASK).any(), "the samples themselves stay as they are"
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(2, 40))

@@ -164,6 +164,21 @@ def test_groups_of_several_lengths_in_a_step_are_the_same_at_any_layout(
     assert_same(told(tmp_path, "sst-2", *arguments, pool=pool, world_size=world_size), one_process_in_groups)
 
 
+@pytest.mark.parity
+def test_the_same_tokens_are_hidden_at_any_layout_and_none_when_measuring(
+    pool: Pool, tmp_path: Path, hf: Path, sst: Path, one_process: Told
+) -> None:
+    arguments = ("--data-dir", sst, "--hf", hf, USUAL, "--token-dropout 0.3")
+    hidden = told(tmp_path, "sst-2", *arguments)
+    layout = f"{PP2} --micro-batch-size 2 --zero-stage 1"
+    assert_same(told(tmp_path, "sst-2", *arguments, layout, pool=pool, world_size=4), hidden)
+    assert all(abs(here - there) > 1e-3 for here, there in zip(hidden.losses[:3], one_process.losses))
+    still = ("--data-dir", sst, "--hf", hf, USUAL, "--lr 1e-9 --lr-warmup-fraction 0 --seed 3 --epochs 1")
+    seen, masked = (told(tmp_path, "sst-2", *still, f"--token-dropout {share}") for share in (0, 0.5))
+    assert masked.result["loss"] == pytest.approx(seen.result["loss"], rel=1e-5)
+    assert masked.losses != pytest.approx(seen.losses, rel=1e-3)
+
+
 def test_groups_make_other_steps_of_the_same_samples(one_process: Told, one_process_in_groups: Told) -> None:
     assert len(one_process_in_groups.losses) == len(one_process.losses)
     assert one_process_in_groups.losses[1:] != pytest.approx(one_process.losses[1:], rel=1e-3)

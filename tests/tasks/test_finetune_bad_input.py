@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from tests.tasks.small import USUAL, VOCABULARY, bert, bert_classifier, tool, write_hf, write_task
 
@@ -40,6 +42,8 @@ OPTIONS = [
     ),
     ("--task sst-2 --max-seq-length 4", ["--max-seq-length 4 leaves no room"]),
     ("--task sst-2 --pad-to-multiple-of 0", ["--pad-to-multiple-of 0 is below 1"]),
+    ("--task sst-2 --token-dropout 1", ["--token-dropout 1 is no probability below 1"]),
+    ("--task sst-2 --token-dropout -0.1", ["--token-dropout -0.1 is no probability"]),
     ("--task sst-2 --eval-interval 0", ["--eval-interval 0 is below 1"]),
     ("--task sst-2 --length-group-size 3", ["--length-group-size 3 does not divide --global-batch-size 8"]),
     ("--task sst-2 --length-group-size -4", ["--length-group-size -4 does not divide"]),
@@ -68,6 +72,17 @@ def test_an_option_that_cannot_be_is_refused(hf: Path, sst: Path, options: str, 
     ended = tool(USUAL, "--hf", hf, "--data-dir", sst, options)
     assert ended.code == BAD_OPTION and not ended.out
     ended.says("error: ", *fragments)
+
+
+def test_tokens_are_hidden_only_where_there_is_a_mask(hf: Path, sst: Path, tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, "[UNK]"))
+    library.save(str(tmp_path / "tokenizer.json"))
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}  # and no mask_token
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    own = ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model", tmp_path)
+    ended = tool("--task sst-2 --token-dropout 0.1", USUAL, "--hf", hf, "--data-dir", sst, *own)
+    assert ended.code == BAD_OPTION
+    ended.says("--token-dropout 0.1 hides tokens behind [MASK], which the tokenizer does not have")
 
 
 def test_a_learning_rate_a_folder_and_a_start_must_be_named(hf: Path, sst: Path, tmp_path: Path) -> None:

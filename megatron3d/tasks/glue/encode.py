@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron3d.data.batch import SequenceBatch
+from megatron3d.data.order import derive_seed
 from megatron3d.data.text_pair import cut, with_special_tokens
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import DataError
@@ -33,6 +34,7 @@ class Encoded:
         labels_N: int64 classes or float32 values; None for files without labels.
         num_cut: samples that lost tokens.
         pad: the id that fills rows up.
+        mask: the id that stands for a hidden token; None if the tokenizer has none.
     """
 
     tokens_T: NDArray[np.int32]
@@ -41,6 +43,7 @@ class Encoded:
     labels_N: NDArray[np.generic] | None
     num_cut: int
     pad: int
+    mask: int | None
 
     def __len__(self) -> int:
         """Samples, N."""
@@ -101,4 +104,22 @@ def encode(rows: Rows, tokenizer: Tokenizer, *, max_length: int) -> Encoded:
     labels = None
     if rows.labels is not None:
         labels = np.array(rows.labels, dtype=np.int64 if isinstance(rows.labels[0], int) else np.float32)
-    return Encoded(tokens, starts, np.array(first_lengths, dtype=np.int32), labels, num_cut, pad)
+    return Encoded(tokens, starts, np.array(first_lengths, dtype=np.int32), labels, num_cut, pad, tokenizer.mask)
+
+
+def hide_tokens(samples: Encoded, probability: float, *, seed: int, epoch: int) -> Encoded:
+    """The samples with tokens hidden behind [MASK], each with this probability; [CLS] and [SEP] stay.
+
+    What is hidden is a function of seed and epoch alone, so all ranks hide the same. A model that must judge without
+    some of the words learns texts by heart less.
+
+    Source: Iyyer et al. 2015 (Deep Unordered Composition Rivals Syntactic Methods), section 3.2, word dropout; a hidden
+    word is [MASK] here, which a BERT knows from pretraining.
+    """
+    assert samples.mask is not None, "job.settle asks for a tokenizer with [MASK]"
+    generator = np.random.default_rng(derive_seed(seed, "fine-tuning token dropout", epoch))
+    is_hidden_T = generator.random(len(samples.tokens_T), dtype=np.float32) < probability
+    firsts = samples.starts[:-1]
+    for special in (firsts, firsts + samples.first_lengths_N - 1, samples.starts[1:] - 1):
+        is_hidden_T[special] = False
+    return replace(samples, tokens_T=np.where(is_hidden_T, np.int32(samples.mask), samples.tokens_T))

@@ -23,7 +23,7 @@ from megatron3d.comm.device import synchronize
 from megatron3d.data.batch import GroupedSamples
 from megatron3d.optim.schedule import ScheduleSettings, settings_from_config
 from megatron3d.tasks.glue import weights
-from megatron3d.tasks.glue.encode import Encoded
+from megatron3d.tasks.glue.encode import Encoded, hide_tokens
 from megatron3d.tasks.glue.metrics import mean_of
 from megatron3d.tasks.glue.order import PlannedStep, training_steps
 from megatron3d.tasks.glue.pace import Pace
@@ -85,6 +85,7 @@ class Wishes:
         max_length: tokens that samples were cut to, for `task.json` of the checkpoint.
         multiple: what the length of a batch is a multiple of.
         group_size: samples of near-equal length that stay together in a step.
+        token_dropout: the probability with which a token of a training sample is hidden.
         eval_interval: steps between measurements on the dev files; None measures after each epoch alone.
         save: where the best checkpoint goes.
     """
@@ -94,6 +95,7 @@ class Wishes:
     max_length: int
     multiple: int
     group_size: int
+    token_dropout: float
     eval_interval: int | None
     save: Path | None
 
@@ -148,20 +150,22 @@ class _Loop:
 
     def train_epoch(self, epoch: int) -> None:
         """Train and measure: after the epoch, and within it as often as is wished for."""
-        config = self.parts.config
+        config, samples = self.parts.config, self.samples
+        if self.wishes.token_dropout > 0:
+            samples = hide_tokens(samples, self.wishes.token_dropout, seed=config.data.seed, epoch=epoch)
         steps = training_steps(
-            self.samples.lengths_N,
+            samples.lengths_N,
             step_size=config.train.global_batch_size,
             group_size=self.wishes.group_size,
             multiple=self.wishes.multiple,
             seed=config.data.seed,
             epoch=epoch,
         )
-        self.reports.epoch(epoch, steps, self.samples.lengths_N)
+        self.reports.epoch(epoch, steps, samples.lengths_N)
         for planned in steps:
             began_s = time.monotonic()
             rates = self._rates()
-            result = self._step(planned, rates)
+            result = self._step(samples, planned, rates)
             elapsed_s = time.monotonic() - began_s
             self.train_s += elapsed_s
             self.reports.step(self.progress, result, rates, planned, elapsed_s=elapsed_s)
@@ -177,9 +181,9 @@ class _Loop:
         at = {"iteration": self.progress.updates, "consumed_samples": self.progress.updated_samples}
         return Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
 
-    def _step(self, planned: PlannedStep, rates: Rates) -> StepResult:
+    def _step(self, samples: Encoded, planned: PlannedStep, rates: Rates) -> StepResult:
         dp, before = self.parts.mesh.dp, self.progress
-        mine = grouped(self.samples, planned.part(dp.rank, dp.size))
+        mine = grouped(samples, planned.part(dp.rank, dp.size))
         result = train_step(self.parts, mine, rates, step=before.step)
         synchronize(self.parts.model.device)
         self.progress = before.after(planned.num_samples, skipped=result.skipped)

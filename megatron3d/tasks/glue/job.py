@@ -18,6 +18,7 @@ from megatron3d.config.cli import parse_args
 from megatron3d.config.data import DataConfig
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.run import RunConfig
+from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.tasks.glue.encode import Encoded, encode
 from megatron3d.tasks.glue.finetune import TaskData
@@ -36,7 +37,7 @@ _SHORTEST = 8  # tokens; a pair needs three special ones and some of its own
 class Job:
     """A fine-tuning that is settled: the run for each seed, what goes into it, and `save`, where all of it is kept.
 
-    `multiple`, `group_size` and `eval_interval` are those of `finetune.Wishes`.
+    `multiple`, `group_size`, `token_dropout` and `eval_interval` are those of `finetune.Wishes`.
     """
 
     task: Task
@@ -46,6 +47,7 @@ class Job:
     epochs: int
     multiple: int
     group_size: int
+    token_dropout: float
     eval_interval: int | None
     predict: Path | None
     save: str | None
@@ -93,6 +95,7 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
         epochs=args.epochs,
         multiple=multiple,
         group_size=_group_size(args, runs[0].train.global_batch_size),
+        token_dropout=_token_dropout(args, tokenizer),
         eval_interval=args.eval_interval,
         predict=None if args.predict is None else _writable(Path(args.predict)),
         save=words.checkpoint.save,
@@ -116,6 +119,16 @@ def _group_size(args: argparse.Namespace, step_size: int) -> int:
             "part; use a divisor."
         )
     return group
+
+
+def _token_dropout(args: argparse.Namespace, tokenizer: Tokenizer) -> float:
+    """The probability with which tokens of training samples are hidden."""
+    if args.token_dropout > 0 and tokenizer.mask is None:
+        raise ConfigError(
+            f"--token-dropout {args.token_dropout:g} hides tokens behind [MASK], which the tokenizer does not have; "
+            "leave the option out."
+        )
+    return args.token_dropout
 
 
 def _check_micro_batches(run: RunConfig, group: int) -> None:

@@ -57,6 +57,13 @@ def task_parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, nargs="+", metavar="S", help="one fine-tuning for each seed, one after another")
     p.add_argument("--hidden-dropout", type=float, metavar="P", help="default the model's")
     p.add_argument("--attention-dropout", type=float, metavar="P", help="default the model's")
+    p.add_argument(
+        "--token-dropout",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="hide each token of the training samples behind [MASK] with probability P, others in every epoch",
+    )
     p.add_argument("--predict", metavar="DIR", help="write the leaderboard's files for the test files there")
     p.add_argument("--skip-bad-rows", action="store_true", help="leave labelled rows with a problem out, and tell them")
     own = p.add_argument_group(f"with --task {CUSTOM}: TSV files with a header line")
@@ -111,6 +118,8 @@ def _problems_of_numbers(args: argparse.Namespace, words: RunConfig) -> list[str
             f"--length-group-size {args.length_group_size} orders the training samples, and --epochs 0 has none; leave "
             "it out."
         )
+    if not 0 <= args.token_dropout < 1:
+        problems.append(f"--token-dropout {args.token_dropout:g} is no probability below 1; use 0 to hide nothing.")
     if args.eval_interval is not None and args.eval_interval < 1:
         problems.append(
             f"--eval-interval {args.eval_interval} is below 1; give a number of steps, or leave it out to measure "
