@@ -71,6 +71,7 @@ def one_seed(job: Job, run: RunConfig, mesh: Mesh, device: torch.device, guard: 
             multiple=job.multiple,
             group_size=job.group_size,
             token_dropout=job.token_dropout,
+            ema_decay=job.ema_decay,
             eval_interval=job.eval_interval,
             save=save,
         )

@@ -16,11 +16,14 @@ import torch
 from megatron3d.checkpoint.directory import find_checkpoint, list_checkpoints
 from megatron3d.checkpoint.load import assemble, read_document
 from megatron3d.data.tokenizer import TokenizerSpec
+from megatron3d.tasks.glue.average import WeightAverage
 from megatron3d.tasks.glue.encode import Encoded, encode
 from megatron3d.tasks.glue.finetune import grouped
 from megatron3d.tasks.glue.order import training_steps
 from megatron3d.tasks.glue.read import read_rows
 from megatron3d.tasks.glue.tasks import GLUE_TASKS
+from megatron3d.tasks.glue.weights import remember
+from megatron3d.train.parts import Parts
 from tests.dist.pool import Pool
 from tests.runs.harness import ROOT, losses, on_rank, records, run, steps, words
 from tests.tasks.small import (
@@ -293,6 +296,48 @@ def test_measuring_within_epochs_changes_no_step_and_finds_better_weights(tmp_pa
     assert all(by_step[one["step"]] == one["valid_loss"] for one in seldom if "valid_loss" in one)
     best = max(measured, key=lambda record: record["valid_pearson"] + record["valid_spearman"])
     assert best["step"] % 7 and (found["step"], found["epoch"]) == (best["step"], 1 + best["step"] // 7)
+
+
+EMA = "--ema-decay 0.8 --eval-interval 5"
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("options", [f"{TP2} {PP2}", f"{TP2} --zero-stage 3", "--zero-stage 1 --micro-batch-size 2"])
+def test_averaged_weights_are_the_same_at_any_layout(
+    pool: Pool, tmp_path: Path, hf: Path, sst: Path, one_process: Told, options: str
+) -> None:
+    arguments = ("--data-dir", sst, "--hf", hf, USUAL, EMA)
+    one = told(tmp_path, "sst-2", *arguments)
+    assert_same(told(tmp_path, "sst-2", *arguments, options, pool=pool, world_size=4), one)
+    assert one.losses == one_process.losses, "the training goes on from its own weights"
+    assert one.result["loss"] != pytest.approx(one_process.result["loss"], rel=1e-3)
+
+
+def test_the_saved_average_is_that_of_the_weights_after_each_step(
+    tmp_path: Path, hf: Path, sts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, seen = "layers.1.mlp.up.weight", []
+    start, add = WeightAverage.__init__, WeightAverage.add
+
+    def watched_start(self: WeightAverage, parts: Parts, decay: float) -> None:
+        start(self, parts, decay)
+        seen.append(remember(parts)[name])
+
+    def watched_add(self: WeightAverage) -> None:
+        seen.append(remember(self.parts)[name])
+        add(self)
+
+    monkeypatch.setattr(WeightAverage, "__init__", watched_start)
+    monkeypatch.setattr(WeightAverage, "add", watched_add)
+    options = f"--epochs 1 --lr 2e-3 --max-seq-length 24 --global-batch-size 7 {QUIET} --ema-decay 0.25"
+    tuned("--task sts-b", "--data-dir", sts, "--hf", hf, options, "--save", tmp_path)
+    assert len(seen) == 1 + 4, "four steps"
+    mean = seen[0]
+    for weight, kept in zip(seen[1:], (2 / 11, 3 / 12, 0.25, 0.25)):  # from the second step on the decay is full
+        mean = kept * mean + (1 - kept) * weight
+    saved = assemble(find_checkpoint(tmp_path), f"model/{name}").reshape(-1)
+    torch.testing.assert_close(saved, mean, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(saved, seen[-1], rtol=1e-4)
 
 
 def test_a_checkpoint_of_any_layout_is_measured_at_another_with_its_own_classifier(

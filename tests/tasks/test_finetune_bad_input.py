@@ -44,6 +44,7 @@ OPTIONS = [
     ("--task sst-2 --pad-to-multiple-of 0", ["--pad-to-multiple-of 0 is below 1"]),
     ("--task sst-2 --token-dropout 1", ["--token-dropout 1 is no probability below 1"]),
     ("--task sst-2 --token-dropout -0.1", ["--token-dropout -0.1 is no probability"]),
+    ("--task sst-2 --ema-decay 1", ["--ema-decay 1 is not between 0 and 1", "0.99", "leave it out"]),
     ("--task sst-2 --eval-interval 0", ["--eval-interval 0 is below 1"]),
     ("--task sst-2 --length-group-size 3", ["--length-group-size 3 does not divide --global-batch-size 8"]),
     ("--task sst-2 --length-group-size -4", ["--length-group-size -4 does not divide"]),

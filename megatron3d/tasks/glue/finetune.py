@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from megatron3d.comm.device import synchronize
 from megatron3d.data.batch import GroupedSamples
 from megatron3d.optim.schedule import ScheduleSettings, settings_from_config
 from megatron3d.tasks.glue import weights
+from megatron3d.tasks.glue.average import WeightAverage
 from megatron3d.tasks.glue.encode import Encoded, hide_tokens
 from megatron3d.tasks.glue.metrics import mean_of
 from megatron3d.tasks.glue.order import PlannedStep, training_steps
@@ -86,6 +87,8 @@ class Wishes:
         multiple: what the length of a batch is a multiple of.
         group_size: samples of near-equal length that stay together in a step.
         token_dropout: the probability with which a token of a training sample is hidden.
+        ema_decay: of the average of the weights, which is then what is measured and kept; None for the weights
+            themselves.
         eval_interval: steps between measurements on the dev files; None measures after each epoch alone.
         save: where the best checkpoint goes.
     """
@@ -96,6 +99,7 @@ class Wishes:
     multiple: int
     group_size: int
     token_dropout: float
+    ema_decay: float | None
     eval_interval: int | None
     save: Path | None
 
@@ -144,6 +148,7 @@ class _Loop:
         self.reports, self.guard = reports, guard
         self.schedule: ScheduleSettings = settings_from_config(parts.config.optim, parts.config.train)
         self.progress = Progress()
+        self.average = None if wishes.ema_decay is None else WeightAverage(parts, wishes.ema_decay)
         self.best: Finetuned | None = None
         self.best_weights: Mapping[str, Tensor] = {}
         self.train_s = 0.0
@@ -166,6 +171,8 @@ class _Loop:
             began_s = time.monotonic()
             rates = self._rates()
             result = self._step(samples, planned, rates)
+            if self.average is not None:
+                self.average.add()
             elapsed_s = time.monotonic() - began_s
             self.train_s += elapsed_s
             self.reports.step(self.progress, result, rates, planned, elapsed_s=elapsed_s)
@@ -193,6 +200,10 @@ class _Loop:
     def _measure(self, epoch: int, when: str) -> None:
         """Measure on the dev files; keep and save the weights if they are the best so far."""
         self.parts.engine.finish_update()
+        with nullcontext() if self.average is None else self.average.in_place():
+            self._measure_and_keep(epoch, when)
+
+    def _measure_and_keep(self, epoch: int, when: str) -> None:
         found = measure_dev(self.parts, self.dev, self.wishes, self.reports.note)
         self.reports.measured(self.progress.step, found.loss, found.metrics)
         self.reports.note(_line(f"after {when}", found))
@@ -201,16 +212,16 @@ class _Loop:
             self.best = Finetuned(self.best.best, self.best.epoch, self.best.step, samples, self.train_s)
             return
         self.best = Finetuned(found, epoch + 1, step, samples, self.train_s)
-        is_last = step == self.parts.config.train.train_iters
-        self.best_weights = {} if is_last else weights.remember(self.parts)
+        stays = self.average is None and step == self.parts.config.train.train_iters
+        self.best_weights = {} if stays else weights.remember(self.parts)
         if self.wishes.save is not None:
             document = self._document(found.metrics)
             path = weights.save(self.parts, self.wishes.save, step, document)
             self.reports.note(f"saved {path}, the best so far")
 
     def take_back_best(self) -> None:
-        """Put the best weights into the model, where they are not the last."""
-        if self.best_weights and self.best is not None and self.best.step != self.progress.step:
+        """Put the best weights into the model, where they are not those that are in it."""
+        if self.best_weights:
             weights.recall(self.parts, self.best_weights)
 
     def _document(self, metrics: Mapping[str, float]) -> dict[str, Any]:

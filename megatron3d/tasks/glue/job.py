@@ -37,7 +37,7 @@ _SHORTEST = 8  # tokens; a pair needs three special ones and some of its own
 class Job:
     """A fine-tuning that is settled: the run for each seed, what goes into it, and `save`, where all of it is kept.
 
-    `multiple`, `group_size`, `token_dropout` and `eval_interval` are those of `finetune.Wishes`.
+    `multiple`, `group_size`, `token_dropout`, `ema_decay` and `eval_interval` are those of `finetune.Wishes`.
     """
 
     task: Task
@@ -48,6 +48,7 @@ class Job:
     multiple: int
     group_size: int
     token_dropout: float
+    ema_decay: float | None
     eval_interval: int | None
     predict: Path | None
     save: str | None
@@ -96,6 +97,7 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
         multiple=multiple,
         group_size=_group_size(args, runs[0].train.global_batch_size),
         token_dropout=_token_dropout(args, tokenizer),
+        ema_decay=args.ema_decay,
         eval_interval=args.eval_interval,
         predict=None if args.predict is None else _writable(Path(args.predict)),
         save=words.checkpoint.save,

@@ -45,6 +45,12 @@ def task_parser() -> argparse.ArgumentParser:
     p.add_argument("--hf", metavar="DIR", help="start from a Hugging Face directory (or from --load CHECKPOINT)")
     p.add_argument("--keep-classifier", action="store_true", help="the classifier there is one of this task: keep it")
     p.add_argument("--epochs", type=int, default=3, metavar="N", help="default 3; 0 measures what was loaded")
+    p.add_argument(
+        "--ema-decay",
+        type=float,
+        metavar="D",
+        help="measure and keep an exponential moving average of the weights, with this decay a step (say 0.997)",
+    )
     p.add_argument("--eval-interval", type=int, metavar="N", help="measure every N steps too, not only after an epoch")
     p.add_argument("--max-seq-length", type=int, default=128, metavar="N", help="cut samples to N tokens (default 128)")
     p.add_argument("--pad-to-multiple-of", type=int, metavar="N", help="length of batches (default 1 on a CPU, else 8)")
@@ -120,6 +126,11 @@ def _problems_of_numbers(args: argparse.Namespace, words: RunConfig) -> list[str
         )
     if not 0 <= args.token_dropout < 1:
         problems.append(f"--token-dropout {args.token_dropout:g} is no probability below 1; use 0 to hide nothing.")
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        problems.append(
+            f"--ema-decay {args.ema_decay:g} is not between 0 and 1; use 0.99 to average over some 100 steps, 0.999 "
+            "over some 1000, or leave it out."
+        )
     if args.eval_interval is not None and args.eval_interval < 1:
         problems.append(
             f"--eval-interval {args.eval_interval} is below 1; give a number of steps, or leave it out to measure "
