@@ -28,7 +28,7 @@ from megatron3d.errors import CheckpointError, NumericsError
 from megatron3d.inference.load import allocate_model, load_model
 from megatron3d.models.bert_encoder import build_bert_encoder_stage
 from megatron3d.models.stage import MicroBatch
-from megatron3d.pipeline.run import Wire, run
+from megatron3d.pipeline.run import run
 from megatron3d.train.parts import Model
 
 POOLINGS = ("mean", "cls", "pooler")
@@ -127,9 +127,8 @@ def _pooled(model: Model, config: RunConfig, texts: list[Sequence[int]], options
     is_token_BS = torch.arange(width, device=device) < lengths_B.unsqueeze(1)
     mask_B1S = None if bool(is_token_BS.all()) else is_token_BS.unsqueeze(1)
     row = model.rows.forward_only(1)
-    wire = Wire(model.mesh.pp, [(width, len(texts), config.model.hidden_size)], model.dtype, device)
     micros = [MicroBatch(tokens_BS=tokens_BS, attention_mask_BST=mask_B1S)]
-    outputs = run(row.schedule, row.actions, model.stages, micros, wire=wire)
+    outputs = run(row.schedule, row.actions, model.stages, micros, wire=model.wire(config, micros))
     if not outputs:
         return None
     x_SBH = outputs[0]

@@ -151,7 +151,7 @@ def one_process_in_groups(tmp_path_factory: pytest.TempPathFactory, hf: Path, ss
 
 
 GROUP_LAYOUTS = [
-    pytest.param(4, f"{TP2} {PP2} --micro-batch-size 2", id="tp2-pp2"),
+    pytest.param(4, f"{TP2} {PP2} {SP} --micro-batch-size 2", id="tp2-pp2-sp"),
     pytest.param(4, f"{PP2} --micro-batch-size 1 --zero-stage 1", id="pp2-dp2"),
     pytest.param(2, f"{PP2} --micro-batch-size 1 --num-layers-per-virtual-pipeline-stage 1", id="pp2-interleaved"),
     pytest.param(2, "--zero-stage 3 --micro-batch-size 1", id="dp2-zero3"),

@@ -52,7 +52,15 @@ OPTIONS = [
         "--task sst-2 --length-group-size 2 --micro-batch-size 4",
         ["--length-group-size 2 does not split into micro-batches of --micro-batch-size 4", "use a multiple of 4"],
     ),
-    ("--task sst-2 --epochs 0 --length-group-size 2", ["--length-group-size 2 orders the training samples"]),
+    (
+        "--task sst-2 --epochs 0 --length-group-size 2 --token-dropout 0.1 --ema-decay 0.9 --eval-interval 3",
+        [
+            "--length-group-size 2 is for training, and --epochs 0 has none; leave it out",
+            "--token-dropout 0.1 is for training",
+            "--ema-decay 0.9 is for training",
+            "--eval-interval 3 is for training",
+        ],
+    ),
     ("--task sst-2 --hidden-size 64", ["--hidden-size 64: the model comes with --load or --hf"]),
     ("--task sst-2 --seq-length 64", ["--seq-length 64 is not for fine-tuning; use --max-seq-length"]),
     ("--task sst-2 --train-iters 100 --mask-prob 0.3", ["--train-iters 100", "use --epochs", "--mask-prob 0.3 has no"]),

@@ -119,11 +119,11 @@ def _problems_of_numbers(args: argparse.Namespace, words: RunConfig) -> list[str
         problems.append(
             f"--save {words.checkpoint.save} keeps what was learned, and --epochs 0 learns nothing; leave one out."
         )
-    if args.epochs == 0 and args.length_group_size is not None:
-        problems.append(
-            f"--length-group-size {args.length_group_size} orders the training samples, and --epochs 0 has none; leave "
-            "it out."
-        )
+    for name in ("length_group_size", "token_dropout", "ema_decay", "eval_interval") if args.epochs == 0 else ():
+        if value := vars(args)[name]:
+            problems.append(
+                f"--{name.replace('_', '-')} {value} is for training, and --epochs 0 has none; leave it out."
+            )
     if not 0 <= args.token_dropout < 1:
         problems.append(f"--token-dropout {args.token_dropout:g} is no probability below 1; use 0 to hide nothing.")
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
