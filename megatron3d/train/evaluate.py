@@ -49,7 +49,15 @@ class Evaluation:
 
 
 def evaluate(parts: Parts, batches: GlobalBatches, *, num_batches: int) -> Evaluation:
-    """Mean losses over the labels of `num_batches` (at least 1) global batches."""
+    """Mean losses over the labels of `num_batches` (at least 1) global batches.
+
+    With a delayed update these are those of the updated weights, which are what a checkpoint of this moment holds.
+    """
+    with parts.engine.updated_weights():
+        return _evaluate(parts, batches, num_batches)
+
+
+def _evaluate(parts: Parts, batches: GlobalBatches, num_batches: int) -> Evaluation:
     dp, size = parts.mesh.dp, parts.config.train.global_batch_size
     totals, histogram, names = torch.zeros(0), torch.zeros(0), []
     for number in range(num_batches):

@@ -127,11 +127,11 @@ class _Loop:
                 wishes = gather_values(wish, self.parts.mesh.world) if votes else []
                 interval = f"--exit-interval {config.train.exit_interval} is over"
                 self._stop(next(filter(None, wishes), interval))
-        self.parts.engine.finish_update()
         if not is_finished_already:
             # A finished run that is started again was evaluated before its last checkpoint was saved.
             self._evaluate()
         self._finish()
+        self.parts.engine.finish_update()  # only now: the last checkpoint has it due, for a run that goes on longer
 
     def _wish_to_stop(self, *, elapsed_min: float) -> str | None:
         """Why this rank wants to stop, if it does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.train.parts import Parts
-from megatron3d.zero.unit import Piece
+from megatron3d.zero.unit import FlatUnit
 from tests.dist.pool import Pool
 from tests.parity.runs import Case, parts_of, trace
 
@@ -87,33 +88,33 @@ def delayed_and_by_hand(rank: int, world_size: int, options: str, directory: str
     mesh = make_mesh(Layout(dp=world_size))
     all_options = [f"{options} {DELAYED}".replace("DIR", directory), options, options]
     delayed, by_hand, ordinary = (parts_of(Case("gpt2", mesh.layout, each), mesh) for each in all_options)
-    _put_off_updates(by_hand)
+    put_off_updates(by_hand)
     return [trace(parts, num_steps=NUM_STEPS).losses for parts in (delayed, by_hand, ordinary)]
 
 
-def _put_off_updates(parts: Parts) -> None:
-    """Make each update after the backward of the step that follows it."""
-    engine, pieces = parts.engine, parts.engine.pieces
+def put_off_updates(parts: Parts) -> None:
+    """Make each update after the backward of the step that follows it: a delayed update without a thread."""
+    engine, units = parts.engine, parts.engine.units.values()
     finish_reduce, step = engine.finish_reduce, engine.step
     waiting: list[Tensor] = []
 
     def finish_and_update() -> None:
         finish_reduce()
         if waiting:
-            arrived = [piece.parameter.grad for piece in pieces]
-            _give(pieces, waiting)
+            arrived = [unit.own_grads.clone() for unit in units]
+            _give(units, waiting)
             step(parts.optimizer)
-            _give(pieces, arrived)
+            _give(units, arrived)
 
     def put_off(optimizer: torch.optim.Optimizer) -> None:
-        waiting[:] = [piece.parameter.grad.clone() for piece in pieces]
+        waiting[:] = [unit.own_grads.clone() for unit in units]
 
     engine.finish_reduce, engine.step = finish_and_update, put_off
 
 
-def _give(pieces: list[Piece], gradients: list[Tensor]) -> None:
-    for piece, gradient in zip(pieces, gradients, strict=True):
-        piece.parameter.grad = gradient
+def _give(units: Iterable[FlatUnit], gradients: list[Tensor]) -> None:
+    for unit, gradient in zip(units, gradients, strict=True):
+        unit.own_grads.copy_(gradient)
 
 
 @pytest.mark.parametrize(("world_size", "options"), [(1, ""), (2, "--zero-stage 2")])
