@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.train.parts import Parts
-from megatron3d.zero.unit import FlatUnit
 from tests.dist.pool import Pool
 from tests.parity.runs import Case, parts_of, trace
 
@@ -78,49 +73,3 @@ def test_offloaded_runs_give_the_same_losses_and_norms_to_the_last_bit(
             assert its_losses == losses, f"{offloaded}: losses {its_losses} instead of {losses}"
             assert repr(its_norms) == repr(norms), f"{offloaded}: norms {its_norms} instead of {norms}"
     assert list(tmp_path.iterdir()) == [], "an offload file has a name"
-
-
-DELAYED = "--offload-delayed-update --offload-optimizer nvme --offload-dir DIR"
-
-
-def delayed_and_by_hand(rank: int, world_size: int, options: str, directory: str) -> list[list[float]]:
-    """Body of a worker: losses of a delayed run, of one whose updates are put off by hand, and of an ordinary one."""
-    mesh = make_mesh(Layout(dp=world_size))
-    all_options = [f"{options} {DELAYED}".replace("DIR", directory), options, options]
-    delayed, by_hand, ordinary = (parts_of(Case("gpt2", mesh.layout, each), mesh) for each in all_options)
-    put_off_updates(by_hand)
-    return [trace(parts, num_steps=NUM_STEPS).losses for parts in (delayed, by_hand, ordinary)]
-
-
-def put_off_updates(parts: Parts) -> None:
-    """Make each update after the backward of the step that follows it: a delayed update without a thread."""
-    engine, units = parts.engine, parts.engine.units.values()
-    finish_reduce, step = engine.finish_reduce, engine.step
-    waiting: list[Tensor] = []
-
-    def finish_and_update() -> None:
-        finish_reduce()
-        if waiting:
-            arrived = [unit.own_grads.clone() for unit in units]
-            _give(units, waiting)
-            step(parts.optimizer)
-            _give(units, arrived)
-
-    def put_off(optimizer: torch.optim.Optimizer) -> None:
-        waiting[:] = [unit.own_grads.clone() for unit in units]
-
-    engine.finish_reduce, engine.step = finish_and_update, put_off
-
-
-def _give(units: Iterable[FlatUnit], gradients: list[Tensor]) -> None:
-    for unit, gradient in zip(units, gradients, strict=True):
-        unit.own_grads.copy_(gradient)
-
-
-@pytest.mark.parametrize(("world_size", "options"), [(1, ""), (2, "--zero-stage 2")])
-def test_a_delayed_update_uses_weights_that_are_one_update_old(
-    pool: Pool, tmp_path: Path, world_size: int, options: str
-) -> None:
-    delayed, by_hand, ordinary = pool.run(world_size, delayed_and_by_hand, options, str(tmp_path))[0]
-    assert delayed == by_hand
-    assert delayed[:1] == ordinary[:1] and delayed[1] != ordinary[1]
