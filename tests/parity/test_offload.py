@@ -39,7 +39,7 @@ CASES = [
     ("gpt2", Layout(tp=2, dp=2), f"{SP} --zero-stage 1", (CPU, FILES)),
     ("gpt2", Layout(pp=2, dp=2), f"--zero-stage 2 {BF16}", (FILES,)),
     ("gpt2", Layout(pp=2, dp=2), "--zero-stage 3", (ALL_CPU, ALL_FILES)),
-    ("llama", Layout(dp=4), "--zero-stage 3 --zero-shard-size 2", (ALL_FILES,)),
+    ("llama", Layout(dp=4, zero_shard=2), "--zero-stage 3 --zero-shard-size 2", (ALL_FILES,)),
     ("llama", Layout(tp=2, pp=2), SP, (FILES,)),
 ]
 BATCHES = [
