@@ -26,6 +26,7 @@ from megatron3d.optim.schedule import ScheduleSettings
 from megatron3d.train import state
 from megatron3d.train.evaluate import evaluate
 from megatron3d.train.launch import Guard
+from megatron3d.train.outlook import Outlook
 from megatron3d.train.parts import Parts
 from megatron3d.train.profile import recorder_of_step, write_recorded
 from megatron3d.train.reports import Reports
@@ -119,6 +120,7 @@ class _Loop:
         last = state.last_step(config, self.progress)
         self.saved_step = self.progress.step if self.reports.resumed_in_place else -1
         is_finished_already = self.saved_step >= last
+        self._look_ahead(last)
         while self.progress.step < last:
             wish = self._wish_to_stop(elapsed_min=(time.monotonic() - started_s) / 60.0)
             votes = self._step(wants_stop=wish is not None)
@@ -139,6 +141,12 @@ class _Loop:
         # A finished run that is started again was evaluated before its last checkpoint was saved.
         is_proved = self._evaluate() if not is_finished_already else False
         self._finish(is_proved)
+
+    def _look_ahead(self, last: int) -> None:
+        """Report what the options ask for and this run will not do."""
+        has_valid, has_test = self.streams.valid is not None, self.streams.test is not None
+        for line in Outlook(self.parts.config, self.progress, last, self.schedule, has_valid, has_test).lines():
+            self.reports.note(line)
 
     def _wish_to_stop(self, *, elapsed_min: float) -> str | None:
         """Why this rank wants to stop, if it does."""
@@ -210,5 +218,8 @@ class _Loop:
             found = evaluate(self.parts, self.streams.test, num_batches=num_batches)
             self.reports.test(self.progress.step, found)
             is_proved = is_proved or math.isfinite(found.loss)
+        if not is_proved and self.retention.waits:
+            # No step will follow, so a batch's forward stands for it.
+            is_proved = math.isfinite(evaluate(self.parts, self.streams.train, num_batches=1).loss)
         if is_proved:
             self.retention.proved(self.progress.step)

@@ -1,8 +1,8 @@
 """Which checkpoints stay: `--keep-last` and `--save-retain-interval`, applied once the newest has proved itself.
 
 A checkpoint is finite when it is written, and may still be one from which no training goes on. So the earlier ones stay
-until the step after it was finite, too. The last checkpoint of a run has no step after it: unless an evaluation of its
-weights was finite, one checkpoint more than asked for stays, until the next run makes its first step.
+until the step after it was finite, too. At the end of a run an evaluation stands for that step. A run that is stopped
+leaves one checkpoint more than asked for, which goes when the next run has made its first step.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ class Retention:
     def saved(self, path: Path) -> None:
         """A checkpoint was published; what it replaces stays for now."""
         self._unproved = path
+
+    @property
+    def waits(self) -> bool:
+        """Whether earlier checkpoints stay only until the newest has proved itself."""
+        return self._unproved is not None and self._keep_last is not None
 
     def proved(self, step: int) -> None:
         """The weights after `step` gave a finite loss and gradient: prune behind a checkpoint of them or of earlier
