@@ -62,7 +62,7 @@ ACCEPTED: tuple[Accepted, ...] = (
     ),
     Accepted(
         "how",
-        "flat gradient buffers per block replace it, reduced during the last backward unless --no-overlap-grad- reduce",
+        "flat gradient buffers per block replace it, reduced during the last backward unless --no-overlap-grad-reduce",
         switches="""
         --no-contiguous-buffers-in-local-ddp --use-contiguous-buffers-in-ddp --overlap-grad-reduce
         --ddp-average-in-collective --no-delay-grad-reduce --no-align-grad-reduce --disable-align-grad-reduce
@@ -115,7 +115,7 @@ ACCEPTED: tuple[Accepted, ...] = (
     ),
     Accepted(
         "done",
-        "projections into the residual stream start with --init-method-std / sqrt(2 x layers), but for --norm- "
+        "projections into the residual stream start with --init-method-std / sqrt(2 x layers), but for --norm-"
         "position post",
         switches="--deep-init",
     ),

@@ -77,10 +77,14 @@ def _weights(units: Mapping[str, FlatUnit], mesh: Mesh) -> Iterator[_Held]:
 
 
 def _states(units: Mapping[str, FlatUnit], states: Mapping[str, ShardView]) -> Iterator[_Held]:
-    """What is updated and saved, of which only the replicas hold the same part."""
+    """What is updated and saved, of which only the replicas hold the same part; without master weights that are the
+    layers' weights."""
     at = {slot.spec.name: (unit, slot.spec) for unit in units.values() for slot in unit.layout.slots}
     for name, view in states.items():
-        unit, spec = at[name.partition("/")[2]]
+        kind, _, parameter = name.partition("/")
+        unit, spec = at[parameter]
+        if kind == "model" and unit.weights.master is unit.weights.shard and not unit.weights.is_lent:
+            continue
         yield _Held(name, unit, spec.is_replicated, unit.axes.replica, view.data)
 
 
