@@ -40,7 +40,8 @@ class MisfitError(CheckpointError):
 
 
 class NumericsError(Megatron3dError):
-    """A loss or gradient that is not finite where the run cannot skip it."""
+    """A loss or gradient that is not finite where the run cannot skip it, or weights that may not be saved: they are
+    not finite, or replicas of them differ."""
 
     exit_code = 5
 

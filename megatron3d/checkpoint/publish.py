@@ -77,12 +77,14 @@ def publish(temporary: Path, final: Path) -> None:
             remove_tree(replaced)
 
 
-def prune(final: Path, keep_last: int) -> None:
+def prune(final: Path, keep_last: int, *, retain_interval: int | None = None) -> None:
     """Remove all but the `keep_last` newest checkpoints up to `final`, which `latest` names and which always stays.
 
-    Checkpoints of later steps belong to a run from which this one turned back; they are not touched.
+    Checkpoints whose step is a multiple of `retain_interval` stay too. Those of steps after `final` belong to a run
+    from which this one turned back; they are not touched.
     """
     with storage_errors(final.parent):
         earlier = [path for path in list_checkpoints(final.parent) if step_of(path) < step_of(final)]
         for path in earlier[: max(0, len(earlier) + 1 - keep_last)]:
-            remove_tree(path)
+            if retain_interval is None or step_of(path) % retain_interval:
+                remove_tree(path)

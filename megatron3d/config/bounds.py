@@ -50,7 +50,8 @@ BOUNDS: tuple[Bound, ...] = (
         "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_virtual_pipeline_stage "
         "micro_batch_size global_batch_size "
         "train_iters train_samples eval_interval exit_interval log_interval recompute_num_layers save_interval "
-        "profile_pipeline_step keep_last lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
+        "profile_pipeline_step keep_last save_retain_interval check_weight_hash_across_dp_replicas_interval "
+        "lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
         "loss_scale_window hysteresis muon_num_ns_steps zero_shard_size muon_num_ns_steps mask_max_ngram",
         at_least=1,
     ),

@@ -16,7 +16,15 @@ class CheckpointConfig:
     save_interval: int = option(
         None, "--save-interval", "Steps between checkpoints.", unit="iterations", also=("--persistent-save-interval",)
     )
-    keep_last: int = option(None, "--keep-last", "Keep this many newest checkpoints; default all.")
+    keep_last: int = option(
+        None, "--keep-last", "Keep this many newest checkpoints; default all, or 1 with --save-retain-interval."
+    )
+    save_retain_interval: int = option(
+        None,
+        "--save-retain-interval",
+        "Keep the checkpoints of the multiples of this for ever, and of the others the newest alone (--keep-last).",
+        unit="iterations",
+    )
     ckpt_step: int = option(None, "--ckpt-step", "Load this step instead of the latest.")
     finetune: bool = switch("--finetune", "Take the weights alone; start at step 0 with a new optimizer.")
     no_load_optim: bool = switch("--no-load-optim", "Do not load the optimizer state.", also=("--disable-load-optim",))

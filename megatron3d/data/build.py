@@ -21,7 +21,7 @@ from megatron3d.data.indexed import IndexedDataset
 from megatron3d.data.masking import BertVocabulary, MaskingRules
 from megatron3d.data.mock import MockBertSamples, MockSamples
 from megatron3d.data.order import derive_seed
-from megatron3d.data.splits import SPLIT_NAMES, split_documents
+from megatron3d.data.splits import SPLIT_NAMES, parse_split, split_documents
 from megatron3d.data.stream import SampleStream
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import ConfigError, DataError
@@ -249,8 +249,19 @@ def _build_splits(
     streams, notes = {}, []
     for split in SPLIT_NAMES:
         streams[split], split_notes = _build_split(split, shares[split], samples)
-        notes += split_notes
+        notes += [*_empty_shares(data, split, shares[split]), *split_notes]
     return streams, tuple(notes)
+
+
+def _empty_shares(data: DataConfig, split: str, shares: Sequence[_Share]) -> list[str]:
+    """A note on the corpora that are too small for a part of --split that is more than nothing, or empty."""
+    empty = [share for share in shares if len(share.documents) == 0]
+    is_cut = not data.train_data_path
+    if not empty or (is_cut and parse_split(data.split)[SPLIT_NAMES.index(split)] == 0):
+        return []
+    named = ", ".join(f"{share.corpus.prefix} ({share.dataset.num_documents} documents)" for share in empty)
+    reason = f", as --split {data.split} leaves no document for it" if is_cut else ""
+    return [f"Left out of the {split} data{reason}: {named}."]
 
 
 def _build_split(

@@ -5,6 +5,7 @@ It knows when things happen; what they are is in `step.py`, `evaluate.py`, `stat
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,9 +26,11 @@ from megatron3d.optim.schedule import ScheduleSettings
 from megatron3d.train import state
 from megatron3d.train.evaluate import evaluate
 from megatron3d.train.launch import Guard
+from megatron3d.train.outlook import Outlook
 from megatron3d.train.parts import Parts
 from megatron3d.train.profile import recorder_of_step, write_recorded
 from megatron3d.train.reports import Reports
+from megatron3d.train.retention import Retention
 from megatron3d.train.signals import StopFlag
 from megatron3d.train.state import Progress
 from megatron3d.train.step import Rates, train_step
@@ -74,7 +77,9 @@ def train(parts: Parts, streams: Streams, guard: Guard) -> Progress:
     with _held_directory(parts):
         restored = state.restore(parts)
         with Reports(parts, restored) as reports, StopFlag(on_forced=guard.forced_end) as stop:
-            loop = _Loop(parts, streams, reports, stop, guard, restored.schedule, restored.progress)
+            newest = restored.source if reports.resumed_in_place else None
+            retention = Retention(parts.config.checkpoint, parts.mesh, newest=newest)
+            loop = _Loop(parts, streams, reports, stop, guard, retention, restored.schedule, restored.progress)
             try:
                 loop.run()
             except Exception as error:
@@ -104,6 +109,7 @@ class _Loop:
     reports: Reports
     stop: StopFlag
     guard: Guard
+    retention: Retention
     schedule: ScheduleSettings
     progress: Progress
     saved_step: int = -1
@@ -111,15 +117,19 @@ class _Loop:
 
     def run(self) -> None:
         config, started_s = self.parts.config, time.monotonic()
-        last = state.total_steps(config)
+        last = state.last_step(config, self.progress)
         self.saved_step = self.progress.step if self.reports.resumed_in_place else -1
         is_finished_already = self.saved_step >= last
+        self._look_ahead(last)
         while self.progress.step < last:
             wish = self._wish_to_stop(elapsed_min=(time.monotonic() - started_s) / 60.0)
             votes = self._step(wants_stop=wish is not None)
             step = self.progress.step
             if step % config.train.eval_interval == 0 and step < last:
                 self._evaluate()
+            check_interval = config.train.check_weight_hash_across_dp_replicas_interval
+            if check_interval is not None and step % check_interval == 0:
+                state.check_replicas(self.parts, step)
             if config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0:
                 self._save()
             exits = config.train.exit_interval is not None and step % config.train.exit_interval == 0
@@ -127,11 +137,16 @@ class _Loop:
                 wishes = gather_values(wish, self.parts.mesh.world) if votes else []
                 interval = f"--exit-interval {config.train.exit_interval} is over"
                 self._stop(next(filter(None, wishes), interval))
-        if not is_finished_already:
-            # A finished run that is started again was evaluated before its last checkpoint was saved.
-            self._evaluate()
-        self._finish()
+        # A finished run that is started again was evaluated before its last checkpoint was saved.
+        is_proved = self._evaluate() if not is_finished_already else False
+        self._finish(is_proved)
         self.parts.engine.finish_update()  # only now: the last checkpoint has it due, for a run that goes on longer
+
+    def _look_ahead(self, last: int) -> None:
+        """Report what the options ask for and this run will not do."""
+        has_valid, has_test = self.streams.valid is not None, self.streams.test is not None
+        for line in Outlook(self.parts.config, self.progress, last, self.schedule, has_valid, has_test).lines():
+            self.reports.note(line)
 
     def _wish_to_stop(self, *, elapsed_min: float) -> str | None:
         """Why this rank wants to stop, if it does."""
@@ -146,10 +161,12 @@ class _Loop:
         """Make one step and report it; returns how many ranks want to stop."""
         config, dp, before = self.parts.config, self.parts.mesh.dp, self.progress
         size = batch_size_at(config.train, before.consumed_samples, dp.size)
-        began_s = time.monotonic()
-        batch = self.streams.train.read(before.consumed_samples, size, dp.rank, dp.size)
         at = {"iteration": before.updates, "consumed_samples": before.updated_samples}
         rates = Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
+        if config.train.skips(before.step):
+            return self._leave_out(size, rates)
+        began_s = time.monotonic()
+        batch = self.streams.train.read(before.consumed_samples, size, dp.rank, dp.size)
         loss_scale = self.parts.scaler.scale
         self.steps_made += 1
         recorder = recorder_of_step(self.parts, self.steps_made)
@@ -159,21 +176,33 @@ class _Loop:
         self.guard.step = self.progress.step
         elapsed_s = time.monotonic() - began_s
         self.reports.step(self.progress, result, rates, loss_scale=loss_scale, batch_size=size, elapsed_s=elapsed_s)
+        if result.is_finite:
+            self.retention.proved(before.step)
         if recorder is not None and (written := write_recorded(self.parts, recorder, self.progress.step)):
             self.reports.note(written)
         return result.stop_votes
 
-    def _evaluate(self) -> None:
+    def _leave_out(self, batch_size: int, rates: Rates) -> int:
+        """Let an iteration's samples count as consumed without training on them; nobody is asked whether to stop."""
+        self.progress = self.progress.after(batch_size, skipped=True)
+        self.guard.step = self.progress.step
+        self.reports.left_out(self.progress, rates, batch_size=batch_size)
+        return 0
+
+    def _evaluate(self) -> bool:
+        """Evaluate if there is something to evaluate on; returns whether that showed that the weights are good."""
         num_batches = self.parts.config.train.eval_iters
-        if self.streams.valid is not None and num_batches > 0:
-            self.reports.evaluation(
-                self.progress.step, evaluate(self.parts, self.streams.valid, num_batches=num_batches)
-            )
+        if self.streams.valid is None or num_batches == 0:
+            return False
+        found = evaluate(self.parts, self.streams.valid, num_batches=num_batches)
+        self.reports.evaluation(self.progress.step, found)
+        return math.isfinite(found.loss)
 
     def _save(self) -> None:
         if self.parts.config.checkpoint.save and self.saved_step != self.progress.step:
             path = state.save(self.parts, self.progress, self.schedule)
             self.saved_step = self.progress.step
+            self.retention.saved(path)
             self.reports.note(f"saved {path}")
 
     def _stop(self, reason: str) -> None:
@@ -182,9 +211,15 @@ class _Loop:
         saved = f"saved at {save}; start again to go on" if save else "nothing is saved, as there is no --save"
         raise StopRequested(f"stopped after step {self.progress.step} because {reason}; {saved}")
 
-    def _finish(self) -> None:
+    def _finish(self, is_proved: bool) -> None:
         self._save()
         num_batches = self.parts.config.train.eval_iters
         if self.streams.test is not None and num_batches > 0:
             found = evaluate(self.parts, self.streams.test, num_batches=num_batches)
             self.reports.test(self.progress.step, found)
+            is_proved = is_proved or math.isfinite(found.loss)
+        if not is_proved and self.retention.waits:
+            # No step will follow, so a batch's forward stands for it.
+            is_proved = math.isfinite(evaluate(self.parts, self.streams.train, num_batches=1).loss)
+        if is_proved:
+            self.retention.proved(self.progress.step)

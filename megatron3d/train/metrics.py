@@ -51,12 +51,13 @@ class StepRecord:
     """One training step: `loss` is the mean over the tokens of the global batch, `lr` the rate this step used.
 
     `step` counts from 1, the number of steps made including this one. `skipped` says that the weights stayed as they
-    were. `loss_scale` and `batch_size` are written only where given. `losses` has the terms of a model of several
-    losses by name, such as `lm_loss`, whose sum is `loss`; each is written under its own name.
+    were; `loss` and `grad_norm` are None where there was no forward either (`--iterations-to-skip`). `loss_scale` and
+    `batch_size` are written only where given. `losses` has the terms of a model of several losses by name, such as
+    `lm_loss`, whose sum is `loss`; each is written under its own name.
     """
 
     step: int
-    loss: float
+    loss: float | None
     grad_norm: float | None
     lr: float
     consumed_samples: int

@@ -5,6 +5,7 @@ Only rank 0 writes. Collectives happen at the start alone, to find the rank that
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from megatron3d.train.evaluate import Evaluation
 from megatron3d.train.metrics import MetricsFile, StartRecord, StepRecord
 from megatron3d.train.parts import Parts
 from megatron3d.train.progress import ProgressReporter, StepReport, format_bytes, format_count
-from megatron3d.train.state import Progress, Restored, total_steps
+from megatron3d.train.state import Progress, Restored, last_step
 from megatron3d.train.step import Rates, StepResult
 from megatron3d.train.writers import ScalarWriter, open_writers
 from megatron3d.zero.volume import pipeline_cost, step_volume
@@ -120,6 +121,19 @@ class Reports:
             self._metrics.step(record)
         self._write(progress.step, {name: float(value) for name, value in record.scalars().items() if name != "step"})
 
+    def left_out(self, progress: Progress, rates: Rates, *, batch_size: int) -> None:
+        """Report an iteration of --iterations-to-skip: its step, and samples that count as consumed."""
+        if self._progress is None:
+            return
+        step, consumed = progress.step, progress.consumed_samples
+        self.note(f"step {step} is left out by --iterations-to-skip {step - 1}: its {batch_size} samples are not used")
+        self._progress.step(
+            StepReport(step, math.nan, rates.lr, grad_norm=None, tokens=0, flops=0.0, elapsed_s=0.0, skipped=True)
+        )
+        record = StepRecord(step, None, None, rates.lr, consumed, 0.0, skipped=True, batch_size=batch_size)
+        if self._metrics is not None:
+            self._metrics.step(record)
+
     def evaluation(self, step: int, found: Evaluation) -> None:
         """Report the losses, and accuracies where there are any, on the validation split after a step."""
         more = {f"valid_{name}": value for name, value in found.scalars().items()}
@@ -149,7 +163,7 @@ class Reports:
         known = peak_tflops(device_name(device), config.optim.precision)
         peak = config.train.peak_tflops or known
         return ProgressReporter(
-            total_steps(config),
+            last_step(config, self.restored.progress),
             sys.stdout,
             log_interval=config.train.log_interval,
             num_devices=self.parts.mesh.world.size,

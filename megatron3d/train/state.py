@@ -23,6 +23,7 @@ from megatron3d.optim.build import kind, other_state_views, set_step_count, stat
 from megatron3d.optim.schedule import ScheduleSettings, reconcile, settings_from_config
 from megatron3d.params.boxes import ShardView
 from megatron3d.train.parts import Parts
+from megatron3d.zero.replicas import require_equal_replicas
 
 OLD = "old_weights"  # prefix of tensors: what the layers compute with while a delayed update is due
 UPDATE_DUE = "update_due"
@@ -71,10 +72,28 @@ def save(parts: Parts, progress: Progress, schedule: ScheduleSettings) -> Path:
     """Write a checkpoint of this moment below --save; collective over all ranks.
 
     Raises:
+        NumericsError: what would be saved is not finite, or ranks that must hold the same values do not.
         StorageError: the file system refused; the checkpoints before are untouched.
     """
     with parts.engine.states_opened(parts.optimizer, writes=False):
+        _check_replicas(parts, progress.step)
         return _save(parts, progress, schedule)
+
+
+def check_replicas(parts: Parts, step: int) -> None:
+    """Compare everything that several ranks hold, after a step; collective over all ranks.
+
+    Raises:
+        NumericsError: ranks that must hold the same values do not.
+    """
+    with parts.engine.states_opened(parts.optimizer, writes=False):
+        _check_replicas(parts, step)
+
+
+def _check_replicas(parts: Parts, step: int) -> None:
+    parts.engine.finish_publish()
+    states = _views(parts, with_optimizer=True, with_copies=True)
+    require_equal_replicas(parts.engine.units, states, parts.mesh, step=step)
 
 
 def _save(parts: Parts, progress: Progress, schedule: ScheduleSettings) -> Path:
@@ -95,7 +114,7 @@ def _save(parts: Parts, progress: Progress, schedule: ScheduleSettings) -> Path:
         progress.step,
         _views(parts, with_optimizer=with_optimizer, with_copies=False) | _old_views(parts, with_optimizer),
         documents={"run": to_dict(config), "state": state},
-        keep_last=config.checkpoint.keep_last,
+        keep_last=None,
         group=mesh.world.group,
         rank=mesh.rank,
         world_size=mesh.world.size,
@@ -223,8 +242,14 @@ def _old_views(parts: Parts, with_optimizer: bool) -> dict[str, ShardView]:
     return {f"{OLD}/{name}": view for name, view in old.items()}
 
 
-def total_steps(config: RunConfig) -> int:
-    """Optimizer steps of the whole run, from iterations or samples."""
-    if config.train.train_iters is not None:
-        return config.train.train_iters
-    return iterations_for_samples(config.train, config.train.train_samples, config.parallel.data_parallel_size)
+def last_step(config: RunConfig, progress: Progress) -> int:
+    """The number of the run's last step, seen from `progress`.
+
+    Iterations are counted from the run's beginning. Samples are counted by what was consumed: the whole batches of
+    these options that still fit, whatever batches the steps before had.
+    """
+    train = config.train
+    if train.train_iters is not None:
+        return train.train_iters
+    dp, consumed = config.parallel.data_parallel_size, progress.consumed_samples
+    return progress.step + iterations_for_samples(train, train.train_samples, dp, consumed=consumed)

@@ -67,8 +67,10 @@ class TensorBoardWriter:
 class WandbWriter:
     """A Weights & Biases run. WANDB_MODE=offline, which wandb itself reads, keeps it on this machine."""
 
-    def __init__(self, project: str, *, name: str = "", directory: str = "", run: Mapping[str, Any]) -> None:
-        """`run` is the configuration shown beside the curves.
+    def __init__(
+        self, project: str, *, entity: str = "", name: str = "", directory: str = "", run: Mapping[str, Any]
+    ) -> None:
+        """`run` is the configuration shown beside the curves; `entity` the user or team that the project is of.
 
         Raises: ConfigError if the wandb package is not installed; StorageError if its directory cannot be written.
         """
@@ -83,7 +85,9 @@ class WandbWriter:
         try:
             if directory:
                 Path(directory).mkdir(parents=True, exist_ok=True)
-            self._run = wandb.init(project=project, name=name or None, dir=directory or None, config=dict(run))
+            self._run = wandb.init(
+                project=project, entity=entity or None, name=name or None, dir=directory or None, config=dict(run)
+            )
         except OSError as error:
             raise StorageError(
                 f"--wandb-save-dir {directory} cannot be written: {error.strerror or error}; name another directory."
@@ -108,6 +112,12 @@ def open_writers(train: TrainConfig, *, run: Mapping[str, Any], resumed_step: in
         writers.append(TensorBoardWriter(train.tensorboard_dir, resumed_step=resumed_step))
     if train.wandb_project:
         writers.append(
-            WandbWriter(train.wandb_project, name=train.wandb_exp_name, directory=train.wandb_save_dir, run=run)
+            WandbWriter(
+                train.wandb_project,
+                entity=train.wandb_entity,
+                name=train.wandb_exp_name,
+                directory=train.wandb_save_dir,
+                run=run,
+            )
         )
     return writers

@@ -53,7 +53,7 @@ def test_wandb_that_is_not_installed_names_the_command_to_install_it(monkeypatch
         WandbWriter("p", run={})
 
 
-def test_wandb_gets_project_name_directory_configuration_and_points(
+def test_wandb_gets_project_team_name_directory_configuration_and_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
@@ -72,11 +72,12 @@ def test_wandb_gets_project_name_directory_configuration_and_points(
     module = ModuleType("wandb")
     module.init = lambda **options: calls.append(options) or Run()
     monkeypatch.setitem(sys.modules, "wandb", module)
-    train = TrainConfig(wandb_project="p", wandb_exp_name="n", wandb_save_dir=str(tmp_path / "new"))
+    folder = str(tmp_path / "new")
+    train = TrainConfig(wandb_project="p", wandb_entity="team", wandb_exp_name="n", wandb_save_dir=folder)
     (writer,) = open_writers(train, run={"lr": 0.1}, resumed_step=0)
     writer.write(3, {"loss": 2.5})
     writer.close()
-    options = {"project": "p", "name": "n", "dir": str(tmp_path / "new"), "config": {"lr": 0.1}}
+    options = {"project": "p", "entity": "team", "name": "n", "dir": folder, "config": {"lr": 0.1}}
     assert calls == [options, (3, {"loss": 2.5}), "finished"]
     assert (tmp_path / "new").is_dir()
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron3d.comm.device import synchronize
 from megatron3d.data.batch import GroupedSamples
+from megatron3d.errors import NumericsError
 from megatron3d.optim.schedule import ScheduleSettings, settings_from_config
 from megatron3d.tasks.glue import weights
 from megatron3d.tasks.glue.average import WeightAverage
@@ -113,6 +114,9 @@ def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say:
         wishes: how.
         guard: learns the step, for reports of how the run ended.
         say: takes lines for people; silent on all ranks but one.
+
+    Raises:
+        NumericsError: a loss, a gradient or a weight is not finite; what was saved before stands.
     """
     if data.train is None:
         found = measure_dev(parts, data.dev, wishes, say)
@@ -207,6 +211,11 @@ class _Loop:
         self.reports.measured(self.progress.step, found.loss, found.metrics)
         self.reports.note(_line(f"after {when}", found))
         step, samples = self.progress.step, self.progress.consumed_samples
+        if not math.isfinite(found.loss):
+            raise NumericsError(
+                f"the loss on the dev files after {when} is {found.loss}, so the weights are of no use and not kept; "
+                f"lower --lr (now {self.parts.config.optim.lr:g})"
+            )
         if self.best is not None and found.rank <= self.best.best.rank:
             self.best = Finetuned(self.best.best, self.best.epoch, self.best.step, samples, self.train_s)
             return

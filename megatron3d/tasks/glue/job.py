@@ -7,7 +7,7 @@ option but comes with the weights.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
@@ -101,7 +101,7 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
         eval_interval=args.eval_interval,
         predict=None if args.predict is None else _writable(Path(args.predict)),
         save=words.checkpoint.save,
-        notes=_notes(rows, data, origin, task, max_length),
+        notes=(*_notes(rows, data, origin, task, max_length), *_without_effect(args, runs[0], task, data)),
     )
 
 
@@ -319,6 +319,16 @@ def _notes(rows: _Files, data: TaskData, origin: Origin, task: Task, max_length:
     fresh = [prefix.strip(".") for prefix in new_prefixes(origin, task)]
     notes.append(f"starting from {origin.path}{', with a new ' + ' and '.join(fresh) if fresh else ''}")
     return tuple(notes)
+
+
+def _without_effect(args: argparse.Namespace, run: RunConfig, task: Task, data: TaskData) -> Iterator[str]:
+    """Lines about what is asked for and will not come."""
+    steps = run.train.train_iters
+    if args.eval_interval is not None and args.eval_interval >= steps:
+        yield f"--eval-interval {args.eval_interval} adds nothing: there are {steps} steps, measured after each epoch"
+    missing = [name for name in task.test if name not in data.test] if args.predict is not None else []
+    if missing:
+        yield f"--predict writes nothing for {', '.join(missing)}: {task.test[missing[0]]} is not there"
 
 
 def _mean_length(samples: Encoded) -> float:

@@ -19,7 +19,7 @@ from megatron3d.train.metrics import MetricsFile, StepRecord
 from megatron3d.train.parts import Parts
 from megatron3d.train.progress import ProgressReporter, StepReport
 from megatron3d.train.reports import TERA, start_record
-from megatron3d.train.state import Progress, total_steps
+from megatron3d.train.state import Progress, last_step
 from megatron3d.train.step import Rates, StepResult
 
 
@@ -44,7 +44,7 @@ class TaskReports:
             self._metrics.start(record)
         peak = config.train.peak_tflops or peak_tflops(device_name(self.parts.model.device), config.optim.precision)
         reporter = ProgressReporter(
-            total_steps(config),
+            last_step(config, Progress()),
             sys.stderr,
             log_interval=config.train.log_interval,
             num_devices=self.parts.mesh.world.size,

@@ -29,6 +29,7 @@ from megatron3d.convert.tokenizer_files import data_of, files_of
 from megatron3d.errors import MisfitError
 from megatron3d.tasks.glue.tasks import Task
 from megatron3d.train.parts import Parts
+from megatron3d.zero.replicas import require_equal_replicas
 
 _CLASSIFIER, _POOLER = "head.classifier.", "head.pooler."
 
@@ -167,10 +168,14 @@ def save(parts: Parts, root: Path, step: int, document: Mapping[str, Any]) -> Pa
     """Write the classifier without its optimizer, and keep it alone in `root`; collective over all ranks.
 
     Raises:
+        NumericsError: the weights are not finite, or ranks that must hold the same ones do not.
         StorageError: the file system refused; the checkpoint before is untouched.
     """
     mesh = parts.mesh
     with parts.engine.states_opened(parts.optimizer, writes=False):
+        parts.engine.finish_publish()
+        held = {f"model/{name}": view for name, view in parts.engine.weight_views().items()}
+        require_equal_replicas(parts.engine.units, held, mesh, step=step)
         views = parts.engine.weight_views(with_copies=False)
         return save_checkpoint(
             root,
