@@ -24,10 +24,11 @@ from torch import Tensor
 
 from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.checkpoint.load import read_document, tensor_shapes
+from megatron3d.comm.agree import digest_of
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import from_dict
-from megatron3d.convert.hf import read_model
+from megatron3d.convert.hf import digest_of_tensors, read_model
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError, StorageError
 from megatron3d.inference.embed import POOLINGS, EmbedOptions, embed, load_encoder
@@ -48,6 +49,11 @@ class Job:
     num_cut: int
     options: EmbedOptions
     output: Path
+
+    def files(self) -> dict[str, str]:
+        """Digests of what was read, which all ranks must have alike."""
+        found = {"the texts": digest_of(self.ids), "the options of embedding": str(self.options)}
+        return found if isinstance(self.weights, Path) else {**found, "the weights": digest_of_tensors(self.weights)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -223,7 +229,7 @@ def main(guard: Guard) -> None:
     """Settle what is asked for, load the encoder, embed, write."""
     args = parser().parse_args()
     job = settle(args, guard.launch.world_size)
-    with joined(job.config.parallel, guard, save=None) as (mesh, device):
+    with joined(job.config, guard, save=None, files=job.files()) as (mesh, device):
         model = load_encoder(job.config, mesh, device, job.weights, pooling=job.options.pooling)
         began_s = time.monotonic()
         vectors_NH = embed(model, job.config, job.ids, job.options)

@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.checkpoint.load import read_document
+from megatron3d.comm.agree import digest_of
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import from_dict
@@ -43,6 +44,10 @@ class Job:
     prompts: tuple[str, ...]
     prompt_ids: tuple[list[int], ...]
     options: SamplingOptions
+
+    def files(self) -> dict[str, str]:
+        """Digests of what was read, which all ranks must have alike."""
+        return {"the prompts": digest_of(self.prompt_ids), "the sampling options": str(self.options)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -228,7 +233,7 @@ def main(guard: Guard) -> None:
     """Settle what is asked for, load the weights, generate, print."""
     args = parser().parse_args()
     job = settle(args, guard.launch.world_size)
-    with joined(job.config.parallel, guard, save=None) as (mesh, device):
+    with joined(job.config, guard, save=None, files=job.files()) as (mesh, device):
         model = load_model(job.config, mesh, device, job.directory)
         began_s = time.monotonic()
         new_ids = generate(

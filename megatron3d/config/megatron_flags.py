@@ -151,7 +151,7 @@ ACCEPTED: tuple[Accepted, ...] = (
         --use-dist-ckpt --auto-detect-ckpt-format --ckpt-fully-parallel-save --no-ckpt-fully-parallel-save
         --ckpt-fully-parallel-load --ckpt-assume-constant-structure --async-save --use-persistent-ckpt-worker
         --dist-ckpt-optim-fully-reshardable --distrib-optim-fully-reshardable-mem-efficient
-        --dist-ckpt-save-pre-mcore-014 --exit-on-missing-checkpoint --verify-integrity --save-optim --load-optim
+        --dist-ckpt-save-pre-mcore-014 --verify-integrity --save-optim --load-optim
         --async-ckpt-use-cpu-shm --ckpt-fully-parallel-load-per-rank-objects --ckpt-pg-tensors-cache-create
         --ckpt-drop-redundant-extra-state --no-ckpt-load-validate-sharding-integrity
         --disable-ckpt-load-validate-sharding-integrity --disable-msc --no-save-tokenizer-assets
@@ -375,16 +375,16 @@ REFUSED: tuple[Refused, ...] = (
         --cloze-eval --eval-hf --load-openai""",
     ),
     Refused(
-        "the model is described by the flags; take those of a checkpoint by --config CHECKPOINT/run.json",
+        "the model is described by the flags; take those of a checkpoint by --use-checkpoint-args",
         flags="""
-        --use-checkpoint-args --use-mp-args-from-checkpoint-args --yaml-cfg --spec --model-spec
+        --use-mp-args-from-checkpoint-args --yaml-cfg --spec --model-spec
         --no-use-tokenizer-model-from-checkpoint-args --disable-use-tokenizer-model-from-checkpoint-args""",
         prefixes="--heterogeneous-",
     ),
     Refused(
         "use --load with --finetune, --ckpt-step or --keep-last, and tools/convert_checkpoint.py for other formats",
         flags="""
-        --pretrained-checkpoint --bert-load --vit-load --pretrained-bert --most-recent-k --override-ckpt-iteration
+        --bert-load --vit-load --pretrained-bert --most-recent-k --override-ckpt-iteration
         --save-iters --ckpt-convert-format --ckpt-convert-save --load-model-opt-format
         --ckpt-convert-update-legacy-dist-opt-format --exit-signal --validate-model-load""",
         prefixes="--non-persistent-",

@@ -18,11 +18,13 @@ from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
 from megatron3d.config.data import DataConfig
 from megatron3d.data.build import BertData, GPTData
+from megatron3d.data.content import Content
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.data.stream import SampleStream
 from megatron3d.errors import ConfigError, StopRequested
 from megatron3d.optim.schedule import ScheduleSettings
 from megatron3d.train import state
+from megatron3d.train.compare import agreed_content
 from megatron3d.train.evaluate import evaluate
 from megatron3d.train.launch import Guard
 from megatron3d.train.parts import Parts
@@ -71,10 +73,11 @@ def train(parts: Parts, streams: Streams, guard: Guard) -> Progress:
     Raises:
         StopRequested: the run was asked to stop; it has saved if it saves at all.
     """
+    content = agreed_content(parts.config, parts.mesh.world.group)
     with _held_directory(parts):
-        restored = state.restore(parts)
+        restored = state.restore(parts, content)
         with Reports(parts, restored) as reports, StopFlag(on_forced=guard.forced_end) as stop:
-            loop = _Loop(parts, streams, reports, stop, guard, restored.schedule, restored.progress)
+            loop = _Loop(parts, streams, reports, stop, guard, restored.schedule, content, restored.progress)
             try:
                 loop.run()
             except Exception as error:
@@ -105,6 +108,7 @@ class _Loop:
     stop: StopFlag
     guard: Guard
     schedule: ScheduleSettings
+    content: Content
     progress: Progress
     saved_step: int = -1
     steps_made: int = 0
@@ -172,7 +176,7 @@ class _Loop:
 
     def _save(self) -> None:
         if self.parts.config.checkpoint.save and self.saved_step != self.progress.step:
-            path = state.save(self.parts, self.progress, self.schedule)
+            path = state.save(self.parts, self.progress, self.schedule, self.content)
             self.saved_step = self.progress.step
             self.reports.note(f"saved {path}")
 
