@@ -19,7 +19,7 @@ from typing import Any
 from megatron3d.config.data import DataConfig
 from megatron3d.config.resume import Difference, Effect
 from megatron3d.data.blend import Corpus, parse_data_path, words_of_file
-from megatron3d.errors import DataError
+from megatron3d.errors import ConfigError, DataError
 
 BLOCK_BYTES, NUM_BLOCKS = 16 << 10, 64
 
@@ -201,6 +201,25 @@ def same_tokenizer(saved: TokenizerContent, now: TokenizerContent) -> bool:
     """Whether two tokenizers are of one kind and made of equal files."""
     kinds = {"sentencepiece" if one.kind in _SENTENCEPIECE else one.kind for one in (saved, now)}
     return len(kinds) == 1 and saved.digest == now.digest
+
+
+def require_same_tokenizer(saved: Content | None, data: DataConfig, vocab_size: int, *, source: Path) -> None:
+    """Refuse files of a tokenizer with other content than those that the model in `source` was trained with.
+
+    A tokenizer of another kind, which a user names on purpose, is not compared; nor is one where the checkpoint is of
+    a version that stored no content.
+
+    Raises: ConfigError if they differ; DataError if a file cannot be read.
+    """
+    if saved is None or saved.tokenizer is None or data.tokenizer_type != saved.tokenizer.kind:
+        return
+    now = tokenizer_content(data, vocab_size=vocab_size)
+    if now is not None and not same_tokenizer(saved.tokenizer, now):
+        raise ConfigError(
+            f"the tokenizer {' '.join(now.files)} (digest {now.digest[:8]}) has other content than that with which the "
+            f"model in {source} was trained, then {' '.join(saved.tokenizer.files)} (digest "
+            f"{saved.tokenizer.digest[:8]}); give the files of the training, or use these ones by --override-tokenizer"
+        )
 
 
 def _same_corpora(saved: Sequence[CorpusContent], now: Sequence[CorpusContent]) -> bool:

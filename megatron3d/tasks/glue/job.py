@@ -87,7 +87,7 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
     _check_classifier(args, origin, task)
     multiple = _multiple(args, words)
     max_length = _max_length(args.max_seq_length, origin, multiple)
-    data_options, tokenizer = choose_tokenizer(words.data, origin)
+    data_options, tokenizer = choose_tokenizer(words.data, origin, override=args.override_tokenizer)
     rows = _read(args, task, folder)
     data = TaskData(
         train=encode(rows.train, tokenizer, max_length=max_length) if rows.train else None,

@@ -23,11 +23,13 @@ from megatron3d.checkpoint.store import everywhere
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.data import DataConfig
 from megatron3d.config.model import ModelConfig
-from megatron3d.config.serialize import from_dict, to_dict
+from megatron3d.config.serialize import to_dict
 from megatron3d.convert.hf import TOKENIZER_FOLDER, fill_views, read_model
 from megatron3d.convert.tokenizer_files import data_of, files_of
+from megatron3d.data.content import Content, tokenizer_content
 from megatron3d.errors import MisfitError
 from megatron3d.tasks.glue.tasks import Task
+from megatron3d.train.compare import CONTENT_DOCUMENT, read_saved_run
 from megatron3d.train.parts import Parts
 
 _CLASSIFIER, _POOLER = "head.classifier.", "head.pooler."
@@ -46,6 +48,7 @@ class Origin:
         keeps_classifier: whether the user says that its classifier is one of the task.
         num_outputs: outputs of its classifier; None if it has none.
         tensors: all weights by name, of a Hugging Face directory; None of a checkpoint, which is read when needed.
+        content: what the checkpoint says of the tokenizer's content; None if it says nothing.
     """
 
     path: Path
@@ -56,6 +59,7 @@ class Origin:
     keeps_classifier: bool = False
     num_outputs: int | None = None
     tensors: Mapping[str, Tensor] | None = None
+    content: Content | None = None
 
     def is_of(self, task: Task) -> bool:
         """Whether its classifier is one of this task."""
@@ -90,12 +94,21 @@ def open_checkpoint(load: str, step: int | None) -> Origin:
         CheckpointError: there is none, or it holds no BERT.
     """
     directory = find_checkpoint(Path(load), step)
-    stored = from_dict(read_document(directory, "run"))
+    saved = read_saved_run(directory)
+    stored = saved.config
     _require_bert(f"--load {directory}", stored.model)
     shapes = {name.removeprefix("model/"): shape for name, shape in tensor_shapes(directory).items()}
     task = read_document(directory, "task") if "task.json" in read_index(directory).documents else None
     num_outputs = shapes.get(f"{_CLASSIFIER}weight", (None,))[0]
-    return Origin(directory, stored.model, frozenset(shapes), stored.data, task, num_outputs=num_outputs)
+    return Origin(
+        directory,
+        stored.model,
+        frozenset(shapes),
+        stored.data,
+        task,
+        num_outputs=num_outputs,
+        content=saved.content,
+    )
 
 
 def _require_bert(source: str, model: ModelConfig) -> None:
@@ -123,7 +136,12 @@ def fill(parts: Parts, origin: Origin, task: Task) -> None:
         views = parts.engine.weight_views()
         old = {name: view for name, view in views.items() if not (fresh and name.startswith(fresh))}
         if origin.tensors is None:
-            load_tensors(origin.path, {f"model/{n}": v for n, v in old.items()}, group=parts.mesh.world.group)
+            load_tensors(
+                origin.path,
+                {f"model/{n}": v for n, v in old.items()},
+                group=parts.mesh.world.group,
+                may_be_left=lambda name: not name.startswith("model/") or name.startswith("model/head."),
+            )
         elif missing := fill_views(old, origin.tensors):
             raise MisfitError(f"--hf {origin.path} has no weights for {missing[0]}; give a directory that has them")
     parts.engine.publish()
@@ -169,14 +187,15 @@ def save(parts: Parts, root: Path, step: int, document: Mapping[str, Any]) -> Pa
     Raises:
         StorageError: the file system refused; the checkpoint before is untouched.
     """
-    mesh = parts.mesh
+    mesh, config = parts.mesh, parts.config
+    content = Content({}, tokenizer_content(config.data, vocab_size=config.model.vocab_size))
     with parts.engine.states_opened(parts.optimizer, writes=False):
         views = parts.engine.weight_views(with_copies=False)
         return save_checkpoint(
             root,
             step,
             {f"model/{name}": view for name, view in views.items()},
-            documents={"run": to_dict(parts.config), "task": dict(document)},
+            documents={"run": to_dict(config), "task": dict(document), CONTENT_DOCUMENT: content.to_json()},
             keep_last=1,
             group=mesh.world.group,
             rank=mesh.rank,
