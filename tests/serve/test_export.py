@@ -260,7 +260,7 @@ def test_checkpoints_that_moved_take_the_vocabulary_beside_them(exported: Get, t
     shutil.copytree(exported("single").checkpoint.parent, moved)
     beside = moved / "tokenizer" / "vocab.txt"
     beside.write_text("\n".join([*SPECIAL, *reversed(WORDS)]) + "\n")
-    with pytest.raises(ConfigError, match="other content than that with which .* by --override-tokenizer"):
+    with pytest.raises(ConfigError, match=r"other content than that with which .* by --override-tokenizer"):
         open_trained(moved, None, Wishes())
     taken = open_trained(moved, None, Wishes(override_tokenizer=True))
     assert taken.tokenizer.files == {"vocab.txt": beside.read_bytes()}

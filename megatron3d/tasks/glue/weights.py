@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron3d.checkpoint.directory import find_checkpoint
+from megatron3d.checkpoint.directory import find_checkpoint, was_saved_to
 from megatron3d.checkpoint.durable import storage_errors, write_file
 from megatron3d.checkpoint.index import read_index
 from megatron3d.checkpoint.load import load_tensors, read_document, tensor_shapes
@@ -208,12 +208,14 @@ def keep_tokenizer(data: DataConfig, model: ModelConfig, save: Path, mesh: Mesh)
 
     Raises:
         StorageError: the file system refused.
+        MisfitError: checkpoints are there whose tokenizer is another one.
     """
     files = files_of(data, model)
     folder = save / TOKENIZER_FOLDER
 
     def copy() -> None:
         if mesh.rank == 0:
+            _require_no_other_tokenizer(save, files)
             with storage_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 for name, content in files.items():
@@ -221,3 +223,15 @@ def keep_tokenizer(data: DataConfig, model: ModelConfig, save: Path, mesh: Mesh)
 
     everywhere(copy, mesh.world.group)
     return replace(data, **{name: vars(data_of(folder, model, {}))[name] for name in ("vocab_file", "tokenizer_model")})
+
+
+def _require_no_other_tokenizer(save: Path, files: Mapping[str, bytes]) -> None:
+    folder = save / TOKENIZER_FOLDER
+    other = [
+        name for name, content in files.items() if (folder / name).is_file() and (folder / name).read_bytes() != content
+    ]
+    if other and was_saved_to(save):
+        raise MisfitError(
+            f"--save {save} holds checkpoints with another tokenizer, {folder / other[0]}, than this fine-tuning's; give "
+            "another --save"
+        )
