@@ -120,11 +120,17 @@ RUNS = (
 )
 
 
+@pytest.fixture(scope="module")
+def runs() -> list[RunConfig]:
+    found = [resolved(options) for options in RUNS]
+    return [*found, resolved(architecture="bert"), resolved("--data-path a", base=MOCK.replace("--mock-data", ""))]
+
+
 @pytest.mark.parametrize("key", [k for k, e in EFFECTS.items() if e is not Effect.FREE and k not in COMPARED_ELSEWHERE])
-def test_a_change_of_any_option_that_is_not_free_is_told_in_a_run_where_it_counts(key: tuple[str, str]) -> None:
+def test_a_change_of_any_option_that_is_not_free_is_told_in_a_run_where_it_counts(
+    key: tuple[str, str], runs: list[RunConfig]
+) -> None:
     section, name = key
-    runs = [resolved(options) for options in RUNS]
-    runs += [resolved(architecture="bert"), resolved("--data-path a", base=MOCK.replace("--mock-data", ""))]
     option = BY_KEY[key]
     effects = set()
     for run in runs:

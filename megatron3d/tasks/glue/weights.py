@@ -232,6 +232,6 @@ def _require_no_other_tokenizer(save: Path, files: Mapping[str, bytes]) -> None:
     ]
     if other and was_saved_to(save):
         raise MisfitError(
-            f"--save {save} holds checkpoints with another tokenizer, {folder / other[0]}, than this fine-tuning's; give "
-            "another --save"
+            f"--save {save} holds checkpoints with another tokenizer ({folder / other[0]}) than this fine-tuning's; "
+            "give another --save"
         )
