@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_blocks_lie_within_the_file_and_hold_its_begin_and_end(size: int) -> Non
     if size <= WHOLE:
         assert sum(end - begin for begin, end in covered) == size
     else:
-        distances = {later - earlier for earlier, later in zip(offsets, offsets[1:])}
+        distances = {later - earlier for earlier, later in pairwise(offsets)}
         assert max(distances) - min(distances) <= 1
 
 

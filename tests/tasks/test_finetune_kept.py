@@ -31,7 +31,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory, hf: Path, sst: Path) -> Pa
     """--save of a fine-tuning that learned something."""
     save = tmp_path_factory.mktemp("learned") / "save"
     found = tuned("--task sst-2", "--data-dir", sst, "--hf", hf, GOOD, "--save", save)
-    assert found["metrics"]["accuracy"] > 0.8, "there must be something to lose"
+    assert found["metrics"]["accuracy"] >= 0.8, "there must be something to lose"
     return save
 
 
