@@ -36,7 +36,7 @@ def main(guard: Guard) -> None:
         print(as_table(config))
 
     # Where it runs.
-    with joined(config.parallel, guard, save=config.checkpoint.save) as (mesh, device):
+    with joined(config, guard, save=config.checkpoint.save) as (mesh, device):
         # Which sentences, and which of their tokens are masked: a function of the sample's number on every rank.
         data = build_bert_data(
             config.data,

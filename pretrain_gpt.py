@@ -32,7 +32,7 @@ def main(guard: Guard) -> None:
         print(as_table(config))
 
     # Where it runs.
-    with joined(config.parallel, guard, save=config.checkpoint.save) as (mesh, device):
+    with joined(config, guard, save=config.checkpoint.save) as (mesh, device):
         # Which tokens: every rank maps the same files and reads its own part.
         sizes = {"vocab_size": config.model.vocab_size, "eod_token": vocabulary.eod_token}
         data = build_gpt_data(config.data, seq_length=config.model.seq_length, **sizes)

@@ -47,7 +47,7 @@ def main(guard: Guard) -> None:
     for note in job.notes:
         say(note)
     results = []
-    with joined(job.runs[0].parallel, guard, save=job.save) as (mesh, device):
+    with joined(job.runs[0], guard, save=job.save, files=job.files()) as (mesh, device):
         for run in job.runs:
             results.append(one_seed(job, run, mesh, device, guard))
     if is_first:

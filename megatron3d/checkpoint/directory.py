@@ -28,6 +28,7 @@ from megatron3d.checkpoint.shard_file import check_entry, open_shard, read_box
 from megatron3d.errors import CheckpointError, InUseError
 
 LATEST_NAME = "latest"
+LATEST_ASIDE = ".tmp-latest"
 LOCK_NAME = ".lock"
 Level = Literal["sizes", "headers", "full"]
 _NAME = re.compile(r"(?:\.old-)?iter_(\d+)")
@@ -73,7 +74,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     try:
         name = (root / LATEST_NAME).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return published_without_latest(root)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{root / LATEST_NAME} cannot be read ({error}); name a step with --ckpt-step") from error
     path = _whole(root, name) if _NAME.fullmatch(name) else None
@@ -83,6 +84,24 @@ def latest_checkpoint(root: Path) -> Path | None:
             "name a step with --ckpt-step"
         )
     return path
+
+
+def published_without_latest(root: Path) -> Path | None:
+    """The first checkpoint of a run that was killed after it took its name and before `latest` named it."""
+    try:
+        name = (root / LATEST_ASIDE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return _whole(root, name) if _NAME.fullmatch(name) else None
+
+
+def was_saved_to(root: Path) -> bool:
+    """Whether a checkpoint was ever published in `root`, or is `root` itself, be it whole or not."""
+    if not root.is_dir():
+        return False
+    if any((root / name).exists() for name in (LATEST_NAME, LATEST_ASIDE, INDEX_NAME)):
+        return True
+    return any(_NAME.fullmatch(entry.name) for entry in root.iterdir())
 
 
 def find_checkpoint(root: Path, step: int | None = None) -> Path:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,7 @@ from megatron3d.checkpoint.shard_file import open_shard, read_box, write_shard
 from megatron3d.errors import CheckpointError, Megatron3dError
 from megatron3d.params.boxes import Box, ShardView
 
-__all__ = ["ProcessGroup", "everywhere", "read_tensors", "write_tensors"]
+__all__ = ["ProcessGroup", "everywhere", "from_first", "gathered", "read_tensors", "write_tensors"]
 
 T = TypeVar("T")
 
@@ -81,6 +81,26 @@ def everywhere(action: Callable[[], T], group: ProcessGroup | None) -> T:
     if failure is not None:
         raise failure
     return result
+
+
+def gathered(value: T, group: ProcessGroup | None) -> list[T]:
+    """Every rank's value, in rank order. Collective over `group`."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def from_first(decide: Callable[[], T], group: ProcessGroup | None) -> T:
+    """What `decide` gives on the first rank of `group`, on every rank. Collective.
+
+    Raises:
+        Megatron3dError, RuntimeError: what `decide` raised, as `everywhere` does.
+    """
+    is_first = group is None or dist.get_rank(group) == 0
+    decided = everywhere(lambda: decide() if is_first else None, group)
+    return cast(T, gathered(decided, group)[0])
 
 
 def write_tensors(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from megatron3d.config.checkpoint_args import with_checkpoint_args
 from megatron3d.config.files import FileSettings, read_config_file
 from megatron3d.config.megatron_flags import HARMLESS_VALUES, SYNONYMS, accepted, refused
 from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, SECTIONS, Option, build_run_config
@@ -31,9 +32,9 @@ _GROUP_TITLES = {
     "checkpoint": "checkpoint: what is saved and loaded",
 }
 _EPILOG = (
-    "Values come from, in rising order: defaults, --preset, --config, flags. Megatron-LM's flags without meaning here "
-    "are accepted with one line each; those of features that are not here are refused with what to use instead. "
-    "See docs/configuration.md."
+    "Values come from, in rising order: defaults, --preset, --config, flags, --use-checkpoint-args. Megatron-LM's "
+    "flags without meaning here are accepted with one line each; those of features that are not here are refused with "
+    "what to use instead. See docs/configuration.md."
 )
 
 
@@ -51,7 +52,8 @@ def parse_args(
     by default they go to stderr (pass a function that keeps silent on all ranks but one). `architecture` is what the
     program trains: a preset, file or flag that names another is refused.
 
-    Raises: ConfigError with every unknown, refused or malformed word of the command line and the config file.
+    Raises: ConfigError with every unknown, refused or malformed word of the command line and the config file;
+    CheckpointError if `--use-checkpoint-args` finds no checkpoint to take options from.
     """
     say = _to_stderr if say is None else say
     problems: list[str] = []
@@ -76,7 +78,7 @@ def parse_args(
         )
     if problems:
         raise ConfigError("\n".join(problems))
-    return build_run_config(settings)
+    return build_run_config(with_checkpoint_args(settings, say))
 
 
 def _to_stderr(line: str) -> None:

@@ -178,11 +178,6 @@ ACCEPTED: tuple[Accepted, ...] = (
     ),
     Accepted(
         "how",
-        "a --load without a checkpoint is an error, but for the directory of --save, which a first run finds empty",
-        switches="--exit-on-missing-checkpoint",
-    ),
-    Accepted(
-        "how",
         "random numbers are derived from the seed, the step and the place in the model, so no state is stored",
         switches="""
         --no-load-rng --no-save-rng --disable-load-rng --disable-save-rng --save-rng --load-rng --save-all-rng

@@ -167,16 +167,16 @@ REFUSED: tuple[Refused, ...] = (
         --cloze-eval --eval-hf --load-openai""",
     ),
     Refused(
-        "the model is described by the flags; take those of a checkpoint by --config CHECKPOINT/run.json",
+        "the model is described by the flags; take those of a checkpoint by --use-checkpoint-args",
         flags="""
-        --use-checkpoint-args --use-mp-args-from-checkpoint-args --yaml-cfg --spec --model-spec
+        --use-mp-args-from-checkpoint-args --yaml-cfg --spec --model-spec
         --no-use-tokenizer-model-from-checkpoint-args --disable-use-tokenizer-model-from-checkpoint-args""",
         prefixes="--heterogeneous-",
     ),
     Refused(
         "use --load with --finetune, --ckpt-step or --keep-last, and tools/convert_checkpoint.py for other formats",
         flags="""
-        --pretrained-checkpoint --bert-load --vit-load --pretrained-bert --most-recent-k --override-ckpt-iteration
+        --bert-load --vit-load --pretrained-bert --most-recent-k --override-ckpt-iteration
         --save-iters --ckpt-convert-format --ckpt-convert-save --load-model-opt-format
         --ckpt-convert-update-legacy-dist-opt-format --validate-model-load""",
         prefixes="--non-persistent-",

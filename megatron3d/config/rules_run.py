@@ -6,6 +6,7 @@ Each rule yields sentences. `given` is what the user said (values outside their 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from megatron3d.config.batch_size import batch_size_at, parse_step_schedule
@@ -314,13 +315,28 @@ def checkpoint_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         )
     if checkpoint.load is None and checkpoint.save is None and checkpoint.ckpt_step is not None:
         yield f"--ckpt-step {checkpoint.ckpt_step} needs --load, the directory it is in; give it."
-    if checkpoint.load is None and checkpoint.finetune:
+    if checkpoint.finetune and checkpoint.load is None and checkpoint.pretrained_checkpoint is None:
         yield "--finetune takes the weights of a checkpoint, but there is no --load; give it, or drop --finetune."
+    load, save = checkpoint.load, checkpoint.save
+    if checkpoint.finetune and load and save and os.path.realpath(save) in _directories_of(load):
+        yield (
+            f"--finetune with --load {load} and --save {save}: when the run is started again, it could not tell "
+            "whether a checkpoint there is to be fine-tuned or resumed; give another --save."
+        )
+    if checkpoint.exit_on_missing_checkpoint and checkpoint.load is None and checkpoint.save is None:
+        yield "--exit-on-missing-checkpoint needs --load (or --save), where a checkpoint must be; give it, or drop it."
+    if checkpoint.use_checkpoint_args and not (checkpoint.load or checkpoint.save or checkpoint.pretrained_checkpoint):
+        yield "--use-checkpoint-args needs --load, the directory of the checkpoint; give it, or drop the option."
     if checkpoint.override_opt_param_scheduler and checkpoint.use_checkpoint_opt_param_scheduler:
         yield (
             "--override-opt-param-scheduler takes the schedule from the flags and --use-checkpoint-opt_param-scheduler "
             "from the checkpoint; give only one of them."
         )
+
+
+def _directories_of(load: str) -> tuple[str, str]:
+    """What --load may name: a directory of checkpoints, or one of them in such a directory."""
+    return os.path.realpath(load), os.path.dirname(os.path.realpath(load))
 
 
 RUN_RULES = (

@@ -11,18 +11,21 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import MappingProxyType
 
 import torch
 
+from megatron3d.comm.agree import require_agreement
 from megatron3d.comm.device import pick_device
 from megatron3d.comm.launch import Launch, end_process, is_peer_failure, join, leave, read_launch
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import Mesh, make_mesh
-from megatron3d.config.parallel import ParallelConfig
+from megatron3d.config.agreement import agreed_options
+from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError, InUseError, Megatron3dError, PeerError, StopRequested
 from megatron3d.train.exit_status import ExitStatus, clear_exit_status, exit_code_of, status_of, write_exit_status
 
@@ -59,19 +62,25 @@ def guarded(main: Callable[[Guard], None]) -> None:
 
 
 @contextmanager
-def joined(parallel: ParallelConfig, guard: Guard, *, save: str | None) -> Iterator[tuple[Mesh, torch.device]]:
-    """Pick the device, join the job, and build the mesh of a resolved config.
+def joined(
+    config: RunConfig, guard: Guard, *, save: str | None, files: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[Mesh, torch.device]]:
+    """Pick the device, join the job, and build the mesh of a resolved config, once all ranks have the same one.
+
+    `files` are digests of what else each rank read from files before, by a name for people: prompts, a training file.
 
     Raises:
-        ConfigError: the device cannot be had.
+        ConfigError: the device cannot be had, or the ranks do not agree on an option or on `files`.
     """
-    launch = guard.launch
+    launch, parallel = guard.launch, config.parallel
     guard.save = save
     if save and launch.rank == 0:
         clear_exit_status(save)
     device = pick_device(parallel.device, local_rank=launch.local_rank, local_world_size=launch.local_world_size)
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     join(launch, device, timeout=timeout)
+    # Before the mesh: ranks with different layouts would wait in groups that the others do not have.
+    require_agreement({**agreed_options(config), **files}, ConfigError)
     layout = Layout(
         tp=parallel.tensor_model_parallel_size,
         pp=parallel.pipeline_model_parallel_size,

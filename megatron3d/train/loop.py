@@ -19,11 +19,13 @@ from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
 from megatron3d.config.data import DataConfig
 from megatron3d.data.build import BertData, GPTData
+from megatron3d.data.content import Content
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.data.stream import SampleStream
 from megatron3d.errors import ConfigError, StopRequested
 from megatron3d.optim.schedule import ScheduleSettings
 from megatron3d.train import state
+from megatron3d.train.compare import agreed_content
 from megatron3d.train.evaluate import evaluate
 from megatron3d.train.launch import Guard
 from megatron3d.train.outlook import Outlook
@@ -74,12 +76,13 @@ def train(parts: Parts, streams: Streams, guard: Guard) -> Progress:
     Raises:
         StopRequested: the run was asked to stop; it has saved if it saves at all.
     """
+    content = agreed_content(parts.config, parts.mesh.world.group)
     with _held_directory(parts):
-        restored = state.restore(parts)
+        restored = state.restore(parts, content)
         with Reports(parts, restored) as reports, StopFlag(on_forced=guard.forced_end) as stop:
             newest = restored.source if reports.resumed_in_place else None
             retention = Retention(parts.config.checkpoint, parts.mesh, newest=newest)
-            loop = _Loop(parts, streams, reports, stop, guard, retention, restored.schedule, restored.progress)
+            loop = _Loop(parts, streams, reports, stop, guard, retention, restored.schedule, content, restored.progress)
             try:
                 loop.run()
             except Exception as error:
@@ -111,6 +114,7 @@ class _Loop:
     guard: Guard
     retention: Retention
     schedule: ScheduleSettings
+    content: Content
     progress: Progress
     saved_step: int = -1
     steps_made: int = 0
@@ -200,7 +204,7 @@ class _Loop:
 
     def _save(self) -> None:
         if self.parts.config.checkpoint.save and self.saved_step != self.progress.step:
-            path = state.save(self.parts, self.progress, self.schedule)
+            path = state.save(self.parts, self.progress, self.schedule, self.content)
             self.saved_step = self.progress.step
             self.retention.saved(path)
             self.reports.note(f"saved {path}")

@@ -186,10 +186,10 @@ class Reports:
         if cost:
             self.note(cost)
         if self.restored.damage:
-            self.note(f"fell back to the checkpoint before, because {self.restored.damage}")
-        self.note(f"starting from {source}" if source else "starting from the initial weights")
-        if self.restored.delay_note:
-            self.note(self.restored.delay_note)
+            self.note(f"fell back to an earlier checkpoint, because {self.restored.damage}")
+        self.note(f"starting from {source} ({self.restored.why})" if source else "starting from the initial weights")
+        for line in self.restored.lines:
+            self.note(line)
 
 
 def start_record(parts: Parts, *, predicted: Mapping[str, int] | None = None) -> StartRecord:

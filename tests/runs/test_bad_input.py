@@ -217,16 +217,16 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(checkpoints: Pa
 def test_a_vocabulary_larger_than_the_checkpoints_is_refused(checkpoints: Path) -> None:
     ended = run(words(MOCK, "--vocab-size 150 --load", checkpoints))
     assert ended.code == 4
-    ended.says("--vocab-size 150 is larger than the checkpoint's 101", "use --vocab-size 101")
+    ended.says("--vocab-size: checkpoint 101, this run 150", "Give the options of the checkpoint")
     assert "--fall-back" not in ended.err, "an earlier checkpoint has the same vocabulary"
     told = run(words(MOCK, "--vocab-size 150 --fall-back-to-previous-checkpoint --load", checkpoints))
     assert (told.code, told.err) == (4, ended.err)
 
 
-def test_another_model_is_refused_with_the_tensors_that_differ(checkpoints: Path) -> None:
+def test_another_model_is_refused_with_all_options_that_differ(checkpoints: Path) -> None:
     ended = run(words(MOCK, "--hidden-size 64 --load", checkpoints))
     assert ended.code == 4
-    ended.says("(101, 32) there and (101, 64) here", "run.json")
+    ended.says("--hidden-size: checkpoint 32, this run 64", "--kv-channels: checkpoint 8, this run 16")
 
 
 def test_the_state_of_another_optimizer_is_refused(checkpoints: Path) -> None:

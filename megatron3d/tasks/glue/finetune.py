@@ -26,6 +26,7 @@ from megatron3d.optim.schedule import ScheduleSettings, settings_from_config
 from megatron3d.tasks.glue import weights
 from megatron3d.tasks.glue.average import WeightAverage
 from megatron3d.tasks.glue.encode import Encoded, hide_tokens
+from megatron3d.tasks.glue.kept import Kept, kept_before
 from megatron3d.tasks.glue.metrics import mean_of
 from megatron3d.tasks.glue.order import PlannedStep, training_steps
 from megatron3d.tasks.glue.pace import Pace
@@ -122,9 +123,13 @@ def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say:
         found = measure_dev(parts, data.dev, wishes, say)
         say(_line("as loaded", found))
         return Finetuned(found, 0, 0, 0, 0.0)
+    kept = None
+    if wishes.save is not None:
+        names = (f"{name}{ending}" for ending in data.dev for name in wishes.task.metrics)
+        kept = kept_before(wishes.save, wishes.task, names, group=parts.mesh.world.group)
     with ExitStack() as exits:
         reports = exits.enter_context(TaskReports(parts))
-        loop = _Loop(parts, data.train, data.dev, wishes, reports, guard)
+        loop = _Loop(parts, data.train, data.dev, wishes, reports, guard, kept=kept)
         try:
             for epoch in range(wishes.epochs):
                 loop.train_epoch(epoch)
@@ -147,9 +152,11 @@ class _Loop:
         wishes: Wishes,
         reports: TaskReports,
         guard: Guard,
+        *,
+        kept: Kept | None,
     ) -> None:
         self.parts, self.samples, self.dev, self.wishes = parts, train, dev, wishes
-        self.reports, self.guard = reports, guard
+        self.reports, self.guard, self.kept = reports, guard, kept
         self.schedule: ScheduleSettings = settings_from_config(parts.config.optim, parts.config.train)
         self.progress = Progress()
         self.average = None if wishes.ema_decay is None else WeightAverage(parts, wishes.ema_decay)
@@ -223,9 +230,19 @@ class _Loop:
         stays = self.average is None and step == self.parts.config.train.train_iters
         self.best_weights = {} if stays else weights.remember(self.parts)
         if self.wishes.save is not None:
-            document = self._document(found.metrics)
-            path = weights.save(self.parts, self.wishes.save, step, document)
-            self.reports.note(f"saved {path}, the best so far")
+            self._save(self.wishes.save, step, found)
+
+    def _save(self, save: Path, step: int, found: Measured) -> None:
+        """Save the weights, unless an earlier run left better ones."""
+        kept = self.kept
+        if kept is not None and found.score < kept.score:
+            self.reports.note(
+                f"not saved: {kept.directory} of an earlier run is better, {kept.score:.4f} on average to "
+                f"{found.score:.4f}; give another --save to keep this one"
+            )
+            return
+        path = weights.save(self.parts, save, step, self._document(found.metrics))
+        self.reports.note(f"saved {path}, the best so far")
 
     def take_back_best(self) -> None:
         """Put the best weights into the model, where they are not those of the last update."""

@@ -18,6 +18,7 @@ from megatron3d.config.cli import parse_args
 from megatron3d.config.data import DataConfig
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.run import RunConfig
+from megatron3d.convert.hf import digest_of_tensors
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.tasks.glue.encode import Encoded, encode
@@ -54,6 +55,15 @@ class Job:
     save: str | None
     notes: tuple[str, ...]
 
+    def files(self) -> dict[str, str]:
+        """Digests of what was read, which all ranks must have alike; loading compares a checkpoint's weights."""
+        data, own = self.data, {"epochs": str(self.epochs), "batches": str((self.multiple, self.group_size))}
+        found = {"the training file": "none" if data.train is None else data.train.digest(), **own}
+        found |= {f"the dev file{ending}": one.digest() for ending, one in data.dev.items()}
+        found |= {f"the test file {name}": one.digest() for name, one in data.test.items()}
+        tensors = self.origin.tensors
+        return found if tensors is None else {**found, "the weights": digest_of_tensors(tensors)}
+
 
 def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int, *, say: Callable[[str], None]) -> Job:
     """Read files, weights' shapes and options, and find what is wrong with them.
@@ -77,7 +87,7 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
     _check_classifier(args, origin, task)
     multiple = _multiple(args, words)
     max_length = _max_length(args.max_seq_length, origin, multiple)
-    data_options, tokenizer = choose_tokenizer(words.data, origin)
+    data_options, tokenizer = choose_tokenizer(words.data, origin, override=args.override_tokenizer)
     rows = _read(args, task, folder)
     data = TaskData(
         train=encode(rows.train, tokenizer, max_length=max_length) if rows.train else None,
