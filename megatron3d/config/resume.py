@@ -67,12 +67,13 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
             ),
         },
         "train": {
-            Effect.REPORTED: "global_batch_size rampup_batch_size step_batch_size_schedule",
+            Effect.REPORTED: "global_batch_size rampup_batch_size step_batch_size_schedule iterations_to_skip",
             # batch_size_steps is step_batch_size_schedule in samples.
             Effect.FREE: (
                 "micro_batch_size train_iters train_samples eval_interval eval_iters exit_interval "
                 "exit_duration_in_mins exit_signal_handler log_interval tensorboard_dir wandb_project wandb_exp_name "
-                "wandb_save_dir metrics_file recompute_granularity recompute_activations recompute_method "
+                "wandb_entity wandb_save_dir metrics_file check_weight_hash_across_dp_replicas_interval "
+                " recompute_granularity recompute_activations recompute_method "
                 "recompute_num_layers peak_tflops profile_pipeline profile_pipeline_step batch_size_steps"
             ),
         },
@@ -103,8 +104,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
         },
         "checkpoint": {
             Effect.FREE: (
-                "save load pretrained_checkpoint save_interval keep_last ckpt_step finetune no_load_optim "
-                "no_save_optim override_opt_param_scheduler use_checkpoint_opt_param_scheduler "
+                "save load pretrained_checkpoint save_interval keep_last save_retain_interval ckpt_step finetune "
+                "no_load_optim no_save_optim override_opt_param_scheduler use_checkpoint_opt_param_scheduler "
                 "fall_back_to_previous_checkpoint exit_on_missing_checkpoint override_sample_order use_checkpoint_args"
             ),
         },

@@ -41,7 +41,6 @@ LOSES_NOTHING = {
     "--no-log-loss-scale-to-tensorboard": "report",
     "--disable-log-loss-scale-to-tensorboard": "report",
     "--one-logger-entity": "report",  # of a service to which nothing is sent
-    "--exit-on-missing-checkpoint": "how",
 }
 ROWS = {flag: row for row in ACCEPTED for text in (row.switches, row.valued, row.lists) for flag in text.split()}
 
