@@ -32,7 +32,8 @@ from megatron3d.data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError, StorageError
 from megatron3d.inference.embed import POOLINGS, EmbedOptions, embed, load_encoder
 from megatron3d.inference.load import generation_config
-from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.joining import joined
+from megatron3d.train.launch import Guard, guarded
 
 _FORMATS = (".npy", ".jsonl")
 

@@ -34,7 +34,8 @@ from megatron3d.tasks.glue.options import task_parser
 from megatron3d.tasks.glue.pace import Pace
 from megatron3d.tasks.glue.predict import scores, write_predictions
 from megatron3d.tasks.glue.weights import fill, keep_tokenizer
-from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.joining import joined
+from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.parts import Parts, build_parts
 
 

@@ -29,7 +29,8 @@ from megatron3d.errors import ConfigError, DataError
 from megatron3d.inference.generate import generate, new_token_limits, position_limit
 from megatron3d.inference.load import generation_config, load_model
 from megatron3d.inference.sampling import SamplingOptions
-from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.joining import joined
+from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.vocabulary import Vocabulary
 
 

@@ -54,31 +54,36 @@ class Restored:
     """Where a run starts: its progress, the schedule it follows, and the checkpoint it came from, if any.
 
     `damage` says what is wrong with the checkpoint that was asked for, where the one before was taken instead.
+    `evaluation_due` tells that the run before was stopped within the evaluation that follows this step.
     """
 
     progress: Progress
     schedule: ScheduleSettings
     source: Path | None = None
     damage: str | None = None
+    evaluation_due: bool = False
 
 
-def save(parts: Parts, progress: Progress, schedule: ScheduleSettings) -> Path:
+def save(parts: Parts, progress: Progress, schedule: ScheduleSettings, *, evaluation_due: bool = False) -> Path:
     """Write a checkpoint of this moment below --save; collective over all ranks.
+
+    `evaluation_due` says that the evaluation after this step is still to be made.
 
     Raises:
         StorageError: the file system refused; the checkpoints before are untouched.
     """
     with parts.engine.states_opened(parts.optimizer, writes=False):
-        return _save(parts, progress, schedule)
+        return _save(parts, progress, schedule, evaluation_due)
 
 
-def _save(parts: Parts, progress: Progress, schedule: ScheduleSettings) -> Path:
+def _save(parts: Parts, progress: Progress, schedule: ScheduleSettings, evaluation_due: bool) -> Path:
     config, mesh = parts.config, parts.mesh
     state = {
         "progress": asdict(progress),
         "schedule": schedule.to_json(),
         "scaler": parts.scaler.state(),
         "optimizer": {"kind": kind(config.optim), "step_count": step_count(parts.optimizer)},
+        "evaluation_due": evaluation_due,
     }
     return save_checkpoint(
         Path(config.checkpoint.save),
@@ -159,7 +164,8 @@ def _restore_from(source: Path, parts: Parts, flags: ScheduleSettings) -> Restor
         override=options.override_opt_param_scheduler,
         use_checkpoint=options.use_checkpoint_opt_param_scheduler,
     )
-    return Restored(Progress(**state["progress"]), schedule, source)
+    # Checkpoints from before there was this entry were written after the evaluation of their step.
+    return Restored(Progress(**state["progress"]), schedule, source, evaluation_due=state.get("evaluation_due", False))
 
 
 def _check_architecture(run: Mapping[str, Any], wanted: str, source: Path) -> None:

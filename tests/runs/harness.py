@@ -29,7 +29,7 @@ import torch
 
 from megatron3d.data.indexed import IndexedDatasetWriter
 from megatron3d.offload.block_file import BlockFile
-from megatron3d.train import launch, loop
+from megatron3d.train import joining, launch, loop
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "pretrain_gpt.py"
@@ -81,8 +81,8 @@ def run(argv: Sequence[str], *, rank: int = 0, world_size: int = 1, script: Path
         mock.patch.dict(os.environ, place),
         mock.patch.object(sys, "argv", [script.name, *argv]),
         mock.patch.object(launch, "end_process", end_process),
-        mock.patch.object(launch, "join", lambda *_, **__: None),
-        mock.patch.object(launch, "leave", lambda: None),
+        mock.patch.object(joining, "join", lambda *_, **__: None),
+        mock.patch.object(joining, "leave", lambda: None),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         contextlib.suppress(_EndedEarly),

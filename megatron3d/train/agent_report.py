@@ -1,0 +1,36 @@
+"""Why this process failed, for the elastic agent that started it: the file that `torchrun` reads.
+
+`torchrun` puts the reasons of its processes into its own report and hands the first of them on to whatever started it.
+The format is that of torch.distributed.elastic.multiprocessing.errors, which has no description but its code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import traceback
+from pathlib import Path
+
+from megatron3d.errors import Megatron3dError, PeerError, StopRequested
+
+
+def report_to_agent(error: BaseException, where: str, file: Path | None) -> None:
+    """Write the reason into the agent's file, if it has one; a file system that refuses is left alone.
+
+    A stop is no failure. Neither is it told that another rank was lost: the agent takes the earliest file for the
+    cause, and a process that was killed has left none.
+    """
+    if file is None or isinstance(error, StopRequested | PeerError):
+        return
+    reason = f"{type(error).__name__} {where}: {error}"
+    is_ours = isinstance(error, Megatron3dError)
+    shown = reason if is_ours else "".join(traceback.format_exception(error))
+    document = {
+        "message": {
+            "message": reason,
+            "extraInfo": {"py_callstack": shown, "timestamp": str(int(time.time()))},
+        }
+    }
+    with contextlib.suppress(OSError):  # the error itself is printed, and must not be hidden by this one
+        file.write_text(json.dumps(document), encoding="utf-8")

@@ -1,0 +1,68 @@
+"""From a started process to a run with its mesh: the device, the process group, the groups of the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+
+import torch
+
+from megatron3d.comm.device import pick_device
+from megatron3d.comm.join import is_peer_failure, join, leave
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import Mesh, make_mesh
+from megatron3d.config.parallel import ParallelConfig
+from megatron3d.errors import Megatron3dError, PeerError
+from megatron3d.train.exit_status import clear_exit_status
+from megatron3d.train.launch import Guard
+
+
+@contextmanager
+def joined(
+    parallel: ParallelConfig, guard: Guard, *, save: str | None, stoppable: bool = False
+) -> Iterator[tuple[Mesh, torch.device]]:
+    """Pick the device, join the job, build the mesh of a resolved config, and leave the job at the end.
+
+    Args:
+        parallel: the layout and the device.
+        guard: learns `save`.
+        save: the --save directory, in which the exit status of an earlier run is removed.
+        stoppable: within the block, signals set `guard.stop` instead of ending the process; the block must look at it.
+
+    Raises:
+        ConfigError: the device cannot be had.
+        PeerError: instead of the error of a collective in the block that lost another rank.
+    """
+    launch = guard.launch
+    guard.save = save
+    if save and launch.rank == 0:
+        clear_exit_status(save)
+    device = pick_device(parallel.device, local_rank=launch.local_rank, local_world_size=launch.local_world_size)
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    layout = Layout(
+        tp=parallel.tensor_model_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        dp=parallel.data_parallel_size,
+        cp=parallel.context_parallel_size,
+        zero_shard=parallel.zero_shard_size,
+    )
+    try:
+        join(launch, device, timeout=timeout)
+        # Not before: while ranks wait for each other nothing looks at the flag, and there is nothing to save.
+        with guard.stop if stoppable else nullcontext():
+            yield make_mesh(layout, timeout=timeout), device
+    except Exception as error:
+        if isinstance(error, Megatron3dError) or not is_peer_failure(error):
+            raise
+        raise _peer_error(error) from error
+    leave()
+
+
+def _peer_error(error: Exception) -> PeerError:
+    """An error of a collective, as the sentence it stands for."""
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    failure = PeerError(f"a collective failed, so another rank is gone or stuck: {first_line}")
+    for note in getattr(error, "__notes__", []):
+        failure.add_note(note)
+    return failure
