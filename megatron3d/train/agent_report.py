@@ -1,6 +1,8 @@
 """Why this process failed, for the elastic agent that started it: the file that `torchrun` reads.
 
-`torchrun` puts the reasons of its processes into its own report and hands the first of them on to whatever started it.
+The agent hands the message of the first failure on to whatever started it, and `torchrun` prints for every process what
+stands there as the call stack. A bug has its traceback there. An error meant for the user has its sentence in the
+message; it is printed once for the machine, so that the report points to it instead of repeating it for every rank.
 The format is that of torch.distributed.elastic.multiprocessing.errors, which has no description but its code.
 """
 
@@ -23,12 +25,14 @@ def report_to_agent(error: BaseException, where: str, file: Path | None) -> None
     """
     if file is None or isinstance(error, StopRequested | PeerError):
         return
-    reason = f"{type(error).__name__} {where}: {error}"
-    is_ours = isinstance(error, Megatron3dError)
-    shown = reason if is_ours else "".join(traceback.format_exception(error))
+    kind = type(error).__name__
+    if isinstance(error, Megatron3dError):
+        shown = f"{kind} {where}; its sentence is printed above, once for this machine, and stands in the error_file"
+    else:
+        shown = "".join(traceback.format_exception(error))
     document = {
         "message": {
-            "message": reason,
+            "message": f"{kind} {where}: {error}",
             "extraInfo": {"py_callstack": shown, "timestamp": str(int(time.time()))},
         }
     }
