@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 import traceback
 from pathlib import Path
@@ -36,5 +37,8 @@ def report_to_agent(error: BaseException, where: str, file: Path | None) -> None
             "extraInfo": {"py_callstack": shown, "timestamp": str(int(time.time()))},
         }
     }
+    # In one step: the agent ends the other processes once one has ended, and fails over half a file.
+    beside = file.with_name(f".{file.name}.tmp")
     with contextlib.suppress(OSError):  # the error itself is printed, and must not be hidden by this one
-        file.write_text(json.dumps(document), encoding="utf-8")
+        beside.write_text(json.dumps(document), encoding="utf-8")
+        os.replace(beside, file)

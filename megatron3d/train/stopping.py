@@ -27,13 +27,25 @@ def signal_reason(guard: Guard) -> str | None:
     return f"{guard.stop.signal_name} was received" if guard.stop else None
 
 
-def stop_while_starting(guard: Guard, mesh: Mesh) -> None:
-    """End the run if a rank was asked to stop before training began; collective.
+def stop_if_asked(guard: Guard, mesh: Mesh, *, when: str, outcome: str) -> None:
+    """End the run if a signal asked any rank to stop; collective.
+
+    Args:
+        guard: knows of signals to this rank.
+        mesh: the ranks that decide together.
+        when: for the sentence, such as "before training".
+        outcome: for the sentence: what is kept and what to do.
 
     Raises: StopRequested on all ranks.
     """
     reason = agreed_reason(signal_reason(guard), mesh.world)
     if reason is not None:
-        raise StopRequested(
-            f"stopped before training because {reason}; no step was made and nothing is saved, start again to go on"
-        )
+        raise StopRequested(f"stopped {when} because {reason}; {outcome}")
+
+
+def stop_while_starting(guard: Guard, mesh: Mesh) -> None:
+    """The same before the first step of a run.
+
+    Raises: StopRequested on all ranks.
+    """
+    stop_if_asked(guard, mesh, when="before training", outcome="no step was made, so nothing is saved; start again")

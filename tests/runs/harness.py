@@ -30,6 +30,7 @@ import torch
 from megatron3d.data.indexed import IndexedDatasetWriter
 from megatron3d.offload.block_file import BlockFile
 from megatron3d.train import joining, launch, loop
+from megatron3d.train.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "pretrain_gpt.py"
@@ -78,6 +79,7 @@ def run(argv: Sequence[str], *, rank: int = 0, world_size: int = 1, script: Path
     place = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     out, err = io.StringIO(), io.StringIO()
     with (
+        _signal_handlers_kept(),
         mock.patch.dict(os.environ, place),
         mock.patch.object(sys, "argv", [script.name, *argv]),
         mock.patch.object(launch, "end_process", end_process),
@@ -89,6 +91,17 @@ def run(argv: Sequence[str], *, rank: int = 0, world_size: int = 1, script: Path
     ):
         runpy.run_path(str(script), run_name="__main__")
     return Ended(codes[-1], out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """A run that was stopped ignores the signals that stop it until its process ends; a test's process lives on."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_ok(*options: str | Path) -> Ended:
