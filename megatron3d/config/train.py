@@ -39,13 +39,15 @@ class TrainConfig:
     eval_iters: int = option(
         100, "--eval-iters", "Global batches of one evaluation; 0 does not evaluate.", unit="iterations"
     )
-    exit_interval: int = option(None, "--exit-interval", "Save and stop at a multiple of this.", unit="iterations")
+    exit_interval: int = option(
+        None, "--exit-interval", "Save and stop at a multiple of this (docs/stopping.md).", unit="iterations"
+    )
     exit_duration_in_mins: float = option(
         None, "--exit-duration-in-mins", "Save and stop after this time.", unit="minutes"
     )
     exit_signal_handler: bool = switch(
         "--exit-signal-handler",
-        "Accepted; stopping on SIGTERM with a save is always on.",
+        "Accepted; stopping on SIGTERM, SIGINT and SIGUSR1 with a save is always on.",
         also=("--exit-signal-handler-for-training",),
     )
     log_interval: int = option(100, "--log-interval", "Steps between log lines.", unit="iterations")

@@ -49,8 +49,13 @@ class Elastic:
 
     def workers(self) -> list[int]:
         """The process ids of its workers."""
-        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
-        return sorted(int(child) for task in tasks for child in (task / "children").read_text().split())
+        return children(self.process.pid)
+
+
+def children(pid: int) -> list[int]:
+    """The process ids of a process's children."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sorted(int(child) for task in tasks for child in (task / "children").read_text().split())
 
 
 @contextlib.contextmanager

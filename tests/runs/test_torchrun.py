@@ -6,12 +6,14 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.runs.elastic import torchrun
+from tests.runs.elastic import Elastic, children, torchrun
 from tests.runs.harness import MOCK, ROOT, Launcher, exit_status, losses, run_ok, words
 
 SLOW_SAVE = Path(__file__).with_name("slow_save.py")
@@ -93,12 +95,71 @@ def _stopped_by_a_signal_to_the_agent(folder: Path, number: int, *, save_s: floa
     assert f"starting from {save}/{step}" in few.out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
-def test_a_signal_to_the_agent_leaves_time_for_the_save(tmp_path: Path, number: int) -> None:
-    _stopped_by_a_signal_to_the_agent(tmp_path, number, save_s=2.5, timeout_s=60)
+def test_a_signal_to_the_agent_leaves_time_for_the_save(tmp_path: Path) -> None:
+    """SIGTERM here; SIGUSR1 is what the Slurm example gets below."""
+    _stopped_by_a_signal_to_the_agent(tmp_path, signal.SIGTERM, save_s=2.5, timeout_s=60)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
 def test_a_save_that_takes_longer_than_torchs_thirty_seconds_is_whole(tmp_path: Path, number: int) -> None:
     _stopped_by_a_signal_to_the_agent(tmp_path, number, save_s=45, timeout_s=120)
+
+
+# Slurm on one node: srun runs the task here, scontrol answers and writes down what it was asked; torchrun is torchrun
+# with the example's own flags for stopping, on a model that fits.
+SRUN = '#!/usr/bin/env bash\n"$@"\n'
+SCONTROL = '#!/usr/bin/env bash\nif [ "$1" = show ]; then echo localhost; else echo "$@" >> "$CALLS"; fi\n'
+TORCHRUN_STUB = """#!/usr/bin/env bash
+kept=()
+while [ "$1" != pretrain_gpt.py ]; do
+    case $1 in --max-restarts|--shutdown-timeout|--signals-to-handle) kept+=("$1" "$2");; esac
+    shift
+done
+echo $$ > "$PID_FILE"
+exec {python} -m torch.distributed.run --standalone --nproc-per-node 2 "${{kept[@]}}" {slow_save} 1 {flags}
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "requeues"),
+    [(signal.SIGUSR1, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow)],
+    ids=["limit", "scancel"],
+)
+def test_the_slurm_example_saves_and_requeues_itself_before_its_limit_and_not_after_scancel(
+    tmp_path: Path, number: int, requeues: bool
+) -> None:
+    """Slurm signals every process of a step: torchrun and its workers, which get it once more from torchrun."""
+    save, pid_file = tmp_path / "save", tmp_path / "pid"
+    flags = " ".join([*words(MOCK, "--train-iters 100000 --log-interval 1 --save", save)])
+    stub = TORCHRUN_STUB.format(python=sys.executable, slow_save=SLOW_SAVE, flags=flags)
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": stub}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    place = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "OMP_NUM_THREADS": "1",
+        "CALLS": str(tmp_path / "calls"),
+        "PID_FILE": str(pid_file),
+        **dict.fromkeys(("DATA", "VOCAB", "MERGES"), "unused"),
+        **{"CHECKPOINTS": str(save), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1"},
+    }
+    log = tmp_path / "log.txt"
+    with log.open("wb") as output:
+        script = ["bash", str(ROOT / "examples" / "gpt3_175b_slurm.sh")]
+        process = subprocess.Popen(script, env=place, stdout=output, stderr=output, cwd=ROOT)
+    step = Elastic(process, log)
+    try:
+        step.wait_for("step 3/")
+        agent = int(pid_file.read_text())
+        for pid in [*children(agent), agent]:
+            os.kill(pid, number)
+        assert step.wait() == 1
+    finally:
+        process.kill()
+    assert exit_status(save)["code"] == 75, step.said
+    calls = (tmp_path / "calls").read_text() if requeues else ""
+    assert calls == ("requeue 7\n" if requeues else "")
+    assert (tmp_path / "calls").exists() is requeues
