@@ -28,7 +28,7 @@ def whole(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     argv = words(MOCK, EVALUATING, LAYOUT, "--metrics-file", folder / "metrics.jsonl", "--save", folder / "save")
     with launcher.job(argv, 2) as job:
         assert job.wait() == [0, 0]
-        assert "test loss" in job.said(0), job.said(0)
+        assert "test after step 6" in job.said(0), job.said(0)
     assert [step for step, _ in _evaluations(folder / "metrics.jsonl")] == [3, 6]
     return folder / "metrics.jsonl"
 
