@@ -70,7 +70,9 @@ def test_a_killed_worker_is_replaced_by_max_restarts_and_the_losses_are_those_of
         os.kill(elastic.workers()[-1], signal.SIGKILL)
         assert elastic.wait() == 0, elastic.said
     assert elastic.said.count("starting from the initial weights") == 1
-    assert len(re.findall(r"starting from \S+/iter_", elastic.said)) == 1, "one restart is enough"
+    # Every attempt begins with the table of options. Without keys of its own in the store the first restart fails, in
+    # which new workers connect to dead ones.
+    assert len(re.findall("^model$", elastic.said, re.MULTILINE)) == 2, f"one restart is enough:\n{elastic.said}"
     assert losses(killed) == losses(whole)
     assert exit_status(tmp_path / "save")["code"] == 0
 
