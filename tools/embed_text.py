@@ -34,7 +34,8 @@ from megatron3d.errors import ConfigError, DataError, StorageError
 from megatron3d.inference.embed import POOLINGS, EmbedOptions, embed, load_encoder
 from megatron3d.inference.load import generation_config
 from megatron3d.train.compare import SavedRun, read_saved_run
-from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.joining import joined
+from megatron3d.train.launch import Guard, guarded
 
 _FORMATS = (".npy", ".jsonl")
 

@@ -34,8 +34,10 @@ from megatron3d.tasks.glue.options import task_parser
 from megatron3d.tasks.glue.pace import Pace
 from megatron3d.tasks.glue.predict import scores, write_predictions
 from megatron3d.tasks.glue.weights import fill, keep_tokenizer
-from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.joining import joined
+from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.parts import Parts, build_parts
+from megatron3d.train.stopping import stop_if_asked, stop_while_starting
 
 
 def main(guard: Guard) -> None:
@@ -47,7 +49,7 @@ def main(guard: Guard) -> None:
     for note in job.notes:
         say(note)
     results = []
-    with joined(job.runs[0], guard, save=job.save, files=job.files()) as (mesh, device):
+    with joined(job.runs[0], guard, save=job.save, files=job.files(), stoppable=True) as (mesh, device):
         for run in job.runs:
             results.append(one_seed(job, run, mesh, device, guard))
     if is_first:
@@ -64,6 +66,7 @@ def one_seed(job: Job, run: RunConfig, mesh: Mesh, device: torch.device, guard: 
         builder = partial(build_bert_classifier_stage, num_outputs=job.task.num_outputs)
         parts = build_parts(run, mesh, device, builder)
         fill(parts, job.origin, job.task)
+        stop_while_starting(guard, mesh)
         wishes = Wishes(
             task=job.task,
             epochs=job.epochs,
@@ -76,16 +79,25 @@ def one_seed(job: Job, run: RunConfig, mesh: Mesh, device: torch.device, guard: 
             save=save,
         )
         found = finetune(parts, job.data, wishes, guard=guard, say=say)
-        files = predict(parts, job, run)
+        files = predict(parts, job, run, guard)
     return result_of(run, found) | ({"predictions": files} if files else {})
 
 
-def predict(parts: Parts, job: Job, run: RunConfig) -> list[str]:
+def predict(parts: Parts, job: Job, run: RunConfig, guard: Guard) -> list[str]:
     """Write the predictions of all test files; returns their paths."""
     written = []
+    weights = f"the best weights are saved at {run.checkpoint.save}" if run.checkpoint.save else "no weights are saved"
+    give_up = partial(stop_if_asked, guard, parts.mesh, when="while predicting", outcome=f"{weights}; start again")
     for name, samples in job.data.test.items():
         pace = Pace(f"predicting {name}", samples.lengths_N, to_stderr if parts.mesh.rank == 0 else silent)
-        found_NC = scores(parts, samples, num_outputs=job.task.num_outputs, multiple=job.multiple, pace=pace)
+        found_NC = scores(
+            parts,
+            samples,
+            num_outputs=job.task.num_outputs,
+            multiple=job.multiple,
+            pace=pace,
+            before_batch=give_up,
+        )
         folder = job.predict or Path()
         path = (folder / f"seed-{run.data.seed}" if len(job.runs) > 1 else folder) / f"{name}.tsv"
         if parts.mesh.rank == 0:

@@ -30,7 +30,8 @@ from megatron3d.inference.generate import generate, new_token_limits, position_l
 from megatron3d.inference.load import generation_config, load_model
 from megatron3d.inference.sampling import SamplingOptions
 from megatron3d.train.compare import SavedRun, read_saved_run
-from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.joining import joined
+from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.vocabulary import Vocabulary
 
 

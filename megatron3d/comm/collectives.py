@@ -161,6 +161,13 @@ def gather_values(value: Any, axis: Axis) -> list[Any]:
     return values
 
 
+def count_votes(vote: bool, axis: Axis) -> int:
+    """How many ranks of the axis vote yes, the same on every rank: one small reduction."""
+    if axis.size == 1:
+        return int(vote)
+    return int(all_reduce(torch.tensor(float(vote), device=_device_of(axis)), axis))
+
+
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:

@@ -43,13 +43,15 @@ class TrainConfig:
     eval_iters: int = option(
         100, "--eval-iters", "Global batches of one evaluation; 0 does not evaluate.", unit="iterations"
     )
-    exit_interval: int = option(None, "--exit-interval", "Save and stop at a multiple of this.", unit="iterations")
+    exit_interval: int = option(
+        None, "--exit-interval", "Save and stop at a multiple of this (docs/stopping.md).", unit="iterations"
+    )
     exit_duration_in_mins: float = option(
         None, "--exit-duration-in-mins", "Save and stop after this time.", unit="minutes"
     )
     exit_signal_handler: bool = switch(
         "--exit-signal-handler",
-        "Stop on SIGTERM with a save; this is always on, with or without the flag.",
+        "Stop on SIGTERM, SIGINT and SIGUSR1 with a save; this is always on, with or without the flag.",
         also=("--exit-signal-handler-for-training",),
     )
     log_interval: int = option(100, "--log-interval", "Steps between log lines.", unit="iterations")

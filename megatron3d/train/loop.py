@@ -9,12 +9,11 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron3d.checkpoint.directory import hold_directory
 from megatron3d.checkpoint.store import everywhere
-from megatron3d.comm.collectives import gather_values
 from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
 from megatron3d.config.data import DataConfig
@@ -26,16 +25,16 @@ from megatron3d.errors import ConfigError, StopRequested
 from megatron3d.optim.schedule import ScheduleSettings
 from megatron3d.train import state
 from megatron3d.train.compare import agreed_content
-from megatron3d.train.evaluate import evaluate
+from megatron3d.train.evaluate import Evaluation, evaluate
 from megatron3d.train.launch import Guard
 from megatron3d.train.outlook import Outlook
 from megatron3d.train.parts import Parts
 from megatron3d.train.profile import recorder_of_step, write_recorded
 from megatron3d.train.reports import Reports
 from megatron3d.train.retention import Retention
-from megatron3d.train.signals import StopFlag
-from megatron3d.train.state import Progress
+from megatron3d.train.state import Progress, Restored
 from megatron3d.train.step import Rates, train_step
+from megatron3d.train.stopping import agreed_reason, first_reason, signal_reason, stop_while_starting
 
 
 @dataclass(frozen=True)
@@ -71,18 +70,20 @@ def train(parts: Parts, streams: Streams, guard: Guard) -> Progress:
     Args:
         parts: the rank's model and optimizer, with the initial weights.
         streams: readers of the data.
-        guard: learns the step, for reports of how the run ended.
+        guard: learns the step, for reports of how the run ended, and knows whether the run was asked to stop.
 
     Raises:
         StopRequested: the run was asked to stop; it has saved if it saves at all.
     """
     content = agreed_content(parts.config, parts.mesh.world.group)
     with _held_directory(parts):
+        stop_while_starting(guard, parts.mesh)
         restored = state.restore(parts, content)
-        with Reports(parts, restored) as reports, StopFlag(on_forced=guard.forced_end) as stop:
+        stop_while_starting(guard, parts.mesh)
+        with Reports(parts, restored) as reports:
             newest = restored.source if reports.resumed_in_place else None
             retention = Retention(parts.config.checkpoint, parts.mesh, newest=newest)
-            loop = _Loop(parts, streams, reports, stop, guard, retention, restored.schedule, content, restored.progress)
+            loop = _Loop(parts, streams, reports, guard, retention, content, restored)
             try:
                 loop.run()
             except Exception as error:
@@ -110,24 +111,32 @@ class _Loop:
     parts: Parts
     streams: Streams
     reports: Reports
-    stop: StopFlag
     guard: Guard
     retention: Retention
-    schedule: ScheduleSettings
     content: Content
-    progress: Progress
+    restored: Restored
+    schedule: ScheduleSettings = field(init=False)
+    progress: Progress = field(init=False)
+    started_s: float = 0.0
     saved_step: int = -1
+    evaluated_step: int = -1
     steps_made: int = 0
 
+    def __post_init__(self) -> None:
+        self.schedule, self.progress = self.restored.schedule, self.restored.progress
+
     def run(self) -> None:
-        config, started_s = self.parts.config, time.monotonic()
+        config, self.started_s = self.parts.config, time.monotonic()
         last = state.last_step(config, self.progress)
         self.saved_step = self.progress.step if self.reports.resumed_in_place else -1
         is_finished_already = self.saved_step >= last
         self._look_ahead(last)
+        if self.restored.evaluation_due:
+            self._evaluate()
+            self.saved_step = -1  # the checkpoint that is there would have it made once more
         while self.progress.step < last:
-            wish = self._wish_to_stop(elapsed_min=(time.monotonic() - started_s) / 60.0)
-            votes = self._step(wants_stop=wish is not None)
+            reason = self._reason_to_stop()
+            votes = self._step(wants_stop=reason is not None)
             step = self.progress.step
             if step % config.train.eval_interval == 0 and step < last:
                 self._evaluate()
@@ -138,11 +147,10 @@ class _Loop:
                 self._save()
             exits = config.train.exit_interval is not None and step % config.train.exit_interval == 0
             if (votes or exits) and step < last:
-                wishes = gather_values(wish, self.parts.mesh.world) if votes else []
                 interval = f"--exit-interval {config.train.exit_interval} is over"
-                self._stop(next(filter(None, wishes), interval))
+                self._stop((first_reason(reason, self.parts.mesh.world) if votes else None) or interval)
         # A finished run that is started again was evaluated before its last checkpoint was saved.
-        is_proved = self._evaluate() if not is_finished_already else False
+        is_proved = not is_finished_already and self.evaluated_step != last and self._evaluate()
         self._finish(is_proved)
         self.parts.engine.finish_update()  # only now: the last checkpoint has it due, for a run that goes on longer
 
@@ -152,14 +160,12 @@ class _Loop:
         for line in Outlook(self.parts.config, self.progress, last, self.schedule, has_valid, has_test).lines():
             self.reports.note(line)
 
-    def _wish_to_stop(self, *, elapsed_min: float) -> str | None:
+    def _reason_to_stop(self) -> str | None:
         """Why this rank wants to stop, if it does."""
-        if self.stop:
-            return f"{self.stop.signal_name} was received"
         limit_min = self.parts.config.train.exit_duration_in_mins
-        if limit_min is not None and elapsed_min > limit_min:
-            return f"--exit-duration-in-mins {limit_min:g} is over"
-        return None
+        if limit_min is not None and time.monotonic() - self.started_s > limit_min * 60.0:
+            return signal_reason(self.guard) or f"--exit-duration-in-mins {limit_min:g} is over"
+        return signal_reason(self.guard)
 
     def _step(self, *, wants_stop: bool) -> int:
         """Make one step and report it; returns how many ranks want to stop."""
@@ -195,31 +201,47 @@ class _Loop:
 
     def _evaluate(self) -> bool:
         """Evaluate if there is something to evaluate on; returns whether that showed that the weights are good."""
-        num_batches = self.parts.config.train.eval_iters
-        if self.streams.valid is None or num_batches == 0:
+        found = self._evaluate_on(self.streams.valid, is_due_later=True)
+        self.evaluated_step = self.progress.step
+        if found is None:
             return False
-        found = evaluate(self.parts, self.streams.valid, num_batches=num_batches)
         self.reports.evaluation(self.progress.step, found)
         return math.isfinite(found.loss)
 
-    def _save(self) -> None:
+    def _evaluate_on(self, batches: GlobalBatches | None, *, is_due_later: bool) -> Evaluation | None:
+        """Evaluate, if that is asked for and there is data; a stop asked for meanwhile is not kept waiting.
+
+        An evaluation that is given up leaves no report. If `is_due_later`, the checkpoint then says that the run that
+        resumes from it makes the evaluation first.
+        """
+        num_batches = self.parts.config.train.eval_iters
+        if batches is None or num_batches == 0:
+            return None
+
+        def give_up_if_asked() -> None:
+            reason = agreed_reason(self._reason_to_stop(), self.parts.mesh.world)
+            if reason is not None:
+                self._stop(reason, evaluation_due=is_due_later)
+
+        return evaluate(self.parts, batches, num_batches=num_batches, before_batch=give_up_if_asked)
+
+    def _save(self, *, evaluation_due: bool = False) -> None:
         if self.parts.config.checkpoint.save and self.saved_step != self.progress.step:
-            path = state.save(self.parts, self.progress, self.schedule, self.content)
+            path = state.save(self.parts, self.progress, self.schedule, self.content, evaluation_due=evaluation_due)
             self.saved_step = self.progress.step
             self.retention.saved(path)
             self.reports.note(f"saved {path}")
 
-    def _stop(self, reason: str) -> None:
-        self._save()
+    def _stop(self, reason: str, *, evaluation_due: bool = False) -> None:
+        self._save(evaluation_due=evaluation_due)
         save = self.parts.config.checkpoint.save
         saved = f"saved at {save}; start again to go on" if save else "nothing is saved, as there is no --save"
         raise StopRequested(f"stopped after step {self.progress.step} because {reason}; {saved}")
 
     def _finish(self, is_proved: bool) -> None:
         self._save()
-        num_batches = self.parts.config.train.eval_iters
-        if self.streams.test is not None and num_batches > 0:
-            found = evaluate(self.parts, self.streams.test, num_batches=num_batches)
+        found = self._evaluate_on(self.streams.test, is_due_later=False)
+        if found is not None:
             self.reports.test(self.progress.step, found)
             is_proved = is_proved or math.isfinite(found.loss)
         if not is_proved and self.retention.waits:

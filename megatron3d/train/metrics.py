@@ -96,19 +96,22 @@ class MetricsFile:
             raise _storage_error(self.path, error) from error
         self._append({"event": "start", **asdict(record)})
 
-    def resume(self, step: int, record: StartRecord) -> None:
+    def resume(self, step: int, record: StartRecord, *, evaluation_due: bool = False) -> None:
         """Go on after `step`: forget what was written beyond it, and note the layout of the run that goes on.
+
+        `evaluation_due` tells that the evaluation after `step` will be made now; if it stands there already, it goes.
 
         A file that is missing or empty (the path is new) starts with a start record that says so by `from_step`.
 
         Raises: DataError if the file is not a metrics file; StorageError if the file system refuses.
         """
-        self.cut_back(step)
+        self.cut_back(step, with_evaluation=not evaluation_due)
         empty = not self.path.exists() or self.path.stat().st_size == 0
         self._append({"event": "start" if empty else "resume", "from_step": step, **asdict(record)})
 
-    def cut_back(self, step: int) -> None:
-        """Keep only what was known at `step`: records of later steps, and of resumes at or after it, go.
+    def cut_back(self, step: int, *, with_evaluation: bool = True) -> None:
+        """Keep only what was known at `step`, with or without the evaluation that followed it: records of later steps,
+        and of resumes at or after it, go.
 
         The file is written anew beside the old one and renamed, so that a crash leaves one of the two, whole. A torn
         last line (the writer died in it) goes too.
@@ -119,6 +122,8 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = [r for r in read_records(self.path) if r.get("step", 0) <= step and r.get("from_step", -1) < step]
+        if not with_evaluation:
+            kept = [r for r in kept if r.get("step") != step or "valid_loss" not in r]
         try:
             _rewrite(self.path, kept)
         except OSError as error:

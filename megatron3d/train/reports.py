@@ -58,7 +58,7 @@ class Reports:
         if config.train.metrics_file:
             self._metrics = self._exits.enter_context(MetricsFile(config.train.metrics_file))
             if first_step:
-                self._metrics.resume(first_step, record)
+                self._metrics.resume(first_step, record, evaluation_due=self.restored.evaluation_due)
             else:
                 self._metrics.start(record)
         self._writers = open_writers(config.train, run=to_dict(config), resumed_step=first_step)

@@ -60,7 +60,8 @@ class Restored:
     """Where a run starts: its progress, the schedule it follows, and the checkpoint it came from, if any, and why.
 
     `damage` says what is wrong with the checkpoint that was asked for, where one before was taken instead. `lines`
-    report what the run changes.
+    report what the run changes. `evaluation_due` tells that the run before was stopped within the
+    evaluation that follows this step.
     """
 
     progress: Progress
@@ -69,10 +70,20 @@ class Restored:
     damage: str | None = None
     why: str = ""
     lines: tuple[str, ...] = ()
+    evaluation_due: bool = False
 
 
-def save(parts: Parts, progress: Progress, schedule: ScheduleSettings, content: Content | None = None) -> Path:
+def save(
+    parts: Parts,
+    progress: Progress,
+    schedule: ScheduleSettings,
+    content: Content | None = None,
+    *,
+    evaluation_due: bool = False,
+) -> Path:
     """Write a checkpoint of this moment below --save; collective over all ranks. `content` is what the run reads.
+
+    `evaluation_due` says that the evaluation after this step is still to be made.
 
     Raises:
         NumericsError: what would be saved is not finite, or ranks that must hold the same values do not.
@@ -80,7 +91,10 @@ def save(parts: Parts, progress: Progress, schedule: ScheduleSettings, content: 
     """
     with parts.engine.states_opened(parts.optimizer, writes=False):
         _check_replicas(parts, progress.step)
-        return _save(parts, progress, schedule, content)
+        documents = _documents(parts, progress, schedule, evaluation_due=evaluation_due)
+        return _save(
+            parts, progress.step, documents | ({} if content is None else {CONTENT_DOCUMENT: content.to_json()})
+        )
 
 
 def check_replicas(parts: Parts, step: int) -> None:
@@ -99,9 +113,11 @@ def _check_replicas(parts: Parts, step: int) -> None:
     require_equal_replicas(parts.engine.units, states, parts.mesh, step=step)
 
 
-def _save(parts: Parts, progress: Progress, schedule: ScheduleSettings, content: Content | None) -> Path:
-    config, mesh = parts.config, parts.mesh
-    with_optimizer = not config.checkpoint.no_save_optim
+def _documents(
+    parts: Parts, progress: Progress, schedule: ScheduleSettings, *, evaluation_due: bool
+) -> dict[str, dict[str, Any]]:
+    """What is stored beside the tensors."""
+    config = parts.config
     state = {
         "progress": asdict(progress),
         "schedule": schedule.to_json(),
@@ -109,15 +125,21 @@ def _save(parts: Parts, progress: Progress, schedule: ScheduleSettings, content:
         "optimizer": {
             "kind": kind(config.optim),
             "step_count": step_count(parts.optimizer),
-            UPDATE_DUE: with_optimizer and parts.engine.is_update_due,
+            UPDATE_DUE: not config.checkpoint.no_save_optim and parts.engine.is_update_due,
         },
+        "evaluation_due": evaluation_due,
     }
+    return {"run": to_dict(config), "state": state}
+
+
+def _save(parts: Parts, step: int, documents: dict[str, dict[str, Any]]) -> Path:
+    options, mesh = parts.config.checkpoint, parts.mesh
+    with_optimizer = not options.no_save_optim
     return save_checkpoint(
-        Path(config.checkpoint.save),
-        progress.step,
+        Path(options.save),
+        step,
         _views(parts, with_optimizer=with_optimizer, with_copies=False) | _old_views(parts, with_optimizer),
-        documents={"run": to_dict(config), "state": state}
-        | ({} if content is None else {CONTENT_DOCUMENT: content.to_json()}),
+        documents=documents,
         keep_last=None,
         group=mesh.world.group,
         rank=mesh.rank,
@@ -187,7 +209,9 @@ def _restore_from(source: Source, parts: Parts, content: Content | None) -> Rest
             load_tensors(directory, {f"{OLD}/{name}": view for name, view in old.items()}, group=group)
     lines = [*lines, *schedule_lines, *_delay_lines(parts, was_due=was_due)]
     progress = Progress(**state["progress"])
-    return Restored(progress, schedule, directory, why=source.why, lines=tuple(lines))
+    # Checkpoints from before there was this entry were written after the evaluation of their step.
+    is_due = state.get("evaluation_due", False)
+    return Restored(progress, schedule, directory, why=source.why, lines=tuple(lines), evaluation_due=is_due)
 
 
 def _load(directory: Path, parts: Parts, *, with_optimizer: bool) -> None:

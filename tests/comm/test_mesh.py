@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron3d.comm import collectives
-from megatron3d.comm.launch import Launch, is_peer_failure, read_launch
+from megatron3d.comm.join import is_peer_failure
+from megatron3d.comm.launch import Launch, read_launch
 from megatron3d.comm.layout import AXES, Layout
 from megatron3d.comm.mesh import Axis, Mesh, make_mesh
 from megatron3d.errors import ConfigError, PeerError

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from megatron3d.train.launch import Guard
 from megatron3d.train.parts import Parts
 from megatron3d.train.state import Progress
 from megatron3d.train.step import Rates, StepResult, train_step
+from megatron3d.train.stopping import stop_if_asked
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,16 @@ def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say:
         parts: the rank's model, with the weights to start from in place, and its optimizer.
         data: the encoded files.
         wishes: how.
-        guard: learns the step, for reports of how the run ended.
+        guard: learns the step, for reports of how the run ended, and knows whether the run was asked to stop.
         say: takes lines for people; silent on all ranks but one.
 
     Raises:
         NumericsError: a loss, a gradient or a weight is not finite; what was saved before stands.
+        StopRequested: the run was asked to stop; the best weights that it had are saved, if it saves at all.
     """
     if data.train is None:
-        found = measure_dev(parts, data.dev, wishes, say)
+        give_up = partial(stop_if_asked, guard, parts.mesh, when="while measuring", outcome="start again")
+        found = measure_dev(parts, data.dev, wishes, say, give_up)
         say(_line("as loaded", found))
         return Finetuned(found, 0, 0, 0, 0.0)
     kept = None
@@ -187,9 +191,18 @@ class _Loop:
             elapsed_s = time.monotonic() - began_s
             self.train_s += elapsed_s
             self.reports.step(self.progress, result, rates, planned, elapsed_s=elapsed_s)
+            if result.stop_votes:
+                self._stop_if_asked()
             if planned is not steps[-1] and self._is_time_to_measure():
                 self._measure(epoch, f"step {self.progress.step}")
         self._measure(epoch, f"epoch {epoch + 1}")
+
+    def _stop_if_asked(self) -> None:
+        """Unlike a pretraining this keeps no optimizer state: what is saved are the best weights measured so far."""
+        save = self.wishes.save
+        kept = f"the best weights so far are saved at {save}" if save and self.best else "no weights are saved"
+        when = f"after step {self.progress.step}"
+        stop_if_asked(self.guard, self.parts.mesh, when=when, outcome=f"{kept}; started again, it begins anew")
 
     def _is_time_to_measure(self) -> bool:
         interval = self.wishes.eval_interval
@@ -202,7 +215,7 @@ class _Loop:
     def _step(self, samples: Encoded, planned: PlannedStep, rates: Rates) -> StepResult:
         dp, before = self.parts.mesh.dp, self.progress
         mine = grouped(samples, planned.part(dp.rank, dp.size))
-        result = train_step(self.parts, mine, rates, step=before.step)
+        result = train_step(self.parts, mine, rates, step=before.step, wants_stop=bool(self.guard.stop))
         synchronize(self.parts.model.device)
         self.progress = before.after(planned.num_samples, skipped=result.skipped)
         self.guard.step = self.progress.step
@@ -214,7 +227,7 @@ class _Loop:
             self._measure_and_keep(epoch, when)
 
     def _measure_and_keep(self, epoch: int, when: str) -> None:
-        found = measure_dev(self.parts, self.dev, self.wishes, self.reports.note)
+        found = measure_dev(self.parts, self.dev, self.wishes, self.reports.note, self._stop_if_asked)
         self.reports.measured(self.progress.step, found.loss, found.metrics)
         self.reports.note(_line(f"after {when}", found))
         step, samples = self.progress.step, self.progress.consumed_samples
@@ -260,15 +273,31 @@ def grouped(samples: Encoded, planned: PlannedStep) -> GroupedSamples:
     return GroupedSamples(tuple(samples.batch(one.indices_R, one.weights_R, one.length) for one in batches))
 
 
-def measure_dev(parts: Parts, dev: Mapping[str, Encoded], wishes: Wishes, say: Callable[[str], None]) -> Measured:
-    """The metrics on all dev files with the weights that are in the model; collective over all ranks."""
+def measure_dev(
+    parts: Parts,
+    dev: Mapping[str, Encoded],
+    wishes: Wishes,
+    say: Callable[[str], None],
+    before_batch: Callable[[], None],
+) -> Measured:
+    """The metrics on all dev files with the weights that are in the model; collective over all ranks.
+
+    `before_batch` is called before each batch and may raise to give up.
+    """
     task = wishes.task
     metrics: dict[str, float] = {}
     losses: list[tuple[float, int]] = []
     for ending, samples in dev.items():
         assert samples.labels_N is not None, f"dev file {ending!r} was read without labels"
         pace = Pace(f"measuring dev{ending}", samples.lengths_N, say)
-        found_NC = scores(parts, samples, num_outputs=task.num_outputs, multiple=wishes.multiple, pace=pace)
+        found_NC = scores(
+            parts,
+            samples,
+            num_outputs=task.num_outputs,
+            multiple=wishes.multiple,
+            pace=pace,
+            before_batch=before_batch,
+        )
         metrics |= {f"{n}{ending}": v for n, v in metrics_of(found_NC, samples.labels_N, task).items()}
         losses.append((mean_loss(found_NC, samples.labels_N), len(samples)))
     return Measured(metrics, _mean(losses))
