@@ -118,15 +118,13 @@ def _documents(
 ) -> dict[str, dict[str, Any]]:
     """What is stored beside the tensors."""
     config = parts.config
+    is_update_due = not config.checkpoint.no_save_optim and parts.engine.is_update_due
     state = {
         "progress": asdict(progress),
         "schedule": schedule.to_json(),
         "scaler": parts.scaler.state(),
-        "optimizer": {
-            "kind": kind(config.optim),
-            "step_count": step_count(parts.optimizer),
-            UPDATE_DUE: not config.checkpoint.no_save_optim and parts.engine.is_update_due,
-        },
+        "optimizer": {"kind": kind(config.optim), "step_count": step_count(parts.optimizer)}
+        | ({UPDATE_DUE: True} if is_update_due else {}),
         "evaluation_due": evaluation_due,
     }
     return {"run": to_dict(config), "state": state}
