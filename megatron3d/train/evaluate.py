@@ -53,8 +53,16 @@ def evaluate(
 ) -> Evaluation:
     """Mean losses over the labels of `num_batches` (at least 1) global batches.
 
-    `before_batch` is called before each of them, on all ranks, and may raise to give up: nothing is under way then.
+    With a delayed update these are those of the updated weights, which are what a checkpoint of this moment holds.
+    `before_batch` is called before each batch on all ranks; it may save and raise to give up, as nothing is under way.
     """
+    with parts.engine.updated_weights():
+        return _evaluate(parts, batches, num_batches, before_batch)
+
+
+def _evaluate(
+    parts: Parts, batches: GlobalBatches, num_batches: int, before_batch: Callable[[], None] | None
+) -> Evaluation:
     dp, size = parts.mesh.dp, parts.config.train.global_batch_size
     totals, histogram, names = torch.zeros(0), torch.zeros(0), []
     for number in range(num_batches):

@@ -135,11 +135,11 @@ class _Loop:
             if (votes or exits) and step < last:
                 interval = f"--exit-interval {config.train.exit_interval} is over"
                 self._stop((first_reason(reason, self.parts.mesh.world) if votes else None) or interval)
-        self.parts.engine.finish_update()
         if not is_finished_already and self.evaluated_step != last:
             # A finished run that is started again was evaluated before its last checkpoint was saved.
             self._evaluate()
         self._finish()
+        self.parts.engine.finish_update()  # only now: the last checkpoint has it due, for a run that goes on longer
 
     def _reason_to_stop(self) -> str | None:
         """Why this rank wants to stop, if it does."""

@@ -174,6 +174,8 @@ class Reports:
         if self.restored.damage:
             self.note(f"fell back to the checkpoint before, because {self.restored.damage}")
         self.note(f"starting from {source}" if source else "starting from the initial weights")
+        if self.restored.delay_note:
+            self.note(self.restored.delay_note)
 
 
 def start_record(parts: Parts, *, predicted: Mapping[str, int] | None = None) -> StartRecord:

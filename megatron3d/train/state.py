@@ -24,6 +24,9 @@ from megatron3d.optim.schedule import ScheduleSettings, reconcile, settings_from
 from megatron3d.params.boxes import ShardView
 from megatron3d.train.parts import Parts
 
+OLD = "old_weights"  # prefix of tensors: what the layers compute with while a delayed update is due
+UPDATE_DUE = "update_due"
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -53,7 +56,8 @@ class Progress:
 class Restored:
     """Where a run starts: its progress, the schedule it follows, and the checkpoint it came from, if any.
 
-    `damage` says what is wrong with the checkpoint that was asked for, where the one before was taken instead.
+    `damage` says what is wrong with the checkpoint that was asked for, where the one before was taken instead, and
+    `delay_note` what becomes of a delayed update where only one of the two runs has `--offload-delayed-update`.
     `evaluation_due` tells that the run before was stopped within the evaluation that follows this step.
     """
 
@@ -61,6 +65,7 @@ class Restored:
     schedule: ScheduleSettings
     source: Path | None = None
     damage: str | None = None
+    delay_note: str | None = None
     evaluation_due: bool = False
 
 
@@ -78,17 +83,22 @@ def save(parts: Parts, progress: Progress, schedule: ScheduleSettings, *, evalua
 
 def _save(parts: Parts, progress: Progress, schedule: ScheduleSettings, evaluation_due: bool) -> Path:
     config, mesh = parts.config, parts.mesh
+    with_optimizer = not config.checkpoint.no_save_optim
     state = {
         "progress": asdict(progress),
         "schedule": schedule.to_json(),
         "scaler": parts.scaler.state(),
-        "optimizer": {"kind": kind(config.optim), "step_count": step_count(parts.optimizer)},
+        "optimizer": {
+            "kind": kind(config.optim),
+            "step_count": step_count(parts.optimizer),
+            UPDATE_DUE: with_optimizer and parts.engine.is_update_due,
+        },
         "evaluation_due": evaluation_due,
     }
     return save_checkpoint(
         Path(config.checkpoint.save),
         progress.step,
-        _views(parts, with_optimizer=not config.checkpoint.no_save_optim, with_copies=False),
+        _views(parts, with_optimizer=with_optimizer, with_copies=False) | _old_views(parts, with_optimizer),
         documents={"run": to_dict(config), "state": state},
         keep_last=config.checkpoint.keep_last,
         group=mesh.world.group,
@@ -157,6 +167,10 @@ def _restore_from(source: Path, parts: Parts, flags: ScheduleSettings) -> Restor
     if with_optimizer:
         set_step_count(parts.optimizer, state["optimizer"]["step_count"])
         parts.scaler.load(state["scaler"])
+    was_due = with_optimizer and state["optimizer"].get(UPDATE_DUE, False)
+    if was_due:
+        with parts.engine.delayed_update_restored() as old:
+            load_tensors(source, {f"{OLD}/{name}": view for name, view in old.items()}, group=group)
     saved = ScheduleSettings.from_json(state["schedule"])
     schedule = reconcile(
         saved,
@@ -165,7 +179,25 @@ def _restore_from(source: Path, parts: Parts, flags: ScheduleSettings) -> Restor
         use_checkpoint=options.use_checkpoint_opt_param_scheduler,
     )
     # Checkpoints from before there was this entry were written after the evaluation of their step.
-    return Restored(Progress(**state["progress"]), schedule, source, evaluation_due=state.get("evaluation_due", False))
+    evaluation_due = state.get("evaluation_due", False)
+    delay_note = _delay_note(parts, was_due=was_due)
+    progress = Progress(**state["progress"])
+    return Restored(progress, schedule, source, delay_note=delay_note, evaluation_due=evaluation_due)
+
+
+def _delay_note(parts: Parts, *, was_due: bool) -> str | None:
+    delays = parts.config.parallel.offload_delayed_update
+    if delays == was_due:
+        return None
+    if was_due:
+        return (
+            "the checkpoint holds a delayed update that is due; without --offload-delayed-update the layers get the "
+            "updated weights at once"
+        )
+    return (
+        "no delayed update was due in the checkpoint; with --offload-delayed-update the first step computes with "
+        "the updated weights, and the delay begins there"
+    )
 
 
 def _check_architecture(run: Mapping[str, Any], wanted: str, source: Path) -> None:
@@ -192,6 +224,12 @@ def _views(parts: Parts, *, with_optimizer: bool, with_copies: bool) -> dict[str
             views |= {f"{state_name}/{name}": view for name, view in states.items()}
         views |= other_state_views(parts.optimizer, with_copies=with_copies)
     return views
+
+
+def _old_views(parts: Parts, with_optimizer: bool) -> dict[str, ShardView]:
+    """The weights that the layers compute with while a delayed update is due: part of the optimizer's state."""
+    old = parts.engine.old_weight_views(with_copies=False) if with_optimizer else {}
+    return {f"{OLD}/{name}": view for name, view in old.items()}
 
 
 def total_steps(config: RunConfig) -> int:

@@ -214,8 +214,7 @@ class _Loop:
 
     def _measure(self, epoch: int, when: str) -> None:
         """Measure on the dev files; keep and save the weights if they are the best so far."""
-        self.parts.engine.finish_update()
-        with nullcontext() if self.average is None else self.average.in_place():
+        with self.parts.engine.updated_weights(), nullcontext() if self.average is None else self.average.in_place():
             self._measure_and_keep(epoch, when)
 
     def _measure_and_keep(self, epoch: int, when: str) -> None:
@@ -235,7 +234,8 @@ class _Loop:
             self.reports.note(f"saved {path}, the best so far")
 
     def take_back_best(self) -> None:
-        """Put the best weights into the model, where they are not those that are in it."""
+        """Put the best weights into the model, where they are not those of the last update."""
+        self.parts.engine.finish_update()
         if self.best_weights:
             weights.recall(self.parts, self.best_weights)
 
