@@ -54,7 +54,7 @@ def evaluate(
     """Mean losses over the labels of `num_batches` (at least 1) global batches.
 
     With a delayed update these are those of the updated weights, which are what a checkpoint of this moment holds.
-    `before_batch` is called before each batch, on all ranks, and may raise to give up: nothing is under way then.
+    `before_batch` is called before each batch on all ranks; it may save and raise to give up, as nothing is under way.
     """
     with parts.engine.updated_weights():
         return _evaluate(parts, batches, num_batches, before_batch)

@@ -52,6 +52,24 @@ def test_a_stop_within_an_evaluation_does_not_wait_for_it_and_the_next_run_makes
         assert _evaluations(metrics) == _evaluations(whole)
 
 
+def test_a_delayed_update_is_not_disturbed_by_an_evaluation_that_was_given_up(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """The evaluation has the updated weights in the layers, which the training does not compute with yet."""
+    delayed = "--zero-stage 1 --offload-optimizer cpu --offload-delayed-update"
+    argv = words(MOCK, EVALUATING, delayed)
+    names = ("--metrics-file", tmp_path / "whole.jsonl", "--save", tmp_path / "other")
+    with launcher.job([*argv, *words(*names)], 2) as job:
+        assert job.wait() == [0, 0]
+    argv += words("--metrics-file", tmp_path / "metrics.jsonl", "--save", tmp_path / "save")
+    with launcher.job(argv, 2, fault=Fault(rank=1, step=1, kind="stop-evaluating")) as job:
+        assert job.wait() == [75, 75]
+    with launcher.job(argv, 2) as job:
+        assert job.wait() == [0, 0]
+    assert losses(tmp_path / "metrics.jsonl") == losses(tmp_path / "whole.jsonl")
+    assert _evaluations(tmp_path / "metrics.jsonl") == _evaluations(tmp_path / "whole.jsonl")
+
+
 def test_an_evaluation_that_is_due_is_made_once_though_the_run_that_makes_it_is_killed(
     launcher: Launcher, tmp_path: Path, whole: Path
 ) -> None:
