@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from megatron3d.comm.launch import Launch, end_process, read_launch
 from megatron3d.errors import ConfigError, InUseError, Megatron3dError, PeerError, StopRequested
+from megatron3d.process.streams import patient_streams
 from megatron3d.train.agent_report import report_to_agent
 from megatron3d.train.exit_status import ExitStatus, exit_code_of, status_of, write_exit_status
 from megatron3d.train.print_once import print_once
@@ -55,14 +56,15 @@ def guarded(main: Callable[[Guard], None]) -> None:
     An elastic agent takes every code but 0 for a failure, to be restarted if any restarts are left. A run that stopped
     because it was asked to therefore ends with 0 under an agent; `exit_status.json` has its own code in any case.
     """
-    guard = Guard(read_launch())
-    try:
-        main(guard)
-    except (Exception, KeyboardInterrupt) as error:
-        code = _report(error, guard)
-        end_process(0 if guard.launch.has_agent and isinstance(error, StopRequested) else code)
-    if guard.save and guard.launch.rank == 0:
-        write_exit_status(guard.save, status_of(None, rank=0, step=guard.step))
+    with patient_streams():
+        guard = Guard(read_launch())
+        try:
+            main(guard)
+        except (Exception, KeyboardInterrupt) as error:
+            code = _report(error, guard)
+            end_process(0 if guard.launch.has_agent and isinstance(error, StopRequested) else code)
+        if guard.save and guard.launch.rank == 0:
+            write_exit_status(guard.save, status_of(None, rank=0, step=guard.step))
 
 
 def _report(error: BaseException, guard: Guard) -> int:
