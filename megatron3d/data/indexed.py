@@ -18,14 +18,13 @@ share its memory, and there the danger stays.
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from megatron3d.data.publish import flush_to_disk, storage_errors
+from megatron3d.data.publish import flush_to_disk, open_partial, storage_errors
 from megatron3d.data.token_file import TokenFile
 from megatron3d.errors import DataError
 
@@ -168,11 +167,10 @@ class IndexedDatasetWriter:
             raise ValueError(f"{dtype} has no code in the format; it has {[str(d) for d in CODE_OF_DTYPE]}")
         self._lengths: list[NDArray[np.int32]] = []
         self._document_sizes: list[NDArray[np.int64]] = []
-        self._bin_temporary = Path(f"{prefix}.bin.{os.getpid()}.partial")
-        self._idx_temporary = Path(f"{prefix}.idx.{os.getpid()}.partial")
-        with storage_errors(self._bin_temporary):
-            self._bin_temporary.parent.mkdir(parents=True, exist_ok=True)
-            self._bin = open(self._bin_temporary, "wb")  # noqa: SIM115 (closed by __exit__)
+        with storage_errors(Path(f"{prefix}.bin")):
+            self._bin = open_partial(Path(f"{prefix}.bin"))
+        self._bin_temporary = Path(self._bin.name)
+        self._idx_temporary: Path | None = None
 
     def __enter__(self) -> IndexedDatasetWriter:
         """The writer itself."""
@@ -189,7 +187,8 @@ class IndexedDatasetWriter:
                     self._bin.close()  # writes what is still buffered, which a full disk refuses here again
             finally:
                 self._bin_temporary.unlink(missing_ok=True)
-                self._idx_temporary.unlink(missing_ok=True)
+                if self._idx_temporary is not None:
+                    self._idx_temporary.unlink(missing_ok=True)
 
     def add_document(self, tokens: NDArray | list[int], sequence_lengths: list[int] | None = None) -> None:
         """Append one document of `tokens`, one sequence unless `sequence_lengths` cuts it into several."""
@@ -245,7 +244,8 @@ class IndexedDatasetWriter:
         bounds = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         header = struct.pack("<9sQBQQ", MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], len(lengths), len(bounds))
         with storage_errors(idx_path):
-            with open(self._idx_temporary, "wb") as idx:
+            with open_partial(idx_path) as idx:
+                self._idx_temporary = Path(idx.name)
                 idx.write(header)
                 idx.write(lengths.astype("<i4").data)
                 idx.write((offsets * self.dtype.itemsize).astype("<i8").data)
