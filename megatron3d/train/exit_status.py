@@ -55,6 +55,19 @@ def status_of(error: BaseException | None, *, rank: int, step: int) -> ExitStatu
     return ExitStatus(exit_code_of(error), reason, rank, step, time.time())
 
 
+def saved_step(directory: str | Path) -> int:
+    """The step of the latest checkpoint in a --save directory, by its name alone; 0 where there is none.
+
+    It is where a run stands that ends before it has read its checkpoint, or because it cannot.
+    """
+    try:
+        name = (Path(directory) / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return 0
+    digits = name.removeprefix("iter_")
+    return int(digits) if digits.isdecimal() else 0
+
+
 def clear_exit_status(directory: str | Path) -> None:
     """Remove the file of an earlier run; one rank calls this at the start, before another can write.
 

@@ -6,13 +6,11 @@ It knows when things happen; what they are is in `step.py`, `evaluate.py`, `stat
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron3d.checkpoint.directory import hold_directory
-from megatron3d.checkpoint.store import everywhere
 from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
 from megatron3d.config.data import DataConfig
@@ -23,6 +21,7 @@ from megatron3d.errors import ConfigError, StopRequested
 from megatron3d.optim.schedule import ScheduleSettings
 from megatron3d.train import state
 from megatron3d.train.evaluate import Evaluation, evaluate
+from megatron3d.train.held import held_directory
 from megatron3d.train.launch import Guard
 from megatron3d.train.parts import Parts
 from megatron3d.train.profile import recorder_of_step, write_recorded
@@ -70,32 +69,20 @@ def train(parts: Parts, streams: Streams, guard: Guard) -> Progress:
     Raises:
         StopRequested: the run was asked to stop; it has saved if it saves at all.
     """
-    with _held_directory(parts):
+    save = parts.config.checkpoint.save
+    with held_directory(Path(save) if save else None, parts.mesh) as renew:
         stop_while_starting(guard, parts.mesh)
         restored = state.restore(parts)
+        guard.step = restored.progress.step
         stop_while_starting(guard, parts.mesh)
         with Reports(parts, restored) as reports:
-            loop = _Loop(parts, streams, reports, guard, restored)
+            loop = _Loop(parts, streams, reports, guard, restored, renew)
             try:
                 loop.run()
             except Exception as error:
                 error.add_note(f"on {parts.mesh}, after step {loop.progress.step}")
                 raise
             return loop.progress
-
-
-@contextmanager
-def _held_directory(parts: Parts) -> Iterator[None]:
-    """Keep other runs out of the --save directory while this one writes there; if another is in, all ranks raise."""
-    save, mesh = parts.config.checkpoint.save, parts.mesh
-    with ExitStack() as held:
-
-        def hold() -> None:
-            if save is not None and mesh.rank == 0:
-                held.enter_context(hold_directory(Path(save)))
-
-        everywhere(hold, mesh.world.group)
-        yield
 
 
 @dataclass
@@ -105,6 +92,7 @@ class _Loop:
     reports: Reports
     guard: Guard
     restored: Restored
+    renew_hold: Callable[[], str | None]
     schedule: ScheduleSettings = field(init=False)
     progress: Progress = field(init=False)
     started_s: float = 0.0
@@ -194,6 +182,8 @@ class _Loop:
 
     def _save(self, *, evaluation_due: bool = False) -> None:
         if self.parts.config.checkpoint.save and self.saved_step != self.progress.step:
+            if made_again := self.renew_hold():
+                self.reports.note(made_again)
             path = state.save(self.parts, self.progress, self.schedule, evaluation_due=evaluation_due)
             self.saved_step = self.progress.step
             self.reports.note(f"saved {path}")

@@ -93,6 +93,7 @@ class Wishes:
             themselves.
         eval_interval: steps between measurements on the dev files; None measures after each epoch alone.
         save: where the best checkpoint goes.
+        renew_hold: called before each save, see `train/held.py`.
     """
 
     task: Task
@@ -104,6 +105,7 @@ class Wishes:
     ema_decay: float | None
     eval_interval: int | None
     save: Path | None
+    renew_hold: Callable[[], str | None]
 
 
 def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say: Callable[[str], None]) -> Finetuned:
@@ -124,6 +126,7 @@ def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say:
         found = measure_dev(parts, data.dev, wishes, say, give_up)
         say(_line("as loaded", found))
         return Finetuned(found, 0, 0, 0, 0.0)
+    guard.step = 0
     with ExitStack() as exits:
         reports = exits.enter_context(TaskReports(parts))
         loop = _Loop(parts, data.train, data.dev, wishes, reports, guard)
@@ -230,6 +233,8 @@ class _Loop:
         stays = self.average is None and step == self.parts.config.train.train_iters
         self.best_weights = {} if stays else weights.remember(self.parts)
         if self.wishes.save is not None:
+            if made_again := self.wishes.renew_hold():
+                self.reports.note(made_again)
             document = self._document(found.metrics)
             path = weights.save(self.parts, self.wishes.save, step, document)
             self.reports.note(f"saved {path}, the best so far")
