@@ -13,8 +13,8 @@ from megatron3d.comm.launch import Launch
 from megatron3d.errors import ConfigError, Megatron3dError, PeerError
 
 
-def join(launch: Launch, device: torch.device, *, timeout: timedelta) -> None:
-    """Start torch.distributed for this process, if the job has more than one.
+def join(launch: Launch, device: torch.device, *, timeout: timedelta) -> dist.Store | None:
+    """Start torch.distributed for this process, if the job has more than one; returns the store at which they met.
 
     The keys in the store carry the restart count: after an elastic restart the store still holds those of the run
     before, and reusing them lets new workers connect to dead ones.
@@ -24,21 +24,23 @@ def join(launch: Launch, device: torch.device, *, timeout: timedelta) -> None:
         PeerError: not all of them came there within `timeout`.
     """
     if launch.world_size == 1:
-        return
+        return None
     _require_address(launch)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise _meeting_error(error, launch, timeout) from error
     store.set_timeout(timeout)
+    store = dist.PrefixStore(f"megatron3d/{launch.restart_count}", store)
     dist.init_process_group(
         backend_of(device),
-        store=dist.PrefixStore(f"megatron3d/{launch.restart_count}", store),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+    return store
 
 
 def _require_address(launch: Launch) -> None:
@@ -78,18 +80,3 @@ def leave() -> None:
     """End torch.distributed in this process."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error came from a collective that lost a peer or timed out."""
-    if isinstance(error, PeerError | dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
-        return True
-    text = str(error)
-    signs = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Timed out waiting",
-        "gloo/transport",
-        "NCCL error",
-    )
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

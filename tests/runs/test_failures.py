@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -115,8 +116,48 @@ def test_a_rank_that_hangs_is_found_by_the_collective_timeout(launcher: Launcher
         began_s = time.monotonic()
         assert job.wait(0, timeout_s=PROMPT_S) == [6]
         assert time.monotonic() - began_s > 0.9 * timeout_s, "it must have been the timeout"
-        assert "rank 0 of 2 (TP1 x PP1 x DP2: dp 0), after step 2): a collective failed" in job.said(0)
+        said = job.said(0)
+        assert "rank 0 of 2 (TP1 x PP1 x DP2: dp 0), after step 2): a collective failed" in said
+        assert "over dp (ranks 0, 1) was not finished within --distributed-timeout-minutes" in said
+        assert "all 2 ranks answer a roll call, but not all are in a collective: rank 1 is at runs/harness.py" in said
+        assert "step_or_fail" in job.said(1), "the hanging rank must write its stacks too"
     assert (exit_status(tmp_path)["code"], exit_status(tmp_path)["rank"]) == (6, 0)
+
+
+@pytest.mark.parametrize(("options", "world_size", "stopped"), [("", 2, 1), (THREE_D, 4, 2)], ids=["DP2", "TP2PP2"])
+def test_a_rank_that_is_stopped_is_named_with_the_collective_that_waited(
+    launcher: Launcher, tmp_path: Path, options: str, world_size: int, stopped: int
+) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    argv = words(MOCK, options, "--train-iters 100000 --distributed-timeout-minutes 0.1 --log-interval 100")
+    with launcher.job([*argv, *words("--metrics-file", metrics, "--save", tmp_path / "save")], world_size) as job:
+        job.wait_for_step(metrics, 2)
+        job.signal(signal.SIGSTOP, stopped)
+        others = [rank for rank in range(world_size) if rank != stopped]
+        assert job.wait(*others, timeout_s=PROMPT_S) == [6] * len(others)
+        naming = [rank for rank in others if f"rank {stopped} did not answer a roll call" in job.said(rank)]
+        assert naming, "\n\n".join(job.said(rank) for rank in others)
+        for rank in naming:
+            assert (
+                re.search(rf"over \w+ \(ranks .*\b{stopped}\b.*\) was not finished", job.said(rank))
+                or rank != naming[0]
+            )
+            assert "Current thread" in job.said(rank) and "in wait" in job.said(rank)
+    reason = exit_status(tmp_path / "save")["reason"]
+    assert f"rank {stopped} did not answer a roll call, and {world_size - 1} of {world_size} ranks did" in reason
+
+
+def test_a_stopped_rank_that_hosts_the_store_is_still_reported(launcher: Launcher, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    argv = words(
+        MOCK, "--train-iters 100000 --distributed-timeout-minutes 0.1 --log-interval 100 --metrics-file", metrics
+    )
+    with launcher.job(argv, 2) as job:
+        job.wait_for_step(metrics, 2)
+        job.signal(signal.SIGSTOP, 0)
+        assert job.wait(1, timeout_s=PROMPT_S) == [6], job.said(1)
+        assert "no answer from the store, which rank 0 hosts" in job.said(1)
+        assert "over dp (ranks 0, 1) was not finished" in job.said(1)
 
 
 def test_a_second_signal_ends_a_run_that_hangs(launcher: Launcher, tmp_path: Path) -> None:
