@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from megatron3d.comm.launch import Launch, end_process, read_launch
 from megatron3d.errors import ConfigError, InUseError, Megatron3dError, PeerError, StopRequested
 from megatron3d.process.streams import patient_streams
+from megatron3d.train.agent_gone import stop_without_agent
 from megatron3d.train.agent_report import report_to_agent
 from megatron3d.train.exit_status import ExitStatus, exit_code_of, saved_step, status_of, write_exit_status
 from megatron3d.train.memory_short import memory_short
@@ -67,6 +68,7 @@ def guarded(main: Callable[[Guard], None]) -> None:
     """
     with patient_streams():
         guard = Guard(read_launch())
+        stop_without_agent(guard.launch)
         try:
             main(guard)
         except (Exception, KeyboardInterrupt) as error:

@@ -124,12 +124,16 @@ def test_a_rank_that_hangs_is_found_by_the_collective_timeout(launcher: Launcher
     assert (exit_status(tmp_path)["code"], exit_status(tmp_path)["rank"]) == (6, 0)
 
 
-@pytest.mark.parametrize(("options", "world_size", "stopped"), [("", 2, 1), (THREE_D, 4, 2)], ids=["DP2", "TP2PP2"])
+@pytest.mark.parametrize(
+    ("options", "world_size", "stopped"),
+    [("", 2, 1), pytest.param(THREE_D, 4, 2, marks=pytest.mark.slow)],
+    ids=["DP2", "TP2PP2"],
+)
 def test_a_rank_that_is_stopped_is_named_with_the_collective_that_waited(
     launcher: Launcher, tmp_path: Path, options: str, world_size: int, stopped: int
 ) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    argv = words(MOCK, options, "--train-iters 100000 --distributed-timeout-minutes 0.1 --log-interval 100")
+    argv = words(MOCK, options, "--train-iters 100000 --distributed-timeout-minutes 0.05 --log-interval 100")
     with launcher.job([*argv, *words("--metrics-file", metrics, "--save", tmp_path / "save")], world_size) as job:
         job.wait_for_step(metrics, 2)
         job.signal(signal.SIGSTOP, stopped)
@@ -137,11 +141,9 @@ def test_a_rank_that_is_stopped_is_named_with_the_collective_that_waited(
         assert job.wait(*others, timeout_s=PROMPT_S) == [6] * len(others)
         naming = [rank for rank in others if f"rank {stopped} did not answer a roll call" in job.said(rank)]
         assert naming, "\n\n".join(job.said(rank) for rank in others)
+        pattern = rf"over \w+ \(ranks .*\b{stopped}\b.*\) was not finished"
+        assert any(re.search(pattern, job.said(rank)) for rank in naming)
         for rank in naming:
-            assert (
-                re.search(rf"over \w+ \(ranks .*\b{stopped}\b.*\) was not finished", job.said(rank))
-                or rank != naming[0]
-            )
             assert "Current thread" in job.said(rank) and "in wait" in job.said(rank)
     reason = exit_status(tmp_path / "save")["reason"]
     assert f"rank {stopped} did not answer a roll call, and {world_size - 1} of {world_size} ranks did" in reason
@@ -150,7 +152,7 @@ def test_a_rank_that_is_stopped_is_named_with_the_collective_that_waited(
 def test_a_stopped_rank_that_hosts_the_store_is_still_reported(launcher: Launcher, tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     argv = words(
-        MOCK, "--train-iters 100000 --distributed-timeout-minutes 0.1 --log-interval 100 --metrics-file", metrics
+        MOCK, "--train-iters 100000 --distributed-timeout-minutes 0.05 --log-interval 100 --metrics-file", metrics
     )
     with launcher.job(argv, 2) as job:
         job.wait_for_step(metrics, 2)
