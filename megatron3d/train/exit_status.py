@@ -98,10 +98,25 @@ def write_exit_status(directory: str | Path, status: ExitStatus) -> str | None:
             file.write(json.dumps(asdict(status)) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        if status.code == PeerError.exit_code:
+            _place_unless_a_cause_is_there(beside, path)
+        else:
+            os.replace(beside, path)
     except OSError as error:
         return f"{path} cannot be written: {error.strerror or error}; the run ended with code {status.code}."
     return None
+
+
+def _place_unless_a_cause_is_there(beside: Path, path: Path) -> None:
+    """Give the file its name, but for a cause that another rank writes at the same moment: a link never replaces."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        if not _names_a_cause(path):
+            os.replace(beside, path)
+    except OSError:  # a file system without links
+        os.replace(beside, path)
+    beside.unlink(missing_ok=True)
 
 
 def _names_a_cause(path: Path) -> bool:

@@ -5,6 +5,7 @@ It knows when things happen; what they are is in `step.py`, `evaluate.py`, `stat
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from megatron3d.data.stream import SampleStream
 from megatron3d.errors import ConfigError, StopRequested
 from megatron3d.optim.schedule import ScheduleSettings
 from megatron3d.train import state
+from megatron3d.train.deferred_failure import DeferredFailure, PreparedBatches
 from megatron3d.train.evaluate import Evaluation, evaluate
 from megatron3d.train.held import held_directory
 from megatron3d.train.launch import Guard
@@ -95,6 +97,8 @@ class _Loop:
     renew_hold: Callable[[], str | None]
     schedule: ScheduleSettings = field(init=False)
     progress: Progress = field(init=False)
+    failure: DeferredFailure = field(init=False)
+    batches: PreparedBatches = field(init=False)
     started_s: float = 0.0
     saved_step: int = -1
     evaluated_step: int = -1
@@ -102,6 +106,8 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.schedule, self.progress = self.restored.schedule, self.restored.progress
+        self.failure = DeferredFailure(self.parts.mesh)
+        self.batches = PreparedBatches(self.streams.train, self.parts.mesh, self.failure)
 
     def run(self) -> None:
         config, self.started_s = self.parts.config, time.monotonic()
@@ -112,14 +118,13 @@ class _Loop:
             self._evaluate()
             self.saved_step = -1  # the checkpoint that is there would have it made once more
         while self.progress.step < last:
-            reason = self._reason_to_stop()
-            votes = self._step(wants_stop=reason is not None)
+            votes, reason = self._step(last)
             step = self.progress.step
             if step % config.train.eval_interval == 0 and step < last:
                 self._evaluate()
             if config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0:
                 self._save()
-            exits = config.train.exit_interval is not None and step % config.train.exit_interval == 0
+            exits = self._exits_after(step)
             if (votes or exits) and step < last:
                 interval = f"--exit-interval {config.train.exit_interval} is over"
                 self._stop((first_reason(reason, self.parts.mesh.world) if votes else None) or interval)
@@ -128,40 +133,59 @@ class _Loop:
             # A finished run that is started again was evaluated before its last checkpoint was saved.
             self._evaluate()
         self._finish()
+        self.failure.raise_on_all_ranks(self._saved())
+
+    def _exits_after(self, step: int) -> bool:
+        interval = self.parts.config.train.exit_interval
+        return interval is not None and step % interval == 0
 
     def _reason_to_stop(self) -> str | None:
         """Why this rank wants to stop, if it does."""
+        if self.failure.reason is not None:
+            return self.failure.reason
         limit_min = self.parts.config.train.exit_duration_in_mins
         if limit_min is not None and time.monotonic() - self.started_s > limit_min * 60.0:
             return signal_reason(self.guard) or f"--exit-duration-in-mins {limit_min:g} is over"
         return signal_reason(self.guard)
 
-    def _step(self, *, wants_stop: bool) -> int:
-        """Make one step and report it; returns how many ranks want to stop."""
+    def _prepare_next(self, consumed_samples: int, last: int) -> None:
+        """Read the batch of the step after this one, so that this step's vote knows if it cannot be read."""
+        step = self.progress.step + 1
+        if step < last and not self._exits_after(step):
+            size = batch_size_at(self.parts.config.train, consumed_samples, self.parts.mesh.dp.size)
+            self.batches.prepare(consumed_samples, size)
+
+    def _step(self, last: int) -> tuple[int, str | None]:
+        """Make one step and report it; returns how many ranks want to stop, and why this one does, if so."""
         config, dp, before = self.parts.config, self.parts.mesh.dp, self.progress
         size = batch_size_at(config.train, before.consumed_samples, dp.size)
         began_s = time.monotonic()
-        batch = self.streams.train.read(before.consumed_samples, size, dp.rank, dp.size)
+        batch = self.batches.read(before.consumed_samples, size, dp.rank, dp.size)
+        self._prepare_next(before.consumed_samples + size, last)
+        reason = self._reason_to_stop()
         at = {"iteration": before.updates, "consumed_samples": before.updated_samples}
         rates = Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
         loss_scale = self.parts.scaler.scale
         self.steps_made += 1
         recorder = recorder_of_step(self.parts, self.steps_made)
-        result = train_step(self.parts, batch, rates, step=before.step, wants_stop=wants_stop, recorder=recorder)
+        result = train_step(
+            self.parts, batch, rates, step=before.step, wants_stop=reason is not None, recorder=recorder
+        )
         synchronize(self.parts.model.device)
         self.progress = before.after(size, skipped=result.skipped)
         self.guard.step = self.progress.step
         elapsed_s = time.monotonic() - began_s
-        self.reports.step(self.progress, result, rates, loss_scale=loss_scale, batch_size=size, elapsed_s=elapsed_s)
+        numbers = {"loss_scale": loss_scale, "batch_size": size, "elapsed_s": elapsed_s}
+        self.failure.keep(lambda: self.reports.step(self.progress, result, rates, **numbers))
         if recorder is not None and (written := write_recorded(self.parts, recorder, self.progress.step)):
             self.reports.note(written)
-        return result.stop_votes
+        return result.stop_votes, reason
 
     def _evaluate(self) -> None:
         found = self._evaluate_on(self.streams.valid, is_due_later=True)
         self.evaluated_step = self.progress.step
         if found is not None:
-            self.reports.evaluation(self.progress.step, found)
+            self.failure.keep(lambda: self.reports.evaluation(self.progress.step, found))
 
     def _evaluate_on(self, batches: GlobalBatches | None, *, is_due_later: bool) -> Evaluation | None:
         """Evaluate, if that is asked for and there is data; a stop asked for meanwhile is not kept waiting.
@@ -173,12 +197,16 @@ class _Loop:
         if batches is None or num_batches == 0:
             return None
 
+        prepared, numbers = PreparedBatches(batches, self.parts.mesh, self.failure), itertools.count()
+        size = self.parts.config.train.global_batch_size
+
         def give_up_if_asked() -> None:
+            prepared.prepare(next(numbers) * size, size)
             reason = agreed_reason(self._reason_to_stop(), self.parts.mesh.world)
             if reason is not None:
                 self._stop(reason, evaluation_due=is_due_later)
 
-        return evaluate(self.parts, batches, num_batches=num_batches, before_batch=give_up_if_asked)
+        return evaluate(self.parts, prepared, num_batches=num_batches, before_batch=give_up_if_asked)
 
     def _save(self, *, evaluation_due: bool = False) -> None:
         if self.parts.config.checkpoint.save and self.saved_step != self.progress.step:
@@ -190,12 +218,15 @@ class _Loop:
 
     def _stop(self, reason: str, *, evaluation_due: bool = False) -> None:
         self._save(evaluation_due=evaluation_due)
+        self.failure.raise_on_all_ranks(self._saved())
+        raise StopRequested(f"stopped after step {self.progress.step} because {reason}; {self._saved()}")
+
+    def _saved(self) -> str:
         save = self.parts.config.checkpoint.save
-        saved = f"saved at {save}; start again to go on" if save else "nothing is saved, as there is no --save"
-        raise StopRequested(f"stopped after step {self.progress.step} because {reason}; {saved}")
+        return f"saved at {save}; start again to go on" if save else "nothing is saved, as there is no --save"
 
     def _finish(self) -> None:
         self._save()
         found = self._evaluate_on(self.streams.test, is_due_later=False)
         if found is not None:
-            self.reports.test(self.progress.step, found)
+            self.failure.keep(lambda: self.reports.test(self.progress.step, found))

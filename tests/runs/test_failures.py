@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import time
@@ -105,8 +106,25 @@ def test_data_that_breaks_late_on_one_rank_ends_the_job_with_the_place(
         assert f"{prefix}.bin, document" in job.said(1)
         assert f"token id {VOCAB_SIZE + 7} is outside the vocabulary of {VOCAB_SIZE}" in job.said(1)
         assert "Traceback" not in job.said(1)
+        assert "rank 1 failed: DataError; saved at" in job.said(0)
+    assert (tmp_path / "save" / "latest").read_text() == "iter_0000003\n", "what was learned until then is saved"
     status = exit_status(tmp_path / "save")
     assert (status["code"], status["rank"], status["step"]) == (3, 1, 3)
+
+
+def test_a_token_file_cut_short_while_training_is_a_sentence_and_what_was_learned_is_saved(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    prefix, metrics = write_tokens(tmp_path / "corpus", random_documents(1, count=60)), tmp_path / "metrics.jsonl"
+    argv = words(TINY, "--train-iters 100000 --split 1 --num-workers 2 --log-interval 100 --data-path", prefix)
+    with launcher.job([*argv, *words("--metrics-file", metrics, "--save", tmp_path / "save")], 2) as job:
+        job.wait_for_step(metrics, 2)
+        os.truncate(f"{prefix}.bin", 100)
+        assert 3 in job.wait(timeout_s=PROMPT_S)
+        assert f"{prefix}.bin ends at byte 100, and bytes" in job.said(0) + job.said(1)
+    status = exit_status(tmp_path / "save")
+    assert status["code"] == 3
+    assert (tmp_path / "save" / "latest").read_text() == f"iter_{status['step']:07d}\n"
 
 
 def test_a_rank_that_hangs_is_found_by_the_collective_timeout(launcher: Launcher, tmp_path: Path) -> None:
