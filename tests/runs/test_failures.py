@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from megatron3d.checkpoint.directory import hold_directory
 from megatron3d.config.data import DataConfig
 from megatron3d.data.build import build_gpt_data
 from megatron3d.data.stream import SampleStream
@@ -125,6 +127,35 @@ def test_a_token_file_cut_short_while_training_is_a_sentence_and_what_was_learne
     status = exit_status(tmp_path / "save")
     assert status["code"] == 3
     assert (tmp_path / "save" / "latest").read_text() == f"iter_{status['step']:07d}\n"
+
+
+def test_a_save_directory_that_is_removed_is_held_again_before_the_next_save(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    save, metrics = tmp_path / "save", tmp_path / "metrics.jsonl"
+    argv = words(MOCK, "--train-iters 100000 --log-interval 1000 --metrics-file", metrics, "--save", save)
+    with launcher.job(argv, 2) as job:
+        job.wait_for_step(metrics, 2)
+        shutil.rmtree(save)
+        job.signal(signal.SIGTERM, 0)
+        assert job.wait(timeout_s=PROMPT_S) == [75, 75]
+        assert f"--save {save} was removed while this run was saving there; it was made again" in job.said(0)
+    assert (save / "latest").read_text() == f"iter_{exit_status(save)['step']:07d}\n"
+
+
+def test_a_save_directory_that_another_run_has_taken_meanwhile_is_left_to_it(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    save, metrics = tmp_path / "save", tmp_path / "metrics.jsonl"
+    argv = words(MOCK, "--train-iters 100000 --log-interval 1000 --metrics-file", metrics, "--save", save)
+    with launcher.job(argv, 2) as job:
+        job.wait_for_step(metrics, 2)
+        shutil.rmtree(save)
+        with hold_directory(save):
+            job.signal(signal.SIGTERM, 0)
+            assert job.wait(timeout_s=PROMPT_S) == [8, 8]
+            assert f"--save {save} is in use by another run (process {os.getpid()}" in job.said(0)
+            assert [path.name for path in save.iterdir()] == [".lock"]
 
 
 def test_a_rank_that_hangs_is_found_by_the_collective_timeout(launcher: Launcher, tmp_path: Path) -> None:
