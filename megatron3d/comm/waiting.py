@@ -28,7 +28,7 @@ class CollectiveError(PeerError):
     `waited_for` is the collective, its axis and ranks, in words.
     """
 
-    def __init__(self, message: str, *, waited_for: str) -> None:
+    def __init__(self, message: str, *, waited_for: str = "a collective") -> None:
         super().__init__(message)
         self.waited_for = waited_for
 

@@ -290,7 +290,7 @@ def test_a_metrics_file_on_a_full_device_does_not_end_a_fine_tuning(tmp_path: Pa
         sts,
         "--hf",
         hf,
-        f"--epochs 1 --max-seq-length 24 {QUIET} --metrics-file /dev/full",
+        f"--epochs 1 --lr 1e-3 --max-seq-length 24 {QUIET} --metrics-file /dev/full",
     )
     assert ended.code == 0, ended.err
     assert result(ended)["step"] > 0
