@@ -37,7 +37,7 @@ def main(guard: Guard) -> None:
 
     # Where it runs. From here on a signal asks for a stop, which every rank makes at the same point.
     with joined(config, guard, save=config.checkpoint.save, stoppable=True) as (mesh, device):
-        # Which tokens: every rank maps the same files and reads its own part.
+        # Which tokens: every rank opens the same files and reads its own part.
         sizes = {"vocab_size": config.model.vocab_size, "eod_token": vocabulary.eod_token}
         data = build_gpt_data(config.data, seq_length=config.model.seq_length, **sizes)
         if is_first:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +20,6 @@ from typing import Any
 
 import torch
 
-from megatron3d.checkpoint.directory import hold_directory
-from megatron3d.checkpoint.store import everywhere
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.run import RunConfig
 from megatron3d.models.bert_classifier import build_bert_classifier_stage
@@ -34,6 +30,7 @@ from megatron3d.tasks.glue.options import task_parser
 from megatron3d.tasks.glue.pace import Pace
 from megatron3d.tasks.glue.predict import scores, write_predictions
 from megatron3d.tasks.glue.weights import fill, keep_tokenizer
+from megatron3d.train.held import held_directory
 from megatron3d.train.joining import joined
 from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.parts import Parts, build_parts
@@ -60,7 +57,7 @@ def one_seed(job: Job, run: RunConfig, mesh: Mesh, device: torch.device, guard: 
     """Fine-tune, and predict with the best weights; collective over all ranks."""
     say = to_stderr if mesh.rank == 0 else silent
     save = None if run.checkpoint.save is None else Path(run.checkpoint.save)
-    with held(save, mesh):
+    with held_directory(save, mesh) as renew:
         if save is not None:
             run = replace(run, data=keep_tokenizer(run.data, run.model, save, mesh))
         builder = partial(build_bert_classifier_stage, num_outputs=job.task.num_outputs)
@@ -77,6 +74,7 @@ def one_seed(job: Job, run: RunConfig, mesh: Mesh, device: torch.device, guard: 
             ema_decay=job.ema_decay,
             eval_interval=job.eval_interval,
             save=save,
+            renew_hold=renew,
         )
         found = finetune(parts, job.data, wishes, guard=guard, say=say)
         files = predict(parts, job, run, guard)
@@ -125,19 +123,6 @@ def summary(job: Job, results: list[dict[str, Any]]) -> dict[str, Any]:
         return {"task": job.task.name, **results[0]}
     means, spread = over_seeds([one["metrics"] for one in results])
     return {"task": job.task.name, "metrics": means, "standard_deviations": spread, "runs": results}
-
-
-@contextmanager
-def held(save: Path | None, mesh: Mesh) -> Iterator[None]:
-    """Keep other runs out of a --save directory; if another is in, all ranks raise."""
-    with ExitStack() as stack:
-
-        def hold() -> None:
-            if save is not None and mesh.rank == 0:
-                stack.enter_context(hold_directory(save))
-
-        everywhere(hold, mesh.world.group)
-        yield
 
 
 def to_stderr(line: str) -> None:

@@ -49,6 +49,7 @@ from torch.futures import Future
 from megatron3d.checkpoint.durable import storage_errors, write_file
 from megatron3d.checkpoint.index import INDEX_NAME, Index, StoredBox, StoredFile, StoredTensor, box_key
 from megatron3d.checkpoint.shard_file import open_shard, read_box, write_shard
+from megatron3d.comm.waiting import Waiting
 from megatron3d.errors import CheckpointError, Megatron3dError
 from megatron3d.params.boxes import Box, ShardView
 
@@ -74,7 +75,8 @@ def everywhere(action: Callable[[], T], group: ProcessGroup | None) -> T:
         failure = error
     if group is not None:
         reports: list[Exception | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(reports, _portable(failure), group=group)
+        with _waiting("the ranks' agreement on files", group):
+            dist.all_gather_object(reports, _portable(failure), group=group)
         first = next(((rank, report) for rank, report in enumerate(reports) if report is not None), None)
         if failure is None and first is not None:
             raise _from_rank(*first)
@@ -122,7 +124,7 @@ def write_tensors(
         ValueError, RuntimeError: boxes that overlap, leave a gap or disagree between ranks.
     """
     writer = _Writer(directory, step=step, rank=rank, documents=documents)
-    with _quiet(), _our_errors(group):
+    with _quiet(), _our_errors(group), _waiting("saving", group):
         dcp.save(
             dict(tensors),
             storage_writer=writer,
@@ -142,7 +144,7 @@ def read_tensors(
     Raises:
         CheckpointError: a file that is missing or damaged on any rank (raised on all).
     """
-    with _quiet(), _our_errors(group):
+    with _quiet(), _our_errors(group), _waiting("loading", group):
         dcp.load(
             dict(tensors),
             storage_reader=_Reader(directory, index),
@@ -403,6 +405,10 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
+
+
+def _waiting(what: str, group: ProcessGroup | None) -> Waiting:
+    return Waiting(what, "world", [] if group is None else dist.get_process_group_ranks(group))
 
 
 @contextmanager

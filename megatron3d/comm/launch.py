@@ -26,6 +26,8 @@ class Launch:
         restart_count: how often an elastic agent restarted the job.
         has_agent: whether an elastic agent watches this process: it takes any exit code but 0 for a failure, ends the
             other processes of the machine, and may restart the job.
+        master_addr: host of rank 0, where all processes of the job meet; None where it is not given.
+        master_port: the port there.
         error_file: where the agent looks for the reason of a failure, if it does. The directory above the file's own is
             shared by the processes of this machine and new for every attempt.
     """
@@ -36,6 +38,8 @@ class Launch:
     local_world_size: int = 1
     restart_count: int = 0
     has_agent: bool = False
+    master_addr: str | None = None
+    master_port: str | None = None
     error_file: Path | None = None
 
 
@@ -50,6 +54,8 @@ def read_launch() -> Launch:
         local_world_size=int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", 1))),
         restart_count=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
         has_agent="TORCHELASTIC_RUN_ID" in env,
+        master_addr=env.get("MASTER_ADDR"),
+        master_port=env.get("MASTER_PORT"),
         error_file=Path(error_file) if error_file else None,
     )
 

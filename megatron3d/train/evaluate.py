@@ -9,16 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.data.batch import Batch
-from megatron3d.data.loader import GlobalBatches
 from megatron3d.pipeline.run import run
 from megatron3d.train.parts import Parts
 from megatron3d.train.step import micro_batches, share_of_sums
+
+
+class BatchReader(Protocol):
+    """What gives one rank's part of a global batch: `GlobalBatches`, or something that stands before it."""
+
+    def read(self, consumed_samples: int, global_batch_size: int, dp_rank: int, dp_size: int) -> Batch:
+        """The samples of this rank of the global batch that follows `consumed_samples`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Evaluation:
 
 
 def evaluate(
-    parts: Parts, batches: GlobalBatches, *, num_batches: int, before_batch: Callable[[], None] | None = None
+    parts: Parts, batches: BatchReader, *, num_batches: int, before_batch: Callable[[], None] | None = None
 ) -> Evaluation:
     """Mean losses over the labels of `num_batches` (at least 1) global batches.
 
@@ -61,7 +68,7 @@ def evaluate(
 
 
 def _evaluate(
-    parts: Parts, batches: GlobalBatches, num_batches: int, before_batch: Callable[[], None] | None
+    parts: Parts, batches: BatchReader, num_batches: int, before_batch: Callable[[], None] | None
 ) -> Evaluation:
     dp, size = parts.mesh.dp, parts.config.train.global_batch_size
     totals, histogram, names = torch.zeros(0), torch.zeros(0), []

@@ -11,12 +11,14 @@ import torch
 
 from megatron3d.comm.agree import require_agreement
 from megatron3d.comm.device import pick_device
-from megatron3d.comm.join import is_peer_failure, join, leave
+from megatron3d.comm.join import join, leave
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import Mesh, make_mesh
+from megatron3d.comm.roll_call import RollCall, report
+from megatron3d.comm.waiting import CollectiveError, first_line, is_peer_failure, is_timeout
 from megatron3d.config.agreement import agreed_options
 from megatron3d.config.run import RunConfig
-from megatron3d.errors import ConfigError, Megatron3dError, PeerError
+from megatron3d.errors import ConfigError, Megatron3dError, PeerError, StopRequested
 from megatron3d.train.exit_status import clear_exit_status
 from megatron3d.train.launch import Guard
 
@@ -59,23 +61,39 @@ def joined(
         cp=parallel.context_parallel_size,
         zero_shard=parallel.zero_shard_size,
     )
+    roll: RollCall | None = None
     try:
-        join(launch, device, timeout=timeout)
+        store = join(launch, device, timeout=timeout)
+        if store is not None:
+            roll = RollCall(store, rank=launch.rank, world_size=launch.world_size)
         require_agreement({**agreed_options(config), **files}, ConfigError)
         # Not before: while ranks wait for each other nothing looks at the flag, and there is nothing to save.
         with guard.stop if stoppable else nullcontext():
-            yield make_mesh(layout, timeout=timeout), device
+            mesh = make_mesh(layout, timeout=timeout)
+            if roll is not None:
+                roll.watch(mesh.meter)
+            yield mesh, device
     except Exception as error:
-        if isinstance(error, Megatron3dError) or not is_peer_failure(error):
+        if isinstance(error, StopRequested) and roll is not None:
+            roll.close()  # all ranks end here
+        if (isinstance(error, Megatron3dError) and not isinstance(error, CollectiveError)) or not is_peer_failure(
+            error
+        ):
             raise
-        raise _peer_error(error) from error
+        raise _peer_error(error, roll, launch.world_size) from error
+    if roll is not None:
+        roll.close()
     leave()
 
 
-def _peer_error(error: Exception) -> PeerError:
-    """An error of a collective, as the sentence it stands for."""
-    first_line = (str(error) or type(error).__name__).splitlines()[0]
-    failure = PeerError(f"a collective failed, so another rank is gone or stuck: {first_line}")
+def _peer_error(error: Exception, roll: RollCall | None, world_size: int) -> PeerError:
+    """An error of a collective, as the sentence it stands for; after a timeout with what a roll call finds."""
+    what = first_line(error)
+    if roll is not None and is_timeout(error):
+        if isinstance(error, CollectiveError):
+            what = f"{error.waited_for} was not finished within --distributed-timeout-minutes"
+        what = f"{what}; {report(roll.call(), world_size)}"
+    failure = PeerError(f"a collective failed, so another rank is gone or stuck: {what}")
     for note in getattr(error, "__notes__", []):
         failure.add_note(note)
     return failure

@@ -19,8 +19,11 @@ from dataclasses import dataclass, field
 
 from megatron3d.comm.launch import Launch, end_process, read_launch
 from megatron3d.errors import ConfigError, InUseError, Megatron3dError, PeerError, StopRequested
+from megatron3d.process.streams import patient_streams
+from megatron3d.train.agent_gone import stop_without_agent
 from megatron3d.train.agent_report import report_to_agent
-from megatron3d.train.exit_status import ExitStatus, exit_code_of, status_of, write_exit_status
+from megatron3d.train.exit_status import ExitStatus, exit_code_of, saved_step, status_of, write_exit_status
+from megatron3d.train.memory_short import memory_short
 from megatron3d.train.print_once import print_once
 from megatron3d.train.signals import StopFlag
 
@@ -30,23 +33,31 @@ class Guard:
     """What the outermost frame must know of a run to report its end: filled in as the run finds out.
 
     `save` is the --save directory, set as soon as it is known: a launcher that looks there for the exit status must
-    not find that of an earlier run. `stop` is set by signals once the run has joined the job (see `joined`).
+    not find that of an earlier run. `step` is the last step that is finished, None until it is known where the run
+    starts. `stop` is set by signals once the run has joined the job (see `joined`).
     """
 
     launch: Launch
     save: str | None = None
-    step: int = 0
+    step: int | None = None
     stop: StopFlag = field(init=False)
 
     def __post_init__(self) -> None:
         """Make the flag, which nothing sets yet."""
         self.stop = StopFlag(on_forced=self.forced_end)
 
+    @property
+    def last_step(self) -> int:
+        """The last step that is finished: before the run knows where it starts, that of the latest checkpoint."""
+        if self.step is None:
+            return saved_step(self.save) if self.save else 0
+        return self.step
+
     def forced_end(self, code: int) -> None:
         """Leave word beside the checkpoints that a second signal ends this process now, without a save."""
         if self.save:
             reason = f"forced to end by a second {signal.Signals(code - 128).name}, without a save"
-            write_exit_status(self.save, ExitStatus(code, reason, self.launch.rank, self.step, time.time()))
+            write_exit_status(self.save, ExitStatus(code, reason, self.launch.rank, self.last_step, time.time()))
 
 
 def guarded(main: Callable[[Guard], None]) -> None:
@@ -55,14 +66,16 @@ def guarded(main: Callable[[Guard], None]) -> None:
     An elastic agent takes every code but 0 for a failure, to be restarted if any restarts are left. A run that stopped
     because it was asked to therefore ends with 0 under an agent; `exit_status.json` has its own code in any case.
     """
-    guard = Guard(read_launch())
-    try:
-        main(guard)
-    except (Exception, KeyboardInterrupt) as error:
-        code = _report(error, guard)
-        end_process(0 if guard.launch.has_agent and isinstance(error, StopRequested) else code)
-    if guard.save and guard.launch.rank == 0:
-        write_exit_status(guard.save, status_of(None, rank=0, step=guard.step))
+    with patient_streams():
+        guard = Guard(read_launch())
+        stop_without_agent(guard.launch)
+        try:
+            main(guard)
+        except (Exception, KeyboardInterrupt) as error:
+            code = _report(memory_short(error) or error, guard)
+            end_process(0 if guard.launch.has_agent and isinstance(error, StopRequested) else code)
+        if guard.save and guard.launch.rank == 0:
+            write_exit_status(guard.save, status_of(None, rank=0, step=guard.last_step))
 
 
 def _report(error: BaseException, guard: Guard) -> int:
@@ -78,7 +91,7 @@ def _report(error: BaseException, guard: Guard) -> int:
         print(f"error ({where}): {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
     # A directory that another run holds is not ours to leave word in.
     if guard.save and not isinstance(error, InUseError):
-        refusal = write_exit_status(guard.save, status_of(error, rank=launch.rank, step=guard.step))
+        refusal = write_exit_status(guard.save, status_of(error, rank=launch.rank, step=guard.last_step))
         if refusal:
             print(f"the exit status could not be written beside the checkpoints: {refusal}", file=sys.stderr)
     report_to_agent(error, where, launch.error_file)

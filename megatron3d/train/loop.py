@@ -5,15 +5,14 @@ It knows when things happen; what they are is in `step.py`, `evaluate.py`, `stat
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron3d.checkpoint.directory import hold_directory
-from megatron3d.checkpoint.store import everywhere
 from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
 from megatron3d.config.data import DataConfig
@@ -25,7 +24,9 @@ from megatron3d.errors import ConfigError, StopRequested
 from megatron3d.optim.schedule import ScheduleSettings
 from megatron3d.train import state
 from megatron3d.train.compare import agreed_content
+from megatron3d.train.deferred_failure import DeferredFailure, PreparedBatches
 from megatron3d.train.evaluate import Evaluation, evaluate
+from megatron3d.train.held import held_directory
 from megatron3d.train.launch import Guard
 from megatron3d.train.outlook import Outlook
 from megatron3d.train.parts import Parts
@@ -76,34 +77,22 @@ def train(parts: Parts, streams: Streams, guard: Guard) -> Progress:
         StopRequested: the run was asked to stop; it has saved if it saves at all.
     """
     content = agreed_content(parts.config, parts.mesh.world.group)
-    with _held_directory(parts):
+    save = parts.config.checkpoint.save
+    with held_directory(Path(save) if save else None, parts.mesh) as renew:
         stop_while_starting(guard, parts.mesh)
         restored = state.restore(parts, content)
+        guard.step = restored.progress.step
         stop_while_starting(guard, parts.mesh)
         with Reports(parts, restored) as reports:
             newest = restored.source if reports.resumed_in_place else None
             retention = Retention(parts.config.checkpoint, parts.mesh, newest=newest)
-            loop = _Loop(parts, streams, reports, guard, retention, content, restored)
+            loop = _Loop(parts, streams, reports, guard, retention, content, restored, renew)
             try:
                 loop.run()
             except Exception as error:
                 error.add_note(f"on {parts.mesh}, after step {loop.progress.step}")
                 raise
             return loop.progress
-
-
-@contextmanager
-def _held_directory(parts: Parts) -> Iterator[None]:
-    """Keep other runs out of the --save directory while this one writes there; if another is in, all ranks raise."""
-    save, mesh = parts.config.checkpoint.save, parts.mesh
-    with ExitStack() as held:
-
-        def hold() -> None:
-            if save is not None and mesh.rank == 0:
-                held.enter_context(hold_directory(Path(save)))
-
-        everywhere(hold, mesh.world.group)
-        yield
 
 
 @dataclass
@@ -115,8 +104,11 @@ class _Loop:
     retention: Retention
     content: Content
     restored: Restored
+    renew_hold: Callable[[], str | None]
     schedule: ScheduleSettings = field(init=False)
     progress: Progress = field(init=False)
+    failure: DeferredFailure = field(init=False)
+    batches: PreparedBatches = field(init=False)
     started_s: float = 0.0
     saved_step: int = -1
     evaluated_step: int = -1
@@ -124,6 +116,8 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.schedule, self.progress = self.restored.schedule, self.restored.progress
+        self.failure = DeferredFailure(self.parts.mesh)
+        self.batches = PreparedBatches(self.streams.train, self.parts.mesh, self.failure)
 
     def run(self) -> None:
         config, self.started_s = self.parts.config, time.monotonic()
@@ -135,8 +129,7 @@ class _Loop:
             self._evaluate()
             self.saved_step = -1  # the checkpoint that is there would have it made once more
         while self.progress.step < last:
-            reason = self._reason_to_stop()
-            votes = self._step(wants_stop=reason is not None)
+            votes, reason = self._step(last)
             step = self.progress.step
             if step % config.train.eval_interval == 0 and step < last:
                 self._evaluate()
@@ -145,7 +138,7 @@ class _Loop:
                 state.check_replicas(self.parts, step)
             if config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0:
                 self._save()
-            exits = config.train.exit_interval is not None and step % config.train.exit_interval == 0
+            exits = self._exits_after(step)
             if (votes or exits) and step < last:
                 interval = f"--exit-interval {config.train.exit_interval} is over"
                 self._stop((first_reason(reason, self.parts.mesh.world) if votes else None) or interval)
@@ -153,6 +146,7 @@ class _Loop:
         is_proved = not is_finished_already and self.evaluated_step != last and self._evaluate()
         self._finish(is_proved)
         self.parts.engine.finish_update()  # only now: the last checkpoint has it due, for a run that goes on longer
+        self.failure.raise_on_all_ranks(self._saved())
 
     def _look_ahead(self, last: int) -> None:
         """Report what the options ask for and this run will not do."""
@@ -160,37 +154,55 @@ class _Loop:
         for line in Outlook(self.parts.config, self.progress, last, self.schedule, has_valid, has_test).lines():
             self.reports.note(line)
 
+    def _exits_after(self, step: int) -> bool:
+        interval = self.parts.config.train.exit_interval
+        return interval is not None and step % interval == 0
+
     def _reason_to_stop(self) -> str | None:
         """Why this rank wants to stop, if it does."""
+        if self.failure.reason is not None:
+            return self.failure.reason
         limit_min = self.parts.config.train.exit_duration_in_mins
         if limit_min is not None and time.monotonic() - self.started_s > limit_min * 60.0:
             return signal_reason(self.guard) or f"--exit-duration-in-mins {limit_min:g} is over"
         return signal_reason(self.guard)
 
-    def _step(self, *, wants_stop: bool) -> int:
-        """Make one step and report it; returns how many ranks want to stop."""
+    def _prepare_next(self, consumed_samples: int, last: int) -> None:
+        """Read the batch of the step after this one, so that this step's vote knows if it cannot be read."""
+        step = self.progress.step + 1
+        if step < last and not self._exits_after(step) and not self.parts.config.train.skips(step):
+            size = batch_size_at(self.parts.config.train, consumed_samples, self.parts.mesh.dp.size)
+            self.batches.prepare(consumed_samples, size)
+
+    def _step(self, last: int) -> tuple[int, str | None]:
+        """Make one step and report it; returns how many ranks want to stop, and why this one does, if so."""
         config, dp, before = self.parts.config, self.parts.mesh.dp, self.progress
         size = batch_size_at(config.train, before.consumed_samples, dp.size)
         at = {"iteration": before.updates, "consumed_samples": before.updated_samples}
         rates = Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
         if config.train.skips(before.step):
-            return self._leave_out(size, rates)
+            return self._leave_out(size, rates), None
         began_s = time.monotonic()
-        batch = self.streams.train.read(before.consumed_samples, size, dp.rank, dp.size)
+        batch = self.batches.read(before.consumed_samples, size, dp.rank, dp.size)
+        self._prepare_next(before.consumed_samples + size, last)
+        reason = self._reason_to_stop()
         loss_scale = self.parts.scaler.scale
         self.steps_made += 1
         recorder = recorder_of_step(self.parts, self.steps_made)
-        result = train_step(self.parts, batch, rates, step=before.step, wants_stop=wants_stop, recorder=recorder)
+        result = train_step(
+            self.parts, batch, rates, step=before.step, wants_stop=reason is not None, recorder=recorder
+        )
         synchronize(self.parts.model.device)
         self.progress = before.after(size, skipped=result.skipped)
         self.guard.step = self.progress.step
         elapsed_s = time.monotonic() - began_s
-        self.reports.step(self.progress, result, rates, loss_scale=loss_scale, batch_size=size, elapsed_s=elapsed_s)
+        numbers = {"loss_scale": loss_scale, "batch_size": size, "elapsed_s": elapsed_s}
+        self.failure.keep(lambda: self.reports.step(self.progress, result, rates, **numbers))
         if result.is_finite:
             self.retention.proved(before.step)
         if recorder is not None and (written := write_recorded(self.parts, recorder, self.progress.step)):
             self.reports.note(written)
-        return result.stop_votes
+        return result.stop_votes, reason
 
     def _leave_out(self, batch_size: int, rates: Rates) -> int:
         """Let an iteration's samples count as consumed without training on them; nobody is asked whether to stop."""
@@ -205,7 +217,7 @@ class _Loop:
         self.evaluated_step = self.progress.step
         if found is None:
             return False
-        self.reports.evaluation(self.progress.step, found)
+        self.failure.keep(lambda: self.reports.evaluation(self.progress.step, found))
         return math.isfinite(found.loss)
 
     def _evaluate_on(self, batches: GlobalBatches | None, *, is_due_later: bool) -> Evaluation | None:
@@ -218,15 +230,21 @@ class _Loop:
         if batches is None or num_batches == 0:
             return None
 
+        prepared, numbers = PreparedBatches(batches, self.parts.mesh, self.failure), itertools.count()
+        size = self.parts.config.train.global_batch_size
+
         def give_up_if_asked() -> None:
+            prepared.prepare(next(numbers) * size, size)
             reason = agreed_reason(self._reason_to_stop(), self.parts.mesh.world)
             if reason is not None:
                 self._stop(reason, evaluation_due=is_due_later)
 
-        return evaluate(self.parts, batches, num_batches=num_batches, before_batch=give_up_if_asked)
+        return evaluate(self.parts, prepared, num_batches=num_batches, before_batch=give_up_if_asked)
 
     def _save(self, *, evaluation_due: bool = False) -> None:
         if self.parts.config.checkpoint.save and self.saved_step != self.progress.step:
+            if made_again := self.renew_hold():
+                self.reports.note(made_again)
             path = state.save(self.parts, self.progress, self.schedule, self.content, evaluation_due=evaluation_due)
             self.saved_step = self.progress.step
             self.retention.saved(path)
@@ -234,15 +252,18 @@ class _Loop:
 
     def _stop(self, reason: str, *, evaluation_due: bool = False) -> None:
         self._save(evaluation_due=evaluation_due)
+        self.failure.raise_on_all_ranks(self._saved())
+        raise StopRequested(f"stopped after step {self.progress.step} because {reason}; {self._saved()}")
+
+    def _saved(self) -> str:
         save = self.parts.config.checkpoint.save
-        saved = f"saved at {save}; start again to go on" if save else "nothing is saved, as there is no --save"
-        raise StopRequested(f"stopped after step {self.progress.step} because {reason}; {saved}")
+        return f"saved at {save}; start again to go on" if save else "nothing is saved, as there is no --save"
 
     def _finish(self, is_proved: bool) -> None:
         self._save()
         found = self._evaluate_on(self.streams.test, is_due_later=False)
         if found is not None:
-            self.reports.test(self.progress.step, found)
+            self.failure.keep(lambda: self.reports.test(self.progress.step, found))
             is_proved = is_proved or math.isfinite(found.loss)
         if not is_proved and self.retention.waits:
             # No step will follow, so a batch's forward stands for it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -75,6 +76,28 @@ def test_a_killed_worker_is_replaced_by_max_restarts_and_the_losses_are_those_of
     assert len(re.findall("^model$", elastic.said, re.MULTILINE)) == 2, f"one restart is enough:\n{elastic.said}"
     assert losses(killed) == losses(whole)
     assert exit_status(tmp_path / "save")["code"] == 0
+
+
+def test_workers_whose_agent_is_killed_save_and_stop(tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    argv = words(MOCK, "--train-iters 100000 --log-interval 1 --save", save)
+    with torchrun(tmp_path / "log.txt", ["--nproc-per-node", "2"], argv) as job:
+        job.wait_for("step 3/")
+        workers = job.workers()
+        os.kill(job.process.pid, signal.SIGKILL)
+        assert job.wait() == -signal.SIGKILL
+        try:
+            deadline = time.monotonic() + 30
+            while left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
+                assert time.monotonic() < deadline, f"{left} still run:\n{job.said}"
+                time.sleep(0.05)
+        finally:
+            for pid in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    assert job.said.count("the elastic agent that started it is gone") == 2
+    assert exit_status(save)["code"] == 75
+    assert (save / "latest").read_text().strip() == f"iter_{exit_status(save)['step']:07d}"
 
 
 def _stopped_by_a_signal_to_the_agent(folder: Path, number: int, *, save_s: float, timeout_s: int) -> None:

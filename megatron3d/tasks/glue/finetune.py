@@ -34,6 +34,7 @@ from megatron3d.tasks.glue.pace import Pace
 from megatron3d.tasks.glue.predict import mean_loss, metrics_of, scores
 from megatron3d.tasks.glue.reports import TaskReports
 from megatron3d.tasks.glue.tasks import Task
+from megatron3d.train.deferred_failure import DeferredFailure
 from megatron3d.train.launch import Guard
 from megatron3d.train.parts import Parts
 from megatron3d.train.state import Progress
@@ -95,6 +96,7 @@ class Wishes:
             themselves.
         eval_interval: steps between measurements on the dev files; None measures after each epoch alone.
         save: where the best checkpoint goes.
+        renew_hold: called before each save, see `train/held.py`.
     """
 
     task: Task
@@ -106,6 +108,7 @@ class Wishes:
     ema_decay: float | None
     eval_interval: int | None
     save: Path | None
+    renew_hold: Callable[[], str | None]
 
 
 def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say: Callable[[str], None]) -> Finetuned:
@@ -127,6 +130,7 @@ def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say:
         found = measure_dev(parts, data.dev, wishes, say, give_up)
         say(_line("as loaded", found))
         return Finetuned(found, 0, 0, 0, 0.0)
+    guard.step = 0
     kept = None
     if wishes.save is not None:
         names = (f"{name}{ending}" for ending in data.dev for name in wishes.task.metrics)
@@ -163,6 +167,7 @@ class _Loop:
         self.reports, self.guard, self.kept = reports, guard, kept
         self.schedule: ScheduleSettings = settings_from_config(parts.config.optim, parts.config.train)
         self.progress = Progress()
+        self.failure = DeferredFailure(parts.mesh)
         self.average = None if wishes.ema_decay is None else WeightAverage(parts, wishes.ema_decay)
         self.best: Finetuned | None = None
         self.best_weights: Mapping[str, Tensor] = {}
@@ -190,19 +195,24 @@ class _Loop:
                 self.average.add()
             elapsed_s = time.monotonic() - began_s
             self.train_s += elapsed_s
-            self.reports.step(self.progress, result, rates, planned, elapsed_s=elapsed_s)
+            self._report_step(result, rates, planned, elapsed_s)
             if result.stop_votes:
                 self._stop_if_asked()
             if planned is not steps[-1] and self._is_time_to_measure():
                 self._measure(epoch, f"step {self.progress.step}")
         self._measure(epoch, f"epoch {epoch + 1}")
 
+    def _report_step(self, result: StepResult, rates: Rates, planned: PlannedStep, elapsed_s: float) -> None:
+        self.failure.keep(lambda: self.reports.step(self.progress, result, rates, planned, elapsed_s=elapsed_s))
+
     def _stop_if_asked(self) -> None:
         """Unlike a pretraining this keeps no optimizer state: what is saved are the best weights measured so far."""
-        save = self.wishes.save
-        kept = f"the best weights so far are saved at {save}" if save and self.best else "no weights are saved"
         when = f"after step {self.progress.step}"
-        stop_if_asked(self.guard, self.parts.mesh, when=when, outcome=f"{kept}; started again, it begins anew")
+        stop_if_asked(self.guard, self.parts.mesh, when=when, outcome=f"{self._kept()}; started again, it begins anew")
+
+    def _kept(self) -> str:
+        save = self.wishes.save
+        return f"the best weights so far are saved at {save}" if save and self.best else "no weights are saved"
 
     def _is_time_to_measure(self) -> bool:
         interval = self.wishes.eval_interval
@@ -225,10 +235,11 @@ class _Loop:
         """Measure on the dev files; keep and save the weights if they are the best so far."""
         with self.parts.engine.updated_weights(), nullcontext() if self.average is None else self.average.in_place():
             self._measure_and_keep(epoch, when)
+        self.failure.raise_on_all_ranks(self._kept())
 
     def _measure_and_keep(self, epoch: int, when: str) -> None:
         found = measure_dev(self.parts, self.dev, self.wishes, self.reports.note, self._stop_if_asked)
-        self.reports.measured(self.progress.step, found.loss, found.metrics)
+        self.failure.keep(lambda: self.reports.measured(self.progress.step, found.loss, found.metrics))
         self.reports.note(_line(f"after {when}", found))
         step, samples = self.progress.step, self.progress.consumed_samples
         if not math.isfinite(found.loss):
@@ -254,6 +265,8 @@ class _Loop:
                 f"{found.score:.4f}; give another --save to keep this one"
             )
             return
+        if made_again := self.wishes.renew_hold():
+            self.reports.note(made_again)
         path = weights.save(self.parts, save, step, self._document(found.metrics))
         self.reports.note(f"saved {path}, the best so far")
 
