@@ -187,6 +187,8 @@ class _Loop:
         self._prepare_next(before.consumed_samples + size, last)
         reason = self._reason_to_stop()
         loss_scale = self.parts.scaler.scale
+        # With a delayed update the layers, and so this step's loss, do not know the last weights yet.
+        weights_of_step = before.step - self.parts.engine.is_update_due
         self.steps_made += 1
         recorder = recorder_of_step(self.parts, self.steps_made)
         result = train_step(
@@ -199,7 +201,7 @@ class _Loop:
         numbers = {"loss_scale": loss_scale, "batch_size": size, "elapsed_s": elapsed_s}
         self.failure.keep(lambda: self.reports.step(self.progress, result, rates, **numbers))
         if result.is_finite:
-            self.retention.proved(before.step)
+            self.retention.proved(weights_of_step)
         if recorder is not None and (written := write_recorded(self.parts, recorder, self.progress.step)):
             self.reports.note(written)
         return result.stop_votes, reason
@@ -208,7 +210,7 @@ class _Loop:
         """Let an iteration's samples count as consumed without training on them; nobody is asked whether to stop."""
         self.progress = self.progress.after(batch_size, skipped=True)
         self.guard.step = self.progress.step
-        self.reports.left_out(self.progress, rates, batch_size=batch_size)
+        self.failure.keep(lambda: self.reports.left_out(self.progress, rates, batch_size=batch_size))
         return 0
 
     def _evaluate(self) -> bool:
