@@ -41,6 +41,12 @@ class _Held:
     axis: Axis
     data: Tensor
 
+    @property
+    def is_held_elsewhere(self) -> bool:
+        """Whether another rank must hold the same, so that a hash has something to be compared with."""
+        on_tp = self.is_alike_on_tp and self.unit.mesh.tp.size > 1
+        return self.axis.size > 1 or on_tp or (self.unit.tied is not None and self.unit.tied.size > 1)
+
 
 def require_equal_replicas(
     units: Mapping[str, FlatUnit], states: Mapping[str, ShardView], mesh: Mesh, *, step: int
@@ -57,7 +63,7 @@ def require_equal_replicas(
         NumericsError: ranks that must hold equal values do not; it names the parameters and the ranks.
     """
     device = next(iter(units.values())).options.device
-    held = [*_weights(units, mesh), *_states(units, states)]
+    held = [one for one in (*_weights(units, mesh), *_states(units, states)) if one.is_held_elsewhere]
     weights = odd_weights(_CHUNK, device)
     hashes = {one.name: bit_hash(one.data, weights) for one in held}
     problems = []
