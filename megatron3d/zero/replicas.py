@@ -103,14 +103,15 @@ def odd_weights(count: int, device: torch.device) -> Tensor:
 def bit_hash(data: Tensor, weights: Tensor) -> Tensor:
     """The hash of the bits of a one-dimensional tensor, int64 []; `weights` as `odd_weights` gives them.
 
-    Chunks are hashed alike and then hashed together, so that one set of weights serves any length.
+    Chunks are hashed alike, and then together with the squares of the weights, so that one set serves any length and
+    no two places count alike.
     """
     bits = data.view(_BITS[data.itemsize])
     count = weights.numel()
     sums = [(chunk.long() * weights[: chunk.numel()]).sum() for chunk in bits.split(count)]
     if len(sums) == 1:
         return sums[0]
-    return bit_hash(torch.stack(sums), weights)
+    return bit_hash(torch.stack(sums), weights * weights)
 
 
 def _differences(held: list[_Held], hashes: Mapping[str, Tensor], axis: Axis) -> list[str]:
