@@ -213,7 +213,7 @@ class _Loop:
         """Let an iteration's samples count as consumed without training on them; nobody is asked whether to stop."""
         self.progress = self.progress.after(batch_size, skipped=True)
         self.guard.step = self.progress.step
-        self.reports.left_out(self.progress, rates, batch_size=batch_size)
+        self.failure.keep(lambda: self.reports.left_out(self.progress, rates, batch_size=batch_size))
         return 0
 
     def _evaluate(self) -> bool:
