@@ -179,6 +179,13 @@ class _Order:
     fault: tuple[int, str] | None
 
 
+@dataclass(frozen=True)
+class _HasEnded:
+    """The question to the launcher whether a process is over."""
+
+    pid: int
+
+
 @dataclass
 class Job:
     """The processes of one run."""
@@ -263,6 +270,10 @@ class Launcher:
         """Exit code of a forked process, None if it still runs then."""
         return self._ask((pid, timeout_s))
 
+    def has_ended(self, pid: int) -> bool:
+        """Whether a forked process is over; its exit code is still there for `wait`."""
+        return self._ask(_HasEnded(pid))
+
     def close(self) -> None:
         """End the process."""
         self._connection.close()
@@ -289,6 +300,9 @@ def _serve(connection: Connection) -> None:
                 if pid == 0:
                     _be_rank(request)
                 connection.send(pid)
+            elif isinstance(request, _HasEnded):
+                options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+                connection.send(os.waitid(os.P_PID, request.pid, options) is not None)
             else:
                 connection.send(_exit_code(*request))
 
@@ -324,6 +338,8 @@ def _be_rank(order: _Order) -> None:
         code = 0
     except SystemExit as asked:
         code = asked.code if isinstance(asked.code, int) else 1
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT  # as Python ends where nothing handles it
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
