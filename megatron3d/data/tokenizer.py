@@ -7,7 +7,6 @@ and none is read out of it unless the tokenizer file itself says so. The work is
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from megatron3d.data.vocabulary_files import read_bpe, read_word_pieces
 from megatron3d.errors import ConfigError, DataError
+from megatron3d.files.json_text import parse_object
 
 TOKENIZER_TYPES = (
     "GPT2BPETokenizer",
@@ -239,9 +240,10 @@ class NullTokenizer(Tokenizer):
 
 def _gpt2_bpe(vocab_file: Path, merge_file: Path) -> Tokenizer:
     """Byte-level BPE from GPT-2's two files; the end of a document is <|endoftext|>."""
+    vocab, merges = read_bpe(vocab_file, merge_file)
     try:
-        library = tokenizers.Tokenizer(models.BPE.from_file(str(vocab_file), str(merge_file)))
-    except Exception as error:  # the library raises bare Exception for files it cannot parse
+        library = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    except Exception as error:  # the library raises bare Exception for merges that the vocabulary lacks
         raise DataError(
             f"--vocab-file {vocab_file} and --merge-file {merge_file} cannot be read as GPT-2's vocab.json and "
             f"merges.txt ({error})."
@@ -253,11 +255,11 @@ def _gpt2_bpe(vocab_file: Path, merge_file: Path) -> Tokenizer:
 
 def _bert_word_piece(vocab_file: Path, *, lower_case: bool) -> Tokenizer:
     """BERT's word pieces; lower case also strips accents, as in BERT."""
-    lines = vocab_file.read_text(encoding="utf-8").split("\n")
-    missing = [name for name in ("[UNK]", "[CLS]", "[SEP]", "[MASK]", "[PAD]") if name not in lines]
+    vocab = read_word_pieces(vocab_file)
+    missing = [name for name in ("[UNK]", "[CLS]", "[SEP]", "[MASK]", "[PAD]") if name not in vocab]
     if missing:
         raise DataError(f"--vocab-file {vocab_file} is no BERT vocabulary: it has no line {', '.join(missing)}.")
-    library = tokenizers.Tokenizer(models.WordPiece.from_file(str(vocab_file), unk_token="[UNK]"))
+    library = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     library.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
     library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     library.decoder = decoders.WordPiece(prefix="##")
@@ -301,9 +303,9 @@ def _special_names(directory: Path) -> dict[str, str]:
         if not file.is_file():
             continue
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{file} is no JSON ({error}); repair or remove it.") from error
+            values = parse_object(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} cannot be read as JSON ({error}); repair or remove it.") from error
         for key in ("eos_token", "bos_token", "pad_token", "cls_token", "sep_token", "mask_token"):
             value = values.get(key)
             name = value.get("content") if isinstance(value, dict) else value

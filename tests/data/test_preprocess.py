@@ -191,7 +191,7 @@ BAD_LINES = [
     (b'{"title": "a", "n": 1}\n', "c.jsonl, line 1: there is no key 'text', only title, n; name one with --json-keys."),
     (b'{"text": 5}\n', "c.jsonl, line 1: 'text' is 5, not a text or a list of texts."),
     (b'{"text": "a\\ud800"}\n', "c.jsonl, line 1: character 1 is '\\ud800', half of a surrogate pair; remove it."),
-    (b'{"text": "\xff"}\n', "c.jsonl, line 1: this is no JSON ('utf-8' codec can't decode byte 0xff"),
+    (b'{"text": "\xff"}\n', "c.jsonl, line 1: this is no JSON (it is not UTF-8: byte 10 is 0xff"),
 ]
 
 
