@@ -8,11 +8,13 @@ of whoever does that.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from megatron3d.files.text import decode
 
 MAX_DEPTH = 100  # of a document; those of our formats and of Hugging Face's nest below 12
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse(data: bytes | str) -> Any:
@@ -31,13 +33,18 @@ def parse_object(data: bytes | str) -> dict[str, Any]:
     """The value of a JSON text that must be an object.
 
     Raises:
-        ValueError: as `parse`; or it is another kind of value, or nested deeper than MAX_DEPTH.
+        ValueError: as `parse`; or it is another kind of value, nested deeper than MAX_DEPTH, or has a string with half
+            of a surrogate pair.
     """
-    value = parse(data)
+    text = data if isinstance(data, str) else decode(data)
+    value = parse(text)
     if not isinstance(value, dict):
         raise ValueError(f"it holds {kind_of(value)} and must hold an object")
     if _is_deeper(value, MAX_DEPTH):
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    if _SURROGATE.search(text):
+        # Halves of surrogate pairs can be spelled in JSON but neither printed nor written.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
