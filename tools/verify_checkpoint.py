@@ -5,7 +5,7 @@
     python tools/verify_checkpoint.py out/gpt/iter_0000020
 
 A line for each checkpoint that is whole and a sentence for each problem go to standard output, progress to standard
-error. Nothing is changed; it may run beside the run that saves there. See docs/checkpoint.md.
+error. Nothing is changed. See docs/checkpoint.md.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(parser().parse_args(argv))
     except Megatron3dError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # The sentences of the library name the option that other programs take the directory by.
+        print(f"error: {str(error).replace('--load ', '', 1)}", file=sys.stderr)
         return error.exit_code
 
 
