@@ -62,7 +62,7 @@ class IndexedDataset:
         """Open `{prefix}.bin` and read `{prefix}.idx`.
 
         Raises: DataError naming the file, if one is missing, is not of this format, or is shorter or longer than
-        its header says, or if an offset, length or document bound points outside.
+        its header says, if an offset, length or document bound points outside, or if offsets and lengths disagree.
         """
         self.prefix = str(prefix)
         self.bin_path, self.idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
@@ -145,6 +145,13 @@ class IndexedDataset:
                 f"{self.bin_path} holds {bin_bytes} bytes, but {self.idx_path} places sequence {bad} of {len(self)} at "
                 f"bytes {self.offsets[bad]} to {ends_bytes[bad]} and the last byte at {ends_bytes.max()}: the file is "
                 f"truncated or belongs to another index. Copy or preprocess it again."
+            )
+        bad = _first_misplaced(self.offsets, ends_bytes)
+        if bad is not None:
+            raise DataError(
+                f"{self.idx_path} contradicts itself: sequence {bad} of {len(self)} begins at byte {self.offsets[bad]} "
+                f"of .bin, but by their lengths the sequences before it end at byte "
+                f"{ends_bytes[bad - 1] if bad else 0}. Copy or preprocess it again."
             )
         needed = int(ends_bytes.max()) if len(self) else 0
         if bin_bytes > needed:
@@ -256,6 +263,18 @@ class IndexedDatasetWriter:
             idx_path.unlink(missing_ok=True)
             self._bin_temporary.replace(bin_path)
             self._idx_temporary.replace(idx_path)
+
+
+def _first_misplaced(offsets: NDArray[np.int64], ends: NDArray[np.int64]) -> int | None:
+    """The first sequence that does not begin where the one before it ends, or None.
+
+    Every writer of the format puts sequences one behind the other, so offsets say nothing that lengths do not; where
+    the two disagree, sequences would be read that nobody wrote.
+    """
+    if len(offsets) == 0 or offsets[0] != 0:
+        return 0 if len(offsets) else None
+    misplaced = offsets[1:] != ends[:-1]
+    return int(np.argmax(misplaced)) + 1 if misplaced.any() else None
 
 
 def _check_files_exist(prefix: str, bin_path: Path, idx_path: Path) -> None:
