@@ -158,6 +158,11 @@ def _as_wished(description: Description, wishes: Wishes, num_positions: int) -> 
             f"--label-names {' '.join(names)}: the model has {len(description.labels)} classes "
             f"({', '.join(description.labels) or 'it is a regression'}); give each of them one name, in this order"
         )
+    if not names and len(set(description.labels)) != len(description.labels):
+        raise ConfigError(
+            f"the classes of the model are named {', '.join(description.labels)}, of which some are the same; name "
+            "them with --label-names"
+        )
     if length is not None and not 3 <= length <= num_positions:
         raise ConfigError(f"--max-length {length} must be from 3 to the model's {num_positions} positions")
     return replace(
