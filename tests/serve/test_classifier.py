@@ -173,7 +173,7 @@ def test_a_file_with_any_bit_flipped_is_not_served(exported: Get, where: float, 
     content[int(where * len(content))] ^= 1 << bit
     path = exported("single").path.parents[1] / "flipped.onnx"
     path.write_bytes(content)
-    with pytest.raises(DataError, match="digest|SHA-256"):
+    with pytest.raises(DataError, match=r"digest|SHA-256"):
         open_classifier(path)
 
 
