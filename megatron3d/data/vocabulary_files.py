@@ -50,6 +50,13 @@ def read_bpe(vocab_file: Path, merge_file: Path) -> tuple[dict[str, int], list[t
                 f"--merge-file {merge_file}, line {number} is {line!r:.40}; it must hold two pieces with a space "
                 "between."
             )
+        # The library checks the three with a panic of its Rust code for some of them.
+        lacking = next((piece for piece in (first, second, first + second) if piece not in vocab), None)
+        if lacking is not None:
+            raise DataError(
+                f"--merge-file {merge_file}, line {number} merges {first!r:.40} and {second!r:.40}, but "
+                f"{lacking!r:.80} is no token of --vocab-file {vocab_file}; give the two files of one tokenizer."
+            )
         merges.append((first, second))
     return vocab, merges
 
