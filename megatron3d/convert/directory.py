@@ -27,6 +27,7 @@ from megatron3d.errors import CheckpointError, ConfigError, StorageError
 from megatron3d.files.json_text import parse_object
 
 CONFIG_NAME = "config.json"
+_LONGEST_NAME = 255  # bytes, of Linux's file systems
 # The format's names of the types that weights may have; others keep their own.
 _DTYPE_OF_TAG = MappingProxyType({"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"})
 _WEIGHTS, _PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -93,9 +94,9 @@ def _weight_files(directory: Path, name: str) -> list[Path]:
     weight_map = _json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map, so the shards are not known; fetch the file again")
-    if wrong := next((name for name in weight_map.values() if not _stays_inside(name)), None):
+    if wrong := [name for name in weight_map.values() if not _stays_inside(name)]:
         raise CheckpointError(
-            f"{index} names {wrong!r:.100} as a file of weights, which is not a file inside {directory}; fetch the "
+            f"{index} names {wrong[0]!r:.100} as a file of weights, which is not a file inside {directory}; fetch the "
             "model again from a source that you trust"
         )
     files = [directory / file for file in sorted(set(weight_map.values()))]
@@ -110,7 +111,8 @@ def _stays_inside(name: object) -> bool:
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
         return False
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
+    is_short = len(name.encode()) <= _LONGEST_NAME  # the system has an error of its own for what it cannot look up
+    return is_short and not path.is_absolute() and ".." not in path.parts
 
 
 def _open_safetensors(file: Path, stack: ExitStack) -> dict[str, StoredWeight]:

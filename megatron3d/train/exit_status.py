@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron3d.errors import Megatron3dError, PeerError, StorageError
-from megatron3d.files.json_text import parse_object
+from megatron3d.files.json_text import is_whole_number, parse_object
 
 FILE_NAME = "exit_status.json"
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
@@ -126,4 +126,4 @@ def _names_a_cause(path: Path) -> bool:
         code = parse_object(path.read_bytes()).get("code")
     except (OSError, ValueError):
         return False  # absent or damaged: then this status is the better one
-    return isinstance(code, int) and code != 0
+    return is_whole_number(code, 1)

@@ -138,7 +138,7 @@ def test_an_entry_that_the_index_does_not_name_is_found(own: Path) -> None:
         assert problems and all(f"has the entry {WEIGHT}@" in problem for problem in problems)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_changed_index_with_a_valid_checksum_is_read_or_refused(own: Path, data: st.DataObject) -> None:
     path = own / "index.json"
@@ -186,7 +186,7 @@ def counts(shape: tuple[int, ...], boxes: list[Box]) -> np.ndarray:
 _SHAPES = st.sampled_from([(), (0,), (1,), (7,), (4, 3), (3, 4), (2, 3, 4), (5, 0, 2)])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data(), shape=_SHAPES)
 def test_coverage_is_found_as_by_counting_elements(data: st.DataObject, shape: tuple[int, ...]) -> None:
     size = int(np.prod(shape))

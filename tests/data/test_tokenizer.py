@@ -308,7 +308,7 @@ def small_documents() -> dict[str, object]:
 _NAMES = {"eos_token": "<|endoftext|>", "cls_token": {"content": "[CLS]"}, "model_max_length": 7}
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_changed_description_of_a_tokenizer_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     document = small_documents()[data.draw(st.sampled_from([*small_documents()]))]
