@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron3d.checkpoint.directory import find_checkpoint, was_saved_to
 from megatron3d.checkpoint.durable import storage_errors, write_file
 from megatron3d.checkpoint.index import read_index
-from megatron3d.checkpoint.load import load_tensors, read_document, tensor_shapes
+from megatron3d.checkpoint.load import load_tensors, tensor_shapes
 from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.checkpoint.store import everywhere
 from megatron3d.comm.mesh import Mesh
