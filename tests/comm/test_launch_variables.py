@@ -68,23 +68,16 @@ def test_a_port_that_nobody_uses_may_be_anything() -> None:
     assert parse_launch_variables({"MASTER_PORT": "tcp://10.0.0.1:29500"})["WORLD_SIZE"] == 1
 
 
-@pytest.mark.parametrize(
-    ("env", "message"),
-    [
-        ({"RANK": "abc"}, "error: the launcher's environment variables cannot be used: RANK=abc is not a whole number"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR expected, but not set); start with torchrun, or set"),
-    ],
-)
-def test_a_script_ends_with_a_sentence_and_code_2(env: dict[str, str], message: str) -> None:
-    options = (
-        "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --micro-batch-size 1 --train-iters 1 "
-        "--lr 1e-3 --mock-data --vocab-size 64 --device cpu --eval-iters 0"
-    )
+def test_a_script_ends_with_a_sentence_and_code_2() -> None:
+    options = "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --micro-batch-size 1 --mock-data"
     ran = subprocess.run(
         [sys.executable, ROOT / "pretrain_gpt.py", *options.split()],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **env},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "RANK": "abc"},
         capture_output=True,
         text=True,
         timeout=200,
     )
-    assert ran.returncode == 2 and message in ran.stderr and "Traceback" not in ran.stderr
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    assert ran.stderr.startswith(
+        "error: the launcher's environment variables cannot be used: RANK=abc is not a whole number"
+    )
