@@ -146,12 +146,11 @@ class IndexedDataset:
                 f"bytes {self.offsets[bad]} to {ends_bytes[bad]} and the last byte at {ends_bytes.max()}: the file is "
                 f"truncated or belongs to another index. Copy or preprocess it again."
             )
-        bad = _first_misplaced(self.offsets, ends_bytes)
-        if bad is not None:
+        if (misplaced := _misplaced(self.offsets, ends_bytes)) is not None:
+            bad, due = misplaced
             raise DataError(
                 f"{self.idx_path} contradicts itself: sequence {bad} of {len(self)} begins at byte {self.offsets[bad]} "
-                f"of .bin, but by their lengths the sequences before it end at byte "
-                f"{ends_bytes[bad - 1] if bad else 0}. Copy or preprocess it again."
+                f"of .bin, but by their lengths the sequences before it end at byte {due}. Copy or preprocess it again."
             )
         needed = int(ends_bytes.max()) if len(self) else 0
         if bin_bytes > needed:
@@ -265,16 +264,21 @@ class IndexedDatasetWriter:
             self._idx_temporary.replace(idx_path)
 
 
-def _first_misplaced(offsets: NDArray[np.int64], ends: NDArray[np.int64]) -> int | None:
-    """The first sequence that does not begin where the one before it ends, or None.
+def _misplaced(offsets: NDArray[np.int64], ends: NDArray[np.int64]) -> tuple[int, int] | None:
+    """A sequence that does not begin where the one before it in the file ends, and where that is; None if all do.
 
-    Every writer of the format puts sequences one behind the other, so offsets say nothing that lengths do not; where
-    the two disagree, sequences would be read that nobody wrote.
+    Sequences lie one behind the other, as a rule in the order of the index, and together they are the file. Where
+    offsets and lengths say something else, tokens would be read twice or never, as parts of sequences nobody wrote.
     """
-    if len(offsets) == 0 or offsets[0] != 0:
-        return 0 if len(offsets) else None
-    misplaced = offsets[1:] != ends[:-1]
-    return int(np.argmax(misplaced)) + 1 if misplaced.any() else None
+    if len(offsets) == 0 or (offsets[0] == 0 and np.array_equal(offsets[1:], ends[:-1])):
+        return None
+    order = np.lexsort((ends, offsets))
+    due = np.concatenate([np.zeros(1, dtype=np.int64), ends[order[:-1]]])
+    is_wrong = offsets[order] != due
+    if not is_wrong.any():
+        return None
+    place = int(np.argmax(is_wrong))
+    return int(order[place]), int(due[place])
 
 
 def _check_files_exist(prefix: str, bin_path: Path, idx_path: Path) -> None:

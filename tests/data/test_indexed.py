@@ -220,7 +220,7 @@ def test_truncated_idx_is_refused_at_every_length(prefix: Path, length: int) -> 
         (46, struct.pack("<q", 100), "places sequence 0 of 3 at bytes 100 to 104"),
         (46, struct.pack("<q", -2), "places sequence 0 of 3 at bytes -2 to 2"),
         (46, struct.pack("<q", 2), r"contradicts itself: sequence 0 of 3 begins at byte 2 .* end at byte 0"),
-        (54, struct.pack("<q", 0), r"contradicts itself: sequence 1 of 3 begins at byte 0 .* end at byte 4"),
+        (54, struct.pack("<q", 0), r"contradicts itself: sequence 0 of 3 begins at byte 0 .* end at byte 2"),
         (54, struct.pack("<q", 5), r"contradicts itself: sequence 1 of 3 begins at byte 5 .* end at byte 4"),
         (34, struct.pack("<i", 1), r"contradicts itself: sequence 1 of 3 begins at byte 4 .* end at byte 2"),
         (70, struct.pack("<q", 1), "document bounds run from 1 to 3"),
