@@ -66,7 +66,7 @@ def change_tensors(directory: Path, changed: Callable[[dict[str, Tensor]], objec
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_hidden_layers": 2**31 - 1}, f"a model of {2**31 - 1} layers, but only"),
+        ({"num_hidden_layers": 1000}, "a model of 1000 layers, but only"),
         ({"num_hidden_layers": 10**30}, "must be a whole number from 1 to 2147483647"),
         ({"num_hidden_layers": LAYERS + 1}, f"has no tensor bert.encoder.layer.{LAYERS}."),
         ({"num_hidden_layers": "4"}, "num_hidden_layers is '4' and must be a whole number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -291,7 +292,7 @@ def test_a_word_piece_vocabulary_that_is_not_utf_8_is_refused(tmp_path: Path) ->
         build_tokenizer("BertWordPieceCase", vocab_file=f"{tmp_path}/vocab.txt")
 
 
-def small_documents() -> dict[str, object]:
+def small_documents() -> dict[str, Any]:
     """A tokenizer.json of each kind of model, small enough to be changed everywhere."""
     byte_level = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
     byte_level.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -303,6 +304,18 @@ def small_documents() -> dict[str, object]:
     unigram = tokenizers.Tokenizer(tokenizers.models.Unigram([("a", -1.0), ("b", -2.0)], 0))
     made = {"byte-level BPE": byte_level, "word pieces": word_pieces, "unigram": unigram}
     return {name: json.loads(one.to_str()) for name, one in made.items()}
+
+
+def test_a_panic_of_the_library_is_a_sentence(tmp_path: Path) -> None:
+    """A merge whose result is no token: the library's Rust code panics, which is no `Exception` in Python."""
+    document = small_documents()["byte-level BPE"]
+    del document["model"]["vocab"]["ab"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(BaseException) as panic:
+        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert not isinstance(panic.value, Exception), "the library does better now: as_data_error needs no panics"
+    with pytest.raises(DataError, match="cannot be read as a tokenizer.json"):
+        build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(tmp_path))
 
 
 _NAMES = {"eos_token": "<|endoftext|>", "cls_token": {"content": "[CLS]"}, "model_max_length": 7}
