@@ -15,14 +15,16 @@ from pathlib import Path
 
 # Room -> rooms it may import, besides itself, torch, numpy and the standard library. `errors` imports nothing, so
 # every room may have it, but for the kernels, which know nothing of this project.
-_TRAIN = {"process", "config", "comm", "params", "kernels", "tensor", "nn", "models", "pipeline"}
+_TRAIN = {"process", "files", "config", "comm", "params", "kernels", "tensor", "nn", "models", "pipeline"}
 _TRAIN |= {"offload", "zero", "optim", "checkpoint", "data", "convert", "planner"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     # What a process owes its surroundings (streams, signals, the process that started it); knows nothing of the rest.
     "process": {"errors"},
     "kernels": set(),
-    "config": {"errors"},
+    # How text and JSON from outside are read. Below every room that opens a file, so that all cut lines alike.
+    "files": set(),
+    "config": {"errors", "files"},
     "comm": {"errors"},
     "params": {"errors"},
     "tensor": {"errors", "comm", "params", "kernels"},
@@ -31,15 +33,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": {"errors"},
     "offload": {"errors", "comm", "params"},
     "zero": {"errors", "comm", "params", "offload"},
-    "checkpoint": {"errors", "comm", "params"},
+    "checkpoint": {"errors", "files", "comm", "params"},
     "optim": {"errors", "params", "config"},
     # Arithmetic on what these rooms declare (plans, tables, layouts, schedules): it allocates and starts nothing.
     "planner": {
         *("errors", "config", "comm", "params", "kernels", "tensor", "nn", "models", "pipeline"),
         *("offload", "zero", "optim"),
     },
-    "data": {"errors", "process", "config"},
-    "convert": {"errors", "config", "models", "params", "checkpoint"},
+    "data": {"errors", "process", "files", "config"},
+    "convert": {"errors", "files", "config", "models", "params", "checkpoint"},
     "train": {"errors", *_TRAIN},
     "tasks": {"errors", "train", *_TRAIN},
     "inference": {"errors", "train", *_TRAIN},

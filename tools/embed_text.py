@@ -31,6 +31,7 @@ from megatron3d.convert.hf import digest_of_tensors, read_model
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError, StorageError
+from megatron3d.files.text import TextError, read_lines
 from megatron3d.inference.embed import POOLINGS, EmbedOptions, embed, load_encoder
 from megatron3d.inference.load import generation_config
 from megatron3d.train.compare import SavedRun, read_saved_run
@@ -163,9 +164,9 @@ def read_texts(inputs: Sequence[str], texts: Sequence[str]) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--input {path} cannot be read as UTF-8 ({error}); name a text file") from error
+        lines = read_lines(path)
+    except (OSError, TextError) as error:
+        raise DataError(f"--input {path} cannot be read ({error}); name a text file") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise DataError(f"--input {path} line {number} is empty; remove it, or every row after it would be off")

@@ -26,6 +26,7 @@ from megatron3d.config.run import RunConfig
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError
+from megatron3d.files.text import TextError, read_lines
 from megatron3d.inference.generate import generate, new_token_limits, position_limit
 from megatron3d.inference.load import generation_config, load_model
 from megatron3d.inference.sampling import SamplingOptions
@@ -147,9 +148,9 @@ def read_prompts(given: Sequence[str], file: str | None) -> tuple[str, ...]:
     prompts = list(given)
     if file is not None:
         try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--prompts-file {file} cannot be read as UTF-8 ({error}); name a text file") from error
+            lines = read_lines(Path(file))
+        except (OSError, TextError) as error:
+            raise DataError(f"--prompts-file {file} cannot be read ({error}); name a text file") from error
         prompts += [line for line in lines if line.strip()]
     if not prompts:
         source = f"--prompts-file {file} has only empty lines" if file else "no prompt is given"

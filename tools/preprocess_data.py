@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     splitting = SentenceSplitting(args.lang, args.keep_newlines) if args.split_sentences else None
     request = EncodeRequest(spec, tuple(dict.fromkeys(args.json_keys)), args.append_eod, splitting)
     done = preprocess(
-        find_inputs(args.input),
+        find_inputs(args.input, note=note),
         args.output_prefix,
         request=request,
         workers=args.workers,
@@ -115,6 +115,11 @@ def run(args: argparse.Namespace) -> None:
         f"{done.num_documents:,} documents{empty}{sentences}, {done.num_tokens:,} tokens in {done.elapsed_s:.1f} s: "
         f"{done.documents_per_s:,.0f} docs/s, {done.megabytes_per_s:.2f} MB/s"
     )
+
+
+def note(line: str) -> None:
+    """A line for people, beside what is printed as the result."""
+    print(line, file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     if args.keep_case and args.kind == "bpe":
         raise ConfigError("--keep-case is for --kind word-pieces; a byte-level BPE always keeps it, so leave it out")
     start_s = time.monotonic()
-    files = find_inputs(args.input)
+    files = find_inputs(args.input, note=note)
     options: dict[str, Any] = {
         "vocab_size": args.vocab_size,
         "min_frequency": args.min_frequency,
@@ -63,6 +63,11 @@ def run(args: argparse.Namespace) -> None:
     size = tokenizer.get_vocab_size()
     fewer = f", fewer than the {args.vocab_size:,} asked for: the corpus has no more pairs" * (size < args.vocab_size)
     print(f"{size:,} ids{fewer}, in {time.monotonic() - start_s:.1f} s")
+
+
+def note(line: str) -> None:
+    """A line for people, beside what is printed as the result."""
+    print(line, file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

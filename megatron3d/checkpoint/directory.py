@@ -17,15 +17,17 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from megatron3d.checkpoint.durable import storage_errors
-from megatron3d.checkpoint.index import INDEX_NAME, Index, read_index
-from megatron3d.checkpoint.shard_file import check_entry, open_shard, read_box
+from megatron3d.checkpoint.index import INDEX_NAME, Index, parse_index, read_index
+from megatron3d.checkpoint.shard_file import check_entry, open_shard, read_box, unknown_entries
 from megatron3d.errors import CheckpointError, InUseError
+from megatron3d.files.fields import Fields
+from megatron3d.files.json_text import parse_object
 
 LATEST_NAME = "latest"
 LATEST_ASIDE = ".tmp-latest"
@@ -63,6 +65,14 @@ def list_checkpoints(root: Path) -> list[Path]:
     names = {entry.name.removeprefix(".old-") for entry in root.iterdir() if _NAME.fullmatch(entry.name)}
     found = [path for name in names if (path := _whole(root, name)) is not None]
     return sorted(found, key=step_of)
+
+
+def unfinished_directories(root: Path) -> list[Path]:
+    """Directories named like checkpoints that have no index, sorted: no save publishes one, a broken copy may."""
+    if not root.is_dir():
+        return []
+    named = (entry for entry in root.iterdir() if _NAME.fullmatch(entry.name) and entry.is_dir())
+    return sorted(entry for entry in named if not (entry / INDEX_NAME).is_file())
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -143,18 +153,24 @@ def _holds(root: Path) -> str:
     return f"it holds {listed}" if others else "it is empty"
 
 
-def verify(directory: Path, level: Level = "full") -> list[str]:
+def verify(
+    directory: Path, level: Level = "full", *, on_bytes: Callable[[int], None] = lambda count: None
+) -> list[str]:
     """Everything wrong with a checkpoint, each as a sentence that names the file; empty if it is whole.
 
-    "sizes" looks at lengths, "headers" also at what every file says it contains, "full" at every byte.
+    "sizes" looks at lengths and at the index, whose boxes must cover each tensor exactly once; "headers" also at what
+    every file says it contains, "full" at every byte. `on_bytes` is called after each box and document that was
+    looked at, with its number of bytes.
     """
     try:
-        index = read_index(directory)
+        index = parse_index(directory)
     except CheckpointError as error:
         return [str(error)]
-    problems = _document_problems(directory, index, level)
+    problems = [f"{directory / INDEX_NAME}: {problem}" for problem in index.problems()]
+    problems += _document_problems(directory, index, level)
+    on_bytes(sum(document.size_bytes for document in index.documents.values()))
     for file in sorted(index.files):
-        problems += _shard_problems(directory, index, file, level)
+        problems += _shard_problems(directory, index, file, level, on_bytes)
     return problems
 
 
@@ -173,17 +189,22 @@ def _document_problems(directory: Path, index: Index, level: Level) -> list[str]
     return problems
 
 
-def _shard_problems(directory: Path, index: Index, file: str, level: Level) -> list[str]:
+def _shard_problems(
+    directory: Path, index: Index, file: str, level: Level, on_bytes: Callable[[int], None]
+) -> list[str]:
     path, problems = directory / file, []
     boxes = [(name, t, s) for name, t in index.tensors.items() for s in t.boxes if s.file == file]
     check = read_box if level == "full" else check_entry
     try:
         with open_shard(path, index.files[file], for_data=level == "full") as handle:
+            if level != "sizes":
+                problems += unknown_entries(handle, path, {stored.key for _, _, stored in boxes})
             for name, tensor, stored in boxes if level != "sizes" else []:
                 try:
                     check(handle, path, name, tensor, stored)
                 except CheckpointError as error:
                     problems.append(str(error))
+                on_bytes(stored.box.numel * tensor.dtype.itemsize)
     except CheckpointError as error:
         problems.append(str(error))
     return problems
@@ -265,7 +286,7 @@ def _lock(fd: int, root: Path) -> None:
 
 def _holder(fd: int) -> str:
     try:
-        holder = json.loads(os.pread(fd, 4096, 0))
-        return f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):
+        holder = Fields(parse_object(os.pread(fd, 4096, 0)), "the lock")
+        return f"process {holder.integer('pid')} on {holder.text('host')}"
+    except ValueError:
         return "which has only just started"

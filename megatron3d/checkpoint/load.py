@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from megatron3d.checkpoint import store
 from megatron3d.checkpoint.index import INDEX_NAME, Index, read_index
 from megatron3d.checkpoint.shard_file import open_shard, read_box
 from megatron3d.errors import CheckpointError, MisfitError
+from megatron3d.files.json_text import parse_object
 from megatron3d.params.boxes import ShardView
 
 # Options that set the number of rows of a parameter, by its name without prefix.
@@ -152,12 +152,13 @@ def assemble(directory: Path, name: str) -> Tensor:
     if name not in index.tensors:
         raise CheckpointError(f"checkpoint {directory} has no tensor {name}; it has {', '.join(sorted(index.tensors))}")
     tensor = index.tensors[name]
-    full = torch.empty(tensor.shape, dtype=tensor.dtype)
     with ExitStack() as files:
         handles = {
             file: files.enter_context(open_shard(directory / file, index.files[file]))
             for file in sorted({stored.file for stored in tensor.boxes})
         }
+        # The sizes of the files are checked now, and with them that there is as much to hold.
+        full = torch.empty(tensor.shape, dtype=tensor.dtype)
         for stored in tensor.boxes:
             full[stored.box.slices()] = read_box(handles[stored.file], directory / stored.file, name, tensor, stored)
     return full
@@ -190,5 +191,9 @@ def read_document(directory: Path, name: str) -> dict[str, Any]:
             f"checkpoint file {directory / file} was changed or damaged: its checksum disagrees with {INDEX_NAME}; "
             "load an earlier checkpoint with --ckpt-step"
         )
-    document: dict[str, Any] = json.loads(data)
-    return document
+    try:
+        return parse_object(data)
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoint file {directory / file} cannot be read ({error}); load an earlier checkpoint with --ckpt-step"
+        ) from error

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from megatron3d.comm.launch_variables import parse_launch_variables
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -44,15 +46,20 @@ class Launch:
 
 
 def read_launch() -> Launch:
-    """Read `torchrun`'s variables; a process started without it is rank 0 of 1."""
+    """Read `torchrun`'s variables; a process started without it is rank 0 of 1.
+
+    Raises:
+        ConfigError: they cannot be used, see `parse_launch_variables`.
+    """
     env = os.environ
+    numbers = parse_launch_variables(env)
     error_file = env.get("TORCHELASTIC_ERROR_FILE")
     return Launch(
-        rank=int(env.get("RANK", 0)),
-        world_size=int(env.get("WORLD_SIZE", 1)),
-        local_rank=int(env.get("LOCAL_RANK", 0)),
-        local_world_size=int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", 1))),
-        restart_count=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        rank=numbers["RANK"],
+        world_size=numbers["WORLD_SIZE"],
+        local_rank=numbers["LOCAL_RANK"],
+        local_world_size=numbers["LOCAL_WORLD_SIZE"],
+        restart_count=numbers["TORCHELASTIC_RESTART_COUNT"],
         has_agent="TORCHELASTIC_RUN_ID" in env,
         master_addr=env.get("MASTER_ADDR"),
         master_port=env.get("MASTER_PORT"),

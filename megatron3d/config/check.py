@@ -10,10 +10,12 @@ from dataclasses import replace
 
 from megatron3d.config.bounds import single_option_problems, with_defaults_where_wrong
 from megatron3d.config.derive import derive
+from megatron3d.config.model import ModelConfig
 from megatron3d.config.rules_model import MODEL_RULES
 from megatron3d.config.rules_offload import OFFLOAD_RULES
 from megatron3d.config.rules_run import RUN_RULES, required_problems
 from megatron3d.config.run import RunConfig
+from megatron3d.config.train import TrainConfig
 from megatron3d.errors import ConfigError
 
 
@@ -29,6 +31,14 @@ def check(config: RunConfig, world_size: int) -> list[str]:
     for rule in (*MODEL_RULES, *OFFLOAD_RULES, *RUN_RULES):
         problems += rule(given, run)
     return problems
+
+
+def model_problems(model: ModelConfig) -> list[str]:
+    """A sentence for each reason why no model can have this shape, in whichever run; an empty list if one can."""
+    wanted = RunConfig(model=model, train=TrainConfig(micro_batch_size=1))
+    given = with_defaults_where_wrong(wanted)
+    run = derive(given, 1)
+    return [*single_option_problems(wanted), *(problem for rule in MODEL_RULES for problem in rule(given, run))]
 
 
 def resolve(config: RunConfig, world_size: int) -> RunConfig:

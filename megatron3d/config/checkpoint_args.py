@@ -9,7 +9,7 @@ This runs before any option is required and before torch is imported, so it read
 
 from __future__ import annotations
 
-import json
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +20,10 @@ from megatron3d.config.resume import EFFECTS, Effect
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.errors import CheckpointError, MisfitError
+from megatron3d.files.fields import Fields
+from megatron3d.files.json_text import parse_object
 
+_NAME = re.compile(r"(?:\.old-)?iter_\d+")
 _MORE = ("hidden_dropout", "attention_dropout", "make_vocab_size_divisible_by")
 _TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 OVERRIDDEN = (
@@ -101,20 +104,20 @@ def _published(root: Path, step: int | None) -> Path | None:
         name = f"iter_{step:07d}" if step is not None else (root / "latest").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return root / name if (root / name / "run.json").is_file() else None
+    is_checkpoint = _NAME.fullmatch(name) is not None  # and not a path that leads out of the directory
+    return root / name if is_checkpoint and (root / name / "run.json").is_file() else None
 
 
 def _read_run(directory: Path) -> Mapping[str, Any]:
     """`run.json`, which must be what the index says."""
     try:
         data = (directory / "run.json").read_bytes()
-        listed = json.loads((directory / "index.json").read_bytes())["documents"]["run.json"]
-        if zlib.crc32(data) != int(listed["crc32"], 16):
+        index = Fields(parse_object((directory / "index.json").read_bytes()), "index.json")
+        if zlib.crc32(data) != int(index.objects("documents")["run.json"].text("crc32"), 16):
             raise ValueError("its checksum disagrees with index.json")
-        run: Mapping[str, Any] = json.loads(data)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return parse_object(data)
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"--use-checkpoint-args: {directory / 'run.json'} cannot be used ({error}); name another checkpoint with "
             "--ckpt-step, or leave the option out and give the model's options"
         ) from error
-    return run

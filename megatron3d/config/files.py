@@ -7,7 +7,6 @@ the sections (`[model]`). A null value means the default. `run.json` of an earli
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 
 from megatron3d.config.options import BY_NAME, BY_SPELLING, DERIVED_NAMES, SECTIONS, Option
 from megatron3d.errors import ConfigError
+from megatron3d.files.json_text import parse_object
+from megatron3d.files.text import read_text
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,16 @@ def _parsed(path: Path) -> Mapping[str, Any]:
     if path.suffix not in (".json", ".toml"):
         raise ConfigError(f"--config {path} ends in '{path.suffix}'; give a file that ends in .json or .toml.")
     try:
-        text = path.read_text(encoding="utf-8")
-        parsed = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        text = read_text(path)
+        parsed = parse_object(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(
             f"--config {path} cannot be read ({error.strerror}); give the path of an existing file."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"--config {path} is not valid {path.suffix[1:].upper()} ({error}); correct it there."
         ) from error
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"--config {path} holds a {type(parsed).__name__}; it must be one object of keys and values.")
     return parsed
 
 

@@ -21,15 +21,17 @@ from torch import Tensor
 
 from megatron3d.checkpoint.directory import list_checkpoints, step_of
 from megatron3d.checkpoint.save import save_checkpoint
+from megatron3d.config.check import model_problems
 from megatron3d.config.data import DataConfig
 from megatron3d.config.derive import derive
 from megatron3d.config.model import ModelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import to_dict
 from megatron3d.config.train import TrainConfig
-from megatron3d.convert.directory import StoredWeight, open_weights, read_config
+from megatron3d.convert.directory import CONFIG_NAME, StoredWeight, open_weights, read_config
 from megatron3d.convert.families import FAMILIES
-from megatron3d.convert.family import Family, HfConfig
+from megatron3d.convert.family import Family, HfConfig, check_num_layers
+from megatron3d.convert.quantized import refuse_quantized
 from megatron3d.convert.rows import Piece, Row
 from megatron3d.convert.tokenizer_files import copy_tokenizer, data_of
 from megatron3d.errors import CheckpointError, ConfigError
@@ -66,8 +68,9 @@ class HfModel:
         """Names of the classes of its classifier, by number; empty if it has none."""
         if "classes" not in self.pieces:
             return ()
-        labels, number = self.settings.get("id2label") or {}, self.tensors["head.classifier.weight"].shape[0]
-        return tuple(str(labels.get(str(i), f"LABEL_{i}")) for i in range(number))
+        labels = HfConfig(self.directory / CONFIG_NAME, self.settings).labels()
+        number = self.tensors["head.classifier.weight"].shape[0]
+        return tuple(labels.get(str(i), f"LABEL_{i}") for i in range(number))
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -86,12 +89,16 @@ def read_model(directory: Path) -> HfModel:
 
     Raises:
         CheckpointError: a file is missing or damaged, the kind of model is not known, or a tensor is missing, has
-            another shape than `config.json` says, or has no place in our model.
+            another shape than `config.json` says, or has no place in our model; `config.json` has values that
+            cannot be or do not fit together; the weights are quantized.
     """
     config = read_config(directory)
     family = _family_there(config)
     model = family.to_model(config)
+    _check_model(config, model)
     with open_weights(directory) as weights:
+        refuse_quantized(config, weights, family.derived)
+        check_num_layers(model, len(weights), config.path)
         names = _Names(weights, family.prefix)
         rows = _rows_there(family, model, _num_classes_there(config), names, directory)
         left_out = _left_out(family, rows, names)
@@ -131,16 +138,22 @@ class _Names:
 
 def _family_there(config: HfConfig) -> Family:
     kind = config.values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
-            f"{config.path} says model_type {kind!r}, which cannot be converted; only {', '.join(FAMILIES)} can"
+            f"{config.path} says model_type {kind!r:.60}, which cannot be converted; only {', '.join(FAMILIES)} can"
         )
     return FAMILIES[kind]
 
 
+def _check_model(config: HfConfig, model: ModelConfig) -> None:
+    """Refuse a shape that no model has, by the rules of the options it becomes. Raises: CheckpointError."""
+    if problems := model_problems(model):
+        raise CheckpointError(f"{config.path} describes a model that cannot be: {' '.join(problems)}")
+
+
 def _num_classes_there(config: HfConfig) -> int:
-    labels = config.values.get("id2label")
-    return len(labels) if isinstance(labels, dict) and labels else config.integer("num_labels", 2)
+    labels = config.labels()
+    return len(labels) if labels else config.integer("num_labels", 2)
 
 
 def _rows_there(family: Family, model: ModelConfig, num_classes: int, names: _Names, directory: Path) -> list[Row]:

@@ -11,6 +11,8 @@ from megatron3d.checkpoint.durable import storage_errors, sync_directory, write_
 from megatron3d.config.data import DataConfig
 from megatron3d.config.model import ModelConfig
 from megatron3d.errors import CheckpointError
+from megatron3d.files.json_text import parse_object
+from megatron3d.files.text import TextError, read_lines
 
 _DESCRIPTIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")
@@ -60,7 +62,11 @@ def data_of(directory: Path, model: ModelConfig, settings: Mapping[str, Any]) ->
     words, pairs, merges = path("vocab.txt"), path("vocab.json"), path("merges.txt")
     described, pieces = path("tokenizer.json"), path("tokenizer.model")
     if model.architecture == "bert" and words:
-        _check_size(Path(words), len(Path(words).read_text(encoding="utf-8").splitlines()), model)
+        try:
+            num_words = len(read_lines(Path(words)))
+        except (OSError, TextError) as error:
+            raise CheckpointError(f"{words} cannot be read ({error}); fetch the file again") from error
+        _check_size(Path(words), num_words, model)
         kind = "BertWordPieceLowerCase" if _lowers_case(directory) else "BertWordPieceCase"
         return DataConfig(tokenizer_type=kind, vocab_file=words)
     if model.architecture == "gpt" and pairs and merges:
@@ -122,10 +128,9 @@ def _lowers_case(directory: Path) -> bool:
 
 def _json_of(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON ({error}); repair or remove it") from error
-    return values if isinstance(values, dict) else {}
+        return parse_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); repair or remove it") from error
 
 
 def _check_size(path: Path, num_tokens: int, model: ModelConfig) -> None:

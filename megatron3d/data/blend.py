@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from megatron3d.data.stream import Sample, SampleStream
 from megatron3d.errors import ConfigError, DataError
+from megatron3d.files.text import TextError, read_text
 
 MAX_PERIOD = 65536
 
@@ -60,7 +62,11 @@ def words_of_file(path: str) -> tuple[tuple[str, ...], str]:
     flag = f"--data-args-path {path}"
     if not Path(path).is_file():
         raise DataError(f"{flag} cannot be found; give a file with the words of --data-path, such as 0.7 A 0.3 B.")
-    words = tuple(Path(path).read_text(encoding="utf-8").split())
+    try:
+        # Spaces and line ends alone part words: names of files may hold other characters that Unicode counts as space.
+        words = tuple(filter(None, re.split(r"[ \t\r\n]+", read_text(Path(path)))))
+    except (OSError, TextError) as error:
+        raise DataError(f"{flag} cannot be read ({error}).") from error
     if not words:
         raise DataError(f"{flag} is empty; write the words of --data-path into it, such as 0.7 A 0.3 B.")
     return words, flag

@@ -62,7 +62,7 @@ class IndexedDataset:
         """Open `{prefix}.bin` and read `{prefix}.idx`.
 
         Raises: DataError naming the file, if one is missing, is not of this format, or is shorter or longer than
-        its header says, or if an offset, length or document bound points outside.
+        its header says, if an offset, length or document bound points outside, or if offsets and lengths disagree.
         """
         self.prefix = str(prefix)
         self.bin_path, self.idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
@@ -145,6 +145,12 @@ class IndexedDataset:
                 f"{self.bin_path} holds {bin_bytes} bytes, but {self.idx_path} places sequence {bad} of {len(self)} at "
                 f"bytes {self.offsets[bad]} to {ends_bytes[bad]} and the last byte at {ends_bytes.max()}: the file is "
                 f"truncated or belongs to another index. Copy or preprocess it again."
+            )
+        if (misplaced := _misplaced(self.offsets, ends_bytes)) is not None:
+            bad, due = misplaced
+            raise DataError(
+                f"{self.idx_path} contradicts itself: sequence {bad} of {len(self)} begins at byte {self.offsets[bad]} "
+                f"of .bin, but by their lengths the sequences before it end at byte {due}. Copy or preprocess it again."
             )
         needed = int(ends_bytes.max()) if len(self) else 0
         if bin_bytes > needed:
@@ -256,6 +262,23 @@ class IndexedDatasetWriter:
             idx_path.unlink(missing_ok=True)
             self._bin_temporary.replace(bin_path)
             self._idx_temporary.replace(idx_path)
+
+
+def _misplaced(offsets: NDArray[np.int64], ends: NDArray[np.int64]) -> tuple[int, int] | None:
+    """A sequence that does not begin where the one before it in the file ends, and where that is; None if all do.
+
+    Sequences lie one behind the other, as a rule in the order of the index, and together they are the file. Where
+    offsets and lengths say something else, tokens would be read twice or never, as parts of sequences nobody wrote.
+    """
+    if len(offsets) == 0 or (offsets[0] == 0 and np.array_equal(offsets[1:], ends[:-1])):
+        return None
+    order = np.lexsort((ends, offsets))
+    due = np.concatenate([np.zeros(1, dtype=np.int64), ends[order[:-1]]])
+    is_wrong = offsets[order] != due
+    if not is_wrong.any():
+        return None
+    place = int(np.argmax(is_wrong))
+    return int(order[place]), int(due[place])
 
 
 def _check_files_exist(prefix: str, bin_path: Path, idx_path: Path) -> None:

@@ -7,7 +7,6 @@ and none is read out of it unless the tokenizer file itself says so. The work is
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from megatron3d.data.library_errors import as_data_error
+from megatron3d.data.vocabulary_files import read_bpe, read_word_pieces
 from megatron3d.errors import ConfigError, DataError
+from megatron3d.files.json_text import parse_object
 
 TOKENIZER_TYPES = (
     "GPT2BPETokenizer",
@@ -141,11 +143,18 @@ class LibraryTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. The batch form is used for one text too: it skips the offsets that nobody asks for."""
-        return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return self._encodings([text])[0].ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, computed on all cores."""
-        return [encoding.ids for encoding in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self._encodings(list(texts))]
+
+    def _encodings(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """Raises: DataError for texts that the tokenizer has no ids for."""
+        others = " or one of its neighbours" if len(texts) > 1 else ""
+        # A model may lack the id that stands for unknown characters.
+        with as_data_error(f"the tokenizer cannot encode {''.join(texts[:1])!r:.40}{others}", "repair its files"):
+            return self._library.encode_batch_fast(texts, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""
@@ -227,10 +236,17 @@ class NullTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """The numbers of `text`. Raises: DataError for a word that is no id below the vocabulary size."""
         words = text.split()
-        bad = [word for word in words if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size)]
+        # The length first: int() refuses numbers of thousands of digits by an error of its own.
+        longest = len(str(self.vocab_size))
+        bad = [
+            word
+            for word in words
+            if not (word.isascii() and word.isdigit() and len(word.lstrip("0")) <= longest)
+            or int(word.lstrip("0") or "0") >= self.vocab_size
+        ]
         if bad:
-            raise DataError(f"the NullTokenizer reads ids from 0 to {self.vocab_size - 1}, not {bad[0]!r}")
-        return [int(word) for word in words]
+            raise DataError(f"the NullTokenizer reads ids from 0 to {self.vocab_size - 1}, not {bad[0]!r:.40}")
+        return [int(word.lstrip("0") or "0") for word in words]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The numbers, with a space between."""
@@ -239,13 +255,12 @@ class NullTokenizer(Tokenizer):
 
 def _gpt2_bpe(vocab_file: Path, merge_file: Path) -> Tokenizer:
     """Byte-level BPE from GPT-2's two files; the end of a document is <|endoftext|>."""
-    try:
-        library = tokenizers.Tokenizer(models.BPE.from_file(str(vocab_file), str(merge_file)))
-    except Exception as error:  # the library raises bare Exception for files it cannot parse
-        raise DataError(
-            f"--vocab-file {vocab_file} and --merge-file {merge_file} cannot be read as GPT-2's vocab.json and "
-            f"merges.txt ({error})."
-        ) from error
+    vocab, merges = read_bpe(vocab_file, merge_file)
+    what = (
+        f"--vocab-file {vocab_file} and --merge-file {merge_file} cannot be read as GPT-2's vocab.json and merges.txt"
+    )
+    with as_data_error(what, "give the two files of one tokenizer"):
+        library = tokenizers.Tokenizer(models.BPE(vocab, merges))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     return LibraryTokenizer(library, SpecialIds(eod=library.token_to_id(END_OF_TEXT)))
@@ -253,11 +268,11 @@ def _gpt2_bpe(vocab_file: Path, merge_file: Path) -> Tokenizer:
 
 def _bert_word_piece(vocab_file: Path, *, lower_case: bool) -> Tokenizer:
     """BERT's word pieces; lower case also strips accents, as in BERT."""
-    lines = vocab_file.read_text(encoding="utf-8").split("\n")
-    missing = [name for name in ("[UNK]", "[CLS]", "[SEP]", "[MASK]", "[PAD]") if name not in lines]
+    vocab = read_word_pieces(vocab_file)
+    missing = [name for name in ("[UNK]", "[CLS]", "[SEP]", "[MASK]", "[PAD]") if name not in vocab]
     if missing:
         raise DataError(f"--vocab-file {vocab_file} is no BERT vocabulary: it has no line {', '.join(missing)}.")
-    library = tokenizers.Tokenizer(models.WordPiece.from_file(str(vocab_file), unk_token="[UNK]"))
+    library = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     library.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
     library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     library.decoder = decoders.WordPiece(prefix="##")
@@ -274,10 +289,8 @@ def _hugging_face(path: Path) -> Tokenizer:
             f"--tokenizer-model {path} has no tokenizer.json; give a directory that has one, or the files that are "
             f"there with --tokenizer-type GPT2BPETokenizer, SentencePieceTokenizer or BertWordPieceLowerCase."
         )
-    try:
+    with as_data_error(f"--tokenizer-model {file} cannot be read as a tokenizer.json", "copy or fetch it again"):
         library = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for files it cannot parse
-        raise DataError(f"--tokenizer-model {file} cannot be read as a tokenizer.json ({error}).") from error
     library.no_truncation()
     library.no_padding()
     names = _special_names(directory)
@@ -301,9 +314,9 @@ def _special_names(directory: Path) -> dict[str, str]:
         if not file.is_file():
             continue
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{file} is no JSON ({error}); repair or remove it.") from error
+            values = parse_object(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} cannot be read as JSON ({error}); repair or remove it.") from error
         for key in ("eos_token", "bos_token", "pad_token", "cls_token", "sep_token", "mask_token"):
             value = values.get(key)
             name = value.get("content") if isinstance(value, dict) else value

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import DataError
+from megatron3d.files.json_text import parse_object
 
 _FILE_OPTIONS = ("vocab_file", "merge_file", "tokenizer_model")
 _DESCRIPTIONS = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")
@@ -81,7 +82,7 @@ def from_text(text: str) -> PackedTokenizer:
         DataError: `text` is something else.
     """
     try:
-        found = json.loads(text)
+        found = parse_object(text)
         kind, options = str(found["kind"]), dict(found["options"])
         files = {str(name): base64.b64decode(content, validate=True) for name, content in found["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

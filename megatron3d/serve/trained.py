@@ -20,7 +20,9 @@ from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.convert.family import HfConfig
 from megatron3d.convert.hf import HF_DOCUMENT, TOKENIZER_FOLDER
+from megatron3d.convert.task_document import read_task_document
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.errors import CheckpointError, ConfigError
@@ -120,11 +122,13 @@ def load_classifier(trained: Trained) -> WholeClassifier:
 
 def _described(directory: Path, config: RunConfig, num_outputs: int) -> Description:
     """What `task.json` of a fine-tuning says; of an imported classifier, its `config.json`."""
-    documents = read_index(directory).documents
-    if "task.json" in documents:
-        return _of_task(read_document(directory, "task"))
-    named = read_document(directory, HF_DOCUMENT).get("id2label") if f"{HF_DOCUMENT}.json" in documents else None
-    labels = tuple(str((named or {}).get(str(number), number)) for number in range(num_outputs))
+    index = read_index(directory)
+    task = read_task_document(directory, index)
+    if task is not None:
+        return _of_task(task)
+    imported = read_document(directory, HF_DOCUMENT) if f"{HF_DOCUMENT}.json" in index.documents else {}
+    named = HfConfig(directory / f"{HF_DOCUMENT}.json", imported).labels()
+    labels = tuple(named.get(str(number), str(number)) for number in range(num_outputs))
     return Description(
         task="imported",
         labels=labels if num_outputs > 1 else (),
@@ -153,6 +157,11 @@ def _as_wished(description: Description, wishes: Wishes, num_positions: int) -> 
         raise ConfigError(
             f"--label-names {' '.join(names)}: the model has {len(description.labels)} classes "
             f"({', '.join(description.labels) or 'it is a regression'}); give each of them one name, in this order"
+        )
+    if not names and len(set(description.labels)) != len(description.labels):
+        raise ConfigError(
+            f"the classes of the model are named {', '.join(description.labels)}, of which some are the same; name "
+            "them with --label-names"
         )
     if length is not None and not 3 <= length <= num_positions:
         raise ConfigError(f"--max-length {length} must be from 3 to the model's {num_positions} positions")

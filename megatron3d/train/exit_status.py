@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron3d.errors import Megatron3dError, PeerError, StorageError
+from megatron3d.files.json_text import is_whole_number, parse_object
 
 FILE_NAME = "exit_status.json"
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
@@ -122,7 +123,7 @@ def _place_unless_a_cause_is_there(beside: Path, path: Path) -> None:
 def _names_a_cause(path: Path) -> bool:
     """Whether the file is there and tells of an earlier failure; of several lost peers the first is kept."""
     try:
-        code = json.loads(path.read_text(encoding="utf-8"))["code"]
-    except (OSError, ValueError, KeyError, TypeError):
+        code = parse_object(path.read_bytes()).get("code")
+    except (OSError, ValueError):
         return False  # absent or damaged: then this status is the better one
-    return code != 0
+    return is_whole_number(code, 1)

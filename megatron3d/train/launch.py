@@ -67,7 +67,12 @@ def guarded(main: Callable[[Guard], None]) -> None:
     because it was asked to therefore ends with 0 under an agent; `exit_status.json` has its own code in any case.
     """
     with patient_streams():
-        guard = Guard(read_launch())
+        try:
+            guard = Guard(read_launch())
+        except ConfigError as error:
+            # Nobody knows which rank this is, so every one of them says it.
+            print(f"error: {error}", file=sys.stderr)
+            end_process(error.exit_code)
         stop_without_agent(guard.launch)
         try:
             main(guard)

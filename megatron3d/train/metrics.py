@@ -26,6 +26,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 from megatron3d.errors import DataError, TrackerError
+from megatron3d.files import json_text
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ def salvage(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     records, damage = [], []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = json_text.parse(line)
         except ValueError as error:
             if number < len(lines):
                 damage.append(f"Line {number} of {path} is not JSON ({error})")

@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron3d.data import indexed
@@ -219,6 +219,10 @@ def test_truncated_idx_is_refused_at_every_length(prefix: Path, length: int) -> 
         (34, struct.pack("<i", -2), "sequence 0 has the length -2"),
         (46, struct.pack("<q", 100), "places sequence 0 of 3 at bytes 100 to 104"),
         (46, struct.pack("<q", -2), "places sequence 0 of 3 at bytes -2 to 2"),
+        (46, struct.pack("<q", 2), r"contradicts itself: sequence 0 of 3 begins at byte 2 .* end at byte 0"),
+        (54, struct.pack("<q", 0), r"contradicts itself: sequence 0 of 3 begins at byte 0 .* end at byte 2"),
+        (54, struct.pack("<q", 5), r"contradicts itself: sequence 1 of 3 begins at byte 5 .* end at byte 4"),
+        (34, struct.pack("<i", 1), r"contradicts itself: sequence 1 of 3 begins at byte 4 .* end at byte 2"),
         (70, struct.pack("<q", 1), "document bounds run from 1 to 3"),
         (78, struct.pack("<q", 3), "document bounds run from 0 to 3; they must rise"),
         (94, struct.pack("<q", 4), "document bounds run from 0 to 4"),
@@ -278,3 +282,19 @@ def test_place_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="cannot be written"):
         IndexedDatasetWriter(tmp_path / "file" / "d", np.uint16)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 5), value=st.integers(-(2**31), 2**31 - 1))
+def test_a_length_or_offset_that_is_another_is_always_refused(prefix: Path, place: int, value: int) -> None:
+    """The six numbers of three sequences: each is told by the others, by the length of .bin or by the last bound."""
+    path = Path(f"{prefix}.idx")
+    whole = path.read_bytes()
+    start, form = (34 + 4 * place, "<i") if place < 3 else (46 + 8 * (place - 3), "<q")
+    damage(path, start, struct.pack(form, value))
+    try:
+        if path.read_bytes() != whole:
+            with pytest.raises(DataError):
+                IndexedDataset(prefix)
+    finally:
+        path.write_bytes(whole)

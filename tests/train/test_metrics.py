@@ -241,3 +241,9 @@ def test_a_file_without_a_loss_is_not_drawn(tmp_path: Path) -> None:
         plot_losses(tmp_path / "m.jsonl", tmp_path / "loss.png")
     with pytest.raises(DataError, match="cannot be read"):
         plot_losses(tmp_path / "absent.jsonl", tmp_path / "loss.png")
+
+
+def test_a_line_that_is_nested_too_deep_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text("[" * 100_000 + '\n{"step": 1}\n')
+    with pytest.raises(DataError, match=r"Line 1 of .*m\.jsonl is not JSON \(it is nested too deep"):
+        read_records(tmp_path / "m.jsonl")

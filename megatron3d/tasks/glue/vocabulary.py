@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron3d.config.data import DataConfig
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
+from megatron3d.data.vocabulary_files import read_word_pieces
 from megatron3d.errors import ConfigError
 from megatron3d.tasks.glue.weights import Origin
 
@@ -50,11 +51,11 @@ def _check_vocabulary(given: Path, own: Path, origin: Origin) -> None:
     """Another vocabulary may be as large as the model's own, where that one is still at hand to compare."""
     if given == own or not own.is_file():
         return
-    with given.open(encoding="utf-8") as ours, own.open(encoding="utf-8") as theirs:
-        for number, (here, there) in enumerate(zip(ours, theirs), 1):
-            if here.rstrip() != there.rstrip():
-                raise ConfigError(
-                    f"--vocab-file {given} is another vocabulary than {own}, which the model in {origin.path} was "
-                    f"trained with: line {number} is {here.rstrip()!r} instead of {there.rstrip()!r}; leave the option "
-                    "out."
-                )
+    ours, theirs = ({id: token for token, id in read_word_pieces(path).items()} for path in (given, own))
+    for id in sorted(ours.keys() & theirs.keys()):
+        here, there = ours[id], theirs[id]
+        if here != there:
+            raise ConfigError(
+                f"--vocab-file {given} is another vocabulary than {own}, which the model in {origin.path} was trained "
+                f"with: line {id + 1} is {here!r} instead of {there!r}; leave the option out."
+            )

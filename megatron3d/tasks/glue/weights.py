@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron3d.checkpoint.directory import find_checkpoint, was_saved_to
 from megatron3d.checkpoint.durable import storage_errors, write_file
 from megatron3d.checkpoint.index import read_index
-from megatron3d.checkpoint.load import load_tensors, read_document, tensor_shapes
+from megatron3d.checkpoint.load import load_tensors, tensor_shapes
 from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.checkpoint.store import everywhere
 from megatron3d.comm.mesh import Mesh
@@ -25,6 +25,7 @@ from megatron3d.config.data import DataConfig
 from megatron3d.config.model import ModelConfig
 from megatron3d.config.serialize import to_dict
 from megatron3d.convert.hf import TOKENIZER_FOLDER, fill_views, read_model
+from megatron3d.convert.task_document import read_task_document
 from megatron3d.convert.tokenizer_files import data_of, files_of
 from megatron3d.data.content import Content, tokenizer_content
 from megatron3d.errors import MisfitError
@@ -99,7 +100,7 @@ def open_checkpoint(load: str, step: int | None) -> Origin:
     stored = saved.config
     _require_bert(f"--load {directory}", stored.model)
     shapes = {name.removeprefix("model/"): shape for name, shape in tensor_shapes(directory).items()}
-    task = read_document(directory, "task") if "task.json" in read_index(directory).documents else None
+    task = read_task_document(directory, read_index(directory))
     num_outputs = shapes.get(f"{_CLASSIFIER}weight", (None,))[0]
     return Origin(
         directory,
