@@ -34,7 +34,8 @@ def required_problems(config: RunConfig) -> Iterator[str]:
         if option.value_in(config) is None:
             preset = " or a --preset" if option.section == "model" else ""
             yield f"{option.spelling} is missing ({option.flag.help.rstrip('.')}); give it{preset}."
-    if config.train.train_iters is None and config.train.train_samples is None:
+    train = config.train
+    if train.train_iters is None and train.train_samples is None and train.train_tokens is None:
         yield "--train-iters is missing, and so is --train-samples: the run has no length; give one of them."
 
 
@@ -47,9 +48,16 @@ def length_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
             "run; give only one of them."
         )
         return
-    if train.train_iters is None and train.train_samples is None:
+    if train.train_iters is not None and train.train_tokens is not None:
+        yield (
+            f"--train-iters {train.train_iters} and --train-tokens {train.train_tokens} both set the length of the "
+            "run; give only one of them."
+        )
         return
-    mine, other = ("samples", "iters") if train.train_samples is not None else ("iters", "samples")
+    by_samples = train.train_samples is not None or train.train_tokens is not None
+    if train.train_iters is None and not by_samples:
+        return
+    mine, other = ("samples", "iters") if by_samples else ("iters", "samples")
     for kind in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
         option = BY_NAME[f"{kind}_{other}"]
         value = option.value_in(given)
@@ -280,10 +288,8 @@ def tokenizer_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
 def checkpoint_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
     """What is saved has a place, and what is loaded has one too."""
     checkpoint = given.checkpoint
-    if checkpoint.save is None:
-        for option, value in (("--save-interval", checkpoint.save_interval), ("--keep-last", checkpoint.keep_last)):
-            if value is not None:
-                yield f"{option} {value} needs --save, the directory of checkpoints; give it, or drop {option}."
+    if checkpoint.save is None and checkpoint.keep_last is not None:
+        yield f"--keep-last {checkpoint.keep_last} needs --save, the directory of checkpoints; give it, or drop it."
     if checkpoint.load is None and checkpoint.save is None and checkpoint.ckpt_step is not None:
         yield f"--ckpt-step {checkpoint.ckpt_step} needs --load, the directory it is in; give it."
     if checkpoint.load is None and checkpoint.finetune:

@@ -43,7 +43,7 @@ def without_data(words: RunConfig) -> RunConfig:
     """The run with what training needs and memory does not depend on: tokens, a length and a learning rate."""
     data, train, optim = words.data, words.train, words.optim
     has_data = data.data_path or data.train_data_path or data.mock_data
-    has_length = train.train_iters is not None or train.train_samples is not None
+    has_length = (train.train_iters, train.train_samples, train.train_tokens) != (None, None, None)
     return replace(
         words,
         data=data if has_data else replace(data, mock_data=True),
