@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron3d.config.check import check
-from megatron3d.config.deepspeed_file import DeepSpeedFile, read_deepspeed_file
+from megatron3d.config.deepspeed_file import OPTIONS_OF_DEEPSPEED, DeepSpeedFile, read_deepspeed_file
 from megatron3d.config.derive import derive
 from megatron3d.config.doubt import NO_DOUBT, Doubt
 from megatron3d.config.files import FileSettings, read_config_file
 from megatron3d.config.foreign import Verdict, judge
 from megatron3d.config.fork_flags import zero_bubble_settings
 from megatron3d.config.help_text import help_text, metavar
-from megatron3d.config.options import BY_NAME, BY_SPELLING, Option, Settings, build_run_config
+from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, Option, Settings, build_run_config
 from megatron3d.config.presets import PRESETS
 from megatron3d.config.run import RunConfig
 from megatron3d.config.words import GivenFlag, split_words, stray_sentence
@@ -257,8 +257,11 @@ def _doubt(
     engine_file: DeepSpeedFile | None,
     settings: Settings,
 ) -> Doubt:
-    given = frozenset(name for _, name in settings)
     unread = words.unread | by_flag.meant | by_file.meant | config_file.unread
-    preset = words.files.get("preset") or config_file.preset
-    is_read = config_file.is_read and (engine_file is None or engine_file.is_read) and preset in (None, *PRESETS)
-    return Doubt(frozenset(unread) - given, None if is_read else given & frozenset(BY_NAME))
+    perhaps: set[str] = set() if config_file.is_read else set(BY_NAME)
+    if engine_file is not None and not engine_file.is_read:
+        perhaps |= OPTIONS_OF_DEEPSPEED
+    if (words.files.get("preset") or config_file.preset) not in (None, *PRESETS):
+        perhaps |= {option.name for option in OPTIONS if option.section == "model"}
+    given = frozenset(name for _, name in settings)
+    return Doubt(frozenset(unread) - given, frozenset(perhaps) - given)

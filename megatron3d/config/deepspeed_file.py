@@ -197,6 +197,10 @@ _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 _OPTIMIZERS = {"adam": "adam", "adamw": "adam", "lamb": "lamb", "lion": "lion", "sgd": "sgd", "muon": "muon"}
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear"}
 
+OPTIONS_OF_DEEPSPEED: frozenset[str] = frozenset(name for _, name in _DIRECT.values()) | {
+    *("optimizer", "adam_beta1", "adam_beta2", "loss_scale", "initial_loss_scale", "lr_decay_style"),
+}
+
 
 class _Reader:
     """Reads one file key by key, objects depth first, and writes what it finds into a `DeepSpeedFile`."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron3d.config.options import BY_NAME, BY_SPELLING
+from megatron3d.config.options import BY_SPELLING
 
 # What a value is derived from, and the words of sentences that do not name their options.
 _DERIVED_FROM = {
@@ -32,37 +32,38 @@ class Doubt:
 
     Attributes:
         unread: names of options that were given and could not be used.
-        known: names of options that were given, where a file that may set others could not be read; else None.
+        perhaps: names of options that were not given and that a file which could not be read may have set.
     """
 
     unread: frozenset[str] = frozenset()
-    known: frozenset[str] | None = None
+    perhaps: frozenset[str] = frozenset()
 
     def with_unread(self, names: Iterable[str]) -> Doubt:
         """The same with more options that could not be used."""
-        return Doubt(self.unread | frozenset(names), self.known)
+        return Doubt(self.unread | frozenset(names), self.perhaps)
 
     def explains(self, sentence: str) -> bool:
         """Whether the sentence would not stand if what is in doubt were known.
 
-        A sentence ends with its remedy, which may name what could have been in an unreadable file; so there the part
-        before the semicolon decides.
+        What an unreadable file may set is doubted less than what was given and not understood: there the part before
+        the semicolon decides, as the remedy after it names more options; and one that names no option falls only if
+        all that it depends on may be in the file.
         """
-        if _options_in(sentence) & self.unread:
+        named, sources = _named_in(sentence), _sources_of(sentence)
+        if (named | sources) & self.unread:
             return True
-        if self.known is None:
-            return False
-        subject = _options_in(sentence.split(";")[0])
-        return not subject or not subject <= self.known
+        subject = _named_in(sentence.split(";")[0])
+        return bool(subject & self.perhaps) if subject else bool(sources) and sources <= self.perhaps
 
 
 NO_DOUBT = Doubt()
 
 
-def _options_in(sentence: str) -> frozenset[str]:
-    """The names of the options that a sentence is about."""
-    names = {BY_SPELLING[flag].name for flag in _FLAG.findall(sentence) if flag in BY_SPELLING}
-    for words, sources in _DERIVED_FROM.items():
-        if words in sentence:
-            names |= {name for name in sources.split() if name in BY_NAME}
-    return frozenset(names)
+def _named_in(sentence: str) -> frozenset[str]:
+    """The names of the options whose flags stand in a sentence."""
+    return frozenset(BY_SPELLING[flag].name for flag in _FLAG.findall(sentence) if flag in BY_SPELLING)
+
+
+def _sources_of(sentence: str) -> frozenset[str]:
+    """The names of the options that a sentence depends on without naming them."""
+    return frozenset(name for words, names in _DERIVED_FROM.items() if words in sentence for name in names.split())

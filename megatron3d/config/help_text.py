@@ -52,6 +52,8 @@ def help_text(program: str, description: str) -> str:
 def metavar(option: Option) -> str:
     """What stands for an option's value: its choices, or a letter for its type."""
     choices = option.flag.choices
+    if option.flag.kind == "list":
+        return "WORD ..."
     return "{" + ",".join(str(choice) for choice in choices) + "}" if choices else _METAVARS[option.type_name]
 
 

@@ -140,16 +140,19 @@ def precision_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
 
 def batch_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
     """Every global batch splits into whole microbatches on every data-parallel rank."""
-    micro, dp = run.train.micro_batch_size, run.parallel.data_parallel_size
-    if run.parallel.world_size % model_parallel_size(run.parallel) or not micro:
+    micro = run.train.micro_batch_size
+    if not micro:
         return
+    # Ranks that do not factor have no data-parallel size; a multiple of the micro-batch is needed at any.
+    factors = run.parallel.world_size % model_parallel_size(run.parallel) == 0
+    dp = run.parallel.data_parallel_size if factors else 1
     batch = given.train.global_batch_size
     if batch and batch % (micro * dp):
-        yield _batch_sentence(batch, micro, dp)
+        yield _batch_sentence(batch, micro, dp, f" x data-parallel {dp} = {micro * dp}" if factors else "")
     yield from _ramp_problems(given, micro * dp, batch or micro * dp)
 
 
-def _batch_sentence(batch: int, micro: int, dp: int) -> str:
+def _batch_sentence(batch: int, micro: int, dp: int, product: str) -> str:
     """The sentence about an indivisible batch, with the nearest sizes that work."""
     at_once = micro * dp
     below, above = batch // at_once * at_once, -(-batch // at_once) * at_once
@@ -157,10 +160,7 @@ def _batch_sentence(batch: int, micro: int, dp: int) -> str:
     micros = [size for size in range(1, batch // dp + 1) if batch % (size * dp) == 0]
     nearest = [*[m for m in micros if m < micro][-1:], *[m for m in micros if m > micro][:1]]
     other = f", or --micro-batch-size {' or '.join(str(m) for m in nearest)}" if nearest else ""
-    return (
-        f"--global-batch-size {batch} is not a multiple of micro-batch {micro} x data-parallel {dp} = {at_once}; "
-        f"use {sizes}{other}."
-    )
+    return f"--global-batch-size {batch} is not a multiple of micro-batch {micro}{product}; use {sizes}{other}."
 
 
 def _ramp_problems(given: RunConfig, at_once: int, batch: int) -> Iterator[str]:

@@ -38,8 +38,11 @@ def accumulation_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
     """Accumulation steps say the global batch, which is not said otherwise."""
     train, dp = given.train, run.parallel.data_parallel_size
     steps, micro, batch = train.gradient_accumulation_steps, train.micro_batch_size, train.global_batch_size
-    if steps is None or run.parallel.world_size % model_parallel_size(run.parallel):
+    if steps is None:
         return
+    # Ranks that do not factor have no data-parallel size, but some whole size would have to fit.
+    if run.parallel.world_size % model_parallel_size(run.parallel) and micro and batch:
+        dp = max(1, batch // (micro * steps))
     if train.rampup_batch_size or train.step_batch_size_schedule:
         yield (
             f"--gradient-accumulation-steps {steps} is the same in every step, but the batch grows; leave it out, or "
