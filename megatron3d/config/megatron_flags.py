@@ -289,10 +289,6 @@ REFUSED: tuple[Refused, ...] = (
         flags="--no-weight-decay-cond-type --apply-wd-to-qk-layernorm --use-mup",
     ),
     Refused(
-        "the norm's weight is stored whole here, which is the same function; leave it out",
-        flags="--apply-layernorm-1p",
-    ),
-    Refused(
         "residuals and losses have the precision of the layers; give neither --bf16 nor --fp16, or leave it out",
         flags="--fp32-residual-connection --fp16-lm-cross-entropy --embedding-weights-in-fp32",
     ),
