@@ -24,6 +24,7 @@ from megatron3d.checkpoint.load import read_document
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import from_dict
+from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.inference.generate import generate, new_token_limits, position_limit
@@ -163,7 +164,9 @@ def open_vocabulary(args: argparse.Namespace, config: RunConfig, directory: Path
             "takes token ids as numbers)"
         )
     files = (data.vocab_file, data.merge_file, data.tokenizer_model)
-    tokenizer = TokenizerSpec(data.tokenizer_type, *files, vocab_size=vocab_size).build()
+    tokenizer = TokenizerSpec(
+        data.tokenizer_type, *files, vocab_size=vocab_size, tiktoken=tiktoken_options(data)
+    ).build()
     if data.tokenizer_type == "NullTokenizer":  # Made for all ids of the model, it would count its own end beyond them.
         return Vocabulary(tokenizer, data.eod_token)
     if tokenizer.vocab_size > vocab_size:

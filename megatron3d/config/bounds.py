@@ -48,7 +48,8 @@ BOUNDS: tuple[Bound, ...] = (
         "pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
         "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers num_layers_per_virtual_pipeline_stage "
         "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_virtual_pipeline_stage "
-        "micro_batch_size global_batch_size gradient_accumulation_steps train_tokens lr_decay_tokens "
+        "tiktoken_num_special_tokens micro_batch_size global_batch_size gradient_accumulation_steps train_tokens "
+        "lr_decay_tokens "
         "train_iters train_samples eval_interval exit_interval log_interval recompute_num_layers save_interval "
         "profile_pipeline_step keep_last lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
         "loss_scale_window hysteresis muon_num_ns_steps zero_shard_size muon_num_ns_steps mask_max_ngram",

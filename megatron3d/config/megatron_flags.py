@@ -350,7 +350,7 @@ REFUSED: tuple[Refused, ...] = (
         --vocab-extra-ids --trust-remote-code --chat-template --use-gigatoken --no-pad-vocab-size
         --disable-pad-vocab-size --padded-vocab-size --allow-ambiguous-pad-tokens --tokenizer-sentencepiece-legacy""",
         prefixes="""
-        --tiktoken- --tokenizer-hf- --null-tokenizer- --tokenizer-sentencepiece- --disable-tokenizer-
+        --tokenizer-hf- --null-tokenizer- --tokenizer-sentencepiece- --disable-tokenizer-
         --no-tokenizer-""",
     ),
     Refused(

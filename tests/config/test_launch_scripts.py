@@ -186,7 +186,7 @@ def test_values_of_the_llama_script_arrive() -> None:
 
 
 def test_the_8_bit_llama_script_is_refused_flag_by_flag() -> None:
-    refused = """--fp8-format hybrid --fp8-amax-history-len 1024 --fp8-param-gather --apply-layernorm-1p
+    refused = """--fp8-format hybrid --fp8-amax-history-len 1024 --fp8-param-gather
         --decoupled-lr 5.0e-4"""
     with pytest.raises(ConfigError) as raised:
         parse(LLAMA_8B + refused)
