@@ -124,6 +124,7 @@ _DIRECT: Mapping[str, Key] = {
     "optimizer.params.eps": ("optim", "adam_eps"),
     "optimizer.params.weight_decay": ("optim", "weight_decay"),
     "optimizer.params.momentum": ("optim", "sgd_momentum"),
+    "optimizer.params.max_grad_norm": ("optim", "clip_grad"),
     "optimizer.params.adam_w_mode": ("optim", "decoupled_weight_decay"),
     "scheduler.params.warmup_max_lr": ("optim", "lr"),
     "scheduler.params.warmup_min_lr": ("optim", "lr_warmup_init"),

@@ -140,11 +140,13 @@ def _is_harmless(flag: GivenFlag) -> bool:
 
 
 def _refuse(flag: GivenFlag, verdict: Verdict) -> None:
-    instead = refused(flag.name, _ALL_REFUSED)
-    if instead is not None:
+    instead, name = refused(flag.name, _ALL_REFUSED), plain_name(flag.name)
+    # A name of another framework may begin like a family of Megatron-LM's flags: --block-size, and --block-data-path.
+    is_elsewhere = name in OPTION_BY_FOREIGN_NAME or name in ADVICE_BY_FOREIGN_NAME
+    if instead is not None and not is_elsewhere:
         verdict.problems.append(f"{flag.text} is not supported: {instead}.")
         return
-    advice = ADVICE_BY_FOREIGN_NAME.get(plain_name(flag.name))
+    advice = ADVICE_BY_FOREIGN_NAME.get(name)
     meant = None if advice else option_meant(flag.name)
     if meant in BY_SPELLING:
         verdict.meant.add(BY_SPELLING[meant].name)
