@@ -19,31 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron3d.checkpoint.directory import find_checkpoint
-from megatron3d.checkpoint.load import read_document
-from megatron3d.config.parallel import ParallelConfig
-from megatron3d.config.run import RunConfig
-from megatron3d.config.serialize import from_dict
 from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError
-from megatron3d.inference.generate import generate, new_token_limits, position_limit
-from megatron3d.inference.load import generation_config, load_model
-from megatron3d.inference.sampling import SamplingOptions
-from megatron3d.train.launch import Guard, guarded, joined
-from megatron3d.train.vocabulary import Vocabulary
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is asked for, settled before a device is touched: the run, the tokenizer, the prompts."""
-
-    directory: Path
-    config: RunConfig
-    vocabulary: Vocabulary
-    prompts: tuple[str, ...]
-    prompt_ids: tuple[list[int], ...]
-    options: SamplingOptions
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,6 +61,33 @@ def _add_tokenizer(group: Any) -> None:
     group.add_argument("--vocab-file", metavar="FILE")
     group.add_argument("--merge-file", metavar="FILE")
     group.add_argument("--tokenizer-model", metavar="PATH")
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and mistakes of spelling are answered before the imports below, which take seconds
+
+from megatron3d.checkpoint.directory import find_checkpoint
+from megatron3d.checkpoint.load import read_document
+from megatron3d.config.parallel import ParallelConfig
+from megatron3d.config.run import RunConfig
+from megatron3d.config.serialize import from_dict
+from megatron3d.inference.generate import generate, new_token_limits, position_limit
+from megatron3d.inference.load import generation_config, load_model
+from megatron3d.inference.sampling import SamplingOptions
+from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, settled before a device is touched: the run, the tokenizer, the prompts."""
+
+    directory: Path
+    config: RunConfig
+    vocabulary: Vocabulary
+    prompts: tuple[str, ...]
+    prompt_ids: tuple[list[int], ...]
+    options: SamplingOptions
 
 
 def settle(args: argparse.Namespace, world_size: int) -> Job:

@@ -6,7 +6,6 @@ import argparse
 
 from megatron3d.config.options import OPTIONS
 from megatron3d.config.run import RunConfig
-from megatron3d.errors import ConfigError
 from megatron3d.tasks.glue.tasks import CUSTOM, GLUE_TASKS, METRICS
 
 # Of these sections of the options of pretraining, what fine-tuning takes; others would be without effect.
@@ -21,6 +20,7 @@ _TAKEN = {
 _INSTEAD = {
     "train_iters": "use --epochs",
     "train_samples": "use --epochs",
+    "train_tokens": "use --epochs",
     "rampup_batch_size": "use --global-batch-size",
     "step_batch_size_schedule": "use --global-batch-size",
     "tensorboard_dir": "use --metrics-file",
@@ -85,15 +85,12 @@ def task_parser() -> argparse.ArgumentParser:
     return p
 
 
-def check_options(args: argparse.Namespace, words: RunConfig) -> None:
-    """Refuse options of the model's shape, those that other options stand for here, and those without effect.
+def option_problems(args: argparse.Namespace, words: RunConfig) -> list[str]:
+    """Sentences about options of the model's shape, those that other options stand for here, and those without effect.
 
     Args:
         args: the task's own options.
         words: the options of pretraining as they were given.
-
-    Raises:
-        ConfigError: with a sentence for each.
     """
     problems = _problems_of_numbers(args, words)
     for option in OPTIONS:
@@ -107,8 +104,7 @@ def check_options(args: argparse.Namespace, words: RunConfig) -> None:
             problems.append(f"{given}: the model comes with --load or --hf; leave the option out.")
         elif option.section in _TAKEN and option.name not in _TAKEN[option.section]:
             problems.append(f"{given} has no effect on fine-tuning; leave the option out.")
-    if problems:
-        raise ConfigError("\n".join(problems))
+    return problems
 
 
 def _problems_of_numbers(args: argparse.Namespace, words: RunConfig) -> list[str]:
