@@ -16,12 +16,13 @@ from megatron3d.config.fork_flags import (
     FORK_ACCEPTED,
     FORK_EXPERT_FLAGS,
     FORK_HARMLESS_VALUES,
-    FORK_REFUSED,
     FORK_SYNONYMS,
     ZERO_BUBBLE_SWITCHES,
     ZERO_BUBBLE_VALUED,
+    fork_accepted,
+    fork_refused,
 )
-from megatron3d.config.megatron_flags import ACCEPTED, HARMLESS_VALUES, REFUSED, SYNONYMS, accepted, refused
+from megatron3d.config.megatron_flags import ACCEPTED, HARMLESS_VALUES, SYNONYMS, accepted, refused
 from megatron3d.config.options import BY_SPELLING
 from megatron3d.config.words import GivenFlag, stray_sentence
 
@@ -29,8 +30,6 @@ from megatron3d.config.words import GivenFlag, stray_sentence
 OWN_FLAGS = ("--config", "--preset", "--deepspeed_config", "--deepspeed-config", "--help")
 
 _ALL_SYNONYMS: Mapping[str, Mapping[tuple[str, str], Any]] = SYNONYMS | FORK_SYNONYMS
-_ALL_ACCEPTED = (*ACCEPTED, *FORK_ACCEPTED)
-_ALL_REFUSED = (*FORK_REFUSED, *REFUSED)
 _ALL_HARMLESS = {**HARMLESS_VALUES, **FORK_HARMLESS_VALUES, "--num-experts": "1", "--remote-device": "none"}
 
 # Flags whose value an option of ours takes: the value's key, and what else the flag sets.
@@ -97,8 +96,10 @@ def option_meant(flag: str) -> str | None:
 
 def _known_flags() -> Iterable[str]:
     """Every flag that can be given, ours last, so that of two equal names ours is the one suggested."""
-    for row in _ALL_ACCEPTED:
+    for row in ACCEPTED:
         yield from (*row.switches.split(), *row.valued.split(), *row.lists.split())
+    for _, names in FORK_ACCEPTED:
+        yield from (name.rstrip("=") for name in names.split())
     yield from (*_ALL_SYNONYMS, *_VALUED_SYNONYMS, *ZERO_BUBBLE_SWITCHES, *ZERO_BUBBLE_VALUED, *OWN_FLAGS, *BY_SPELLING)
 
 
@@ -121,7 +122,7 @@ def _judge_valued(flag: GivenFlag, verdict: Verdict) -> None:
 
 
 def _judge_other(flag: GivenFlag, verdict: Verdict, is_dense: bool) -> None:
-    without_effect = accepted(flag.name, _ALL_ACCEPTED)
+    without_effect = accepted(flag.name) or fork_accepted(flag.name)
     if without_effect is not None:
         reason, arity = without_effect
         own_values = flag.values if arity == "*" else flag.values[: int(arity)]
@@ -140,7 +141,7 @@ def _is_harmless(flag: GivenFlag) -> bool:
 
 
 def _refuse(flag: GivenFlag, verdict: Verdict) -> None:
-    instead, name = refused(flag.name, _ALL_REFUSED), plain_name(flag.name)
+    instead, name = refused(flag.name) or fork_refused(flag.name), plain_name(flag.name)
     # A name of another framework may begin like a family of Megatron-LM's flags: --block-size, and --block-data-path.
     is_elsewhere = name in OPTION_BY_FOREIGN_NAME or name in ADVICE_BY_FOREIGN_NAME
     if instead is not None and not is_elsewhere:

@@ -13,8 +13,6 @@ from collections.abc import Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any
 
-from megatron3d.config.megatron_flags import Accepted, Refused
-
 FORK_SYNONYMS: Mapping[str, Mapping[tuple[str, str], Any]] = MappingProxyType(
     {
         "--cpu-optimizer": {("parallel", "offload_optimizer"): "cpu"},
@@ -22,55 +20,58 @@ FORK_SYNONYMS: Mapping[str, Mapping[tuple[str, str], Any]] = MappingProxyType(
     }
 )
 
-FORK_ACCEPTED: tuple[Accepted, ...] = (
-    Accepted(
-        "ZeRO, offloading and pipelines are built in and need no engine; --zero-stage and --deepspeed_config say what "
-        "is used",
-        switches="--deepspeed --deepspeed_mpi --deepspeed-mpi --deepscale",
+# (reason, flags) that are accepted without effect; one that takes a value ends in an equals sign.
+FORK_ACCEPTED: tuple[tuple[str, str], ...] = (
+    (
+        "ZeRO, offloading and pipelines are built in and need no engine; --zero-stage and --deepspeed_config "
+        "say what is used",
+        "--deepspeed --deepspeed_mpi --deepspeed-mpi --deepscale",
     ),
-    Accepted(
+    (
         "there are pipeline stages only where --pipeline-model-parallel-size asks for them",
-        switches="--no-pipeline-parallel",
+        "--no-pipeline-parallel",
     ),
-    Accepted(
+    (
         "activations are recomputed by one implementation, and its result is that of keeping them",
-        switches="""
+        """
         --deepspeed-activation-checkpointing --contigious-checkpointing --synchronize-each-layer --profile-backward
         --partition-activations""",
     ),
-    Accepted(
+    (
         "gradients and weights are reduced and gathered from flat buffers, one for each block",
-        switches="--zero-reduce-scatter --zero-contigious-gradients --use-pin-memory",
-        valued="--zero-reduce-bucket-size --zero-allgather-bucket-size",
+        """
+        --zero-reduce-scatter --zero-contigious-gradients --use-pin-memory --zero-reduce-bucket-size=
+        --zero-allgather-bucket-size=""",
     ),
-    Accepted(
+    (
         "attention runs through torch's scaled_dot_product_attention, and kernels are chosen by device and dtype",
-        switches="""
+        """
         --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton --use-flash-attn-builder --ds_fused_adam
         --cpu_torch_adam --disable-mem-efficient-ln""",
     ),
-    Accepted("a checkpoint loads at any layout as it is", switches="--universal-checkpoint"),
-    Accepted(
+    (
+        "a checkpoint loads at any layout as it is",
+        "--universal-checkpoint",
+    ),
+    (
         "the moments of the optimizer are not logged",
-        switches="--log-optimizer-states-to-tensorboard",
+        "--log-optimizer-states-to-tensorboard",
     ),
-    Accepted(
+    (
         "--profile-pipeline records what each rank computed when",
-        valued="--profile_steps --profile-memory-iter",
-        switches="--measure-activation-memory",
+        "--measure-activation-memory --profile_steps= --profile-memory-iter=",
     ),
-    Accepted(
+    (
         "one runtime runs every schedule, and its result is that of one process",
-        switches="""
+        """
         --enable-zb-runtime --enable-optimizer-post-validation --enable-exactly-numeric-match
-        --enable-zbh1-exact-semantics --no-pre-communication-optimization --no-paired-barrier""",
-        valued="""
-        --zero-bubble-pipeline-timers-start-iter --zero-bubble-pipeline-timers-end-iter
-        --zero-bubble-adaptive-memory-limit-percentile""",
+        --enable-zbh1-exact-semantics --no-pre-communication-optimization --no-paired-barrier
+        --zero-bubble-pipeline-timers-start-iter= --zero-bubble-pipeline-timers-end-iter=
+        --zero-bubble-adaptive-memory-limit-percentile=""",
     ),
-    Accepted(
+    (
         "layers that do not divide are always split as evenly as they can be, with the smaller stages at the ends",
-        switches="--allow-padding-num-layers",
+        "--allow-padding-num-layers",
     ),
 )
 
@@ -79,49 +80,61 @@ FORK_EXPERT_FLAGS = """
     --mlp-type --topk --expert-interval --create-moe-param-group --disable-moe-token-dropping --num-experts-switch
     --disable-moe-top2-2nd-expert-sampling --enable-expert-tensor-parallelism --use-tutel"""
 
-FORK_REFUSED: tuple[Refused, ...] = (
-    Refused("mixtures of experts are not in this version; train the dense model without it", flags=FORK_EXPERT_FLAGS),
-    Refused(
+# (what to use instead, flags) that are refused, and beginnings of flags, which end in a hyphen.
+FORK_REFUSED: tuple[tuple[str, str], ...] = (
+    (
+        "mixtures of experts are not in this version; train the dense model without it",
+        FORK_EXPERT_FLAGS,
+    ),
+    (
         "sequences are not sharded over ranks of their own in this version; use --sequence-parallel with "
         "--tensor-model-parallel-size",
-        flags="--ds-sequence-parallel-size --force-ds-sequence-parallel",
-        prefixes="--ds-sequence-parallel-",
+        "--ds-sequence-parallel-size --force-ds-sequence-parallel --ds-sequence-parallel-",
     ),
-    Refused(
+    (
         "activations stay on the device; use --recompute-granularity full or selective, and --sequence-parallel",
-        flags="""
+        """
         --checkpoint-in-cpu --scattered-embeddings --split-transformers --memory-centric-tiled-linear --tile-factor
         --cpu-offload --offload-chunk-num --offload-time --auto-offload-time --offload-overlap-sr
         --offload-continuous-buffers --recompute-lgd""",
     ),
-    Refused(
+    (
         "the learning rate follows the schedule; use --override-opt-param-scheduler to take it from the flags",
-        flags="--no-load-lr-state",
+        "--no-load-lr-state",
     ),
-    Refused(
+    (
         "stop a run by SIGTERM, --exit-interval or --exit-duration-in-mins, which all save first",
-        flags="--kill-switch-file",
+        "--kill-switch-file",
     ),
-    Refused("name the step of a checkpoint by --ckpt-step", flags="--load-tag"),
-    Refused(
+    (
+        "name the step of a checkpoint by --ckpt-step",
+        "--load-tag",
+    ),
+    (
         "each corpus is read in one seeded order, every sample whole; leave it out",
-        flags="""
+        """
         --data-efficiency-curriculum-learning --random-ltd --curriculum-learning --train-data-exact-num-epochs
         --train-desc-path --train-doc-idx-path --train-idx-path --train-sample-idx-path --train-shuffle-idx-path
         --repeated-dataloader --return-data-index --use-dataset-only --aml-data-download-path""",
     ),
-    Refused(
+    (
         "reinforcement learning and distillation are not in this version",
-        flags="""
+        """
         --kd --kd-alpha-ce --kd-beta-ce --kd-temp --mos --load-teacher --num-layers-teacher --num-experts-teacher
         --hidden-size-teacher --num-attention-heads-teacher --reset-iteration""",
     ),
-    Refused("text is generated by tools/generate_text.py", flags="--inference --ds-inference"),
-    Refused(
-        "use --pipeline-schedule zb-v, whose two stages a rank form a V, or interleaved",
-        flags="--enable-1f1b-v --interleave-group-size",
+    (
+        "text is generated by tools/generate_text.py",
+        "--inference --ds-inference",
     ),
-    Refused("a sample goes through a stage whole; use more micro-batches", flags="--num-seq-splits"),
+    (
+        "use --pipeline-schedule zb-v, whose two stages a rank form a V, or interleaved",
+        "--enable-1f1b-v --interleave-group-size",
+    ),
+    (
+        "a sample goes through a stage whole; use more micro-batches",
+        "--num-seq-splits",
+    ),
 )
 
 FORK_HARMLESS_VALUES: Mapping[str, str] = MappingProxyType(
@@ -138,6 +151,23 @@ FORK_HARMLESS_VALUES: Mapping[str, str] = MappingProxyType(
 # Flags that `zero_bubble_settings` reads together.
 ZERO_BUBBLE_SWITCHES = ("--enable-zero-bubble", "--zero-bubble-v-schedule")
 ZERO_BUBBLE_VALUED = ("--zero-bubble-max-pending-backward", "--zero-bubble-v-schedule-mem-setup")
+
+
+def fork_accepted(flag: str) -> tuple[str, str] | None:
+    """(reason, number of values, 0 or 1) of a flag of the forks that is accepted without effect."""
+    for reason, names in FORK_ACCEPTED:
+        for arity, name in (("0", flag), ("1", f"{flag}=")):
+            if name in names.split():
+                return reason, arity
+    return None
+
+
+def fork_refused(flag: str) -> str | None:
+    """What to use instead of a flag of the forks whose feature is not here, or None if the flag is not such a one."""
+    for instead, names in FORK_REFUSED:
+        if any(flag == name or (name.endswith("-") and flag.startswith(name)) for name in names.split()):
+            return instead
+    return None
 
 
 def zero_bubble_settings(

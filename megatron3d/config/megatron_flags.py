@@ -460,18 +460,18 @@ HARMLESS_VALUES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def accepted(flag: str, table: tuple[Accepted, ...] = ACCEPTED) -> tuple[str, str] | None:
+def accepted(flag: str) -> tuple[str, str] | None:
     """(reason, number of values) of a flag that is accepted without effect, the number as in argparse: 0, 1 or *."""
-    for row in table:
+    for row in ACCEPTED:
         for arity, names in (("0", row.switches), ("1", row.valued), ("*", row.lists)):
             if flag in names.split():
                 return row.reason, arity
     return None
 
 
-def refused(flag: str, table: tuple[Refused, ...] = REFUSED) -> str | None:
+def refused(flag: str) -> str | None:
     """What to use instead of a flag whose feature is not here, or None if the flag is not such a one."""
-    for row in table:
+    for row in REFUSED:
         if flag in row.flags.split() or any(flag.startswith(prefix) for prefix in row.prefixes.split()):
             return row.instead
     return None

@@ -10,8 +10,8 @@ import pytest
 from megatron3d.config.cli import read_command, settle
 from megatron3d.config.foreign import judge, option_meant
 from megatron3d.config.foreign_names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
-from megatron3d.config.fork_flags import FORK_ACCEPTED, FORK_REFUSED, FORK_SYNONYMS
-from megatron3d.config.megatron_flags import ACCEPTED, REFUSED, SYNONYMS, accepted, refused
+from megatron3d.config.fork_flags import FORK_ACCEPTED, FORK_REFUSED, FORK_SYNONYMS, fork_accepted, fork_refused
+from megatron3d.config.megatron_flags import REFUSED, SYNONYMS, accepted, refused
 from megatron3d.config.options import BY_SPELLING
 from megatron3d.config.run import RunConfig
 from megatron3d.config.words import GivenFlag
@@ -93,17 +93,15 @@ def test_the_tables_of_names_lead_to_flags_that_exist_and_hide_none() -> None:
     names = [*OPTION_BY_FOREIGN_NAME, *ADVICE_BY_FOREIGN_NAME]
     assert len(names) == len(set(names))
     assert not set(names) & {plain_name(flag) for flag in known}
-    refused_by_name = {flag for row in (*REFUSED, *FORK_REFUSED) for flag in row.flags.split()}
+    refused_by_name = {flag for row in REFUSED for flag in row.flags.split()}
     for flag in (f"--{name}" for name in names):
-        assert accepted(flag, (*ACCEPTED, *FORK_ACCEPTED)) is None, flag
+        assert accepted(flag) is None and fork_accepted(flag) is None and fork_refused(flag) is None, flag
         assert flag not in refused_by_name
 
 
 def test_each_flag_of_the_forks_has_one_fate() -> None:
-    listed = [
-        flag for row in FORK_ACCEPTED for words in (row.switches, row.valued, row.lists) for flag in words.split()
-    ]
-    listed += [flag for row in FORK_REFUSED for flag in row.flags.split()]
+    listed = [name.rstrip("=") for _, names in FORK_ACCEPTED for name in names.split()]
+    listed += [name for _, names in FORK_REFUSED for name in names.split()]
     listed += list(FORK_SYNONYMS)
     assert len(listed) == len(set(listed))
     for flag in listed:
