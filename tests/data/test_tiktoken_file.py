@@ -120,6 +120,20 @@ def test_ids_equal_those_of_the_published_algorithm(tmp_path: Path, pattern: str
     assert max(max(tokenizer.encode(text), default=0) for text in TEXTS) > 266, "no merge was made"
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_ids_equal_those_of_the_published_algorithm_for_any_vocabulary(tmp_path: Path, seed: int) -> None:
+    """Tokens at random, of which many are reached by several orders of merges and some by none."""
+    generator = random.Random(seed)
+    tokens = dict.fromkeys(bytes([byte]) for byte in range(256))
+    while len(tokens) < 296:
+        tokens[bytes(generator.choice(b"abc") for _ in range(generator.randrange(2, 6)))] = None
+    tokenizer = build(write(tmp_path / "v.json", list(tokens)), None, num_special_tokens=3)
+    ranks = {token: rank + 3 for rank, token in enumerate(tokens)}
+    for _ in range(100):
+        text = "".join(generator.choice("abc") for _ in range(generator.randrange(1, 25)))
+        assert tokenizer.encode(text) == reference_ids(text, PATTERNS["v2"], ranks), text
+
+
 def test_ids_equal_those_of_tiktoken(tmp_path: Path, pattern: str, tokens: list[bytes]) -> None:
     tiktoken = pytest.importorskip("tiktoken")
     special = {"<unk>": 0, "<s>": 1, "</s>": 2, "<SPECIAL_3>": 3}
