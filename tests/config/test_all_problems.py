@@ -117,6 +117,15 @@ def test_a_mistake_is_reported_once_and_not_by_what_follows_from_it(changes: dic
     assert len(sentences) == 1, sentences
 
 
+def test_a_world_that_does_not_factor_is_not_taken_for_a_data_parallel_size() -> None:
+    """5 ranks over TP 2 leave 2 and a half replicas; of the batch only the micro-batch can be judged."""
+    flags = {"tensor-model-parallel-size": "2", "global-batch-size": "36"}
+    (sentence,) = answer(words_of(flags), 5)
+    assert sentence.startswith("A world of 5 ranks")
+    both = answer(words_of(flags | {"global-batch-size": "30"}), 5)
+    assert len(both) == 2 and both[1].startswith("--global-batch-size 30 is not a multiple of micro-batch 4; use")
+
+
 # (changes, the beginning of the sentence they must give). Each concerns options of its own.
 MISTAKES: tuple[tuple[dict[str, str | None], str], ...] = (
     ({"hidden-size": "65"}, "--hidden-size 65 is not a multiple"),
