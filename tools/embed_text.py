@@ -46,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
     tokenizer.add_argument("--vocab-file", metavar="FILE")
     tokenizer.add_argument("--tokenizer-model", metavar="PATH")
+    tokenizer.add_argument(
+        "--override-tokenizer", action="store_true", help="use files with other content than the model was trained with"
+    )
     run = p.add_argument_group("where it runs")
     run.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share a layer")
     run.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share depth")
@@ -61,14 +64,17 @@ import numpy as np
 from torch import Tensor
 
 from megatron3d.checkpoint.directory import find_checkpoint
-from megatron3d.checkpoint.load import read_document, tensor_shapes
+from megatron3d.checkpoint.load import tensor_shapes
+from megatron3d.comm.agree import digest_of
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
-from megatron3d.config.serialize import from_dict
-from megatron3d.convert.hf import read_model
+from megatron3d.convert.hf import digest_of_tensors, read_model
+from megatron3d.data.content import require_same_tokenizer
 from megatron3d.inference.embed import EmbedOptions, embed, load_encoder
 from megatron3d.inference.load import generation_config
-from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.compare import SavedRun, read_saved_run
+from megatron3d.train.joining import joined
+from megatron3d.train.launch import Guard, guarded
 
 _FORMATS = (".npy", ".jsonl")
 
@@ -85,6 +91,11 @@ class Job:
     options: EmbedOptions
     output: Path
 
+    def files(self) -> dict[str, str]:
+        """Digests of what was read, which all ranks must have alike."""
+        found = {"the texts": digest_of(self.ids), "the options of embedding": str(self.options)}
+        return found if isinstance(self.weights, Path) else {**found, "the weights": digest_of_tensors(self.weights)}
+
 
 def settle(args: argparse.Namespace, world_size: int) -> Job:
     """Read everything but a checkpoint's weights, and find what is wrong.
@@ -100,7 +111,8 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
     if args.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens {args.batch_tokens} leaves nothing to work on; use at least 1")
     texts = read_texts(args.input, args.text)
-    stored, weights, names = open_source(args)
+    saved, weights, names = open_source(args)
+    stored = saved.config
     if stored.model.architecture != "bert":
         raise ConfigError(
             f"{args.load or args.hf} holds a {stored.model.architecture.upper()}; vectors come from a BERT"
@@ -113,7 +125,7 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
         device=args.device,
     )
     config = generation_config(stored, parallel, world_size=world_size, bf16=args.bf16)
-    tokenizer = open_tokenizer(args, config)
+    tokenizer = open_tokenizer(args, config, saved)
     length = length_limit(args.max_length, config)
     ids = tokenizer.encode_batch(texts)
     num_cut = sum(len(one) > length - 2 for one in ids)
@@ -122,14 +134,15 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
     return Job(config, weights, tuple(texts), framed, num_cut, options, output)
 
 
-def open_source(args: argparse.Namespace) -> tuple[RunConfig, Path | Mapping[str, Tensor], frozenset[str]]:
+def open_source(args: argparse.Namespace) -> tuple[SavedRun, Path | Mapping[str, Tensor], frozenset[str]]:
     """The run that a model belongs to, its weights, and their names."""
     if args.hf is not None:
         found = read_model(Path(args.hf))
-        return RunConfig(model=found.model, data=found.data), found.tensors, frozenset(found.tensors)
+        run = SavedRun(found.directory, RunConfig(model=found.model, data=found.data), None)
+        return run, found.tensors, frozenset(found.tensors)
     directory = find_checkpoint(Path(args.load), args.ckpt_step)
     names = frozenset(name.removeprefix("model/") for name in tensor_shapes(directory))
-    return from_dict(read_document(directory, "run")), directory, names
+    return read_saved_run(directory), directory, names
 
 
 def read_texts(inputs: Sequence[str], texts: Sequence[str]) -> list[str]:
@@ -166,11 +179,12 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def open_tokenizer(args: argparse.Namespace, config: RunConfig) -> Tokenizer:
+def open_tokenizer(args: argparse.Namespace, config: RunConfig, saved: SavedRun) -> Tokenizer:
     """The model's tokenizer, with the files that the options name instead of its own.
 
     Raises:
-        ConfigError: none is known, it has no [CLS] and [SEP], or it has more ids than the model.
+        ConfigError: none is known, it has no [CLS] and [SEP], more ids than the model, or other content than the one
+            that the model was trained with.
     """
     given = {name: vars(args)[name] for name in ("tokenizer_type", "vocab_file", "tokenizer_model")}
     data = replace(config.data, **{name: value for name, value in given.items() if value is not None})
@@ -189,6 +203,9 @@ def open_tokenizer(args: argparse.Namespace, config: RunConfig) -> Tokenizer:
             f"{file} has {tokenizer.vocab_size} tokens, but the model of {args.load or args.hf} has {vocab_size}; give "
             "the vocabulary it was trained with"
         )
+    if not args.override_tokenizer:
+        named = replace(data, tokenizer_type=kind)
+        require_same_tokenizer(saved.content, named, vocab_size, source=saved.directory)
     return tokenizer
 
 
@@ -230,7 +247,7 @@ def main(guard: Guard) -> None:
     """Settle what is asked for, load the encoder, embed, write."""
     args = parser().parse_args()
     job = settle(args, guard.launch.world_size)
-    with joined(job.config.parallel, guard, save=None) as (mesh, device):
+    with joined(job.config, guard, save=None, files=job.files()) as (mesh, device):
         model = load_encoder(job.config, mesh, device, job.weights, pooling=job.options.pooling)
         began_s = time.monotonic()
         vectors_NH = embed(model, job.config, job.ids, job.options)

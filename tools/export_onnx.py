@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-length", type=int, metavar="N", help="tokens of a text at most (default as fine-tuned)")
     p.add_argument("--vocab-file", metavar="FILE", help="where the tokenizer's file has moved")
     p.add_argument("--tokenizer-model", metavar="PATH", help="likewise")
+    p.add_argument("--override-tokenizer", action="store_true", help="use files with other content than the training's")
     p.add_argument("--int8", action="store_true", help="int8 weights; needs labelled data, to print what they cost")
     data = p.add_argument_group("labelled data to measure on")
     data.add_argument("--data-dir", metavar="DIR", help="the official files of the task the model was fine-tuned on")
@@ -111,7 +112,9 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     output = Path(args.output)
     if output.is_dir():
         raise ConfigError(f"--output {output} is a directory; give the name of a file, such as {output / 'model.onnx'}")
-    wishes = Wishes(tuple(args.label_names), args.max_length, args.vocab_file, args.tokenizer_model)
+    wishes = Wishes(
+        tuple(args.label_names), args.max_length, args.vocab_file, args.tokenizer_model, args.override_tokenizer
+    )
     trained = open_trained(Path(args.load), args.ckpt_step, wishes)
     data = measurement(args, trained)
     report: dict[str, Any] = {"output": str(output), "checkpoint": str(trained.directory)}

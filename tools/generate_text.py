@@ -61,20 +61,25 @@ def _add_tokenizer(group: Any) -> None:
     group.add_argument("--vocab-file", metavar="FILE")
     group.add_argument("--merge-file", metavar="FILE")
     group.add_argument("--tokenizer-model", metavar="PATH")
+    group.add_argument(
+        "--override-tokenizer", action="store_true", help="use files with other content than the model was trained with"
+    )
 
 
 if __name__ == "__main__":
     parser().parse_args()  # --help and mistakes of spelling are answered before the imports below, which take seconds
 
 from megatron3d.checkpoint.directory import find_checkpoint
-from megatron3d.checkpoint.load import read_document
+from megatron3d.comm.agree import digest_of
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
-from megatron3d.config.serialize import from_dict
+from megatron3d.data.content import require_same_tokenizer
 from megatron3d.inference.generate import generate, new_token_limits, position_limit
 from megatron3d.inference.load import generation_config, load_model
 from megatron3d.inference.sampling import SamplingOptions
-from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.compare import SavedRun, read_saved_run
+from megatron3d.train.joining import joined
+from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.vocabulary import Vocabulary
 
 
@@ -89,6 +94,10 @@ class Job:
     prompt_ids: tuple[list[int], ...]
     options: SamplingOptions
 
+    def files(self) -> dict[str, str]:
+        """Digests of what was read, which all ranks must have alike."""
+        return {"the prompts": digest_of(self.prompt_ids), "the sampling options": str(self.options)}
+
 
 def settle(args: argparse.Namespace, world_size: int) -> Job:
     """Read everything but the weights, and find what is wrong.
@@ -101,7 +110,8 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
         raise ConfigError(f"--batch-size {args.batch_size} generates nothing; use at least 1")
     prompts = read_prompts(args.prompt, args.prompts_file)
     directory = find_checkpoint(Path(args.load), args.ckpt_step)
-    stored = from_dict(read_document(directory, "run"))
+    saved = read_saved_run(directory)
+    stored = saved.config
     parallel = ParallelConfig(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -113,7 +123,7 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
             "with no text; give the checkpoint of a GPT."
         )
     config = generation_config(stored, parallel, world_size=world_size, bf16=args.bf16)
-    vocabulary = open_vocabulary(args, config, directory)
+    vocabulary = open_vocabulary(args, config, saved)
     ids = tuple(_encode(prompt, vocabulary) for prompt in prompts)
     new_token_limits(ids, config.model, options)
     return Job(directory, config, vocabulary, prompts, ids, options)
@@ -153,14 +163,14 @@ def read_prompts(given: Sequence[str], file: str | None) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def open_vocabulary(args: argparse.Namespace, config: RunConfig, directory: Path) -> Vocabulary:
+def open_vocabulary(args: argparse.Namespace, config: RunConfig, saved: SavedRun) -> Vocabulary:
     """The tokenizer of the run, with the files that the options name instead of its own, and the end of a document.
 
     Raises:
-        ConfigError: none is known, or it has more ids than the model.
+        ConfigError: none is known, it has more ids than the model, or other content than the model was trained with.
         DataError: a file of it is missing or damaged; the sentence names the option.
     """
-    data, vocab_size = config.data, config.model.vocab_size
+    data, vocab_size, directory = config.data, config.model.vocab_size, saved.directory
     moved = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
     data = replace(data, **{name: value for name, value in vars(args).items() if name in moved and value is not None})
     if data.tokenizer_type is None:
@@ -179,6 +189,8 @@ def open_vocabulary(args: argparse.Namespace, config: RunConfig, directory: Path
             f"--tokenizer-type {data.tokenizer_type} has {tokenizer.vocab_size} ids, but the model of {directory} has "
             f"{vocab_size}; give the tokenizer it was trained with"
         )
+    if not args.override_tokenizer:
+        require_same_tokenizer(saved.content, data, vocab_size, source=directory)
     return Vocabulary(tokenizer, tokenizer.eod if data.eod_token is None else data.eod_token)
 
 
@@ -236,7 +248,7 @@ def main(guard: Guard) -> None:
     """Settle what is asked for, load the weights, generate, print."""
     args = parser().parse_args()
     job = settle(args, guard.launch.world_size)
-    with joined(job.config.parallel, guard, save=None) as (mesh, device):
+    with joined(job.config, guard, save=None, files=job.files()) as (mesh, device):
         model = load_model(job.config, mesh, device, job.directory)
         began_s = time.monotonic()
         new_ids = generate(

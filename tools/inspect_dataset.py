@@ -19,6 +19,8 @@ from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import DataError, Megatron3dError
 
+IDS_PER_READ = 1 << 22
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -62,15 +64,15 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
             f"--document {args.document} does not exist: {args.prefix} has 0 to {dataset.num_documents - 1}."
         )
     tokens = dataset.document(args.document)[: args.num_tokens].tolist() if dataset.num_documents else []
-    stored = np.memmap(dataset.bin_path, dtype=dataset.dtype, mode="r") if dataset.num_tokens else np.empty(0, np.int64)
+    smallest, largest = id_range(dataset)
     found: dict[str, Any] = {
         "prefix": args.prefix,
         "dtype": dataset.dtype.name,
         "documents": dataset.num_documents,
         "sequences": len(dataset),
         "tokens": dataset.num_tokens,
-        "smallest_id": int(stored.min()) if len(stored) else None,
-        "largest_id": int(stored.max()) if len(stored) else None,
+        "smallest_id": smallest,
+        "largest_id": largest,
         "document_lengths": length_histogram(dataset),
         "document": args.document,
         "first_tokens": tokens,
@@ -79,13 +81,23 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         files = (args.vocab_file, args.merge_file, args.tokenizer_model)
         tiktoken = tiktoken_from_arguments(args)
         tokenizer = TokenizerSpec(args.tokenizer_type, *files, vocab_size=args.vocab_size, tiktoken=tiktoken).build()
-        if len(stored) and not 0 <= found["smallest_id"] <= found["largest_id"] < tokenizer.vocab_size:
+        if smallest is not None and largest is not None and not 0 <= smallest <= largest < tokenizer.vocab_size:
             raise DataError(
-                f"{dataset.bin_path} has ids from {found['smallest_id']} to {found['largest_id']}, but "
+                f"{dataset.bin_path} has ids from {smallest} to {largest}, but "
                 f"{args.tokenizer_type} has {tokenizer.vocab_size}; this is another tokenizer's data."
             )
         found["text"] = tokenizer.decode(tokens)
     return found
+
+
+def id_range(dataset: IndexedDataset) -> tuple[int | None, int | None]:
+    """The smallest and the largest id in the file, or None for both where it has no tokens."""
+    num_stored = dataset.bin_path.stat().st_size // dataset.dtype.itemsize
+    ends = []
+    for first in range(0, num_stored, IDS_PER_READ):
+        ids = dataset.read_at(first * dataset.dtype.itemsize, min(IDS_PER_READ, num_stored - first))
+        ends.append((int(ids.min()), int(ids.max())))
+    return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (None, None)
 
 
 def as_text(found: dict[str, Any]) -> str:

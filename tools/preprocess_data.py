@@ -17,7 +17,8 @@ from megatron3d.data.corpus import FORMATS, find_inputs
 from megatron3d.data.preprocess import EncodeRequest, Progress, SentenceSplitting, output_prefix, preprocess
 from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
-from megatron3d.errors import ConfigError, Megatron3dError
+from megatron3d.errors import ConfigError
+from megatron3d.process.command import run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,12 +122,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    try:
-        run(parser().parse_args(argv))
-    except Megatron3dError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    args = parser().parse_args(argv)
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

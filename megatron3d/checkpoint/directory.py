@@ -28,6 +28,7 @@ from megatron3d.checkpoint.shard_file import check_entry, open_shard, read_box
 from megatron3d.errors import CheckpointError, InUseError
 
 LATEST_NAME = "latest"
+LATEST_ASIDE = ".tmp-latest"
 LOCK_NAME = ".lock"
 Level = Literal["sizes", "headers", "full"]
 _NAME = re.compile(r"(?:\.old-)?iter_(\d+)")
@@ -73,7 +74,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     try:
         name = (root / LATEST_NAME).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return published_without_latest(root)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{root / LATEST_NAME} cannot be read ({error}); name a step with --ckpt-step") from error
     path = _whole(root, name) if _NAME.fullmatch(name) else None
@@ -83,6 +84,24 @@ def latest_checkpoint(root: Path) -> Path | None:
             "name a step with --ckpt-step"
         )
     return path
+
+
+def published_without_latest(root: Path) -> Path | None:
+    """The first checkpoint of a run that was killed after it took its name and before `latest` named it."""
+    try:
+        name = (root / LATEST_ASIDE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return _whole(root, name) if _NAME.fullmatch(name) else None
+
+
+def was_saved_to(root: Path) -> bool:
+    """Whether a checkpoint was ever published in `root`, or is `root` itself, be it whole or not."""
+    if not root.is_dir():
+        return False
+    if any((root / name).exists() for name in (LATEST_NAME, LATEST_ASIDE, INDEX_NAME)):
+        return True
+    return any(_NAME.fullmatch(entry.name) for entry in root.iterdir())
 
 
 def find_checkpoint(root: Path, step: int | None = None) -> Path:
@@ -170,8 +189,40 @@ def _shard_problems(directory: Path, index: Index, file: str, level: Level) -> l
     return problems
 
 
+class HeldDirectory:
+    """A directory that this process has locked. The lock is on a file in it, and a file can be removed: see `renew`."""
+
+    def __init__(self, root: Path) -> None:
+        """Make the directory and lock it. Raises: InUseError, StorageError as `hold_directory` does."""
+        self._root = root
+        self._fd = _open_lock(root)
+
+    def renew(self) -> str | None:
+        """Lock the directory anew if somebody has removed it, or its lock file, since; then a line that says so.
+
+        Until then another run may have started in a directory made again at the same place: without a look at the file
+        both would hold what they believe to be the lock.
+
+        Raises:
+            InUseError: another process holds the new one.
+            StorageError: it cannot be made again.
+        """
+        try:
+            if os.path.samestat(os.stat(self._root / LOCK_NAME), os.fstat(self._fd)):
+                return None
+        except OSError:  # gone with or without its directory: what is wrong shows when it is made again
+            pass
+        before, self._fd = self._fd, _open_lock(self._root)
+        os.close(before)
+        return f"--save {self._root} was removed while this run was saving there; it was made again"
+
+    def close(self) -> None:
+        """Give the directory free."""
+        os.close(self._fd)
+
+
 @contextmanager
-def hold_directory(root: Path) -> Iterator[None]:
+def hold_directory(root: Path) -> Iterator[HeldDirectory]:
     """Keep `root` for this process while the block runs, so that two runs never save into the same directory.
 
     The lock is the kernel's (`flock`) and ends with the process, so a killed run leaves nothing to clean up.
@@ -180,6 +231,15 @@ def hold_directory(root: Path) -> Iterator[None]:
         InUseError: another process holds it; its host and process id are named.
         StorageError: the directory cannot be made or its file system has no locks.
     """
+    held = HeldDirectory(root)
+    try:
+        yield held
+    finally:
+        held.close()
+
+
+def _open_lock(root: Path) -> int:
+    """The descriptor of the locked lock file in `root`, which names this process now."""
     with storage_errors(root / LOCK_NAME):
         root.mkdir(parents=True, exist_ok=True)
         fd = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -188,9 +248,10 @@ def hold_directory(root: Path) -> Iterator[None]:
             _lock(fd, root)
             os.ftruncate(fd, 0)
             os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        yield
-    finally:
+    except BaseException:
         os.close(fd)
+        raise
+    return fd
 
 
 def _lock(fd: int, root: Path) -> None:

@@ -51,7 +51,8 @@ BOUNDS: tuple[Bound, ...] = (
         "tiktoken_num_special_tokens micro_batch_size global_batch_size gradient_accumulation_steps train_tokens "
         "lr_decay_tokens "
         "train_iters train_samples eval_interval exit_interval log_interval recompute_num_layers save_interval "
-        "profile_pipeline_step keep_last lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
+        "profile_pipeline_step keep_last save_retain_interval check_weight_hash_across_dp_replicas_interval "
+        "lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
         "loss_scale_window hysteresis muon_num_ns_steps zero_shard_size muon_num_ns_steps mask_max_ngram",
         at_least=1,
     ),

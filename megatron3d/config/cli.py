@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron3d.config.check import check
+from megatron3d.config.checkpoint_args import with_checkpoint_args
 from megatron3d.config.deepspeed_file import OPTIONS_OF_DEEPSPEED, DeepSpeedFile, read_deepspeed_file
 from megatron3d.config.derive import derive
 from megatron3d.config.doubt import NO_DOUBT, Doubt
@@ -24,7 +25,7 @@ from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, Option, Set
 from megatron3d.config.presets import PRESETS
 from megatron3d.config.run import RunConfig
 from megatron3d.config.words import GivenFlag, split_words, stray_sentence
-from megatron3d.errors import ConfigError
+from megatron3d.errors import CheckpointError, ConfigError
 
 _FILE_FLAGS = {
     "--config": "config",
@@ -91,6 +92,8 @@ def read_command(
     `argv` is without the program's name. `say` takes the lines about flags that have no effect here; by default they
     go to stderr (pass a function that keeps silent on all ranks but one). `architecture` is what the program trains: a
     preset, file or flag that names another is a problem.
+
+    Raises: CheckpointError if `--use-checkpoint-args` finds no checkpoint to take options from.
     """
     flags, stray = split_words(argv)
     if any(flag.name in ("--help", "-h") for flag in flags):
@@ -110,6 +113,7 @@ def read_command(
         words.problems += engine_file.problems + engine_file.contradictions(words.files["deepspeed_config"], settings)
         settings.update(engine_file.settings(settings))
         lines += engine_file.lines
+    settings = _with_checkpoint_args(settings, words, lines)
     lines += _zero_bubble(by_flag, settings, words.problems)
     words.problems += _problems_between(program, architecture, words.foreign, settings)
     lines += _lines_of_run(settings, words.unread)
@@ -209,6 +213,23 @@ def _judged(words: _Words, by_flag: Verdict, by_file: Verdict, config_file: File
     words.problems += by_flag.problems
     words.problems += [f"{path}: {problem}" for problem in by_file.problems]
     return [*by_flag.lines, *by_file.lines]
+
+
+def _with_checkpoint_args(
+    settings: dict[tuple[str, str], Any], words: _Words, lines: list[str]
+) -> dict[tuple[str, str], Any]:
+    """The settings with those of a checkpoint, where they are asked for.
+
+    Raises: CheckpointError if there is none and nothing else is wrong; else that is a problem like the others.
+    """
+    try:
+        return with_checkpoint_args(settings, lines.append)
+    except CheckpointError as error:
+        if not words.problems:
+            raise
+        words.problems.append(str(error))
+        words.unread.update(option.name for option in OPTIONS if option.section == "model")
+        return settings
 
 
 def _zero_bubble(verdict: Verdict, settings: dict[tuple[str, str], Any], problems: list[str]) -> list[str]:

@@ -22,7 +22,8 @@ from megatron3d.config.fork_flags import (
     fork_accepted,
     fork_refused,
 )
-from megatron3d.config.megatron_flags import ACCEPTED, HARMLESS_VALUES, SYNONYMS, accepted, refused
+from megatron3d.config.megatron_accepted import ACCEPTED
+from megatron3d.config.megatron_flags import HARMLESS_VALUES, SYNONYMS, accepted, refused
 from megatron3d.config.options import BY_SPELLING
 from megatron3d.config.words import GivenFlag, stray_sentence
 

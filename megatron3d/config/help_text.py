@@ -18,9 +18,9 @@ _GROUP_TITLES = {
     "checkpoint": "checkpoint: what is saved and loaded",
 }
 _EPILOG = (
-    "Values come from, in rising order: defaults, --preset, --config, flags. Megatron-LM's flags without meaning here "
-    "are accepted with one line each; those of features that are not here are refused with what to use instead. "
-    "See docs/configuration.md."
+    "Values come from, in rising order: defaults, --preset, --config, flags, --use-checkpoint-args. Megatron-LM's "
+    "flags without meaning here are accepted with one line each; those of features that are not here are refused with "
+    "what to use instead. See docs/configuration.md."
 )
 
 

@@ -137,12 +137,17 @@ class OptimConfig:
         also=("--min-scale",),
     )
     loss_scale_window: int = option(
-        1000, "--loss-scale-window", "Finite steps after which the scale doubles.", unit="iterations"
+        1000,
+        "--loss-scale-window",
+        "Finite steps after which the scale doubles, and the count of --hysteresis starts again.",
+        unit="iterations",
     )
-    hysteresis: int = option(2, "--hysteresis", "Non-finite steps after which the scale halves.", unit="iterations")
+    hysteresis: int = option(
+        2, "--hysteresis", "Non-finite steps after which the scale halves; a fixed one ends the run.", unit="iterations"
+    )
     check_for_nan_in_loss_and_grad: bool = off_switch(
         "--no-check-for-nan-in-loss-and-grad",
-        "Go on when a loss or gradient is not finite (fp32, bf16).",
+        "Go on when a loss or gradient is not finite (fp32, bf16); weights that are not finite are never saved.",
         also=("--no-check-for-nan-in-loss", "--disable-check-for-nan-in-loss"),
     )
 

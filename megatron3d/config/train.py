@@ -49,25 +49,38 @@ class TrainConfig:
         "Tokens: the run ends with the first step that reaches them, or at --train-samples if that is sooner.",
         unit="tokens",
     )
+    iterations_to_skip: tuple[str, ...] = options(
+        "--iterations-to-skip",
+        "Iterations, counted from 0 as in Megatron-LM, that consume their samples without training: N is step N + 1.",
+    )
     eval_interval: int = option(1000, "--eval-interval", "Steps between evaluations.", unit="iterations")
     eval_iters: int = option(
         100, "--eval-iters", "Global batches of one evaluation; 0 does not evaluate.", unit="iterations"
     )
-    exit_interval: int = option(None, "--exit-interval", "Save and stop at a multiple of this.", unit="iterations")
+    exit_interval: int = option(
+        None, "--exit-interval", "Save and stop at a multiple of this (docs/stopping.md).", unit="iterations"
+    )
     exit_duration_in_mins: float = option(
         None, "--exit-duration-in-mins", "Save and stop after this time.", unit="minutes"
     )
     exit_signal_handler: bool = switch(
         "--exit-signal-handler",
-        "Accepted; stopping on SIGTERM with a save is always on.",
+        "Stop on SIGTERM, SIGINT and SIGUSR1 with a save; this is always on, with or without the flag.",
         also=("--exit-signal-handler-for-training",),
     )
     log_interval: int = option(100, "--log-interval", "Steps between log lines.", unit="iterations")
     tensorboard_dir: str = option(None, "--tensorboard-dir", "Where TensorBoard events go.")
     wandb_project: str = option("", "--wandb-project", "Weights & Biases project; needs the wandb package.")
+    wandb_entity: str = option("", "--wandb-entity", "Weights & Biases user or team; default your own.")
     wandb_exp_name: str = option("", "--wandb-exp-name", "Weights & Biases run name.")
     wandb_save_dir: str = option("", "--wandb-save-dir", "Weights & Biases directory.")
     metrics_file: str = option(None, "--metrics-file", "JSON lines: one record a step.")
+    check_weight_hash_across_dp_replicas_interval: int = option(
+        None,
+        "--check-weight-hash-across-dp-replicas-interval",
+        "Compare hashes of all values that several ranks hold this often; before a save it is always done.",
+        unit="iterations",
+    )
     recompute_granularity: str = option(
         None,
         "--recompute-granularity",
@@ -99,3 +112,7 @@ class TrainConfig:
         3, "--profile-pipeline-step", "The step to record, counted from the start of this process.", unit="iterations"
     )
     batch_size_steps: tuple[tuple[int, int], ...] = ()
+
+    def skips(self, iteration: int) -> bool:
+        """Whether --iterations-to-skip lists this iteration, counted from 0."""
+        return any(int(word) == iteration for word in self.iterations_to_skip)

@@ -9,12 +9,14 @@ Nothing of transformers is needed: the formats are JSON and safetensors, and wha
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron3d.checkpoint.directory import list_checkpoints, step_of
@@ -66,6 +68,17 @@ class HfModel:
             return ()
         labels, number = self.settings.get("id2label") or {}, self.tensors["head.classifier.weight"].shape[0]
         return tuple(str(labels.get(str(i), f"LABEL_{i}")) for i in range(number))
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of names, shapes and some elements of each tensor, by which ranks tell that theirs are equal."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        elements = tensor.reshape(-1)
+        sample = elements[:: max(1, elements.numel() // 1024)].to(torch.float64)
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        found.update(sample.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def read_model(directory: Path) -> HfModel:

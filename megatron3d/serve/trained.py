@@ -20,8 +20,8 @@ from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
-from megatron3d.config.serialize import from_dict
 from megatron3d.convert.hf import HF_DOCUMENT, TOKENIZER_FOLDER
+from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.inference.load import generation_config, load_model
@@ -29,6 +29,7 @@ from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.models.stage import MicroBatch, Stage
 from megatron3d.serve.description import Description
 from megatron3d.serve.packed_tokenizer import PackedTokenizer, pack
+from megatron3d.train.compare import SavedRun, read_saved_run
 
 _CLASSIFIER = "model/head.classifier.weight"
 # A file of ONNX is one protobuf message, which cannot be longer; the graph itself needs a few of these bytes.
@@ -38,12 +39,14 @@ MAX_WEIGHT_BYTES = (1 << 31) - (1 << 24)
 @dataclass(frozen=True)
 class Wishes:
     """What the command line says about a checkpoint, where it says more than the checkpoint does: the names of the
-    classes, the length, and the tokenizer's files, where they have moved."""
+    classes, the length, and the tokenizer's files, where they have moved; files of other content than those of the
+    training are used only by `override_tokenizer`."""
 
     label_names: tuple[str, ...] = ()
     max_length: int | None = None
     vocab_file: str | None = None
     tokenizer_model: str | None = None
+    override_tokenizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def open_trained(root: Path, step: int | None, wishes: Wishes) -> Trained:
         DataError: a file of its tokenizer is missing or damaged.
     """
     directory = find_checkpoint(root, step)
-    stored = from_dict(read_document(directory, "run"))
+    saved = read_saved_run(directory)
+    stored = saved.config
     shapes = {name: shape for name, shape in tensor_shapes(directory).items() if name.startswith("model/")}
     if stored.model.architecture != "bert" or _CLASSIFIER not in shapes:
         raise CheckpointError(
@@ -100,7 +104,7 @@ def open_trained(root: Path, step: int | None, wishes: Wishes) -> Trained:
     config = generation_config(stored, ParallelConfig(device="cpu"), world_size=1, bf16=False)
     found = _described(directory, config, shapes[_CLASSIFIER][0])
     description = _as_wished(found, wishes, config.model.max_position_embeddings)
-    return Trained(directory, config, description, found.labels, _tokenizer(directory, config, wishes))
+    return Trained(directory, config, description, found.labels, _tokenizer(saved, config, wishes))
 
 
 def load_classifier(trained: Trained) -> WholeClassifier:
@@ -157,26 +161,27 @@ def _as_wished(description: Description, wishes: Wishes, num_positions: int) -> 
     )
 
 
-def _tokenizer(directory: Path, config: RunConfig, wishes: Wishes) -> PackedTokenizer:
-    data = config.data
+def _tokenizer(saved: SavedRun, config: RunConfig, wishes: Wishes) -> PackedTokenizer:
+    data, directory = config.data, saved.directory
     if data.tokenizer_type is None:
         raise CheckpointError(
             f"{directory / 'run.json'} names no tokenizer, and a service reads texts; fine-tune again"
         )
-    packed = pack(
-        TokenizerSpec(
-            data.tokenizer_type,
-            wishes.vocab_file or _where(data.vocab_file, directory),
-            _where(data.merge_file, directory),
-            wishes.tokenizer_model or _where(data.tokenizer_model, directory),
-        )
+    data = replace(
+        data,
+        vocab_file=wishes.vocab_file or _where(data.vocab_file, directory),
+        merge_file=_where(data.merge_file, directory),
+        tokenizer_model=wishes.tokenizer_model or _where(data.tokenizer_model, directory),
     )
+    packed = pack(TokenizerSpec(data.tokenizer_type, data.vocab_file, data.merge_file, data.tokenizer_model))
     tokenizer, vocab_size = packed.build(), config.model.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"--tokenizer-type {data.tokenizer_type} has {tokenizer.vocab_size} ids, but the model of {directory} has "
             f"{vocab_size}; give the files it was trained with (--vocab-file, --tokenizer-model)"
         )
+    if not wishes.override_tokenizer:
+        require_same_tokenizer(saved.content, data, vocab_size, source=directory)
     if None in (tokenizer.cls, tokenizer.sep, tokenizer.pad):
         raise ConfigError(
             f"--tokenizer-type {data.tokenizer_type} lacks [CLS], [SEP] or [PAD], which BERT's inputs are made of"

@@ -55,6 +55,19 @@ def status_of(error: BaseException | None, *, rank: int, step: int) -> ExitStatu
     return ExitStatus(exit_code_of(error), reason, rank, step, time.time())
 
 
+def saved_step(directory: str | Path) -> int:
+    """The step of the latest checkpoint in a --save directory, by its name alone; 0 where there is none.
+
+    It is where a run stands that ends before it has read its checkpoint, or because it cannot.
+    """
+    try:
+        name = (Path(directory) / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return 0
+    digits = name.removeprefix("iter_")
+    return int(digits) if digits.isdecimal() else 0
+
+
 def clear_exit_status(directory: str | Path) -> None:
     """Remove the file of an earlier run; one rank calls this at the start, before another can write.
 
@@ -85,10 +98,25 @@ def write_exit_status(directory: str | Path, status: ExitStatus) -> str | None:
             file.write(json.dumps(asdict(status)) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        if status.code == PeerError.exit_code:
+            _place_unless_a_cause_is_there(beside, path)
+        else:
+            os.replace(beside, path)
     except OSError as error:
         return f"{path} cannot be written: {error.strerror or error}; the run ended with code {status.code}."
     return None
+
+
+def _place_unless_a_cause_is_there(beside: Path, path: Path) -> None:
+    """Give the file its name, but for a cause that another rank writes at the same moment: a link never replaces."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        if not _names_a_cause(path):
+            os.replace(beside, path)
+    except OSError:  # a file system without links
+        os.replace(beside, path)
+    beside.unlink(missing_ok=True)
 
 
 def _names_a_cause(path: Path) -> bool:

@@ -55,6 +55,11 @@ class StepResult:
     skipped: bool
     stop_votes: int
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step shows that the weights it began with are good to train from."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 def train_step(
     parts: Parts,
@@ -80,7 +85,7 @@ def train_step(
     """
     counts = global_counts(parts, batch)
     loss_sums = forward_backward(parts, batch, counts, step=step, recorder=recorder)
-    parts.engine.finish_reduce()
+    parts.engine.finish_reduce()  # also ends the thread of a delayed update, whose the optimizer was until here
     votes = torch.tensor(float(wants_stop), dtype=torch.float64, device=loss_sums.device)
     sums = torch.stack([*loss_sums, parts.engine.squared_norm(), votes])
     *totals, squared_norm, votes = all_reduce(sums, parts.mesh.world).tolist()
@@ -179,6 +184,7 @@ def _finite_or_raise(parts: Parts, loss: float, grad_norm: float) -> bool:
     if optim.check_for_nan_in_loss_and_grad:
         raise NumericsError(
             f"loss {loss} or gradient norm {grad_norm} is not finite; lower --lr (now {optim.lr}), look at this "
-            "step's data, or go on regardless with --no-check-for-nan-in-loss-and-grad"
+            "step's data (--iterations-to-skip leaves it out), or go on regardless with "
+            "--no-check-for-nan-in-loss-and-grad"
         )
     return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron3d.config.check import with_vocab_size
 from megatron3d.config.run import RunConfig
@@ -34,4 +34,6 @@ def open_vocabulary(config: RunConfig) -> tuple[RunConfig, Vocabulary]:
         ).build()
     eod = data.eod_token if tokenizer is None or data.eod_token is not None else tokenizer.eod
     size = config.model.vocab_size if tokenizer is None else tokenizer.vocab_size
-    return with_vocab_size(config, size), Vocabulary(tokenizer, eod)
+    # The end of a document is settled too, so that checkpoints say which token it was.
+    settled = with_vocab_size(replace(config, data=replace(data, eod_token=eod)), size)
+    return settled, Vocabulary(tokenizer, eod)

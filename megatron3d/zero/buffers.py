@@ -11,6 +11,8 @@ Source: Rajbhandari et al. 2020 (ZeRO), section 5; Zhang et al. 2022 (MiCS), sec
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +92,13 @@ class WeightHome:
         """Start replacing the shard by one on the device."""
         return self.home.start_store(self.unit, shard)
 
+    @contextmanager
+    def opened(self) -> Iterator[Tensor]:
+        """The shard where it is, to be read within the block."""
+        with self.home.opened([self.unit], writes=False) as records:
+            (shard,) = records[self.unit].values()
+            yield shard
+
 
 class WeightBuffer:
     """The weights that layers read (`whole`, of which parameters are views) and the part this rank owns (`shard`).
@@ -159,6 +168,23 @@ class WeightBuffer:
             self.shard.copy_(values)
         else:
             self._home.start_store(values.to(self.whole.dtype).to(self.whole.device)).wait()
+
+    def exchange_shard(self, values: Tensor) -> None:
+        """Exchange this rank's part and `values`, which are on the host and of its dtype; see `set_shard`."""
+        self.finish_gather()
+        with self.shard_opened() as shard:
+            before = shard.clone()
+        self.set_shard(values)
+        values.copy_(before)
+
+    @contextmanager
+    def shard_opened(self) -> Iterator[Tensor]:
+        """This rank's part, wherever it lives, to be read within the block."""
+        if self._home is None:
+            yield self.shard
+        else:
+            with self._home.opened() as shard:
+                yield shard
 
     def start_gather(self) -> None:
         """Start bringing the weights here; nothing where they are here or on their way."""
@@ -289,6 +315,7 @@ class GradBuffer:
     def clear(self) -> None:
         """Forget everything, for the next step."""
         self.finish_scatter()
+        self.finish_replica_sum()
         if self.is_resident:
             self.arriving.zero_()
         elif self._arriving is not None:

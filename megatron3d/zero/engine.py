@@ -8,7 +8,7 @@ in the rows of `policy.py` alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import Declared
 from megatron3d.zero.buffers import Transit
+from megatron3d.zero.delayed import DelayedUpdate
 from megatron3d.zero.lending import Lending, Places
 from megatron3d.zero.offload_step import OffloadedStates
 from megatron3d.zero.unit import FlatUnit, Piece, UnitOptions
@@ -83,8 +84,11 @@ class ZeroEngine:
         if gate is not None:
             gate.bind(self.lending)
         self._away: OffloadedStates | None = None
+        self._delayed: DelayedUpdate | None = None
         if options.offload.states is not None:
             self._away = OffloadedStates(self.units, options.offload, options.device)
+            if options.offload.delays_update:
+                self._delayed = DelayedUpdate(self._away, self.units, options.device)
 
     @property
     def pieces(self) -> list[Piece]:
@@ -117,7 +121,7 @@ class ZeroEngine:
                 unit.start_reduce()
 
     def finish_reduce(self) -> None:
-        """Wait until every unit's gradients are added up over all ranks, and for a delayed update."""
+        """Wait until every unit's gradients are added up over all ranks, and bring a delayed update to the layers."""
         self.finish_update()
         for unit in self.units.values():
             unit.start_reduce()
@@ -138,48 +142,83 @@ class ZeroEngine:
         """Multiply the reduced gradients, for clipping and for taking a loss scale out."""
         if factor != 1.0:
             for unit in self.units.values():
-                assert unit.own_grads is not None, f"unit {unit.name} has no reduced gradients"
                 unit.own_grads.mul_(factor)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Update the master weights of this rank's part, and bring them to the layers.
 
+        With a delayed update this starts the update, and the optimizer with its rates is its thread's until
+        `finish_reduce` of the step after, `finish_update` or `states_opened`.
+
         Raises:
             StorageError: a file of offloaded state could not be read or written, or is damaged.
         """
-        if self._away is None:
-            optimizer.step()
-            self._start_publish()
-        elif self._away.delays_update:
-            self._away.start_step(optimizer)
-        else:
+        if self._delayed is not None:
+            self._delayed.start(optimizer)
+            return
+        if self._away is not None:
             self._away.step(optimizer)
-            self._start_publish()
+        else:
+            self.finish_publish()  # in fp32 the master weights lie in the buffer that a gather under way writes to
+            with ExitStack() as attached:
+                for unit in self.units.values():
+                    attached.enter_context(unit.gradients_attached(unit.own_grads))
+                optimizer.step()
+        self._start_publish()
 
     def finish_update(self) -> None:
-        """Bring the weights of a delayed update to the layers; nothing where none is under way."""
-        if self._away is not None and self._away.finish_step():
+        """Bring the weights of a delayed update to the layers; nothing where none is due.
+
+        Raises:
+            StorageError: a file of offloaded state could not be read or written, or is damaged.
+        """
+        if self._delayed is not None and self._delayed.finish():
             self._start_publish()
+
+    @property
+    def is_update_due(self) -> bool:
+        """Whether the layers compute with weights that are older than the master weights; the same on all ranks."""
+        return self._delayed is not None and self._delayed.is_due
+
+    @contextmanager
+    def updated_weights(self) -> Iterator[None]:
+        """Have the weights of the last update in the layers, to measure them; then those of before come back.
+
+        Collective over all ranks. Without a delayed update they are there anyway, and nothing happens; blocks may be
+        nested. An error ends the run, so a block that raises leaves the updated weights where they are rather than
+        wait for ranks that may never come; a checkpoint is right nonetheless.
+        """
+        if self._delayed is None or not self._delayed.show():
+            yield
+            return
+        self._start_publish()
+        yield
+        self._delayed.hide()
+        self._start_publish()
 
     @contextmanager
     def states_opened(self, optimizer: torch.optim.Optimizer, *, writes: bool) -> Iterator[None]:
         """Have all master weights and optimizer states at hand for a checkpoint, wherever they live.
 
-        `weight_views` and `state_views` are valid within. `writes` says that the block changes them; call `publish`
-        afterwards.
+        They belong to the block: a delayed update is waited for, without bringing its weights to the layers, and so
+        are gathers under way, which write the buffer in which fp32 master weights lie. `weight_views`, `state_views`
+        and `old_weight_views` are valid within. `writes` says that the block changes them; call `publish` afterwards.
 
         Raises:
             StorageError: a file of offloaded state could not be read, or is damaged.
         """
-        self.finish_update()
-        if self._away is None:
+        with ExitStack() as stack:
+            if self._delayed is not None:
+                stack.enter_context(self._delayed.opened())
+            self.finish_publish()
+            if self._away is not None:
+                stack.enter_context(self._away.opened(optimizer, writes=writes))
             yield
-        else:
-            with self._away.opened(optimizer, writes=writes):
-                yield
 
     def publish(self) -> None:
         """Bring the master weights to the layers of every rank, as after a load; see `finish_publish`."""
+        if self._delayed is not None:
+            self._delayed.supersede()
         if self._away is not None:
             self._away.bring_weights()
         self._start_publish()
@@ -210,12 +249,8 @@ class ZeroEngine:
 
         Copies of tied tables, which a save leaves to their owner, are left out unless `with_copies`.
         """
-        views = {}
-        for unit in self.units.values():
-            for slot, span in unit.held_slots(with_copies=with_copies):
-                data = unit.master[span.shifted(-unit.own.start).slice]
-                views[slot.spec.name] = unit.view(slot, span, data)
-        return views
+        masters = {name: unit.master for name, unit in self.units.items()}
+        return self._views_of(masters, with_copies=with_copies)
 
     def state_views(
         self, optimizer: torch.optim.Optimizer, state_name: str, *, with_copies: bool = True
@@ -231,15 +266,39 @@ class ZeroEngine:
                     views[slot.spec.name] = unit.view(slot, span, state[span.shifted(-piece.span.start).slice])
         return views
 
+    def old_weight_views(self, *, with_copies: bool = True) -> dict[str, ShardView]:
+        """This rank's part of the weights that training computes with while a delayed update is due, in their dtype
+        and by full parameter name; nothing where none is due. Copies as in `weight_views`."""
+        return {} if self._delayed is None else self._views_of(self._delayed.old_weights, with_copies=with_copies)
+
+    @contextmanager
+    def delayed_update_restored(self) -> Iterator[dict[str, ShardView]]:
+        """Take up an update that was due when the checkpoint was saved whose master weights have been published.
+
+        The block loads what `old_weight_views` had into the views it is given; training then computes with that. Where
+        updates are not delayed there are no views, and the published weights stay.
+        """
+        if self._delayed is None:
+            yield {}
+            return
+        with self._delayed.restored() as buffers:
+            yield self._views_of(buffers, with_copies=True)
+        self._start_publish()
+
+    def _views_of(self, buffers: Mapping[str, Tensor], *, with_copies: bool) -> dict[str, ShardView]:
+        """Views of buffers with this rank's part of each unit."""
+        views = {}
+        for name, buffer in buffers.items():
+            unit = self.units[name]
+            for slot, span in unit.held_slots(with_copies=with_copies):
+                views[slot.spec.name] = unit.view(slot, span, buffer[span.shifted(-unit.own.start).slice])
+        return views
+
     def grad_views(self) -> dict[str, ShardView]:
         """The reduced gradients this rank owns, fp32, by full parameter name; between `finish_reduce` and
         `clear_grads`."""
-        views = {}
-        for unit in self.units.values():
-            assert unit.own_grads is not None, f"unit {unit.name} has no reduced gradients"
-            for slot, span in unit.held_slots():
-                views[slot.spec.name] = unit.view(slot, span, unit.own_grads[span.shifted(-unit.own.start).slice])
-        return views
+        gradients = {name: unit.own_grads for name, unit in self.units.items()}
+        return self._views_of(gradients, with_copies=True)
 
     def state_bytes(self) -> StateBytes:
         """Bytes of weights, gradients and separate master weights, as allocated from step to step, and of what is
@@ -251,6 +310,7 @@ class ZeroEngine:
             gradients=sum(unit.grads.persistent_bytes for unit in units),
             master_weights=sum(unit.weights.separate_master_bytes for unit in units),
             transient_peak=self.transit.peak_bytes,
-            host=sum(home.host_bytes for home in homes) + (self._away.buffer_bytes if self._away else 0),
+            host=sum(home.host_bytes for home in homes)
+            + sum(one.buffer_bytes for one in (self._away, self._delayed) if one is not None),
             files=sum(home.file_bytes for home in homes),
         )

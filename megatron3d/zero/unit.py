@@ -12,6 +12,7 @@ tensor axis, and the sum over the holders of a tied table. Sums are sums, so the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -153,9 +154,10 @@ class FlatUnit:
         return self.master[span.shifted(-self.own.start).slice]
 
     @property
-    def own_grads(self) -> Tensor | None:
-        """The reduced gradients of the part that this rank updates, fp32; None until `finish_reduce`."""
-        return self.grads.own if self._is_reduced else None
+    def own_grads(self) -> Tensor:
+        """The reduced gradients of the part that this rank updates, fp32; between `finish_reduce` and `clear_grads`."""
+        assert self._is_reduced, f"unit {self.name} has no reduced gradients"
+        return self.grads.own
 
     def bind(self, sink: GradSink) -> None:
         """Send the gradients of the unit's parameters to its buffer."""
@@ -203,7 +205,7 @@ class FlatUnit:
         self.grads.start_replica_sum()
 
     def finish_reduce(self) -> None:
-        """Complete the sums over all axes and hand the optimizer's pieces their gradients, in fp32."""
+        """Complete the sums over all axes; `own_grads` then has this rank's part of them, in fp32."""
         self.start_finishing()
         self.grads.finish_replica_sum()
         for segment in self.layout.segments:
@@ -213,13 +215,10 @@ class FlatUnit:
         if self.tied is not None:
             all_reduce(self.grads.own, self.tied)
         self._is_reduced = True
-        for piece in self.pieces if self.options.offload.states is None else ():
-            piece.parameter.grad = self.grads.own[piece.span.shifted(-self.own.start).slice]
 
     def squared_norm(self) -> Tensor:
         """This rank's share of the sum of squared gradients, fp64: every logical element counts on one rank alone."""
         total = torch.zeros((), dtype=torch.float64, device=self.options.device)
-        assert self.own_grads is not None, f"unit {self.name} has no reduced gradients"
         if self.axes.replica.rank > 0:
             return total
         for segment in self.layout.segments:
@@ -235,8 +234,21 @@ class FlatUnit:
         """Forget the gradients, for the next step."""
         self.grads.clear()
         self._is_reduced = False
+
+    @contextmanager
+    def gradients_attached(self, gradients: Tensor) -> Iterator[None]:
+        """Let the optimizer see `gradients`, of the part that this rank updates, for the length of its step.
+
+        Only who makes the step calls this, in whichever thread it runs: outside of it no piece has a gradient, and
+        nothing else sets or clears one.
+        """
         for piece in self.pieces:
-            piece.parameter.grad = None
+            piece.parameter.grad = gradients[piece.span.shifted(-self.own.start).slice]
+        try:
+            yield
+        finally:
+            for piece in self.pieces:
+                piece.parameter.grad = None
 
     def held_slots(self, *, with_copies: bool = True) -> Iterator[tuple[Slot, Span]]:
         """Slots of which this rank owns a part, with that part as a span of the flat buffer; copies of tied tables

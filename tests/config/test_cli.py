@@ -189,7 +189,7 @@ def test_a_word_that_belongs_to_no_flag_is_not_swallowed(line: str) -> None:
         ("--fp8-hybrid", "--bf16"),
         ("--retro-add-retriever", "pretrain_gpt.py"),
         ("--lora-rank 4", "--finetune"),
-        ("--use-checkpoint-args", "run.json"),
+        ("--use-mp-args-from-checkpoint-args", "--use-checkpoint-args"),
         ("--train-data wikipedia", "tools/preprocess_data.py"),
         ("--dataloader-type cyclic", "--data-path"),
     ],

@@ -103,6 +103,20 @@ def test_corpus_too_short_to_validate_on_is_left_out_of_the_blend_with_a_note(co
     assert "Left out of the valid data" in data.notes[0]
 
 
+def test_corpus_too_small_for_a_part_of_the_split_is_named_and_one_that_gives_nothing_on_purpose_is_not(
+    corpora: tuple[str, str], tmp_path: Path
+) -> None:
+    few = str(tmp_path / "few")
+    write_documents(tmp_path / "few", counting_documents([30] * 5))
+    data = build(data_path=(corpora[1], few), split="90,10,0")
+    assert data.valid is not None
+    assert data.notes == ()
+    data = build(data_path=(corpora[1], few), split="95,5,0")
+    assert isinstance(data.valid, GPTSamples) and data.valid.dataset.prefix == corpora[1]
+    (note,) = data.notes
+    assert note == f"Left out of the valid data, as --split 95,5,0 leaves no document for it: {few} (5 documents)."
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -111,22 +111,6 @@ def test_an_offload_directory_that_cannot_be_written_ends_the_run_with_the_stora
     ended.says("could not make the offload file", "--offload-dir")
 
 
-# --- A delayed update -------------------------------------------------------------------------------------------------
-
-DELAYED = f"--offload-delayed-update {FILES}"
-
-
-def test_a_delayed_run_that_was_stopped_and_goes_on_is_the_uninterrupted_one(tmp_path: Path) -> None:
-    """A checkpoint waits for the update under way, in both runs alike."""
-    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
-    common = [f"{MOCK} --save-interval 3", DELAYED, tmp_path / "offload"]
-    run_ok(*common, "--metrics-file", whole, "--save", tmp_path / "a")
-    ended = run(words(*common, "--exit-interval 3 --metrics-file", stopped, "--save", tmp_path / "b"))
-    assert ended.code == 75, ended.err
-    run_ok(*common, "--metrics-file", stopped, "--save", tmp_path / "b")
-    assert losses(stopped) == losses(whole)
-
-
 # --- More state than memory -------------------------------------------------------------------------------------------
 
 # 40 layers of 1.2 M parameters. In fp32 weights, gradients and two moments are 16 bytes each, 755 MiB: more than the

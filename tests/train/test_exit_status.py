@@ -84,6 +84,24 @@ def test_the_rank_that_caused_the_end_is_not_overwritten_by_those_that_lost_it(t
     assert code_told(tmp_path) == 5
 
 
+def test_a_cause_that_is_written_at_the_same_moment_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost, cause = (
+        status_of(e, rank=r, step=5) for r, e in ((0, PeerError("rank 1 is gone")), (1, NumericsError("nan")))
+    )
+    sync, raced = os.fsync, []
+
+    def sync_while_the_cause_is_written(fd: int) -> None:
+        sync(fd)
+        if not raced:
+            raced.append(True)
+            write_exit_status(tmp_path, cause)
+
+    monkeypatch.setattr(os, "fsync", sync_while_the_cause_is_written)
+    write_exit_status(tmp_path, lost)
+    assert raced and code_told(tmp_path) == 5
+    assert os.listdir(tmp_path) == [FILE_NAME]
+
+
 def test_a_peer_error_replaces_a_success_or_a_damaged_file(tmp_path: Path) -> None:
     lost = status_of(PeerError("rank 1 is gone"), rank=0, step=5)
     for before in (json.dumps({"code": 0}), "{", "[]"):

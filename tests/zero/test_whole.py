@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -81,16 +82,9 @@ def train(mesh: Mesh, zero_stage: int, config: OptimConfig, *, by_unit: bool = F
 
 
 def step_by_unit(engine: ZeroEngine, optimizer: torch.optim.Optimizer) -> None:
-    grads = {piece.parameter: piece.parameter.grad for piece in engine.pieces}
-    for parameter in grads:
-        parameter.grad = None
     for name, unit in engine.units.items():
-        for piece in unit.pieces:
-            piece.parameter.grad = grads[piece.parameter]
-        with engine.whole.only(name):
+        with engine.whole.only(name), unit.gradients_attached(unit.own_grads):
             optimizer.step()
-        for piece in unit.pieces:
-            piece.parameter.grad = None
     engine.publish()
 
 
@@ -161,7 +155,10 @@ def _traffic(rank: int, world_size: int, config: OptimConfig) -> dict[Any, Any]:
     backward(engine, declared, mesh, sink, 0)
     engine.finish_reduce()
     before = mesh.meter.read()
-    optimizer.step()
+    with ExitStack() as attached:
+        for unit in engine.units.values():
+            attached.enter_context(unit.gradients_attached(unit.own_grads))
+        optimizer.step()
     return {key: count for key, (count, _) in mesh.meter.read().items() if before.get(key, (0, 0))[0] != count} | {
         key: count - before[key][0] for key, (count, _) in mesh.meter.read().items() if key in before
     }

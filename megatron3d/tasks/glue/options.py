@@ -43,6 +43,9 @@ def task_parser() -> argparse.ArgumentParser:
     p.add_argument("--task", required=True, metavar="NAME", help=f"{', '.join(GLUE_TASKS)}, or {CUSTOM} for your files")
     p.add_argument("--data-dir", metavar="DIR", help="folder of the official TSV files, or the one it is in")
     p.add_argument("--hf", metavar="DIR", help="start from a Hugging Face directory (or from --load CHECKPOINT)")
+    p.add_argument(
+        "--override-tokenizer", action="store_true", help="use files with other content than the model was trained with"
+    )
     p.add_argument("--keep-classifier", action="store_true", help="the classifier there is one of this task: keep it")
     p.add_argument("--epochs", type=int, default=3, metavar="N", help="default 3; 0 measures what was loaded")
     p.add_argument(
