@@ -75,7 +75,7 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
                 "eval_interval eval_iters exit_interval "
                 "exit_duration_in_mins exit_signal_handler log_interval tensorboard_dir wandb_project wandb_exp_name "
                 "wandb_entity wandb_save_dir metrics_file check_weight_hash_across_dp_replicas_interval "
-                " recompute_granularity recompute_activations recompute_method "
+                "recompute_granularity recompute_activations recompute_method "
                 "recompute_num_layers peak_tflops profile_pipeline profile_pipeline_step batch_size_steps"
             ),
         },
@@ -83,7 +83,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
             Effect.REPORTED: (
                 "optimizer lr min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_iters "
                 "lr_warmup_samples lr_decay_tokens lr_warmup_tokens lr_warmup_fraction lr_warmup_init "
-                "lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples weight_decay start_weight_decay end_weight_decay weight_decay_incr_style "
+                "lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples weight_decay start_weight_decay "
+                "end_weight_decay weight_decay_incr_style "
                 "clip_grad adam_beta1 adam_beta2 adam_eps decoupled_weight_decay exp_avg_dtype exp_avg_sq_dtype "
                 "sgd_momentum lion_beta1 lion_beta2 muon_momentum muon_nesterov muon_split_qkv muon_scale_mode "
                 "muon_extra_scale_factor muon_coefficient_type muon_num_ns_steps muon_fp32_matmul_prec "

@@ -107,6 +107,7 @@ class _Loop:
     renew_hold: Callable[[], str | None]
     schedule: ScheduleSettings = field(init=False)
     progress: Progress = field(init=False)
+    old_step: int = field(init=False)  # after which the layers' weights were made, while a delayed update is due
     failure: DeferredFailure = field(init=False)
     batches: PreparedBatches = field(init=False)
     started_s: float = 0.0
@@ -116,6 +117,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.schedule, self.progress = self.restored.schedule, self.restored.progress
+        self.old_step = self.progress.step - 1
         self.failure = DeferredFailure(self.parts.mesh)
         self.batches = PreparedBatches(self.streams.train, self.parts.mesh, self.failure)
 
@@ -189,6 +191,7 @@ class _Loop:
         loss_scale = self.parts.scaler.scale
         self.steps_made += 1
         recorder = recorder_of_step(self.parts, self.steps_made)
+        computed_with = self.old_step if self.parts.engine.is_update_due else before.step
         result = train_step(
             self.parts, batch, rates, step=before.step, wants_stop=reason is not None, recorder=recorder
         )
@@ -199,7 +202,9 @@ class _Loop:
         numbers = {"loss_scale": loss_scale, "batch_size": size, "elapsed_s": elapsed_s}
         self.failure.keep(lambda: self.reports.step(self.progress, result, rates, **numbers))
         if result.is_finite:
-            self.retention.proved(before.step)
+            self.retention.proved(computed_with)
+        if not result.skipped:
+            self.old_step = before.step
         if recorder is not None and (written := write_recorded(self.parts, recorder, self.progress.step)):
             self.reports.note(written)
         return result.stop_votes, reason
@@ -208,7 +213,7 @@ class _Loop:
         """Let an iteration's samples count as consumed without training on them; nobody is asked whether to stop."""
         self.progress = self.progress.after(batch_size, skipped=True)
         self.guard.step = self.progress.step
-        self.reports.left_out(self.progress, rates, batch_size=batch_size)
+        self.failure.keep(lambda: self.reports.left_out(self.progress, rates, batch_size=batch_size))
         return 0
 
     def _evaluate(self) -> bool:

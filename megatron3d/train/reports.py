@@ -121,9 +121,7 @@ class Reports:
         self._progress.step(
             StepReport(step, math.nan, rates.lr, grad_norm=None, tokens=0, flops=0.0, elapsed_s=0.0, skipped=True)
         )
-        record = StepRecord(step, None, None, rates.lr, consumed, 0.0, skipped=True, batch_size=batch_size)
-        if self._metrics is not None:
-            self._metrics.step(record)
+        self._trackers.step(StepRecord(step, None, None, rates.lr, consumed, 0.0, skipped=True, batch_size=batch_size))
 
     def evaluation(self, step: int, found: Evaluation) -> None:
         """Report the losses, and accuracies where there are any, on the validation split after a step."""

@@ -126,7 +126,11 @@ def _published(root: Path, step: int | None, options: CheckpointConfig, *, must_
         remaining = [path for path in reversed(list_checkpoints(root)) if step is None or step_of(path) < step]
         if options.fall_back_to_previous_checkpoint and remaining:
             return remaining
-        hint = f"; {remaining[0]} is there: start from it with --fall-back-to-previous-checkpoint" if remaining else ""
+        hint = ""
+        if remaining:
+            hint = f"; {remaining[0]} is there: start from it with --fall-back-to-previous-checkpoint"
+        elif was_saved_to(root) and step is None:
+            hint = "; put the checkpoint back, or give another --save directory to start anew"
         raise CheckpointError(f"{damage}{hint}") from damage
     return [first, *_earlier(first)]
 

@@ -108,7 +108,6 @@ def check_replicas(parts: Parts, step: int) -> None:
 
 
 def _check_replicas(parts: Parts, step: int) -> None:
-    parts.engine.finish_publish()
     states = _views(parts, with_optimizer=True, with_copies=True)
     require_equal_replicas(parts.engine.units, states, parts.mesh, step=step)
 

@@ -41,6 +41,12 @@ class _Held:
     axis: Axis
     data: Tensor
 
+    @property
+    def is_held_elsewhere(self) -> bool:
+        """Whether another rank must hold the same, so that a hash has something to be compared with."""
+        on_tp = self.is_alike_on_tp and self.unit.mesh.tp.size > 1
+        return self.axis.size > 1 or on_tp or (self.unit.tied is not None and self.unit.tied.size > 1)
+
 
 def require_equal_replicas(
     units: Mapping[str, FlatUnit], states: Mapping[str, ShardView], mesh: Mesh, *, step: int
@@ -57,7 +63,7 @@ def require_equal_replicas(
         NumericsError: ranks that must hold equal values do not; it names the parameters and the ranks.
     """
     device = next(iter(units.values())).options.device
-    held = [*_weights(units, mesh), *_states(units, states)]
+    held = [one for one in (*_weights(units, mesh), *_states(units, states)) if one.is_held_elsewhere]
     weights = odd_weights(_CHUNK, device)
     hashes = {one.name: bit_hash(one.data, weights) for one in held}
     problems = []
@@ -97,14 +103,15 @@ def odd_weights(count: int, device: torch.device) -> Tensor:
 def bit_hash(data: Tensor, weights: Tensor) -> Tensor:
     """The hash of the bits of a one-dimensional tensor, int64 []; `weights` as `odd_weights` gives them.
 
-    Chunks are hashed alike and then hashed together, so that one set of weights serves any length.
+    Chunks are hashed alike, and then together with the squares of the weights, so that one set serves any length and
+    no two places count alike.
     """
     bits = data.view(_BITS[data.itemsize])
     count = weights.numel()
     sums = [(chunk.long() * weights[: chunk.numel()]).sum() for chunk in bits.split(count)]
     if len(sums) == 1:
         return sums[0]
-    return bit_hash(torch.stack(sums), weights)
+    return bit_hash(torch.stack(sums), weights * weights)
 
 
 def _differences(held: list[_Held], hashes: Mapping[str, Tensor], axis: Axis) -> list[str]:

@@ -198,6 +198,7 @@ def test_a_rank_that_is_stopped_is_named_with_the_collective_that_waited(
     assert f"rank {stopped} did not answer a roll call, and {world_size - 1} of {world_size} ranks did" in reason
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_that_hosts_the_store_is_still_reported(launcher: Launcher, tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     argv = words(

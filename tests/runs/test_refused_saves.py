@@ -80,6 +80,14 @@ def test_weights_that_are_finite_but_useless_do_not_replace_the_ones_before(tmp_
     assert saved_steps(tmp_path) == [1, 2]
 
 
+def test_a_delayed_update_is_proved_by_the_step_that_computes_with_it(tmp_path: Path) -> None:
+    """Step 3 still computes with the weights of step 1, and only step 4 shows what step 2 made."""
+    flags = f"{RISING} --lr 1e30 --min-lr 1e30 --offload-optimizer cpu --offload-delayed-update --keep-last 1"
+    ended = run(words(MOCK, flags, EVERY_STEP, "--save", tmp_path))
+    assert ended.code == 5
+    assert 1 in saved_steps(tmp_path)
+
+
 @pytest.mark.parametrize("length", ["--train-iters 2", "--train-iters 4 --no-check-for-nan-in-loss-and-grad"])
 def test_the_last_save_is_refused_too_even_where_steps_may_be_infinite(tmp_path: Path, length: str) -> None:
     ended = run(words(MOCK, RISING, f"--lr 1e39 --min-lr 1e39 --lr-decay-iters 6 {length} --save", tmp_path))

@@ -128,7 +128,9 @@ def test_a_latest_without_its_checkpoint_never_starts_anew(own: Path) -> None:
     for step in (2, 4, 6):
         shutil.rmtree(own / f"iter_{step:07d}")
     for option in ("", FALL_BACK, f"--load {own}"):
-        again("--save", own, option, code=4).says("names 'iter_0000006', which is not a checkpoint")
+        again("--save", own, option, code=4).says(
+            "names 'iter_0000006', which is not a checkpoint", "put the checkpoint back, or give another --save"
+        )
 
 
 def test_checkpoints_without_latest_never_start_anew(own: Path) -> None:

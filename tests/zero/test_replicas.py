@@ -14,12 +14,12 @@ WEIGHTS = odd_weights(8, torch.device("cpu"))
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
-def hash_in_integers(bits: list[int]) -> int:
-    """The sum of elements times weights in chunks of eight, then of the chunks' sums likewise, modulo 2**64."""
-    weights = WEIGHTS.tolist()
+def hash_in_integers(bits: list[int], power: int = 1) -> int:
+    """The sum of elements times weights in chunks of eight, then of the chunks' sums times their squares, mod 2**64."""
+    weights = [weight**power for weight in WEIGHTS.tolist()]
     sums = [sum(b * w for b, w in zip(bits[at : at + 8], weights)) for at in range(0, len(bits), 8)]
     wrapped = [(one + 2**63) % 2**64 - 2**63 for one in sums]
-    return wrapped[0] if len(wrapped) == 1 else hash_in_integers(wrapped)
+    return wrapped[0] if len(wrapped) == 1 else hash_in_integers(wrapped, 2 * power)
 
 
 def noise(length: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -53,6 +53,12 @@ def test_any_two_swapped_elements_change_it(one: int, other: int) -> None:
     before, unlike = hash_of(data), data[one] != data[other]
     data[[one, other]] = data[[other, one]]
     assert (hash_of(data) != before) == bool(unlike)
+
+
+def test_no_two_places_count_alike() -> None:
+    """The weight of a place is the hash of a tensor with a one there alone."""
+    ones = torch.eye(600, dtype=torch.int32)
+    assert len({hash_of(row) for row in ones}) == 600
 
 
 def test_every_weight_has_an_inverse_and_none_comes_twice() -> None:

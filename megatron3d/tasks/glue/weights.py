@@ -192,7 +192,6 @@ def save(parts: Parts, root: Path, step: int, document: Mapping[str, Any]) -> Pa
     mesh, config = parts.mesh, parts.config
     content = Content({}, tokenizer_content(config.data, vocab_size=config.model.vocab_size))
     with parts.engine.states_opened(parts.optimizer, writes=False):
-        parts.engine.finish_publish()
         held = {f"model/{name}": view for name, view in parts.engine.weight_views().items()}
         require_equal_replicas(parts.engine.units, held, mesh, step=step)
         views = parts.engine.weight_views(with_copies=False)
