@@ -45,9 +45,10 @@ def test_a_stop_within_an_evaluation_does_not_wait_for_it_and_the_next_run_makes
     assert (exit_status(save)["code"], exit_status(save)["step"]) == (75, step)
     done = [at for at, _ in _evaluations(whole) if at < step or number == 3]
     assert [at for at, _ in _evaluations(metrics)] == done, "an evaluation that was given up left a record"
-    for _ in range(1 + (number == 2)):  # a run that is started again when all is done adds nothing
+    for again in range(1 + (number == 2)):
         with launcher.job(argv, 2) as job:
             assert job.wait() == [0, 0]
+            assert not again or "validation after" not in job.said(0), "all is done, and yet it was made once more"
         assert losses(metrics) == losses(whole)
         assert _evaluations(metrics) == _evaluations(whole)
 

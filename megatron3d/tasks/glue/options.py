@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
 from megatron3d.config.options import OPTIONS
 from megatron3d.config.run import RunConfig
@@ -33,9 +34,17 @@ _INSTEAD = {
 }
 
 
+class _TaskParser(argparse.ArgumentParser):
+    """argparse that raises our error: it is then printed once for a machine, and not by every rank with the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError; argparse's own messages name the flag and its value."""
+        raise ConfigError(f"{message[0].upper()}{message[1:]}; --help lists the options of the task.")
+
+
 def task_parser() -> argparse.ArgumentParser:
     """The parser of the task's own options; what it leaves over are those of pretraining."""
-    p = argparse.ArgumentParser(
+    p = _TaskParser(
         description="Fine-tune a BERT on a task of GLUE or on TSV files of your own.",
         epilog="All other options are those of pretrain_bert.py: see its --help, and docs/glue.md.",
         allow_abbrev=False,
