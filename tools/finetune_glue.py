@@ -20,8 +20,9 @@ from typing import Any
 
 from megatron3d.tasks.glue.options import task_parser
 
-if __name__ == "__main__":
-    task_parser().parse_known_args()  # --help is answered before the imports below, which take seconds
+if __name__ == "__main__" and {"--help", "-h"} & set(sys.argv):
+    task_parser().print_help()  # before the imports below, which take seconds
+    sys.exit(0)
 
 import torch
 

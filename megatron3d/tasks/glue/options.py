@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from megatron3d.config.options import OPTIONS
 from megatron3d.config.run import RunConfig
+from megatron3d.errors import ConfigError
 from megatron3d.tasks.glue.tasks import CUSTOM, GLUE_TASKS, METRICS
 
 # Of these sections of the options of pretraining, what fine-tuning takes; others would be without effect.
