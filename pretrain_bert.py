@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron3d.config.check import resolve
-from megatron3d.config.cli import parse_args
+from megatron3d.config.cli import read_command, settle
 from megatron3d.config.serialize import as_table
 from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.vocabulary import open_vocabulary
@@ -19,15 +18,15 @@ def main(guard: Guard) -> None:
     """The story of a run."""
     # What the user wants: all problems are found here, before a process group or a device exists.
     is_first = guard.launch.rank == 0
-    words = parse_args(
+    command = read_command(
         sys.argv[1:],
         program="pretrain_bert.py",
         description="Pretrain a BERT.",
         say=print if is_first else silent,
         architecture="bert",
     )
-    guard.save = words.checkpoint.save
-    config, vocabulary = open_vocabulary(resolve(words, guard.launch.world_size))
+    guard.save = command.run.checkpoint.save
+    config, vocabulary = open_vocabulary(settle(command, guard.launch.world_size))
     if is_first:
         print(as_table(config))
 

@@ -19,6 +19,47 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron3d.data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
+from megatron3d.errors import ConfigError, DataError, StorageError
+
+POOLING_NAMES = ("mean", "cls", "pooler")  # as in inference.embed, which imports torch
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Texts to vectors with a BERT.", allow_abbrev=False)
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--load", metavar="DIR", help="directory of checkpoints, or one of them")
+    source.add_argument("--hf", metavar="DIR", help="a Hugging Face directory: config.json, weights, tokenizer")
+    p.add_argument("--ckpt-step", type=int, metavar="N", help="with --load: the checkpoint of this step")
+    p.add_argument(
+        "--input", nargs="+", default=[], metavar="FILE|TEXT", help="files with one text a line, or texts of more words"
+    )
+    p.add_argument("--text", nargs="+", default=[], metavar="TEXT", help="texts as they stand, whatever they look like")
+    p.add_argument("--output", required=True, metavar="FILE", help="F.npy: fp32 [texts, hidden]; F.jsonl: one a line")
+    how = p.add_argument_group("how a text becomes a vector")
+    how.add_argument("--pooling", choices=POOLING_NAMES, default="mean", help="mean of all (default), or of [CLS]")
+    how.add_argument("--normalize", action="store_true", help="scale vectors to length 1: products are cosines")
+    how.add_argument("--max-length", type=int, metavar="N", help="tokens of a text, [CLS] and [SEP] included; longer")
+    how.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="tokens worked on at once")
+    tokenizer = p.add_argument_group("tokenizer, where it is not as or where run.json says")
+    tokenizer.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
+    tokenizer.add_argument("--vocab-file", metavar="FILE")
+    tokenizer.add_argument("--tokenizer-model", metavar="PATH")
+    tokenizer.add_argument(
+        "--override-tokenizer", action="store_true", help="use files with other content than the model was trained with"
+    )
+    run = p.add_argument_group("where it runs")
+    run.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share a layer")
+    run.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share depth")
+    run.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one, else cpu")
+    run.add_argument("--bf16", action="store_true", help="compute in bf16 (default fp32)")
+    return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and mistakes of spelling are answered before the imports below, which take seconds
+
 import numpy as np
 from torch import Tensor
 
@@ -29,10 +70,8 @@ from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.convert.hf import digest_of_tensors, read_model
 from megatron3d.data.content import require_same_tokenizer
-from megatron3d.data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
-from megatron3d.errors import ConfigError, DataError, StorageError
 from megatron3d.files.text import TextError, read_lines
-from megatron3d.inference.embed import POOLINGS, EmbedOptions, embed, load_encoder
+from megatron3d.inference.embed import EmbedOptions, embed, load_encoder
 from megatron3d.inference.load import generation_config
 from megatron3d.train.compare import SavedRun, read_saved_run
 from megatron3d.train.joining import joined
@@ -57,38 +96,6 @@ class Job:
         """Digests of what was read, which all ranks must have alike."""
         found = {"the texts": digest_of(self.ids), "the options of embedding": str(self.options)}
         return found if isinstance(self.weights, Path) else {**found, "the weights": digest_of_tensors(self.weights)}
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(description="Texts to vectors with a BERT.", allow_abbrev=False)
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--load", metavar="DIR", help="directory of checkpoints, or one of them")
-    source.add_argument("--hf", metavar="DIR", help="a Hugging Face directory: config.json, weights, tokenizer")
-    p.add_argument("--ckpt-step", type=int, metavar="N", help="with --load: the checkpoint of this step")
-    p.add_argument(
-        "--input", nargs="+", default=[], metavar="FILE|TEXT", help="files with one text a line, or texts of more words"
-    )
-    p.add_argument("--text", nargs="+", default=[], metavar="TEXT", help="texts as they stand, whatever they look like")
-    p.add_argument("--output", required=True, metavar="FILE", help="F.npy: fp32 [texts, hidden]; F.jsonl: one a line")
-    how = p.add_argument_group("how a text becomes a vector")
-    how.add_argument("--pooling", choices=POOLINGS, default="mean", help="mean of all tokens (default), or of [CLS]")
-    how.add_argument("--normalize", action="store_true", help="scale vectors to length 1: products are cosines")
-    how.add_argument("--max-length", type=int, metavar="N", help="tokens of a text, [CLS] and [SEP] included; longer")
-    how.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="tokens worked on at once")
-    tokenizer = p.add_argument_group("tokenizer, where it is not as or where run.json says")
-    tokenizer.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
-    tokenizer.add_argument("--vocab-file", metavar="FILE")
-    tokenizer.add_argument("--tokenizer-model", metavar="PATH")
-    tokenizer.add_argument(
-        "--override-tokenizer", action="store_true", help="use files with other content than the model was trained with"
-    )
-    run = p.add_argument_group("where it runs")
-    run.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share a layer")
-    run.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share depth")
-    run.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one, else cpu")
-    run.add_argument("--bf16", action="store_true", help="compute in bf16 (default fp32)")
-    return p
 
 
 def settle(args: argparse.Namespace, world_size: int) -> Job:

@@ -17,23 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron3d.errors import ConfigError
-from megatron3d.serve.classifier import open_classifier
-from megatron3d.serve.description import to_metadata
-from megatron3d.serve.onnx_file import check, compare, require_exporter, set_aside, write
-from megatron3d.serve.quantize import metrics, quantize
-from megatron3d.serve.trained import Trained, Wishes, load_classifier, open_trained
-from megatron3d.tasks.glue.metrics import require_libraries
-from megatron3d.tasks.glue.read import Rows, read_rows
-from megatron3d.tasks.glue.tasks import CUSTOM, CustomColumns, Task, custom_task, find_task
-from megatron3d.train.launch import Guard, guarded
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A task and its labelled files by the ending of their metrics' names."""
-
-    task: Task
-    files: dict[str, Rows]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,6 +40,28 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--second-text-column", metavar="NAME", help="of --dev-file, for pairs")
     data.add_argument("--label-column", default="label", metavar="NAME", help="of --dev-file (default label)")
     return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and mistakes of spelling are answered before the imports below, which take seconds
+
+from megatron3d.serve.classifier import open_classifier
+from megatron3d.serve.description import to_metadata
+from megatron3d.serve.onnx_file import check, compare, require_exporter, set_aside, write
+from megatron3d.serve.quantize import metrics, quantize
+from megatron3d.serve.trained import Trained, Wishes, load_classifier, open_trained
+from megatron3d.tasks.glue.metrics import require_libraries
+from megatron3d.tasks.glue.read import Rows, read_rows
+from megatron3d.tasks.glue.tasks import CUSTOM, CustomColumns, Task, custom_task, find_task
+from megatron3d.train.launch import Guard, guarded
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A task and its labelled files by the ending of their metrics' names."""
+
+    task: Task
+    files: dict[str, Rows]
 
 
 def measurement(args: argparse.Namespace, trained: Trained) -> Measurement | None:

@@ -18,6 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron3d.tasks.glue.options import task_parser
+
+if __name__ == "__main__" and {"--help", "-h"} & set(sys.argv):
+    task_parser().print_help()  # before the imports below, which take seconds
+    sys.exit(0)
+
 import torch
 
 from megatron3d.comm.mesh import Mesh
@@ -26,7 +32,6 @@ from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.tasks.glue.finetune import Finetuned, Wishes, finetune
 from megatron3d.tasks.glue.job import Job, settle
 from megatron3d.tasks.glue.metrics import over_seeds
-from megatron3d.tasks.glue.options import task_parser
 from megatron3d.tasks.glue.pace import Pace
 from megatron3d.tasks.glue.predict import scores, write_predictions
 from megatron3d.tasks.glue.weights import fill, keep_tokenizer

@@ -19,37 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron3d.checkpoint.directory import find_checkpoint
-from megatron3d.comm.agree import digest_of
-from megatron3d.config.parallel import ParallelConfig
-from megatron3d.config.run import RunConfig
-from megatron3d.data.content import require_same_tokenizer
+from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.files.text import TextError, read_lines
-from megatron3d.inference.generate import generate, new_token_limits, position_limit
-from megatron3d.inference.load import generation_config, load_model
-from megatron3d.inference.sampling import SamplingOptions
-from megatron3d.train.compare import SavedRun, read_saved_run
-from megatron3d.train.joining import joined
-from megatron3d.train.launch import Guard, guarded
-from megatron3d.train.vocabulary import Vocabulary
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is asked for, settled before a device is touched: the run, the tokenizer, the prompts."""
-
-    directory: Path
-    config: RunConfig
-    vocabulary: Vocabulary
-    prompts: tuple[str, ...]
-    prompt_ids: tuple[list[int], ...]
-    options: SamplingOptions
-
-    def files(self) -> dict[str, str]:
-        """Digests of what was read, which all ranks must have alike."""
-        return {"the prompts": digest_of(self.prompt_ids), "the sampling options": str(self.options)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,6 +65,39 @@ def _add_tokenizer(group: Any) -> None:
     group.add_argument(
         "--override-tokenizer", action="store_true", help="use files with other content than the model was trained with"
     )
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and mistakes of spelling are answered before the imports below, which take seconds
+
+from megatron3d.checkpoint.directory import find_checkpoint
+from megatron3d.comm.agree import digest_of
+from megatron3d.config.parallel import ParallelConfig
+from megatron3d.config.run import RunConfig
+from megatron3d.data.content import require_same_tokenizer
+from megatron3d.inference.generate import generate, new_token_limits, position_limit
+from megatron3d.inference.load import generation_config, load_model
+from megatron3d.inference.sampling import SamplingOptions
+from megatron3d.train.compare import SavedRun, read_saved_run
+from megatron3d.train.joining import joined
+from megatron3d.train.launch import Guard, guarded
+from megatron3d.train.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, settled before a device is touched: the run, the tokenizer, the prompts."""
+
+    directory: Path
+    config: RunConfig
+    vocabulary: Vocabulary
+    prompts: tuple[str, ...]
+    prompt_ids: tuple[list[int], ...]
+    options: SamplingOptions
+
+    def files(self) -> dict[str, str]:
+        """Digests of what was read, which all ranks must have alike."""
+        return {"the prompts": digest_of(self.prompt_ids), "the sampling options": str(self.options)}
 
 
 def settle(args: argparse.Namespace, world_size: int) -> Job:
@@ -174,7 +180,9 @@ def open_vocabulary(args: argparse.Namespace, config: RunConfig, saved: SavedRun
             "takes token ids as numbers)"
         )
     files = (data.vocab_file, data.merge_file, data.tokenizer_model)
-    tokenizer = TokenizerSpec(data.tokenizer_type, *files, vocab_size=vocab_size).build()
+    tokenizer = TokenizerSpec(
+        data.tokenizer_type, *files, vocab_size=vocab_size, tiktoken=tiktoken_options(data)
+    ).build()
     if data.tokenizer_type == "NullTokenizer":  # Made for all ids of the model, it would count its own end beyond them.
         return Vocabulary(tokenizer, data.eod_token)
     if tokenizer.vocab_size > vocab_size:

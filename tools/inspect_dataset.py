@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron3d.data.indexed import IndexedDataset
+from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import DataError, Megatron3dError
 
@@ -34,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--merge-file", metavar="FILE")
     tokenizer.add_argument("--tokenizer-model", metavar="PATH")
     tokenizer.add_argument("--vocab-size", type=int, metavar="N")
+    add_tiktoken_arguments(tokenizer)
     return p
 
 
@@ -77,7 +79,8 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.tokenizer_type:
         files = (args.vocab_file, args.merge_file, args.tokenizer_model)
-        tokenizer = TokenizerSpec(args.tokenizer_type, *files, vocab_size=args.vocab_size).build()
+        tiktoken = tiktoken_from_arguments(args)
+        tokenizer = TokenizerSpec(args.tokenizer_type, *files, vocab_size=args.vocab_size, tiktoken=tiktoken).build()
         if smallest is not None and largest is not None and not 0 <= smallest <= largest < tokenizer.vocab_size:
             raise DataError(
                 f"{dataset.bin_path} has ids from {smallest} to {largest}, but "

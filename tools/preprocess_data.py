@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from megatron3d.data.corpus import FORMATS, find_inputs
 from megatron3d.data.preprocess import EncodeRequest, Progress, SentenceSplitting, output_prefix, preprocess
+from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import ConfigError
 from megatron3d.process.command import run_command
@@ -35,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
     tokenizer.add_argument(
         "--tokenizer-model", metavar="PATH", help="sentencepiece model, or tokenizer.json or its dir"
     )
-    tokenizer.add_argument("--vocab-size", type=int, default=786, metavar="N", help="of the NullTokenizer")
+    tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="of the NullTokenizer (786) or TikTokenizer")
+    add_tiktoken_arguments(tokenizer)
     tokenizer.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's token")
     sentences = p.add_argument_group("sentences")
     sentences.add_argument("--split-sentences", action="store_true", help="a sequence for each sentence (BERT)")
@@ -95,7 +97,8 @@ def run(args: argparse.Namespace) -> None:
         vocab_file=args.vocab_file,
         merge_file=args.merge_file,
         tokenizer_model=args.tokenizer_model,
-        vocab_size=args.vocab_size,
+        vocab_size=786 if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None else args.vocab_size,
+        tiktoken=tiktoken_from_arguments(args),
     )
     splitting = SentenceSplitting(args.lang, args.keep_newlines) if args.split_sentences else None
     request = EncodeRequest(spec, tuple(dict.fromkeys(args.json_keys)), args.append_eod, splitting)

@@ -26,6 +26,7 @@ from megatron3d.files.json_text import parse_object
 _NAME = re.compile(r"(?:\.old-)?iter_\d+")
 _MORE = ("hidden_dropout", "attention_dropout", "make_vocab_size_divisible_by")
 _TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
+_OF_TOKENIZER = ("tiktoken_pattern", "tiktoken_num_special_tokens", "tiktoken_special_tokens")
 OVERRIDDEN = (
     *(key for key, effect in EFFECTS.items() if effect is Effect.FUNCTION and key != ("data", "eod_token")),
     *(("model", name) for name in _MORE),
@@ -58,7 +59,7 @@ def with_checkpoint_args(settings: Settings, say: Callable[[str], None]) -> dict
     for key in OVERRIDDEN:
         _override(changed, key, stored, say)
     if not any(settings.get(("data", name)) for name in _TOKENIZER):
-        changed.update({("data", name): getattr(stored.data, name) for name in _TOKENIZER})
+        changed.update({("data", name): getattr(stored.data, name) for name in (*_TOKENIZER, *_OF_TOKENIZER)})
     changed.setdefault(("data", "eod_token"), stored.data.eod_token)
     changed.setdefault(("model", "seq_length"), stored.model.seq_length)
     say(f"--use-checkpoint-args: the model's options are those of {directory}")

@@ -78,10 +78,6 @@ REFUSED: tuple[Refused, ...] = (
         flags="--no-weight-decay-cond-type --apply-wd-to-qk-layernorm",
     ),
     Refused(
-        "the norm's weight is stored whole here, which is the same function; leave it out",
-        flags="--apply-layernorm-1p",
-    ),
-    Refused(
         "residuals, embeddings and losses have the precision of the layers; give neither --bf16 nor --fp16, or leave "
         "it out",
         flags="""
@@ -146,7 +142,7 @@ REFUSED: tuple[Refused, ...] = (
         --vocab-extra-ids --trust-remote-code --chat-template --use-gigatoken --no-pad-vocab-size
         --disable-pad-vocab-size --padded-vocab-size --allow-ambiguous-pad-tokens --tokenizer-sentencepiece-legacy""",
         prefixes="""
-        --tiktoken- --tokenizer-hf- --null-tokenizer- --tokenizer-sentencepiece- --disable-tokenizer-
+        --tokenizer-hf- --null-tokenizer- --tokenizer-sentencepiece- --disable-tokenizer-
         --no-tokenizer-""",
     ),
     Refused(

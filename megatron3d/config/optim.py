@@ -39,6 +39,12 @@ class OptimConfig:
     )
     lr_warmup_iters: int = option(0, "--lr-warmup-iters", "Iterations of linear warm-up.", unit="iterations")
     lr_warmup_samples: int = option(0, "--lr-warmup-samples", "Samples of linear warm-up.", unit="samples")
+    lr_decay_tokens: int = option(
+        None, "--lr-decay-tokens", "--lr-decay-samples, counted in tokens of --seq-length.", unit="tokens"
+    )
+    lr_warmup_tokens: int = option(
+        None, "--lr-warmup-tokens", "--lr-warmup-samples, counted in tokens of --seq-length.", unit="tokens"
+    )
     lr_warmup_fraction: float = option(
         None, "--lr-warmup-fraction", "Warm-up as a fraction of the decay length.", also=("--warmup",)
     )

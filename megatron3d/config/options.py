@@ -69,6 +69,9 @@ class Option:
         """
         value = self._typed(given)
         if self.flag.choices and value not in self.flag.choices:
+            same = [choice for choice in self.flag.choices if str(choice).lower() == str(value).lower()]
+            if len(same) == 1:  # such as `--normalization rmsnorm` of Megatron-DeepSpeed
+                return same[0]
             names = ", ".join(str(choice) for choice in self.flag.choices)
             raise ValueError(f"{self.spelling} {given} is not one of its choices; use one of: {names}.")
         return value

@@ -40,7 +40,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
             Effect.FUNCTION: (
                 "architecture num_layers hidden_size num_attention_heads max_position_embeddings ffn_hidden_size "
                 "kv_channels num_query_groups vocab_size position_embedding_type rotary_base rotary_percent "
-                "rotary_interleaved normalization norm_epsilon norm_position activation add_bias_linear add_qkv_bias "
+                "rotary_interleaved normalization norm_epsilon apply_layernorm_1p norm_position "
+                "activation add_bias_linear add_qkv_bias "
                 "qk_layernorm untie_embeddings_and_output_weights apply_residual_connection_post_layernorm "
                 "bert_binary_head num_token_types"
             ),
@@ -68,20 +69,22 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
         },
         "train": {
             Effect.REPORTED: "global_batch_size rampup_batch_size step_batch_size_schedule iterations_to_skip",
-            # batch_size_steps is step_batch_size_schedule in samples.
+            # batch_size_steps is step_batch_size_schedule in samples; accumulation steps are in global_batch_size.
             Effect.FREE: (
-                "micro_batch_size train_iters train_samples eval_interval eval_iters exit_interval "
+                "micro_batch_size gradient_accumulation_steps train_iters train_samples train_tokens "
+                "eval_interval eval_iters exit_interval "
                 "exit_duration_in_mins exit_signal_handler log_interval tensorboard_dir wandb_project wandb_exp_name "
                 "wandb_entity wandb_save_dir metrics_file check_weight_hash_across_dp_replicas_interval "
-                " recompute_granularity recompute_activations recompute_method "
+                "recompute_granularity recompute_activations recompute_method "
                 "recompute_num_layers peak_tflops profile_pipeline profile_pipeline_step batch_size_steps"
             ),
         },
         "optim": {
             Effect.REPORTED: (
                 "optimizer lr min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_iters "
-                "lr_warmup_samples lr_warmup_fraction lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters "
-                "lr_wsd_decay_samples weight_decay start_weight_decay end_weight_decay weight_decay_incr_style "
+                "lr_warmup_samples lr_decay_tokens lr_warmup_tokens lr_warmup_fraction lr_warmup_init "
+                "lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples weight_decay start_weight_decay "
+                "end_weight_decay weight_decay_incr_style "
                 "clip_grad adam_beta1 adam_beta2 adam_eps decoupled_weight_decay exp_avg_dtype exp_avg_sq_dtype "
                 "sgd_momentum lion_beta1 lion_beta2 muon_momentum muon_nesterov muon_split_qkv muon_scale_mode "
                 "muon_extra_scale_factor muon_coefficient_type muon_num_ns_steps muon_fp32_matmul_prec "
@@ -96,7 +99,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
             # The seed also draws dropout.
             Effect.SAMPLES: (
                 "data_path train_data_path data_args_path split mock_data tokenizer_type tokenizer_model vocab_file "
-                "merge_file eod_mask_loss mask_prob mask_max_ngram mask_whole_words short_seq_prob bert_sentence_task "
+                "merge_file tiktoken_pattern tiktoken_num_special_tokens tiktoken_special_tokens "
+                "eod_mask_loss mask_prob mask_max_ngram mask_whole_words short_seq_prob bert_sentence_task "
                 "seed"
             ),
             Effect.REPORTED: "valid_data_path test_data_path",
@@ -126,7 +130,8 @@ _BY_CONTENT = (
     "vocab_file merge_file"
 )
 _BY_SCHEDULE = (
-    "lr min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_iters lr_warmup_samples lr_warmup_fraction "
+    "lr min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_iters lr_warmup_samples "
+    "lr_decay_tokens lr_warmup_tokens lr_warmup_fraction "
     "lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples weight_decay start_weight_decay "
     "end_weight_decay weight_decay_incr_style"
 )

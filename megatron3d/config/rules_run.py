@@ -25,6 +25,7 @@ _TOKENIZER_FILES = {
     "SentencePieceTokenizer": ("tokenizer_model",),
     "GPTSentencePieceTokenizer": ("tokenizer_model",),
     "Llama2Tokenizer": ("tokenizer_model",),
+    "TikTokenizer": ("tokenizer_model",),
 }
 
 
@@ -35,7 +36,8 @@ def required_problems(config: RunConfig) -> Iterator[str]:
         if option.value_in(config) is None:
             preset = " or a --preset" if option.section == "model" else ""
             yield f"{option.spelling} is missing ({option.flag.help.rstrip('.')}); give it{preset}."
-    if config.train.train_iters is None and config.train.train_samples is None:
+    train = config.train
+    if train.train_iters is None and train.train_samples is None and train.train_tokens is None:
         yield "--train-iters is missing, and so is --train-samples: the run has no length; give one of them."
 
 
@@ -48,9 +50,16 @@ def length_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
             "run; give only one of them."
         )
         return
-    if train.train_iters is None and train.train_samples is None:
+    if train.train_iters is not None and train.train_tokens is not None:
+        yield (
+            f"--train-iters {train.train_iters} and --train-tokens {train.train_tokens} both set the length of the "
+            "run; give only one of them."
+        )
         return
-    mine, other = ("samples", "iters") if train.train_samples is not None else ("iters", "samples")
+    by_samples = train.train_samples is not None or train.train_tokens is not None
+    if train.train_iters is None and not by_samples:
+        return
+    mine, other = ("samples", "iters") if by_samples else ("iters", "samples")
     for kind in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
         option = BY_NAME[f"{kind}_{other}"]
         value = option.value_in(given)
@@ -154,16 +163,19 @@ def precision_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
 
 def batch_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
     """Every global batch splits into whole microbatches on every data-parallel rank."""
-    micro, dp = run.train.micro_batch_size, run.parallel.data_parallel_size
-    if run.parallel.world_size % model_parallel_size(run.parallel) or not micro:
+    micro = run.train.micro_batch_size
+    if not micro:
         return
+    # Ranks that do not factor have no data-parallel size; a multiple of the micro-batch is needed at any.
+    factors = run.parallel.world_size % model_parallel_size(run.parallel) == 0
+    dp = run.parallel.data_parallel_size if factors else 1
     batch = given.train.global_batch_size
     if batch and batch % (micro * dp):
-        yield _batch_sentence(batch, micro, dp)
+        yield _batch_sentence(batch, micro, dp, f" x data-parallel {dp} = {micro * dp}" if factors else "")
     yield from _ramp_problems(given, micro * dp, batch or micro * dp)
 
 
-def _batch_sentence(batch: int, micro: int, dp: int) -> str:
+def _batch_sentence(batch: int, micro: int, dp: int, product: str) -> str:
     """The sentence about an indivisible batch, with the nearest sizes that work."""
     at_once = micro * dp
     below, above = batch // at_once * at_once, -(-batch // at_once) * at_once
@@ -171,10 +183,7 @@ def _batch_sentence(batch: int, micro: int, dp: int) -> str:
     micros = [size for size in range(1, batch // dp + 1) if batch % (size * dp) == 0]
     nearest = [*[m for m in micros if m < micro][-1:], *[m for m in micros if m > micro][:1]]
     other = f", or --micro-batch-size {' or '.join(str(m) for m in nearest)}" if nearest else ""
-    return (
-        f"--global-batch-size {batch} is not a multiple of micro-batch {micro} x data-parallel {dp} = {at_once}; "
-        f"use {sizes}{other}."
-    )
+    return f"--global-batch-size {batch} is not a multiple of micro-batch {micro}{product}; use {sizes}{other}."
 
 
 def _ramp_problems(given: RunConfig, at_once: int, batch: int) -> Iterator[str]:
@@ -303,7 +312,7 @@ def checkpoint_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
     """What is saved has a place, and what is loaded has one too."""
     checkpoint = given.checkpoint
     if checkpoint.save is None:
-        for name in ("save_interval", "keep_last", "save_retain_interval"):
+        for name in ("keep_last", "save_retain_interval"):
             option, value = BY_NAME[name].spelling, BY_NAME[name].value_in(given)
             if value is not None:
                 yield f"{option} {value} needs --save, the directory of checkpoints; give it, or drop {option}."

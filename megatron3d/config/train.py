@@ -9,7 +9,8 @@ from megatron3d.config.fields import option, options, switch
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The run. Iterations and samples exclude each other; exactly one of train_iters and train_samples is given.
+    """The run. Its length is given by train_iters, or by train_samples and train_tokens, of which the first to be
+    reached counts; `resolve` turns tokens into samples.
 
     `batch_size_steps` is derived by `resolve` from --step-batch-size-schedule: pairs of a count of consumed samples
     and the global batch size from there on.
@@ -25,6 +26,13 @@ class TrainConfig:
     global_batch_size: int = option(
         None, "--global-batch-size", "Samples of one optimizer step; default micro-batch x DP.", unit="samples"
     )
+    gradient_accumulation_steps: int = option(
+        None,
+        "--gradient-accumulation-steps",
+        "Micro-batches of one optimizer step on each data-parallel rank; sets --global-batch-size where that is left "
+        "out.",
+        unit="micro-batches",
+    )
     rampup_batch_size: tuple[str, ...] = options(
         "--rampup-batch-size", "START INCREMENT SAMPLES: grow the global batch linearly over SAMPLES samples."
     )
@@ -35,6 +43,12 @@ class TrainConfig:
     )
     train_iters: int = option(None, "--train-iters", "Optimizer steps.", unit="iterations")
     train_samples: int = option(None, "--train-samples", "Samples.", unit="samples")
+    train_tokens: int = option(
+        None,
+        "--train-tokens",
+        "Tokens: the run ends with the first step that reaches them, or at --train-samples if that is sooner.",
+        unit="tokens",
+    )
     iterations_to_skip: tuple[str, ...] = options(
         "--iterations-to-skip",
         "Iterations, counted from 0 as in Megatron-LM, that consume their samples without training: N is step N + 1.",

@@ -75,7 +75,7 @@ def export_model(checkpoint: Path, directory: Path, options: ExportOptions | Non
     index = read_index(checkpoint)
     rows = _rows_here(family, run.model, index, checkpoint)
     class_name = family.class_name(frozenset(row.piece for row in rows))
-    tensors = _tensors_there(checkpoint, rows, options.dtype)
+    tensors = _tensors_there(checkpoint, rows, options.dtype, less_one=run.model.apply_layernorm_1p)
     tensors |= {copy: tensors[of] for copy, of in family.copies(run.model).items() if of in tensors}
     if class_name.endswith("Model") and not class_name.endswith("LMHeadModel"):
         tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
@@ -135,7 +135,10 @@ def _rows_here(family: Family, model: ModelConfig, index: Index, checkpoint: Pat
     return rows
 
 
-def _tensors_there(checkpoint: Path, rows: Iterable[Row], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _tensors_there(
+    checkpoint: Path, rows: Iterable[Row], dtype: torch.dtype | None, *, less_one: bool
+) -> dict[str, Tensor]:
+    """The tensors of the rows; `less_one` says that weights of norms are stored so, as they are nowhere else."""
     tensors: dict[str, Tensor] = {}
     zeros: list[Row] = []
     for row in rows:
@@ -143,6 +146,8 @@ def _tensors_there(checkpoint: Path, rows: Iterable[Row], dtype: torch.dtype | N
             zeros.append(row)
             continue
         tensor = assemble(checkpoint, f"model/{row.ours}")
+        if less_one and row.ours.endswith("norm.weight"):
+            tensor = tensor + 1
         tensors |= row.to_theirs(tensor if dtype is None else tensor.to(dtype))
     kind = next(iter(tensors.values())).dtype
     for row in zeros:

@@ -19,6 +19,7 @@ from typing import Any
 from megatron3d.config.data import DataConfig
 from megatron3d.config.resume import Difference, Effect
 from megatron3d.data.blend import Corpus, parse_data_path, words_of_file
+from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.errors import ConfigError, DataError
 
 BLOCK_BYTES, NUM_BLOCKS = 16 << 10, 64
@@ -137,6 +138,8 @@ def tokenizer_content(data: DataConfig, *, vocab_size: int | None) -> TokenizerC
     found = hashlib.sha256()
     if kind == "NullTokenizer":
         found.update(f"{vocab_size}".encode())
+    if kind == "TikTokenizer":
+        found.update(f"{vocab_size} {tiktoken_options(data)}".encode())
     paths = list(_tokenizer_files(data))
     for role, path in paths:
         try:
@@ -155,7 +158,7 @@ def _tokenizer_files(data: DataConfig) -> Iterator[tuple[str, Path]]:
         yield from (("vocabulary", Path(data.vocab_file or "")), ("merges", Path(data.merge_file or "")))
     elif kind.startswith("BertWordPiece"):
         yield "vocabulary", Path(data.vocab_file or "")
-    elif kind in _SENTENCEPIECE:
+    elif kind in (*_SENTENCEPIECE, "TikTokenizer"):
         yield "model", Path(data.tokenizer_model or "")
     elif kind == "HuggingFaceTokenizer":
         path = Path(data.tokenizer_model or "")

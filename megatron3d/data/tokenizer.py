@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megatron3d.data.library_errors import as_data_error
+from megatron3d.data.tiktoken_file import TikTokenModel, TikTokenOptions
 from megatron3d.data.vocabulary_files import read_bpe, read_word_pieces
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.files.json_text import parse_object
@@ -27,11 +28,13 @@ TOKENIZER_TYPES = (
     "SentencePieceTokenizer",
     "GPTSentencePieceTokenizer",
     "Llama2Tokenizer",
+    "TikTokenizer",
     "BertWordPieceLowerCase",
     "BertWordPieceCase",
     "ByteTokenizer",
     "NullTokenizer",
 )
+DEFAULT_TIKTOKEN = TikTokenOptions()
 END_OF_TEXT = "<|endoftext|>"
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<EOD>")
 
@@ -83,6 +86,7 @@ class TokenizerSpec:
     merge_file: str | None = None
     tokenizer_model: str | None = None
     vocab_size: int | None = None
+    tiktoken: TikTokenOptions = DEFAULT_TIKTOKEN
 
     def build(self) -> Tokenizer:
         """The tokenizer; Raises as `build_tokenizer` does."""
@@ -92,6 +96,7 @@ class TokenizerSpec:
             merge_file=self.merge_file,
             tokenizer_model=self.tokenizer_model,
             vocab_size=self.vocab_size,
+            tiktoken=self.tiktoken,
         )
 
 
@@ -102,13 +107,15 @@ def build_tokenizer(
     merge_file: str | None = None,
     tokenizer_model: str | None = None,
     vocab_size: int | None = None,
+    tiktoken: TikTokenOptions = DEFAULT_TIKTOKEN,
 ) -> Tokenizer:
     """The tokenizer of that kind from its files.
 
     GPT2BPETokenizer: `vocab_file` (vocab.json) and `merge_file` (merges.txt). BertWordPieceLowerCase and
     BertWordPieceCase: `vocab_file` (vocab.txt). HuggingFaceTokenizer: `tokenizer_model`, a tokenizer.json or a
     directory with one. SentencePieceTokenizer, GPTSentencePieceTokenizer and Llama2Tokenizer: `tokenizer_model`, a
-    .model file. ByteTokenizer: nothing. NullTokenizer: `vocab_size`.
+    .model file. TikTokenizer: `tokenizer_model`, a JSON file of ranks. ByteTokenizer: nothing. NullTokenizer:
+    `vocab_size`.
 
     Raises: ConfigError for an unknown kind or an option that it needs and lacks; DataError for a file that is missing
     or cannot be read as what it should be.
@@ -123,6 +130,9 @@ def build_tokenizer(
         return _hugging_face(_required_file(tokenizer_type, "--tokenizer-model", tokenizer_model))
     if tokenizer_type in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"):
         return SentencePieceTokenizer(_required_file(tokenizer_type, "--tokenizer-model", tokenizer_model))
+    if tokenizer_type == "TikTokenizer":
+        path = _required_file(tokenizer_type, "--tokenizer-model", tokenizer_model)
+        return TikTokenizer(TikTokenModel(path, tiktoken, vocab_size))
     if tokenizer_type == "ByteTokenizer":
         return ByteTokenizer()
     if tokenizer_type == "NullTokenizer":
@@ -208,6 +218,27 @@ class SentencePieceTokenizer(Tokenizer):
         """The id of the first of `names` that is a piece of the model."""
         ids = (self._model.piece_to_id(name) for name in names)
         return next((id for id in ids if id != self._model.unk_id()), None)
+
+
+class TikTokenizer(Tokenizer):
+    """Megatron-LM's tokenizer of that name; the end of a document is </s>."""
+
+    def __init__(self, model: TikTokenModel) -> None:
+        """Wrap the model of a file."""
+        super().__init__(model.vocab_size, SpecialIds(eod=model.eod, bos=model.bos))
+        self._model = model
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`."""
+        return self._model.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, computed on all cores."""
+        return self._model.encode_batch(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`."""
+        return self._model.decode(ids)
 
 
 class ByteTokenizer(Tokenizer):

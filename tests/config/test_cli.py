@@ -64,6 +64,13 @@ def test_no_spelling_belongs_to_two_options() -> None:
         ("--checkpoint-activations", "--recompute-granularity full --recompute-method uniform"),
         ("--no-position-embedding --use-rotary-position-embeddings", "--position-embedding-type rope"),
         ("--loss-scale-window 1000.0", "--loss-scale-window 1000"),
+        ("--normalization rmsnorm", "--normalization RMSNorm"),
+        ("--cpu-optimizer --remote-device cpu", "--offload-optimizer cpu --offload-params cpu"),
+        ("--enable-zbh1-pipeline", "--pipeline-schedule zb-h1"),
+        (
+            "--tokenizer-name-or-path D",
+            "--tokenizer-type HuggingFaceTokenizer --tokenizer-model D",
+        ),
     ],
 )
 def test_old_spellings_mean_the_new_ones(old: str, new: str) -> None:
@@ -227,7 +234,6 @@ def test_a_word_that_belongs_to_no_flag_is_not_swallowed(line: str) -> None:
         ("--fp8-hybrid", "--bf16"),
         ("--retro-add-retriever", "pretrain_gpt.py"),
         ("--lora-rank 4", "--finetune"),
-        ("--apply-layernorm-1p", "leave it out"),
         ("--use-mp-args-from-checkpoint-args", "--use-checkpoint-args"),
         ("--train-data wikipedia", "tools/preprocess_data.py"),
         ("--dataloader-type cyclic", "--data-path"),

@@ -98,7 +98,7 @@ def test_only_rank_0_says_what_is_wrong_with_the_options() -> None:
 def test_cuda_without_a_gpu_is_refused(tmp_path: Path) -> None:
     ended = run(words(MOCK, "--device cuda", "--save", tmp_path))
     assert ended.code == 2
-    ended.says("--device cuda", "0 can be seen", "--device cpu")
+    ended.says("--device cuda needs a GPU", "use --device cpu")
     assert exit_status(tmp_path)["code"] == 2
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron3d.comm.device import likely_device_type
 from megatron3d.config.check import resolve
-from megatron3d.config.cli import parse_args
+from megatron3d.config.cli import read_command
 from megatron3d.config.data import DataConfig
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.run import RunConfig
@@ -24,7 +24,7 @@ from megatron3d.errors import ConfigError, DataError
 from megatron3d.tasks.glue.encode import Encoded, encode
 from megatron3d.tasks.glue.finetune import TaskData
 from megatron3d.tasks.glue.metrics import require_libraries
-from megatron3d.tasks.glue.options import check_options
+from megatron3d.tasks.glue.options import option_problems
 from megatron3d.tasks.glue.order import num_steps
 from megatron3d.tasks.glue.read import Rows, distinct_labels, read_rows
 from megatron3d.tasks.glue.tasks import CUSTOM, CustomColumns, Task, custom_task, find_task
@@ -78,10 +78,13 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
         ConfigError, DataError, CheckpointError: an option, a file or the weights cannot be used.
     """
     require_libraries()
-    words = parse_args(
+    command = read_command(
         other_words, program="finetune_glue.py", description="Fine-tune a BERT.", say=say, architecture="bert"
     )
-    check_options(args, words)
+    words = command.run
+    problems = [*command.problems, *option_problems(args, words)]
+    if problems:
+        raise ConfigError("\n".join(problems))
     origin = _origin(args, words)
     task, folder = _task_and_folder(args, origin)
     _check_classifier(args, origin, task)

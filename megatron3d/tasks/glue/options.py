@@ -22,6 +22,7 @@ _TAKEN = {
 _INSTEAD = {
     "train_iters": "use --epochs",
     "train_samples": "use --epochs",
+    "train_tokens": "use --epochs",
     "rampup_batch_size": "use --global-batch-size",
     "step_batch_size_schedule": "use --global-batch-size",
     "tensorboard_dir": "use --metrics-file",
@@ -97,15 +98,12 @@ def task_parser() -> argparse.ArgumentParser:
     return p
 
 
-def check_options(args: argparse.Namespace, words: RunConfig) -> None:
-    """Refuse options of the model's shape, those that other options stand for here, and those without effect.
+def option_problems(args: argparse.Namespace, words: RunConfig) -> list[str]:
+    """Sentences about options of the model's shape, those that other options stand for here, and those without effect.
 
     Args:
         args: the task's own options.
         words: the options of pretraining as they were given.
-
-    Raises:
-        ConfigError: with a sentence for each.
     """
     problems = _problems_of_numbers(args, words)
     for option in OPTIONS:
@@ -119,8 +117,7 @@ def check_options(args: argparse.Namespace, words: RunConfig) -> None:
             problems.append(f"{given}: the model comes with --load or --hf; leave the option out.")
         elif option.section in _TAKEN and option.name not in _TAKEN[option.section]:
             problems.append(f"{given} has no effect on fine-tuning; leave the option out.")
-    if problems:
-        raise ConfigError("\n".join(problems))
+    return problems
 
 
 def _problems_of_numbers(args: argparse.Namespace, words: RunConfig) -> list[str]:
