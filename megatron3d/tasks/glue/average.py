@@ -43,10 +43,12 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Have the average in the model, and afterwards the weights that were there; collective over all ranks."""
+        """Have the average in the model, and afterwards the weights that were there; collective over all ranks.
+
+        An error ends the run, so a block that raises leaves the average where it is: ranks that have failed would not
+        come to a recall for which the others wait.
+        """
         own = weights.remember(self.parts)
         weights.recall(self.parts, self.means)
-        try:
-            yield
-        finally:
-            weights.recall(self.parts, own)
+        yield
+        weights.recall(self.parts, own)
