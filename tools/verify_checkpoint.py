@@ -16,15 +16,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron3d.checkpoint.directory import (
-    Level,
-    find_checkpoint,
-    latest_checkpoint,
-    list_checkpoints,
-    unfinished_directories,
-    verify,
-)
-from megatron3d.checkpoint.index import Index, parse_index
 from megatron3d.errors import CheckpointError, ConfigError, Megatron3dError
 
 _PROGRESS_INTERVAL_S = 2.0
@@ -49,6 +40,20 @@ def parser() -> argparse.ArgumentParser:
         "also every byte",
     )
     return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and mistakes of spelling are answered before the imports below, which take seconds
+
+from megatron3d.checkpoint.directory import (
+    Level,
+    find_checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    unfinished_directories,
+    verify,
+)
+from megatron3d.checkpoint.index import Index, parse_index
 
 
 class ProgressLines:
