@@ -28,6 +28,7 @@ from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.convert.hf import read_model
+from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError, StorageError
 from megatron3d.inference.embed import POOLINGS, EmbedOptions, embed, load_encoder
@@ -118,11 +119,12 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
 def open_source(args: argparse.Namespace) -> tuple[RunConfig, Path | Mapping[str, Tensor], frozenset[str]]:
     """The run that a model belongs to, its weights, and their names."""
     if args.hf is not None:
-        found = read_model(Path(args.hf))
+        found = read_model(Path(args.hf), with_tokenizer=args.tokenizer_type is None)
         return RunConfig(model=found.model, data=found.data), found.tensors, frozenset(found.tensors)
     directory = find_checkpoint(Path(args.load), args.ckpt_step)
     names = frozenset(name.removeprefix("model/") for name in tensor_shapes(directory))
-    return from_dict(read_document(directory, "run")), directory, names
+    stored = from_dict(read_document(directory, "run"))
+    return replace(stored, data=beside_checkpoint(stored.data, directory)), directory, names
 
 
 def read_texts(inputs: Sequence[str], texts: Sequence[str]) -> list[str]:
@@ -166,8 +168,8 @@ def open_tokenizer(args: argparse.Namespace, config: RunConfig) -> Tokenizer:
         ConfigError: none is known, it has no [CLS] and [SEP], or it has more ids than the model.
     """
     given = {name: vars(args)[name] for name in ("tokenizer_type", "vocab_file", "tokenizer_model")}
-    data = replace(config.data, **{name: value for name, value in given.items() if value is not None})
-    kind = data.tokenizer_type or ("BertWordPieceLowerCase" if data.vocab_file else None)
+    data = with_given(config.data, given)
+    kind = data.tokenizer_type
     if kind is None:
         raise ConfigError(
             f"{args.load or args.hf} names no tokenizer; give its word pieces with --vocab-file vocab.txt"

@@ -91,7 +91,9 @@ class Description:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise DataError(f"{self.directory / 'tokenizer_config.json'}: {name} is {value!r} and must be true or false")
+            raise DataError(
+                f"{self.directory / 'tokenizer_config.json'}: {name} is {value!r} and must be true or false"
+            )
         return value
 
     def name_of(self, part: str) -> str | None:

@@ -21,11 +21,35 @@ from megatron3d.errors import DataError
 
 # Classes whose work is done in Python, so that no file of the directory describes it whole.
 _PYTHON_CLASSES = frozenset(
-    """BartphoTokenizer BertJapaneseTokenizer BertweetTokenizer BioGptTokenizer BlenderbotSmallTokenizer ByT5Tokenizer
-    CanineTokenizer CharacterTokenizer CpmAntTokenizer CpmTokenizer CTRLTokenizer EsmTokenizer FlaubertTokenizer
-    FSMTTokenizer GPTNeoXJapaneseTokenizer GPTSw3Tokenizer JumanppTokenizer LukeTokenizer MecabTokenizer MLukeTokenizer
-    MyT5Tokenizer PhobertTokenizer ProphetNetTokenizer RoCBertTokenizer TapasTokenizer TransfoXLTokenizer
-    XLMTokenizer""".split()
+    [
+        "BartphoTokenizer",
+        "BertJapaneseTokenizer",
+        "BertweetTokenizer",
+        "BioGptTokenizer",
+        "BlenderbotSmallTokenizer",
+        "ByT5Tokenizer",
+        "CanineTokenizer",
+        "CharacterTokenizer",
+        "CpmAntTokenizer",
+        "CpmTokenizer",
+        "CTRLTokenizer",
+        "EsmTokenizer",
+        "FlaubertTokenizer",
+        "FSMTTokenizer",
+        "GPTNeoXJapaneseTokenizer",
+        "GPTSw3Tokenizer",
+        "JumanppTokenizer",
+        "LukeTokenizer",
+        "MecabTokenizer",
+        "MLukeTokenizer",
+        "MyT5Tokenizer",
+        "PhobertTokenizer",
+        "ProphetNetTokenizer",
+        "RoCBertTokenizer",
+        "TapasTokenizer",
+        "TransfoXLTokenizer",
+        "XLMTokenizer",
+    ]
 )
 _ENDS_BY_NAME = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOD>")
 _PROBES = ("a", "1", ".", "中")
@@ -57,8 +81,8 @@ def described_tokenizer(path: Path) -> Tokenizer:
         library = build_by_class(description)
     else:
         raise DataError(
-            f"{path} describes no tokenizer: there is no tokenizer.json and no vocabulary ({', '.join(VOCABULARY_FILES)}"
-            "); give a directory that has one with --tokenizer-model"
+            f"{path} describes no tokenizer: it has none of {', '.join(VOCABULARY_FILES)}; "
+            "give a directory that has one with --tokenizer-model"
         )
     _add_tokens(library, description)
     library.encode_special_tokens = description.flag("split_special_tokens", False)
@@ -74,8 +98,8 @@ def reading_note(directory: Path) -> str | None:
     if (directory / "tokenizer.json").is_file() or not is_unigram_read_as_bpe(description):
         return None
     return (
-        f"{directory / 'tokenizer.model'} is a unigram model, and the LlamaTokenizer of transformers 5, whose ids these "
-        "are, merges its pieces as BPE and leaves out what it has no piece for; if the model was trained with "
+        f"{directory / 'tokenizer.model'} is a unigram model, and the LlamaTokenizer of transformers 5, whose ids "
+        "these are, merges its pieces as BPE and leaves out what it has no piece for; if the model was trained with "
         "sentencepiece itself (as transformers 4 did), use --tokenizer-type Llama2Tokenizer --tokenizer-model FILE"
     )
 
@@ -136,9 +160,9 @@ def _apply_settings(library: tokenizers.Tokenizer, description: Description, fil
         if of_file != of_class and name not in description.settings:
             raise DataError(
                 f"{file} says {name} {str(of_file).lower()}, and a {description.tokenizer_class} takes "
-                f"{str(of_class).lower()} where tokenizer_config.json leaves {name} out, so the directory describes two "
-                f'tokenizers; write "{name}": {str(of_file).lower()} or "tokenizer_class": "PreTrainedTokenizerFast" '
-                "into tokenizer_config.json to take what the file says"
+                f"{str(of_class).lower()} where tokenizer_config.json leaves {name} out, so the directory describes "
+                f'two tokenizers; write "{name}": {str(of_file).lower()} into tokenizer_config.json to take what the '
+                "file says"
             )
 
 
@@ -195,7 +219,7 @@ def _special_ids(library: tokenizers.Tokenizer, description: Description) -> Spe
 
 
 def _end_by_name(library: tokenizers.Tokenizer) -> int | None:
-    """The end of a text where no file but `tokenizer.json` speaks: its one special token of such a name, if it is one."""
+    """The end of a text where `tokenizer.json` alone speaks: its special token of such a name, if it has just one."""
     special = {token.content: id for id, token in library.get_added_tokens_decoder().items() if token.special}
     found = [special[name] for name in _ENDS_BY_NAME if name in special]
     return found[0] if len(found) == 1 else None

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron3d.data.hf_description import tokenizer_files
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import DataError
 
 _FILE_OPTIONS = ("vocab_file", "merge_file", "tokenizer_model")
-_DESCRIPTIONS = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")
 _DIRECTORY = "."
 
 
@@ -62,12 +62,10 @@ def pack(spec: TokenizerSpec) -> PackedTokenizer:
             continue
         path = Path(value)
         if spec.tokenizer_type == "HuggingFaceTokenizer":
-            # Its special tokens are named in descriptions that lie beside it.
-            folder = path if path.is_dir() else path.parent
-            described = [folder / name for name in _DESCRIPTIONS if (folder / name).is_file()]
             options[option] = _DIRECTORY
-            files |= {"tokenizer.json": _read(path if path.is_file() else folder / "tokenizer.json")}
-            files |= {file.name: _read(file) for file in described if file.name != "tokenizer.json"}
+            files |= tokenizer_files(path if path.is_dir() else path.parent)
+            if not path.is_dir():
+                files["tokenizer.json"] = _read(path)
         else:
             options[option] = path.name
             files[path.name] = _read(path)

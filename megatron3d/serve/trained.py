@@ -21,7 +21,8 @@ from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import from_dict
-from megatron3d.convert.hf import HF_DOCUMENT, TOKENIZER_FOLDER
+from megatron3d.convert.hf import HF_DOCUMENT
+from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.inference.load import generation_config, load_model
@@ -158,19 +159,13 @@ def _as_wished(description: Description, wishes: Wishes, num_positions: int) -> 
 
 
 def _tokenizer(directory: Path, config: RunConfig, wishes: Wishes) -> PackedTokenizer:
-    data = config.data
+    given = {"vocab_file": wishes.vocab_file, "tokenizer_model": wishes.tokenizer_model}
+    data = with_given(beside_checkpoint(config.data, directory), given)
     if data.tokenizer_type is None:
         raise CheckpointError(
             f"{directory / 'run.json'} names no tokenizer, and a service reads texts; fine-tune again"
         )
-    packed = pack(
-        TokenizerSpec(
-            data.tokenizer_type,
-            wishes.vocab_file or _where(data.vocab_file, directory),
-            _where(data.merge_file, directory),
-            wishes.tokenizer_model or _where(data.tokenizer_model, directory),
-        )
-    )
+    packed = pack(TokenizerSpec(data.tokenizer_type, data.vocab_file, data.merge_file, data.tokenizer_model))
     tokenizer, vocab_size = packed.build(), config.model.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
@@ -182,12 +177,3 @@ def _tokenizer(directory: Path, config: RunConfig, wishes: Wishes) -> PackedToke
             f"--tokenizer-type {data.tokenizer_type} lacks [CLS], [SEP] or [PAD], which BERT's inputs are made of"
         )
     return packed
-
-
-def _where(stored: str | None, directory: Path) -> str | None:
-    """A tokenizer's file: the one that was copied beside the checkpoints, else where it lay when they were written,
-    for all of them may have moved to another machine together."""
-    if stored is None:
-        return None
-    beside = directory.parent / TOKENIZER_FOLDER / Path(stored).name
-    return str(beside) if beside.exists() else stored
