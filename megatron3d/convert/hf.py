@@ -29,7 +29,7 @@ from megatron3d.convert.directory import StoredWeight, open_weights, read_config
 from megatron3d.convert.families import FAMILIES
 from megatron3d.convert.family import Family, HfConfig
 from megatron3d.convert.rows import Piece, Row
-from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, copy_tokenizer, data_of
+from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, copy_tokenizer, data_of, named_in
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.params.boxes import Box, ShardView
 
@@ -212,7 +212,7 @@ def save_model(found: HfModel, save: Path) -> Path:
     folder = save / TOKENIZER_FOLDER
     has_tokenizer = found.data.tokenizer_type is not None
     copy_tokenizer(found.directory, folder, with_tokenizer=has_tokenizer)
-    data = replace(found.data, tokenizer_model=str(folder.absolute())) if has_tokenizer else found.data
+    data = named_in(found.data, folder) if has_tokenizer else found.data
     run = derive(RunConfig(model=found.model, data=data, train=TrainConfig(micro_batch_size=1)), 1)
     views = {
         f"model/{name}": ShardView(

@@ -52,6 +52,8 @@ def with_given(data: DataConfig, given: Mapping[str, str | None]) -> DataConfig:
     """
     named = {name: given[name] for name in ("tokenizer_type", *_FILES) if given.get(name) is not None}
     own, vocabulary = data.tokenizer_type, named.get("vocab_file")
+    if named.get("tokenizer_type", own) != own or (own == DESCRIBED and "tokenizer_model" in named):
+        return replace(data, **(dict.fromkeys(_FILES) | named))  # the run's own files are those of its own kind
     if vocabulary is None or "tokenizer_type" in named:
         return replace(data, **named)
     if own in (*WORD_PIECES, "GPT2BPETokenizer"):

@@ -85,7 +85,8 @@ def data_of(directory: Path, model: ModelConfig, *, with_tokenizer: bool = True)
             f"{model.vocab_size}: they do not belong together; put the tokenizer of this model there"
         )
     eod = tokenizer.eod if tokenizer.eod in ends else next(iter(ends), None)
-    return DataConfig(tokenizer_type=DESCRIBED, tokenizer_model=str(directory.absolute()), eod_token=eod)
+    vocabulary = "vocab.txt" if (directory / "vocab.txt").is_file() else None
+    return named_in(DataConfig(tokenizer_type=DESCRIBED, vocab_file=vocabulary, eod_token=eod), directory)
 
 
 def files_of(data: DataConfig, model: ModelConfig) -> dict[str, bytes]:
@@ -116,7 +117,8 @@ def files_of(data: DataConfig, model: ModelConfig) -> dict[str, bytes]:
 def named_in(data: DataConfig, folder: Path) -> DataConfig:
     """The options of a run whose tokenizer's files, those of `files_of`, were written into `folder`."""
     if data.tokenizer_type == DESCRIBED:
-        return replace(data, tokenizer_model=str(folder.absolute()))
+        vocabulary = None if data.vocab_file is None else str((folder / "vocab.txt").absolute())
+        return replace(data, tokenizer_model=str(folder.absolute()), vocab_file=vocabulary)
     names = {"vocab_file": "vocab.txt" if data.tokenizer_type in WORD_PIECES else "vocab.json"}
     names |= {"merge_file": "merges.txt", "tokenizer_model": "tokenizer.model"}
     given = {option: name for option, name in names.items() if vars(data)[option] is not None}

@@ -147,7 +147,7 @@ def _apply_settings(library: tokenizers.Tokenizer, description: Description, fil
         wanted = bert_normalizer(description)
         here = {
             "do_lower_case": (normalizer.lowercase, wanted.lowercase),
-            "strip_accents": (_strips(normalizer), _strips(wanted)),
+            "strip_accents": (_strips(normalizer, wanted.lowercase), _strips(wanted, wanted.lowercase)),
             "tokenize_chinese_chars": (normalizer.handle_chinese_chars, wanted.handle_chinese_chars),
         }
         library.normalizer = wanted
@@ -166,9 +166,9 @@ def _apply_settings(library: tokenizers.Tokenizer, description: Description, fil
             )
 
 
-def _strips(normalizer: normalizers.BertNormalizer) -> bool:
+def _strips(normalizer: normalizers.BertNormalizer, lowercase: bool) -> bool:
     """Whether accents go: where nothing is said, with the case."""
-    return normalizer.lowercase if normalizer.strip_accents is None else normalizer.strip_accents
+    return lowercase if normalizer.strip_accents is None else normalizer.strip_accents
 
 
 def _add_tokens(library: tokenizers.Tokenizer, description: Description) -> None:

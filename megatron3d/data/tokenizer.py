@@ -2,7 +2,8 @@
 
 Ids are those that Megatron-LM (core 0.12 and later) gives for the same files: no special token is added to a text,
 and none is read out of it unless the tokenizer file itself says so. The work is done by the `tokenizers` and
-`sentencepiece` libraries; what is here is how each kind is put together and which ids have a meaning.
+`sentencepiece` libraries; what is here is how each kind is put together and which ids have a meaning. A directory in
+Hugging Face's layout describes its tokenizer itself: `hf_tokenizer.py`.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ def build_tokenizer(
     """The tokenizer of that kind from its files.
 
     GPT2BPETokenizer: `vocab_file` (vocab.json) and `merge_file` (merges.txt). BertWordPieceLowerCase and
-    BertWordPieceCase: `vocab_file` (vocab.txt). HuggingFaceTokenizer: `tokenizer_model`, a tokenizer.json or a
-    directory with one. SentencePieceTokenizer, GPTSentencePieceTokenizer and Llama2Tokenizer: `tokenizer_model`, a
-    .model file. ByteTokenizer: nothing. NullTokenizer: `vocab_size`.
+    BertWordPieceCase: `vocab_file` (vocab.txt). HuggingFaceTokenizer: `tokenizer_model`, a directory that describes its
+    tokenizer or a tokenizer.json, or `vocab_file`, a file of such a directory. SentencePieceTokenizer,
+    GPTSentencePieceTokenizer and Llama2Tokenizer: `tokenizer_model`, a .model file. ByteTokenizer: nothing.
+    NullTokenizer: `vocab_size`.
 
     Raises: ConfigError for an unknown kind or an option that it needs and lacks; DataError for a file that is missing
     or cannot be read as what it should be.
@@ -79,6 +81,8 @@ def build_tokenizer(
         vocab = _required_file(tokenizer_type, "--vocab-file", vocab_file)
         return _bert_word_piece(vocab, lower_case=tokenizer_type == "BertWordPieceLowerCase")
     if tokenizer_type == "HuggingFaceTokenizer":
+        if tokenizer_model is None and vocab_file is not None:
+            return described_tokenizer(_required_file(tokenizer_type, "--vocab-file", vocab_file).parent)
         return described_tokenizer(_required_file(tokenizer_type, "--tokenizer-model", tokenizer_model))
     if tokenizer_type in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"):
         return SentencePieceTokenizer(_required_file(tokenizer_type, "--tokenizer-model", tokenizer_model))

@@ -54,22 +54,22 @@ def pack(spec: TokenizerSpec) -> PackedTokenizer:
     Raises:
         DataError: a file is missing or cannot be read.
     """
-    options: dict[str, str] = {}
-    files: dict[str, bytes] = {}
     paths = {"vocab_file": spec.vocab_file, "merge_file": spec.merge_file, "tokenizer_model": spec.tokenizer_model}
-    for option, value in paths.items():
-        if value is None:
-            continue
-        path = Path(value)
-        if spec.tokenizer_type == "HuggingFaceTokenizer":
-            options[option] = _DIRECTORY
-            files |= tokenizer_files(path if path.is_dir() else path.parent)
-            if not path.is_dir():
-                files["tokenizer.json"] = _read(path)
-        else:
-            options[option] = path.name
-            files[path.name] = _read(path)
+    if spec.tokenizer_type == "HuggingFaceTokenizer":
+        return _packed_directory(Path(spec.tokenizer_model or spec.vocab_file or ""))
+    options = {option: Path(value).name for option, value in paths.items() if value is not None}
+    files = {Path(value).name: _read(Path(value)) for value in paths.values() if value is not None}
     return PackedTokenizer(spec.tokenizer_type, options, files)
+
+
+def _packed_directory(path: Path) -> PackedTokenizer:
+    """A directory that describes its tokenizer, or a file with what lies beside it."""
+    files = tokenizer_files(path if path.is_dir() else path.parent)
+    if path.suffix == ".json" and not path.is_dir():
+        files["tokenizer.json"] = _read(path)
+    if not files:
+        raise DataError(f"{path} has no file of a tokenizer; name its directory with --tokenizer-model")
+    return PackedTokenizer("HuggingFaceTokenizer", {"tokenizer_model": _DIRECTORY}, files)
 
 
 def from_text(text: str) -> PackedTokenizer:
