@@ -5,6 +5,7 @@ The padding of the vocabulary exists in memory alone (see docs/decisions/0003) a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from megatron3d.convert.hf import HF_DOCUMENT
 from megatron3d.convert.rows import Row
 from megatron3d.convert.tokenizer_choice import tokenizer_of
 from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, files_of
-from megatron3d.data.hf_description import MODEL_CONFIG, companion_files
+from megatron3d.data.hf_description import GENERATION_CONFIG, MODEL_CONFIG, companion_files
 from megatron3d.errors import CheckpointError, ConfigError
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -85,8 +86,11 @@ def export_model(checkpoint: Path, directory: Path, options: ExportOptions | Non
     if options.with_tokenizer:
         files |= files_of(data, run.model)
     files.pop(MODEL_CONFIG, None)
+    if GENERATION_CONFIG in files and not _is_as_imported(_document(checkpoint, HF_DOCUMENT, index)):
+        files[GENERATION_CONFIG] = _with_ends(files[GENERATION_CONFIG], config)
     write_directory(directory, config, tensors, files)
-    return Exported(class_name, sum(tensor.numel() for tensor in tensors.values()), tuple(sorted(files)))
+    names = tuple(sorted(name for name in files if name != GENERATION_CONFIG))
+    return Exported(class_name, sum(tensor.numel() for tensor in tensors.values()), names)
 
 
 def _config(checkpoint: Path, run: RunConfig, class_name: str, index: Index, labels: Sequence[str]) -> dict[str, Any]:
@@ -152,7 +156,7 @@ def _special_ids(run: RunConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
 
     A text begins with the token that the tokenizer has for it, if it has one that is none of its ends.
     """
-    if run.model.architecture != "gpt" or "eos_token_id" in kept:
+    if run.model.architecture != "gpt" or _is_as_imported(kept):
         return {}
     assert run.model.vocab_size is not None, "a checkpoint's run has its vocabulary settled"
     tokenizer = tokenizer_of(run.data, run.model.vocab_size)
@@ -165,6 +169,19 @@ def _special_ids(run: RunConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
         "bos_token_id": bos,
         "pad_token_id": None if tokenizer is None else tokenizer.pad,
     }
+
+
+def _is_as_imported(kept: Mapping[str, Any]) -> bool:
+    """Whether the ends of texts are those that the model was imported with, in all files alike."""
+    return "eos_token_id" in kept
+
+
+def _with_ends(content: bytes, config: Mapping[str, Any]) -> bytes:
+    """A generation config that names ends: where it has none, transformers would not look into `config.json`."""
+    values = json.loads(content)
+    if values.get("eos_token_id") is None:
+        values["eos_token_id"] = config.get("eos_token_id")
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def _classes(index: Index, labels: Sequence[str], kept: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from megatron3d.errors import DataError
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")
 SETTING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # What belongs to a model beside its weights and makes no ids: how chats are written, how texts are generated.
-COMPANION_FILES = ("generation_config.json", "chat_template.jinja", "chat_template.json")
+GENERATION_CONFIG = "generation_config.json"
+COMPANION_FILES = (GENERATION_CONFIG, "chat_template.jinja", "chat_template.json")
 COMPANION_FOLDER = "additional_chat_templates"
 MODEL_CONFIG = "config.json"
 _KEPT_OF_MODEL_CONFIG = ("model_type", "tokenizer_class", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -134,7 +135,7 @@ def end_token_ids(directory: Path) -> tuple[int, ...]:
     Raises:
         DataError: a file is no JSON object, or the value is neither an id nor a list of ids.
     """
-    for name in ("generation_config.json", MODEL_CONFIG):
+    for name in (GENERATION_CONFIG, MODEL_CONFIG):
         value = json_object(directory / name).get("eos_token_id")
         if value is None:
             continue
