@@ -26,6 +26,7 @@ from megatron3d.config.train import TrainConfig
 from megatron3d.convert.export import DTYPES, ExportOptions, export_model
 from megatron3d.convert.hf import HfModel, read_model, save_model
 from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
+from megatron3d.convert.tokenizer_files import DESCRIBED
 from megatron3d.data.hf_tokenizer import reading_note
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.params.init import initial_shard
@@ -105,6 +106,12 @@ def write_hf(args: argparse.Namespace) -> None:
     exported = export_model(checkpoint, Path(args.hf), options)
     files = ", ".join(exported.tokenizer_files) or "no tokenizer"
     print(f"{args.hf}: {exported.class_name} of {exported.num_parameters} parameters, with {files}")
+    kind = options.data.tokenizer_type if options.data is not None else None
+    if "tokenizer.model" in exported.tokenizer_files and kind != DESCRIBED:
+        print(
+            f"tokenizer.model is copied as it is: the {kind} gives the ids of sentencepiece, and transformers reads the "
+            "file by a class of its own, with other ids for some texts; encode with sentencepiece where that matters"
+        )
 
 
 def main(guard: Guard) -> None:
