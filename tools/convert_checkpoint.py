@@ -109,7 +109,7 @@ def write_hf(args: argparse.Namespace) -> None:
     kind = options.data.tokenizer_type if options.data is not None else None
     if "tokenizer.model" in exported.tokenizer_files and kind != DESCRIBED:
         print(
-            f"tokenizer.model is copied as it is: the {kind} gives the ids of sentencepiece, and transformers reads the "
+            f"tokenizer.model is copied as it is: the {kind} gives the ids of sentencepiece; transformers reads the "
             "file by a class of its own, with other ids for some texts; encode with sentencepiece where that matters"
         )
 
