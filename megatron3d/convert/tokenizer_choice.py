@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron3d.config.data import DataConfig
-from megatron3d.convert.tokenizer_files import DESCRIBED, TOKENIZER_FOLDER, WORD_PIECES
+from megatron3d.convert.tokenizer_files import DESCRIBED, TOKENIZER_FOLDER
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.data.tokenizer_interface import Tokenizer
 from megatron3d.errors import ConfigError
@@ -40,35 +40,48 @@ def beside_checkpoint(data: DataConfig, checkpoint: Path) -> DataConfig:
 def with_given(data: DataConfig, given: Mapping[str, str | None]) -> DataConfig:
     """The options with those of a command line instead, where it has any.
 
-    A vocabulary of word pieces alone does not say how words are cut: it is read as `tokenizer_config.json` beside it
-    says, or as the run reads its own; a run without a tokenizer takes it as lower case, as training does.
+    Without a kind, files are read as the run reads its own. Where the run has no such files, a directory or a .json
+    file is one that describes its tokenizer, and a vocabulary is read as `tokenizer_config.json` beside it says; a run
+    without a tokenizer takes a vocabulary as training does.
 
     Args:
         data: the options of the run.
         given: `tokenizer_type` and the names of files, None where the command line has none.
 
     Raises:
-        ConfigError: files are given without a kind, and the run's own kind has no such files.
+        ConfigError: files are given without a kind, and nothing says how to read them.
     """
-    named = {name: given[name] for name in ("tokenizer_type", *_FILES) if given.get(name) is not None}
-    own, vocabulary = data.tokenizer_type, named.get("vocab_file")
-    if named.get("tokenizer_type", own) != own or (own == DESCRIBED and "tokenizer_model" in named):
-        return replace(data, **(dict.fromkeys(_FILES) | named))  # the run's own files are those of its own kind
-    if vocabulary is None or "tokenizer_type" in named:
-        return replace(data, **named)
-    if own in (*WORD_PIECES, "GPT2BPETokenizer"):
-        return replace(data, **named)
-    path = Path(vocabulary)
-    if path.name == "vocab.txt" and (path.parent / "tokenizer_config.json").is_file():
-        return replace(data, tokenizer_type=DESCRIBED, tokenizer_model=str(path.parent), vocab_file=None)
-    if own is not None:
-        raise ConfigError(
-            f"--vocab-file {vocabulary} is a list of tokens and does not say how texts are cut, and the model's own "
-            f"tokenizer is a {own} ({data.tokenizer_model}); give its directory with --tokenizer-model, or say how to "
-            "read the file with --tokenizer-type BertWordPieceLowerCase, BertWordPieceCase or GPT2BPETokenizer"
-        )
-    return replace(
-        data, tokenizer_type="GPT2BPETokenizer" if "merge_file" in named else "BertWordPieceLowerCase", **named
+    named = {name: value for name in _FILES if (value := given.get(name)) is not None}
+    kind = given.get("tokenizer_type")
+    if kind is None:
+        kind = _kind_of(data, named) if named else data.tokenizer_type
+    if kind == DESCRIBED and "vocab_file" in named and "tokenizer_model" not in named:
+        named = {"tokenizer_model": str(Path(named["vocab_file"]).parent)}
+    if kind != data.tokenizer_type or (kind == DESCRIBED and named):
+        named = dict.fromkeys(_FILES) | named  # the run's own files are those of its own kind
+    return replace(data, tokenizer_type=kind, **named)
+
+
+def _kind_of(data: DataConfig, named: Mapping[str, str]) -> str:
+    """How files are read that are given without a kind."""
+    own = data.tokenizer_type
+    if own is not None and own != DESCRIBED and all(vars(data)[name] is not None for name in named):
+        return own
+    if "tokenizer_model" in named:
+        path = Path(named["tokenizer_model"])
+        if own == DESCRIBED or path.is_dir() or path.suffix == ".json":
+            return DESCRIBED
+    elif "vocab_file" in named:
+        path = Path(named["vocab_file"])
+        if path.name == "vocab.txt" and (path.parent / "tokenizer_config.json").is_file():
+            return DESCRIBED
+        if own is None:
+            return "GPT2BPETokenizer" if "merge_file" in named else "BertWordPieceLowerCase"
+    words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in named.items())
+    its_own = f"is a {own} ({data.tokenizer_model or data.vocab_file or 'without files'})" if own else "is not known"
+    raise ConfigError(
+        f"{words} does not say how texts are cut, and the model's own tokenizer {its_own}; give a directory that "
+        "describes its tokenizer with --tokenizer-model, or say how to read the file with --tokenizer-type"
     )
 
 

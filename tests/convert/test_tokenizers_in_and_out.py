@@ -242,6 +242,13 @@ def test_a_vocabulary_on_the_command_line_is_read_as_it_is_described_or_refused(
     (tmp_path / "tokenizer_config.json").write_text("{}")
     assert with_given(described, given).tokenizer_model == str(tmp_path)
     assert with_given(DataConfig(), given).tokenizer_type == "HuggingFaceTokenizer"
+    with_directory = with_given(cased, {"tokenizer_model": str(tmp_path)})
+    assert (with_directory.tokenizer_type, with_directory.vocab_file) == ("HuggingFaceTokenizer", None)
+    with pytest.raises(
+        ConfigError, match=r"--tokenizer-model a\.model does not say .* own tokenizer is a BertWordPieceCase"
+    ):
+        with_given(cased, {"tokenizer_model": "a.model"})
+    assert with_given(cased, {}) == cased
     other_kind = with_given(described, {"tokenizer_type": "GPT2BPETokenizer"})
     assert other_kind.tokenizer_model is None, "a kind does not read the files of another"
 
