@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import sys
 
-from megatron3d.config.check import resolve
-from megatron3d.config.cli import parse_args
+from megatron3d.config.cli import read_command, settle
 from megatron3d.config.serialize import as_table
-from megatron3d.data.build import build_gpt_data
-from megatron3d.models.gpt import build_gpt_stage
-from megatron3d.train.launch import Guard, guarded, joined
-from megatron3d.train.loop import open_streams, train
-from megatron3d.train.parts import build_parts
+from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.vocabulary import open_vocabulary
 
 
@@ -23,21 +18,30 @@ def main(guard: Guard) -> None:
     """The story of a run."""
     # What the user wants: all problems are found here, before a process group or a device exists.
     is_first = guard.launch.rank == 0
-    words = parse_args(
+    command = read_command(
         sys.argv[1:], program="pretrain_gpt.py", description="Pretrain a GPT.", say=print if is_first else silent
     )
-    guard.save = words.checkpoint.save
-    config, vocabulary = open_vocabulary(resolve(words, guard.launch.world_size))
+    guard.save = command.run.checkpoint.save
+    config, vocabulary = open_vocabulary(settle(command, guard.launch.world_size))
     if is_first:
         print(as_table(config))
 
-    # Where it runs.
-    with joined(config.parallel, guard, save=config.checkpoint.save) as (mesh, device):
-        # Which tokens: every rank maps the same files and reads its own part.
+    # The rest needs torch, whose import takes seconds: a mistake above is answered without it.
+    from megatron3d.data.build import build_gpt_data
+    from megatron3d.models.gpt import build_gpt_stage
+    from megatron3d.train.joining import joined
+    from megatron3d.train.loop import open_streams, train
+    from megatron3d.train.parts import build_parts
+    from megatron3d.train.stopping import stop_while_starting
+
+    # Where it runs. From here on a signal asks for a stop, which every rank makes at the same point.
+    with joined(config, guard, save=config.checkpoint.save, stoppable=True) as (mesh, device):
+        # Which tokens: every rank opens the same files and reads its own part.
         sizes = {"vocab_size": config.model.vocab_size, "eod_token": vocabulary.eod_token}
         data = build_gpt_data(config.data, seq_length=config.model.seq_length, **sizes)
         if is_first:
             print("\n".join(data.notes), end="\n" if data.notes else "")
+        stop_while_starting(guard, mesh)
 
         # Which layers: this rank's stage, its flat buffers, its part of the optimizer.
         parts = build_parts(config, mesh, device, build_gpt_stage)

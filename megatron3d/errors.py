@@ -40,7 +40,8 @@ class MisfitError(CheckpointError):
 
 
 class NumericsError(Megatron3dError):
-    """A loss or gradient that is not finite where the run cannot skip it."""
+    """A loss or gradient that is not finite where the run cannot skip it, or weights that may not be saved: they are
+    not finite, or replicas of them differ."""
 
     exit_code = 5
 
@@ -57,6 +58,19 @@ class StorageError(Megatron3dError):
     exit_code = 7
 
 
+class TrackerError(StorageError):
+    """A metrics file or a service for curves that cannot be written: ends a run at its start only.
+
+    Attributes:
+        may_pass: whether it may pass by itself, as a full disk does, so that the run need not wait for it.
+        is_remote: whether it is a service that may be out of reach for a while.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool = False, is_remote: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass, self.is_remote = may_pass, is_remote
+
+
 class InUseError(Megatron3dError):
     """A directory that another run holds."""
 
@@ -67,3 +81,9 @@ class StopRequested(Megatron3dError):
     """The run was asked to stop, saved a checkpoint and can be started again."""
 
     exit_code = 75
+
+
+class MemoryShortError(Megatron3dError):
+    """The device or the host has less memory than the run needs."""
+
+    exit_code = 9

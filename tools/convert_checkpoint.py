@@ -12,6 +12,39 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+DTYPE_NAMES = ("float32", "bfloat16", "float16")  # as in convert.export, which imports torch
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Between Hugging Face's directories and checkpoints.", allow_abbrev=False)
+    kinds = p.add_subparsers(dest="action", required=True)
+    take = kinds.add_parser("hf-import", help="a Hugging Face directory into a checkpoint", allow_abbrev=False)
+    take.add_argument("--hf", required=True, metavar="DIR", help="config.json, weights and tokenizer")
+    take.add_argument("--save", required=True, metavar="DIR", help="where the checkpoint goes; holds none yet")
+    take.add_argument(
+        "--new-heads", action="store_true", help="give the heads of training that DIR lacks random weights"
+    )
+    take.add_argument("--no-tokenizer", action="store_true", help="take the weights alone, whatever tokenizer DIR has")
+    take.add_argument("--seed", type=int, default=1234, metavar="N", help="of the random weights (default 1234)")
+    give = kinds.add_parser("hf-export", help="a checkpoint into a Hugging Face directory", allow_abbrev=False)
+    give.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one of them")
+    give.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default the latest)")
+    give.add_argument("--hf", required=True, metavar="DIR", help="a directory that does not exist yet")
+    give.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights (default as they are stored)")
+    give.add_argument(
+        "--labels", nargs="+", default=[], metavar="NAME", help="names of a classifier's classes, in order"
+    )
+    give.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    give.add_argument("--vocab-file", metavar="FILE", help="where the tokenizer's files are now, if they were moved")
+    give.add_argument("--merge-file", metavar="FILE")
+    give.add_argument("--tokenizer-model", metavar="PATH")
+    return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and mistakes of spelling are answered before the imports below, which take seconds
+
 import torch
 from torch import Tensor
 
@@ -32,33 +65,6 @@ from megatron3d.models.zoo import BUILDERS
 from megatron3d.params.init import initial_shard
 from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.parts import build_model
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(description="Between Hugging Face's directories and checkpoints.", allow_abbrev=False)
-    kinds = p.add_subparsers(dest="action", required=True)
-    take = kinds.add_parser("hf-import", help="a Hugging Face directory into a checkpoint", allow_abbrev=False)
-    take.add_argument("--hf", required=True, metavar="DIR", help="config.json, weights and tokenizer")
-    take.add_argument("--save", required=True, metavar="DIR", help="where the checkpoint goes; holds none yet")
-    take.add_argument(
-        "--new-heads", action="store_true", help="give the heads of training that DIR lacks random weights"
-    )
-    take.add_argument("--no-tokenizer", action="store_true", help="take the weights alone, whatever tokenizer DIR has")
-    take.add_argument("--seed", type=int, default=1234, metavar="N", help="of the random weights (default 1234)")
-    give = kinds.add_parser("hf-export", help="a checkpoint into a Hugging Face directory", allow_abbrev=False)
-    give.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one of them")
-    give.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default the latest)")
-    give.add_argument("--hf", required=True, metavar="DIR", help="a directory that does not exist yet")
-    give.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default as they are stored)")
-    give.add_argument(
-        "--labels", nargs="+", default=[], metavar="NAME", help="names of a classifier's classes, in order"
-    )
-    give.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
-    give.add_argument("--vocab-file", metavar="FILE", help="where the tokenizer's files are now, if they were moved")
-    give.add_argument("--merge-file", metavar="FILE")
-    give.add_argument("--tokenizer-model", metavar="PATH")
-    return p
 
 
 def import_model(args: argparse.Namespace) -> None:

@@ -19,21 +19,64 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron3d.data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
+from megatron3d.errors import ConfigError, DataError, StorageError
+
+POOLING_NAMES = ("mean", "cls", "pooler")  # as in inference.embed, which imports torch
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Texts to vectors with a BERT.", allow_abbrev=False)
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--load", metavar="DIR", help="directory of checkpoints, or one of them")
+    source.add_argument("--hf", metavar="DIR", help="a Hugging Face directory: config.json, weights, tokenizer")
+    p.add_argument("--ckpt-step", type=int, metavar="N", help="with --load: the checkpoint of this step")
+    p.add_argument(
+        "--input", nargs="+", default=[], metavar="FILE|TEXT", help="files with one text a line, or texts of more words"
+    )
+    p.add_argument("--text", nargs="+", default=[], metavar="TEXT", help="texts as they stand, whatever they look like")
+    p.add_argument("--output", required=True, metavar="FILE", help="F.npy: fp32 [texts, hidden]; F.jsonl: one a line")
+    how = p.add_argument_group("how a text becomes a vector")
+    how.add_argument("--pooling", choices=POOLING_NAMES, default="mean", help="mean of all (default), or of [CLS]")
+    how.add_argument("--normalize", action="store_true", help="scale vectors to length 1: products are cosines")
+    how.add_argument("--max-length", type=int, metavar="N", help="tokens of a text, [CLS] and [SEP] included; longer")
+    how.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="tokens worked on at once")
+    tokenizer = p.add_argument_group("tokenizer, where it is not as or where run.json says")
+    tokenizer.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
+    tokenizer.add_argument("--vocab-file", metavar="FILE")
+    tokenizer.add_argument("--tokenizer-model", metavar="PATH")
+    tokenizer.add_argument(
+        "--override-tokenizer", action="store_true", help="use files with other content than the model was trained with"
+    )
+    run = p.add_argument_group("where it runs")
+    run.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share a layer")
+    run.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share depth")
+    run.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one, else cpu")
+    run.add_argument("--bf16", action="store_true", help="compute in bf16 (default fp32)")
+    return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and mistakes of spelling are answered before the imports below, which take seconds
+
 import numpy as np
 from torch import Tensor
 
 from megatron3d.checkpoint.directory import find_checkpoint
-from megatron3d.checkpoint.load import read_document, tensor_shapes
+from megatron3d.checkpoint.load import tensor_shapes
+from megatron3d.comm.agree import digest_of
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
-from megatron3d.config.serialize import from_dict
-from megatron3d.convert.hf import read_model
+from megatron3d.convert.hf import digest_of_tensors, read_model
 from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
-from megatron3d.data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
-from megatron3d.errors import ConfigError, DataError, StorageError
-from megatron3d.inference.embed import POOLINGS, EmbedOptions, embed, load_encoder
+from megatron3d.data.content import require_same_tokenizer
+from megatron3d.files.text import TextError, read_lines
+from megatron3d.inference.embed import EmbedOptions, embed, load_encoder
 from megatron3d.inference.load import generation_config
-from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.compare import SavedRun, read_saved_run
+from megatron3d.train.joining import joined
+from megatron3d.train.launch import Guard, guarded
 
 _FORMATS = (".npy", ".jsonl")
 
@@ -50,34 +93,10 @@ class Job:
     options: EmbedOptions
     output: Path
 
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(description="Texts to vectors with a BERT.", allow_abbrev=False)
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--load", metavar="DIR", help="directory of checkpoints, or one of them")
-    source.add_argument("--hf", metavar="DIR", help="a Hugging Face directory: config.json, weights, tokenizer")
-    p.add_argument("--ckpt-step", type=int, metavar="N", help="with --load: the checkpoint of this step")
-    p.add_argument(
-        "--input", nargs="+", default=[], metavar="FILE|TEXT", help="files with one text a line, or texts of more words"
-    )
-    p.add_argument("--text", nargs="+", default=[], metavar="TEXT", help="texts as they stand, whatever they look like")
-    p.add_argument("--output", required=True, metavar="FILE", help="F.npy: fp32 [texts, hidden]; F.jsonl: one a line")
-    how = p.add_argument_group("how a text becomes a vector")
-    how.add_argument("--pooling", choices=POOLINGS, default="mean", help="mean of all tokens (default), or of [CLS]")
-    how.add_argument("--normalize", action="store_true", help="scale vectors to length 1: products are cosines")
-    how.add_argument("--max-length", type=int, metavar="N", help="tokens of a text, [CLS] and [SEP] included; longer")
-    how.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="tokens worked on at once")
-    tokenizer = p.add_argument_group("tokenizer, where it is not as or where run.json says")
-    tokenizer.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
-    tokenizer.add_argument("--vocab-file", metavar="FILE")
-    tokenizer.add_argument("--tokenizer-model", metavar="PATH")
-    run = p.add_argument_group("where it runs")
-    run.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share a layer")
-    run.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share depth")
-    run.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one, else cpu")
-    run.add_argument("--bf16", action="store_true", help="compute in bf16 (default fp32)")
-    return p
+    def files(self) -> dict[str, str]:
+        """Digests of what was read, which all ranks must have alike."""
+        found = {"the texts": digest_of(self.ids), "the options of embedding": str(self.options)}
+        return found if isinstance(self.weights, Path) else {**found, "the weights": digest_of_tensors(self.weights)}
 
 
 def settle(args: argparse.Namespace, world_size: int) -> Job:
@@ -94,7 +113,8 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
     if args.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens {args.batch_tokens} leaves nothing to work on; use at least 1")
     texts = read_texts(args.input, args.text)
-    stored, weights, names = open_source(args)
+    saved, weights, names = open_source(args)
+    stored = saved.config
     if stored.model.architecture != "bert":
         raise ConfigError(
             f"{args.load or args.hf} holds a {stored.model.architecture.upper()}; vectors come from a BERT"
@@ -107,7 +127,7 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
         device=args.device,
     )
     config = generation_config(stored, parallel, world_size=world_size, bf16=args.bf16)
-    tokenizer = open_tokenizer(args, config)
+    tokenizer = open_tokenizer(args, config, saved)
     length = length_limit(args.max_length, config)
     ids = tokenizer.encode_batch(texts)
     num_cut = sum(len(one) > length - 2 for one in ids)
@@ -116,15 +136,17 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
     return Job(config, weights, tuple(texts), framed, num_cut, options, output)
 
 
-def open_source(args: argparse.Namespace) -> tuple[RunConfig, Path | Mapping[str, Tensor], frozenset[str]]:
+def open_source(args: argparse.Namespace) -> tuple[SavedRun, Path | Mapping[str, Tensor], frozenset[str]]:
     """The run that a model belongs to, its weights, and their names."""
     if args.hf is not None:
         found = read_model(Path(args.hf), with_tokenizer=args.tokenizer_type is None)
-        return RunConfig(model=found.model, data=found.data), found.tensors, frozenset(found.tensors)
+        run = SavedRun(found.directory, RunConfig(model=found.model, data=found.data), None)
+        return run, found.tensors, frozenset(found.tensors)
     directory = find_checkpoint(Path(args.load), args.ckpt_step)
     names = frozenset(name.removeprefix("model/") for name in tensor_shapes(directory))
-    stored = from_dict(read_document(directory, "run"))
-    return replace(stored, data=beside_checkpoint(stored.data, directory)), directory, names
+    saved = read_saved_run(directory)
+    config = replace(saved.config, data=beside_checkpoint(saved.config.data, directory))
+    return replace(saved, config=config), directory, names
 
 
 def read_texts(inputs: Sequence[str], texts: Sequence[str]) -> list[str]:
@@ -152,20 +174,21 @@ def read_texts(inputs: Sequence[str], texts: Sequence[str]) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--input {path} cannot be read as UTF-8 ({error}); name a text file") from error
+        lines = read_lines(path)
+    except (OSError, TextError) as error:
+        raise DataError(f"--input {path} cannot be read ({error}); name a text file") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise DataError(f"--input {path} line {number} is empty; remove it, or every row after it would be off")
     return lines
 
 
-def open_tokenizer(args: argparse.Namespace, config: RunConfig) -> Tokenizer:
+def open_tokenizer(args: argparse.Namespace, config: RunConfig, saved: SavedRun) -> Tokenizer:
     """The model's tokenizer, with the files that the options name instead of its own.
 
     Raises:
-        ConfigError: none is known, it has no [CLS] and [SEP], or it has more ids than the model.
+        ConfigError: none is known, it has no [CLS] and [SEP], more ids than the model, or other content than the one
+            that the model was trained with.
     """
     given = {name: vars(args)[name] for name in ("tokenizer_type", "vocab_file", "tokenizer_model")}
     data = with_given(config.data, given)
@@ -184,6 +207,8 @@ def open_tokenizer(args: argparse.Namespace, config: RunConfig) -> Tokenizer:
             f"{file} has {tokenizer.vocab_size} tokens, but the model of {args.load or args.hf} has {vocab_size}; give "
             "the vocabulary it was trained with"
         )
+    if not args.override_tokenizer:
+        require_same_tokenizer(saved.content, data, vocab_size, source=saved.directory)
     return tokenizer
 
 
@@ -225,7 +250,7 @@ def main(guard: Guard) -> None:
     """Settle what is asked for, load the encoder, embed, write."""
     args = parser().parse_args()
     job = settle(args, guard.launch.world_size)
-    with joined(job.config.parallel, guard, save=None) as (mesh, device):
+    with joined(job.config, guard, save=None, files=job.files()) as (mesh, device):
         model = load_encoder(job.config, mesh, device, job.weights, pooling=job.options.pooling)
         began_s = time.monotonic()
         vectors_NH = embed(model, job.config, job.ids, job.options)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
-from megatron3d.config.cli import parse_args
+from megatron3d.config.cli import parse_args, read_command, settle
+from megatron3d.config.placeholders import with_placeholders
 from megatron3d.config.presets import PRESETS, Preset
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError, Megatron3dError
-from megatron3d.train.estimate import Limits, describe, describe_largest, estimate_of, family_of, settled
-from megatron3d.train.plan import GIB
 
 PROGRAM = "estimate.py"
 DESCRIPTION = "Tell how much memory a run will take on each rank."
@@ -62,44 +62,69 @@ def world_sizes_of(args: argparse.Namespace) -> list[int]:
     return sizes
 
 
-def estimate(args: argparse.Namespace, rest: Sequence[str]) -> str:
-    """The estimate of one run."""
+def run_to_estimate(args: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
+    """The one run that is asked about, with every derived value but a tokenizer's.
+
+    Raises: ConfigError with all problems of its options.
+    """
     for name in ("memory_gb", "host_memory_gb", "family"):
         if getattr(args, name) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} {getattr(args, name)} is for --largest; give --largest too, or leave it out.")
     preset = next((PRESETS[word] for word in rest if word in PRESETS), None)
     architecture = args.architecture or (preset.model_config().architecture if preset else "gpt")
-    words = parse_args(rest, program=PROGRAM, description=DESCRIPTION, architecture=architecture)
-    return describe(estimate_of(settled(words, world_sizes_of(args)[0])))
+    command = read_command(rest, program=PROGRAM, description=DESCRIPTION, architecture=architecture)
+    return settle(replace(command, run=with_placeholders(command.run)), world_sizes_of(args)[0])
 
 
-def largest(args: argparse.Namespace, rest: Sequence[str]) -> str:
-    """The table of largest models."""
+def check_search(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Refuse options that do not describe a search for the largest model.
+
+    Raises: ConfigError for a limit that is missing, a model that is named, or words that are no options.
+    """
     if args.memory_gb is None or args.memory_gb <= 0:
         raise ConfigError(f"--largest needs the GiB of a rank's device, not {args.memory_gb}; give --memory-gb 80.")
     if "--preset" in rest:
         raise ConfigError("--preset names one model and --largest searches a family of them; use --family instead.")
-    architecture = args.architecture or "gpt"
-    family = family_of(args.family or DEFAULT_FAMILIES[architecture], architecture)
-    host = None if args.host_memory_gb is None else int(args.host_memory_gb * GIB)
+    world_sizes_of(args)
+    parse_with(args, rest)
 
-    def parse(preset: Preset) -> RunConfig:
-        argv = ["--preset", preset.name, *rest]
-        return parse_args(argv, program=PROGRAM, description=DESCRIPTION, architecture=architecture)
 
-    return describe_largest(parse, family, world_sizes_of(args), Limits(int(args.memory_gb * GIB), host))
+def parse_with(args: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
+    """The run of the other options. Raises: ConfigError for words that are none."""
+    return parse_args(rest, program=PROGRAM, description=DESCRIPTION, architecture=args.architecture or "gpt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     own = parser()
-    if "--help" in words:
+    if "--help" in words or "-h" in words:
         own.print_help()
+        read_command(["--help"], program=PROGRAM, description=DESCRIPTION)
     try:
         args, rest = own.parse_known_args(words)
-        print(largest(args, rest) if args.largest else estimate(args, rest))
+        run = None if args.largest else run_to_estimate(args, rest)
+        if args.largest:
+            check_search(args, rest)
+
+        # Counting needs torch, whose import takes seconds: a mistake above is answered without it.
+        from megatron3d.train.estimate import Limits, describe, describe_largest, estimate_of, family_of
+        from megatron3d.train.plan import GIB
+        from megatron3d.train.vocabulary import open_vocabulary
+
+        if run is not None:
+            print(describe(estimate_of(open_vocabulary(run)[0])))
+            return 0
+        architecture = args.architecture or "gpt"
+        family = family_of(args.family or DEFAULT_FAMILIES[architecture], architecture)
+        host = None if args.host_memory_gb is None else int(args.host_memory_gb * GIB)
+        limits = Limits(int(args.memory_gb * GIB), host)
+
+        def parse(preset: Preset) -> RunConfig:
+            return parse_with(args, ["--preset", preset.name, *rest])
+
+        print(describe_largest(parse, family, world_sizes_of(args), limits))
     except Megatron3dError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -17,6 +17,34 @@ from pathlib import Path
 from typing import Any
 
 from megatron3d.errors import ConfigError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Export a classifier to one ONNX file.", allow_abbrev=False)
+    p.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one of them; any layout")
+    p.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default the latest)")
+    p.add_argument("--output", required=True, metavar="FILE", help="the file to write, such as model.onnx")
+    p.add_argument(
+        "--label-names", nargs="+", default=[], metavar="NAME", help="what clients see instead of the labels"
+    )
+    p.add_argument("--max-length", type=int, metavar="N", help="tokens of a text at most (default as fine-tuned)")
+    p.add_argument("--vocab-file", metavar="FILE", help="where the tokenizer's file has moved")
+    p.add_argument("--tokenizer-model", metavar="PATH", help="likewise")
+    p.add_argument("--override-tokenizer", action="store_true", help="use files with other content than the training's")
+    p.add_argument("--int8", action="store_true", help="int8 weights; needs labelled data, to print what they cost")
+    data = p.add_argument_group("labelled data to measure on")
+    data.add_argument("--data-dir", metavar="DIR", help="the official files of the task the model was fine-tuned on")
+    data.add_argument("--dev-file", metavar="FILE", help="one's own TSV file with a header line")
+    data.add_argument("--text-column", default="sentence", metavar="NAME", help="of --dev-file (default sentence)")
+    data.add_argument("--second-text-column", metavar="NAME", help="of --dev-file, for pairs")
+    data.add_argument("--label-column", default="label", metavar="NAME", help="of --dev-file (default label)")
+    return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and mistakes of spelling are answered before the imports below, which take seconds
+
 from megatron3d.serve.classifier import open_classifier
 from megatron3d.serve.description import to_metadata
 from megatron3d.serve.onnx_file import check, compare, require_exporter, set_aside, write
@@ -34,28 +62,6 @@ class Measurement:
 
     task: Task
     files: dict[str, Rows]
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(description="Export a classifier to one ONNX file.", allow_abbrev=False)
-    p.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one of them; any layout")
-    p.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default the latest)")
-    p.add_argument("--output", required=True, metavar="FILE", help="the file to write, such as model.onnx")
-    p.add_argument(
-        "--label-names", nargs="+", default=[], metavar="NAME", help="what clients see instead of the labels"
-    )
-    p.add_argument("--max-length", type=int, metavar="N", help="tokens of a text at most (default as fine-tuned)")
-    p.add_argument("--vocab-file", metavar="FILE", help="where the tokenizer's file has moved")
-    p.add_argument("--tokenizer-model", metavar="PATH", help="likewise")
-    p.add_argument("--int8", action="store_true", help="int8 weights; needs labelled data, to print what they cost")
-    data = p.add_argument_group("labelled data to measure on")
-    data.add_argument("--data-dir", metavar="DIR", help="the official files of the task the model was fine-tuned on")
-    data.add_argument("--dev-file", metavar="FILE", help="one's own TSV file with a header line")
-    data.add_argument("--text-column", default="sentence", metavar="NAME", help="of --dev-file (default sentence)")
-    data.add_argument("--second-text-column", metavar="NAME", help="of --dev-file, for pairs")
-    data.add_argument("--label-column", default="label", metavar="NAME", help="of --dev-file (default label)")
-    return p
 
 
 def measurement(args: argparse.Namespace, trained: Trained) -> Measurement | None:
@@ -106,7 +112,9 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     output = Path(args.output)
     if output.is_dir():
         raise ConfigError(f"--output {output} is a directory; give the name of a file, such as {output / 'model.onnx'}")
-    wishes = Wishes(tuple(args.label_names), args.max_length, args.vocab_file, args.tokenizer_model)
+    wishes = Wishes(
+        tuple(args.label_names), args.max_length, args.vocab_file, args.tokenizer_model, args.override_tokenizer
+    )
     trained = open_trained(Path(args.load), args.ckpt_step, wishes)
     data = measurement(args, trained)
     report: dict[str, Any] = {"output": str(output), "checkpoint": str(trained.directory)}

@@ -13,29 +13,33 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron3d.tasks.glue.options import task_parser
+
+if __name__ == "__main__" and {"--help", "-h"} & set(sys.argv):
+    task_parser().print_help()  # before the imports below, which take seconds
+    sys.exit(0)
+
 import torch
 
-from megatron3d.checkpoint.directory import hold_directory
-from megatron3d.checkpoint.store import everywhere
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.run import RunConfig
 from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.tasks.glue.finetune import Finetuned, Wishes, finetune
 from megatron3d.tasks.glue.job import Job, settle
 from megatron3d.tasks.glue.metrics import over_seeds
-from megatron3d.tasks.glue.options import task_parser
 from megatron3d.tasks.glue.pace import Pace
 from megatron3d.tasks.glue.predict import scores, write_predictions
 from megatron3d.tasks.glue.weights import fill, keep_tokenizer
-from megatron3d.train.launch import Guard, guarded, joined
+from megatron3d.train.held import held_directory
+from megatron3d.train.joining import joined
+from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.parts import Parts, build_parts
+from megatron3d.train.stopping import stop_if_asked, stop_while_starting
 
 
 def main(guard: Guard) -> None:
@@ -47,7 +51,7 @@ def main(guard: Guard) -> None:
     for note in job.notes:
         say(note)
     results = []
-    with joined(job.runs[0].parallel, guard, save=job.save) as (mesh, device):
+    with joined(job.runs[0], guard, save=job.save, files=job.files(), stoppable=True) as (mesh, device):
         for run in job.runs:
             results.append(one_seed(job, run, mesh, device, guard))
     if is_first:
@@ -58,12 +62,13 @@ def one_seed(job: Job, run: RunConfig, mesh: Mesh, device: torch.device, guard: 
     """Fine-tune, and predict with the best weights; collective over all ranks."""
     say = to_stderr if mesh.rank == 0 else silent
     save = None if run.checkpoint.save is None else Path(run.checkpoint.save)
-    with held(save, mesh):
+    with held_directory(save, mesh) as renew:
         if save is not None:
             run = replace(run, data=keep_tokenizer(run.data, run.model, save, mesh))
         builder = partial(build_bert_classifier_stage, num_outputs=job.task.num_outputs)
         parts = build_parts(run, mesh, device, builder)
         fill(parts, job.origin, job.task)
+        stop_while_starting(guard, mesh)
         wishes = Wishes(
             task=job.task,
             epochs=job.epochs,
@@ -74,18 +79,28 @@ def one_seed(job: Job, run: RunConfig, mesh: Mesh, device: torch.device, guard: 
             ema_decay=job.ema_decay,
             eval_interval=job.eval_interval,
             save=save,
+            renew_hold=renew,
         )
         found = finetune(parts, job.data, wishes, guard=guard, say=say)
-        files = predict(parts, job, run)
+        files = predict(parts, job, run, guard)
     return result_of(run, found) | ({"predictions": files} if files else {})
 
 
-def predict(parts: Parts, job: Job, run: RunConfig) -> list[str]:
+def predict(parts: Parts, job: Job, run: RunConfig, guard: Guard) -> list[str]:
     """Write the predictions of all test files; returns their paths."""
     written = []
+    weights = f"the best weights are saved at {run.checkpoint.save}" if run.checkpoint.save else "no weights are saved"
+    give_up = partial(stop_if_asked, guard, parts.mesh, when="while predicting", outcome=f"{weights}; start again")
     for name, samples in job.data.test.items():
         pace = Pace(f"predicting {name}", samples.lengths_N, to_stderr if parts.mesh.rank == 0 else silent)
-        found_NC = scores(parts, samples, num_outputs=job.task.num_outputs, multiple=job.multiple, pace=pace)
+        found_NC = scores(
+            parts,
+            samples,
+            num_outputs=job.task.num_outputs,
+            multiple=job.multiple,
+            pace=pace,
+            before_batch=give_up,
+        )
         folder = job.predict or Path()
         path = (folder / f"seed-{run.data.seed}" if len(job.runs) > 1 else folder) / f"{name}.tsv"
         if parts.mesh.rank == 0:
@@ -113,19 +128,6 @@ def summary(job: Job, results: list[dict[str, Any]]) -> dict[str, Any]:
         return {"task": job.task.name, **results[0]}
     means, spread = over_seeds([one["metrics"] for one in results])
     return {"task": job.task.name, "metrics": means, "standard_deviations": spread, "runs": results}
-
-
-@contextmanager
-def held(save: Path | None, mesh: Mesh) -> Iterator[None]:
-    """Keep other runs out of a --save directory; if another is in, all ranks raise."""
-    with ExitStack() as stack:
-
-        def hold() -> None:
-            if save is not None and mesh.rank == 0:
-                stack.enter_context(hold_directory(save))
-
-        everywhere(hold, mesh.world.group)
-        yield
 
 
 def to_stderr(line: str) -> None:

@@ -19,52 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron3d.checkpoint.directory import find_checkpoint
-from megatron3d.checkpoint.load import read_document
-from megatron3d.config.parallel import ParallelConfig
-from megatron3d.config.run import RunConfig
-from megatron3d.config.serialize import from_dict
-from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
-from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER
-from megatron3d.data.hf_description import end_token_ids
+from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.data.tokenizer_interface import Tokenizer
 from megatron3d.errors import ConfigError, DataError
-from megatron3d.inference.generate import generate, new_token_limits, position_limit
-from megatron3d.inference.load import generation_config, load_model
-from megatron3d.inference.sampling import SamplingOptions
-from megatron3d.train.launch import Guard, guarded, joined
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokenizer, the ids before each prompt, the end of a document, and all ids that end a text."""
-
-    tokenizer: Tokenizer
-    prefix: tuple[int, ...]
-    eod: int | None
-    ends: frozenset[int]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is asked for, settled before a device is touched: the run, the tokenizer, the prompts."""
-
-    directory: Path
-    config: RunConfig
-    vocabulary: Vocabulary
-    prompts: tuple[str, ...]
-    prompt_ids: tuple[list[int], ...]
-    options: SamplingOptions
-
-    def text_of(self, ids: Sequence[int], new: Sequence[int]) -> str:
-        """A prompt and what follows it, without what the tokenizer put before the prompt and without the end."""
-        tokens = [*ids[len(self.vocabulary.prefix) :], *(new[:-1] if self.is_ended(new) else new)]
-        return self.vocabulary.tokenizer.decode(tokens)
-
-    def is_ended(self, new: Sequence[int]) -> bool:
-        """Whether a text ended with a token that ends texts."""
-        return not self.options.ignore_eod and new[-1] in self.vocabulary.ends
+from megatron3d.files.text import TextError, read_lines
 
 
 def parser() -> argparse.ArgumentParser:
@@ -109,6 +68,67 @@ def _add_tokenizer(group: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="begin each prompt with the token that begins texts (default as the tokenizer's description says)",
     )
+    group.add_argument(
+        "--override-tokenizer", action="store_true", help="use files with other content than the model was trained with"
+    )
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and mistakes of spelling are answered before the imports below, which take seconds
+
+from megatron3d.checkpoint.directory import find_checkpoint
+from megatron3d.comm.agree import digest_of
+from megatron3d.config.parallel import ParallelConfig
+from megatron3d.config.run import RunConfig
+from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
+from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER
+from megatron3d.data.content import require_same_tokenizer
+from megatron3d.data.hf_description import end_token_ids
+from megatron3d.inference.generate import generate, new_token_limits, position_limit
+from megatron3d.inference.load import generation_config, load_model
+from megatron3d.inference.sampling import SamplingOptions
+from megatron3d.train.compare import SavedRun, read_saved_run
+from megatron3d.train.joining import joined
+from megatron3d.train.launch import Guard, guarded
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer, the ids before each prompt, the end of a document, and all ids that end a text."""
+
+    tokenizer: Tokenizer
+    prefix: tuple[int, ...]
+    eod: int | None
+    ends: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, settled before a device is touched: the run, the tokenizer, the prompts."""
+
+    directory: Path
+    config: RunConfig
+    vocabulary: Vocabulary
+    prompts: tuple[str, ...]
+    prompt_ids: tuple[list[int], ...]
+    options: SamplingOptions
+
+    def files(self) -> dict[str, str]:
+        """Digests of what was read, which all ranks must have alike."""
+        return {
+            "the prompts": digest_of(self.prompt_ids),
+            "the sampling options": str(self.options),
+            "the tokens that end a text": str(sorted(self.vocabulary.ends)),
+        }
+
+    def text_of(self, ids: Sequence[int], new: Sequence[int]) -> str:
+        """A prompt and what follows it, without what the tokenizer put before the prompt and without the end."""
+        tokens = [*ids[len(self.vocabulary.prefix) :], *(new[:-1] if self.is_ended(new) else new)]
+        return self.vocabulary.tokenizer.decode(tokens)
+
+    def is_ended(self, new: Sequence[int]) -> bool:
+        """Whether a text ended with a token that ends texts."""
+        return not self.options.ignore_eod and new[-1] in self.vocabulary.ends
 
 
 def settle(args: argparse.Namespace, world_size: int) -> Job:
@@ -122,7 +142,8 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
         raise ConfigError(f"--batch-size {args.batch_size} generates nothing; use at least 1")
     prompts = read_prompts(args.prompt, args.prompts_file)
     directory = find_checkpoint(Path(args.load), args.ckpt_step)
-    stored = from_dict(read_document(directory, "run"))
+    saved = read_saved_run(directory)
+    stored = saved.config
     parallel = ParallelConfig(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -134,7 +155,7 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
             "with no text; give the checkpoint of a GPT."
         )
     config = generation_config(stored, parallel, world_size=world_size, bf16=args.bf16)
-    vocabulary = open_vocabulary(args, config, directory)
+    vocabulary = open_vocabulary(args, config, saved)
     ids = tuple(_encode(prompt, vocabulary) for prompt in prompts)
     new_token_limits(ids, config.model, options)
     return Job(directory, config, vocabulary, prompts, ids, options)
@@ -164,9 +185,9 @@ def read_prompts(given: Sequence[str], file: str | None) -> tuple[str, ...]:
     prompts = list(given)
     if file is not None:
         try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--prompts-file {file} cannot be read as UTF-8 ({error}); name a text file") from error
+            lines = read_lines(Path(file))
+        except (OSError, TextError) as error:
+            raise DataError(f"--prompts-file {file} cannot be read ({error}); name a text file") from error
         prompts += [line for line in lines if line.strip()]
     if not prompts:
         source = f"--prompts-file {file} has only empty lines" if file else "no prompt is given"
@@ -174,21 +195,24 @@ def read_prompts(given: Sequence[str], file: str | None) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def open_vocabulary(args: argparse.Namespace, config: RunConfig, directory: Path) -> Vocabulary:
+def open_vocabulary(args: argparse.Namespace, config: RunConfig, saved: SavedRun) -> Vocabulary:
     """The tokenizer of the run, with the files that the options name instead of its own, and the end of a document.
 
     Raises:
-        ConfigError: none is known, or it has more ids than the model.
+        ConfigError: none is known, it has more ids than the model, or other content than the model was trained with.
         DataError: a file of it is missing or damaged; the sentence names the option.
     """
-    data, vocab_size = with_given(beside_checkpoint(config.data, directory), vars(args)), config.model.vocab_size
+    data, vocab_size, directory = config.data, config.model.vocab_size, saved.directory
+    data = with_given(beside_checkpoint(data, directory), vars(args))
     if data.tokenizer_type is None:
         raise ConfigError(
             f"{directory / 'run.json'} names no tokenizer; name it with --tokenizer-type and its files (NullTokenizer "
             "takes token ids as numbers)"
         )
     files = (data.vocab_file, data.merge_file, data.tokenizer_model)
-    tokenizer = TokenizerSpec(data.tokenizer_type, *files, vocab_size=vocab_size).build()
+    tokenizer = TokenizerSpec(
+        data.tokenizer_type, *files, vocab_size=vocab_size, tiktoken=tiktoken_options(data)
+    ).build()
     if data.tokenizer_type == "NullTokenizer":  # Made for all ids of the model, it would count its own end beyond them.
         _refuse_bos(args, "NullTokenizer")
         named = end_token_ids(directory.parent / TOKENIZER_FOLDER)
@@ -198,6 +222,8 @@ def open_vocabulary(args: argparse.Namespace, config: RunConfig, directory: Path
             f"--tokenizer-type {data.tokenizer_type} has {tokenizer.vocab_size} ids, but the model of {directory} has "
             f"{vocab_size}; give the tokenizer it was trained with"
         )
+    if not args.override_tokenizer:
+        require_same_tokenizer(saved.content, data, vocab_size, source=directory)
     prefix = tokenizer.prefix
     if args.prepend_bos and tokenizer.bos is None:
         _refuse_bos(args, data.tokenizer_type)
@@ -266,7 +292,7 @@ def main(guard: Guard) -> None:
     """Settle what is asked for, load the weights, generate, print."""
     args = parser().parse_args()
     job = settle(args, guard.launch.world_size)
-    with joined(job.config.parallel, guard, save=None) as (mesh, device):
+    with joined(job.config, guard, save=None, files=job.files()) as (mesh, device):
         model = load_model(job.config, mesh, device, job.directory)
         began_s = time.monotonic()
         new_ids = generate(

@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 
 from megatron3d.data.indexed import IndexedDataset
+from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import DataError, Megatron3dError
+
+IDS_PER_READ = 1 << 22
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--merge-file", metavar="FILE")
     tokenizer.add_argument("--tokenizer-model", metavar="PATH")
     tokenizer.add_argument("--vocab-size", type=int, metavar="N")
+    add_tiktoken_arguments(tokenizer)
     return p
 
 
@@ -60,29 +64,40 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
             f"--document {args.document} does not exist: {args.prefix} has 0 to {dataset.num_documents - 1}."
         )
     tokens = dataset.document(args.document)[: args.num_tokens].tolist() if dataset.num_documents else []
-    stored = np.memmap(dataset.bin_path, dtype=dataset.dtype, mode="r") if dataset.num_tokens else np.empty(0, np.int64)
+    smallest, largest = id_range(dataset)
     found: dict[str, Any] = {
         "prefix": args.prefix,
         "dtype": dataset.dtype.name,
         "documents": dataset.num_documents,
         "sequences": len(dataset),
         "tokens": dataset.num_tokens,
-        "smallest_id": int(stored.min()) if len(stored) else None,
-        "largest_id": int(stored.max()) if len(stored) else None,
+        "smallest_id": smallest,
+        "largest_id": largest,
         "document_lengths": length_histogram(dataset),
         "document": args.document,
         "first_tokens": tokens,
     }
     if args.tokenizer_type:
         files = (args.vocab_file, args.merge_file, args.tokenizer_model)
-        tokenizer = TokenizerSpec(args.tokenizer_type, *files, vocab_size=args.vocab_size).build()
-        if len(stored) and not 0 <= found["smallest_id"] <= found["largest_id"] < tokenizer.vocab_size:
+        tiktoken = tiktoken_from_arguments(args)
+        tokenizer = TokenizerSpec(args.tokenizer_type, *files, vocab_size=args.vocab_size, tiktoken=tiktoken).build()
+        if smallest is not None and largest is not None and not 0 <= smallest <= largest < tokenizer.vocab_size:
             raise DataError(
-                f"{dataset.bin_path} has ids from {found['smallest_id']} to {found['largest_id']}, but "
+                f"{dataset.bin_path} has ids from {smallest} to {largest}, but "
                 f"{args.tokenizer_type} has {tokenizer.vocab_size}; this is another tokenizer's data."
             )
         found["text"] = tokenizer.decode(tokens)
     return found
+
+
+def id_range(dataset: IndexedDataset) -> tuple[int | None, int | None]:
+    """The smallest and the largest id in the file, or None for both where it has no tokens."""
+    num_stored = dataset.bin_path.stat().st_size // dataset.dtype.itemsize
+    ends = []
+    for first in range(0, num_stored, IDS_PER_READ):
+        ids = dataset.read_at(first * dataset.dtype.itemsize, min(IDS_PER_READ, num_stored - first))
+        ends.append((int(ids.min()), int(ids.max())))
+    return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (None, None)
 
 
 def as_text(found: dict[str, Any]) -> str:

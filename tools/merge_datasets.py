@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron3d.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron3d.errors import ConfigError, DataError, Megatron3dError
+from megatron3d.errors import ConfigError, DataError
+from megatron3d.process.command import run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,12 +71,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    try:
-        run(parser().parse_args(argv))
-    except Megatron3dError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    args = parser().parse_args(argv)
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 
 from megatron3d.data.corpus import FORMATS, find_inputs
 from megatron3d.data.preprocess import EncodeRequest, Progress, SentenceSplitting, output_prefix, preprocess
+from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
-from megatron3d.errors import ConfigError, Megatron3dError
+from megatron3d.errors import ConfigError
+from megatron3d.process.command import run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="sentencepiece model, or a Hugging Face directory or its tokenizer.json",
     )
-    tokenizer.add_argument("--vocab-size", type=int, default=786, metavar="N", help="of the NullTokenizer")
+    tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="of the NullTokenizer (786) or TikTokenizer")
+    add_tiktoken_arguments(tokenizer)
     tokenizer.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's token")
     tokenizer.add_argument(
         "--tokenizer-hf-include-special-tokens",
@@ -106,14 +109,15 @@ def run(args: argparse.Namespace) -> None:
         vocab_file=args.vocab_file,
         merge_file=args.merge_file,
         tokenizer_model=args.tokenizer_model,
-        vocab_size=args.vocab_size,
+        vocab_size=786 if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None else args.vocab_size,
+        tiktoken=tiktoken_from_arguments(args),
     )
     splitting = SentenceSplitting(args.lang, args.keep_newlines) if args.split_sentences else None
     request = EncodeRequest(
         spec, tuple(dict.fromkeys(args.json_keys)), args.append_eod, splitting, args.tokenizer_hf_include_special_tokens
     )
     done = preprocess(
-        find_inputs(args.input),
+        find_inputs(args.input, note=note),
         args.output_prefix,
         request=request,
         workers=args.workers,
@@ -130,14 +134,15 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
+def note(line: str) -> None:
+    """A line for people, beside what is printed as the result."""
+    print(line, file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    try:
-        run(parser().parse_args(argv))
-    except Megatron3dError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    args = parser().parse_args(argv)
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

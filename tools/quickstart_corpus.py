@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from megatron3d.errors import ConfigError, DataError, Megatron3dError
+from megatron3d.errors import ConfigError, DataError
+from megatron3d.process.command import run_command
 
 # Others' packages, tests and their data, wheels, and tables that a program wrote: none of it reads like Python.
 LEFT_OUT_FOLDERS = frozenset(
@@ -97,8 +98,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except Megatron3dError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    sys.exit(run_command(lambda: main(sys.argv[1:])))

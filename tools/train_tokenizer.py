@@ -23,7 +23,8 @@ from typing import Any
 from megatron3d.data.corpus import FORMATS, find_inputs
 from megatron3d.data.train_bpe import train_byte_level_bpe, write_tokenizer
 from megatron3d.data.train_word_pieces import train_word_pieces, write_word_pieces
-from megatron3d.errors import ConfigError, Megatron3dError
+from megatron3d.errors import ConfigError
+from megatron3d.process.command import run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     if args.keep_case and args.kind == "bpe":
         raise ConfigError("--keep-case is for --kind word-pieces; a byte-level BPE always keeps it, so leave it out")
     start_s = time.monotonic()
-    files = find_inputs(args.input)
+    files = find_inputs(args.input, note=note)
     options: dict[str, Any] = {
         "vocab_size": args.vocab_size,
         "min_frequency": args.min_frequency,
@@ -64,14 +65,15 @@ def run(args: argparse.Namespace) -> None:
     print(f"{size:,} ids{fewer}, in {time.monotonic() - start_s:.1f} s")
 
 
+def note(line: str) -> None:
+    """A line for people, beside what is printed as the result."""
+    print(line, file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    try:
-        run(parser().parse_args(argv))
-    except Megatron3dError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    args = parser().parse_args(argv)
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

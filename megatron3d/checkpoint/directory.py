@@ -17,17 +17,20 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from megatron3d.checkpoint.durable import storage_errors
-from megatron3d.checkpoint.index import INDEX_NAME, Index, read_index
-from megatron3d.checkpoint.shard_file import check_entry, open_shard, read_box
+from megatron3d.checkpoint.index import INDEX_NAME, Index, parse_index, read_index
+from megatron3d.checkpoint.shard_file import check_entry, open_shard, read_box, unknown_entries
 from megatron3d.errors import CheckpointError, InUseError
+from megatron3d.files.fields import Fields
+from megatron3d.files.json_text import parse_object
 
 LATEST_NAME = "latest"
+LATEST_ASIDE = ".tmp-latest"
 LOCK_NAME = ".lock"
 Level = Literal["sizes", "headers", "full"]
 _NAME = re.compile(r"(?:\.old-)?iter_(\d+)")
@@ -64,6 +67,14 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def unfinished_directories(root: Path) -> list[Path]:
+    """Directories named like checkpoints that have no index, sorted: no save publishes one, a broken copy may."""
+    if not root.is_dir():
+        return []
+    named = (entry for entry in root.iterdir() if _NAME.fullmatch(entry.name) and entry.is_dir())
+    return sorted(entry for entry in named if not (entry / INDEX_NAME).is_file())
+
+
 def latest_checkpoint(root: Path) -> Path | None:
     """The checkpoint that `latest` names, or None if nothing was ever published in `root`.
 
@@ -73,7 +84,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     try:
         name = (root / LATEST_NAME).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return published_without_latest(root)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{root / LATEST_NAME} cannot be read ({error}); name a step with --ckpt-step") from error
     path = _whole(root, name) if _NAME.fullmatch(name) else None
@@ -83,6 +94,24 @@ def latest_checkpoint(root: Path) -> Path | None:
             "name a step with --ckpt-step"
         )
     return path
+
+
+def published_without_latest(root: Path) -> Path | None:
+    """The first checkpoint of a run that was killed after it took its name and before `latest` named it."""
+    try:
+        name = (root / LATEST_ASIDE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return _whole(root, name) if _NAME.fullmatch(name) else None
+
+
+def was_saved_to(root: Path) -> bool:
+    """Whether a checkpoint was ever published in `root`, or is `root` itself, be it whole or not."""
+    if not root.is_dir():
+        return False
+    if any((root / name).exists() for name in (LATEST_NAME, LATEST_ASIDE, INDEX_NAME)):
+        return True
+    return any(_NAME.fullmatch(entry.name) for entry in root.iterdir())
 
 
 def find_checkpoint(root: Path, step: int | None = None) -> Path:
@@ -124,18 +153,24 @@ def _holds(root: Path) -> str:
     return f"it holds {listed}" if others else "it is empty"
 
 
-def verify(directory: Path, level: Level = "full") -> list[str]:
+def verify(
+    directory: Path, level: Level = "full", *, on_bytes: Callable[[int], None] = lambda count: None
+) -> list[str]:
     """Everything wrong with a checkpoint, each as a sentence that names the file; empty if it is whole.
 
-    "sizes" looks at lengths, "headers" also at what every file says it contains, "full" at every byte.
+    "sizes" looks at lengths and at the index, whose boxes must cover each tensor exactly once; "headers" also at what
+    every file says it contains, "full" at every byte. `on_bytes` is called after each box and document that was
+    looked at, with its number of bytes.
     """
     try:
-        index = read_index(directory)
+        index = parse_index(directory)
     except CheckpointError as error:
         return [str(error)]
-    problems = _document_problems(directory, index, level)
+    problems = [f"{directory / INDEX_NAME}: {problem}" for problem in index.problems()]
+    problems += _document_problems(directory, index, level)
+    on_bytes(sum(document.size_bytes for document in index.documents.values()))
     for file in sorted(index.files):
-        problems += _shard_problems(directory, index, file, level)
+        problems += _shard_problems(directory, index, file, level, on_bytes)
     return problems
 
 
@@ -154,24 +189,61 @@ def _document_problems(directory: Path, index: Index, level: Level) -> list[str]
     return problems
 
 
-def _shard_problems(directory: Path, index: Index, file: str, level: Level) -> list[str]:
+def _shard_problems(
+    directory: Path, index: Index, file: str, level: Level, on_bytes: Callable[[int], None]
+) -> list[str]:
     path, problems = directory / file, []
     boxes = [(name, t, s) for name, t in index.tensors.items() for s in t.boxes if s.file == file]
     check = read_box if level == "full" else check_entry
     try:
         with open_shard(path, index.files[file], for_data=level == "full") as handle:
+            if level != "sizes":
+                problems += unknown_entries(handle, path, {stored.key for _, _, stored in boxes})
             for name, tensor, stored in boxes if level != "sizes" else []:
                 try:
                     check(handle, path, name, tensor, stored)
                 except CheckpointError as error:
                     problems.append(str(error))
+                on_bytes(stored.box.numel * tensor.dtype.itemsize)
     except CheckpointError as error:
         problems.append(str(error))
     return problems
 
 
+class HeldDirectory:
+    """A directory that this process has locked. The lock is on a file in it, and a file can be removed: see `renew`."""
+
+    def __init__(self, root: Path) -> None:
+        """Make the directory and lock it. Raises: InUseError, StorageError as `hold_directory` does."""
+        self._root = root
+        self._fd = _open_lock(root)
+
+    def renew(self) -> str | None:
+        """Lock the directory anew if somebody has removed it, or its lock file, since; then a line that says so.
+
+        Until then another run may have started in a directory made again at the same place: without a look at the file
+        both would hold what they believe to be the lock.
+
+        Raises:
+            InUseError: another process holds the new one.
+            StorageError: it cannot be made again.
+        """
+        try:
+            if os.path.samestat(os.stat(self._root / LOCK_NAME), os.fstat(self._fd)):
+                return None
+        except OSError:  # gone with or without its directory: what is wrong shows when it is made again
+            pass
+        before, self._fd = self._fd, _open_lock(self._root)
+        os.close(before)
+        return f"--save {self._root} was removed while this run was saving there; it was made again"
+
+    def close(self) -> None:
+        """Give the directory free."""
+        os.close(self._fd)
+
+
 @contextmanager
-def hold_directory(root: Path) -> Iterator[None]:
+def hold_directory(root: Path) -> Iterator[HeldDirectory]:
     """Keep `root` for this process while the block runs, so that two runs never save into the same directory.
 
     The lock is the kernel's (`flock`) and ends with the process, so a killed run leaves nothing to clean up.
@@ -180,6 +252,15 @@ def hold_directory(root: Path) -> Iterator[None]:
         InUseError: another process holds it; its host and process id are named.
         StorageError: the directory cannot be made or its file system has no locks.
     """
+    held = HeldDirectory(root)
+    try:
+        yield held
+    finally:
+        held.close()
+
+
+def _open_lock(root: Path) -> int:
+    """The descriptor of the locked lock file in `root`, which names this process now."""
     with storage_errors(root / LOCK_NAME):
         root.mkdir(parents=True, exist_ok=True)
         fd = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -188,9 +269,10 @@ def hold_directory(root: Path) -> Iterator[None]:
             _lock(fd, root)
             os.ftruncate(fd, 0)
             os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        yield
-    finally:
+    except BaseException:
         os.close(fd)
+        raise
+    return fd
 
 
 def _lock(fd: int, root: Path) -> None:
@@ -204,7 +286,7 @@ def _lock(fd: int, root: Path) -> None:
 
 def _holder(fd: int) -> str:
     try:
-        holder = json.loads(os.pread(fd, 4096, 0))
-        return f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):
+        holder = Fields(parse_object(os.pread(fd, 4096, 0)), "the lock")
+        return f"process {holder.integer('pid')} on {holder.text('host')}"
+    except ValueError:
         return "which has only just started"

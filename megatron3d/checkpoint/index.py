@@ -7,19 +7,27 @@ itself, of every box and of every document, so that a flipped bit anywhere is fo
 from __future__ import annotations
 
 import json
+import re
 import zlib
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron3d.checkpoint.coverage import cover_problem
 from megatron3d.errors import CheckpointError
+from megatron3d.files.fields import Fields
+from megatron3d.files.json_text import parse_object
 from megatron3d.params.boxes import Box
 
 INDEX_NAME = "index.json"
 FORMAT = "megatron3d-checkpoint"
 VERSION = 1
+# Names of files in a checkpoint: none leads out of its directory, none is hidden.
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_LISTED = 5  # problems told in one message; a foreign index disagrees in every tensor
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -90,15 +98,33 @@ class Index:
         }
         return json.dumps({"crc32": _hex(_checksum(body)), **body}, indent=1)
 
+    def problems(self) -> list[str]:
+        """What keeps the boxes from being the tensors: gaps, overlaps, and entries of files that two boxes claim."""
+        found = []
+        owners: dict[tuple[str, str], str] = {}
+        for name, tensor in self.tensors.items():
+            problem = cover_problem(tensor.shape, [stored.box for stored in tensor.boxes])
+            if problem is not None:
+                found.append(f"tensor {name} is not whole: {problem}")
+                continue
+            for stored in tensor.boxes:
+                owner = owners.setdefault((stored.file, stored.key), name)
+                if owner is not name:
+                    found.append(f"the entry {stored.key} of {stored.file} stands for {owner} and {name}")
+        return found
+
     @classmethod
     def from_json(cls, text: str, path: Path) -> Index:
         """Read the text of an `index.json`; `path` is for the message.
 
+        Whether the boxes cover their tensors is left to `problems`.
+
         Raises:
-            CheckpointError: not JSON, not this format, a version from the future, or a checksum that disagrees.
+            CheckpointError: not JSON, not this format, a version from the future, a checksum that disagrees, a field
+                of another type, a file outside the checkpoint, or a box outside its tensor.
         """
         try:
-            body = json.loads(text)
+            body = parse_object(text)
             claimed = body.pop("crc32")
             known = body["format"] == FORMAT and body["version"] == VERSION
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -115,16 +141,33 @@ class Index:
                 f"{path} is damaged: checksum {_hex(_checksum(body))} of its contents, it says {claimed}; "
                 "load an earlier checkpoint with --ckpt-step"
             )
-        return cls(
-            step=body["step"],
-            tensors={name: _tensor_from_json(entry) for name, entry in body["tensors"].items()},
-            files=body["files"],
-            documents={name: StoredFile(d["size_bytes"], int(d["crc32"], 16)) for name, d in body["documents"].items()},
-        )
+        try:
+            return _index_from_json(Fields(body, "the index"))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} describes no checkpoint: {error}; load an earlier one with --ckpt-step"
+            ) from error
 
 
 def read_index(directory: Path) -> Index:
     """Read the index of the checkpoint in `directory`.
+
+    Raises:
+        CheckpointError: there is no index, it cannot be read, it is damaged, or its boxes do not cover their tensors:
+            a load would leave the rest of them as it was.
+    """
+    index = parse_index(directory)
+    if problems := index.problems():
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise CheckpointError(
+            f"{directory / INDEX_NAME} describes no whole checkpoint: {'; '.join(problems[:_LISTED])}{more}; load an "
+            "earlier one with --ckpt-step"
+        )
+    return index
+
+
+def parse_index(directory: Path) -> Index:
+    """The index in `directory` as it is, for those who list what is wrong with it.
 
     Raises:
         CheckpointError: there is no index, it cannot be read or it is damaged.
@@ -163,9 +206,46 @@ def _tensor_to_json(tensor: StoredTensor) -> dict[str, Any]:
     return {"shape": tensor.shape, "dtype": str(tensor.dtype).removeprefix("torch."), "boxes": boxes}
 
 
-def _tensor_from_json(entry: dict[str, Any]) -> StoredTensor:
-    boxes = tuple(
-        StoredBox(Box(tuple(b["offset"]), tuple(b["size"])), b["file"], b["key"], int(b["crc32"], 16))
-        for b in entry["boxes"]
+def _index_from_json(body: Fields) -> Index:
+    """The values of a whole index. Raises: ValueError for the first that cannot be what it stands for."""
+    files = {_file_name(name): size for name, size in body.entries("files").items()}
+    sizes = Fields(files, "files")
+    documents = body.objects("documents")
+    return Index(
+        step=body.integer("step"),
+        tensors={name: _tensor_from_json(name, entry, files) for name, entry in body.objects("tensors").items()},
+        files={name: sizes.integer(name) for name in files},
+        documents={
+            _file_name(name): StoredFile(one.integer("size_bytes"), _crc32(one)) for name, one in documents.items()
+        },
     )
-    return StoredTensor(tuple(entry["shape"]), DTYPES[entry["dtype"]], boxes)
+
+
+def _tensor_from_json(name: str, entry: Fields, files: Container[str]) -> StoredTensor:
+    shape, dtype = entry.integers("shape"), entry.text("dtype")
+    if dtype not in DTYPES:
+        raise ValueError(f"tensor {name} has the dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    boxes = []
+    for one in entry.rows("boxes"):
+        box, file = Box(one.integers("offset"), one.integers("size")), one.text("file")
+        if not len(box.offset) == len(box.size) == len(shape) or any(
+            offset + size > whole for offset, size, whole in zip(box.offset, box.size, shape)
+        ):
+            raise ValueError(f"tensor {name} of shape {shape} has a box of {box.size} at {box.offset}, outside of it")
+        if file not in files:
+            raise ValueError(f"tensor {name} has a box in {file!r}, which is none of the files")
+        boxes.append(StoredBox(box, file, one.text("key"), _crc32(one)))
+    return StoredTensor(shape, DTYPES[dtype], tuple(boxes))
+
+
+def _file_name(name: str) -> str:
+    if not _FILE_NAME.fullmatch(name):
+        raise ValueError(f"it names the file {name!r}, which is not the plain name of a file inside the checkpoint")
+    return name
+
+
+def _crc32(entry: Fields) -> int:
+    text = entry.text("crc32")
+    if not re.fullmatch(r"[0-9a-f]{8}", text):
+        raise ValueError(f"a checksum is {text!r:.40} and must be eight hexadecimal digits")
+    return int(text, 16)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from megatron3d.checkpoint import store
 from megatron3d.checkpoint.index import INDEX_NAME, Index, read_index
 from megatron3d.checkpoint.shard_file import open_shard, read_box
 from megatron3d.errors import CheckpointError, MisfitError
+from megatron3d.files.json_text import parse_object
 from megatron3d.params.boxes import ShardView
 
 # Options that set the number of rows of a parameter, by its name without prefix.
@@ -27,24 +28,85 @@ _ROW_OPTIONS = {
 _LISTED = 5  # problems told in one message; a wrong model disagrees in every tensor
 
 
-def load_tensors(directory: Path, tensors: Mapping[str, ShardView], *, group: store.ProcessGroup | None) -> None:
+def load_tensors(
+    directory: Path,
+    tensors: Mapping[str, ShardView],
+    *,
+    group: store.ProcessGroup | None,
+    may_be_left: Callable[[str], bool] = lambda name: True,
+) -> None:
     """Fill the buffers of `tensors` in place from the checkpoint in `directory`. Collective over `group`.
 
     The layout that wrote the checkpoint does not matter. Values are converted to the dtype of the buffers. Stored
-    tensors that nobody asks for are not read; every stored box that is touched is checked byte by byte.
+    tensors that nobody asks for are not read; every stored box that is touched is checked byte by byte. The ranks
+    first agree that they see the same checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        tensors: what this rank holds under each name.
+        group: all ranks that load together, or None in a single process.
+        may_be_left: whether a stored tensor of this name may be asked for by no rank; default any may.
 
     Raises:
-        CheckpointError: no such checkpoint, a tensor that is missing or has another shape, a file that is missing or
-            damaged; raised on every rank. Buffers may then be filled in part.
+        CheckpointError: no such checkpoint, another one on another rank, a tensor that is missing, has another shape
+            or is left over, a file that is missing or damaged; raised on every rank. Buffers may then be filled in
+            part.
     """
-
-    def look() -> Index:
-        index = read_index(directory)
-        _check_tensors(directory, index, tensors)
-        return index
-
-    index = store.everywhere(look, group)
+    index = agreed_index(directory, group)
+    store.everywhere(lambda: _check_tensors(directory, index, tensors), group)
+    _check_left_over(directory, index, tensors, group, may_be_left)
     store.read_tensors(directory, tensors, index=index, group=group)
+
+
+def agreed_index(directory: Path, group: store.ProcessGroup | None) -> Index:
+    """The index of a checkpoint, once it is sure that all ranks see the same one. Collective over `group`.
+
+    The index has checksums of all documents and tensors, so ranks that agree on it read equal bytes or an error.
+
+    Raises:
+        CheckpointError: there is no whole index, or the ranks see different ones; raised on every rank.
+    """
+    seen = store.gathered(_sight(directory), group)
+    if len({digest for digest, _ in seen}) > 1:
+        told = "; ".join(f"rank {rank} sees {text}" for rank, (_, text) in enumerate(seen))
+        raise CheckpointError(
+            f"the ranks do not see the same checkpoint: {told}; nothing was loaded; the directory must lie on a file "
+            "system that all nodes share and show the same files to all of them"
+        )
+    return store.everywhere(lambda: read_index(directory), group)
+
+
+def _sight(directory: Path) -> tuple[str, str]:
+    """(digest, words) of what this rank sees in a checkpoint's place."""
+    try:
+        digest = hashlib.sha256((directory / INDEX_NAME).read_bytes()).hexdigest()
+        return digest, f"{directory} at step {read_index(directory).step}, digest {digest[:8]}"
+    except FileNotFoundError:
+        return "absent", f"no checkpoint {directory}"
+    except (OSError, CheckpointError) as error:
+        return f"damaged: {error}", f"a damaged {directory / INDEX_NAME}"
+
+
+def _check_left_over(
+    directory: Path,
+    index: Index,
+    tensors: Mapping[str, ShardView],
+    group: store.ProcessGroup | None,
+    may_be_left: Callable[[str], bool],
+) -> None:
+    """Raise on every rank if a stored tensor is asked for by no rank and may not be left."""
+    names = [name for name in sorted(index.tensors) if not may_be_left(name)]
+    if not names:
+        return
+    asked = {number for number, name in enumerate(names) if name in tensors and tensors[name].boxes}
+    held = set().union(*store.gathered(asked, group))
+    left = [name for number, name in enumerate(names) if number not in held]
+    if left:
+        more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
+        raise MisfitError(
+            f"checkpoint {directory} has tensors that the model of this run lacks: {', '.join(left[:_LISTED])}{more}; "
+            "give the model options of the run that wrote it (see its run.json)"
+        )
 
 
 def _check_tensors(directory: Path, index: Index, tensors: Mapping[str, ShardView]) -> None:
@@ -90,12 +152,13 @@ def assemble(directory: Path, name: str) -> Tensor:
     if name not in index.tensors:
         raise CheckpointError(f"checkpoint {directory} has no tensor {name}; it has {', '.join(sorted(index.tensors))}")
     tensor = index.tensors[name]
-    full = torch.empty(tensor.shape, dtype=tensor.dtype)
     with ExitStack() as files:
         handles = {
             file: files.enter_context(open_shard(directory / file, index.files[file]))
             for file in sorted({stored.file for stored in tensor.boxes})
         }
+        # The sizes of the files are checked now, and with them that there is as much to hold.
+        full = torch.empty(tensor.shape, dtype=tensor.dtype)
         for stored in tensor.boxes:
             full[stored.box.slices()] = read_box(handles[stored.file], directory / stored.file, name, tensor, stored)
     return full
@@ -128,5 +191,9 @@ def read_document(directory: Path, name: str) -> dict[str, Any]:
             f"checkpoint file {directory / file} was changed or damaged: its checksum disagrees with {INDEX_NAME}; "
             "load an earlier checkpoint with --ckpt-step"
         )
-    document: dict[str, Any] = json.loads(data)
-    return document
+    try:
+        return parse_object(data)
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoint file {directory / file} cannot be read ({error}); load an earlier checkpoint with --ckpt-step"
+        ) from error

@@ -11,10 +11,15 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from megatron3d.checkpoint.directory import LATEST_NAME, list_checkpoints, replaced_name, step_of
+from megatron3d.checkpoint.directory import (
+    LATEST_ASIDE,
+    LATEST_NAME,
+    list_checkpoints,
+    published_without_latest,
+    replaced_name,
+    step_of,
+)
 from megatron3d.checkpoint.durable import remove_tree, storage_errors, sync_directory, write_file
-
-_LATEST_ASIDE = ".tmp-latest"
 
 
 def temporary_directory(root: Path, name: str) -> Path:
@@ -42,8 +47,8 @@ def _clean_up(root: Path) -> None:
         if entry.name.startswith(".old-"):
             _settle_replacement(entry)
     for entry in list(root.iterdir()):
-        if entry.name == _LATEST_ASIDE:
-            entry.unlink()
+        if entry.name == LATEST_ASIDE:
+            _settle_latest(root)
         elif entry.name.startswith((".tmp-", ".gone-")):
             shutil.rmtree(entry)
 
@@ -58,6 +63,15 @@ def _settle_replacement(replaced: Path) -> None:
         os.rename(replaced, original)
 
 
+def _settle_latest(root: Path) -> None:
+    # A run was killed while it published its first checkpoint: if that one has its name, `latest` shall name it.
+    aside = root / LATEST_ASIDE
+    if published_without_latest(root) is not None and not (root / LATEST_NAME).exists():
+        os.replace(aside, root / LATEST_NAME)
+    else:
+        aside.unlink()
+
+
 def publish(temporary: Path, final: Path) -> None:
     """Give the finished checkpoint its name and make it the latest; an earlier one of the same step is replaced.
 
@@ -66,23 +80,25 @@ def publish(temporary: Path, final: Path) -> None:
     root, replaced = final.parent, final.with_name(replaced_name(final.name))
     with storage_errors(final):
         sync_directory(temporary)
-        write_file(root / _LATEST_ASIDE, [f"{final.name}\n".encode()])
+        write_file(root / LATEST_ASIDE, [f"{final.name}\n".encode()])
         if final.exists():
             os.rename(final, replaced)
         os.rename(temporary, final)
         sync_directory(root)
-        os.replace(root / _LATEST_ASIDE, root / LATEST_NAME)
+        os.replace(root / LATEST_ASIDE, root / LATEST_NAME)
         sync_directory(root)
         if replaced.exists():
             remove_tree(replaced)
 
 
-def prune(final: Path, keep_last: int) -> None:
+def prune(final: Path, keep_last: int, *, retain_interval: int | None = None) -> None:
     """Remove all but the `keep_last` newest checkpoints up to `final`, which `latest` names and which always stays.
 
-    Checkpoints of later steps belong to a run from which this one turned back; they are not touched.
+    Checkpoints whose step is a multiple of `retain_interval` stay too. Those of steps after `final` belong to a run
+    from which this one turned back; they are not touched.
     """
     with storage_errors(final.parent):
         earlier = [path for path in list_checkpoints(final.parent) if step_of(path) < step_of(final)]
         for path in earlier[: max(0, len(earlier) + 1 - keep_last)]:
-            remove_tree(path)
+            if retain_interval is None or step_of(path) % retain_interval:
+                remove_tree(path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron3d.checkpoint import publish, store
 from megatron3d.checkpoint.directory import Level, checkpoint_name, verify
+from megatron3d.checkpoint.finite import require_finite
 from megatron3d.errors import StorageError
 from megatron3d.params.boxes import ShardView
 
@@ -32,13 +33,15 @@ def save_checkpoint(
         tensors: what this rank holds under each name; a name may be absent or its view empty. Names, full shapes and
             dtypes are the same on all ranks; all boxes together cover each tensor, boxes held twice are identical.
         documents: JSON-safe values written as NAME.json by rank 0; the same on all ranks.
-        keep_last: how many of the newest checkpoints stay; None keeps all.
+        keep_last: how many of the newest checkpoints stay, for a caller who has measured what is saved; None keeps all
+            (`publish.prune` removes some later).
         group: all ranks of the run, or None in a single process.
         rank: rank within `group`.
         world_size: size of `group`.
         verify_level: how closely rank 0 reads back before it publishes; "full" reads every byte again.
 
     Raises:
+        NumericsError: some rank holds a NaN or an infinity; raised on every rank before anything is written.
         StorageError: the file system of any rank refused, or the read-back found damage; raised on every rank, the
             temporary directory is gone and the checkpoints before are untouched.
         ValueError, RuntimeError: the boxes of the ranks overlap, leave a gap or disagree.
@@ -55,6 +58,7 @@ def save_checkpoint(
             if keep_last is not None:
                 publish.prune(final, keep_last)
 
+    store.everywhere(lambda: require_finite(tensors, step=step, root=root), group)
     try:
         store.everywhere(lambda: publish.prepare(root, temporary) if rank == 0 else None, group)
         store.write_tensors(temporary, tensors, step=step, documents=documents, group=group, rank=rank)

@@ -125,6 +125,12 @@ def check_entry(handle: safe_open, path: Path, name: str, tensor: StoredTensor, 
         raise CheckpointError(_damaged(path, name, stored, f"its header says {found} instead of {expected}"))
 
 
+def unknown_entries(handle: safe_open, path: Path, known: set[str]) -> list[str]:
+    """A sentence for each entry of the file that the index does not name; no save leaves one."""
+    unknown = sorted(set(handle.keys()) - known)
+    return [f"checkpoint file {path} has the entry {key}, which the index does not name" for key in unknown]
+
+
 def read_box(handle: safe_open, path: Path, name: str, tensor: StoredTensor, stored: StoredBox) -> Tensor:
     """Read one box, in its shape, on the CPU, and check every byte of it against the index.
 

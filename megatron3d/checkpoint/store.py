@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -49,10 +49,11 @@ from torch.futures import Future
 from megatron3d.checkpoint.durable import storage_errors, write_file
 from megatron3d.checkpoint.index import INDEX_NAME, Index, StoredBox, StoredFile, StoredTensor, box_key
 from megatron3d.checkpoint.shard_file import open_shard, read_box, write_shard
+from megatron3d.comm.waiting import Waiting
 from megatron3d.errors import CheckpointError, Megatron3dError
 from megatron3d.params.boxes import Box, ShardView
 
-__all__ = ["ProcessGroup", "everywhere", "read_tensors", "write_tensors"]
+__all__ = ["ProcessGroup", "everywhere", "from_first", "gathered", "read_tensors", "write_tensors"]
 
 T = TypeVar("T")
 
@@ -74,13 +75,34 @@ def everywhere(action: Callable[[], T], group: ProcessGroup | None) -> T:
         failure = error
     if group is not None:
         reports: list[Exception | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(reports, _portable(failure), group=group)
+        with _waiting("the ranks' agreement on files", group):
+            dist.all_gather_object(reports, _portable(failure), group=group)
         first = next(((rank, report) for rank, report in enumerate(reports) if report is not None), None)
         if failure is None and first is not None:
             raise _from_rank(*first)
     if failure is not None:
         raise failure
     return result
+
+
+def gathered(value: T, group: ProcessGroup | None) -> list[T]:
+    """Every rank's value, in rank order. Collective over `group`."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def from_first(decide: Callable[[], T], group: ProcessGroup | None) -> T:
+    """What `decide` gives on the first rank of `group`, on every rank. Collective.
+
+    Raises:
+        Megatron3dError, RuntimeError: what `decide` raised, as `everywhere` does.
+    """
+    is_first = group is None or dist.get_rank(group) == 0
+    decided = everywhere(lambda: decide() if is_first else None, group)
+    return cast(T, gathered(decided, group)[0])
 
 
 def write_tensors(
@@ -102,7 +124,7 @@ def write_tensors(
         ValueError, RuntimeError: boxes that overlap, leave a gap or disagree between ranks.
     """
     writer = _Writer(directory, step=step, rank=rank, documents=documents)
-    with _quiet(), _our_errors(group):
+    with _quiet(), _our_errors(group), _waiting("saving", group):
         dcp.save(
             dict(tensors),
             storage_writer=writer,
@@ -122,7 +144,7 @@ def read_tensors(
     Raises:
         CheckpointError: a file that is missing or damaged on any rank (raised on all).
     """
-    with _quiet(), _our_errors(group):
+    with _quiet(), _our_errors(group), _waiting("loading", group):
         dcp.load(
             dict(tensors),
             storage_reader=_Reader(directory, index),
@@ -383,6 +405,10 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
+
+
+def _waiting(what: str, group: ProcessGroup | None) -> Waiting:
+    return Waiting(what, "world", [] if group is None else dist.get_process_group_ranks(group))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron3d.comm.mesh import Axis
+from megatron3d.comm.waiting import Waiting
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
@@ -26,14 +27,22 @@ _scatter_flat: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None)
 class Pending:
     """A collective on its way: `wait` returns its result once it is there."""
 
-    def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
-        self._result = result
-        self._work = work
+    def __init__(
+        self, result: Tensor, work: dist.Work | None = None, axis: Axis | None = None, collective: str = ""
+    ) -> None:
+        """`axis` and `collective` name what is waited for; only a result that is there already needs none."""
+        self._result, self._work = result, work
+        self._axis, self._collective = axis, collective
 
     def wait(self) -> Tensor:
-        """Block (on CUDA: make the current stream wait) until the result may be used, and return it."""
+        """Block (on CUDA: make the current stream wait) until the result may be used, and return it.
+
+        Raises: CollectiveError if a rank was lost or did not come in time.
+        """
         if self._work is not None:
-            self._work.wait()
+            assert self._axis is not None, "a collective on its way has an axis"
+            with _waiting(self._collective, self._axis):
+                self._work.wait()
             self._work = None
         return self._result
 
@@ -51,7 +60,7 @@ def start_all_reduce(x: Tensor, axis: Axis, *, reduction: str = "sum") -> Pendin
     if axis.size == 1:
         return Pending(x)
     axis.meter.add(axis.name, "all_reduce", _size_bytes(x))
-    return Pending(x, dist.all_reduce(x, _REDUCTIONS[reduction], group=axis.group, async_op=True))
+    return Pending(x, dist.all_reduce(x, _REDUCTIONS[reduction], group=axis.group, async_op=True), axis, "all_reduce")
 
 
 def start_all_gather(x: Tensor, axis: Axis) -> Pending:
@@ -60,7 +69,7 @@ def start_all_gather(x: Tensor, axis: Axis) -> Pending:
         return Pending(x)
     whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     axis.meter.add(axis.name, "all_gather", _size_bytes(whole))
-    return Pending(whole, _gather_flat(whole, x.contiguous(), group=axis.group, async_op=True))
+    return Pending(whole, _gather_flat(whole, x.contiguous(), group=axis.group, async_op=True), axis, "all_gather")
 
 
 def start_all_gather_into(whole: Tensor, x: Tensor, axis: Axis) -> Pending:
@@ -70,7 +79,7 @@ def start_all_gather_into(whole: Tensor, x: Tensor, axis: Axis) -> Pending:
             whole.copy_(x)
         return Pending(whole)
     axis.meter.add(axis.name, "all_gather", _size_bytes(whole))
-    return Pending(whole, _gather_flat(whole, x, group=axis.group, async_op=True))
+    return Pending(whole, _gather_flat(whole, x, group=axis.group, async_op=True), axis, "all_gather")
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
@@ -80,7 +89,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     _require_divisible(x.shape[0], axis)
     part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     axis.meter.add(axis.name, "reduce_scatter", _size_bytes(x))
-    return Pending(part, _scatter_flat(part, x.contiguous(), group=axis.group, async_op=True))
+    return Pending(part, _scatter_flat(part, x.contiguous(), group=axis.group, async_op=True), axis, "reduce_scatter")
 
 
 def start_reduce_scatter_into(part: Tensor, x: Tensor, axis: Axis) -> Pending:
@@ -92,7 +101,7 @@ def start_reduce_scatter_into(part: Tensor, x: Tensor, axis: Axis) -> Pending:
         return Pending(part)
     _require_divisible(x.shape[0], axis)
     axis.meter.add(axis.name, "reduce_scatter", _size_bytes(x))
-    return Pending(part, _scatter_flat(part, x, group=axis.group, async_op=True))
+    return Pending(part, _scatter_flat(part, x, group=axis.group, async_op=True), axis, "reduce_scatter")
 
 
 def all_reduce(x: Tensor, axis: Axis, *, reduction: str = "sum") -> Tensor:
@@ -131,7 +140,8 @@ def all_to_all(x: Tensor, axis: Axis, *, send: Sequence[int], receive: Sequence[
         return x
     arrived = x.new_empty(sum(receive))
     axis.meter.add(axis.name, "all_to_all", _size_bytes(arrived))
-    dist.all_to_all_single(arrived, x.contiguous(), list(receive), list(send), group=axis.group)
+    with _waiting("all_to_all", axis):
+        dist.all_to_all_single(arrived, x.contiguous(), list(receive), list(send), group=axis.group)
     return arrived
 
 
@@ -148,7 +158,8 @@ def broadcast(x: Tensor, axis: Axis, *, source: int = 0) -> Tensor:
     if axis.size == 1:
         return x
     axis.meter.add(axis.name, "broadcast", _size_bytes(x))
-    dist.broadcast(x, src=axis.ranks[source], group=axis.group)
+    with _waiting("broadcast", axis):
+        dist.broadcast(x, src=axis.ranks[source], group=axis.group)
     return x
 
 
@@ -157,14 +168,26 @@ def gather_values(value: Any, axis: Axis) -> list[Any]:
     if axis.size == 1:
         return [value]
     values: list[Any] = [None] * axis.size
-    dist.all_gather_object(values, value, group=axis.group)
+    with _waiting("gather_values", axis):
+        dist.all_gather_object(values, value, group=axis.group)
     return values
+
+
+def count_votes(vote: bool, axis: Axis) -> int:
+    """How many ranks of the axis vote yes, the same on every rank: one small reduction."""
+    if axis.size == 1:
+        return int(vote)
+    return int(all_reduce(torch.tensor(float(vote), device=_device_of(axis)), axis))
 
 
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
         all_reduce(torch.zeros(1, device=_device_of(axis)), axis)
+
+
+def _waiting(collective: str, axis: Axis) -> Waiting:
+    return Waiting(collective, axis.name, axis.ranks, axis.meter)
 
 
 def _require_divisible(size: int, axis: Axis) -> None:

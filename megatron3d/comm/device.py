@@ -31,15 +31,30 @@ def pick_device(wanted: str | None, *, local_rank: int, local_world_size: int) -
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cuda" and num_gpus < local_world_size:
-        raise ConfigError(
-            f"--device cuda needs one GPU for each of the {local_world_size} ranks of this machine and {num_gpus} "
-            f"can be seen; start {max(num_gpus, 1)} ranks with --nproc-per-node, or use --device cpu"
-        )
+        raise ConfigError(_too_few_gpus(num_gpus, local_world_size))
     if wanted == "cpu" or num_gpus < max(local_world_size, 1):
         return torch.device("cpu")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _too_few_gpus(num_gpus: int, num_ranks: int) -> str:
+    """Why --device cuda cannot be had, and what to do: no GPU at all has other remedies than one too few."""
+    if num_gpus:
+        return (
+            f"--device cuda needs one GPU for each of the {num_ranks} ranks of this machine, and torch sees "
+            f"{num_gpus}; start torchrun with --nproc-per-node {num_gpus}, or use --device cpu."
+        )
+    if torch.version.cuda is None:
+        return (
+            f"--device cuda needs a GPU, and the installed torch {torch.__version__} is a build without CUDA; install "
+            "a CUDA build of torch, or use --device cpu."
+        )
+    return (
+        "--device cuda needs a GPU, and torch sees none on this machine; look at nvidia-smi and CUDA_VISIBLE_DEVICES, "
+        "or use --device cpu."
+    )
 
 
 def backend_of(device: torch.device) -> str:

@@ -1,82 +1,70 @@
-"""How a process learns its place from `torchrun`, and joins and leaves the job. The only reader of the environment."""
+"""What a process learns from the launcher that started it. The only reader of the environment, and free of torch.
+
+`torchrun` (torch's elastic agent) and cluster schedulers tell a process its rank by environment variables. torch takes
+seconds to import, so what can be decided without it, such as whether the options make sense, imports this module and
+not `join.py`.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
-import torch
-import torch.distributed as dist
-
-from megatron3d.comm.device import backend_of
-from megatron3d.errors import PeerError
+from megatron3d.comm.launch_variables import parse_launch_variables
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says: global and local rank, and how often the job was restarted."""
+    """What the launcher says.
+
+    Attributes:
+        rank: among all processes of the job.
+        world_size: how many those are.
+        local_rank: among the processes of this machine.
+        local_world_size: how many those are.
+        restart_count: how often an elastic agent restarted the job.
+        has_agent: whether an elastic agent watches this process: it takes any exit code but 0 for a failure, ends the
+            other processes of the machine, and may restart the job.
+        master_addr: host of rank 0, where all processes of the job meet; None where it is not given.
+        master_port: the port there.
+        error_file: where the agent looks for the reason of a failure, if it does. The directory above the file's own is
+            shared by the processes of this machine and new for every attempt.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
     restart_count: int = 0
+    has_agent: bool = False
+    master_addr: str | None = None
+    master_port: str | None = None
+    error_file: Path | None = None
 
 
 def read_launch() -> Launch:
-    """Read `torchrun`'s variables; a process started without it is rank 0 of 1."""
-    env = os.environ
-    return Launch(
-        rank=int(env.get("RANK", 0)),
-        world_size=int(env.get("WORLD_SIZE", 1)),
-        local_rank=int(env.get("LOCAL_RANK", 0)),
-        local_world_size=int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", 1))),
-        restart_count=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
-    )
+    """Read `torchrun`'s variables; a process started without it is rank 0 of 1.
 
-
-def join(launch: Launch, device: torch.device, *, timeout: timedelta) -> None:
-    """Start torch.distributed for this process, if the job has more than one.
-
-    The keys in the store carry the restart count: after an elastic restart the store still holds those of the run
-    before, and reusing them lets new workers connect to dead ones.
+    Raises:
+        ConfigError: they cannot be used, see `parse_launch_variables`.
     """
-    if launch.world_size == 1:
-        return
-    store, rank, world_size = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
-    store.set_timeout(timeout)
-    dist.init_process_group(
-        backend_of(device),
-        store=dist.PrefixStore(f"megatron3d/{launch.restart_count}", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
+    env = os.environ
+    numbers = parse_launch_variables(env)
+    error_file = env.get("TORCHELASTIC_ERROR_FILE")
+    return Launch(
+        rank=numbers["RANK"],
+        world_size=numbers["WORLD_SIZE"],
+        local_rank=numbers["LOCAL_RANK"],
+        local_world_size=numbers["LOCAL_WORLD_SIZE"],
+        restart_count=numbers["TORCHELASTIC_RESTART_COUNT"],
+        has_agent="TORCHELASTIC_RUN_ID" in env,
+        master_addr=env.get("MASTER_ADDR"),
+        master_port=env.get("MASTER_PORT"),
+        error_file=Path(error_file) if error_file else None,
     )
-
-
-def leave() -> None:
-    """End torch.distributed in this process."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error came from a collective that lost a peer or timed out."""
-    if isinstance(error, PeerError | dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
-        return True
-    text = str(error)
-    signs = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Timed out waiting",
-        "gloo/transport",
-        "NCCL error",
-    )
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 def end_process(code: int) -> NoReturn:

@@ -6,6 +6,7 @@ nothing about a cluster.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -19,9 +20,13 @@ class Count:
 
 @dataclass
 class Meter:
-    """Counts by (axis name, collective name), such as ("tp", "all_reduce"). One meter belongs to one mesh."""
+    """Counts by (axis name, collective name), such as ("tp", "all_reduce"). One meter belongs to one mesh.
+
+    `waiting_for` is what the rank waits for at this moment, as (collective, axis, global ranks); None if for nothing.
+    """
 
     counts: dict[tuple[str, str], Count] = field(default_factory=dict)
+    waiting_for: tuple[str, str, Sequence[int]] | None = None
 
     def add(self, axis: str, collective: str, payload_bytes: int) -> None:
         """Count one call."""

@@ -51,7 +51,7 @@ def start_exchange(messages: Sequence[Message], axis: Axis) -> list[Pending]:
         dist.P2POp(
             dist.isend if message.sends else dist.irecv,
             message.tensor,
-            axis.ranks[message.peer],
+            _peer(message, axis),
             group=axis.group,
             tag=message.tag,
         )
@@ -60,4 +60,14 @@ def start_exchange(messages: Sequence[Message], axis: Axis) -> list[Pending]:
     works = dist.batch_isend_irecv(posts)
     if len(works) == 1:  # one work for the whole batch
         works = works * len(messages)
-    return [Pending(message.tensor, work) for message, work in zip(messages, works, strict=True)]
+    return [
+        Pending(
+            message.tensor, work, axis, f"{'send to' if message.sends else 'receive from'} rank {_peer(message, axis)}"
+        )
+        for message, work in zip(messages, works, strict=True)
+    ]
+
+
+def _peer(message: Message, axis: Axis) -> int:
+    """The global rank at the other end."""
+    return axis.ranks[message.peer]

@@ -60,9 +60,12 @@ def num_microbatches(train: TrainConfig, consumed_samples: int, data_parallel_si
     return size // samples_at_once
 
 
-def iterations_for_samples(train: TrainConfig, samples: int, data_parallel_size: int) -> int:
-    """Whole optimizer steps that fit into `samples`; the last incomplete batch is left out, as in Megatron-LM."""
-    iterations = consumed = 0
+def iterations_for_samples(train: TrainConfig, samples: int, data_parallel_size: int, *, consumed: int = 0) -> int:
+    """Whole optimizer steps that fit into `samples`; the last incomplete batch is left out, as in Megatron-LM.
+
+    With `consumed` of the samples used already, whatever the batches were, the steps that are left.
+    """
+    iterations = 0
     for size, last_sample in _spans(train, data_parallel_size, end=samples):
         # Steps start below the next level's first sample, and the last of them may reach beyond it.
         steps = max(0, min(-(-(last_sample - consumed) // size), (samples - consumed) // size))

@@ -48,15 +48,18 @@ BOUNDS: tuple[Bound, ...] = (
         "pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
         "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers num_layers_per_virtual_pipeline_stage "
         "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_virtual_pipeline_stage "
-        "micro_batch_size global_batch_size "
+        "tiktoken_num_special_tokens micro_batch_size global_batch_size gradient_accumulation_steps train_tokens "
+        "lr_decay_tokens "
         "train_iters train_samples eval_interval exit_interval log_interval recompute_num_layers save_interval "
-        "profile_pipeline_step keep_last lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
+        "profile_pipeline_step keep_last save_retain_interval check_weight_hash_across_dp_replicas_interval "
+        "lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
         "loss_scale_window hysteresis muon_num_ns_steps zero_shard_size muon_num_ns_steps mask_max_ngram",
         at_least=1,
     ),
     Bound(
-        "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples weight_decay start_weight_decay end_weight_decay "
-        "clip_grad eval_iters ckpt_step seed num_workers eod_token num_token_types init_method_std zero_prefetch_units",
+        "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples lr_warmup_tokens weight_decay start_weight_decay "
+        "end_weight_decay clip_grad eval_iters ckpt_step seed num_workers eod_token num_token_types init_method_std "
+        "zero_prefetch_units",
         at_least=0,
     ),
     Bound(
@@ -83,6 +86,11 @@ def single_option_problems(config: RunConfig) -> Iterator[str]:
             f"{option.spelling} {option.value_in(config)} is outside its range ({option.flag.help.rstrip('.')}); "
             f"it must be {allowed}."
         )
+
+
+def wrong_options(config: RunConfig) -> frozenset[str]:
+    """The names of the options whose values are outside their own range or choices."""
+    return frozenset(option.name for option, _ in _violations(config))
 
 
 def with_defaults_where_wrong(config: RunConfig) -> RunConfig:

@@ -8,27 +8,40 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron3d.config.bounds import single_option_problems, with_defaults_where_wrong
+from megatron3d.config.bounds import single_option_problems, with_defaults_where_wrong, wrong_options
 from megatron3d.config.derive import derive
+from megatron3d.config.doubt import NO_DOUBT, Doubt
+from megatron3d.config.model import ModelConfig
 from megatron3d.config.rules_model import MODEL_RULES
 from megatron3d.config.rules_offload import OFFLOAD_RULES
 from megatron3d.config.rules_run import RUN_RULES, required_problems
+from megatron3d.config.rules_tokens import TOKEN_RULES
 from megatron3d.config.run import RunConfig
+from megatron3d.config.train import TrainConfig
 from megatron3d.errors import ConfigError
 
 
-def check(config: RunConfig, world_size: int) -> list[str]:
+def check(config: RunConfig, world_size: int, *, doubt: Doubt = NO_DOUBT) -> list[str]:
     """A sentence for each problem of this run on `world_size` ranks; an empty list if it can work.
 
     Values that are outside their own range are reported and then taken as not given, so that one mistake does not
-    hide another.
+    hide another. Sentences that only follow from such a value, or from what is in `doubt`, are left out.
     """
-    problems = [*single_option_problems(config), *required_problems(config)]
+    doubt = doubt.with_unread(wrong_options(config))
     given = with_defaults_where_wrong(config)
     run = derive(given, world_size)
-    for rule in (*MODEL_RULES, *OFFLOAD_RULES, *RUN_RULES):
+    problems = [*required_problems(config)]
+    for rule in (*MODEL_RULES, *OFFLOAD_RULES, *RUN_RULES, *TOKEN_RULES):
         problems += rule(given, run)
-    return problems
+    return [*single_option_problems(config), *(problem for problem in problems if not doubt.explains(problem))]
+
+
+def model_problems(model: ModelConfig) -> list[str]:
+    """A sentence for each reason why no model can have this shape, in whichever run; an empty list if one can."""
+    wanted = RunConfig(model=model, train=TrainConfig(micro_batch_size=1))
+    given = with_defaults_where_wrong(wanted)
+    run = derive(given, 1)
+    return [*single_option_problems(wanted), *(problem for rule in MODEL_RULES for problem in rule(given, run))]
 
 
 def resolve(config: RunConfig, world_size: int) -> RunConfig:

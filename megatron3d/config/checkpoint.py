@@ -12,13 +12,33 @@ class CheckpointConfig:
     """Where checkpoints go and come from."""
 
     save: str = option(None, "--save", "Directory of checkpoints to write.")
-    load: str = option(None, "--load", "Directory of checkpoints to start from; default --save if it holds one.")
+    load: str = option(
+        None,
+        "--load",
+        "Directory of checkpoints to start from; default --save. Where both hold one, the later step is resumed.",
+    )
+    pretrained_checkpoint: str = option(
+        None,
+        "--pretrained-checkpoint",
+        "Directory of checkpoints whose weights a new run starts from, where --load and --save hold none to resume.",
+    )
     save_interval: int = option(
         None, "--save-interval", "Steps between checkpoints.", unit="iterations", also=("--persistent-save-interval",)
     )
-    keep_last: int = option(None, "--keep-last", "Keep this many newest checkpoints; default all.")
+    keep_last: int = option(
+        None, "--keep-last", "Keep this many newest checkpoints; default all, or 1 with --save-retain-interval."
+    )
+    save_retain_interval: int = option(
+        None,
+        "--save-retain-interval",
+        "Keep the checkpoints of the multiples of this for ever, and of the others the newest alone (--keep-last).",
+        unit="iterations",
+    )
     ckpt_step: int = option(None, "--ckpt-step", "Load this step instead of the latest.")
-    finetune: bool = switch("--finetune", "Take the weights alone; start at step 0 with a new optimizer.")
+    finetune: bool = switch(
+        "--finetune",
+        "Take the weights of --load alone; start at step 0 with a new optimizer. A checkpoint in --save is resumed.",
+    )
     no_load_optim: bool = switch("--no-load-optim", "Do not load the optimizer state.", also=("--disable-load-optim",))
     no_save_optim: bool = switch("--no-save-optim", "Do not save the optimizer state.", also=("--disable-save-optim",))
     override_opt_param_scheduler: bool = switch(
@@ -32,5 +52,18 @@ class CheckpointConfig:
         also=("--use-checkpoint-opt-param-scheduler", "--use-checkpoint-lr-scheduler"),
     )
     fall_back_to_previous_checkpoint: bool = switch(
-        "--fall-back-to-previous-checkpoint", "If the latest checkpoint is damaged, start from the one before."
+        "--fall-back-to-previous-checkpoint",
+        "If the latest checkpoint is damaged or gone, start from the newest whole one before it.",
+    )
+    exit_on_missing_checkpoint: bool = switch(
+        "--exit-on-missing-checkpoint", "End with an error instead of starting anew where no checkpoint is found."
+    )
+    override_sample_order: bool = switch(
+        "--override-sample-order",
+        "Resume with another seed, data, split, sequence length, masking or tokenizer than the checkpoint's: samples "
+        "are counted on from its number in the new order.",
+    )
+    use_checkpoint_args: bool = switch(
+        "--use-checkpoint-args",
+        "Take the model's options, its dropout and its tokenizer from the checkpoint; they override the flags.",
     )

@@ -1,40 +1,53 @@
-"""The command line: flags built from the fields of the config dataclasses, in Megatron-LM's spelling.
+"""The command line: from words to a run, with everything that is wrong with it.
 
-`parse_args` layers what a user says: defaults < `--preset` < `--config FILE` < flags, and reports every word it cannot
-use in one error. It does not judge whether values fit together; that is `check.py`, which needs the number of ranks.
+`read_command` layers what a user says, defaults < `--preset` < `--config FILE` < flags, and keeps going: words that it
+cannot use become problems of the `Command`, and the rest becomes a run. `settle` adds what is wrong between values,
+which needs the number of ranks (`check.py`), and raises all of it in one error. No torch is needed for any of this.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
-from typing import Any, NoReturn
+from dataclasses import dataclass, field
+from typing import Any
 
+from megatron3d.config.check import check
+from megatron3d.config.checkpoint_args import with_checkpoint_args
+from megatron3d.config.deepspeed_file import OPTIONS_OF_DEEPSPEED, DeepSpeedFile, read_deepspeed_file
+from megatron3d.config.derive import derive
+from megatron3d.config.doubt import NO_DOUBT, Doubt
 from megatron3d.config.files import FileSettings, read_config_file
-from megatron3d.config.megatron_flags import HARMLESS_VALUES, SYNONYMS, accepted, refused
-from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, SECTIONS, Option, build_run_config
+from megatron3d.config.foreign import Verdict, judge
+from megatron3d.config.fork_flags import zero_bubble_settings
+from megatron3d.config.help_text import help_text, metavar
+from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, Option, Settings, build_run_config
 from megatron3d.config.presets import PRESETS
 from megatron3d.config.run import RunConfig
-from megatron3d.errors import ConfigError
+from megatron3d.config.words import GivenFlag, split_words, stray_sentence
+from megatron3d.errors import CheckpointError, ConfigError
 
-Foreign = tuple[str, tuple[str, ...]]
-
-_METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
-_GROUP_TITLES = {
-    "model": "model: what is computed",
-    "parallel": "parallel: how the work is cut",
-    "train": "train: how long, in which batches, and what is logged",
-    "optim": "optim: how weights are updated, and in which precision",
-    "data": "data: which tokens are read",
-    "checkpoint": "checkpoint: what is saved and loaded",
+_FILE_FLAGS = {
+    "--config": "config",
+    "--preset": "preset",
+    "--deepspeed_config": "deepspeed_config",
+    "--deepspeed-config": "deepspeed_config",
 }
-_EPILOG = (
-    "Values come from, in rising order: defaults, --preset, --config, flags. Megatron-LM's flags without meaning here "
-    "are accepted with one line each; those of features that are not here are refused with what to use instead. "
-    "See docs/configuration.md."
-)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command line asks for.
+
+    Attributes:
+        run: the run as far as it could be read; options that could not are at their defaults.
+        problems: a sentence for each word, key or file that cannot be used.
+        doubt: the options that `problems` are about.
+    """
+
+    run: RunConfig
+    problems: tuple[str, ...] = ()
+    doubt: Doubt = NO_DOUBT
 
 
 def parse_args(
@@ -45,152 +58,142 @@ def parse_args(
     say: Callable[[str], None] | None = None,
     architecture: str = "gpt",
 ) -> RunConfig:
-    """The run a command line asks for; `--help` prints and exits.
+    """The run a command line asks for, whether or not its values fit together; the arguments are `read_command`'s.
 
-    `argv` is without the program's name. `say` takes the lines about Megatron-LM's flags that have no meaning here;
-    by default they go to stderr (pass a function that keeps silent on all ranks but one). `architecture` is what the
-    program trains: a preset, file or flag that names another is refused.
-
-    Raises: ConfigError with every unknown, refused or malformed word of the command line and the config file.
+    Raises: ConfigError with every unknown, refused or malformed word of the command line and its files.
     """
-    say = _to_stderr if say is None else say
-    problems: list[str] = []
-    words = _without_empty_flags(_join_negative_numbers(argv), problems)
-    namespace, leftover = _parser(program, description).parse_known_args(words)
-    given = vars(namespace)
-    foreign, stray = _group_by_flag(leftover)
-    config_file = read_config_file(given["config"]) if given["config"] else FileSettings({}, None, (), ())
-    settings: dict[tuple[str, str], Any] = {("model", "architecture"): architecture}
-    settings.update(_preset_settings(given["preset"] or config_file.preset, problems))
-    settings.update(config_file.settings)
-    problems += config_file.problems
-    settings.update(_synonym_settings(foreign))
-    settings.update(_flag_settings(given, problems))
-    problems += _review(foreign, stray, say)
-    problems += [f"{given['config']}: {problem}" for problem in _review(config_file.foreign, (), say)]
-    asked = settings["model", "architecture"]
-    if asked != architecture:
-        problems.append(
-            f"{program} trains a {architecture.upper()}, but --preset, --config or --architecture asks for a "
-            f"{asked.upper()}; use pretrain_{asked}.py."
-        )
+    command = read_command(argv, program=program, description=description, say=say, architecture=architecture)
+    if command.problems:
+        raise ConfigError("\n".join(command.problems))
+    return command.run
+
+
+def settle(command: Command, world_size: int) -> RunConfig:
+    """The command's run on `world_size` ranks with all derived values.
+
+    Raises: ConfigError with all problems of the words and between the values, one a line.
+    """
+    problems = [*command.problems, *check(command.run, world_size, doubt=command.doubt)]
     if problems:
-        raise ConfigError("\n".join(problems))
-    return build_run_config(settings)
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return derive(command.run, world_size)
+
+
+def read_command(
+    argv: Sequence[str],
+    *,
+    program: str,
+    description: str,
+    say: Callable[[str], None] | None = None,
+    architecture: str = "gpt",
+) -> Command:
+    """What a command line asks for and what is wrong with its words; `--help` prints and exits.
+
+    `argv` is without the program's name. `say` takes the lines about flags that have no effect here; by default they
+    go to stderr (pass a function that keeps silent on all ranks but one). `architecture` is what the program trains: a
+    preset, file or flag that names another is a problem.
+
+    Raises: CheckpointError if `--use-checkpoint-args` finds no checkpoint to take options from.
+    """
+    flags, stray = split_words(argv)
+    if any(flag.name in ("--help", "-h") for flag in flags):
+        sys.stdout.write(help_text(program, description))
+        raise SystemExit(0)
+    words = _read_words(flags)
+    words.problems[:0] = [stray_sentence(word, "the first flag") for word in stray]
+    config_file = _config_file(words)
+    engine_file = read_deepspeed_file(words.files["deepspeed_config"]) if "deepspeed_config" in words.files else None
+    by_flag, by_file = judge(words.foreign), judge(config_file.foreign)
+    settings: dict[tuple[str, str], Any] = {("model", "architecture"): architecture}
+    settings.update(_preset_settings(words.files.get("preset") or config_file.preset, words.problems))
+    for layer in (by_file.settings, config_file.settings, by_flag.settings, words.settings):
+        settings.update(layer)
+    lines = _judged(words, by_flag, by_file, config_file)
+    if engine_file is not None:
+        words.problems += engine_file.problems + engine_file.contradictions(words.files["deepspeed_config"], settings)
+        settings.update(engine_file.settings(settings))
+        lines += engine_file.lines
+    settings = _with_checkpoint_args(settings, words, lines)
+    lines += _zero_bubble(by_flag, settings, words.problems)
+    words.problems += _problems_between(program, architecture, words.foreign, settings)
+    lines += _lines_of_run(settings, words.unread)
+    for line in lines:
+        (_to_stderr if say is None else say)(line)
+    doubt = _doubt(words, by_flag, by_file, config_file, engine_file, settings)
+    return Command(build_run_config(settings), tuple(dict.fromkeys(words.problems)), doubt)
 
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises our error instead of leaving the process."""
+@dataclass
+class _Words:
+    """The flags of a command line, sorted: our options, the files to read, and what is no option of ours."""
 
-    def error(self, message: str) -> NoReturn:
-        """Raise ConfigError; argparse's own messages name the flag and its value."""
-        raise ConfigError(f"{message[0].upper()}{message[1:]}; --help lists every flag and its value.")
-
-
-def _parser(program: str, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=program,
-        description=description,
-        epilog=_EPILOG,
-        allow_abbrev=False,
-        usage=f"{program} [--preset NAME] [--config FILE] [flags]",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=118),
-    )
-    parser.add_argument("--config", metavar="FILE", help="Options from a JSON or TOML file; flags override them.")
-    names = ", ".join(PRESETS)
-    parser.add_argument("--preset", metavar="NAME", help=f"The shape of a published model: {names}.")
-    for section in SECTIONS:
-        group = parser.add_argument_group(_GROUP_TITLES[section])
-        for option in OPTIONS:
-            if option.section == section:
-                _add(group, option)
-    return parser
+    settings: dict[tuple[str, str], Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    foreign: list[GivenFlag] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
 
 
-def _add(group: argparse._ArgumentGroup, option: Option) -> None:
-    """One flag. Values stay words here: `Option.convert` turns them into values, so that all problems are found."""
-    flag = option.flag
-    settings: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": _help(option)}
-    if flag.kind in ("on", "off"):
-        settings |= {"action": "store_const", "const": flag.kind == "on"}
-    elif flag.kind == "list":
-        settings |= {"nargs": "*", "metavar": "WORD"}
-    else:
-        settings |= {"metavar": _metavar(option)}
-    group.add_argument(option.spelling, **settings)
-    for older_spelling in flag.spellings[1:]:
-        group.add_argument(older_spelling, **(settings | {"help": argparse.SUPPRESS}))
-
-
-def _metavar(option: Option) -> str:
-    choices = option.flag.choices
-    return "{" + ",".join(str(choice) for choice in choices) + "}" if choices else _METAVARS[option.type_name]
-
-
-def _help(option: Option) -> str:
-    unit = f" [{option.flag.unit}]" if option.flag.unit else ""
-    has_default = option.flag.kind == "value" and option.default not in (None, "")
-    default = f" (default {option.default})" if has_default else ""
-    return (option.flag.help + unit + default).replace("%", "%%")
-
-
-def _join_negative_numbers(argv: Sequence[str]) -> list[str]:
-    """`--lr -1e-5` as `--lr=-1e-5`: argparse would take -1e-5 for a flag and not name the value."""
-    words: list[str] = []
-    for word in argv:
-        if (
-            word.startswith("-")
-            and not word.startswith("--")
-            and words
-            and words[-1].startswith("--")
-            and _is_number(word)
-        ):
-            words[-1] += f"={word}"
+def _read_words(flags: Iterable[GivenFlag]) -> _Words:
+    words = _Words()
+    for flag in flags:
+        if flag.name in _FILE_FLAGS:
+            _read_file_flag(flag, words)
+        elif flag.name == "--deepspeed" and flag.values and flag.values[0].endswith(".json"):
+            # Hugging Face's Trainer takes the file by this flag.
+            _read_file_flag(GivenFlag("--deepspeed_config", flag.values), words)
+        elif flag.name in BY_SPELLING:
+            _read_option(flag, BY_SPELLING[flag.name], words)
         else:
-            words.append(word)
+            words.foreign.append(flag)
     return words
 
 
-def _without_empty_flags(words: Sequence[str], problems: list[str]) -> list[str]:
-    """The words without flags that miss their value, which argparse would stop at before the other problems."""
-    kept: list[str] = []
-    for word, following in zip(words, (*words[1:], "--")):
-        option = BY_SPELLING.get(word)
-        if option is not None and option.flag.kind == "value" and following.startswith("--"):
-            problems.append(f"{word} has no value after it; give one ({_metavar(option)}): {option.flag.help}")
+def _read_file_flag(flag: GivenFlag, words: _Words) -> None:
+    if not flag.values:
+        words.problems.append(f"{flag.name} has no value after it; give the name of a preset or the path of a file.")
+        return
+    words.files[_FILE_FLAGS[flag.name]] = flag.values[0]
+    words.problems += [stray_sentence(word, flag.name) for word in flag.values[1:]]
+
+
+def _read_option(flag: GivenFlag, option: Option, words: _Words) -> None:
+    """Set one option by its flag, or note why not."""
+    kind = option.flag.kind
+    if kind in ("on", "off"):
+        if flag.has_equals:
+            words.problems.append(f"{flag.name}={flag.values[0]} gives a value to a switch; write {flag.name} alone.")
         else:
-            kept.append(word)
-    return kept
-
-
-def _is_number(word: str) -> bool:
+            words.problems += [stray_sentence(word, flag.name) for word in flag.values]
+        words.settings[option.key] = kind == "on"
+        return
+    if not flag.values:
+        words.problems.append(f"{flag.name} has no value after it; give one ({metavar(option)}): {option.flag.help}")
+        words.unread.add(option.name)
+        return
+    if kind != "list":
+        words.problems += [stray_sentence(word, flag.name) for word in flag.values[1:]]
     try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+        words.settings[option.key] = option.convert(flag.values if kind == "list" else flag.values[0])
+    except ValueError as error:
+        words.problems.append(str(error))
+        words.unread.add(option.name)
 
 
-def _group_by_flag(leftover: Iterable[str]) -> tuple[tuple[Foreign, ...], tuple[str, ...]]:
-    """The words argparse did not know, as flags with their values, and the words before any flag."""
-    groups: list[tuple[str, list[str]]] = []
-    stray: list[str] = []
-    for word in leftover:
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            groups.append((flag, [value] if equals else []))
-        elif groups:
-            groups[-1][1].append(word)
-        else:
-            stray.append(word)
-    return tuple((flag, tuple(values)) for flag, values in groups), tuple(stray)
+def _config_file(words: _Words) -> FileSettings:
+    if "config" not in words.files:
+        return FileSettings({}, None, (), ())
+    try:
+        return read_config_file(words.files["config"])
+    except ConfigError as error:
+        return FileSettings({}, None, (), (str(error),), is_read=False)
 
 
-def _preset_settings(name: str | None, problems: list[str]) -> Mapping[tuple[str, str], Any]:
+def _preset_settings(name: str | None, problems: list[str]) -> Settings:
     if name is None:
         return {}
     if name not in PRESETS:
@@ -203,55 +206,83 @@ def _preset_settings(name: str | None, problems: list[str]) -> Mapping[tuple[str
     }
 
 
-def _synonym_settings(foreign: Iterable[Foreign]) -> Mapping[tuple[str, str], Any]:
-    given = {flag for flag, _ in foreign}
-    settings: dict[tuple[str, str], Any] = {}
-    for flag, values in SYNONYMS.items():
-        if flag in given:
-            settings.update(values)
-    return settings
+def _judged(words: _Words, by_flag: Verdict, by_file: Verdict, config_file: FileSettings) -> list[str]:
+    """Add the problems of files and foreign words; returns the lines about words without effect."""
+    path = words.files.get("config")
+    words.problems += config_file.problems
+    words.problems += by_flag.problems
+    words.problems += [f"{path}: {problem}" for problem in by_file.problems]
+    return [*by_flag.lines, *by_file.lines]
 
 
-def _flag_settings(given: Mapping[str, Any], problems: list[str]) -> Mapping[tuple[str, str], Any]:
-    settings: dict[tuple[str, str], Any] = {}
-    for name, value in given.items():
-        if name in ("config", "preset"):
-            continue
-        option = BY_NAME[name]
-        try:
-            settings[option.key] = option.convert(value)
-        except ValueError as error:
-            problems.append(str(error))
-    return settings
+def _with_checkpoint_args(
+    settings: dict[tuple[str, str], Any], words: _Words, lines: list[str]
+) -> dict[tuple[str, str], Any]:
+    """The settings with those of a checkpoint, where they are asked for.
+
+    Raises: CheckpointError if there is none and nothing else is wrong; else that is a problem like the others.
+    """
+    try:
+        return with_checkpoint_args(settings, lines.append)
+    except CheckpointError as error:
+        if not words.problems:
+            raise
+        words.problems.append(str(error))
+        words.unread.update(option.name for option in OPTIONS if option.section == "model")
+        return settings
 
 
-def _review(foreign: Iterable[Foreign], stray: Iterable[str], say: Callable[[str], None]) -> list[str]:
-    """Problems with the words that are no option of ours; lines about those without meaning go to `say`."""
-    problems = [_stray_sentence(word, "the first flag") for word in stray]
-    for flag, values in foreign:
-        without_effect = accepted(flag)
-        if flag in SYNONYMS:
-            problems += [_stray_sentence(word, flag) for word in values]
-        elif without_effect is not None:
-            reason, arity = without_effect
-            own_values = values if arity == "*" else values[: int(arity)]
-            problems += [_stray_sentence(word, flag) for word in values[len(own_values) :]]
-            say(f"{' '.join((flag, *own_values))} is accepted without effect: {reason}.")
-        elif HARMLESS_VALUES.get(flag) in values:
-            say(f"{' '.join((flag, *values))} is accepted without effect: it asks for what is done anyway.")
-        else:
-            problems.append(_refusal(flag, values))
+def _zero_bubble(verdict: Verdict, settings: dict[tuple[str, str], Any], problems: list[str]) -> list[str]:
+    """Set the schedule that the zero-bubble fork's switches ask for, unless --pipeline-schedule is given itself."""
+    if not verdict.zero_bubble or ("parallel", "pipeline_schedule") in settings:
+        return [f"{flag} yields to --pipeline-schedule." for flag in verdict.zero_bubble]
+    stages = settings.get(("parallel", "pipeline_model_parallel_size"), 1)
+    more_problems, lines = zero_bubble_settings(verdict.zero_bubble, stages, settings)
+    problems += more_problems
+    return lines
+
+
+def _problems_between(
+    program: str, architecture: str, foreign: Iterable[GivenFlag], settings: Mapping[tuple[str, str], Any]
+) -> list[str]:
+    """What is wrong between the program, flags that are no option, and options."""
+    problems = []
+    asked = settings["model", "architecture"]
+    if asked != architecture:
+        problems.append(
+            f"{program} trains a {architecture.upper()}, but --preset, --config or --architecture asks for a "
+            f"{asked.upper()}; use pretrain_{asked}.py."
+        )
+    stages = settings.get(("parallel", "pipeline_model_parallel_size"), 1)
+    if stages > 1 and any(flag.name == "--no-pipeline-parallel" for flag in foreign):
+        problems.append(
+            f"--no-pipeline-parallel and --pipeline-model-parallel-size {stages} contradict each other; give only one "
+            "of them."
+        )
     return problems
 
 
-def _stray_sentence(word: str, place: str) -> str:
-    return f"'{word}' stands alone near {place} and belongs to no flag; put the flag it is meant for before it."
+def _lines_of_run(settings: Settings, unread: set[str]) -> list[str]:
+    """What is said of options of ours that have no effect in this run."""
+    interval = settings.get(("checkpoint", "save_interval"))
+    if interval is None or settings.get(("checkpoint", "save")) is not None or "save" in unread:
+        return []
+    return [f"--save-interval {interval} is accepted without effect: nothing is saved without --save."]
 
 
-def _refusal(flag: str, values: tuple[str, ...]) -> str:
-    instead = refused(flag)
-    if instead is not None:
-        return f"{' '.join((flag, *values))} is not supported: {instead}."
-    nearest = get_close_matches(flag, [*BY_SPELLING, *SYNONYMS, "--config", "--preset", "--help"], n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all flags."
-    return f"{' '.join((flag, *values))} is unknown; {hint}"
+def _doubt(
+    words: _Words,
+    by_flag: Verdict,
+    by_file: Verdict,
+    config_file: FileSettings,
+    engine_file: DeepSpeedFile | None,
+    settings: Settings,
+) -> Doubt:
+    unread = words.unread | by_flag.meant | by_file.meant | config_file.unread
+    perhaps: set[str] = set() if config_file.is_read else set(BY_NAME)
+    if engine_file is not None and not engine_file.is_read:
+        perhaps |= OPTIONS_OF_DEEPSPEED
+    if (words.files.get("preset") or config_file.preset) not in (None, *PRESETS):
+        perhaps |= {option.name for option in OPTIONS if option.section == "model"}
+    given = frozenset(name for _, name in settings)
+    return Doubt(frozenset(unread) - given, frozenset(perhaps) - given)

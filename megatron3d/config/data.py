@@ -24,6 +24,15 @@ class DataConfig:
     tokenizer_model: str = option(None, "--tokenizer-model", "Tokenizer file or directory.")
     vocab_file: str = option(None, "--vocab-file", "Vocabulary of a GPT-2 or BERT tokenizer.", also=("--vocab",))
     merge_file: str = option(None, "--merge-file", "Merges of a GPT-2 tokenizer.")
+    tiktoken_pattern: str = option(
+        "v2", "--tiktoken-pattern", "How a TikTokenizer cuts a text into words.", choices=("v1", "v2")
+    )
+    tiktoken_num_special_tokens: int = option(
+        1000, "--tiktoken-num-special-tokens", "Ids before the tokens of a TikTokenizer's file."
+    )
+    tiktoken_special_tokens: tuple[str, ...] = options(
+        "--tiktoken-special-tokens", "Names of a TikTokenizer's first special tokens; default <unk> <s> </s>."
+    )
     reset_position_ids: bool = switch("--reset-position-ids", "Positions start again after each end of document.")
     reset_attention_mask: bool = switch("--reset-attention-mask", "No attention across documents.")
     eod_mask_loss: bool = switch("--eod-mask-loss", "No loss on end-of-document tokens.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron3d.config.batch_size import parse_step_schedule
+from megatron3d.config.batch_size import iterations_for_samples, parse_step_schedule, samples_for_iterations
 from megatron3d.config.data import DataConfig
 from megatron3d.config.model import GATED_ACTIVATIONS, ModelConfig
 from megatron3d.config.optim import OptimConfig
@@ -16,16 +16,20 @@ from megatron3d.config.run import RunConfig
 from megatron3d.config.train import TrainConfig
 from megatron3d.errors import ConfigError
 
+# Names that Megatron-DeepSpeed has for kinds of ours.
+TOKENIZER_ALIASES = {"PretrainedFromHF": "HuggingFaceTokenizer", "HFTokenizer": "HuggingFaceTokenizer"}
+
 
 def derive(config: RunConfig, world_size: int) -> RunConfig:
     """The run on `world_size` ranks with all derivable values filled in; what cannot be derived stays None."""
     parallel = _derive_pipeline(_derive_parallel(config.parallel, world_size), config.model.num_layers)
+    train = _derive_train(config, parallel.data_parallel_size)
     return replace(
         config,
         model=resolve_model(config.model),
         parallel=parallel,
-        train=_derive_train(config, parallel.data_parallel_size),
-        optim=_derive_optim(config.optim, config.train),
+        train=train,
+        optim=_derive_optim(config.optim, train, config.model.seq_length),
         data=_derive_data(config.data),
     )
 
@@ -103,8 +107,31 @@ def _derive_train(config: RunConfig, data_parallel_size: int) -> TrainConfig:
     steps = _step_levels(train.step_batch_size_schedule, config.model.seq_length)
     batch = steps[-1][1] if steps else train.global_batch_size
     if batch is None and train.micro_batch_size:
-        batch = train.micro_batch_size * data_parallel_size
-    return replace(train, global_batch_size=batch, batch_size_steps=steps)
+        batch = train.micro_batch_size * data_parallel_size * (train.gradient_accumulation_steps or 1)
+    train = replace(train, global_batch_size=batch, batch_size_steps=steps)
+    return replace(train, train_samples=_train_samples(train, config.model.seq_length, data_parallel_size))
+
+
+def _train_samples(train: TrainConfig, seq_length: int | None, data_parallel_size: int) -> int | None:
+    """The length in samples: of --train-samples and --train-tokens what is reached first.
+
+    The step that reaches the tokens is made whole, so they end with a batch.
+    Source: Megatron-DeepSpeed `megatron/training.py`, `train`: "while ... consumed_train_tokens < args.train_tokens".
+    """
+    if train.train_tokens is None or not seq_length or not train.global_batch_size or not _can_count(train):
+        return train.train_samples
+    needed = -(-train.train_tokens // seq_length)
+    steps = iterations_for_samples(train, needed, data_parallel_size)
+    reached = samples_for_iterations(train, steps, data_parallel_size)
+    if reached < needed:
+        reached = samples_for_iterations(train, steps + 1, data_parallel_size)
+    return reached if train.train_samples is None else min(reached, train.train_samples)
+
+
+def _can_count(train: TrainConfig) -> bool:
+    """Whether a ramp is three numbers, as `check.py` wants it."""
+    ramp = train.rampup_batch_size
+    return not ramp or (len(ramp) == 3 and all(word.isdecimal() and int(word) > 0 for word in ramp))
 
 
 def _step_levels(schedule: str | None, seq_length: int | None) -> tuple[tuple[int, int], ...]:
@@ -129,17 +156,24 @@ def _derive_recomputation(train: TrainConfig) -> TrainConfig:
     return replace(train, recompute_granularity=granularity, recompute_method=method, recompute_num_layers=layers)
 
 
-def _derive_optim(optim: OptimConfig, train: TrainConfig) -> OptimConfig:
+def _derive_optim(optim: OptimConfig, train: TrainConfig, seq_length: int | None) -> OptimConfig:
+    """Decay and warm-up in the unit of the run; tokens become samples, rounded to the nearest."""
+    decay, warmup = optim.lr_decay_samples, optim.lr_warmup_samples
+    if seq_length and optim.lr_decay_tokens is not None:
+        decay = decay or max(1, round(optim.lr_decay_tokens / seq_length))
+    if seq_length and optim.lr_warmup_tokens is not None:
+        warmup = warmup or round(optim.lr_warmup_tokens / seq_length)
     return replace(
         optim,
         lr_decay_iters=optim.lr_decay_iters or train.train_iters,
-        lr_decay_samples=optim.lr_decay_samples or train.train_samples,
+        lr_decay_samples=decay or train.train_samples,
+        lr_warmup_samples=warmup,
     )
 
 
 def _derive_data(data: DataConfig) -> DataConfig:
     """The tokenizer that its files imply, and the split without the quotes that a shell array may leave around it."""
-    kind = data.tokenizer_type
+    kind = TOKENIZER_ALIASES.get(data.tokenizer_type or "", data.tokenizer_type)
     if kind is None and data.vocab_file:
         kind = "GPT2BPETokenizer" if data.merge_file else "BertWordPieceLowerCase"
     return replace(data, tokenizer_type=kind, split=data.split.strip("'\" "))

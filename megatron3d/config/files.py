@@ -7,7 +7,6 @@ the sections (`[model]`). A null value means the default. `run.json` of an earli
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,20 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from megatron3d.config.options import BY_NAME, BY_SPELLING, DERIVED_NAMES, SECTIONS, Option
+from megatron3d.config.words import GivenFlag
 from megatron3d.errors import ConfigError
+from megatron3d.files.json_text import parse_object
+from megatron3d.files.text import read_text
 
 
 @dataclass(frozen=True)
 class FileSettings:
     """What a config file says: `settings` by (section, field), `preset` if it names one, and what it says wrongly.
 
-    `foreign` are its keys that are no option of ours, as flags, with their values as words.
+    `foreign` are its keys that are no option of ours, as flags, with their values as words; a key that is false is
+    left out, as a switch is. `unread` names options with a value that cannot be used; `is_read` is false where the
+    file could not be read at all.
     """
 
     settings: Mapping[tuple[str, str], Any]
     preset: str | None
-    foreign: tuple[tuple[str, tuple[str, ...]], ...]
+    foreign: tuple[GivenFlag, ...]
     problems: tuple[str, ...]
+    unread: frozenset[str] = frozenset()
+    is_read: bool = True
 
 
 def read_config_file(path: str) -> FileSettings:
@@ -37,8 +43,9 @@ def read_config_file(path: str) -> FileSettings:
     Raises: ConfigError if the file is missing, is neither `.json` nor `.toml`, or cannot be parsed.
     """
     settings: dict[tuple[str, str], Any] = {}
-    foreign: list[tuple[str, tuple[str, ...]]] = []
+    foreign: list[GivenFlag] = []
     problems: list[str] = []
+    unread: set[str] = set()
     preset = None
     for key, value in _entries(_parsed(Path(path))):
         name = key.lstrip("-").replace("-", "_")
@@ -49,31 +56,31 @@ def read_config_file(path: str) -> FileSettings:
             continue
         option = BY_NAME.get(name) or _option_by_spelling(name)
         if option is None:
-            foreign.append((f"--{name.replace('_', '-')}", _words(value)))
+            if value is not False:
+                foreign.append(GivenFlag(f"--{name.replace('_', '-')}", _words(value)))
             continue
         try:
             settings[option.key] = _value(option, name, value)
         except ValueError as error:
             problems.append(f"{path}: {error}")
-    return FileSettings(settings, preset, tuple(foreign), tuple(problems))
+            unread.add(option.name)
+    return FileSettings(settings, preset, tuple(foreign), tuple(problems), frozenset(unread))
 
 
 def _parsed(path: Path) -> Mapping[str, Any]:
     if path.suffix not in (".json", ".toml"):
         raise ConfigError(f"--config {path} ends in '{path.suffix}'; give a file that ends in .json or .toml.")
     try:
-        text = path.read_text(encoding="utf-8")
-        parsed = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        text = read_text(path)
+        parsed = parse_object(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(
             f"--config {path} cannot be read ({error.strerror}); give the path of an existing file."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"--config {path} is not valid {path.suffix[1:].upper()} ({error}); correct it there."
         ) from error
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"--config {path} holds a {type(parsed).__name__}; it must be one object of keys and values.")
     return parsed
 
 

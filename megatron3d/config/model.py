@@ -65,6 +65,9 @@ class ModelConfig:
     norm_epsilon: float = option(
         1e-5, "--norm-epsilon", "Added to the variance inside a norm.", also=("--layernorm-epsilon",)
     )
+    apply_layernorm_1p: bool = switch(
+        "--apply-layernorm-1p", "Store the weights of norms less 1, so that they start at 0 and are small."
+    )
     norm_position: str = option(
         "pre",
         "--norm-position",

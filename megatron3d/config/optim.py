@@ -39,6 +39,12 @@ class OptimConfig:
     )
     lr_warmup_iters: int = option(0, "--lr-warmup-iters", "Iterations of linear warm-up.", unit="iterations")
     lr_warmup_samples: int = option(0, "--lr-warmup-samples", "Samples of linear warm-up.", unit="samples")
+    lr_decay_tokens: int = option(
+        None, "--lr-decay-tokens", "--lr-decay-samples, counted in tokens of --seq-length.", unit="tokens"
+    )
+    lr_warmup_tokens: int = option(
+        None, "--lr-warmup-tokens", "--lr-warmup-samples, counted in tokens of --seq-length.", unit="tokens"
+    )
     lr_warmup_fraction: float = option(
         None, "--lr-warmup-fraction", "Warm-up as a fraction of the decay length.", also=("--warmup",)
     )
@@ -131,12 +137,17 @@ class OptimConfig:
         also=("--min-scale",),
     )
     loss_scale_window: int = option(
-        1000, "--loss-scale-window", "Finite steps after which the scale doubles.", unit="iterations"
+        1000,
+        "--loss-scale-window",
+        "Finite steps after which the scale doubles, and the count of --hysteresis starts again.",
+        unit="iterations",
     )
-    hysteresis: int = option(2, "--hysteresis", "Non-finite steps after which the scale halves.", unit="iterations")
+    hysteresis: int = option(
+        2, "--hysteresis", "Non-finite steps after which the scale halves; a fixed one ends the run.", unit="iterations"
+    )
     check_for_nan_in_loss_and_grad: bool = off_switch(
         "--no-check-for-nan-in-loss-and-grad",
-        "Go on when a loss or gradient is not finite (fp32, bf16).",
+        "Go on when a loss or gradient is not finite (fp32, bf16); weights that are not finite are never saved.",
         also=("--no-check-for-nan-in-loss", "--disable-check-for-nan-in-loss"),
     )
 

@@ -21,6 +21,8 @@ from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.train import TrainConfig
 
+_MOST = 2**63 - 1  # of steps, samples and sizes, which travel in int64
+
 SECTIONS: Mapping[str, type] = MappingProxyType(
     {
         "model": ModelConfig,
@@ -67,18 +69,26 @@ class Option:
         """
         value = self._typed(given)
         if self.flag.choices and value not in self.flag.choices:
+            same = [choice for choice in self.flag.choices if str(choice).lower() == str(value).lower()]
+            if len(same) == 1:  # such as `--normalization rmsnorm` of Megatron-DeepSpeed
+                return same[0]
             names = ", ".join(str(choice) for choice in self.flag.choices)
             raise ValueError(f"{self.spelling} {given} is not one of its choices; use one of: {names}.")
         return value
 
     def _typed(self, given: Any) -> Any:
         if self.flag.kind == "list":
-            return tuple(str(word) for word in (given.split() if isinstance(given, str) else given))
+            words = given.split() if isinstance(given, str) else given
+            if not isinstance(words, list | tuple) or not all(isinstance(word, str | int | float) for word in words):
+                raise ValueError(f"{self.spelling} {given!r:.60} is not a list of words; write a list, or one string.")
+            return tuple(str(word) for word in words)
         if self.type_name == "bool":
             if isinstance(given, bool):
                 return given
             raise ValueError(f"{self.spelling} {given!r} is not true or false; in a config file write true or false.")
         if self.type_name == "str":
+            if isinstance(given, bool) or not isinstance(given, str | int | float):
+                raise ValueError(f"{self.spelling} {given!r:.60} is not a text; write a string.")
             return str(given)
         number = _number(given)
         if number is None:
@@ -87,6 +97,8 @@ class Option:
             return float(number)
         if number != int(number):
             raise ValueError(f"{self.spelling} {given} is not a whole number; use {int(number)} or {int(number) + 1}.")
+        if abs(number) > _MOST:
+            raise ValueError(f"{self.spelling} {given} is too large for a count; use at most {_MOST}.")
         return int(number)
 
 
@@ -95,14 +107,15 @@ def _number(given: Any) -> int | float | None:
     if isinstance(given, bool) or not isinstance(given, (int, float, str)):
         return None
     try:
-        return int(given) if not isinstance(given, float) else (given if math.isfinite(given) else None)
-    except ValueError:
-        pass
-    try:
         number = float(given)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    if not math.isfinite(number):
+        return None
+    try:
+        return int(given) if not isinstance(given, float) else given
+    except ValueError:
+        return number
 
 
 def _declared_options() -> tuple[Option, ...]:

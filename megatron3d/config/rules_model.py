@@ -94,16 +94,22 @@ def architecture_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
 
 
 def world_size_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
-    """The ranks factor into tensor x pipeline x data."""
+    """The ranks factor into tensor x pipeline x context x data."""
     size, world = model_parallel_size(run.parallel), run.parallel.world_size
     if world % size:
-        tp, pp = run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size
+        parallel = run.parallel
+        tp, pp, cp = (
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.context_parallel_size,
+        )
+        context, third = (f" x context {cp}", ", --context-parallel-size") if cp > 1 else ("", "")
         above = -(-world // size) * size
         counts = f"{above - size} or {above}" if above > size else str(above)
         yield (
-            f"A world of {world} ranks is not a multiple of tensor {tp} x pipeline {pp} = {size}; start {counts} "
-            f"ranks, or change --tensor-model-parallel-size or --pipeline-model-parallel-size so that their product "
-            f"divides {world}."
+            f"A world of {world} ranks is not a multiple of tensor {tp} x pipeline {pp}{context} = {size}; start "
+            f"{counts} ranks, or change --tensor-model-parallel-size{third} or --pipeline-model-parallel-size so that "
+            f"their product divides {world}."
         )
 
 

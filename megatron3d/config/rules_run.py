@@ -6,9 +6,10 @@ Each rule yields sentences. `given` is what the user said (values outside their 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
-from megatron3d.config.batch_size import parse_step_schedule
+from megatron3d.config.batch_size import batch_size_at, parse_step_schedule
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.options import BY_NAME
 from megatron3d.config.rules_optimizer import OPTIMIZER_RULES
@@ -24,6 +25,7 @@ _TOKENIZER_FILES = {
     "SentencePieceTokenizer": ("tokenizer_model",),
     "GPTSentencePieceTokenizer": ("tokenizer_model",),
     "Llama2Tokenizer": ("tokenizer_model",),
+    "TikTokenizer": ("tokenizer_model",),
 }
 
 
@@ -34,7 +36,8 @@ def required_problems(config: RunConfig) -> Iterator[str]:
         if option.value_in(config) is None:
             preset = " or a --preset" if option.section == "model" else ""
             yield f"{option.spelling} is missing ({option.flag.help.rstrip('.')}); give it{preset}."
-    if config.train.train_iters is None and config.train.train_samples is None:
+    train = config.train
+    if train.train_iters is None and train.train_samples is None and train.train_tokens is None:
         yield "--train-iters is missing, and so is --train-samples: the run has no length; give one of them."
 
 
@@ -47,9 +50,16 @@ def length_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
             "run; give only one of them."
         )
         return
-    if train.train_iters is None and train.train_samples is None:
+    if train.train_iters is not None and train.train_tokens is not None:
+        yield (
+            f"--train-iters {train.train_iters} and --train-tokens {train.train_tokens} both set the length of the "
+            "run; give only one of them."
+        )
         return
-    mine, other = ("samples", "iters") if train.train_samples is not None else ("iters", "samples")
+    by_samples = train.train_samples is not None or train.train_tokens is not None
+    if train.train_iters is None and not by_samples:
+        return
+    mine, other = ("samples", "iters") if by_samples else ("iters", "samples")
     for kind in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
         option = BY_NAME[f"{kind}_{other}"]
         value = option.value_in(given)
@@ -58,6 +68,27 @@ def length_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
                 f"{option.spelling} {value} counts {'iterations' if other == 'iters' else other}, but the run is given "
                 f"by --train-{mine}; use --{kind.replace('_', '-')}-{mine}, or --train-{other}."
             )
+
+
+def steps_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """The run can make a step, and what it is to skip are iterations."""
+    train, dp = run.train, run.parallel.data_parallel_size
+    if train.train_samples is not None and train.train_iters is None and train.global_batch_size:
+        try:
+            first = batch_size_at(train, 0, dp)
+        except (ValueError, ZeroDivisionError):
+            first = 0  # a malformed ramp, which has its own sentence
+        if train.train_samples < first:
+            yield (
+                f"--train-samples {train.train_samples} is less than the first global batch of {first}, so the run "
+                f"could make no step; use --train-samples {first} or more, or a smaller --global-batch-size."
+            )
+    wrong = [word for word in train.iterations_to_skip if not word.isdecimal()]
+    if wrong:
+        yield (
+            f"--iterations-to-skip {' '.join(train.iterations_to_skip)} has {wrong[0]}, which is no iteration; list "
+            "whole numbers, such as 0 for the first step."
+        )
 
 
 def learning_rate_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
@@ -132,16 +163,19 @@ def precision_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
 
 def batch_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
     """Every global batch splits into whole microbatches on every data-parallel rank."""
-    micro, dp = run.train.micro_batch_size, run.parallel.data_parallel_size
-    if run.parallel.world_size % model_parallel_size(run.parallel) or not micro:
+    micro = run.train.micro_batch_size
+    if not micro:
         return
+    # Ranks that do not factor have no data-parallel size; a multiple of the micro-batch is needed at any.
+    factors = run.parallel.world_size % model_parallel_size(run.parallel) == 0
+    dp = run.parallel.data_parallel_size if factors else 1
     batch = given.train.global_batch_size
     if batch and batch % (micro * dp):
-        yield _batch_sentence(batch, micro, dp)
+        yield _batch_sentence(batch, micro, dp, f" x data-parallel {dp} = {micro * dp}" if factors else "")
     yield from _ramp_problems(given, micro * dp, batch or micro * dp)
 
 
-def _batch_sentence(batch: int, micro: int, dp: int) -> str:
+def _batch_sentence(batch: int, micro: int, dp: int, product: str) -> str:
     """The sentence about an indivisible batch, with the nearest sizes that work."""
     at_once = micro * dp
     below, above = batch // at_once * at_once, -(-batch // at_once) * at_once
@@ -149,10 +183,7 @@ def _batch_sentence(batch: int, micro: int, dp: int) -> str:
     micros = [size for size in range(1, batch // dp + 1) if batch % (size * dp) == 0]
     nearest = [*[m for m in micros if m < micro][-1:], *[m for m in micros if m > micro][:1]]
     other = f", or --micro-batch-size {' or '.join(str(m) for m in nearest)}" if nearest else ""
-    return (
-        f"--global-batch-size {batch} is not a multiple of micro-batch {micro} x data-parallel {dp} = {at_once}; "
-        f"use {sizes}{other}."
-    )
+    return f"--global-batch-size {batch} is not a multiple of micro-batch {micro}{product}; use {sizes}{other}."
 
 
 def _ramp_problems(given: RunConfig, at_once: int, batch: int) -> Iterator[str]:
@@ -281,13 +312,30 @@ def checkpoint_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
     """What is saved has a place, and what is loaded has one too."""
     checkpoint = given.checkpoint
     if checkpoint.save is None:
-        for option, value in (("--save-interval", checkpoint.save_interval), ("--keep-last", checkpoint.keep_last)):
+        for name in ("keep_last", "save_retain_interval"):
+            option, value = BY_NAME[name].spelling, BY_NAME[name].value_in(given)
             if value is not None:
                 yield f"{option} {value} needs --save, the directory of checkpoints; give it, or drop {option}."
+    retain, interval = checkpoint.save_retain_interval, checkpoint.save_interval
+    if retain is not None and (interval is None or retain % interval):
+        yield (
+            f"--save-retain-interval {retain} keeps checkpoints of its multiples, and with --save-interval {interval} "
+            "not all of these are written; make it a multiple of --save-interval."
+        )
     if checkpoint.load is None and checkpoint.save is None and checkpoint.ckpt_step is not None:
         yield f"--ckpt-step {checkpoint.ckpt_step} needs --load, the directory it is in; give it."
-    if checkpoint.load is None and checkpoint.finetune:
+    if checkpoint.finetune and checkpoint.load is None and checkpoint.pretrained_checkpoint is None:
         yield "--finetune takes the weights of a checkpoint, but there is no --load; give it, or drop --finetune."
+    load, save = checkpoint.load, checkpoint.save
+    if checkpoint.finetune and load and save and os.path.realpath(save) in _directories_of(load):
+        yield (
+            f"--finetune with --load {load} and --save {save}: when the run is started again, it could not tell "
+            "whether a checkpoint there is to be fine-tuned or resumed; give another --save."
+        )
+    if checkpoint.exit_on_missing_checkpoint and checkpoint.load is None and checkpoint.save is None:
+        yield "--exit-on-missing-checkpoint needs --load (or --save), where a checkpoint must be; give it, or drop it."
+    if checkpoint.use_checkpoint_args and not (checkpoint.load or checkpoint.save or checkpoint.pretrained_checkpoint):
+        yield "--use-checkpoint-args needs --load, the directory of the checkpoint; give it, or drop the option."
     if checkpoint.override_opt_param_scheduler and checkpoint.use_checkpoint_opt_param_scheduler:
         yield (
             "--override-opt-param-scheduler takes the schedule from the flags and --use-checkpoint-opt_param-scheduler "
@@ -295,8 +343,14 @@ def checkpoint_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         )
 
 
+def _directories_of(load: str) -> tuple[str, str]:
+    """What --load may name: a directory of checkpoints, or one of them in such a directory."""
+    return os.path.realpath(load), os.path.dirname(os.path.realpath(load))
+
+
 RUN_RULES = (
     length_rule,
+    steps_rule,
     batch_rule,
     learning_rate_rule,
     weight_decay_rule,

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron3d.config.field_types import wanted_type
 from megatron3d.config.options import BY_KEY, SECTIONS
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
@@ -20,7 +21,7 @@ def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
 def from_dict(stored: Mapping[str, Any]) -> RunConfig:
     """The run that `to_dict` gave. Fields that the stored run does not know yet take their defaults.
 
-    Raises: ConfigError naming sections or fields that do not exist, or that are not of the expected kind.
+    Raises: ConfigError naming sections or fields that do not exist, or that are of another type than they should be.
     """
     unknown = [section for section in stored if section not in SECTIONS]
     if unknown:
@@ -68,7 +69,11 @@ def _section_from_dict(section: str, values: Any) -> Any:
             f"The stored run has the unknown field {section}.{unknown[0]}; it comes from another version of "
             "megatron3d. Take the field out of run.json, or use that version."
         )
-    return config_class(**{name: _frozen(value) for name, value in values.items()})
+    frozen = {name: _frozen(value) for name, value in values.items()}
+    wanted = {f.name: wanted_type(f, frozen[f.name]) for f in dataclasses.fields(config_class) if f.name in frozen}
+    if wrong := [f"{section}.{name} is {frozen[name]!r:.60}, not {kind}" for name, kind in wanted.items() if kind]:
+        raise ConfigError(f"The stored run is damaged or written by another program: {'; '.join(wrong)}.")
+    return config_class(**frozen)
 
 
 def _frozen(value: Any) -> Any:

@@ -9,7 +9,8 @@ from megatron3d.config.fields import option, options, switch
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The run. Iterations and samples exclude each other; exactly one of train_iters and train_samples is given.
+    """The run. Its length is given by train_iters, or by train_samples and train_tokens, of which the first to be
+    reached counts; `resolve` turns tokens into samples.
 
     `batch_size_steps` is derived by `resolve` from --step-batch-size-schedule: pairs of a count of consumed samples
     and the global batch size from there on.
@@ -25,6 +26,13 @@ class TrainConfig:
     global_batch_size: int = option(
         None, "--global-batch-size", "Samples of one optimizer step; default micro-batch x DP.", unit="samples"
     )
+    gradient_accumulation_steps: int = option(
+        None,
+        "--gradient-accumulation-steps",
+        "Micro-batches of one optimizer step on each data-parallel rank; sets --global-batch-size where that is left "
+        "out.",
+        unit="micro-batches",
+    )
     rampup_batch_size: tuple[str, ...] = options(
         "--rampup-batch-size", "START INCREMENT SAMPLES: grow the global batch linearly over SAMPLES samples."
     )
@@ -35,25 +43,44 @@ class TrainConfig:
     )
     train_iters: int = option(None, "--train-iters", "Optimizer steps.", unit="iterations")
     train_samples: int = option(None, "--train-samples", "Samples.", unit="samples")
+    train_tokens: int = option(
+        None,
+        "--train-tokens",
+        "Tokens: the run ends with the first step that reaches them, or at --train-samples if that is sooner.",
+        unit="tokens",
+    )
+    iterations_to_skip: tuple[str, ...] = options(
+        "--iterations-to-skip",
+        "Iterations, counted from 0 as in Megatron-LM, that consume their samples without training: N is step N + 1.",
+    )
     eval_interval: int = option(1000, "--eval-interval", "Steps between evaluations.", unit="iterations")
     eval_iters: int = option(
         100, "--eval-iters", "Global batches of one evaluation; 0 does not evaluate.", unit="iterations"
     )
-    exit_interval: int = option(None, "--exit-interval", "Save and stop at a multiple of this.", unit="iterations")
+    exit_interval: int = option(
+        None, "--exit-interval", "Save and stop at a multiple of this (docs/stopping.md).", unit="iterations"
+    )
     exit_duration_in_mins: float = option(
         None, "--exit-duration-in-mins", "Save and stop after this time.", unit="minutes"
     )
     exit_signal_handler: bool = switch(
         "--exit-signal-handler",
-        "Accepted; stopping on SIGTERM with a save is always on.",
+        "Stop on SIGTERM, SIGINT and SIGUSR1 with a save; this is always on, with or without the flag.",
         also=("--exit-signal-handler-for-training",),
     )
     log_interval: int = option(100, "--log-interval", "Steps between log lines.", unit="iterations")
     tensorboard_dir: str = option(None, "--tensorboard-dir", "Where TensorBoard events go.")
     wandb_project: str = option("", "--wandb-project", "Weights & Biases project; needs the wandb package.")
+    wandb_entity: str = option("", "--wandb-entity", "Weights & Biases user or team; default your own.")
     wandb_exp_name: str = option("", "--wandb-exp-name", "Weights & Biases run name.")
     wandb_save_dir: str = option("", "--wandb-save-dir", "Weights & Biases directory.")
     metrics_file: str = option(None, "--metrics-file", "JSON lines: one record a step.")
+    check_weight_hash_across_dp_replicas_interval: int = option(
+        None,
+        "--check-weight-hash-across-dp-replicas-interval",
+        "Compare hashes of all values that several ranks hold this often; before a save it is always done.",
+        unit="iterations",
+    )
     recompute_granularity: str = option(
         None,
         "--recompute-granularity",
@@ -85,3 +112,7 @@ class TrainConfig:
         3, "--profile-pipeline-step", "The step to record, counted from the start of this process.", unit="iterations"
     )
     batch_size_steps: tuple[tuple[int, int], ...] = ()
+
+    def skips(self, iteration: int) -> bool:
+        """Whether --iterations-to-skip lists this iteration, counted from 0."""
+        return any(int(word) == iteration for word in self.iterations_to_skip)

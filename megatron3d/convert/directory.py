@@ -12,7 +12,8 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,17 +24,22 @@ from megatron3d.checkpoint.durable import sync_directory, write_file
 from megatron3d.checkpoint.shard_file import write_shard
 from megatron3d.convert.family import HfConfig
 from megatron3d.errors import CheckpointError, ConfigError, StorageError
+from megatron3d.files.json_text import parse_object
 
 CONFIG_NAME = "config.json"
+_LONGEST_NAME = 255  # bytes, of Linux's file systems
+# The format's names of the types that weights may have; others keep their own.
+_DTYPE_OF_TAG = MappingProxyType({"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"})
 _WEIGHTS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One tensor of a directory: the file it lies in, its shape, and how to read it."""
+    """One tensor of a directory: the file it lies in, its shape and dtype (torch's name), and how to read it."""
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
     read: Callable[[], Tensor]
 
 
@@ -64,7 +70,13 @@ def open_weights(directory: Path) -> Iterator[Mapping[str, StoredWeight]]:
             with ExitStack() as stack:
                 found: dict[str, StoredWeight] = {}
                 for file in files:
-                    found |= opener(file, stack)
+                    opened = opener(file, stack)
+                    if twice := found.keys() & opened.keys():
+                        name = min(twice)
+                        raise CheckpointError(
+                            f"{found[name].file} and {file} both hold the tensor {name}; keep the files of one model"
+                        )
+                    found |= opened
                 yield found
             return
     raise CheckpointError(
@@ -82,11 +94,25 @@ def _weight_files(directory: Path, name: str) -> list[Path]:
     weight_map = _json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map, so the shards are not known; fetch the file again")
-    files = [directory / str(file) for file in sorted(set(weight_map.values()))]
+    if wrong := [name for name in weight_map.values() if not _stays_inside(name)]:
+        raise CheckpointError(
+            f"{index} names {wrong[0]!r:.100} as a file of weights, which is not a file inside {directory}; fetch the "
+            "model again from a source that you trust"
+        )
+    files = [directory / file for file in sorted(set(weight_map.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(f"{index} names {', '.join(missing)}, which is not in {directory}; fetch what is missing")
     return files
+
+
+def _stays_inside(name: object) -> bool:
+    """Whether a name from outside is that of a file below a directory; links there may lead where they want."""
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        return False
+    path = PurePosixPath(name)
+    is_short = len(name.encode()) <= _LONGEST_NAME  # the system has an error of its own for what it cannot look up
+    return is_short and not path.is_absolute() and ".." not in path.parts
 
 
 def _open_safetensors(file: Path, stack: ExitStack) -> dict[str, StoredWeight]:
@@ -97,7 +123,11 @@ def _open_safetensors(file: Path, stack: ExitStack) -> dict[str, StoredWeight]:
         raise CheckpointError(f"{file} cannot be read as safetensors ({error}); fetch the file again") from error
 
     def stored(name: str) -> StoredWeight:
-        return StoredWeight(file, tuple(handle.get_slice(name).get_shape()), lambda: handle.get_tensor(name))
+        entry = handle.get_slice(name)
+        tag = entry.get_dtype()
+        return StoredWeight(
+            file, tuple(entry.get_shape()), _DTYPE_OF_TAG.get(tag, tag), lambda: handle.get_tensor(name)
+        )
 
     return {name: stored(name) for name in names}
 
@@ -114,23 +144,21 @@ def _open_pickled(file: Path, stack: ExitStack) -> dict[str, StoredWeight]:
         raise CheckpointError(f"{file} holds something else than tensors by name; save it again as {_WEIGHTS}")
 
     def stored(tensor: Tensor) -> StoredWeight:
-        return StoredWeight(file, tuple(tensor.shape), lambda: tensor)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return StoredWeight(file, tuple(tensor.shape), dtype, lambda: tensor)
 
     return {name: stored(tensor) for name, tensor in values.items()}
 
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path.parent} has no {path.name}; give the directory that save_pretrained wrote"
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__} and must hold an object; fetch the file again")
-    return value
 
 
 def check_writable(directory: Path) -> None:

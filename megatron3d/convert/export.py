@@ -17,24 +17,26 @@ from torch import Tensor
 
 from megatron3d.checkpoint.index import Index, read_index
 from megatron3d.checkpoint.load import assemble, read_document
+from megatron3d.config.check import model_problems
 from megatron3d.config.data import DataConfig
 from megatron3d.config.model import ModelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.convert.directory import check_writable, write_directory
 from megatron3d.convert.families import family_of
-from megatron3d.convert.family import Family
+from megatron3d.convert.family import Family, HfConfig, check_num_layers
 from megatron3d.convert.hf import HF_DOCUMENT
 from megatron3d.convert.rows import Row
+from megatron3d.convert.task_document import read_task_document
 from megatron3d.convert.tokenizer_choice import tokenizer_of
 from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, files_of
 from megatron3d.data.hf_description import GENERATION_CONFIG, MODEL_CONFIG, companion_files
 from megatron3d.errors import CheckpointError, ConfigError
+from megatron3d.files.json_text import parse_object
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 )
-_TASK_DOCUMENT = "task"  # what a fine-tuning says of its classifier
 _REWRITTEN = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
@@ -71,11 +73,13 @@ def export_model(checkpoint: Path, directory: Path, options: ExportOptions | Non
     options = options or ExportOptions()
     check_writable(directory)
     run = from_dict(read_document(checkpoint, "run"))
+    if problems := model_problems(run.model):
+        raise CheckpointError(f"{checkpoint / 'run.json'} describes a model that cannot be: {' '.join(problems)}")
     family = family_of(run.model)
     index = read_index(checkpoint)
     rows = _rows_here(family, run.model, index, checkpoint)
     class_name = family.class_name(frozenset(row.piece for row in rows))
-    tensors = _tensors_there(checkpoint, rows, options.dtype)
+    tensors = _tensors_there(checkpoint, rows, options.dtype, less_one=run.model.apply_layernorm_1p)
     tensors |= {copy: tensors[of] for copy, of in family.copies(run.model).items() if of in tensors}
     if class_name.endswith("Model") and not class_name.endswith("LMHeadModel"):
         tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
@@ -101,7 +105,12 @@ def _config(checkpoint: Path, run: RunConfig, class_name: str, index: Index, lab
         **{name: value for name, value in kept.items() if name not in _REWRITTEN},
         **_special_ids(run, kept),
         **family.to_hf(run.model),
-        **_classes(index, labels, kept, _document(checkpoint, _TASK_DOCUMENT, index)),
+        **_classes(
+            index,
+            labels,
+            HfConfig(checkpoint / f"{HF_DOCUMENT}.json", kept).labels(),
+            read_task_document(checkpoint, index) or {},
+        ),
         "architectures": [class_name],
         "model_type": family.model_type,
     }
@@ -119,6 +128,7 @@ def _num_classes_here(index: Index) -> int | None:
 def _rows_here(family: Family, model: ModelConfig, index: Index, checkpoint: Path) -> list[Row]:
     """The rows of the pieces that a checkpoint has, each whole; none of its weights may be left over."""
     stored = {n.removeprefix("model/"): t.shape for n, t in index.tensors.items() if n.startswith("model/")}
+    check_num_layers(model, len(stored), checkpoint / "run.json")
     rows = family.rows(model, _num_classes_here(index) or 2)
     pieces = {"trunk", *(row.piece for row in rows if row.ours in stored)}
     rows = [row for row in rows if row.piece in pieces]
@@ -136,7 +146,10 @@ def _rows_here(family: Family, model: ModelConfig, index: Index, checkpoint: Pat
     return rows
 
 
-def _tensors_there(checkpoint: Path, rows: Iterable[Row], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _tensors_there(
+    checkpoint: Path, rows: Iterable[Row], dtype: torch.dtype | None, *, less_one: bool
+) -> dict[str, Tensor]:
+    """The tensors of the rows; `less_one` says that weights of norms are stored so, as they are nowhere else."""
     tensors: dict[str, Tensor] = {}
     zeros: list[Row] = []
     for row in rows:
@@ -144,6 +157,8 @@ def _tensors_there(checkpoint: Path, rows: Iterable[Row], dtype: torch.dtype | N
             zeros.append(row)
             continue
         tensor = assemble(checkpoint, f"model/{row.ours}")
+        if less_one and row.ours.endswith("norm.weight"):
+            tensor = tensor + 1
         tensors |= row.to_theirs(tensor if dtype is None else tensor.to(dtype))
     kind = next(iter(tensors.values())).dtype
     for row in zeros:
@@ -178,13 +193,18 @@ def _is_as_imported(kept: Mapping[str, Any]) -> bool:
 
 def _with_ends(content: bytes, config: Mapping[str, Any]) -> bytes:
     """A generation config that names ends: where it has none, transformers would not look into `config.json`."""
-    values = json.loads(content)
+    try:
+        values = parse_object(content)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{GENERATION_CONFIG} beside the checkpoint's tokenizer cannot be read as JSON ({error}); repair it"
+        ) from error
     if values.get("eos_token_id") is None:
         values["eos_token_id"] = config.get("eos_token_id")
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
-def _classes(index: Index, labels: Sequence[str], kept: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
+def _classes(index: Index, labels: Sequence[str], before: Mapping[str, str], task: Mapping[str, Any]) -> dict[str, Any]:
     """Names of the classes: those given, those of the task that was learned, those of the import, or numbers."""
     number = _num_classes_here(index)
     if number is None:
@@ -195,8 +215,7 @@ def _classes(index: Index, labels: Sequence[str], kept: Mapping[str, Any], task:
         raise ConfigError(
             f"--labels {' '.join(labels)} names {len(labels)} classes and the checkpoint has {number}; name each once"
         )
-    before = kept.get("id2label") or {}
-    names = list(labels or task.get("labels") or [str(before.get(str(i), f"LABEL_{i}")) for i in range(number)])
+    names = list(labels or task.get("labels") or [before.get(str(i), f"LABEL_{i}") for i in range(number)])
     kind = {"problem_type": "regression"} if task.get("is_regression") else {}
     return kind | {
         "id2label": {str(i): name for i, name in enumerate(names)},

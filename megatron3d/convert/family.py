@@ -6,6 +6,7 @@ A family is a row of functions between `config.json` and `ModelConfig`, and the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 from megatron3d.config.model import ModelConfig
 from megatron3d.convert.rows import Piece, Row
 from megatron3d.errors import CheckpointError
+from megatron3d.files.json_text import is_whole_number
 
+_MOST = 2**31 - 1  # of the sizes of a model
 # transformers' names of plain activations; the first of each of ours is the one that is written.
 _ACTIVATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -38,25 +41,52 @@ class HfConfig:
     values: Mapping[str, Any]
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """A positive whole number. Raises: CheckpointError if it is missing without a default, or no such number."""
+        """A whole number from 1 up. Raises: CheckpointError if it is missing without a default, or no such number."""
         value = self.values.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{self.path}: {name} is {value!r} and must be a whole number from 1 up; correct it")
-        return value
+        if not is_whole_number(value, 1, _MOST):
+            raise CheckpointError(
+                f"{self.path}: {name} is {value!r:.60} and must be a whole number from 1 to {_MOST}; correct it"
+            )
+        return int(value)
 
     def number(self, name: str, default: float) -> float:
         """A number from 0 up. Raises: CheckpointError if it is none."""
         value = self.values.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise CheckpointError(f"{self.path}: {name} is {value!r} and must be a number from 0 up; correct it")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+            raise CheckpointError(f"{self.path}: {name} is {value!r:.60} and must be a number from 0 up; correct it")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """A truth value."""
+        """A truth value. Raises: CheckpointError if it is something else."""
         value = self.values.get(name)
-        return default if value is None else bool(value)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.path}: {name} is {value!r:.60} and must be true or false; correct it")
+        return value
+
+    def nested(self, name: str) -> HfConfig:
+        """The object under `name`, empty where there is none. Raises: CheckpointError if it is something else."""
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise CheckpointError(f"{self.path}: {name} is {value!r:.60} and must be an object; correct it")
+        return HfConfig(self.path, value or {})
+
+    def labels(self) -> dict[str, str]:
+        """Names of the classes of a classifier by their numbers; empty where none are given.
+
+        Raises:
+            CheckpointError: `id2label` is no object of names by numbers.
+        """
+        values = self.nested("id2label").values
+        wrong = [key for key, label in values.items() if not (key.isdecimal() and isinstance(label, str | int))]
+        if wrong:
+            raise CheckpointError(
+                f"{self.path}: id2label has {wrong[0]!r:.40} for {values[wrong[0]]!r:.40}, and must have names by the "
+                "numbers of the classes; correct it"
+            )
+        return {key: str(label) for key, label in values.items()}
 
     def expect(self, name: str, *allowed: Any) -> None:
         """Refuse a model that computes something else than ours does; a field that is not there is taken as fine.
@@ -67,7 +97,9 @@ class HfConfig:
         value = self.values.get(name)
         if name in self.values and value not in allowed:
             wanted = " or ".join(map(repr, allowed))
-            raise CheckpointError(f"{self.path}: a model with {name} {value!r} cannot be converted; only {wanted} can")
+            raise CheckpointError(
+                f"{self.path}: a model with {name} {value!r:.60} cannot be converted; only {wanted} can"
+            )
 
     def activation(self, name: str, default: str) -> str:
         """Our name of a plain activation. Raises: CheckpointError for one that we do not have."""
@@ -76,7 +108,7 @@ class HfConfig:
             if value in theirs:
                 return ours
         known = ", ".join(one for names in _ACTIVATIONS.values() for one in names)
-        raise CheckpointError(f"{self.path}: {name} {value!r} cannot be converted; only {known} can")
+        raise CheckpointError(f"{self.path}: {name} {value!r:.60} cannot be converted; only {known} can")
 
 
 @dataclass(frozen=True)
@@ -117,14 +149,27 @@ def gate_there(ours: str) -> str:
     return _GATES[ours]
 
 
-def gated(hf_name: str, config: HfConfig) -> str:
+def gated(hf_name: object, config: HfConfig) -> str:
     """Our name of a gated MLP whose activation transformers calls so. Raises: CheckpointError for an unknown one."""
     found = [ours for ours, theirs in _GATES.items() if theirs == hf_name]
     if not found:
         raise CheckpointError(
-            f"{config.path}: hidden_act {hf_name!r} cannot be converted; only {', '.join(_GATES.values())} can"
+            f"{config.path}: hidden_act {hf_name!r:.60} cannot be converted; only {', '.join(_GATES.values())} can"
         )
     return found[0]
+
+
+def check_num_layers(model: ModelConfig, num_tensors: int, path: Path) -> None:
+    """Refuse more layers than there are tensors, before anything is made for each of them.
+
+    Raises:
+        CheckpointError: there are more; `path` is the file that says so.
+    """
+    if model.num_layers > num_tensors:
+        raise CheckpointError(
+            f"{path} describes a model of {model.num_layers} layers, but only {num_tensors} tensors are there; put the "
+            "description and the weights of one model together"
+        )
 
 
 def option_misfits(model: ModelConfig, expected: Mapping[str, Any]) -> list[str]:

@@ -9,25 +9,29 @@ Nothing of transformers is needed: the formats are JSON and safetensors, and wha
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron3d.checkpoint.directory import list_checkpoints, step_of
 from megatron3d.checkpoint.save import save_checkpoint
+from megatron3d.config.check import model_problems
 from megatron3d.config.data import DataConfig
 from megatron3d.config.derive import derive
 from megatron3d.config.model import ModelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import to_dict
 from megatron3d.config.train import TrainConfig
-from megatron3d.convert.directory import StoredWeight, open_weights, read_config
+from megatron3d.convert.directory import CONFIG_NAME, StoredWeight, open_weights, read_config
 from megatron3d.convert.families import FAMILIES
-from megatron3d.convert.family import Family, HfConfig
+from megatron3d.convert.family import Family, HfConfig, check_num_layers
+from megatron3d.convert.quantized import refuse_quantized
 from megatron3d.convert.rows import Piece, Row
 from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, copy_tokenizer, data_of, named_in
 from megatron3d.errors import CheckpointError, ConfigError
@@ -63,8 +67,20 @@ class HfModel:
         """Names of the classes of its classifier, by number; empty if it has none."""
         if "classes" not in self.pieces:
             return ()
-        labels, number = self.settings.get("id2label") or {}, self.tensors["head.classifier.weight"].shape[0]
-        return tuple(str(labels.get(str(i), f"LABEL_{i}")) for i in range(number))
+        labels = HfConfig(self.directory / CONFIG_NAME, self.settings).labels()
+        number = self.tensors["head.classifier.weight"].shape[0]
+        return tuple(labels.get(str(i), f"LABEL_{i}") for i in range(number))
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of names, shapes and some elements of each tensor, by which ranks tell that theirs are equal."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        elements = tensor.reshape(-1)
+        sample = elements[:: max(1, elements.numel() // 1024)].to(torch.float64)
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        found.update(sample.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def read_model(directory: Path, *, with_tokenizer: bool = True) -> HfModel:
@@ -72,13 +88,17 @@ def read_model(directory: Path, *, with_tokenizer: bool = True) -> HfModel:
 
     Raises:
         CheckpointError: a file is missing or damaged, the kind of model is not known, or a tensor is missing, has
-            another shape than `config.json` says, or has no place in our model.
+            another shape than `config.json` says, or has no place in our model; `config.json` has values that
+            cannot be or do not fit together; the weights are quantized.
         DataError: the description of the tokenizer cannot be taken, see `data/hf_tokenizer.py`.
     """
     config = read_config(directory)
     family = _family_there(config)
     model = family.to_model(config)
+    _check_model(config, model)
     with open_weights(directory) as weights:
+        refuse_quantized(config, weights, family.derived)
+        check_num_layers(model, len(weights), config.path)
         names = _Names(weights, family.prefix)
         rows = _rows_there(family, model, _num_classes_there(config), names, directory)
         left_out = _left_out(family, rows, names)
@@ -118,16 +138,22 @@ class _Names:
 
 def _family_there(config: HfConfig) -> Family:
     kind = config.values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
-            f"{config.path} says model_type {kind!r}, which cannot be converted; only {', '.join(FAMILIES)} can"
+            f"{config.path} says model_type {kind!r:.60}, which cannot be converted; only {', '.join(FAMILIES)} can"
         )
     return FAMILIES[kind]
 
 
+def _check_model(config: HfConfig, model: ModelConfig) -> None:
+    """Refuse a shape that no model has, by the rules of the options it becomes. Raises: CheckpointError."""
+    if problems := model_problems(model):
+        raise CheckpointError(f"{config.path} describes a model that cannot be: {' '.join(problems)}")
+
+
 def _num_classes_there(config: HfConfig) -> int:
-    labels = config.values.get("id2label")
-    return len(labels) if isinstance(labels, dict) and labels else config.integer("num_labels", 2)
+    labels = config.labels()
+    return len(labels) if labels else config.integer("num_labels", 2)
 
 
 def _rows_there(family: Family, model: ModelConfig, num_classes: int, names: _Names, directory: Path) -> list[Row]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron3d.config.data import DataConfig
 from megatron3d.convert.tokenizer_files import DESCRIBED, TOKENIZER_FOLDER
+from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.data.tokenizer_interface import Tokenizer
 from megatron3d.errors import ConfigError
@@ -96,4 +97,4 @@ def tokenizer_of(data: DataConfig, vocab_size: int) -> Tokenizer | None:
         Path(value).exists() for value in files.values() if value
     ):
         return None
-    return TokenizerSpec(data.tokenizer_type, **files, vocab_size=vocab_size).build()
+    return TokenizerSpec(data.tokenizer_type, **files, vocab_size=vocab_size, tiktoken=tiktoken_options(data)).build()

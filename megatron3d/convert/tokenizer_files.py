@@ -21,6 +21,7 @@ from megatron3d.data.hf_description import (
     SETTING_FILES,
     VOCABULARY_FILES,
     companion_files,
+    described_files,
     end_token_ids,
     tokenizer_files,
 )
@@ -101,7 +102,7 @@ def files_of(data: DataConfig, model: ModelConfig) -> dict[str, bytes]:
     if data.tokenizer_type == DESCRIBED and data.tokenizer_model is not None:
         path = _existing(data.tokenizer_model)
         folder = path if path.is_dir() else path.parent
-        files = tokenizer_files(folder) | ({"tokenizer.json": path.read_bytes()} if path.is_file() else {})
+        files = described_files(path)
         if not files:
             raise CheckpointError(_not_there(path))
         return files | companion_files(folder)

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import heapq
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron3d.data.stream import Sample, SampleStream
-from megatron3d.errors import ConfigError
+from megatron3d.errors import ConfigError, DataError
+from megatron3d.files.text import TextError, read_text
 
 MAX_PERIOD = 65536
 
@@ -52,6 +55,21 @@ def parse_data_path(words: Sequence[str], flag: str) -> tuple[Corpus, ...]:
     if not corpora:
         raise ConfigError(f"{flag} {' '.join(words)}: all weights are 0; give at least one corpus a positive weight.")
     return corpora
+
+
+def words_of_file(path: str) -> tuple[tuple[str, ...], str]:
+    """The words of `--data-args-path`, and the flag to name in messages. Raises: DataError if it cannot be read."""
+    flag = f"--data-args-path {path}"
+    if not Path(path).is_file():
+        raise DataError(f"{flag} cannot be found; give a file with the words of --data-path, such as 0.7 A 0.3 B.")
+    try:
+        # Spaces and line ends alone part words: names of files may hold other characters that Unicode counts as space.
+        words = tuple(filter(None, re.split(r"[ \t\r\n]+", read_text(Path(path)))))
+    except (OSError, TextError) as error:
+        raise DataError(f"{flag} cannot be read ({error}).") from error
+    if not words:
+        raise DataError(f"{flag} is empty; write the words of --data-path into it, such as 0.7 A 0.3 B.")
+    return words, flag
 
 
 def integer_weights(weights: Sequence[Fraction | int]) -> tuple[int, ...]:

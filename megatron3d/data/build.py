@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron3d.config.data import DataConfig
 from megatron3d.data.bert import MIN_SEQ_LENGTH, BertForm, BertReader, BertSample, BertSamples
-from megatron3d.data.blend import Blend, Corpus, integer_weights, parse_data_path
+from megatron3d.data.blend import Blend, Corpus, integer_weights, parse_data_path, words_of_file
 from megatron3d.data.gpt import DocumentRules, GPTReader, GPTSamples
 from megatron3d.data.indexed import IndexedDataset
 from megatron3d.data.masking import BertVocabulary, MaskingRules
 from megatron3d.data.mock import MockBertSamples, MockSamples
 from megatron3d.data.order import derive_seed
-from megatron3d.data.splits import SPLIT_NAMES, split_documents
+from megatron3d.data.splits import SPLIT_NAMES, parse_split, split_documents
 from megatron3d.data.stream import SampleStream
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import ConfigError, DataError
@@ -215,7 +214,9 @@ def _source_problems(data: DataConfig) -> list[str]:
 def _shares_by_split(data: DataConfig) -> dict[str, list[_Share]]:
     """Open the corpora and say which documents of each belong to which split."""
     shares: dict[str, list[_Share]] = {split: [] for split in SPLIT_NAMES}
-    words, flag = (data.data_path, "--data-path") if data.data_path else _words_of_file(data.data_args_path)
+    words, flag = data.data_path, "--data-path"
+    if data.data_args_path is not None:
+        words, flag = words_of_file(data.data_args_path)
     for place, corpus in enumerate(parse_data_path(words, flag) if words else ()):
         dataset = IndexedDataset(corpus.prefix)
         for split, documents in zip(SPLIT_NAMES, split_documents(dataset.num_documents, data.split)):
@@ -249,8 +250,19 @@ def _build_splits(
     streams, notes = {}, []
     for split in SPLIT_NAMES:
         streams[split], split_notes = _build_split(split, shares[split], samples)
-        notes += split_notes
+        notes += [*_empty_shares(data, split, shares[split]), *split_notes]
     return streams, tuple(notes)
+
+
+def _empty_shares(data: DataConfig, split: str, shares: Sequence[_Share]) -> list[str]:
+    """A note on the corpora that are too small for a part of --split that is more than nothing, or empty."""
+    empty = [share for share in shares if len(share.documents) == 0]
+    is_cut = not data.train_data_path
+    if not empty or (is_cut and parse_split(data.split)[SPLIT_NAMES.index(split)] == 0):
+        return []
+    named = ", ".join(f"{share.corpus.prefix} ({share.dataset.num_documents} documents)" for share in empty)
+    reason = f", as --split {data.split} leaves no document for it" if is_cut else ""
+    return [f"Left out of the {split} data{reason}: {named}."]
 
 
 def _build_split(
@@ -280,16 +292,3 @@ def _build_split(
             raise too_short[0]
         return None, notes
     return (streams[0] if len(streams) == 1 else Blend(streams, integer_weights(weights))), notes
-
-
-def _words_of_file(path: str | None) -> tuple[tuple[str, ...], str]:
-    """The words of `--data-args-path`, and the flag to name in messages. Raises: DataError if it cannot be read."""
-    flag = f"--data-args-path {path}"
-    if path is None:
-        return (), flag
-    if not Path(path).is_file():
-        raise DataError(f"{flag} cannot be found; give a file with the words of --data-path, such as 0.7 A 0.3 B.")
-    words = tuple(Path(path).read_text(encoding="utf-8").split())
-    if not words:
-        raise DataError(f"{flag} is empty; write the words of --data-path into it, such as 0.7 A 0.3 B.")
-    return words, flag

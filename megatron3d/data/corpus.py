@@ -1,26 +1,26 @@
 """Text corpora as they come: which files, in which format, cut into batches of documents for workers.
 
 Formats by ending: `.jsonl`/`.json` (one JSON object a line, one document an object), `.txt` (the whole file is one
-document under the key `text`), `.parquet` (a row is a document); the text formats also with `.gz` or `.zst`.
+document under the key `text`), `.parquet` (a row is a document); the text formats also with `.gz` or `.zst`. Only a
+line feed ends a line, and a byte order mark counts only at the start of a file (`files/text.py`).
 Reading stays with one process and costs little; parsing the records is left to whoever gets the batch.
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
-import gzip
 import importlib
-import io
-import json
-import zlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import zstandard
-
+from megatron3d.data.compressed import DAMAGE, decompressed
 from megatron3d.errors import ConfigError, DataError
+from megatron3d.files import json_text
+from megatron3d.files.text import TextError, check_encoding, decode
 
 FORMATS = ".jsonl, .json, .txt (each also with .gz or .zst) and .parquet"
 _BATCH_BYTES = 1 << 18
@@ -50,28 +50,33 @@ class Document:
     is_split: bool
 
 
-def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """The files that `--input` names, each a path or a glob (whose matches are sorted).
+def find_inputs(patterns: Sequence[str], *, note: Callable[[str], None]) -> list[Path]:
+    """The files that `--input` names, each a path or a glob (whose matches are sorted); a file named again, by
+    another spelling or link too, counts once, and `note` takes a line about it.
 
-    Raises: ConfigError if one names no file, or a file of a format that cannot be read.
+    Raises: DataError if one names no file; ConfigError for a file of a format that cannot be read.
     """
-    files = []
+    files: dict[str, Path] = {}
     for pattern in patterns:
         matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
         found = [Path(match) for match in matches if Path(match).is_file()]
         if not found:
             raise DataError(f"--input {pattern} names no file; give paths or globs of {FORMATS} files.")
-        files += found
-    for file in files:
+        for file in found:
+            first = files.setdefault(os.path.realpath(file), file)
+            if first is not file:
+                spelled = f" (as {first})" if first != file else ""
+                note(f"--input {pattern}: {file} is named already{spelled}; it is read once, at its first place.")
+    for file in files.values():
         if _kind(file) not in (".jsonl", ".json", ".txt", ".parquet"):
             raise ConfigError(f"--input {file} has an ending that is not known; the formats are {FORMATS}.")
-    return files
+    return list(files.values())
 
 
 def read_batches(files: Sequence[Path], keys: Sequence[str]) -> Iterator[RawBatch]:
     """The records of all files in order, in batches of about 256 KiB.
 
-    Raises: DataError if a file cannot be decompressed or read; ConfigError if parquet is not installed.
+    Raises: DataError if a file cannot be decompressed to its end, or read; ConfigError if parquet is not installed.
     """
     bytes_before = 0
     for file in files:
@@ -80,8 +85,12 @@ def read_batches(files: Sequence[Path], keys: Sequence[str]) -> Iterator[RawBatc
                 yield from _read_parquet(file, keys, bytes_before)
             else:
                 yield from _read_text(file, bytes_before)
-        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-            raise DataError(f"{file} is damaged or truncated: it cannot be decompressed ({error}).") from error
+        except DAMAGE as error:
+            raise DataError(
+                f"{file} is damaged or truncated: it cannot be decompressed ({error}). Copy or fetch it again."
+            ) from error
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
         bytes_before += file.stat().st_size
 
 
@@ -112,25 +121,18 @@ def _kind(file: Path) -> str:
     return (suffixes[-2:-1] or [""])[0] if suffixes and suffixes[-1] in (".gz", ".zst") else file.suffix
 
 
-def _open(raw: BinaryIO, file: Path) -> BinaryIO:
-    """The decompressed bytes of `raw`."""
-    if file.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if file.suffix == ".zst":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-    return raw
-
-
 def _read_text(file: Path, bytes_before: int) -> Iterator[RawBatch]:
     """Batches of lines of JSON, or the one document of a text file."""
-    with open(file, "rb") as raw, _open(raw, file) as stream:
+    with open(file, "rb") as raw, decompressed(raw, file.suffix) as stream:
         if _kind(file) == ".txt":
             record = {"text": _decode(stream.read(), str(file))}
             yield RawBatch(str(file), [1], [record], bytes_before + file.stat().st_size)
             return
         numbers, lines, size = [], [], 0
         for number, line in enumerate(stream, start=1):
-            if line.isspace():
+            if number == 1:
+                line = _without_mark(line, file)
+            if not line.strip():
                 continue
             numbers.append(number)
             lines.append(line)
@@ -163,7 +165,7 @@ def _read_parquet(file: Path, keys: Sequence[str], bytes_before: int) -> Iterato
             done += len(rows)
             numbers = list(range(done - len(rows) + 1, done + 1))
             yield RawBatch(str(file), numbers, rows, bytes_before + file.stat().st_size * done // total)
-    except (arrow.ArrowInvalid, OSError) as error:
+    except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read as parquet ({error}).") from error
 
 
@@ -172,7 +174,7 @@ def _parse(record: bytes | dict[str, Any], place: str) -> dict[str, Any]:
     if isinstance(record, dict):
         return record
     try:
-        values = json.loads(record)
+        values = json_text.parse(record)
     except ValueError as error:
         raise DataError(f"{place}: this is no JSON ({error}); each line must hold one JSON object.") from error
     if not isinstance(values, dict):
@@ -203,9 +205,18 @@ def _check_unicode(text: str, place: str) -> None:
         ) from error
 
 
-def _decode(content: bytes, place: str) -> str:
-    """UTF-8, with or without a byte order mark."""
+def _without_mark(line: bytes, file: Path) -> bytes:
+    """The first line of a file without its byte order mark. Raises: DataError for the mark of another encoding."""
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place} is not UTF-8: byte {error.start} is {content[error.start]:#04x}.") from error
+        check_encoding(line[:4])
+    except TextError as error:
+        raise DataError(f"{file} cannot be read as text: {error}.") from error
+    return line.removeprefix(codecs.BOM_UTF8)
+
+
+def _decode(content: bytes, place: str) -> str:
+    """The text of a whole file."""
+    try:
+        return decode(content)
+    except TextError as error:
+        raise DataError(f"{place} cannot be read as text: {error}.") from error

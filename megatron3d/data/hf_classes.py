@@ -16,6 +16,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from megatron3d.data.hf_description import Description
+from megatron3d.data.library_errors import as_data_error
+from megatron3d.data.vocabulary_files import read_bpe, read_word_pieces
 from megatron3d.errors import DataError
 
 _CONTROL, _USER_DEFINED = 3, 4  # kinds of sentencepiece's pieces that are found in a text before it is cut
@@ -45,13 +47,9 @@ def build_by_class(description: Description) -> tokenizers.Tokenizer:
     missing = [file for file in files if not (directory / file).is_file()]
     if missing:
         raise DataError(f"{directory} has a {name} and no {' and no '.join(missing)}; fetch what is missing")
-    try:
+    names = " and ".join(str(directory / file) for file in files)
+    with as_data_error(f"{names} cannot be read as the vocabulary of a {name}", "fetch it again"):
         return build(description)
-    except DataError:
-        raise
-    except Exception as error:  # the library raises bare Exception for files it cannot parse
-        names = " and ".join(str(directory / file) for file in files)
-        raise DataError(f"{names} cannot be read as the vocabulary of a {name} ({error}); fetch it again") from error
 
 
 def is_unigram_read_as_bpe(description: Description) -> bool:
@@ -65,7 +63,8 @@ def is_unigram_read_as_bpe(description: Description) -> bool:
 def _bert(description: Description) -> tokenizers.Tokenizer:
     unknown = description.name_of("unk_token")
     path = description.directory / "vocab.txt"
-    library = tokenizers.Tokenizer(models.WordPiece.from_file(str(path), unk_token=unknown or "[UNK]"))
+    vocab = read_word_pieces(path, options=False)
+    library = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=unknown or "[UNK]"))
     if unknown is None or library.token_to_id(unknown) is None:
         raise DataError(f"{path} has no line {unknown}, which stands for unknown words; it is another vocabulary")
     if not description.flag("do_basic_tokenize", True):
@@ -88,8 +87,9 @@ def bert_normalizer(description: Description) -> normalizers.BertNormalizer:
 
 
 def _gpt2(description: Description) -> tokenizers.Tokenizer:
-    vocab, merges = (str(description.directory / name) for name in ("vocab.json", "merges.txt"))
-    library = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
+    directory = description.directory
+    vocab, merges = read_bpe(directory / "vocab.json", directory / "merges.txt", options=False)
+    library = tokenizers.Tokenizer(models.BPE(vocab, merges))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=description.flag("add_prefix_space", False))
     library.decoder = decoders.ByteLevel()
     return library
@@ -131,7 +131,7 @@ def _sentencepiece(description: Description) -> Any:
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
-    except DecodeError as error:
+    except (OSError, DecodeError) as error:
         raise DataError(f"{path} cannot be read as a sentencepiece model ({error}); fetch it again") from error
     return model
 

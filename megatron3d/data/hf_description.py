@@ -22,6 +22,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from megatron3d.errors import DataError
+from megatron3d.files.json_text import is_whole_number, kind_of, parse_object
 
 # What makes the ids: vocabularies, and what is said of them.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")
@@ -58,6 +59,7 @@ _SAME_CLASS = dict.fromkeys(
     ("ElectraTokenizer", "DistilBertTokenizer", "MobileBertTokenizer", "ConvBertTokenizer", "SqueezeBertTokenizer"),
     "BertTokenizer",
 )
+_MOST_IDS = 2**31 - 1  # ids are kept in int32
 _GENERIC = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -93,7 +95,8 @@ class Description:
             return default
         if not isinstance(value, bool):
             raise DataError(
-                f"{self.directory / 'tokenizer_config.json'}: {name} is {value!r} and must be true or false"
+                f"{self.directory / 'tokenizer_config.json'}: {name} is {value!r:.60} and must be true or false; "
+                "repair it"
             )
         return value
 
@@ -115,9 +118,10 @@ def read_description(directory: Path) -> Description:
     values = config if speaks_for_added_tokens else config | json_object(directory / "special_tokens_map.json")
     source = directory / "tokenizer_config.json"
     parts = [part for part in values if part.endswith("_token") and part not in _NAMED]
-    special = {part: values[part] for part in (*_NAMED, *parts) if isinstance(values.get(part), str | dict)}
+    special = {part: values[part] for part in _NAMED if values.get(part) is not None}
+    special |= {part: values[part] for part in parts if isinstance(values[part], str | dict)}
     named = {part: _added_token(value, source, is_special=True) for part, value in special.items()}
-    extra = tuple(_added_token(value, source, is_special=True) for value in _extra_tokens(values))
+    extra = tuple(_added_token(value, source, is_special=True) for value in _extra_tokens(values, source))
     if speaks_for_added_tokens:
         numbered = _numbered(config["added_tokens_decoder"], source)
     else:
@@ -140,8 +144,10 @@ def end_token_ids(directory: Path) -> tuple[int, ...]:
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
-            raise DataError(f"{directory / name}: eos_token_id is {value!r} and must be a token id or a list of them")
+        if not all(is_whole_number(id, 0, _MOST_IDS) for id in ids):
+            raise DataError(
+                f"{directory / name}: eos_token_id is {value!r:.60} and must be a token id or a list of them; repair it"
+            )
         return tuple(dict.fromkeys(ids))
     return ()
 
@@ -161,6 +167,24 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
     return found | ({MODEL_CONFIG: (json.dumps(kept, indent=2) + "\n").encode()} if kept else {})
 
 
+def described_files(path: Path) -> dict[str, bytes]:
+    """The files of the tokenizer that `path` describes, by name: a directory, or a file in the form of `tokenizer.json`
+    with what lies beside it; none if there is none.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    if not path.exists():
+        return {}
+    try:
+        files = tokenizer_files(path if path.is_dir() else path.parent)
+        return files if path.is_dir() else files | {"tokenizer.json": path.read_bytes()}
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or path} of the tokenizer cannot be read ({error.strerror}); name its directory"
+        ) from error
+
+
 def companion_files(directory: Path) -> dict[str, bytes]:
     """What lies beside a tokenizer and makes no ids, by path within `directory`: generation, chat templates."""
     paths = [directory / name for name in COMPANION_FILES] + sorted((directory / COMPANION_FOLDER).glob("*.jinja"))
@@ -170,14 +194,11 @@ def companion_files(directory: Path) -> dict[str, bytes]:
 def json_object(path: Path) -> dict[str, Any]:
     """The values of a JSON file; none if it is not there. Raises: DataError if it is no JSON object."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}); repair or remove it") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path} holds a {type(values).__name__} and must hold an object; repair or remove it")
-    return values
 
 
 def _class_of(directory: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
@@ -186,29 +207,38 @@ def _class_of(directory: Path, config: Mapping[str, Any], model: Mapping[str, An
         kind = model.get("model_type")
         return _CLASS_OF_MODEL_TYPE.get(kind) if isinstance(kind, str) else None
     if not isinstance(found, str):
-        raise DataError(f"{directory}: tokenizer_class is {found!r} and must be the name of a class")
+        raise DataError(f"{directory}: tokenizer_class is {found!r:.60} and must be the name of a class; repair it")
     plain = found.removesuffix("Fast")
     return None if plain in _GENERIC else _SAME_CLASS.get(plain, plain)
 
 
-def _extra_tokens(values: Mapping[str, Any]) -> Iterator[Any]:
+def _extra_tokens(values: Mapping[str, Any], source: Path) -> Iterator[Any]:
     for key in ("additional_special_tokens", "extra_special_tokens"):
         found = values.get(key) or []
+        if not isinstance(found, list | dict):
+            raise DataError(f"{source}: {key} holds {kind_of(found)} and must hold a list of tokens; repair it")
         yield from found.values() if isinstance(found, dict) else found
 
 
 def _numbered(decoder: Any, source: Path) -> dict[int, AddedToken]:
     """`added_tokens_decoder`: id -> token."""
-    if not isinstance(decoder, dict) or not all(id.isdecimal() for id in decoder):
+    if not isinstance(decoder, dict) or not all(_is_id(id) for id in decoder):
         raise DataError(f"{source}: added_tokens_decoder must be an object with token ids as its keys; repair it")
     return {int(id): _added_token(token, source, is_special=False) for id, token in decoder.items()}
 
 
+def _is_id(text: str) -> bool:
+    """Whether a key of an object is a token id; the length first, for int() refuses thousands of digits."""
+    return text.isascii() and text.isdecimal() and len(text) <= len(str(_MOST_IDS)) and int(text) <= _MOST_IDS
+
+
 def _numbered_of_old(encoder: Mapping[str, Any], special: set[str], directory: Path) -> dict[int, AddedToken]:
     """`added_tokens.json`: token -> id."""
-    bad = [token for token, id in encoder.items() if not isinstance(id, int)]
+    bad = [token for token, id in encoder.items() if not is_whole_number(id, 0, _MOST_IDS)]
     if bad:
-        raise DataError(f"{directory / 'added_tokens.json'}: {bad[0]!r} has the id {encoder[bad[0]]!r}; repair it")
+        raise DataError(
+            f"{directory / 'added_tokens.json'}: {bad[0]!r:.40} has the id {encoder[bad[0]]!r:.40}; repair it"
+        )
     return {
         id: AddedToken(token, special=token in special, normalized=token not in special)
         for token, id in encoder.items()
@@ -223,4 +253,4 @@ def _added_token(value: Any, source: Path, *, is_special: bool) -> AddedToken:
         known = {key: value[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in value}
         return AddedToken(value["content"], special=is_special or bool(value.get("special")), **known)
     except (AttributeError, KeyError, TypeError) as error:
-        raise DataError(f"{source}: {value!r} is no description of a token; repair it") from error
+        raise DataError(f"{source}: {value!r:.80} is no description of a token; repair it") from error

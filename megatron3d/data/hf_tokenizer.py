@@ -16,6 +16,7 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from megatron3d.data.hf_classes import bert_normalizer, build_by_class, is_unigram_read_as_bpe
 from megatron3d.data.hf_description import VOCABULARY_FILES, Description, read_description
+from megatron3d.data.library_errors import as_data_error
 from megatron3d.data.tokenizer_interface import LibraryTokenizer, SpecialIds, Tokenizer
 from megatron3d.errors import DataError
 
@@ -84,7 +85,8 @@ def described_tokenizer(path: Path) -> Tokenizer:
             f"{path} describes no tokenizer: it has none of {', '.join(VOCABULARY_FILES)}; "
             "give a directory that has one with --tokenizer-model"
         )
-    _add_tokens(library, description)
+    with as_data_error(f"the tokens that {directory} adds to its vocabulary cannot be added", "repair its files"):
+        _add_tokens(library, description)
     library.encode_special_tokens = description.flag("split_special_tokens", False)
     special = _special_ids(library, description)
     # A tokenizer.json says itself what stands around a text, and add_bos_token beside it counts for nothing.
@@ -126,10 +128,8 @@ def _refuse_code(description: Description) -> None:
 
 
 def _from_file(file: Path) -> tokenizers.Tokenizer:
-    try:
+    with as_data_error(f"{file} cannot be read as a tokenizer.json", "copy or fetch it again"):
         library = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for files it cannot parse
-        raise DataError(f"--tokenizer-model {file} cannot be read as a tokenizer.json ({error}).") from error
     library.no_truncation()
     library.no_padding()
     return library
@@ -239,7 +239,11 @@ def _frame_of_class(special: SpecialIds, description: Description) -> tuple[tupl
 def _frame(library: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The special tokens that the post-processor puts before and behind a text."""
     for probe in _PROBES:
-        plain, framed = library.encode(probe, add_special_tokens=False).ids, library.encode(probe).ids
+        try:
+            with as_data_error(f"{probe!r} cannot be encoded", "try another"):
+                plain, framed = library.encode(probe, add_special_tokens=False).ids, library.encode(probe).ids
+        except DataError:
+            continue  # it has neither this character nor an id for unknown ones; a text with it is refused then
         for first in range(len(framed)):
             if plain and framed[first : first + len(plain)] == plain:
                 return tuple(framed[:first]), tuple(framed[first + len(plain) :])

@@ -10,20 +10,22 @@ The layout is that of Megatron-LM, so files go both ways. All little-endian:
     then         int32[S] lengths in tokens, int64[S] byte offsets into .bin, int64[D] document bounds in sequences,
                  and in multimodal files int8[S] modes; no padding anywhere
 
-A document is one or more sequences (its sentences) in a row. Everything is checked against the file lengths before
-a byte is mapped: reading past the end of a mapped file would kill the process with SIGBUS.
+A document is one or more sequences (its sentences) in a row. Everything is checked against the file lengths when the
+files are opened. Token ids are read and not mapped, because a mapped file that is cut short later kills the process
+with SIGBUS. An index is read whole up to LARGEST_INDEX_READ; a larger one is mapped, so that the processes of a machine
+share its memory, and there the danger stays.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from megatron3d.data.publish import flush_to_disk, storage_errors
+from megatron3d.data.publish import flush_to_disk, open_partial, storage_errors
+from megatron3d.data.token_file import TokenFile
 from megatron3d.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -39,6 +41,7 @@ DTYPE_OF_CODE = {
     7: np.dtype("<f4"),
     8: np.dtype("<u2"),
 }
+LARGEST_INDEX_READ = 256 << 20  # bytes; about 20 million sequences
 _DOCUMENTS_PER_COPY = 4096
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 
@@ -49,29 +52,29 @@ def token_dtype(vocab_size: int | None) -> np.dtype:
 
 
 class IndexedDataset:
-    """A read-only memory map of one token file; `d[i]` is sequence i.
+    """One token file, open for reading from any thread; `d[i]` is sequence i.
 
     lengths: int32[S], tokens of each sequence. document_bounds: int64[D]; document k is the sequences
     `document_bounds[k] .. document_bounds[k+1]-1`. dtype: of the stored ids. modes: int8[S] or None.
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        """Map `{prefix}.bin` and `{prefix}.idx`.
+        """Open `{prefix}.bin` and read `{prefix}.idx`.
 
         Raises: DataError naming the file, if one is missing, is not of this format, or is shorter or longer than
-        its header says, or if an offset, length or document bound points outside.
+        its header says, if an offset, length or document bound points outside, or if offsets and lengths disagree.
         """
         self.prefix = str(prefix)
         self.bin_path, self.idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         _check_files_exist(self.prefix, self.bin_path, self.idx_path)
         self.dtype, num_sequences, num_bounds, has_modes = _read_header(self.idx_path)
-        index = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
-        self.lengths, end = _map_array(index, HEADER_BYTES, "<i4", num_sequences)
-        self.offsets, end = _map_array(index, end, "<i8", num_sequences)
-        self.document_bounds, end = _map_array(index, end, "<i8", num_bounds)
-        self.modes = _map_array(index, end, "<i1", num_sequences)[0] if has_modes else None
-        self._check_index()
-        self._tokens = _map_tokens(self.bin_path)
+        index = _index_bytes(self.idx_path)
+        self.lengths, end = _array_of(index, HEADER_BYTES, "<i4", num_sequences)
+        self.offsets, end = _array_of(index, end, "<i8", num_sequences)
+        self.document_bounds, end = _array_of(index, end, "<i8", num_bounds)
+        self.modes = _array_of(index, end, "<i1", num_sequences)[0] if has_modes else None
+        self._tokens = TokenFile(self.bin_path)
+        self._check_index(self._tokens.size_bytes)
 
     def __len__(self) -> int:
         """The number of sequences."""
@@ -88,16 +91,17 @@ class IndexedDataset:
         return int(self.lengths.sum(dtype=np.int64))
 
     def __getitem__(self, index: int) -> NDArray:
-        """The tokens of sequence `index` as a read-only view; negative numbers count from the end.
+        """The tokens of sequence `index`; negative numbers count from the end.
 
-        Raises: IndexError outside the dataset.
+        Raises: IndexError outside the dataset; DataError if the file was cut short since it was opened.
         """
         return self.get(index)
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> NDArray:
-        """`length` tokens (default: the rest) of sequence `index` from token `offset` on, a read-only view.
+        """`length` tokens (default: the rest) of sequence `index` from token `offset` on, in an array of their own.
 
-        Raises: IndexError if the sequence or the part of it does not exist.
+        Raises: IndexError if the sequence or the part of it does not exist; DataError if the file was cut short since
+        it was opened.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)} in {self.prefix}")
@@ -106,8 +110,14 @@ class IndexedDataset:
         if offset < 0 or length < 0 or offset + length > available:
             raise IndexError(f"tokens {offset}..{offset + length} of {available} in sequence {index} of {self.prefix}")
         first_byte = int(self.offsets[index]) + offset * self.dtype.itemsize
-        # frombuffer takes any byte offset, which the format allows, also one that is no multiple of the token size
-        return np.frombuffer(self._tokens, dtype=self.dtype, count=length, offset=first_byte)
+        return self._tokens.read(first_byte, length, self.dtype)
+
+    def read_at(self, offset: int, count: int) -> NDArray:
+        """`count` tokens from byte `offset` of .bin on, across sequences that follow each other in the file.
+
+        Raises: DataError if the file was cut short since it was opened.
+        """
+        return self._tokens.read(offset, count, self.dtype)
 
     def document(self, number: int) -> NDArray:
         """The tokens of all sequences of document `number`, copied into one array."""
@@ -115,7 +125,7 @@ class IndexedDataset:
         parts = [self.get(sequence) for sequence in range(first, last)]
         return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
 
-    def _check_index(self) -> None:
+    def _check_index(self, bin_bytes: int) -> None:
         """Compare the arrays of the index with each other and with the length of .bin; Raises: DataError."""
         if len(self) and int(self.lengths.min()) < 0:
             bad = int(np.argmax(self.lengths < 0))
@@ -128,7 +138,6 @@ class IndexedDataset:
                 f"to the number of sequences, {len(self)}. Run tools/preprocess_data.py again."
             )
         ends_bytes = self.offsets + self.lengths.astype(np.int64) * self.dtype.itemsize
-        bin_bytes = self.bin_path.stat().st_size
         outside = (self.offsets < 0) | (ends_bytes > bin_bytes)
         if outside.any():
             bad = int(np.argmax(outside))
@@ -136,6 +145,12 @@ class IndexedDataset:
                 f"{self.bin_path} holds {bin_bytes} bytes, but {self.idx_path} places sequence {bad} of {len(self)} at "
                 f"bytes {self.offsets[bad]} to {ends_bytes[bad]} and the last byte at {ends_bytes.max()}: the file is "
                 f"truncated or belongs to another index. Copy or preprocess it again."
+            )
+        if (misplaced := _misplaced(self.offsets, ends_bytes)) is not None:
+            bad, due = misplaced
+            raise DataError(
+                f"{self.idx_path} contradicts itself: sequence {bad} of {len(self)} begins at byte {self.offsets[bad]} "
+                f"of .bin, but by their lengths the sequences before it end at byte {due}. Copy or preprocess it again."
             )
         needed = int(ends_bytes.max()) if len(self) else 0
         if bin_bytes > needed:
@@ -158,11 +173,10 @@ class IndexedDatasetWriter:
             raise ValueError(f"{dtype} has no code in the format; it has {[str(d) for d in CODE_OF_DTYPE]}")
         self._lengths: list[NDArray[np.int32]] = []
         self._document_sizes: list[NDArray[np.int64]] = []
-        self._bin_temporary = Path(f"{prefix}.bin.{os.getpid()}.partial")
-        self._idx_temporary = Path(f"{prefix}.idx.{os.getpid()}.partial")
-        with storage_errors(self._bin_temporary):
-            self._bin_temporary.parent.mkdir(parents=True, exist_ok=True)
-            self._bin = open(self._bin_temporary, "wb")  # noqa: SIM115 (closed by __exit__)
+        with storage_errors(Path(f"{prefix}.bin")):
+            self._bin = open_partial(Path(f"{prefix}.bin"))
+        self._bin_temporary = Path(self._bin.name)
+        self._idx_temporary: Path | None = None
 
     def __enter__(self) -> IndexedDatasetWriter:
         """The writer itself."""
@@ -179,7 +193,8 @@ class IndexedDatasetWriter:
                     self._bin.close()  # writes what is still buffered, which a full disk refuses here again
             finally:
                 self._bin_temporary.unlink(missing_ok=True)
-                self._idx_temporary.unlink(missing_ok=True)
+                if self._idx_temporary is not None:
+                    self._idx_temporary.unlink(missing_ok=True)
 
     def add_document(self, tokens: NDArray | list[int], sequence_lengths: list[int] | None = None) -> None:
         """Append one document of `tokens`, one sequence unless `sequence_lengths` cuts it into several."""
@@ -235,7 +250,8 @@ class IndexedDatasetWriter:
         bounds = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         header = struct.pack("<9sQBQQ", MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], len(lengths), len(bounds))
         with storage_errors(idx_path):
-            with open(self._idx_temporary, "wb") as idx:
+            with open_partial(idx_path) as idx:
+                self._idx_temporary = Path(idx.name)
                 idx.write(header)
                 idx.write(lengths.astype("<i4").data)
                 idx.write((offsets * self.dtype.itemsize).astype("<i8").data)
@@ -246,6 +262,23 @@ class IndexedDatasetWriter:
             idx_path.unlink(missing_ok=True)
             self._bin_temporary.replace(bin_path)
             self._idx_temporary.replace(idx_path)
+
+
+def _misplaced(offsets: NDArray[np.int64], ends: NDArray[np.int64]) -> tuple[int, int] | None:
+    """A sequence that does not begin where the one before it in the file ends, and where that is; None if all do.
+
+    Sequences lie one behind the other, as a rule in the order of the index, and together they are the file. Where
+    offsets and lengths say something else, tokens would be read twice or never, as parts of sequences nobody wrote.
+    """
+    if len(offsets) == 0 or (offsets[0] == 0 and np.array_equal(offsets[1:], ends[:-1])):
+        return None
+    order = np.lexsort((ends, offsets))
+    due = np.concatenate([np.zeros(1, dtype=np.int64), ends[order[:-1]]])
+    is_wrong = offsets[order] != due
+    if not is_wrong.any():
+        return None
+    place = int(np.argmax(is_wrong))
+    return int(order[place]), int(due[place])
 
 
 def _check_files_exist(prefix: str, bin_path: Path, idx_path: Path) -> None:
@@ -290,14 +323,17 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int, bool]:
     return DTYPE_OF_CODE[code], num_sequences, num_bounds, size == expected + num_sequences and num_sequences > 0
 
 
-def _map_array(index: NDArray[np.uint8], start: int, dtype: str, count: int) -> tuple[NDArray, int]:
-    """`count` numbers of the mapped index from byte `start` on, and the byte after them."""
+def _index_bytes(path: Path) -> NDArray[np.uint8]:
+    """The bytes of an index: its own copy, or a map of a large one. Raises: DataError if it shrinks meanwhile."""
+    file = TokenFile(path)
+    if file.size_bytes > LARGEST_INDEX_READ:
+        return np.memmap(path, dtype=np.uint8, mode="r")
+    index = file.read(0, file.size_bytes, np.uint8)
+    index.flags.writeable = False
+    return index
+
+
+def _array_of(index: NDArray[np.uint8], start: int, dtype: str, count: int) -> tuple[NDArray, int]:
+    """`count` numbers of the index from byte `start` on, and the byte after them."""
     end = start + count * np.dtype(dtype).itemsize
     return np.frombuffer(index, dtype=dtype, count=count, offset=start), end
-
-
-def _map_tokens(path: Path) -> NDArray[np.uint8]:
-    """The bytes of .bin; an empty file, which cannot be mapped, is an empty array."""
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype=np.uint8)
-    return np.memmap(path, dtype=np.uint8, mode="r")

@@ -2,13 +2,16 @@
 
 The reader hands batches of about 256 KiB to worker processes, which parse and encode them; the writer takes the results
 in the order they were handed out. At most four batches a worker are under way, so memory does not grow with the
-corpus, and the output is the same, byte for byte, for any number of workers.
+corpus, and the output is the same, byte for byte, for any number of workers. Signals are the parent's to handle: it
+ends the workers when it is asked to stop, and they end by themselves when it is killed.
 """
 
 from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +31,7 @@ from megatron3d.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron3d.data.sentences import split_sentences
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError, PeerError
+from megatron3d.process.parent import watch_parent
 
 _BATCHES_PER_WORKER = 4
 _In = TypeVar("_In")
@@ -233,7 +237,8 @@ def _map_in_order(work: Callable[[_In], _Out], items: Iterable[_In], workers: in
         yield from map(work, items)
         return
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method))
+    context = multiprocessing.get_context(method)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_become_worker, initargs=(os.getpid(),))
     try:
         pending = deque()
         for item in items:
@@ -249,6 +254,13 @@ def _map_in_order(work: Callable[[_In], _Out], items: Iterable[_In], workers: in
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _become_worker(parent_pid: int) -> None:
+    """Leave signals of the whole group (Ctrl-C, a scheduler's SIGTERM) to the parent, and end when it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    watch_parent(parent_pid, lambda: os._exit(1))
 
 
 def _require_tokens(files: Sequence[Path], num_tokens: dict[str, int], num_documents: int) -> None:

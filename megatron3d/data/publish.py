@@ -6,9 +6,11 @@ A reader therefore finds a whole file or none, whatever happens to the writer.
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -40,16 +42,43 @@ def flush_to_disk(stream: IO) -> None:
     os.fsync(stream.fileno())
 
 
+def open_partial(path: Path) -> IO[bytes]:
+    """A new file beside `path`, named by the stream's `name`, to be written and then renamed to `path`.
+
+    The stream holds the kernel's lock on it, which ends with the last process that has it open. So what a killed run
+    left beside `path` can be told from what another one is writing now, and is removed here.
+
+    Raises: OSError if the system refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    while True:
+        stream = open(path.with_name(f"{path.name}.{os.getpid()}.partial"), "wb")  # noqa: SIM115 (the caller closes it)
+        _lock(stream)
+        if os.path.exists(stream.name):
+            return stream
+        stream.close()  # another run took it for abandoned before it was locked
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the partial files beside `path` that no process has locked."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError), open(partial, "rb") as stream:  # gone meanwhile, or locked by its writer
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
+
+
+def _lock(stream: IO[bytes]) -> None:
+    with suppress(OSError):  # a file system without locks: another run then cannot lock, and so not remove it, either
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a small UTF-8 file whole or not at all. Raises: StorageError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
-                stream.write(text)
-                flush_to_disk(stream)
-            temporary.replace(path)
-    finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+    with storage_errors(path), open_partial(path) as stream:
+        try:
+            stream.write(text.encode())
+            flush_to_disk(stream)
+            os.replace(stream.name, path)
+        finally:
+            Path(stream.name).unlink(missing_ok=True)

@@ -25,6 +25,7 @@ class TokenRow:
         lengths = dataset.lengths[self.first_sequence : last_sequence]
         self.starts = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, dtype=np.int64, out=self.starts[1:])
+        self._first_byte = _first_byte(dataset.offsets[self.first_sequence : last_sequence], self.starts, dataset.dtype)
 
     @property
     def num_tokens(self) -> int:
@@ -37,10 +38,20 @@ class TokenRow:
         return self.dataset.document_bounds[self.documents.start : self.documents.stop + 1] - self.first_sequence
 
     def read(self, first_token: int, count: int) -> NDArray[np.int64]:
-        """`count` tokens from `first_token` on, across sequences, int64."""
-        tokens = np.empty(count, dtype=np.int64)
+        """`count` tokens from `first_token` on, across sequences, int64.
+
+        Raises: IndexError if they are not all in the row; DataError if the file was cut short since it was opened.
+        """
+        if first_token < 0 or first_token + count > self.num_tokens:
+            raise IndexError(
+                f"tokens {first_token}..{first_token + count} of {self.num_tokens} in {self.dataset.prefix}"
+            )
+        if self._first_byte is not None:
+            first_byte = self._first_byte + first_token * self.dataset.dtype.itemsize
+            return self.dataset.read_at(first_byte, count).astype(np.int64)
         sequence = self._sequence_of(first_token)
         offset = first_token - int(self.starts[sequence])
+        tokens = np.empty(count, dtype=np.int64)
         filled = 0
         while filled < count:
             available = int(self.starts[sequence + 1] - self.starts[sequence]) - offset
@@ -59,3 +70,10 @@ class TokenRow:
 
     def _sequence_of(self, token: int) -> int:
         return int(np.searchsorted(self.starts, token, side="right")) - 1
+
+
+def _first_byte(offsets: NDArray[np.int64], starts: NDArray[np.int64], dtype: np.dtype) -> int | None:
+    """Where in .bin the row begins, if its sequences follow each other there, as writers leave them; else None."""
+    if not len(offsets) or not np.array_equal(offsets, offsets[0] + starts[:-1] * dtype.itemsize):
+        return None
+    return int(offsets[0])

@@ -17,7 +17,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megatron3d.data.hf_tokenizer import described_tokenizer
+from megatron3d.data.library_errors import as_data_error
+from megatron3d.data.tiktoken_file import TikTokenModel, TikTokenOptions
 from megatron3d.data.tokenizer_interface import LibraryTokenizer, SpecialIds, Tokenizer
+from megatron3d.data.vocabulary_files import read_bpe, read_word_pieces
 from megatron3d.errors import ConfigError, DataError
 
 TOKENIZER_TYPES = (
@@ -26,11 +29,13 @@ TOKENIZER_TYPES = (
     "SentencePieceTokenizer",
     "GPTSentencePieceTokenizer",
     "Llama2Tokenizer",
+    "TikTokenizer",
     "BertWordPieceLowerCase",
     "BertWordPieceCase",
     "ByteTokenizer",
     "NullTokenizer",
 )
+DEFAULT_TIKTOKEN = TikTokenOptions()
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -43,6 +48,7 @@ class TokenizerSpec:
     merge_file: str | None = None
     tokenizer_model: str | None = None
     vocab_size: int | None = None
+    tiktoken: TikTokenOptions = DEFAULT_TIKTOKEN
 
     def build(self) -> Tokenizer:
         """The tokenizer; Raises as `build_tokenizer` does."""
@@ -52,6 +58,7 @@ class TokenizerSpec:
             merge_file=self.merge_file,
             tokenizer_model=self.tokenizer_model,
             vocab_size=self.vocab_size,
+            tiktoken=self.tiktoken,
         )
 
 
@@ -62,14 +69,15 @@ def build_tokenizer(
     merge_file: str | None = None,
     tokenizer_model: str | None = None,
     vocab_size: int | None = None,
+    tiktoken: TikTokenOptions = DEFAULT_TIKTOKEN,
 ) -> Tokenizer:
     """The tokenizer of that kind from its files.
 
     GPT2BPETokenizer: `vocab_file` (vocab.json) and `merge_file` (merges.txt). BertWordPieceLowerCase and
     BertWordPieceCase: `vocab_file` (vocab.txt). HuggingFaceTokenizer: `tokenizer_model`, a directory that describes its
     tokenizer or a tokenizer.json, or `vocab_file`, a file of such a directory. SentencePieceTokenizer,
-    GPTSentencePieceTokenizer and Llama2Tokenizer: `tokenizer_model`, a .model file. ByteTokenizer: nothing.
-    NullTokenizer: `vocab_size`.
+    GPTSentencePieceTokenizer and Llama2Tokenizer: `tokenizer_model`, a .model file. TikTokenizer: `tokenizer_model`, a
+    JSON file of ranks. ByteTokenizer: nothing. NullTokenizer: `vocab_size`.
 
     Raises: ConfigError for an unknown kind or an option that it needs and lacks; DataError for a file that is missing
     or cannot be read as what it should be.
@@ -86,6 +94,9 @@ def build_tokenizer(
         return described_tokenizer(_required_file(tokenizer_type, "--tokenizer-model", tokenizer_model))
     if tokenizer_type in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"):
         return SentencePieceTokenizer(_required_file(tokenizer_type, "--tokenizer-model", tokenizer_model))
+    if tokenizer_type == "TikTokenizer":
+        path = _required_file(tokenizer_type, "--tokenizer-model", tokenizer_model)
+        return TikTokenizer(TikTokenModel(path, tiktoken, vocab_size))
     if tokenizer_type == "ByteTokenizer":
         return ByteTokenizer()
     if tokenizer_type == "NullTokenizer":
@@ -136,6 +147,27 @@ class SentencePieceTokenizer(Tokenizer):
         return next((id for id in ids if id != self._model.unk_id()), None)
 
 
+class TikTokenizer(Tokenizer):
+    """Megatron-LM's tokenizer of that name; the end of a document is </s>."""
+
+    def __init__(self, model: TikTokenModel) -> None:
+        """Wrap the model of a file."""
+        super().__init__(model.vocab_size, SpecialIds(eod=model.eod, bos=model.bos))
+        self._model = model
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`."""
+        return self._model.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, computed on all cores."""
+        return self._model.encode_batch(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`."""
+        return self._model.decode(ids)
+
+
 class ByteTokenizer(Tokenizer):
     """The 256 bytes of UTF-8, and id 256 for the end of a document; needs no file and knows every language."""
 
@@ -162,10 +194,17 @@ class NullTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """The numbers of `text`. Raises: DataError for a word that is no id below the vocabulary size."""
         words = text.split()
-        bad = [word for word in words if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size)]
+        # The length first: int() refuses numbers of thousands of digits by an error of its own.
+        longest = len(str(self.vocab_size))
+        bad = [
+            word
+            for word in words
+            if not (word.isascii() and word.isdigit() and len(word.lstrip("0")) <= longest)
+            or int(word.lstrip("0") or "0") >= self.vocab_size
+        ]
         if bad:
-            raise DataError(f"the NullTokenizer reads ids from 0 to {self.vocab_size - 1}, not {bad[0]!r}")
-        return [int(word) for word in words]
+            raise DataError(f"the NullTokenizer reads ids from 0 to {self.vocab_size - 1}, not {bad[0]!r:.40}")
+        return [int(word.lstrip("0") or "0") for word in words]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The numbers, with a space between."""
@@ -174,13 +213,12 @@ class NullTokenizer(Tokenizer):
 
 def _gpt2_bpe(vocab_file: Path, merge_file: Path) -> Tokenizer:
     """Byte-level BPE from GPT-2's two files; the end of a document is <|endoftext|>."""
-    try:
-        library = tokenizers.Tokenizer(models.BPE.from_file(str(vocab_file), str(merge_file)))
-    except Exception as error:  # the library raises bare Exception for files it cannot parse
-        raise DataError(
-            f"--vocab-file {vocab_file} and --merge-file {merge_file} cannot be read as GPT-2's vocab.json and "
-            f"merges.txt ({error})."
-        ) from error
+    vocab, merges = read_bpe(vocab_file, merge_file)
+    what = (
+        f"--vocab-file {vocab_file} and --merge-file {merge_file} cannot be read as GPT-2's vocab.json and merges.txt"
+    )
+    with as_data_error(what, "give the two files of one tokenizer"):
+        library = tokenizers.Tokenizer(models.BPE(vocab, merges))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     return LibraryTokenizer(library, SpecialIds(eod=library.token_to_id(END_OF_TEXT)))
@@ -188,11 +226,11 @@ def _gpt2_bpe(vocab_file: Path, merge_file: Path) -> Tokenizer:
 
 def _bert_word_piece(vocab_file: Path, *, lower_case: bool) -> Tokenizer:
     """BERT's word pieces; lower case also strips accents, as in BERT."""
-    lines = vocab_file.read_text(encoding="utf-8").split("\n")
-    missing = [name for name in ("[UNK]", "[CLS]", "[SEP]", "[MASK]", "[PAD]") if name not in lines]
+    vocab = read_word_pieces(vocab_file)
+    missing = [name for name in ("[UNK]", "[CLS]", "[SEP]", "[MASK]", "[PAD]") if name not in vocab]
     if missing:
         raise DataError(f"--vocab-file {vocab_file} is no BERT vocabulary: it has no line {', '.join(missing)}.")
-    library = tokenizers.Tokenizer(models.WordPiece.from_file(str(vocab_file), unk_token="[UNK]"))
+    library = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     library.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
     library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     library.decoder = decoders.WordPiece(prefix="##")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import tokenizers
 from tokenizers import models
 
+from megatron3d.data.library_errors import as_data_error
+
 
 @dataclass(frozen=True)
 class SpecialIds:
@@ -80,11 +82,18 @@ class LibraryTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. The batch form is used for one text too: it skips the offsets that nobody asks for."""
-        return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return self._encodings([text])[0].ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, computed on all cores."""
-        return [encoding.ids for encoding in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self._encodings(list(texts))]
+
+    def _encodings(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """Raises: DataError for texts that the tokenizer has no ids for."""
+        others = " or one of its neighbours" if len(texts) > 1 else ""
+        # A model may lack the id that stands for unknown characters.
+        with as_data_error(f"the tokenizer cannot encode {''.join(texts[:1])!r:.40}{others}", "repair its files"):
+            return self._library.encode_batch_fast(texts, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""

@@ -64,13 +64,18 @@ def load_model(
         mesh: the live layout.
         device: where the weights go.
         directory: the checkpoint itself (see `checkpoint.directory.find_checkpoint`).
-        builder: makes the stages; parameters that it does not declare are not read.
+        builder: makes the stages; heads that it does not declare are not read.
 
     Raises:
         CheckpointError: it is damaged or holds another model.
     """
     model, views = allocate_model(config, mesh, device, builder)
-    load_tensors(directory, {f"model/{name}": view for name, view in views.items()}, group=mesh.world.group)
+    load_tensors(
+        directory,
+        {f"model/{name}": view for name, view in views.items()},
+        group=mesh.world.group,
+        may_be_left=lambda name: not name.startswith("model/") or name.startswith("model/head."),
+    )
     return model
 
 

@@ -13,7 +13,9 @@ from megatron3d.tensor.context import LayerContext
 class Norm(ParallelModule):
     """The norm that the config names, with a weight and, for LayerNorm, a bias of `size`.
 
-    Source: Ba et al. 2016 (LayerNorm); Zhang and Sennrich 2019 (RMSNorm).
+    With `apply_layernorm_1p` the parameter holds the weight less 1, which keeps more of its digits in 16 bits.
+
+    Source: Ba et al. 2016 (LayerNorm); Zhang and Sennrich 2019 (RMSNorm); Megatron-LM `--apply-layernorm-1p`.
     """
 
     def __init__(self, config: ModelConfig, context: LayerContext, size: int, *, tp_gradient: TpGradient) -> None:
@@ -21,7 +23,9 @@ class Norm(ParallelModule):
         self.kernels = context.kernels
         self.epsilon = config.norm_epsilon
         self.is_rms = config.normalization == "RMSNorm"
-        self.declare("weight", (size,), init=Init("ones"), decays=False, tp_gradient=tp_gradient)
+        self.is_stored_less_one = config.apply_layernorm_1p
+        start = Init("zeros" if self.is_stored_less_one else "ones")
+        self.declare("weight", (size,), init=start, decays=False, tp_gradient=tp_gradient)
         if self.is_rms:
             self.register_parameter("bias", None)
         else:
@@ -29,9 +33,11 @@ class Norm(ParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., size]; statistics in fp32, result in the dtype of `x`."""
+        # The sum is made in fp32: 1 + w in 16 bits would round away what storing w keeps.
+        weight = self.weight.float() + 1 if self.is_stored_less_one else self.weight
         if self.is_rms:
-            return self.kernels.rms_norm(x, self.weight, self.epsilon)
-        return self.kernels.layer_norm(x, self.weight, self.bias, self.epsilon)
+            return self.kernels.rms_norm(x, weight, self.epsilon)
+        return self.kernels.layer_norm(x, weight, self.bias, self.epsilon)
 
 
 def residual_norm(config: ModelConfig, context: LayerContext) -> Norm:

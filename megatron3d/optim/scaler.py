@@ -5,8 +5,8 @@ reduction over all ranks whether the gradients were finite, and says so with `up
 answer, every rank has the same scale without communication.
 
 Source: Micikevicius et al. 2018, "Mixed Precision Training", arXiv 1710.03740, section 3.2; the rules of growth and
-hysteresis are those of Megatron-LM's DynamicGradScaler. Two deliberate differences: where that one stays at the
-smallest scale for ever while it skips every step, this one ends the run; and growth stops at 2**127, the largest power
+hysteresis are those of Megatron-LM's DynamicGradScaler. Two deliberate differences: where its scalers skip every step
+for ever, at the smallest scale or at a constant one, these end the run; and growth stops at 2**127, the largest power
 of two in fp32, instead of reaching infinity, from which there is no way back.
 """
 
@@ -39,15 +39,22 @@ class LossScaler(Protocol):
 
 
 class ConstantScale:
-    """A scale that never changes: 1 for fp32 and bf16, `--loss-scale` for fp16."""
+    """A scale that never changes: 1 for fp32 and bf16, `--loss-scale` for fp16.
 
-    def __init__(self, scale: float) -> None:
+    With no smaller scale to go to, it counts as `DynamicScale` does at its smallest: non-finite steps, in a row or not,
+    until `window` finite ones have come in a row; number `hysteresis` ends the run.
+    """
+
+    def __init__(self, scale: float, *, window: int = 1000, hysteresis: int = 2) -> None:
         """Raises: ConfigError if the scale is not above 0."""
         if not scale > 0:
             raise ConfigError(
                 f"--loss-scale {scale} is not above 0; give a power of two such as 1024, or leave it out."
             )
         self._scale = float(scale)
+        self._window, self._hysteresis = window, hysteresis
+        self._finite_steps = 0
+        self._overflows_left = hysteresis
 
     @property
     def scale(self) -> float:
@@ -55,14 +62,33 @@ class ConstantScale:
         return self._scale
 
     def update(self, finite: bool) -> None:
-        """Nothing follows from a step that was not finite: the scale is the user's choice."""
+        """Count.
+
+        Raises: NumericsError if gradients were not finite too often: every further step could be skipped for ever.
+        """
+        self._finite_steps = self._finite_steps + 1 if finite else 0
+        if self._finite_steps >= self._window:
+            self._finite_steps, self._overflows_left = 0, self._hysteresis
+        if finite:
+            return
+        self._overflows_left -= 1
+        if self._overflows_left <= 0:
+            raise NumericsError(
+                f"The gradients were not finite in {self._hysteresis} steps (--hysteresis) at the fixed --loss-scale "
+                f"{self._scale:g}, which cannot shrink: lower it or --lr, leave --loss-scale out for a scale that "
+                "adapts, or train with --bf16."
+            )
 
     def state(self) -> dict[str, Any]:
-        """The kind alone, as the value comes from the flags."""
-        return {"kind": "constant"}
+        """The counters; the value comes from the flags."""
+        return {"kind": "constant", "finite_steps": self._finite_steps, "overflows_left": self._overflows_left}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take back; a dynamic scaler's state is dropped because the flags now ask for a fixed scale."""
+        """Take the counters back; those of a dynamic scaler say nothing about this scale and are dropped, and a state
+        without any starts them anew."""
+        if state.get("kind") == "constant" and "overflows_left" in state:
+            self._finite_steps = int(state["finite_steps"])
+            self._overflows_left = int(state["overflows_left"])
 
 
 class DynamicScale:
@@ -181,7 +207,7 @@ def build_scaler(optim: OptimConfig) -> LossScaler:
     if optim.precision != "fp16":
         return ConstantScale(1.0)
     if optim.loss_scale is not None:
-        return ConstantScale(optim.loss_scale)
+        return ConstantScale(optim.loss_scale, window=optim.loss_scale_window, hysteresis=optim.hysteresis)
     return DynamicScale(
         optim.initial_loss_scale,
         optim.min_loss_scale,

@@ -155,7 +155,7 @@ def reconcile(
         return flags
     if use_checkpoint:
         return saved
-    differences = _differences(saved, flags)
+    differences = schedule_differences(saved, flags)
     if differences:
         raise ConfigError(
             f"The schedule of the checkpoint is not the one of the flags: {'; '.join(differences)}. Give "
@@ -306,8 +306,8 @@ def _relevant(settings: ScheduleSettings) -> set[str]:
     return names
 
 
-def _differences(saved: ScheduleSettings, flags: ScheduleSettings) -> list[str]:
-    """One clause for each option that makes the two schedules differ."""
+def schedule_differences(saved: ScheduleSettings, flags: ScheduleSettings) -> list[str]:
+    """One clause for each option that makes the two schedules differ: "--lr: checkpoint 1, flags 2"."""
     if saved.unit != flags.unit:
         names = ["unit"]  # the lengths are in different units and cannot be compared
     else:

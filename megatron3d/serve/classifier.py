@@ -17,6 +17,7 @@ from megatron3d.data.text_pair import cut, with_special_tokens
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.serve.description import INPUTS, OUTPUT, Description, from_metadata
+from megatron3d.serve.digest import check_digest
 from megatron3d.serve.requests import TOO_LARGE, UNPROCESSABLE, RequestError, Sample
 
 # Rows that run together. A few fill the arithmetic of a CPU, and more bring only padding: with 8 of like length a core
@@ -133,8 +134,10 @@ def open_classifier(path: Path, *, threads: int = 0) -> Classifier:
 
     Raises:
         ConfigError: onnxruntime is not installed.
-        DataError: the file is missing, damaged, or another kind of model.
+        DataError: the file is missing, damaged, changed since its export, or another kind of model.
     """
+    if path.is_file():  # The session says what is wrong with one that is not.
+        check_digest(path)
     session = open_session(path, threads=threads)
     metadata = session.get_modelmeta().custom_metadata_map
     description, packed = from_metadata(metadata, str(path))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from megatron3d.errors import DataError
+from megatron3d.files.fields import Fields
+from megatron3d.files.json_text import parse_object
 from megatron3d.serve.packed_tokenizer import PackedTokenizer, from_text
 
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
@@ -61,11 +62,26 @@ def from_metadata(metadata: Mapping[str, str], name: str) -> tuple[Description, 
     if missing:
         raise DataError(f"{name} has no metadata {missing[0]!r}; give a file that tools/export_onnx.py wrote")
     try:
-        found: dict[str, Any] = json.loads(metadata[_CLASSIFIER])
-        values = {field.name: found[field.name] for field in fields(Description)}
-        bounds = values["value_range"]
-        values["labels"] = tuple(values["labels"])
-        values["value_range"] = None if bounds is None else (float(bounds[0]), float(bounds[1]))
-        return Description(**values), from_text(metadata[_TOKENIZER])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{name}: its description cannot be read ({error!r}); export the model again") from error
+        return _described(Fields(parse_object(metadata[_CLASSIFIER]), "its description")), from_text(
+            metadata[_TOKENIZER]
+        )
+    except ValueError as error:
+        raise DataError(f"{name}: its description cannot be read ({error}); export the model again") from error
+
+
+def _described(found: Fields) -> Description:
+    """Raises: ValueError for a field that is missing or cannot be what it stands for."""
+    labels, num_texts = found.texts("labels"), found.get("num_texts")
+    if num_texts not in (None, 1, 2) or isinstance(num_texts, bool):
+        raise ValueError(f"num_texts is {num_texts!r:.40} and must be 1, 2 or null")
+    if len(set(labels)) != len(labels) or bool(labels) is found.flag("is_regression"):
+        raise ValueError(f"labels are {', '.join(labels)!r:.100}, and must be different names, or none in a regression")
+    return Description(
+        task=found.text("task"),
+        labels=labels,
+        is_regression=found.flag("is_regression"),
+        value_range=found.interval("value_range"),
+        num_texts=num_texts,
+        max_length=found.integer("max_length", least=3),
+        precision=found.text("precision"),
+    )

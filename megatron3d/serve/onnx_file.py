@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron3d.errors import ConfigError, NumericsError, StorageError
 from megatron3d.serve.classifier import open_session
 from megatron3d.serve.description import INPUTS, OUTPUT
+from megatron3d.serve.digest import append_digest
 from megatron3d.serve.trained import WholeClassifier
 
 # Largest difference from torch, for outputs up to 1; larger outputs have fp32 roundings that are larger alike.
@@ -77,7 +78,8 @@ def require_exporter() -> None:
 
 
 def write(model: WholeClassifier, path: Path, metadata: Mapping[str, str], *, max_length: int) -> None:
-    """Export the model to `path`; inputs are `INPUTS`, int64 [batch, length], and the output fp32 [batch, C].
+    """Export the model to `path`; inputs are `INPUTS`, int64 [batch, length], and the output fp32 [batch, C]. The file
+    ends with its digest.
 
     Args:
         model: with weights that need no gradients.
@@ -104,6 +106,7 @@ def write(model: WholeClassifier, path: Path, metadata: Mapping[str, str], *, ma
         node.metadata_props.clear()
     program.model.metadata_props.update(metadata)
     program.save(path)
+    append_digest(path)
 
 
 def compare(model: WholeClassifier, path: Path, *, max_length: int) -> Agreement:

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron3d.data.hf_description import tokenizer_files
+from megatron3d.data.hf_description import described_files
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import DataError
+from megatron3d.files.json_text import parse_object
 
 _FILE_OPTIONS = ("vocab_file", "merge_file", "tokenizer_model")
 _DIRECTORY = "."
@@ -56,7 +57,9 @@ def pack(spec: TokenizerSpec) -> PackedTokenizer:
     """
     paths = {"vocab_file": spec.vocab_file, "merge_file": spec.merge_file, "tokenizer_model": spec.tokenizer_model}
     if spec.tokenizer_type == "HuggingFaceTokenizer":
-        return _packed_directory(Path(spec.tokenizer_model or spec.vocab_file or ""))
+        return _packed_directory(
+            Path(spec.tokenizer_model) if spec.tokenizer_model else Path(spec.vocab_file or "").parent
+        )
     options = {option: Path(value).name for option, value in paths.items() if value is not None}
     files = {Path(value).name: _read(Path(value)) for value in paths.values() if value is not None}
     return PackedTokenizer(spec.tokenizer_type, options, files)
@@ -64,9 +67,7 @@ def pack(spec: TokenizerSpec) -> PackedTokenizer:
 
 def _packed_directory(path: Path) -> PackedTokenizer:
     """A directory that describes its tokenizer, or a file with what lies beside it."""
-    files = tokenizer_files(path if path.is_dir() else path.parent)
-    if path.suffix == ".json" and not path.is_dir():
-        files["tokenizer.json"] = _read(path)
+    files = described_files(path)
     if not files:
         raise DataError(f"{path} has no file of a tokenizer; name its directory with --tokenizer-model")
     return PackedTokenizer("HuggingFaceTokenizer", {"tokenizer_model": _DIRECTORY}, files)
@@ -79,7 +80,7 @@ def from_text(text: str) -> PackedTokenizer:
         DataError: `text` is something else.
     """
     try:
-        found = json.loads(text)
+        found = parse_object(text)
         kind, options = str(found["kind"]), dict(found["options"])
         files = {str(name): base64.b64decode(content, validate=True) for name, content in found["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

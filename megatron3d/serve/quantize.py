@@ -17,6 +17,7 @@ import torch
 
 from megatron3d.errors import DataError
 from megatron3d.serve.classifier import Classifier
+from megatron3d.serve.digest import append_digest
 from megatron3d.serve.requests import RequestError, Sample
 from megatron3d.tasks.glue.predict import metrics_of
 from megatron3d.tasks.glue.read import Rows
@@ -26,7 +27,7 @@ _LINEAR = ["MatMul", "Gemm"]
 
 
 def quantize(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
-    """Write the int8 version of an exported file with metadata of its own; inputs and output stay."""
+    """Write the int8 version of an exported file with metadata and a digest of its own; inputs and output stay."""
     import onnx
     from onnxruntime import quantization
 
@@ -52,6 +53,7 @@ def quantize(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, dict(metadata))
     onnx.save(model, target)
+    append_digest(target)
 
 
 def metrics(classifier: Classifier, rows: Rows, task: Task) -> dict[str, float]:

@@ -16,7 +16,9 @@ import uvicorn
 
 from megatron3d.errors import ConfigError
 from megatron3d.serve.app import Service
+from megatron3d.serve.connections import protocol_with_timeout
 
+_HEADER_TIMEOUT_S = 10.0  # headers have a few hundred bytes; what takes longer is no client
 _GRACE_S = 10  # answers take milliseconds; a client that reads slower than this is left
 
 
@@ -49,10 +51,11 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(service: Service, bound: socket.socket, place: Place, *, say: Callable[[str], None]) -> None:
-    """Serve until a signal asks for the end; called on the main thread."""
-    config = uvicorn.Config(
+def server_config(service: Service, *, header_timeout_s: float = _HEADER_TIMEOUT_S) -> uvicorn.Config:
+    """How uvicorn runs the service; a request's headers have so many seconds to arrive."""
+    return uvicorn.Config(
         service.app,
+        http=protocol_with_timeout(header_timeout_s),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=_GRACE_S,
@@ -60,7 +63,11 @@ def serve(service: Service, bound: socket.socket, place: Place, *, say: Callable
         ws="none",
         server_header=False,
     )
-    server = uvicorn.Server(config)
+
+
+def serve(service: Service, bound: socket.socket, place: Place, *, say: Callable[[str], None]) -> None:
+    """Serve until a signal asks for the end; called on the main thread."""
+    server = uvicorn.Server(server_config(service))
 
     def end(*_: object) -> None:
         server.should_exit = True

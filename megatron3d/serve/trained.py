@@ -20,9 +20,11 @@ from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
-from megatron3d.config.serialize import from_dict
+from megatron3d.convert.family import HfConfig
 from megatron3d.convert.hf import HF_DOCUMENT
+from megatron3d.convert.task_document import read_task_document
 from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
+from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.inference.load import generation_config, load_model
@@ -30,6 +32,7 @@ from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.models.stage import MicroBatch, Stage
 from megatron3d.serve.description import Description
 from megatron3d.serve.packed_tokenizer import PackedTokenizer, pack
+from megatron3d.train.compare import SavedRun, read_saved_run
 
 _CLASSIFIER = "model/head.classifier.weight"
 # A file of ONNX is one protobuf message, which cannot be longer; the graph itself needs a few of these bytes.
@@ -39,12 +42,14 @@ MAX_WEIGHT_BYTES = (1 << 31) - (1 << 24)
 @dataclass(frozen=True)
 class Wishes:
     """What the command line says about a checkpoint, where it says more than the checkpoint does: the names of the
-    classes, the length, and the tokenizer's files, where they have moved."""
+    classes, the length, and the tokenizer's files, where they have moved; files of other content than those of the
+    training are used only by `override_tokenizer`."""
 
     label_names: tuple[str, ...] = ()
     max_length: int | None = None
     vocab_file: str | None = None
     tokenizer_model: str | None = None
+    override_tokenizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ def open_trained(root: Path, step: int | None, wishes: Wishes) -> Trained:
         DataError: a file of its tokenizer is missing or damaged.
     """
     directory = find_checkpoint(root, step)
-    stored = from_dict(read_document(directory, "run"))
+    saved = read_saved_run(directory)
+    stored = saved.config
     shapes = {name: shape for name, shape in tensor_shapes(directory).items() if name.startswith("model/")}
     if stored.model.architecture != "bert" or _CLASSIFIER not in shapes:
         raise CheckpointError(
@@ -101,7 +107,7 @@ def open_trained(root: Path, step: int | None, wishes: Wishes) -> Trained:
     config = generation_config(stored, ParallelConfig(device="cpu"), world_size=1, bf16=False)
     found = _described(directory, config, shapes[_CLASSIFIER][0])
     description = _as_wished(found, wishes, config.model.max_position_embeddings)
-    return Trained(directory, config, description, found.labels, _tokenizer(directory, config, wishes))
+    return Trained(directory, config, description, found.labels, _tokenizer(saved, config, wishes))
 
 
 def load_classifier(trained: Trained) -> WholeClassifier:
@@ -117,11 +123,13 @@ def load_classifier(trained: Trained) -> WholeClassifier:
 
 def _described(directory: Path, config: RunConfig, num_outputs: int) -> Description:
     """What `task.json` of a fine-tuning says; of an imported classifier, its `config.json`."""
-    documents = read_index(directory).documents
-    if "task.json" in documents:
-        return _of_task(read_document(directory, "task"))
-    named = read_document(directory, HF_DOCUMENT).get("id2label") if f"{HF_DOCUMENT}.json" in documents else None
-    labels = tuple(str((named or {}).get(str(number), number)) for number in range(num_outputs))
+    index = read_index(directory)
+    task = read_task_document(directory, index)
+    if task is not None:
+        return _of_task(task)
+    imported = read_document(directory, HF_DOCUMENT) if f"{HF_DOCUMENT}.json" in index.documents else {}
+    named = HfConfig(directory / f"{HF_DOCUMENT}.json", imported).labels()
+    labels = tuple(named.get(str(number), str(number)) for number in range(num_outputs))
     return Description(
         task="imported",
         labels=labels if num_outputs > 1 else (),
@@ -151,6 +159,11 @@ def _as_wished(description: Description, wishes: Wishes, num_positions: int) -> 
             f"--label-names {' '.join(names)}: the model has {len(description.labels)} classes "
             f"({', '.join(description.labels) or 'it is a regression'}); give each of them one name, in this order"
         )
+    if not names and len(set(description.labels)) != len(description.labels):
+        raise ConfigError(
+            f"the classes of the model are named {', '.join(description.labels)}, of which some are the same; name "
+            "them with --label-names"
+        )
     if length is not None and not 3 <= length <= num_positions:
         raise ConfigError(f"--max-length {length} must be from 3 to the model's {num_positions} positions")
     return replace(
@@ -158,7 +171,8 @@ def _as_wished(description: Description, wishes: Wishes, num_positions: int) -> 
     )
 
 
-def _tokenizer(directory: Path, config: RunConfig, wishes: Wishes) -> PackedTokenizer:
+def _tokenizer(saved: SavedRun, config: RunConfig, wishes: Wishes) -> PackedTokenizer:
+    directory = saved.directory
     given = {"vocab_file": wishes.vocab_file, "tokenizer_model": wishes.tokenizer_model}
     data = with_given(beside_checkpoint(config.data, directory), given)
     if data.tokenizer_type is None:
@@ -172,6 +186,8 @@ def _tokenizer(directory: Path, config: RunConfig, wishes: Wishes) -> PackedToke
             f"--tokenizer-type {data.tokenizer_type} has {tokenizer.vocab_size} ids, but the model of {directory} has "
             f"{vocab_size}; give the files it was trained with (--vocab-file, --tokenizer-model)"
         )
+    if not wishes.override_tokenizer:
+        require_same_tokenizer(saved.content, data, vocab_size, source=directory)
     if None in (tokenizer.cls, tokenizer.sep, tokenizer.pad):
         raise ConfigError(
             f"--tokenizer-type {data.tokenizer_type} lacks [CLS], [SEP] or [PAD], which BERT's inputs are made of"

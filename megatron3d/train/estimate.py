@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from megatron3d.comm.device import likely_device_type
 from megatron3d.config.check import resolve
+from megatron3d.config.placeholders import with_placeholders
 from megatron3d.config.presets import PRESETS, Preset
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
@@ -39,19 +40,6 @@ class Estimate:
         return worst(self.ledgers)
 
 
-def without_data(words: RunConfig) -> RunConfig:
-    """The run with what training needs and memory does not depend on: tokens, a length and a learning rate."""
-    data, train, optim = words.data, words.train, words.optim
-    has_data = data.data_path or data.train_data_path or data.mock_data
-    has_length = train.train_iters is not None or train.train_samples is not None
-    return replace(
-        words,
-        data=data if has_data else replace(data, mock_data=True),
-        train=train if has_length else replace(train, train_iters=1),
-        optim=optim if optim.lr is not None else replace(optim, lr=1e-4),
-    )
-
-
 def settled(words: RunConfig, world_size: int) -> RunConfig:
     """The run on so many ranks with every derived value.
 
@@ -59,7 +47,7 @@ def settled(words: RunConfig, world_size: int) -> RunConfig:
         ConfigError: the options do not go together.
         DataError: a file of the tokenizer is missing or damaged.
     """
-    return open_vocabulary(resolve(without_data(words), world_size))[0]
+    return open_vocabulary(resolve(with_placeholders(words), world_size))[0]
 
 
 def estimate_of(config: RunConfig) -> Estimate:

@@ -7,18 +7,25 @@ constant answer would reach on the same labels: the share of the most frequent o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.data.batch import Batch
-from megatron3d.data.loader import GlobalBatches
 from megatron3d.pipeline.run import run
 from megatron3d.train.parts import Parts
 from megatron3d.train.step import micro_batches, share_of_sums
+
+
+class BatchReader(Protocol):
+    """What gives one rank's part of a global batch: `GlobalBatches`, or something that stands before it."""
+
+    def read(self, consumed_samples: int, global_batch_size: int, dp_rank: int, dp_size: int) -> Batch:
+        """The samples of this rank of the global batch that follows `consumed_samples`."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +55,26 @@ class Evaluation:
         return named if self.unigram_accuracy is None else named | {"unigram_accuracy": self.unigram_accuracy}
 
 
-def evaluate(parts: Parts, batches: GlobalBatches, *, num_batches: int) -> Evaluation:
+def evaluate(
+    parts: Parts, batches: BatchReader, *, num_batches: int, before_batch: Callable[[], None] | None = None
+) -> Evaluation:
     """Mean losses over the labels of `num_batches` (at least 1) global batches.
 
     With a delayed update these are those of the updated weights, which are what a checkpoint of this moment holds.
+    `before_batch` is called before each batch on all ranks; it may save and raise to give up, as nothing is under way.
     """
     with parts.engine.updated_weights():
-        return _evaluate(parts, batches, num_batches)
+        return _evaluate(parts, batches, num_batches, before_batch)
 
 
-def _evaluate(parts: Parts, batches: GlobalBatches, num_batches: int) -> Evaluation:
+def _evaluate(
+    parts: Parts, batches: BatchReader, num_batches: int, before_batch: Callable[[], None] | None
+) -> Evaluation:
     dp, size = parts.mesh.dp, parts.config.train.global_batch_size
     totals, histogram, names = torch.zeros(0), torch.zeros(0), []
     for number in range(num_batches):
+        if before_batch is not None:
+            before_batch()
         batch = batches.read(number * size, size, dp.rank, dp.size)
         names, sums = [*batch.loss_counts()], _sums_and_counts(parts, batch)
         totals = sums if number == 0 else totals + sums

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron3d.errors import Megatron3dError, PeerError, StorageError
+from megatron3d.files.json_text import is_whole_number, parse_object
 
 FILE_NAME = "exit_status.json"
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
@@ -55,6 +56,19 @@ def status_of(error: BaseException | None, *, rank: int, step: int) -> ExitStatu
     return ExitStatus(exit_code_of(error), reason, rank, step, time.time())
 
 
+def saved_step(directory: str | Path) -> int:
+    """The step of the latest checkpoint in a --save directory, by its name alone; 0 where there is none.
+
+    It is where a run stands that ends before it has read its checkpoint, or because it cannot.
+    """
+    try:
+        name = (Path(directory) / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return 0
+    digits = name.removeprefix("iter_")
+    return int(digits) if digits.isdecimal() else 0
+
+
 def clear_exit_status(directory: str | Path) -> None:
     """Remove the file of an earlier run; one rank calls this at the start, before another can write.
 
@@ -85,16 +99,31 @@ def write_exit_status(directory: str | Path, status: ExitStatus) -> str | None:
             file.write(json.dumps(asdict(status)) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        if status.code == PeerError.exit_code:
+            _place_unless_a_cause_is_there(beside, path)
+        else:
+            os.replace(beside, path)
     except OSError as error:
         return f"{path} cannot be written: {error.strerror or error}; the run ended with code {status.code}."
     return None
 
 
+def _place_unless_a_cause_is_there(beside: Path, path: Path) -> None:
+    """Give the file its name, but for a cause that another rank writes at the same moment: a link never replaces."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        if not _names_a_cause(path):
+            os.replace(beside, path)
+    except OSError:  # a file system without links
+        os.replace(beside, path)
+    beside.unlink(missing_ok=True)
+
+
 def _names_a_cause(path: Path) -> bool:
     """Whether the file is there and tells of an earlier failure; of several lost peers the first is kept."""
     try:
-        code = json.loads(path.read_text(encoding="utf-8"))["code"]
-    except (OSError, ValueError, KeyError, TypeError):
+        code = parse_object(path.read_bytes()).get("code")
+    except (OSError, ValueError):
         return False  # absent or damaged: then this status is the better one
-    return code != 0
+    return is_whole_number(code, 1)

@@ -1,8 +1,11 @@
-"""From a started process to a run with its mesh, and from any error to a sentence and an exit code.
+"""The outermost frame of every script: from any error to a sentence, a status file and an exit code.
 
-`guarded` is the outermost frame of every script: whatever goes wrong inside becomes one sentence on standard error
-that names rank, layout and step, an `exit_status.json` beside the checkpoints, and the process's exit code. A rank
-that fails ends its process at once, so that the launcher ends the others instead of letting them wait.
+Whatever goes wrong inside `guarded` becomes one sentence on standard error, an `exit_status.json` beside the
+checkpoints, a word to the elastic agent if there is one, and the process's exit code (docs/stopping.md). A rank that
+fails ends its process at once, so that the launcher ends the others instead of letting them wait.
+
+Nothing here needs torch: a mistake in the options is answered before torch is imported. `joining.py` has what a run
+needs to join the job.
 """
 
 from __future__ import annotations
@@ -11,20 +14,18 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-import torch
-
-from megatron3d.comm.device import pick_device
-from megatron3d.comm.launch import Launch, end_process, is_peer_failure, join, leave, read_launch
-from megatron3d.comm.layout import Layout
-from megatron3d.comm.mesh import Mesh, make_mesh
-from megatron3d.config.parallel import ParallelConfig
+from megatron3d.comm.launch import Launch, end_process, read_launch
 from megatron3d.errors import ConfigError, InUseError, Megatron3dError, PeerError, StopRequested
-from megatron3d.train.exit_status import ExitStatus, clear_exit_status, exit_code_of, status_of, write_exit_status
+from megatron3d.process.streams import patient_streams
+from megatron3d.train.agent_gone import stop_without_agent
+from megatron3d.train.agent_report import report_to_agent
+from megatron3d.train.exit_status import ExitStatus, exit_code_of, saved_step, status_of, write_exit_status
+from megatron3d.train.memory_short import memory_short
+from megatron3d.train.print_once import print_once
+from megatron3d.train.signals import StopFlag
 
 
 @dataclass
@@ -32,84 +33,91 @@ class Guard:
     """What the outermost frame must know of a run to report its end: filled in as the run finds out.
 
     `save` is the --save directory, set as soon as it is known: a launcher that looks there for the exit status must
-    not find that of an earlier run.
+    not find that of an earlier run. `step` is the last step that is finished, None until it is known where the run
+    starts. `stop` is set by signals once the run has joined the job (see `joined`).
     """
 
     launch: Launch
     save: str | None = None
-    step: int = 0
+    step: int | None = None
+    stop: StopFlag = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the flag, which nothing sets yet."""
+        self.stop = StopFlag(on_forced=self.forced_end)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is finished: before the run knows where it starts, that of the latest checkpoint."""
+        if self.step is None:
+            return saved_step(self.save) if self.save else 0
+        return self.step
 
     def forced_end(self, code: int) -> None:
         """Leave word beside the checkpoints that a second signal ends this process now, without a save."""
         if self.save:
             reason = f"forced to end by a second {signal.Signals(code - 128).name}, without a save"
-            write_exit_status(self.save, ExitStatus(code, reason, self.launch.rank, self.step, time.time()))
+            write_exit_status(self.save, ExitStatus(code, reason, self.launch.rank, self.last_step, time.time()))
 
 
 def guarded(main: Callable[[Guard], None]) -> None:
-    """Run `main` and end the process with the exit code of what happened (design of the codes: `errors.py`)."""
-    guard = Guard(read_launch())
-    try:
-        main(guard)
-    except (Exception, KeyboardInterrupt) as error:
-        end_process(_report(_as_ours(error, guard), guard))
-    leave()
-    if guard.save and guard.launch.rank == 0:
-        write_exit_status(guard.save, status_of(None, rank=0, step=guard.step))
+    """Run `main` and end the process with the exit code of what happened (design of the codes: `errors.py`).
 
-
-@contextmanager
-def joined(parallel: ParallelConfig, guard: Guard, *, save: str | None) -> Iterator[tuple[Mesh, torch.device]]:
-    """Pick the device, join the job, and build the mesh of a resolved config.
-
-    Raises:
-        ConfigError: the device cannot be had.
+    An elastic agent takes every code but 0 for a failure, to be restarted if any restarts are left. A run that stopped
+    because it was asked to therefore ends with 0 under an agent; `exit_status.json` has its own code in any case.
     """
-    launch = guard.launch
-    guard.save = save
-    if save and launch.rank == 0:
-        clear_exit_status(save)
-    device = pick_device(parallel.device, local_rank=launch.local_rank, local_world_size=launch.local_world_size)
-    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
-    join(launch, device, timeout=timeout)
-    layout = Layout(
-        tp=parallel.tensor_model_parallel_size,
-        pp=parallel.pipeline_model_parallel_size,
-        dp=parallel.data_parallel_size,
-        cp=parallel.context_parallel_size,
-        zero_shard=parallel.zero_shard_size,
-    )
-    yield make_mesh(layout, timeout=timeout), device
-
-
-def _as_ours(error: BaseException, guard: Guard) -> BaseException:
-    """An error of a collective as the `PeerError` it is; others unchanged."""
-    if isinstance(error, Megatron3dError) or not is_peer_failure(error):
-        return error
-    failure = PeerError(f"a collective failed, so another rank is gone or stuck: {_first_line(error)}")
-    for note in getattr(error, "__notes__", []):
-        failure.add_note(note)
-    return failure
+    with patient_streams():
+        try:
+            guard = Guard(read_launch())
+        except ConfigError as error:
+            # Nobody knows which rank this is, so every one of them says it.
+            print(f"error: {error}", file=sys.stderr)
+            end_process(error.exit_code)
+        stop_without_agent(guard.launch)
+        try:
+            main(guard)
+        except (Exception, KeyboardInterrupt) as error:
+            code = _report(memory_short(error) or error, guard)
+            end_process(0 if guard.launch.has_agent and isinstance(error, StopRequested) else code)
+        if guard.save and guard.launch.rank == 0:
+            write_exit_status(guard.save, status_of(None, rank=0, step=guard.last_step))
 
 
 def _report(error: BaseException, guard: Guard) -> int:
-    """Write the sentence and the status file; returns the exit code."""
-    code, rank = exit_code_of(error), guard.launch.rank
-    where = "; ".join(getattr(error, "__notes__", [])) or f"on rank {rank} of {guard.launch.world_size}"
-    if isinstance(error, ConfigError | StopRequested):
-        if guard.launch.local_rank == 0:  # all ranks of a machine say the same; another machine may have its own
-            print(error if isinstance(error, StopRequested) else f"error: {error}", file=sys.stderr)
-    elif isinstance(error, Megatron3dError):
+    """Write the sentence, the status file and the agent's file; returns the exit code."""
+    code, launch = exit_code_of(error), guard.launch
+    where = "; ".join(getattr(error, "__notes__", [])) or f"on rank {launch.rank} of {launch.world_size}"
+    if isinstance(error, Megatron3dError) and not isinstance(error, PeerError):
+        _print_for_the_machine(error, where, launch)
+    elif isinstance(error, PeerError):  # what each rank saw of a failure elsewhere
         print(f"error ({where}): {error}", file=sys.stderr)
     else:
         traceback.print_exception(error)
         print(f"error ({where}): {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
     # A directory that another run holds is not ours to leave word in.
     if guard.save and not isinstance(error, InUseError):
-        refusal = write_exit_status(guard.save, status_of(error, rank=rank, step=guard.step))
+        refusal = write_exit_status(guard.save, status_of(error, rank=launch.rank, step=guard.last_step))
         if refusal:
             print(f"the exit status could not be written beside the checkpoints: {refusal}", file=sys.stderr)
+    report_to_agent(error, where, launch.error_file)
     return code
+
+
+def _print_for_the_machine(error: Megatron3dError, where: str, launch: Launch) -> None:
+    """Print the sentence of an error that the other ranks of this machine may have as well, so that it stands once.
+
+    Under an elastic agent the first rank to get here prints: the agent ends the others as soon as one has ended, and
+    none of them may count on coming this far. Without one each rank lives to its own end. Then options and stops,
+    which are the same on all ranks of a machine, are left to its first; of other errors each rank prints its own.
+    """
+    same_on_all = isinstance(error, ConfigError | StopRequested)
+    text = str(error) if isinstance(error, StopRequested) else f"error ({where}): {error}"
+    if isinstance(error, ConfigError):
+        text = f"error: {error}"
+    if launch.error_file is not None:
+        print_once(text, key=str(error), directory=launch.error_file.parent.parent)
+    elif launch.local_rank == 0 or not same_on_all:
+        print(text, file=sys.stderr)
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,32 +5,37 @@ It knows when things happen; what they are is in `step.py`, `evaluate.py`, `stat
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron3d.checkpoint.directory import hold_directory
-from megatron3d.checkpoint.store import everywhere
-from megatron3d.comm.collectives import gather_values
 from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
 from megatron3d.config.data import DataConfig
 from megatron3d.data.build import BertData, GPTData
+from megatron3d.data.content import Content
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.data.stream import SampleStream
 from megatron3d.errors import ConfigError, StopRequested
 from megatron3d.optim.schedule import ScheduleSettings
 from megatron3d.train import state
-from megatron3d.train.evaluate import evaluate
+from megatron3d.train.compare import agreed_content
+from megatron3d.train.deferred_failure import DeferredFailure, PreparedBatches
+from megatron3d.train.evaluate import Evaluation, evaluate
+from megatron3d.train.held import held_directory
 from megatron3d.train.launch import Guard
+from megatron3d.train.outlook import Outlook
 from megatron3d.train.parts import Parts
 from megatron3d.train.profile import recorder_of_step, write_recorded
 from megatron3d.train.reports import Reports
-from megatron3d.train.signals import StopFlag
-from megatron3d.train.state import Progress
+from megatron3d.train.retention import Retention
+from megatron3d.train.state import Progress, Restored
 from megatron3d.train.step import Rates, train_step
+from megatron3d.train.stopping import agreed_reason, first_reason, signal_reason, stop_while_starting
 
 
 @dataclass(frozen=True)
@@ -66,15 +71,22 @@ def train(parts: Parts, streams: Streams, guard: Guard) -> Progress:
     Args:
         parts: the rank's model and optimizer, with the initial weights.
         streams: readers of the data.
-        guard: learns the step, for reports of how the run ended.
+        guard: learns the step, for reports of how the run ended, and knows whether the run was asked to stop.
 
     Raises:
         StopRequested: the run was asked to stop; it has saved if it saves at all.
     """
-    with _held_directory(parts):
-        restored = state.restore(parts)
-        with Reports(parts, restored) as reports, StopFlag(on_forced=guard.forced_end) as stop:
-            loop = _Loop(parts, streams, reports, stop, guard, restored.schedule, restored.progress)
+    content = agreed_content(parts.config, parts.mesh.world.group)
+    save = parts.config.checkpoint.save
+    with held_directory(Path(save) if save else None, parts.mesh) as renew:
+        stop_while_starting(guard, parts.mesh)
+        restored = state.restore(parts, content)
+        guard.step = restored.progress.step
+        stop_while_starting(guard, parts.mesh)
+        with Reports(parts, restored) as reports:
+            newest = restored.source if reports.resumed_in_place else None
+            retention = Retention(parts.config.checkpoint, parts.mesh, newest=newest)
+            loop = _Loop(parts, streams, reports, guard, retention, content, restored, renew)
             try:
                 loop.run()
             except Exception as error:
@@ -83,108 +95,183 @@ def train(parts: Parts, streams: Streams, guard: Guard) -> Progress:
             return loop.progress
 
 
-@contextmanager
-def _held_directory(parts: Parts) -> Iterator[None]:
-    """Keep other runs out of the --save directory while this one writes there; if another is in, all ranks raise."""
-    save, mesh = parts.config.checkpoint.save, parts.mesh
-    with ExitStack() as held:
-
-        def hold() -> None:
-            if save is not None and mesh.rank == 0:
-                held.enter_context(hold_directory(Path(save)))
-
-        everywhere(hold, mesh.world.group)
-        yield
-
-
 @dataclass
 class _Loop:
     parts: Parts
     streams: Streams
     reports: Reports
-    stop: StopFlag
     guard: Guard
-    schedule: ScheduleSettings
-    progress: Progress
+    retention: Retention
+    content: Content
+    restored: Restored
+    renew_hold: Callable[[], str | None]
+    schedule: ScheduleSettings = field(init=False)
+    progress: Progress = field(init=False)
+    old_step: int = field(init=False)  # after which the layers' weights were made, while a delayed update is due
+    failure: DeferredFailure = field(init=False)
+    batches: PreparedBatches = field(init=False)
+    started_s: float = 0.0
     saved_step: int = -1
+    evaluated_step: int = -1
     steps_made: int = 0
 
+    def __post_init__(self) -> None:
+        self.schedule, self.progress = self.restored.schedule, self.restored.progress
+        self.old_step = self.progress.step - 1
+        self.failure = DeferredFailure(self.parts.mesh)
+        self.batches = PreparedBatches(self.streams.train, self.parts.mesh, self.failure)
+
     def run(self) -> None:
-        config, started_s = self.parts.config, time.monotonic()
-        last = state.total_steps(config)
+        config, self.started_s = self.parts.config, time.monotonic()
+        last = state.last_step(config, self.progress)
         self.saved_step = self.progress.step if self.reports.resumed_in_place else -1
         is_finished_already = self.saved_step >= last
+        self._look_ahead(last)
+        if self.restored.evaluation_due:
+            self._evaluate()
+            self.saved_step = -1  # the checkpoint that is there would have it made once more
         while self.progress.step < last:
-            wish = self._wish_to_stop(elapsed_min=(time.monotonic() - started_s) / 60.0)
-            votes = self._step(wants_stop=wish is not None)
+            votes, reason = self._step(last)
             step = self.progress.step
             if step % config.train.eval_interval == 0 and step < last:
                 self._evaluate()
+            check_interval = config.train.check_weight_hash_across_dp_replicas_interval
+            if check_interval is not None and step % check_interval == 0:
+                state.check_replicas(self.parts, step)
             if config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0:
                 self._save()
-            exits = config.train.exit_interval is not None and step % config.train.exit_interval == 0
+            exits = self._exits_after(step)
             if (votes or exits) and step < last:
-                wishes = gather_values(wish, self.parts.mesh.world) if votes else []
                 interval = f"--exit-interval {config.train.exit_interval} is over"
-                self._stop(next(filter(None, wishes), interval))
-        if not is_finished_already:
-            # A finished run that is started again was evaluated before its last checkpoint was saved.
-            self._evaluate()
-        self._finish()
+                self._stop((first_reason(reason, self.parts.mesh.world) if votes else None) or interval)
+        # A finished run that is started again was evaluated before its last checkpoint was saved.
+        is_proved = not is_finished_already and self.evaluated_step != last and self._evaluate()
+        self._finish(is_proved)
         self.parts.engine.finish_update()  # only now: the last checkpoint has it due, for a run that goes on longer
+        self.failure.raise_on_all_ranks(self._saved())
 
-    def _wish_to_stop(self, *, elapsed_min: float) -> str | None:
+    def _look_ahead(self, last: int) -> None:
+        """Report what the options ask for and this run will not do."""
+        has_valid, has_test = self.streams.valid is not None, self.streams.test is not None
+        for line in Outlook(self.parts.config, self.progress, last, self.schedule, has_valid, has_test).lines():
+            self.reports.note(line)
+
+    def _exits_after(self, step: int) -> bool:
+        interval = self.parts.config.train.exit_interval
+        return interval is not None and step % interval == 0
+
+    def _reason_to_stop(self) -> str | None:
         """Why this rank wants to stop, if it does."""
-        if self.stop:
-            return f"{self.stop.signal_name} was received"
+        if self.failure.reason is not None:
+            return self.failure.reason
         limit_min = self.parts.config.train.exit_duration_in_mins
-        if limit_min is not None and elapsed_min > limit_min:
-            return f"--exit-duration-in-mins {limit_min:g} is over"
-        return None
+        if limit_min is not None and time.monotonic() - self.started_s > limit_min * 60.0:
+            return signal_reason(self.guard) or f"--exit-duration-in-mins {limit_min:g} is over"
+        return signal_reason(self.guard)
 
-    def _step(self, *, wants_stop: bool) -> int:
-        """Make one step and report it; returns how many ranks want to stop."""
+    def _prepare_next(self, consumed_samples: int, last: int) -> None:
+        """Read the batch of the step after this one, so that this step's vote knows if it cannot be read."""
+        step = self.progress.step + 1
+        if step < last and not self._exits_after(step) and not self.parts.config.train.skips(step):
+            size = batch_size_at(self.parts.config.train, consumed_samples, self.parts.mesh.dp.size)
+            self.batches.prepare(consumed_samples, size)
+
+    def _step(self, last: int) -> tuple[int, str | None]:
+        """Make one step and report it; returns how many ranks want to stop, and why this one does, if so."""
         config, dp, before = self.parts.config, self.parts.mesh.dp, self.progress
         size = batch_size_at(config.train, before.consumed_samples, dp.size)
-        began_s = time.monotonic()
-        batch = self.streams.train.read(before.consumed_samples, size, dp.rank, dp.size)
         at = {"iteration": before.updates, "consumed_samples": before.updated_samples}
         rates = Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
+        if config.train.skips(before.step):
+            return self._leave_out(size, rates), None
+        began_s = time.monotonic()
+        batch = self.batches.read(before.consumed_samples, size, dp.rank, dp.size)
+        self._prepare_next(before.consumed_samples + size, last)
+        reason = self._reason_to_stop()
         loss_scale = self.parts.scaler.scale
         self.steps_made += 1
         recorder = recorder_of_step(self.parts, self.steps_made)
-        result = train_step(self.parts, batch, rates, step=before.step, wants_stop=wants_stop, recorder=recorder)
+        computed_with = self.old_step if self.parts.engine.is_update_due else before.step
+        result = train_step(
+            self.parts, batch, rates, step=before.step, wants_stop=reason is not None, recorder=recorder
+        )
         synchronize(self.parts.model.device)
         self.progress = before.after(size, skipped=result.skipped)
         self.guard.step = self.progress.step
         elapsed_s = time.monotonic() - began_s
-        self.reports.step(self.progress, result, rates, loss_scale=loss_scale, batch_size=size, elapsed_s=elapsed_s)
+        numbers = {"loss_scale": loss_scale, "batch_size": size, "elapsed_s": elapsed_s}
+        self.failure.keep(lambda: self.reports.step(self.progress, result, rates, **numbers))
+        if result.is_finite:
+            self.retention.proved(computed_with)
+        if not result.skipped:
+            self.old_step = before.step
         if recorder is not None and (written := write_recorded(self.parts, recorder, self.progress.step)):
             self.reports.note(written)
-        return result.stop_votes
+        return result.stop_votes, reason
 
-    def _evaluate(self) -> None:
+    def _leave_out(self, batch_size: int, rates: Rates) -> int:
+        """Let an iteration's samples count as consumed without training on them; nobody is asked whether to stop."""
+        self.progress = self.progress.after(batch_size, skipped=True)
+        self.guard.step = self.progress.step
+        self.failure.keep(lambda: self.reports.left_out(self.progress, rates, batch_size=batch_size))
+        return 0
+
+    def _evaluate(self) -> bool:
+        """Evaluate if there is something to evaluate on; returns whether that showed that the weights are good."""
+        found = self._evaluate_on(self.streams.valid, is_due_later=True)
+        self.evaluated_step = self.progress.step
+        if found is None:
+            return False
+        self.failure.keep(lambda: self.reports.evaluation(self.progress.step, found))
+        return math.isfinite(found.loss)
+
+    def _evaluate_on(self, batches: GlobalBatches | None, *, is_due_later: bool) -> Evaluation | None:
+        """Evaluate, if that is asked for and there is data; a stop asked for meanwhile is not kept waiting.
+
+        An evaluation that is given up leaves no report. If `is_due_later`, the checkpoint then says that the run that
+        resumes from it makes the evaluation first.
+        """
         num_batches = self.parts.config.train.eval_iters
-        if self.streams.valid is not None and num_batches > 0:
-            self.reports.evaluation(
-                self.progress.step, evaluate(self.parts, self.streams.valid, num_batches=num_batches)
-            )
+        if batches is None or num_batches == 0:
+            return None
 
-    def _save(self) -> None:
+        prepared, numbers = PreparedBatches(batches, self.parts.mesh, self.failure), itertools.count()
+        size = self.parts.config.train.global_batch_size
+
+        def give_up_if_asked() -> None:
+            prepared.prepare(next(numbers) * size, size)
+            reason = agreed_reason(self._reason_to_stop(), self.parts.mesh.world)
+            if reason is not None:
+                self._stop(reason, evaluation_due=is_due_later)
+
+        return evaluate(self.parts, prepared, num_batches=num_batches, before_batch=give_up_if_asked)
+
+    def _save(self, *, evaluation_due: bool = False) -> None:
         if self.parts.config.checkpoint.save and self.saved_step != self.progress.step:
-            path = state.save(self.parts, self.progress, self.schedule)
+            if made_again := self.renew_hold():
+                self.reports.note(made_again)
+            path = state.save(self.parts, self.progress, self.schedule, self.content, evaluation_due=evaluation_due)
             self.saved_step = self.progress.step
+            self.retention.saved(path)
             self.reports.note(f"saved {path}")
 
-    def _stop(self, reason: str) -> None:
-        self._save()
-        save = self.parts.config.checkpoint.save
-        saved = f"saved at {save}; start again to go on" if save else "nothing is saved, as there is no --save"
-        raise StopRequested(f"stopped after step {self.progress.step} because {reason}; {saved}")
+    def _stop(self, reason: str, *, evaluation_due: bool = False) -> None:
+        self._save(evaluation_due=evaluation_due)
+        self.failure.raise_on_all_ranks(self._saved())
+        raise StopRequested(f"stopped after step {self.progress.step} because {reason}; {self._saved()}")
 
-    def _finish(self) -> None:
+    def _saved(self) -> str:
+        save = self.parts.config.checkpoint.save
+        return f"saved at {save}; start again to go on" if save else "nothing is saved, as there is no --save"
+
+    def _finish(self, is_proved: bool) -> None:
         self._save()
-        num_batches = self.parts.config.train.eval_iters
-        if self.streams.test is not None and num_batches > 0:
-            found = evaluate(self.parts, self.streams.test, num_batches=num_batches)
-            self.reports.test(self.progress.step, found)
+        found = self._evaluate_on(self.streams.test, is_due_later=False)
+        if found is not None:
+            self.failure.keep(lambda: self.reports.test(self.progress.step, found))
+            is_proved = is_proved or math.isfinite(found.loss)
+        if not is_proved and self.retention.waits:
+            # No step will follow, so a batch's forward stands for it.
+            is_proved = math.isfinite(evaluate(self.parts, self.streams.train, num_batches=1).loss)
+        if is_proved:
+            self.retention.proved(self.progress.step)

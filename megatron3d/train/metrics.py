@@ -14,16 +14,19 @@ null, and its record gets `"finite": false`.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, TextIO
+from typing import Any
 
-from megatron3d.errors import DataError, StorageError
+from megatron3d.errors import DataError, TrackerError
+from megatron3d.files import json_text
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,13 @@ class StepRecord:
     """One training step: `loss` is the mean over the tokens of the global batch, `lr` the rate this step used.
 
     `step` counts from 1, the number of steps made including this one. `skipped` says that the weights stayed as they
-    were. `loss_scale` and `batch_size` are written only where given. `losses` has the terms of a model of several
-    losses by name, such as `lm_loss`, whose sum is `loss`; each is written under its own name.
+    were; `loss` and `grad_norm` are None where there was no forward either (`--iterations-to-skip`). `loss_scale` and
+    `batch_size` are written only where given. `losses` has the terms of a model of several losses by name, such as
+    `lm_loss`, whose sum is `loss`; each is written under its own name.
     """
 
     step: int
-    loss: float
+    loss: float | None
     grad_norm: float | None
     lr: float
     consumed_samples: int
@@ -74,80 +78,100 @@ class StepRecord:
 
 
 class MetricsFile:
-    """The metrics file while a run writes it; on one rank only. Call `start` or `resume` first."""
+    """The metrics file while a run writes it; on one rank only. Call `start` or `resume` first.
 
-    def __init__(self, path: str | Path) -> None:
-        """Names the file; nothing is touched yet."""
+    Every line is written whole or not at all: what a full disk took of one is cut off again. Every method that writes
+    may be called again after it failed, and does then what is still to be done.
+    """
+
+    def __init__(self, path: str | Path, *, warn: Callable[[str], None] = print) -> None:
+        """Names the file; nothing is touched yet. `warn` takes a sentence about lines that were damaged."""
         self.path = Path(path)
-        self._file: TextIO | None = None
+        self._warn = warn
+        self._fd: int | None = None
+        self._torn_at: int | None = None
+        self._opening: Callable[[], None] | None = None
+
+    def begin(self, record: StartRecord, *, resumed_step: int, evaluation_due: bool = False) -> None:
+        """`resume` from this step, or `start` where it is 0. Raises: as they do."""
+        if resumed_step:
+            self.resume(resumed_step, record, evaluation_due=evaluation_due)
+        else:
+            self.start(record)
 
     def start(self, record: StartRecord) -> None:
         """Begin a run at step 0. A file already there is kept as `NAME.previous`, replacing an older one.
 
-        Raises: StorageError if the file system refuses.
+        Raises: TrackerError if the file system refuses.
         """
-        self.close()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and self.path.stat().st_size > 0:
-                os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
-        except OSError as error:
-            raise _storage_error(self.path, error) from error
-        self._append({"event": "start", **asdict(record)})
+        self._opening = lambda: self._start(record)
+        self._open()
 
-    def resume(self, step: int, record: StartRecord) -> None:
-        """Go on after `step`: forget what was written beyond it, and note the layout of the run that goes on.
+    def resume(self, step: int, record: StartRecord, *, evaluation_due: bool = False) -> None:
+        """Continue after `step`: forget what was written beyond it, and note the layout of the run from here on.
+
+        `evaluation_due` tells that the evaluation after `step` will be made now; if it stands there already, it goes.
 
         A file that is missing or empty (the path is new) starts with a start record that says so by `from_step`.
 
-        Raises: DataError if the file is not a metrics file; StorageError if the file system refuses.
+        Raises: DataError if the file is not a metrics file; TrackerError if the file system refuses.
         """
-        self.cut_back(step)
-        empty = not self.path.exists() or self.path.stat().st_size == 0
-        self._append({"event": "start" if empty else "resume", "from_step": step, **asdict(record)})
+        self._opening = lambda: self._resume(step, record, evaluation_due)
+        self._open()
 
-    def cut_back(self, step: int) -> None:
-        """Keep only what was known at `step`: records of later steps, and of resumes at or after it, go.
+    def cut_back(self, step: int, *, with_evaluation: bool = True) -> None:
+        """Keep only what was known at `step`, with or without the evaluation that followed it: records of later steps,
+        and of resumes at or after it, go.
 
         The file is written anew beside the old one and renamed, so that a crash leaves one of the two, whole. A torn
-        last line (the writer died in it) goes too.
+        last line (the writer died in it, or power was lost) goes too. Other damaged lines go as well, and the file
+        with them is kept as `NAME.damaged`.
 
-        Raises: DataError if another line is damaged; StorageError if the file system refuses.
+        Raises: DataError if no line is a record; TrackerError if the file system refuses.
         """
         self.close()
-        if not self.path.exists():
+        if not self.path.is_file():  # missing, or a device or pipe, which nobody can read back
             return
-        kept = [r for r in read_records(self.path) if r.get("step", 0) <= step and r.get("from_step", -1) < step]
         try:
+            records, damage = salvage(self.path)
+            if damage:
+                aside = self.path.with_name(self.path.name + ".damaged")
+                shutil.copyfile(self.path, aside)
+                self._warn(f"{damage[0]}; it was left out, and the file as it was is kept as {aside}")
+            kept = [r for r in records if r.get("step", 0) <= step and r.get("from_step", -1) < step]
+            if not with_evaluation:
+                kept = [r for r in kept if r.get("step") != step or "valid_loss" not in r]
             _rewrite(self.path, kept)
         except OSError as error:
-            raise _storage_error(self.path, error) from error
+            raise _tracker_error(self.path, error) from error
 
     def step(self, record: StepRecord) -> None:
         """Append one training step and hand it to the operating system at once.
 
-        Raises: StorageError if the file system refuses.
+        Raises: TrackerError if the file system refuses.
         """
+        self._open()
         self._append(record.scalars())
 
     def evaluation(self, step: int, valid_loss: float, more: Mapping[str, float] = MappingProxyType({})) -> None:
         """Append the validation loss after `step`, and `more` of what the evaluation found by name.
 
-        Raises: StorageError if the file system refuses.
+        Raises: TrackerError if the file system refuses.
         """
+        self._open()
         self._append({"step": step, "valid_loss": valid_loss, **more})
 
     def close(self) -> None:
         """Close the file; another record opens it again.
 
-        Raises: StorageError if the file system refuses the last bytes.
+        Raises: TrackerError if the file system refuses the last bytes.
         """
-        if self._file is not None:
-            file, self._file = self._file, None
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
             try:
-                file.close()
+                os.close(fd)
             except OSError as error:
-                raise _storage_error(self.path, error) from error
+                raise _tracker_error(self.path, error) from error
 
     def __enter__(self) -> MetricsFile:
         """The file itself, closed at the end of the block."""
@@ -159,16 +183,54 @@ class MetricsFile:
         """Close the file."""
         self.close()
 
-    def _append(self, record: Mapping[str, Any]) -> None:
-        """Write one line; the flush makes it survive a kill of the process (not a loss of power)."""
+    def _open(self) -> None:
+        """Do what `start` or `resume` could not do yet."""
+        if self._opening is not None:
+            self._opening()
+            self._opening = None
+
+    def _start(self, record: StartRecord) -> None:
+        self.close()
         try:
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("a", encoding="utf-8")
-            self._file.write(_line(record))
-            self._file.flush()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_file() and self.path.stat().st_size > 0:
+                os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
         except OSError as error:
-            raise _storage_error(self.path, error) from error
+            raise _tracker_error(self.path, error) from error
+        self._append({"event": "start", **asdict(record)})
+
+    def _resume(self, step: int, record: StartRecord, evaluation_due: bool) -> None:
+        self.cut_back(step, with_evaluation=not evaluation_due)
+        empty = not self.path.exists() or self.path.stat().st_size == 0
+        self._append({"event": "start" if empty else "resume", "from_step": step, **asdict(record)})
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        """Write one line; the system has it then, so it survives a kill of the process (not a loss of power)."""
+        line = _line(record).encode()
+        try:
+            fd = self._fd_of_path()
+            if self._torn_at is not None:
+                os.ftruncate(fd, self._torn_at)  # what a refused write left of its line
+                self._torn_at = None
+            written = 0
+            while written < len(line):
+                try:
+                    written += os.write(fd, line[written:])
+                except OSError:
+                    self._torn_at = os.fstat(fd).st_size - written if written else None
+                    raise
+        except OSError as error:
+            raise _tracker_error(self.path, error) from error
+
+    def _fd_of_path(self) -> int:
+        """The open file, anew where the path names another one by now: removed, or rotated."""
+        if self._fd is not None and not _names(self.path, self._fd):
+            self.close()
+        if self._fd is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._torn_at = None
+        return self._fd
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -176,21 +238,48 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
     Raises: DataError if another line is not a JSON object, naming it.
     """
-    lines = Path(path).read_bytes().split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    records = []
+    records, damage = salvage(Path(path))
+    if damage:
+        raise DataError(f"{damage[0]}; repair or remove the file.")
+    return records
+
+
+def salvage(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of a metrics file, and for each damaged line before the last a sentence that names it.
+
+    A last line that is no JSON is torn, not damaged: its writer died in it. So are NUL bytes at the end, which a file
+    system leaves where it lost power between the new length and the new bytes.
+
+    Raises: DataError if there are lines and none is a record, as this is no metrics file; OSError if it cannot be read.
+    """
+    lines = path.read_bytes().rstrip(b"\x00 \t\r\n").split(b"\n")
+    records, damage = [], []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = json_text.parse(line)
         except ValueError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"Line {number} of {path} is not JSON ({error}); repair or remove the file.") from error
+            if number < len(lines):
+                damage.append(f"Line {number} of {path} is not JSON ({error})")
+            continue
         if not isinstance(record, dict):
             raise DataError(f"Line {number} of {path} is not a JSON object; is it a metrics file?")
         records.append(record)
-    return records
+    if damage and not records:
+        raise DataError(f"{damage[0]}, nor is any other line; is it a metrics file? Name another one.")
+    return records, damage
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether a refusal of the file system may pass by itself, and so is no mistake in the path."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+
+
+def _names(path: Path, fd: int) -> bool:
+    """Whether the path leads to the open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _rewrite(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -221,8 +310,9 @@ def _without_non_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _storage_error(path: Path, error: OSError) -> StorageError:
+def _tracker_error(path: Path, error: OSError) -> TrackerError:
     """The sentence for a write that failed."""
-    return StorageError(
-        f"--metrics-file {path} cannot be written: {error.strerror or error}; free space there or name another file."
+    return TrackerError(
+        f"--metrics-file {path} cannot be written: {error.strerror or error}; free space there or name another file.",
+        may_pass=may_pass(error),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron3d.comm.device import Clock
+from megatron3d.errors import StorageError
 from megatron3d.pipeline.measured import PipelineRecorder
 from megatron3d.pipeline.render_measured import write_profile
 from megatron3d.train.parts import Parts
@@ -19,15 +20,15 @@ def recorder_of_step(parts: Parts, step: int) -> PipelineRecorder | None:
 
 
 def write_recorded(parts: Parts, recorder: PipelineRecorder, step: int) -> str | None:
-    """Put the ranks' times together and write the files; returns what came out, on rank 0.
+    """Put the ranks' times together and write the files; returns what came out, or why nothing did, on rank 0.
 
     The first pipeline of the run stands for all. All ranks must come here.
-
-    Raises:
-        StorageError: the folder cannot be written.
     """
     measured = recorder.gather()
     folder = parts.config.train.profile_pipeline
     if parts.mesh.rank != 0 or folder is None:
         return None
-    return write_profile(measured, Path(folder), name=f"step{step}")
+    try:
+        return write_profile(measured, Path(folder), name=f"step{step}")
+    except StorageError as error:
+        return f"no profile was written: {error}"

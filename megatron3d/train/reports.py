@@ -5,6 +5,7 @@ Only rank 0 writes. Collectives happen at the start alone, to find the rank that
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -23,12 +24,12 @@ from megatron3d.pipeline.split import describe
 from megatron3d.planner.ledger import first_microbatches, ledger_of_rank
 from megatron3d.planner.memory import ModelParts
 from megatron3d.train.evaluate import Evaluation
-from megatron3d.train.metrics import MetricsFile, StartRecord, StepRecord
+from megatron3d.train.metrics import StartRecord, StepRecord
 from megatron3d.train.parts import Parts
 from megatron3d.train.progress import ProgressReporter, StepReport, format_bytes, format_count
-from megatron3d.train.state import Progress, Restored, total_steps
+from megatron3d.train.state import Progress, Restored, last_step
 from megatron3d.train.step import Rates, StepResult
-from megatron3d.train.writers import ScalarWriter, open_writers
+from megatron3d.train.trackers import Trackers
 from megatron3d.zero.volume import pipeline_cost, step_volume
 
 TERA = 1e12
@@ -44,9 +45,8 @@ class Reports:
         self.resumed_in_place = bool(source and options.save and source.parent == Path(options.save))
         self._is_writer = parts.mesh.rank == 0
         self._exits = ExitStack()
-        self._metrics: MetricsFile | None = None
+        self._trackers = Trackers(parts.config.train)
         self._progress: ProgressReporter | None = None
-        self._writers: list[ScalarWriter] = []
 
     def __enter__(self) -> Reports:
         """Open the files and say what starts."""
@@ -54,15 +54,9 @@ class Reports:
         if not self._is_writer:
             return self
         config, first_step = self.parts.config, self.restored.progress.step
-        if config.train.metrics_file:
-            self._metrics = self._exits.enter_context(MetricsFile(config.train.metrics_file))
-            if first_step:
-                self._metrics.resume(first_step, record)
-            else:
-                self._metrics.start(record)
-        self._writers = open_writers(config.train, run=to_dict(config), resumed_step=first_step)
-        for writer in self._writers:
-            self._exits.callback(writer.close)
+        self._exits.callback(self._trackers.close)
+        due = self.restored.evaluation_due
+        self._trackers.open(record, run=to_dict(config), resumed_step=first_step, evaluation_due=due)
         self._progress = self._exits.enter_context(self._reporter(first_step))
         self._introduce(record)
         return self
@@ -116,40 +110,44 @@ class Reports:
             batch_size=batch_size,
             losses=losses,
         )
-        if self._metrics is not None:
-            self._metrics.step(record)
-        self._write(progress.step, {name: float(value) for name, value in record.scalars().items() if name != "step"})
+        self._trackers.step(record)
+
+    def left_out(self, progress: Progress, rates: Rates, *, batch_size: int) -> None:
+        """Report an iteration of --iterations-to-skip: its step, and samples that count as consumed."""
+        if self._progress is None:
+            return
+        step, consumed = progress.step, progress.consumed_samples
+        self.note(f"step {step} is left out by --iterations-to-skip {step - 1}: its {batch_size} samples are not used")
+        self._progress.step(
+            StepReport(step, math.nan, rates.lr, grad_norm=None, tokens=0, flops=0.0, elapsed_s=0.0, skipped=True)
+        )
+        self._trackers.step(StepRecord(step, None, None, rates.lr, consumed, 0.0, skipped=True, batch_size=batch_size))
 
     def evaluation(self, step: int, found: Evaluation) -> None:
         """Report the losses, and accuracies where there are any, on the validation split after a step."""
         more = {f"valid_{name}": value for name, value in found.scalars().items()}
         if self._progress is not None:
             self._progress.evaluation(step, found.loss, more=found.scalars())
-        if self._metrics is not None:
-            self._metrics.evaluation(step, found.loss, more)
-        self._write(step, {"valid_loss": found.loss, **more})
+            self._trackers.evaluation(step, found.loss, more)
 
     def test(self, step: int, found: Evaluation) -> None:
         """Report the same on the test split at the end."""
         if self._progress is not None:
             self._progress.evaluation(step, found.loss, name="test", more=found.scalars())
-        self._write(step, {"test_loss": found.loss, **{f"test_{n}": value for n, value in found.scalars().items()}})
+            more = {f"test_{name}": value for name, value in found.scalars().items()}
+            self._trackers.draw(step, {"test_loss": found.loss, **more})
 
     def note(self, text: str) -> None:
         """Write a line, on rank 0."""
         if self._progress is not None:
             self._progress.note(text)
 
-    def _write(self, step: int, scalars: dict[str, float]) -> None:
-        for writer in self._writers:
-            writer.write(step, scalars)
-
     def _reporter(self, first_step: int) -> ProgressReporter:
         config, device = self.parts.config, self.parts.model.device
         known = peak_tflops(device_name(device), config.optim.precision)
         peak = config.train.peak_tflops or known
         return ProgressReporter(
-            total_steps(config),
+            last_step(config, self.restored.progress),
             sys.stdout,
             log_interval=config.train.log_interval,
             num_devices=self.parts.mesh.world.size,
@@ -172,10 +170,10 @@ class Reports:
         if cost:
             self.note(cost)
         if self.restored.damage:
-            self.note(f"fell back to the checkpoint before, because {self.restored.damage}")
-        self.note(f"starting from {source}" if source else "starting from the initial weights")
-        if self.restored.delay_note:
-            self.note(self.restored.delay_note)
+            self.note(f"fell back to an earlier checkpoint, because {self.restored.damage}")
+        self.note(f"starting from {source} ({self.restored.why})" if source else "starting from the initial weights")
+        for line in self.restored.lines:
+            self.note(line)
 
 
 def start_record(parts: Parts, *, predicted: Mapping[str, int] | None = None) -> StartRecord:

@@ -26,6 +26,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from megatron3d.errors import StopRequested
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FORCING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -80,10 +82,14 @@ class StopFlag:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Restore the handlers and end the thread."""
+        """Restore the handlers and end the thread.
+
+        After a stop the process is about to end and the signals are ignored instead: one that was on its way twice
+        must not kill it while it writes how it ended.
+        """
         assert self._reading and self._writing and self._thread, "StopFlag was left without being entered"
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if kind is StopRequested else handler)
         signal.set_wakeup_fd(self._old_wakeup_fd)
         self._writing.close()  # the thread reads the end of the stream
         self._thread.join()

@@ -11,18 +11,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron3d.checkpoint.directory import find_checkpoint, list_checkpoints
-from megatron3d.checkpoint.load import load_tensors, read_document
+from megatron3d.checkpoint.load import agreed_index, load_tensors, read_document
 from megatron3d.checkpoint.save import save_checkpoint
+from megatron3d.checkpoint.store import everywhere, from_first
 from megatron3d.config.batch_size import iterations_for_samples
-from megatron3d.config.checkpoint import CheckpointConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import to_dict
+from megatron3d.data.content import Content
 from megatron3d.errors import CheckpointError, MisfitError
 from megatron3d.optim.build import kind, other_state_views, set_step_count, state_names, step_count
-from megatron3d.optim.schedule import ScheduleSettings, reconcile, settings_from_config
+from megatron3d.optim.schedule import ScheduleSettings, reconcile, schedule_differences, settings_from_config
 from megatron3d.params.boxes import ShardView
+from megatron3d.train.compare import CONTENT_DOCUMENT, SavedRun, compare_resumed, compare_weights, read_saved_run
 from megatron3d.train.parts import Parts
+from megatron3d.train.source import Source, sources
+from megatron3d.zero.replicas import require_equal_replicas
 
 OLD = "old_weights"  # prefix of tensors: what the layers compute with while a delayed update is due
 UPDATE_DUE = "update_due"
@@ -54,148 +57,208 @@ class Progress:
 
 @dataclass(frozen=True)
 class Restored:
-    """Where a run starts: its progress, the schedule it follows, and the checkpoint it came from, if any.
+    """Where a run starts: its progress, the schedule it follows, and the checkpoint it came from, if any, and why.
 
-    `damage` says what is wrong with the checkpoint that was asked for, where the one before was taken instead, and
-    `delay_note` what becomes of a delayed update where only one of the two runs has `--offload-delayed-update`.
+    `damage` says what is wrong with the checkpoint that was asked for, where one before was taken instead. `lines`
+    report what the run changes. `evaluation_due` tells that the run before was stopped within the evaluation
+    that follows this step.
     """
 
     progress: Progress
     schedule: ScheduleSettings
     source: Path | None = None
     damage: str | None = None
-    delay_note: str | None = None
+    why: str = ""
+    lines: tuple[str, ...] = ()
+    evaluation_due: bool = False
 
 
-def save(parts: Parts, progress: Progress, schedule: ScheduleSettings) -> Path:
-    """Write a checkpoint of this moment below --save; collective over all ranks.
+def save(
+    parts: Parts,
+    progress: Progress,
+    schedule: ScheduleSettings,
+    content: Content | None = None,
+    *,
+    evaluation_due: bool = False,
+) -> Path:
+    """Write a checkpoint of this moment below --save; collective over all ranks. `content` is what the run reads.
+
+    `evaluation_due` says that the evaluation after this step is still to be made.
 
     Raises:
+        NumericsError: what would be saved is not finite, or ranks that must hold the same values do not.
         StorageError: the file system refused; the checkpoints before are untouched.
     """
     with parts.engine.states_opened(parts.optimizer, writes=False):
-        return _save(parts, progress, schedule)
+        _check_replicas(parts, progress.step)
+        documents = _documents(parts, progress, schedule, evaluation_due=evaluation_due)
+        return _save(
+            parts, progress.step, documents | ({} if content is None else {CONTENT_DOCUMENT: content.to_json()})
+        )
 
 
-def _save(parts: Parts, progress: Progress, schedule: ScheduleSettings) -> Path:
-    config, mesh = parts.config, parts.mesh
-    with_optimizer = not config.checkpoint.no_save_optim
+def check_replicas(parts: Parts, step: int) -> None:
+    """Compare everything that several ranks hold, after a step; collective over all ranks.
+
+    Raises:
+        NumericsError: ranks that must hold the same values do not.
+    """
+    with parts.engine.states_opened(parts.optimizer, writes=False):
+        _check_replicas(parts, step)
+
+
+def _check_replicas(parts: Parts, step: int) -> None:
+    states = _views(parts, with_optimizer=True, with_copies=True)
+    require_equal_replicas(parts.engine.units, states, parts.mesh, step=step)
+
+
+def _documents(
+    parts: Parts, progress: Progress, schedule: ScheduleSettings, *, evaluation_due: bool
+) -> dict[str, dict[str, Any]]:
+    """What is stored beside the tensors."""
+    config = parts.config
+    is_update_due = not config.checkpoint.no_save_optim and parts.engine.is_update_due
     state = {
         "progress": asdict(progress),
         "schedule": schedule.to_json(),
         "scaler": parts.scaler.state(),
-        "optimizer": {
-            "kind": kind(config.optim),
-            "step_count": step_count(parts.optimizer),
-            UPDATE_DUE: with_optimizer and parts.engine.is_update_due,
-        },
+        "optimizer": {"kind": kind(config.optim), "step_count": step_count(parts.optimizer)}
+        | ({UPDATE_DUE: True} if is_update_due else {}),
+        "evaluation_due": evaluation_due,
     }
+    return {"run": to_dict(config), "state": state}
+
+
+def _save(parts: Parts, step: int, documents: dict[str, dict[str, Any]]) -> Path:
+    options, mesh = parts.config.checkpoint, parts.mesh
+    with_optimizer = not options.no_save_optim
     return save_checkpoint(
-        Path(config.checkpoint.save),
-        progress.step,
+        Path(options.save),
+        step,
         _views(parts, with_optimizer=with_optimizer, with_copies=False) | _old_views(parts, with_optimizer),
-        documents={"run": to_dict(config), "state": state},
-        keep_last=config.checkpoint.keep_last,
+        documents=documents,
+        keep_last=None,
         group=mesh.world.group,
         rank=mesh.rank,
         world_size=mesh.world.size,
     )
 
 
-def restore(parts: Parts) -> Restored:
-    """Start from the checkpoint that the options name, or from the beginning; collective over all ranks.
+def restore(parts: Parts, content: Content | None = None) -> Restored:
+    """Start from the checkpoint that the options and directories give (`train/source.py`), or from the beginning.
+
+    Rank 0 decides which; collective over all ranks. `content` is what the run reads; None does not compare it.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is damaged, or it belongs to another model.
+        CheckpointError: there is no such checkpoint, it is damaged, another rank sees another one, or it does not fit.
         ConfigError: its schedule differs from the flags' and no option says which to follow.
     """
-    options = parts.config.checkpoint
-    flags = settings_from_config(parts.config.optim, parts.config.train)
-    source = source_of(options)
-    if source is None:
-        return Restored(Progress(), flags)
-    try:
-        return _restore_from(source, parts, flags)
-    except MisfitError:
-        raise
-    except CheckpointError as damage:
-        before = _checkpoint_before(source)
-        if not options.fall_back_to_previous_checkpoint or before is None:
-            hint = f"; {before} is the one before: start from it with --fall-back-to-previous-checkpoint"
-            raise CheckpointError(f"{damage}{hint if before else ''}") from damage
-        return replace(_restore_from(before, parts, flags), damage=str(damage))
-
-
-def source_of(options: CheckpointConfig) -> Path | None:
-    """The checkpoint directory to start from; None starts from the beginning.
-
-    `--load` names it; where only `--save` is given, a run goes on from its own latest checkpoint. The same directory
-    for both may be empty, as launch scripts that restart themselves need.
-    """
-    if options.load is None or options.load == options.save:
-        root = Path(options.save) if options.save else None
-        if root is None or (options.ckpt_step is None and not list_checkpoints(root)):
-            return None
-        return find_checkpoint(root, options.ckpt_step)
-    return find_checkpoint(Path(options.load), options.ckpt_step)
-
-
-def _checkpoint_before(directory: Path) -> Path | None:
-    older = [path for path in list_checkpoints(directory.parent) if path.name < directory.name]
-    return older[-1] if older else None
-
-
-def _restore_from(source: Path, parts: Parts, flags: ScheduleSettings) -> Restored:
     options, group = parts.config.checkpoint, parts.mesh.world.group
-    state = read_document(source, "state")
-    _check_architecture(read_document(source, "run"), parts.config.model.architecture, source)
-    with_optimizer = not (options.finetune or options.no_load_optim)
-    if state.get("weights_only") and not options.finetune:
-        raise MisfitError(f"{source} holds weights alone, without steps or optimizer; start from them with --finetune")
+    found = from_first(lambda: sources(options), group)
+    damages: list[str] = []
+    for source in found:
+        try:
+            return replace(_restore_from(source, parts, content), damage="; ".join(damages) or None)
+        except MisfitError:
+            raise
+        except CheckpointError as damage:
+            damages.append(str(damage))
+            if not options.fall_back_to_previous_checkpoint:
+                before = found[1].directory if len(found) > 1 else None
+                hint = f"; {before} is the one before: start from it with --fall-back-to-previous-checkpoint"
+                raise CheckpointError(f"{damage}{hint if before else ''}") from damage
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints to start from is whole: {'; '.join(damages)}; restore one of them, "
+            "or give another --save directory to start from the initial weights"
+        )
+    return Restored(Progress(), settings_from_config(parts.config.optim, parts.config.train))
+
+
+def _restore_from(source: Source, parts: Parts, content: Content | None) -> Restored:
+    options, group = parts.config.checkpoint, parts.mesh.world.group
+    directory = source.directory
+    agreed_index(directory, group)
+    saved = everywhere(lambda: read_saved_run(directory), group)
+    _check_architecture(saved, parts.config.model.architecture)
+    if source.weights_only:
+        compare_weights(saved, parts.config)
+        _load(directory, parts, with_optimizer=False)
+        flags = settings_from_config(parts.config.optim, parts.config.train)
+        return Restored(Progress(), flags, directory, why=source.why)
+    state = everywhere(lambda: read_document(directory, "state"), group)
+    if state.get("weights_only"):
+        raise MisfitError(
+            f"{directory} holds weights alone, without steps or optimizer; start from them with --finetune"
+        )
+    lines = compare_resumed(saved, parts.config, content)
+    with_optimizer = not options.no_load_optim
     if with_optimizer:
-        _check_optimizer(state, kind(parts.config.optim), source)
-    with parts.engine.states_opened(parts.optimizer, writes=True):
-        load_tensors(source, _views(parts, with_optimizer=with_optimizer, with_copies=True), group=group)
-    parts.engine.publish()
-    if options.finetune:
-        return Restored(Progress(), flags, source)
+        _check_optimizer(state, kind(parts.config.optim), directory)
+    schedule, schedule_lines = _schedule(ScheduleSettings.from_json(state["schedule"]), parts)
+    _load(directory, parts, with_optimizer=with_optimizer)
     if with_optimizer:
         set_step_count(parts.optimizer, state["optimizer"]["step_count"])
         parts.scaler.load(state["scaler"])
     was_due = with_optimizer and state["optimizer"].get(UPDATE_DUE, False)
     if was_due:
         with parts.engine.delayed_update_restored() as old:
-            load_tensors(source, {f"{OLD}/{name}": view for name, view in old.items()}, group=group)
-    saved = ScheduleSettings.from_json(state["schedule"])
-    schedule = reconcile(
+            load_tensors(directory, {f"{OLD}/{name}": view for name, view in old.items()}, group=group)
+    lines = [*lines, *schedule_lines, *_delay_lines(parts, was_due=was_due)]
+    progress = Progress(**state["progress"])
+    # Checkpoints from before there was this entry were written after the evaluation of their step.
+    is_due = state.get("evaluation_due", False)
+    return Restored(progress, schedule, directory, why=source.why, lines=tuple(lines), evaluation_due=is_due)
+
+
+def _load(directory: Path, parts: Parts, *, with_optimizer: bool) -> None:
+    """Fill weights, and optimizer state if asked. All weights that are stored must have a place in the model."""
+    with parts.engine.states_opened(parts.optimizer, writes=True):
+        load_tensors(
+            directory,
+            _views(parts, with_optimizer=with_optimizer, with_copies=True),
+            group=parts.mesh.world.group,
+            may_be_left=lambda name: not name.startswith("model/"),
+        )
+    parts.engine.publish()
+
+
+def _schedule(saved: ScheduleSettings, parts: Parts) -> tuple[ScheduleSettings, list[str]]:
+    """The schedule to follow, and lines about how that of the checkpoint differs from the flags'."""
+    options, flags = parts.config.checkpoint, settings_from_config(parts.config.optim, parts.config.train)
+    chosen = reconcile(
         saved,
         flags,
         override=options.override_opt_param_scheduler,
         use_checkpoint=options.use_checkpoint_opt_param_scheduler,
     )
-    return Restored(Progress(**state["progress"]), schedule, source, delay_note=_delay_note(parts, was_due=was_due))
+    option = "--override-opt-param-scheduler" if chosen == flags else "--use-checkpoint-opt_param-scheduler"
+    return chosen, [f"changed: {one} ({option})" for one in schedule_differences(saved, flags)]
 
 
-def _delay_note(parts: Parts, *, was_due: bool) -> str | None:
+def _delay_lines(parts: Parts, *, was_due: bool) -> list[str]:
+    """What becomes of a delayed update where only one of the two runs has `--offload-delayed-update`."""
     delays = parts.config.parallel.offload_delayed_update
     if delays == was_due:
-        return None
+        return []
     if was_due:
-        return (
+        return [
             "the checkpoint holds a delayed update that is due; without --offload-delayed-update the layers get the "
             "updated weights at once"
-        )
-    return (
+        ]
+    return [
         "no delayed update was due in the checkpoint; with --offload-delayed-update the first step computes with "
         "the updated weights, and the delay begins there"
-    )
+    ]
 
 
-def _check_architecture(run: Mapping[str, Any], wanted: str, source: Path) -> None:
+def _check_architecture(saved: SavedRun, wanted: str) -> None:
     """Every tensor of a GPT has a namesake of its shape in a BERT, so names alone would not tell."""
-    saved = run["model"].get("architecture", "gpt")
-    if saved != wanted:
-        raise MisfitError(f"{source} holds a {saved.upper()}, not a {wanted.upper()}; go on with pretrain_{saved}.py")
+    found = saved.config.model.architecture
+    if found != wanted:
+        raise MisfitError(
+            f"{saved.directory} holds a {found.upper()}, not a {wanted.upper()}; resume it with pretrain_{found}.py"
+        )
 
 
 def _check_optimizer(state: Mapping[str, Any], wanted: str, source: Path) -> None:
@@ -223,8 +286,14 @@ def _old_views(parts: Parts, with_optimizer: bool) -> dict[str, ShardView]:
     return {f"{OLD}/{name}": view for name, view in old.items()}
 
 
-def total_steps(config: RunConfig) -> int:
-    """Optimizer steps of the whole run, from iterations or samples."""
-    if config.train.train_iters is not None:
-        return config.train.train_iters
-    return iterations_for_samples(config.train, config.train.train_samples, config.parallel.data_parallel_size)
+def last_step(config: RunConfig, progress: Progress) -> int:
+    """The number of the run's last step, seen from `progress`.
+
+    Iterations are counted from the run's beginning. Samples are counted by what was consumed: the whole batches of
+    these options that still fit, whatever batches the steps before had.
+    """
+    train = config.train
+    if train.train_iters is not None:
+        return train.train_iters
+    dp, consumed = config.parallel.data_parallel_size, progress.consumed_samples
+    return progress.step + iterations_for_samples(train, train.train_samples, dp, consumed=consumed)

@@ -55,6 +55,11 @@ class StepResult:
     skipped: bool
     stop_votes: int
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step shows that the weights it began with are good to train from."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 def train_step(
     parts: Parts,
@@ -179,6 +184,7 @@ def _finite_or_raise(parts: Parts, loss: float, grad_norm: float) -> bool:
     if optim.check_for_nan_in_loss_and_grad:
         raise NumericsError(
             f"loss {loss} or gradient norm {grad_norm} is not finite; lower --lr (now {optim.lr}), look at this "
-            "step's data, or go on regardless with --no-check-for-nan-in-loss-and-grad"
+            "step's data (--iterations-to-skip leaves it out), or go on regardless with "
+            "--no-check-for-nan-in-loss-and-grad"
         )
     return True

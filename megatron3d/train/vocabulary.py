@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron3d.config.check import with_vocab_size
 from megatron3d.config.run import RunConfig
+from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 
 
@@ -28,7 +29,11 @@ def open_vocabulary(config: RunConfig) -> tuple[RunConfig, Vocabulary]:
     tokenizer = None
     if data.tokenizer_type is not None:
         files = {"vocab_file": data.vocab_file, "merge_file": data.merge_file, "tokenizer_model": data.tokenizer_model}
-        tokenizer = TokenizerSpec(data.tokenizer_type, **files, vocab_size=config.model.vocab_size).build()
+        tokenizer = TokenizerSpec(
+            data.tokenizer_type, **files, vocab_size=config.model.vocab_size, tiktoken=tiktoken_options(data)
+        ).build()
     eod = data.eod_token if tokenizer is None or data.eod_token is not None else tokenizer.eod
     size = config.model.vocab_size if tokenizer is None else tokenizer.vocab_size
-    return with_vocab_size(config, size), Vocabulary(tokenizer, eod)
+    # The end of a document is settled too, so that checkpoints say which token it was.
+    settled = with_vocab_size(replace(config, data=replace(data, eod_token=eod)), size)
+    return settled, Vocabulary(tokenizer, eod)

@@ -271,6 +271,31 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
 
 
+def test_a_directory_that_was_removed_is_held_again_before_anybody_else_can(tmp_path: Path) -> None:
+    root = tmp_path / "save"
+    with hold_directory(root) as held:
+        assert held.renew() is None
+        shutil.rmtree(root)
+        assert f"--save {root} was removed while this run was saving there" in (held.renew() or "")
+        with pytest.raises(InUseError, match=f"process {os.getpid()}"), hold_directory(root):
+            pass
+        (root / ".lock").unlink()
+        assert held.renew() is not None and held.renew() is None
+    with hold_directory(root):
+        pass
+
+
+def test_a_directory_that_was_removed_and_taken_by_another_run_is_lost(tmp_path: Path) -> None:
+    root = tmp_path / "save"
+    with hold_directory(root) as first:
+        shutil.rmtree(root)
+        with hold_directory(root):
+            for _ in range(2):
+                with pytest.raises(InUseError, match="is in use by another run"):
+                    first.renew()
+        assert first.renew() is not None, "the other run has ended"
+
+
 def test_saving_and_finding_do_not_mind_the_lock(tmp_path: Path) -> None:
     with hold_directory(tmp_path):
         assert find_checkpoint(save(tmp_path, 10).parent) == tmp_path / "iter_0000010"

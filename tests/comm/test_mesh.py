@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from megatron3d.comm import collectives
-from megatron3d.comm.launch import Launch, is_peer_failure, read_launch
+from megatron3d.comm.launch import Launch, read_launch
 from megatron3d.comm.layout import AXES, Layout
 from megatron3d.comm.mesh import Axis, Mesh, make_mesh
+from megatron3d.comm.waiting import CollectiveError, is_peer_failure, is_timeout
 from megatron3d.errors import ConfigError, PeerError
 from tests.dist.pool import Pool
 
@@ -99,8 +100,9 @@ def _wait_for_a_late_peer(rank: int, world_size: int) -> bool:
         return True
     try:
         collectives.all_reduce(torch.ones(1), mesh.dp)
-    except RuntimeError as error:
-        return is_peer_failure(error)
+    except CollectiveError as error:
+        cause = error.__cause__
+        return is_peer_failure(error) and cause is not None and is_timeout(cause) and "dp (ranks 0, 1)" in str(error)
     return False
 
 
@@ -115,6 +117,8 @@ def test_a_collective_gives_up_on_a_late_peer_and_that_counts_as_its_failure(poo
         (dist.DistNetworkError("the connection was refused"), True),
         (dist.DistBackendError("NCCL error"), True),
         (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (RuntimeError("Timed out waiting 1000ms for recv operation to complete"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("Connection closed by peer"), False),
         (ConfigError("--tensor-model-parallel-size 3"), False),

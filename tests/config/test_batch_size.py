@@ -71,9 +71,9 @@ def test_sizes_only_grow_along_a_ramp_and_always_split(case: tuple[TrainConfig, 
     assert train.batch_size_steps or sizes == sorted(sizes)
 
 
-def simulated(train: TrainConfig, dp: int, *, samples: int) -> int:
+def simulated(train: TrainConfig, dp: int, *, samples: int, consumed: int = 0) -> int:
     """Whole steps within `samples`, one at a time."""
-    consumed = steps = 0
+    steps = 0
     while consumed + batch_size_at(train, consumed, dp) <= samples:
         consumed += batch_size_at(train, consumed, dp)
         steps += 1
@@ -85,6 +85,17 @@ def simulated(train: TrainConfig, dp: int, *, samples: int) -> int:
 def test_iterations_for_samples_counts_whole_steps(case: tuple[TrainConfig, int], samples: int) -> None:
     train, dp = case
     assert iterations_for_samples(train, samples, dp) == simulated(train, dp, samples=samples)
+
+
+@settings(deadline=None)
+@given(trains(), st.integers(0, 600), st.integers(0, 700))
+def test_steps_that_are_left_are_whole_steps_from_what_is_consumed(
+    case: tuple[TrainConfig, int], samples: int, consumed: int
+) -> None:
+    """Whatever batches consumed it: 48 samples need not be where a step of these options would begin."""
+    train, dp = case
+    left = iterations_for_samples(train, samples, dp, consumed=consumed)
+    assert left == simulated(train, dp, samples=samples, consumed=consumed)
 
 
 def test_a_smaller_later_batch_does_not_fill_up_an_earlier_one() -> None:

@@ -184,7 +184,6 @@ def test_resolving_twice_is_resolving_once() -> None:
         ("--tokenizer-type GPT2BPETokenizer --vocab-file v", 1, "reads --merge-file, which is not given"),
         ("--tokenizer-type HuggingFaceTokenizer", 1, "reads --tokenizer-model, which is not given"),
         # Checkpoints.
-        ("--save-interval 5", 1, "--save-interval 5 needs --save"),
         ("--keep-last 2", 1, "--keep-last 2 needs --save"),
         ("--save c --keep-last 0", 1, "--keep-last 0 is outside its range"),
         ("--ckpt-step 5", 1, "--ckpt-step 5 needs --load"),
@@ -228,7 +227,7 @@ def test_the_sentence_of_the_style_guide_is_said() -> None:
 
 
 def test_all_problems_are_collected_and_raised_together() -> None:
-    change = "--num-layers 0 --num-query-groups 3 --bf16 --fp16 --min-lr 1 --split x --save-interval 3"
+    change = "--num-layers 0 --num-query-groups 3 --bf16 --fp16 --min-lr 1 --split x --keep-last 3"
     problems = problems_of(change, drop="--mock-data")
     assert len(problems) == 7, problems
     with pytest.raises(ConfigError) as raised:

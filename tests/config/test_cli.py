@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 from megatron3d.config.cli import parse_args
 from megatron3d.config.megatron_flags import ACCEPTED, REFUSED, SYNONYMS, accepted, refused
 from megatron3d.config.options import BY_SPELLING, OPTIONS
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
+from tests.files.mutations import DEEP, mutated_bytes
 
 
 def parse(line: str, said: list[str] | None = None) -> RunConfig:
@@ -61,6 +64,13 @@ def test_no_spelling_belongs_to_two_options() -> None:
         ("--checkpoint-activations", "--recompute-granularity full --recompute-method uniform"),
         ("--no-position-embedding --use-rotary-position-embeddings", "--position-embedding-type rope"),
         ("--loss-scale-window 1000.0", "--loss-scale-window 1000"),
+        ("--normalization rmsnorm", "--normalization RMSNorm"),
+        ("--cpu-optimizer --remote-device cpu", "--offload-optimizer cpu --offload-params cpu"),
+        ("--enable-zbh1-pipeline", "--pipeline-schedule zb-h1"),
+        (
+            "--tokenizer-name-or-path D",
+            "--tokenizer-type HuggingFaceTokenizer --tokenizer-model D",
+        ),
     ],
 )
 def test_old_spellings_mean_the_new_ones(old: str, new: str) -> None:
@@ -127,6 +137,8 @@ def test_all_problems_of_file_and_flags_come_together(tmp_path: Path) -> None:
         (".json", "{", "not valid JSON"),
         (".toml", "= 3", "not valid TOML"),
         (".json", "[1]", "holds a list"),
+        (".json", '{"a": ' + DEEP + "}", "nested too deep"),
+        (".toml", "a = " + DEEP, "recursion"),
     ],
 )
 def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path, suffix: str, text: str, expected: str) -> None:
@@ -135,6 +147,46 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path, suffix: str,
     (problem,) = problems_of(f"--config {file}")
     assert str(file) in problem
     assert expected in problem
+
+
+def test_a_config_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    for content, reason in ((b'{"num_layers": "\xff"}', "it is not UTF-8"), ('{"a": 1}'.encode("utf-16"), "UTF-16")):
+        (tmp_path / "run.json").write_bytes(content)
+        (problem,) = problems_of(f"--config {tmp_path / 'run.json'}")
+        assert "run.json is not valid JSON" in problem and reason in problem
+
+
+def test_a_config_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(b'\xef\xbb\xbf{"num_layers": 3}')
+    assert parse_args(["--config", str(tmp_path / "run.json")], program="p", description="d").model.num_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"data-path": true}', "--data-path True is not a list of words"),
+        ('{"data-path": [["a"]]}', "--data-path [['a']] is not a list of words"),
+        ('{"save": {"a": 1}}', "--save {'a': 1} is not a text"),
+        ('{"lr": 1' + "0" * 400 + "}", "is not a number; give a finite number"),
+        ('{"num_layers": 1e30}', "--num-layers 1e+30 is too large for a count"),
+    ],
+)
+def test_a_value_of_another_type_in_a_config_file_is_named(tmp_path: Path, text: str, problem: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    assert any(problem in line for line in problems_of(f"--config {tmp_path / 'run.json'}"))
+
+
+def test_a_number_of_hundreds_of_digits_is_refused() -> None:
+    assert "is not a number" in problems_of("--lr 1" + "0" * 400)[0]
+    assert "is not a number" in problems_of("--num-layers " + "9" * 5000)[0]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=mutated_bytes({"model": {"num_layers": 3, "swiglu": True}, "lr": 1e-3, "data-path": ["a", "b"], "seed": 1}))
+def test_a_changed_config_file_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(data)
+    with contextlib.suppress(ConfigError):
+        parse_args(["--config", str(tmp_path / "run.json")], program="p", description="d", say=lambda line: None)
 
 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
@@ -182,8 +234,7 @@ def test_a_word_that_belongs_to_no_flag_is_not_swallowed(line: str) -> None:
         ("--fp8-hybrid", "--bf16"),
         ("--retro-add-retriever", "pretrain_gpt.py"),
         ("--lora-rank 4", "--finetune"),
-        ("--apply-layernorm-1p", "leave it out"),
-        ("--use-checkpoint-args", "run.json"),
+        ("--use-mp-args-from-checkpoint-args", "--use-checkpoint-args"),
         ("--train-data wikipedia", "tools/preprocess_data.py"),
         ("--dataloader-type cyclic", "--data-path"),
     ],

@@ -100,6 +100,49 @@ SCRIPTS = {
         --no-gradient-accumulation-fusion --accumulate-allreduce-grads-in-fp32 --initial-loss-scale 65536""",
         8,
     ),
+    # Megatron-DeepSpeed's script for 1.3B parameters, with its tokens and its large bound in samples.
+    "deepspeed_1.3b": (
+        """--override-opt_param-scheduler --adam-beta1 0.9 --adam-beta2 0.95 --tensor-model-parallel-size 2
+        --init-method-std 0.013 --lr-decay-tokens 300000000000 --lr-warmup-tokens 3000000000 --micro-batch-size 8
+        --exit-duration-in-mins 30000000 --global-batch-size 512 --num-layers 24 --hidden-size 2048
+        --num-attention-heads 16 --seq-length 2048 --max-position-embeddings 2048 --train-tokens 300000000000
+        --train-samples 292968750 --lr 2.0e-4 --min-lr 1.0e-6 --lr-decay-style cosine --split 949,50,1
+        --log-interval 10 --eval-interval 100 --eval-iters 10 --save-interval 10000 --weight-decay 0.1 --clip-grad 1.0
+        --hysteresis 2 --num-workers 0 --fp16 --seed 1234 --load c --save c --tensorboard-queue-size 1
+        --no-async-tensor-model-parallel-allreduce --log-timers-to-tensorboard --log-batch-size-to-tensorboard
+        --log-validation-ppl-to-tensorboard --tensorboard-dir t --checkpoint-activations --vocab-file v
+        --log-optimizer-states-to-tensorboard --merge-file m --data-path D --data-impl mmap --deepspeed
+        --zero-stage 1 --pipeline-model-parallel-size 1 --no-pipeline-parallel --deepspeed-activation-checkpointing
+        --num-experts 1 --moe-expert-parallel-size 1 --moe-loss-coeff 0.01 --moe-train-capacity-factor 1.0
+        --normalization layernorm""",
+        16,
+    ),
+    "zero_bubble": (
+        """--pipeline-model-parallel-size 8 --num-layers 30 --hidden-size 3072 --num-attention-heads 32
+        --exit-interval 10 --seq-length 1024 --max-position-embeddings 1024 --micro-batch-size 1
+        --global-batch-size 24 --lr 6.0e-5
+        --train-samples 146484375 --lr-decay-samples 126953125 --lr-warmup-samples 183105 --min-lr 6.0e-6
+        --lr-decay-style cosine --log-interval 10 --eval-iters 1 --eval-interval 10000 --data-path D --split 98,2,0
+        --tokenizer-type GPTSentencePieceTokenizer --tokenizer-model t.model --clip-grad 8.0 --weight-decay 0.1
+        --adam-beta1 0.9 --adam-beta2 0.95 --init-method-std 0.006 --no-barrier-with-level-1-timing
+        --profile-step-start 5 --profile-step-end 10 --transformer-impl local --use-legacy-models --use-flash-attn
+        --no-bias-dropout-fusion --no-create-attention-mask-in-dataloader --untie-embeddings-and-output-weights
+        --allow-padding-num-layers --no-pre-communication-optimization --initial-loss-scale 65536 --fp16
+        --enable-zero-bubble --zero-bubble-pipeline-timers-start-iter 3 --zero-bubble-pipeline-timers-end-iter 5
+        --zero-bubble-max-pending-backward 16 --enable-optimizer-post-validation""",
+        8,
+    ),
+    "nemotron_tiktoken": (
+        """--use-mcore-models --num-layers 32 --hidden-size 4096 --num-attention-heads 32 --seq-length 4096
+        --max-position-embeddings 4096 --micro-batch-size 1 --global-batch-size 768 --train-samples 1000000
+        --lr 3e-4 --min-lr 3e-6 --lr-decay-style WSD --lr-wsd-decay-samples 1000 --lr-wsd-decay-style minus_sqrt
+        --tokenizer-type TikTokenizer --tokenizer-model vocab.json --tiktoken-pattern v2 --vocab-size 131072
+        --tiktoken-num-special-tokens 1000 --apply-layernorm-1p --squared-relu --position-embedding-type rope
+        --rotary-percent 0.5 --no-position-embedding --untie-embeddings-and-output-weights --disable-bias-linear
+        --attention-dropout 0 --hidden-dropout 0 --normalization RMSNorm --bf16 --tensor-model-parallel-size 8
+        --sequence-parallel --use-distributed-optimizer --data-path D --save c --load c""",
+        8,
+    ),
     "bert_of_2019": (
         """--num-layers 24 --hidden-size 1024 --num-attention-heads 16 --micro-batch-size 8 --global-batch-size 64
         --seq-length 512 --max-position-embeddings 512 --train-iters 2000000 --save c --load c --data-path D_sentence
@@ -186,7 +229,7 @@ def test_values_of_the_llama_script_arrive() -> None:
 
 
 def test_the_8_bit_llama_script_is_refused_flag_by_flag() -> None:
-    refused = """--fp8-format hybrid --fp8-amax-history-len 1024 --fp8-param-gather --apply-layernorm-1p
+    refused = """--fp8-format hybrid --fp8-amax-history-len 1024 --fp8-param-gather
         --decoupled-lr 5.0e-4"""
     with pytest.raises(ConfigError) as raised:
         parse(LLAMA_8B + refused)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
+from megatron3d.config.field_types import wanted_type
 from megatron3d.config.options import OPTIONS, SECTIONS, Option, build_run_config
+from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import as_table, from_dict, to_dict, to_json
 from megatron3d.errors import ConfigError
+from megatron3d.inference.load import generation_config
+from tests.files.mutations import mutated_values
 
 SMALL = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --lr 1e-3 "
@@ -100,3 +106,38 @@ def test_the_table_shows_what_differs_and_what_is_derived() -> None:
     assert ("train_samples", "900", "samples") in words
     assert not any("rotary_base" in line for line in lines)
     assert [line for line in lines if not line.startswith(" ")] == [s for s in SECTIONS if s != "checkpoint"]
+
+
+def test_every_field_has_a_type_that_stored_values_are_compared_with() -> None:
+    for config_class in SECTIONS.values():
+        for field in dataclasses.fields(config_class):
+            assert wanted_type(field, object()) is not None
+            assert wanted_type(field, field.default) is None, field.name
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"model": {"num_layers": "3"}}, "model.num_layers is '3', not a whole number"),
+        ({"model": {"num_layers": True}}, "model.num_layers is True, not a whole number"),
+        ({"model": {"num_layers": 3.0}}, "model.num_layers is 3.0, not a whole number"),
+        ({"model": {"num_layers": 10**30}}, "not a whole number"),
+        ({"model": {"swiglu": 1}}, "model.swiglu is 1, not true or false"),
+        ({"model": {"hidden_dropout": None}}, "model.hidden_dropout is None, not a finite number"),
+        ({"optim": {"lr": math.nan}}, "optim.lr is nan, not a finite number"),
+        ({"data": {"vocab_file": ["a"]}}, r"data.vocab_file is \('a',\), not a string"),
+        ({"data": {"data_path": "a"}}, "data.data_path is 'a', not a list of strings"),
+        ({"train": {"batch_size_steps": [[0, 4, 1]]}}, "not a list of pairs of whole numbers"),
+        ({"model": {"num_layers": "3", "swiglu": 1}}, "num_layers .*; model.swiglu"),
+    ],
+)
+def test_a_stored_value_of_another_type_is_named(stored: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(stored)
+
+
+@settings(max_examples=300, deadline=None)
+@given(changed=mutated_values(to_dict(resolve(parse(SMALL), 2))))
+def test_a_changed_run_json_is_read_or_refused(changed: Any) -> None:
+    with contextlib.suppress(ConfigError):
+        generation_config(from_dict(changed), ParallelConfig(device="cpu"), world_size=1, bf16=False)

@@ -69,6 +69,33 @@ def change(directory: Path, **values: object) -> Path:
     return directory
 
 
+def test_vectors_match_the_lines_of_the_file(run: Run, hf: Path, tmp_path: Path) -> None:
+    """Lines are those that `wc` counts, and a byte order mark is no word of the first."""
+    lines = ["the cat", "sat\u2028on", "the\x85mat", "the\x0ccat", "cat\rsat", "on"]
+    (tmp_path / "lines.txt").write_bytes(b"\xef\xbb\xbf" + "".join(f"{line}\n" for line in lines).encode())
+    command = ("--hf", hf, "--device", "cpu", "--output")
+    run(embed_text, *command, tmp_path / "of_file.jsonl", "--input", tmp_path / "lines.txt")
+    run(embed_text, *command, tmp_path / "of_texts.jsonl", "--text", *lines)
+    assert (tmp_path / "of_file.jsonl").read_bytes() == (tmp_path / "of_texts.jsonl").read_bytes()
+    records = (tmp_path / "of_file.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(record)["text"] for record in records] == lines
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("a\n".encode("utf-16"), "it is UTF-16 by its byte order mark"),
+        (b"caf\xe9\n", "it is not UTF-8: byte 3 is 0xe9"),
+    ],
+)
+def test_texts_in_another_encoding_are_refused_by_name(
+    run: Run, hf: Path, tmp_path: Path, content: bytes, reason: str
+) -> None:
+    (tmp_path / "lines.txt").write_bytes(content)
+    with pytest.raises(DataError, match=rf"--input .*lines\.txt cannot be read \({reason}"):
+        run(embed_text, "--hf", hf, "--input", tmp_path / "lines.txt", "--output", tmp_path / "o.npy")
+
+
 def test_import_and_export_say_what_they_wrote_and_carry_the_vocabulary(run: Run, hf: Path, tmp_path: Path) -> None:
     out, _ = run(convert_checkpoint, "hf-import", "--hf", hf, "--save", tmp_path / "save")
     assert "iter_0000000: BERT of" in out and "(pooler, trunk)" in out

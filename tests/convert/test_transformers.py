@@ -181,6 +181,7 @@ def train_and_save(rank: int, world_size: int, model: str, save: str) -> None:
         ("bert-untied", "MegatronBertForPreTraining"),
         ("gpt2", "GPT2LMHeadModel"),
         ("gpt2-untied", "GPT2LMHeadModel"),
+        ("gpt2-1p", "GPT2LMHeadModel"),
         ("llama", "LlamaForCausalLM"),
     ],
 )

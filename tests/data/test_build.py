@@ -103,6 +103,20 @@ def test_corpus_too_short_to_validate_on_is_left_out_of_the_blend_with_a_note(co
     assert "Left out of the valid data" in data.notes[0]
 
 
+def test_corpus_too_small_for_a_part_of_the_split_is_named_and_one_that_gives_nothing_on_purpose_is_not(
+    corpora: tuple[str, str], tmp_path: Path
+) -> None:
+    few = str(tmp_path / "few")
+    write_documents(tmp_path / "few", counting_documents([30] * 5))
+    data = build(data_path=(corpora[1], few), split="90,10,0")
+    assert data.valid is not None
+    assert data.notes == ()
+    data = build(data_path=(corpora[1], few), split="95,5,0")
+    assert isinstance(data.valid, GPTSamples) and data.valid.dataset.prefix == corpora[1]
+    (note,) = data.notes
+    assert note == f"Left out of the valid data, as --split 95,5,0 leaves no document for it: {few} (5 documents)."
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -125,10 +139,25 @@ def test_missing_corpus_is_named(tmp_path: Path) -> None:
         build(data_path=(str(tmp_path / "no"),))
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "cannot be found"), (" \n", "is empty")])
-def test_file_of_words_that_cannot_be_used_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+def test_words_of_a_file_are_parted_by_spaces_and_line_ends_alone(tmp_path: Path) -> None:
+    prefix = tmp_path / "of\u3000the\x85sea"
+    write_documents(prefix, counting_documents([10] * 100))
+    (tmp_path / "args").write_bytes(f"\ufeff 1\t{prefix}\r\n".encode())
+    assert build(data_args_path=str(tmp_path / "args")).train.dataset.prefix == str(prefix)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be found"),
+        (b" \n", "is empty"),
+        (b"\xff", r"cannot be read \(it is not UTF-8"),
+        ("1 a".encode("utf-16"), r"cannot be read \(it is UTF-16"),
+    ],
+)
+def test_file_of_words_that_cannot_be_used_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:
-        (tmp_path / "args").write_text(content)
+        (tmp_path / "args").write_bytes(content)
     with pytest.raises(DataError, match=rf"--data-args-path {tmp_path}/args {message}"):
         build(data_args_path=str(tmp_path / "args"))
 

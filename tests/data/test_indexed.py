@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron3d.data import indexed
 from megatron3d.data.indexed import IndexedDataset, IndexedDatasetWriter, token_dtype
+from megatron3d.data.token_row import TokenRow
 from megatron3d.errors import DataError, StorageError
-from tests.data.corpora import write_documents
+from tests.data.corpora import counting_documents, write_documents
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +119,62 @@ def test_part_that_does_not_exist_is_an_index_error(prefix: Path, arguments: tup
         IndexedDataset(prefix).get(*arguments)
 
 
-def test_tokens_cannot_be_changed_through_the_map(prefix: Path) -> None:
+def test_a_sequence_is_a_copy_that_leaves_the_file_as_it_is(prefix: Path) -> None:
+    dataset = IndexedDataset(prefix)
+    dataset[0][0] = 9
+    assert dataset[0].tolist() == [1, 2]
     with pytest.raises(ValueError, match="read-only"):
-        IndexedDataset(prefix)[0][0] = 9
+        dataset.lengths[0] = 9
+
+
+def test_a_file_cut_short_while_it_is_open_is_a_data_error_with_the_bytes(prefix: Path) -> None:
+    dataset, bin_path = IndexedDataset(prefix), Path(f"{prefix}.bin")
+    os.truncate(bin_path, 7)
+    assert dataset[1].tolist() == [3]
+    with pytest.raises(DataError) as caught:
+        dataset.get(2)
+    assert str(caught.value).startswith(
+        f"{bin_path} ends at byte 7, and bytes 6 to 12 are needed: it held 12 bytes when it was opened and was cut"
+    )
+    with pytest.raises(DataError, match="ends at byte 7"):
+        TokenRow(dataset, range(3)).read(2, 3)
+
+
+def test_an_index_cut_short_while_it_is_open_changes_nothing(prefix: Path) -> None:
+    dataset = IndexedDataset(prefix)
+    os.truncate(f"{prefix}.idx", 0)
+    assert [dataset[i].tolist() for i in range(len(dataset))] == [[1, 2], [3], [4, 5, 6]]
+
+
+def test_threads_read_the_same_file_at_the_same_time(tmp_path: Path) -> None:
+    documents = counting_documents([97] * 400)
+    dataset = write_documents(tmp_path / "d", documents)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda k: dataset[k].tolist(), [*range(400)] * 5))
+    assert found == documents * 5
+
+
+def test_a_large_index_is_mapped_and_read_alike(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "LARGEST_INDEX_READ", 10)
+    dataset = IndexedDataset(prefix)
+    assert [dataset[i].tolist() for i in range(len(dataset))] == [[1, 2], [3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]], ids=["in file order", "elsewhere"])
+def test_a_row_reads_across_sequences_wherever_they_lie(prefix: Path, order: list[int]) -> None:
+    """The format lets sequences lie anywhere in .bin; the second index places them in another order."""
+    idx_path, lengths, offsets = Path(f"{prefix}.idx"), [2, 1, 3], [0, 4, 6]
+    damage(idx_path, 34, struct.pack("<3i", *(lengths[k] for k in order)))
+    damage(idx_path, 34 + 12, struct.pack("<3q", *(offsets[k] for k in order)))
+    documents = [[1, 2], [3], [4, 5, 6]]
+    whole = [token for k in order for token in documents[k]]
+    row = TokenRow(IndexedDataset(prefix), range(3))
+    for first in range(6):
+        for count in range(1, 7 - first):
+            assert row.read(first, count).tolist() == whole[first : first + count]
+    for first, count in ((0, 7), (5, 2), (-1, 1)):
+        with pytest.raises(IndexError, match="of 6 in"):
+            row.read(first, count)
 
 
 def test_truncated_bin_is_refused_with_the_byte_range(prefix: Path) -> None:
@@ -162,6 +219,10 @@ def test_truncated_idx_is_refused_at_every_length(prefix: Path, length: int) -> 
         (34, struct.pack("<i", -2), "sequence 0 has the length -2"),
         (46, struct.pack("<q", 100), "places sequence 0 of 3 at bytes 100 to 104"),
         (46, struct.pack("<q", -2), "places sequence 0 of 3 at bytes -2 to 2"),
+        (46, struct.pack("<q", 2), r"contradicts itself: sequence 0 of 3 begins at byte 2 .* end at byte 0"),
+        (54, struct.pack("<q", 0), r"contradicts itself: sequence 0 of 3 begins at byte 0 .* end at byte 2"),
+        (54, struct.pack("<q", 5), r"contradicts itself: sequence 1 of 3 begins at byte 5 .* end at byte 4"),
+        (34, struct.pack("<i", 1), r"contradicts itself: sequence 1 of 3 begins at byte 4 .* end at byte 2"),
         (70, struct.pack("<q", 1), "document bounds run from 1 to 3"),
         (78, struct.pack("<q", 3), "document bounds run from 0 to 3; they must rise"),
         (94, struct.pack("<q", 4), "document bounds run from 0 to 4"),
@@ -221,3 +282,19 @@ def test_place_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="cannot be written"):
         IndexedDatasetWriter(tmp_path / "file" / "d", np.uint16)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 5), value=st.integers(-(2**31), 2**31 - 1))
+def test_a_length_or_offset_that_is_another_is_always_refused(prefix: Path, place: int, value: int) -> None:
+    """The six numbers of three sequences: each is told by the others, by the length of .bin or by the last bound."""
+    path = Path(f"{prefix}.idx")
+    whole = path.read_bytes()
+    start, form = (34 + 4 * place, "<i") if place < 3 else (46 + 8 * (place - 3), "<q")
+    damage(path, start, struct.pack(form, value))
+    try:
+        if path.read_bytes() != whole:
+            with pytest.raises(DataError):
+                IndexedDataset(prefix)
+    finally:
+        path.write_bytes(whole)

@@ -185,13 +185,49 @@ def test_partitions_are_explained(tmp_path: Path, run: Run) -> None:
     assert code == 0 and "--partitions 4: nothing is partitioned, the input is streamed" in printed
 
 
+def test_a_file_named_twice_is_read_once_and_a_line_says_so(tmp_path: Path, run: Run) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(as_json_lines([name]))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    named = (tmp_path / "b.jsonl", tmp_path / "*.jsonl", tmp_path / "b.jsonl", f"{tmp_path}/./a.jsonl")
+    code, printed = run("--input", *named, "--output-prefix", tmp_path / "out")
+    assert code == 0 and documents_of(tmp_path / "out_text_document") == ["b", "a"]
+    notes = [line.removeprefix(f"--input {tmp_path}/") for line in printed.splitlines() if line.startswith("--input")]
+    assert notes == [
+        f"*.jsonl: {tmp_path}/b.jsonl is named already; it is read once, at its first place.",
+        f"*.jsonl: {tmp_path}/link.jsonl is named already (as {tmp_path}/a.jsonl); "
+        "it is read once, at its first place.",
+        f"b.jsonl: {tmp_path}/b.jsonl is named already; it is read once, at its first place.",
+        f"./a.jsonl: {tmp_path}/a.jsonl is named already; it is read once, at its first place.",
+    ]
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.txt"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, run: Run, name: str) -> None:
+    content = b"\xef\xbb\xbf" + (b"a\xc2\x85b" if name.endswith(".txt") else as_json_lines(["a\x85b"]))
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    code, printed = run("--input", tmp_path / name, "--output-prefix", tmp_path / "out")
+    assert code == 0, printed
+    assert documents_of(tmp_path / "out_text_document") == ["a\x85b"]
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.zst", "c.txt"])
+def test_a_corpus_in_utf_16_is_refused_by_name(tmp_path: Path, run: Run, name: str) -> None:
+    content = "a" if name.endswith(".txt") else as_json_lines(["a"]).decode()
+    data = content.encode("utf-16")
+    (tmp_path / name).write_bytes(zstandard.compress(data) if name.endswith(".zst") else data)
+    code, printed = run("--input", tmp_path / name, "--output-prefix", tmp_path / "out")
+    assert code == 3 and f"{tmp_path / name} cannot be read as text: it is UTF-16 by its byte order mark" in printed
+
+
 BAD_LINES = [
+    (b'{"text": ' + b"[" * 100_000 + b"\n", "c.jsonl, line 1: this is no JSON (it is nested too deep)"),
     (b'{"text": "a"}\n\n{"text": \n', "c.jsonl, line 3: this is no JSON (Expecting value"),
     (b'{"text": "a"}\n["a"]\n', "c.jsonl, line 2: this is a JSON list; each line must hold one JSON object."),
     (b'{"title": "a", "n": 1}\n', "c.jsonl, line 1: there is no key 'text', only title, n; name one with --json-keys."),
     (b'{"text": 5}\n', "c.jsonl, line 1: 'text' is 5, not a text or a list of texts."),
     (b'{"text": "a\\ud800"}\n', "c.jsonl, line 1: character 1 is '\\ud800', half of a surrogate pair; remove it."),
-    (b'{"text": "\xff"}\n', "c.jsonl, line 1: this is no JSON ('utf-8' codec can't decode byte 0xff"),
+    (b'{"text": "\xff"}\n', "c.jsonl, line 1: this is no JSON (it is not UTF-8: byte 10 is 0xff"),
 ]
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
+import tokenizers
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, ByteTokenizer, NullTokenizer, Tokenizer, build_tokenizer
 from megatron3d.data.train_bpe import train_byte_level_bpe, write_tokenizer
 from megatron3d.data.train_word_pieces import SPECIAL_PIECES, train_word_pieces, write_word_pieces
-from megatron3d.errors import ConfigError, DataError
+from megatron3d.errors import ConfigError, DataError, Megatron3dError
 from tests.data.corpora import SHARED, needs_shared
+from tests.files.mutations import DEEP, mutated_bytes
 
 GPT2 = {
     "vocab_file": str(SHARED / "tokenizers/gpt2/vocab.json"),
@@ -223,3 +226,119 @@ def test_file_that_is_no_tokenizer_is_refused_by_name(tmp_path: Path, kind: str)
     (tmp_path / "file").write_text("this is no tokenizer")
     with pytest.raises(DataError, match=f"{tmp_path}/file"):
         broken(kind, tmp_path / "file")
+
+
+PIECES = [*SPECIAL_PIECES, "a", "##\u2028", "b\x85c", "\x0c", "last"]
+
+
+def test_a_vocabulary_has_as_many_tokens_as_lines_whatever_they_hold(tmp_path: Path) -> None:
+    """Ids are those of transformers, whose tokens are whole lines too."""
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path / "vocab.txt"
+    path.write_text("".join(f"{piece}\n" for piece in PIECES), encoding="utf-8", newline="\n")
+    ours, theirs = build_tokenizer("BertWordPieceCase", vocab_file=str(path)), transformers.BertTokenizer(str(path))
+    assert ours.vocab_size == len(PIECES) == theirs.vocab_size
+    assert ours.encode("last a") == [len(PIECES) - 1, len(SPECIAL_PIECES)]
+    assert ours.encode("last a") == theirs("last a", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_vocabularies_with_byte_order_marks_and_windows_line_ends_give_the_same_ids(
+    trained: Path, tmp_path: Path, line_end: str
+) -> None:
+    for name in ("vocab.json", "merges.txt"):
+        text = (trained / name).read_text(encoding="utf-8").replace("\n", line_end)
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "vocab.txt").write_bytes(b"\xef\xbb\xbf" + line_end.join([*SPECIAL_PIECES, "cat", "sat"]).encode())
+    plain = build_tokenizer("GPT2BPETokenizer", vocab_file=f"{trained}/vocab.json", merge_file=f"{trained}/merges.txt")
+    marked = build_tokenizer(
+        "GPT2BPETokenizer", vocab_file=f"{tmp_path}/vocab.json", merge_file=f"{tmp_path}/merges.txt"
+    )
+    assert marked.encode("the cat sat") == plain.encode("the cat sat") and marked.vocab_size == plain.vocab_size
+    pieces = build_tokenizer("BertWordPieceCase", vocab_file=f"{tmp_path}/vocab.txt")
+    assert pieces.encode("cat sat") == [len(SPECIAL_PIECES), len(SPECIAL_PIECES) + 1]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "merges", "message"),
+    [
+        (b'{"a": "\xff"}', b"", r"vocab\.json cannot be read \(it is not UTF-8: byte 7 is 0xff"),
+        ('{"a": 0}'.encode("utf-16"), b"", r"vocab\.json cannot be read \(it is UTF-16"),
+        (b"[1]", b"", r"vocab\.json cannot be read \(it holds a list"),
+        (DEEP.encode(), b"", r"vocab\.json cannot be read \(it is nested too deep"),
+        (b'{"a": "b"}', b"", r"vocab\.json is no vocab\.json: the id of 'a' is 'b'"),
+        (b'{"a": -1}', b"", r"the id of 'a' is -1"),
+        (b'{"a": 1e3}', b"", r"the id of 'a' is 1000\.0"),
+        (b'{"a": 99999999999}', b"", r"the id of 'a' is 99999999999"),
+        (b'{"a": 0, "b": 1}', b"a b c\n", r"merges\.txt, line 1 is 'a b c'; it must hold two pieces"),
+        (b'{"a": 0, "b": 1}', b"#version: 0.2\na\n", r"merges\.txt, line 2 is 'a'"),
+        (b'{"a": 0, "b": 1}', b"a b\n", "line 1 merges 'a' and 'b', but 'ab' is no token"),
+        (b'{"a": 0, "b": 1}', b"a \xff\n", r"--merge-file .*merges\.txt cannot be read \(it is not UTF-8"),
+    ],
+)
+def test_vocabularies_that_are_none_are_refused_with_the_option_and_the_reason(
+    tmp_path: Path, vocab: bytes, merges: bytes, message: str
+) -> None:
+    (tmp_path / "vocab.json").write_bytes(vocab)
+    (tmp_path / "merges.txt").write_bytes(merges)
+    files = {"vocab_file": f"{tmp_path}/vocab.json", "merge_file": f"{tmp_path}/merges.txt"}
+    with pytest.raises(DataError, match=message):
+        build_tokenizer("GPT2BPETokenizer", **files)
+
+
+def test_a_word_piece_vocabulary_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_bytes("\n".join([*SPECIAL_PIECES, "für"]).encode("latin-1"))
+    with pytest.raises(DataError, match=r"--vocab-file .*vocab\.txt cannot be read \(it is not UTF-8: byte 32 is 0xfc"):
+        build_tokenizer("BertWordPieceCase", vocab_file=f"{tmp_path}/vocab.txt")
+
+
+def small_documents() -> dict[str, Any]:
+    """A tokenizer.json of each kind of model, small enough to be changed everywhere."""
+    byte_level = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    byte_level.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.add_special_tokens(["<|endoftext|>"])
+    pieces = {"[UNK]": 0, "[CLS]": 1, "a": 2, "##b": 3}
+    word_pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece(pieces, unk_token="[UNK]"))
+    word_pieces.normalizer = tokenizers.normalizers.BertNormalizer()
+    word_pieces.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A", special_tokens=[("[CLS]", 1)])
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram([("a", -1.0), ("b", -2.0)], 0))
+    made = {"byte-level BPE": byte_level, "word pieces": word_pieces, "unigram": unigram}
+    return {name: json.loads(one.to_str()) for name, one in made.items()}
+
+
+def test_a_panic_of_the_library_is_a_sentence(tmp_path: Path) -> None:
+    """A merge whose result is no token: the library's Rust code panics, which is no `Exception` in Python."""
+    document = small_documents()["byte-level BPE"]
+    del document["model"]["vocab"]["ab"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(BaseException) as panic:
+        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert not isinstance(panic.value, Exception), "the library does better now: as_data_error needs no panics"
+    with pytest.raises(DataError, match=r"cannot be read as a tokenizer\.json"):
+        build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(tmp_path))
+
+
+_NAMES = {"eos_token": "<|endoftext|>", "cls_token": {"content": "[CLS]"}, "model_max_length": 7}
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_changed_description_of_a_tokenizer_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    document = small_documents()[data.draw(st.sampled_from([*small_documents()]))]
+    names = data.draw(st.booleans())
+    text = json.dumps(document).encode() if names else data.draw(mutated_bytes(document))
+    (tmp_path / "tokenizer.json").write_bytes(text)
+    (tmp_path / "tokenizer_config.json").write_bytes(
+        data.draw(mutated_bytes(_NAMES)) if names else json.dumps(_NAMES).encode()
+    )
+    try:
+        tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(tmp_path))
+        tokenizer.decode(tokenizer.encode("ab? ba"))
+    except Megatron3dError:
+        return
+
+
+def test_numbers_of_any_length_are_no_ids() -> None:
+    with pytest.raises(DataError, match="reads ids from 0 to 10, not '999"):
+        NullTokenizer(10).encode("1 " + "9" * 5000)
+    assert NullTokenizer(10).encode("0" * 5000 + "7 00") == [7, 0]

@@ -66,6 +66,13 @@ def test_prompts_of_a_file_follow_those_of_the_command_line(run: Run, tmp_path: 
     assert [json.loads(line)["text"] for line in out.splitlines()] == [TEXTS[3], TEXTS[4], TEXTS[5]]
 
 
+def test_prompts_are_cut_at_line_feeds_alone(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa\u2028sti\r\nall\x85that\x0c\n".encode())
+    out, _ = run("--prompts-file", str(file), "--greedy", "--json", "--max-new-tokens", "1")
+    assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == ["a\u2028sti", "all\x85that\x0c"]
+
+
 def test_a_text_that_meets_the_last_position_says_so(run: Run) -> None:
     out, err = run("--prompt", "a sti", "--greedy", "--ignore-eod", "--json")
     assert json.loads(out)["stopped_by"] == "--max-position-embeddings"

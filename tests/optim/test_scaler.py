@@ -74,6 +74,48 @@ def test_overflow_at_the_smallest_scale_ends_the_run() -> None:
     assert NumericsError.exit_code == 5
 
 
+@settings(max_examples=200, deadline=None)
+@given(answers=st.lists(st.booleans(), max_size=60), window=st.integers(1, 5), hysteresis=st.integers(1, 4))
+def test_a_fixed_scale_ends_the_run_where_a_dynamic_one_at_its_minimum_would(
+    answers: list[bool], window: int, hysteresis: int
+) -> None:
+    """The dynamic one neither shrinks at its minimum nor grows beyond the largest scale: both only count."""
+
+    def steps_until_the_end(scaler: ConstantScale | DynamicScale) -> int:
+        for number, finite in enumerate(answers):
+            try:
+                scaler.update(finite)
+            except NumericsError:
+                return number
+        return len(answers)
+
+    fixed = ConstantScale(LARGEST_SCALE, window=window, hysteresis=hysteresis)
+    dynamic = DynamicScale(LARGEST_SCALE, LARGEST_SCALE, window=window, hysteresis=hysteresis)
+    assert steps_until_the_end(fixed) == steps_until_the_end(dynamic)
+
+
+@settings(max_examples=100, deadline=None)
+@given(before=st.lists(st.booleans(), max_size=20), after=st.lists(st.booleans(), max_size=20))
+def test_a_resumed_fixed_scale_counts_on(before: list[bool], after: list[bool]) -> None:
+    unbroken, resumed = (ConstantScale(8.0, window=3, hysteresis=50) for _ in range(2))
+    for finite in before:
+        unbroken.update(finite)
+    resumed.load(json.loads(json.dumps(unbroken.state())))
+    for finite in after:
+        unbroken.update(finite)
+        resumed.update(finite)
+    assert resumed.state() == unbroken.state()
+
+
+def test_a_checkpoint_without_counters_starts_a_fixed_scale_anew() -> None:
+    scaler = ConstantScale(8.0)
+    scaler.load({"kind": "constant"})
+    assert scaler.state() == ConstantScale(8.0).state()
+    with pytest.raises(NumericsError, match="fixed --loss-scale 8, which cannot shrink"):
+        for _ in range(2):
+            scaler.update(False)
+
+
 def test_growth_stops_at_the_largest_power_of_two_in_fp32() -> None:
     scaler = DynamicScale(LARGEST_SCALE / 2, 1.0, window=1, hysteresis=2)
     for _ in range(3):

@@ -33,6 +33,7 @@ MODELS = {
     "gpt2": "",
     "gpt2-deep": "--num-layers 8",
     "gpt2-untied": "--untie-embeddings-and-output-weights",
+    "gpt2-1p": "--apply-layernorm-1p",
     "llama": (
         "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
         "--untie-embeddings-and-output-weights --ffn-hidden-size 64"

@@ -97,3 +97,37 @@ def test_twenty_delayed_runs_whose_threads_race_have_the_losses_of_one_without_a
         for number in range(NUM_RACES):
             found = trace(_dawdling(parts_of(case, mesh), random.Random(number)), num_steps=NUM_STEPS)
             assert (found.losses, found.norms) == (expected.losses, expected.norms), f"run {number}"
+
+
+def test_old_weights_are_the_same_from_within_an_evaluation_and_however_often_they_are_exchanged() -> None:
+    """A stop within an evaluation saves there; blocks that are nested exchange once."""
+    mesh = make_mesh(Layout())
+    parts = parts_of(Case("gpt2", mesh.layout, "--bf16 --offload-optimizer cpu --offload-delayed-update"), mesh)
+    engine = parts.engine
+    trace(parts, num_steps=3)
+    assert engine.is_update_due
+    before = _old_weights(parts)
+    with engine.updated_weights():
+        shown = _layers(parts)
+        with engine.updated_weights():
+            assert _layers(parts) == shown and _old_weights(parts) == before
+        assert _layers(parts) == shown
+    assert _layers(parts) == before != shown
+    engine.finish_update()
+    assert not engine.is_update_due and not _old_weights(parts)
+    assert _layers(parts) == shown
+
+
+def _old_weights(parts: Parts) -> dict[str, list[float]]:
+    with parts.engine.states_opened(parts.optimizer, writes=False):
+        return {name: view.data.tolist() for name, view in parts.engine.old_weight_views().items()}
+
+
+def _layers(parts: Parts) -> dict[str, list[float]]:
+    """What the layers of one process hold, without the padding of the vocabulary, by name."""
+    parts.engine.finish_publish()
+    return {
+        slot.spec.name: unit.view(slot, span, unit.weights.whole[span.slice]).data.tolist()
+        for unit in parts.engine.units.values()
+        for slot, span in unit.held_slots()
+    }

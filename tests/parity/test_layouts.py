@@ -60,6 +60,7 @@ def cases() -> list[Case]:
     uneven = [
         Case("gpt2", Layout(pp=2), "--decoder-first-pipeline-num-layers 1"),
         Case("llama", Layout(tp=2, pp=2), f"--decoder-last-pipeline-num-layers 1 {SP}"),
+        Case("gpt2-1p", Layout(tp=2, pp=2), SP),
     ]
     return sorted(everywhere + ends + uneven, key=lambda case: case.layout.world_size)
 

@@ -29,7 +29,8 @@ import torch
 
 from megatron3d.data.indexed import IndexedDatasetWriter
 from megatron3d.offload.block_file import BlockFile
-from megatron3d.train import launch, loop
+from megatron3d.train import joining, launch, loop
+from megatron3d.train.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "pretrain_gpt.py"
@@ -78,17 +79,29 @@ def run(argv: Sequence[str], *, rank: int = 0, world_size: int = 1, script: Path
     place = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     out, err = io.StringIO(), io.StringIO()
     with (
+        _signal_handlers_kept(),
         mock.patch.dict(os.environ, place),
         mock.patch.object(sys, "argv", [script.name, *argv]),
         mock.patch.object(launch, "end_process", end_process),
-        mock.patch.object(launch, "join", lambda *_, **__: None),
-        mock.patch.object(launch, "leave", lambda: None),
+        mock.patch.object(joining, "join", lambda *_, **__: None),
+        mock.patch.object(joining, "leave", lambda: None),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         contextlib.suppress(_EndedEarly),
     ):
         runpy.run_path(str(script), run_name="__main__")
     return Ended(codes[-1], out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """A run that was stopped ignores the signals that stop it until its process ends; a test's process lives on."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_ok(*options: str | Path) -> Ended:
@@ -145,7 +158,11 @@ def random_documents(seed: int, *, count: int = 40, length: int = 60, low: int =
 @dataclass(frozen=True)
 class Fault:
     """What goes wrong on a rank instead of its step number `step` (from 1): "kill", "hang" or "raise"; or, in that
-    step, "kill-writing" when some of its offloaded state is written back and some is not."""
+    step, "kill-writing" when some of its offloaded state is written back and some is not.
+
+    Or a SIGTERM arrives: "stop-evaluating" before the second batch of evaluation number `step`, "stop-starting"
+    before the checkpoint is looked for.
+    """
 
     rank: int
     step: int
@@ -160,6 +177,13 @@ class _Order:
     environment: dict[str, str]
     output: str
     fault: tuple[int, str] | None
+
+
+@dataclass(frozen=True)
+class _HasEnded:
+    """The question to the launcher whether a process is over."""
+
+    pid: int
 
 
 @dataclass
@@ -246,6 +270,10 @@ class Launcher:
         """Exit code of a forked process, None if it still runs then."""
         return self._ask((pid, timeout_s))
 
+    def has_ended(self, pid: int) -> bool:
+        """Whether a forked process is over; its exit code is still there for `wait`."""
+        return self._ask(_HasEnded(pid))
+
     def close(self) -> None:
         """End the process."""
         self._connection.close()
@@ -272,6 +300,9 @@ def _serve(connection: Connection) -> None:
                 if pid == 0:
                     _be_rank(request)
                 connection.send(pid)
+            elif isinstance(request, _HasEnded):
+                options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+                connection.send(os.waitid(os.P_PID, request.pid, options) is not None)
             else:
                 connection.send(_exit_code(*request))
 
@@ -297,12 +328,18 @@ def _be_rank(order: _Order) -> None:
         os.environ.update(order.environment)
         torch.set_num_threads(1)
         sys.argv = [SCRIPT.name, *order.argv]
-        if order.fault is not None:
+        if order.fault is not None and order.fault[1] == "stop-evaluating":
+            loop.evaluate = _stopped_within(loop.evaluate, order.fault[0])
+        elif order.fault is not None and order.fault[1] == "stop-starting":
+            loop.state.restore = _stopped_before(loop.state.restore)
+        elif order.fault is not None:
             loop.train_step = _faulty(loop.train_step, *order.fault)
         runpy.run_path(str(SCRIPT), run_name="__main__")
         code = 0
     except SystemExit as asked:
         code = asked.code if isinstance(asked.code, int) else 1
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT  # as Python ends where nothing handles it
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -323,6 +360,33 @@ def _faulty(train_step: Callable[..., Any], at_step: int, kind: str) -> Callable
         return train_step(*args, step=step, **kwargs)
 
     return step_or_fail
+
+
+def _stopped_before(function: Callable[..., Any]) -> Callable[..., Any]:
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)  # a thread reads the signal
+        return function(*args, **kwargs)
+
+    return stopped
+
+
+def _stopped_within(evaluate: Callable[..., Any], number: int) -> Callable[..., Any]:
+    evaluations = []
+
+    def stopped(*args: Any, before_batch: Callable[[], None], **kwargs: Any) -> Any:
+        evaluations.append(0)
+
+        def before_each() -> None:
+            evaluations[-1] += 1
+            if len(evaluations) == number and evaluations[-1] == 2:
+                _stopped_before(before_batch)()
+            else:
+                before_batch()
+
+        return evaluate(*args, before_batch=before_each, **kwargs)
+
+    return stopped
 
 
 def _write_once_and_die(write: Callable[..., None]) -> Callable[..., None]:

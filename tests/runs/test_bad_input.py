@@ -98,7 +98,7 @@ def test_only_rank_0_says_what_is_wrong_with_the_options() -> None:
 def test_cuda_without_a_gpu_is_refused(tmp_path: Path) -> None:
     ended = run(words(MOCK, "--device cuda", "--save", tmp_path))
     assert ended.code == 2
-    ended.says("--device cuda", "0 can be seen", "--device cpu")
+    ended.says("--device cuda needs a GPU", "use --device cpu")
     assert exit_status(tmp_path)["code"] == 2
 
 
@@ -217,16 +217,16 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(checkpoints: Pa
 def test_a_vocabulary_larger_than_the_checkpoints_is_refused(checkpoints: Path) -> None:
     ended = run(words(MOCK, "--vocab-size 150 --load", checkpoints))
     assert ended.code == 4
-    ended.says("--vocab-size 150 is larger than the checkpoint's 101", "use --vocab-size 101")
+    ended.says("--vocab-size: checkpoint 101, this run 150", "Give the options of the checkpoint")
     assert "--fall-back" not in ended.err, "an earlier checkpoint has the same vocabulary"
     told = run(words(MOCK, "--vocab-size 150 --fall-back-to-previous-checkpoint --load", checkpoints))
     assert (told.code, told.err) == (4, ended.err)
 
 
-def test_another_model_is_refused_with_the_tensors_that_differ(checkpoints: Path) -> None:
+def test_another_model_is_refused_with_all_options_that_differ(checkpoints: Path) -> None:
     ended = run(words(MOCK, "--hidden-size 64 --load", checkpoints))
     assert ended.code == 4
-    ended.says("(101, 32) there and (101, 64) here", "run.json")
+    ended.says("--hidden-size: checkpoint 32, this run 64", "--kv-channels: checkpoint 8, this run 16")
 
 
 def test_the_state_of_another_optimizer_is_refused(checkpoints: Path) -> None:
@@ -332,11 +332,31 @@ def test_a_read_only_disk_ends_the_run_and_says_that_no_status_can_be_written(sm
     _goes_on_from(save, 2)
 
 
-def test_a_metrics_file_that_cannot_be_written_ends_the_run(small_disk: Path) -> None:
+def test_a_metrics_file_on_a_full_disk_does_not_end_the_run(small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(bytes(640 * 1024 - 4096))
     ended = run(words(MOCK, "--train-iters 400 --metrics-file", small_disk / "metrics.jsonl"))
+    assert ended.code == 0
+    ended.says("--metrics-file", "No space left on device", "Training continues", "records between steps")
+    assert "step 400/400" in ended.out
+    assert ended.err.count("No space left") == 1
+
+
+def test_a_metrics_file_that_can_never_be_written_ends_the_run_at_its_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ended = run(words(MOCK, "--metrics-file", tmp_path / "file" / "metrics.jsonl"))
     assert ended.code == 7
-    ended.says("--metrics-file", "No space left on device", "name another file")
+    ended.says("--metrics-file", "cannot be written", "name another file")
+    assert "step 1/" not in ended.out
+
+
+def test_a_resume_that_fails_leaves_the_step_of_the_checkpoint(tmp_path: Path) -> None:
+    run_ok(MOCK, "--train-iters 4 --save", tmp_path)
+    assert exit_status(tmp_path)["step"] == 4
+    for fault, code in (("--global-batch-size 7", 2), ("--ckpt-step 3", 4), ("--train-iters 6", 4)):
+        if fault.endswith("6"):
+            (tmp_path / "iter_0000004" / "index.json").write_text("{")
+        assert run(words(MOCK, fault, "--save", tmp_path)).code == code
+        assert (exit_status(tmp_path)["code"], exit_status(tmp_path)["step"]) == (code, 4), fault
 
 
 def test_a_directory_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:

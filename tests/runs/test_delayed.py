@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from megatron3d.checkpoint.load import tensor_shapes
+from megatron3d.train.retention import Retention
 from tests.dist.pool import Pool
-from tests.runs.harness import MOCK, losses, on_rank, records, words
+from tests.runs.harness import MOCK, losses, on_rank, records, run_ok, words
 
 # What a checkpoint of another layout may differ in: see docs/numerics.md, losses of any layout.
 OTHER_LAYOUT = 1e-5
@@ -114,3 +116,11 @@ def test_a_run_that_does_not_delay_reads_the_updated_weights_and_the_reverse_beg
     assert "no delayed update was due in the checkpoint" in begins[0]
     assert "delayed update" not in usual[0]
     assert begins[1] == usual[1]
+
+
+@pytest.mark.parametrize(("options", "proved"), [("", [0, 1, 2, 3]), (DELAYED, [0, 0, 1, 2])])
+def test_a_finite_step_proves_the_weights_that_it_computed_with(options: str, proved: list[int]) -> None:
+    """Else a checkpoint would be pruned behind one whose weights no step has used yet."""
+    with mock.patch.object(Retention, "proved") as noted:
+        run_ok(f"{SHAPE} --train-iters 4 --offload-optimizer cpu {options}")
+    assert [call.args[0] for call in noted.call_args_list] == proved

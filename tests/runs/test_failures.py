@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from megatron3d.checkpoint.directory import hold_directory
 from megatron3d.config.data import DataConfig
 from megatron3d.data.build import build_gpt_data
 from megatron3d.data.stream import SampleStream
@@ -104,8 +108,54 @@ def test_data_that_breaks_late_on_one_rank_ends_the_job_with_the_place(
         assert f"{prefix}.bin, document" in job.said(1)
         assert f"token id {VOCAB_SIZE + 7} is outside the vocabulary of {VOCAB_SIZE}" in job.said(1)
         assert "Traceback" not in job.said(1)
+        assert "rank 1 failed: DataError; saved at" in job.said(0)
+    assert (tmp_path / "save" / "latest").read_text() == "iter_0000003\n", "what was learned until then is saved"
     status = exit_status(tmp_path / "save")
     assert (status["code"], status["rank"], status["step"]) == (3, 1, 3)
+
+
+def test_a_token_file_cut_short_while_training_is_a_sentence_and_what_was_learned_is_saved(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    prefix, metrics = write_tokens(tmp_path / "corpus", random_documents(1, count=60)), tmp_path / "metrics.jsonl"
+    argv = words(TINY, "--train-iters 100000 --split 1 --num-workers 2 --log-interval 100 --data-path", prefix)
+    with launcher.job([*argv, *words("--metrics-file", metrics, "--save", tmp_path / "save")], 2) as job:
+        job.wait_for_step(metrics, 2)
+        os.truncate(f"{prefix}.bin", 100)
+        assert 3 in job.wait(timeout_s=PROMPT_S)
+        assert f"{prefix}.bin ends at byte 100, and bytes" in job.said(0) + job.said(1)
+    status = exit_status(tmp_path / "save")
+    assert status["code"] == 3
+    assert (tmp_path / "save" / "latest").read_text() == f"iter_{status['step']:07d}\n"
+
+
+def test_a_save_directory_that_is_removed_is_held_again_before_the_next_save(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    save, metrics = tmp_path / "save", tmp_path / "metrics.jsonl"
+    argv = words(MOCK, "--train-iters 100000 --log-interval 1000 --metrics-file", metrics, "--save", save)
+    with launcher.job(argv, 2) as job:
+        job.wait_for_step(metrics, 2)
+        shutil.rmtree(save)
+        job.signal(signal.SIGTERM, 0)
+        assert job.wait(timeout_s=PROMPT_S) == [75, 75]
+        assert f"--save {save} was removed while this run was saving there; it was made again" in job.said(0)
+    assert (save / "latest").read_text() == f"iter_{exit_status(save)['step']:07d}\n"
+
+
+def test_a_save_directory_that_another_run_has_taken_meanwhile_is_left_to_it(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    save, metrics = tmp_path / "save", tmp_path / "metrics.jsonl"
+    argv = words(MOCK, "--train-iters 100000 --log-interval 1000 --metrics-file", metrics, "--save", save)
+    with launcher.job(argv, 2) as job:
+        job.wait_for_step(metrics, 2)
+        shutil.rmtree(save)
+        with hold_directory(save):
+            job.signal(signal.SIGTERM, 0)
+            assert job.wait(timeout_s=PROMPT_S) == [8, 8]
+            assert f"--save {save} is in use by another run (process {os.getpid()}" in job.said(0)
+            assert [path.name for path in save.iterdir()] == [".lock"]
 
 
 def test_a_rank_that_hangs_is_found_by_the_collective_timeout(launcher: Launcher, tmp_path: Path) -> None:
@@ -115,8 +165,51 @@ def test_a_rank_that_hangs_is_found_by_the_collective_timeout(launcher: Launcher
         began_s = time.monotonic()
         assert job.wait(0, timeout_s=PROMPT_S) == [6]
         assert time.monotonic() - began_s > 0.9 * timeout_s, "it must have been the timeout"
-        assert "rank 0 of 2 (TP1 x PP1 x DP2: dp 0), after step 2): a collective failed" in job.said(0)
+        said = job.said(0)
+        assert "rank 0 of 2 (TP1 x PP1 x DP2: dp 0), after step 2): a collective failed" in said
+        assert "over dp (ranks 0, 1) was not finished within --distributed-timeout-minutes" in said
+        assert "all 2 ranks answer a roll call, but not all are in a collective: rank 1 is at runs/harness.py" in said
+        assert "step_or_fail" in job.said(1), "the hanging rank must write its stacks too"
     assert (exit_status(tmp_path)["code"], exit_status(tmp_path)["rank"]) == (6, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "stopped"),
+    [("", 2, 1), pytest.param(THREE_D, 4, 2, marks=pytest.mark.slow)],
+    ids=["DP2", "TP2PP2"],
+)
+def test_a_rank_that_is_stopped_is_named_with_the_collective_that_waited(
+    launcher: Launcher, tmp_path: Path, options: str, world_size: int, stopped: int
+) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    argv = words(MOCK, options, "--train-iters 100000 --distributed-timeout-minutes 0.05 --log-interval 100")
+    with launcher.job([*argv, *words("--metrics-file", metrics, "--save", tmp_path / "save")], world_size) as job:
+        job.wait_for_step(metrics, 2)
+        job.signal(signal.SIGSTOP, stopped)
+        others = [rank for rank in range(world_size) if rank != stopped]
+        assert job.wait(*others, timeout_s=PROMPT_S) == [6] * len(others)
+        naming = [rank for rank in others if f"rank {stopped} did not answer a roll call" in job.said(rank)]
+        assert naming, "\n\n".join(job.said(rank) for rank in others)
+        pattern = rf"over \w+ \(ranks .*\b{stopped}\b.*\) was not finished"
+        assert any(re.search(pattern, job.said(rank)) for rank in naming)
+        for rank in naming:
+            assert "Current thread" in job.said(rank) and "in wait" in job.said(rank)
+    reason = exit_status(tmp_path / "save")["reason"]
+    assert f"rank {stopped} did not answer a roll call, and {world_size - 1} of {world_size} ranks did" in reason
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_that_hosts_the_store_is_still_reported(launcher: Launcher, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    argv = words(
+        MOCK, "--train-iters 100000 --distributed-timeout-minutes 0.05 --log-interval 100 --metrics-file", metrics
+    )
+    with launcher.job(argv, 2) as job:
+        job.wait_for_step(metrics, 2)
+        job.signal(signal.SIGSTOP, 0)
+        assert job.wait(1, timeout_s=PROMPT_S) == [6], job.said(1)
+        assert "no answer from the store, which rank 0 hosts" in job.said(1)
+        assert "over dp (ranks 0, 1) was not finished" in job.said(1)
 
 
 def test_a_second_signal_ends_a_run_that_hangs(launcher: Launcher, tmp_path: Path) -> None:

@@ -144,8 +144,8 @@ def _run_with_data_limit(limit_bytes: int, *options: str | Path) -> subprocess.C
 
 def test_without_offloading_states_larger_than_the_memory_limit_end_the_run() -> None:
     ended = _run_with_data_limit(LIMIT_BYTES, LARGE, "--zero-stage 3")
-    assert ended.returncode == 1, ended.stdout
-    assert "can't allocate memory" in ended.stderr or "MemoryError" in ended.stderr, ended.stderr
+    assert ended.returncode == 9, ended.stdout
+    assert "memory" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
 
 
 def test_with_offloading_to_files_the_same_run_trains_and_saves_within_the_same_limit(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from megatron3d.data.tokenizer import ByteTokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.serve.classifier import Classifier, TokenRow, open_classifier, probabilities
 from megatron3d.serve.description import from_metadata, to_metadata
+from megatron3d.serve.digest import DIGEST_BYTES, append_digest
 from megatron3d.serve.packed_tokenizer import from_text, pack
 from megatron3d.serve.requests import RequestError, Sample
 from megatron3d.serve.trained import Wishes, load_classifier, open_trained
@@ -142,6 +144,9 @@ def test_files_that_are_no_exported_classifier_are_refused_by_name(exported: Get
     with pytest.raises(DataError, match=r"model\.onnx is not a file"):
         open_classifier(path)
     path.write_bytes(exported("single").path.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"model\.onnx does not end with the digest"):
+        open_classifier(path)
+    append_digest(path)
     with pytest.raises(DataError, match=r"model\.onnx cannot be read as an ONNX model"):
         open_classifier(path)
     model = onnx.load(exported("single").path)
@@ -156,8 +161,35 @@ def test_files_that_are_no_exported_classifier_are_refused_by_name(exported: Get
         del model.metadata_props[:]
         onnx.helper.set_model_props(model, spoil)
         onnx.save(model, path)
+        append_digest(path)
         with pytest.raises(DataError, match=message):
             open_classifier(path)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_file_with_any_bit_flipped_is_not_served(exported: Get, where: float, bit: int) -> None:
+    content = bytearray(exported("single").path.read_bytes())
+    content[int(where * len(content))] ^= 1 << bit
+    path = exported("single").path.parents[1] / "flipped.onnx"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"digest|SHA-256"):
+        open_classifier(path)
+
+
+def test_the_digest_is_the_sha256_of_all_before_it_and_programs_of_onnx_read_it(exported: Get) -> None:
+    content, path = exported("single").path.read_bytes(), exported("single").path
+    metadata = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+    assert metadata["megatron3d.sha256"] == hashlib.sha256(content[:-DIGEST_BYTES]).hexdigest()
+    onnx.checker.check_model(str(path))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 50, 0.5, -1, -DIGEST_BYTES])
+def test_a_file_that_was_cut_is_not_served(exported: Get, tmp_path: Path, kept: float) -> None:
+    content, path = exported("single").path.read_bytes(), tmp_path / "cut.onnx"
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    with pytest.raises(DataError, match=r"cut\.onnx does not end with the digest"):
+        open_classifier(path)
 
 
 def three_labels(metadata: dict[str, str]) -> str:

@@ -260,10 +260,13 @@ def test_checkpoints_that_moved_take_the_vocabulary_beside_them(exported: Get, t
     shutil.copytree(exported("single").checkpoint.parent, moved)
     beside = moved / "tokenizer" / "vocab.txt"
     beside.write_text("\n".join([*SPECIAL, *reversed(WORDS)]) + "\n")
-    assert open_trained(moved, None, Wishes()).tokenizer.files == {"vocab.txt": beside.read_bytes()}
+    with pytest.raises(ConfigError, match=r"other content than that with which .* by --override-tokenizer"):
+        open_trained(moved, None, Wishes())
+    taken = open_trained(moved, None, Wishes(override_tokenizer=True))
+    assert taken.tokenizer.files == {"vocab.txt": beside.read_bytes()}
     other = tmp_path / "other.txt"
     other.write_text("\n".join([*SPECIAL, "other"]) + "\n")
-    wished = open_trained(moved, None, Wishes(vocab_file=str(other)))
+    wished = open_trained(moved, None, Wishes(vocab_file=str(other), override_tokenizer=True))
     assert wished.tokenizer.files == {"other.txt": other.read_bytes()}
 
 

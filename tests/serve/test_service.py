@@ -250,7 +250,7 @@ def test_a_model_that_is_none_ends_with_a_sentence_and_the_code_of_data(tmp_path
     (tmp_path / "model.onnx").write_text("no model")
     ended = refused("--model", tmp_path / "model.onnx", "--port", "0")
     assert ended.returncode == 3 and "Traceback" not in ended.stderr
-    assert "cannot be read as an ONNX model" in ended.stderr
+    assert "does not end with the digest" in ended.stderr
 
 
 def test_serving_needs_no_torch() -> None:

@@ -282,6 +282,22 @@ def test_the_best_weights_are_kept_saved_and_predicted_with(tmp_path: Path, hf: 
     assert (tmp_path / "after" / "STS-B.tsv").read_text() == during
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_metrics_file_on_a_full_device_does_not_end_a_fine_tuning(tmp_path: Path, hf: Path, sts: Path) -> None:
+    ended = tool(
+        "--task sts-b",
+        "--data-dir",
+        sts,
+        "--hf",
+        hf,
+        f"--epochs 1 --lr 1e-3 --max-seq-length 24 {QUIET} --metrics-file /dev/full",
+    )
+    assert ended.code == 0, ended.err
+    assert result(ended)["step"] > 0
+    ended.says("--metrics-file /dev/full cannot be written: No space left", "Training continues", "missed")
+    assert ended.err.count("No space left") == 1
+
+
 def test_measuring_within_epochs_changes_no_step_and_finds_better_weights(tmp_path: Path, hf: Path, sts: Path) -> None:
     wild = f"--epochs 3 --lr 5e-3 --max-seq-length 24 --global-batch-size 4 {QUIET}"
     arguments = ("--task sts-b", "--data-dir", sts, "--hf", hf, wild, "--metrics-file")

@@ -117,7 +117,7 @@ def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
         (b"text\tlabel\nfine\t1\n", ["no column 'sentence'", "'text', 'label'"]),
         (b"", ["is empty"]),
         (b"sentence\tlabel\n", ["no rows"]),
-        (b"sentence\tlabel\ncaf\xe9\t1\n", ["not UTF-8", "byte 18"]),
+        (b"sentence\tlabel\ncaf\xe9\t1\n", ["not UTF-8", "byte 18 is 0xe9"]),
     ],
 )
 def test_a_file_that_is_no_such_table_is_refused(tmp_path: Path, content: bytes, fragments: list[str]) -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 from megatron3d.errors import (
     CheckpointError,
@@ -29,6 +30,7 @@ from megatron3d.train.exit_status import (
     status_of,
     write_exit_status,
 )
+from tests.files.mutations import mutated_bytes
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,24 @@ def test_the_rank_that_caused_the_end_is_not_overwritten_by_those_that_lost_it(t
     assert code_told(tmp_path) == 5
 
 
+def test_a_cause_that_is_written_at_the_same_moment_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost, cause = (
+        status_of(e, rank=r, step=5) for r, e in ((0, PeerError("rank 1 is gone")), (1, NumericsError("nan")))
+    )
+    sync, raced = os.fsync, []
+
+    def sync_while_the_cause_is_written(fd: int) -> None:
+        sync(fd)
+        if not raced:
+            raced.append(True)
+            write_exit_status(tmp_path, cause)
+
+    monkeypatch.setattr(os, "fsync", sync_while_the_cause_is_written)
+    write_exit_status(tmp_path, lost)
+    assert raced and code_told(tmp_path) == 5
+    assert os.listdir(tmp_path) == [FILE_NAME]
+
+
 def test_a_peer_error_replaces_a_success_or_a_damaged_file(tmp_path: Path) -> None:
     lost = status_of(PeerError("rank 1 is gone"), rank=0, step=5)
     for before in (json.dumps({"code": 0}), "{", "[]"):
@@ -124,3 +144,14 @@ def test_a_path_that_cannot_be_a_directory_is_told_not_raised(tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     said = write_exit_status(tmp_path / "file" / "below", ExitStatus(0, "done", 0, 1, 0.0))
     assert said is not None and "cannot be written" in said
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=mutated_bytes({"code": 5, "reason": "NumericsError: x", "rank": 1, "step": 3, "time": 1.5}))
+def test_a_changed_status_file_hinders_no_later_one(tmp_path: Path, data: bytes) -> None:
+    """A lost peer's status gives way to a cause that stands there, and to nothing else, in whichever state it is."""
+    (tmp_path / FILE_NAME).write_bytes(data)
+    assert write_exit_status(tmp_path, status_of(PeerError("gone"), rank=0, step=3)) is None
+    now = (tmp_path / FILE_NAME).read_bytes()
+    code = json.loads(now.decode("utf-8-sig"))["code"]
+    assert type(code) is int and code > 0 and (now == data or code == PeerError.exit_code)

@@ -101,7 +101,15 @@ def test_a_resume_leaves_each_step_once_and_notes_where_it_went_on(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "tail", [b'{"step": 4, "los', b'{"step": 4}', b"\x00\x00\x00\x00", '{"a": "\u00e9'.encode()[:-1]]
+    "tail",
+    [
+        b'{"step": 4, "los',
+        b'{"step": 4}',
+        b"\x00\x00\x00\x00",
+        b'{"st\x00\x00',
+        b"\x00" * 8 + b"\n\n",
+        '{"a": "\u00e9'.encode()[:-1],
+    ],
 )
 def test_a_torn_last_line_is_dropped_by_a_resume(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / "m.jsonl"
@@ -114,15 +122,31 @@ def test_a_torn_last_line_is_dropped_by_a_resume(tmp_path: Path, tail: bytes) ->
         json.loads(line)
 
 
-def test_a_damaged_line_in_the_middle_is_refused_with_its_number(tmp_path: Path) -> None:
-    path = tmp_path / "m.jsonl"
-    path.write_text('{"event": "start"}\n{"step": 1\n{"step": 2}\n')
-    with pytest.raises(DataError, match="Line 2"):
-        MetricsFile(path).cut_back(1)
-    assert path.read_text().count("\n") == 3
-    path.write_text("3\n")
-    with pytest.raises(DataError, match="Line 1"):
+@pytest.mark.parametrize("damage", [b'{"step": 2', b"\x00" * 50, b"\xff\xfe", b"{} {}"])
+def test_a_damaged_line_in_the_middle_is_left_out_of_a_resume_and_kept_aside(tmp_path: Path, damage: bytes) -> None:
+    path, warnings = tmp_path / "m.jsonl", []
+    written(path, 1, 5).close()
+    lines = path.read_bytes().split(b"\n")
+    lines[2] = damage
+    path.write_bytes(before := b"\n".join(lines))
+    with pytest.raises(DataError, match="Line 3"):
         read_records(path)
+    file = MetricsFile(path, warn=warnings.append)
+    file.resume(4, START)
+    file.close()
+    assert [r["step"] for r in read_records(path) if "loss" in r] == [1, 3, 4]
+    assert (tmp_path / "m.jsonl.damaged").read_bytes() == before
+    assert len(warnings) == 1 and f"Line 3 of {path} is not JSON" in warnings[0] and ".damaged" in warnings[0]
+
+
+@pytest.mark.parametrize("text", ["3\n", "some notes\nof mine\n"])
+def test_a_file_that_is_no_metrics_file_is_refused_and_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"Line 1.*is it a metrics file"):
+        MetricsFile(path).resume(1, START)
+    assert path.read_text() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_cutting_back_never_leaves_a_half_written_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,3 +241,9 @@ def test_a_file_without_a_loss_is_not_drawn(tmp_path: Path) -> None:
         plot_losses(tmp_path / "m.jsonl", tmp_path / "loss.png")
     with pytest.raises(DataError, match="cannot be read"):
         plot_losses(tmp_path / "absent.jsonl", tmp_path / "loss.png")
+
+
+def test_a_line_that_is_nested_too_deep_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text("[" * 100_000 + '\n{"step": 1}\n')
+    with pytest.raises(DataError, match=r"Line 1 of .*m\.jsonl is not JSON \(it is nested too deep"):
+        read_records(tmp_path / "m.jsonl")

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron3d.config.train import TrainConfig
 from megatron3d.errors import ConfigError, StorageError
-from megatron3d.train.writers import TensorBoardWriter, WandbWriter, open_writers
+from megatron3d.train.writers import TensorBoardWriter, WandbWriter
 
 
 def curve(directory: Path, name: str) -> list[tuple[int, float]]:
@@ -25,6 +24,7 @@ def curve(directory: Path, name: str) -> list[tuple[int, float]]:
 
 def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
     writer = TensorBoardWriter(tmp_path)
+    writer.open()
     for step in (1, 2, 3):
         writer.write(step, {"loss": 4.0 - step, "lr": 0.5 * step})
     writer.close()
@@ -35,6 +35,7 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
 def test_points_beyond_the_checkpoint_are_hidden_after_a_resume(tmp_path: Path) -> None:
     for resumed_step, value in ((0, 1.0), (2, 5.0)):
         writer = TensorBoardWriter(tmp_path, resumed_step=resumed_step)
+        writer.open()
         for step in range(resumed_step + 1, 5):
             writer.write(step, {"loss": value})
         writer.close()
@@ -44,16 +45,16 @@ def test_points_beyond_the_checkpoint_are_hidden_after_a_resume(tmp_path: Path) 
 def test_a_tensorboard_directory_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="--tensorboard-dir"):
-        TensorBoardWriter(tmp_path / "file" / "below")
+        TensorBoardWriter(tmp_path / "file" / "below").open()
 
 
 def test_wandb_that_is_not_installed_names_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # what Python itself does for a module known to be absent
     with pytest.raises(ConfigError, match=r"--wandb-project p .*pip install wandb"):
-        WandbWriter("p", run={})
+        WandbWriter("p", run={}).open()
 
 
-def test_wandb_gets_project_name_directory_configuration_and_points(
+def test_wandb_gets_project_team_name_directory_configuration_and_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
@@ -72,11 +73,12 @@ def test_wandb_gets_project_name_directory_configuration_and_points(
     module = ModuleType("wandb")
     module.init = lambda **options: calls.append(options) or Run()
     monkeypatch.setitem(sys.modules, "wandb", module)
-    train = TrainConfig(wandb_project="p", wandb_exp_name="n", wandb_save_dir=str(tmp_path / "new"))
-    (writer,) = open_writers(train, run={"lr": 0.1}, resumed_step=0)
+    folder = str(tmp_path / "new")
+    writer = WandbWriter("p", entity="team", name="n", directory=folder, run={"lr": 0.1})
+    writer.open()
     writer.write(3, {"loss": 2.5})
     writer.close()
-    options = {"project": "p", "name": "n", "dir": str(tmp_path / "new"), "config": {"lr": 0.1}}
+    options = {"project": "p", "entity": "team", "name": "n", "dir": folder, "config": {"lr": 0.1}}
     assert calls == [options, (3, {"loss": 2.5}), "finished"]
     assert (tmp_path / "new").is_dir()
 
@@ -86,13 +88,7 @@ def test_wandb_offline_writes_a_run_to_its_directory(tmp_path: Path, monkeypatch
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     writer = WandbWriter("p", directory=str(tmp_path), run={})
+    writer.open()
     writer.write(1, {"loss": 2.5})
     writer.close()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-
-
-def test_only_the_writers_asked_for_are_opened(tmp_path: Path) -> None:
-    assert open_writers(TrainConfig(), run={}, resumed_step=0) == []
-    (writer,) = open_writers(TrainConfig(tensorboard_dir=str(tmp_path / "tb")), run={}, resumed_step=0)
-    assert isinstance(writer, TensorBoardWriter)
-    writer.close()

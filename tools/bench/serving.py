@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from megatron3d.files.text import read_lines
+
 
 @dataclass(frozen=True)
 class Load:
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, nargs="+", default=[1, 32], help="of a request")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each row")
     args = parser.parse_args()
-    header, *lines = args.file.read_text(encoding="utf-8").splitlines()
+    header, *lines = read_lines(args.file)
     at = header.split("\t").index(args.column)
     sentences = [line.split("\t")[at].strip() for line in lines]
     print("| clients | texts a request | requests/s | texts/s | median ms | 99% ms | texts a batch | texts/CPU s |")

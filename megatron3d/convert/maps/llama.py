@@ -51,8 +51,7 @@ def _to_model(hf: HfConfig) -> ModelConfig:
 
 def _rotary_base(hf: HfConfig) -> float:
     """The base of the rotary frequencies, which version 5 of transformers moved into `rope_parameters`."""
-    rope = hf.values.get("rope_parameters") or {}
-    nested = HfConfig(hf.path, rope)
+    nested = hf.nested("rope_parameters")
     nested.expect("rope_type", "default")
     nested.expect("partial_rotary_factor", 1.0, 1)
     base = nested.number("rope_theta", hf.number("rope_theta", 10000.0))

@@ -8,6 +8,7 @@ Shapes: N samples, T tokens of all samples together, B samples of a batch, S its
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -53,6 +54,11 @@ class Encoded:
     def lengths_N(self) -> NDArray[np.int64]:
         """Tokens of each sample."""
         return np.diff(self.starts)
+
+    def digest(self) -> str:
+        """A digest of tokens and labels, by which ranks tell that theirs are equal."""
+        arrays = [self.tokens_T, self.starts, *([] if self.labels_N is None else [self.labels_N])]
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
     def without_labels(self) -> Encoded:
         """The same samples, of which a model is asked for its scores."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,24 @@ from torch import Tensor
 
 from megatron3d.comm.device import synchronize
 from megatron3d.data.batch import GroupedSamples
+from megatron3d.errors import NumericsError
 from megatron3d.optim.schedule import ScheduleSettings, settings_from_config
 from megatron3d.tasks.glue import weights
 from megatron3d.tasks.glue.average import WeightAverage
 from megatron3d.tasks.glue.encode import Encoded, hide_tokens
+from megatron3d.tasks.glue.kept import Kept, kept_before
 from megatron3d.tasks.glue.metrics import mean_of
 from megatron3d.tasks.glue.order import PlannedStep, training_steps
 from megatron3d.tasks.glue.pace import Pace
 from megatron3d.tasks.glue.predict import mean_loss, metrics_of, scores
 from megatron3d.tasks.glue.reports import TaskReports
 from megatron3d.tasks.glue.tasks import Task
+from megatron3d.train.deferred_failure import DeferredFailure
 from megatron3d.train.launch import Guard
 from megatron3d.train.parts import Parts
 from megatron3d.train.state import Progress
 from megatron3d.train.step import Rates, StepResult, train_step
+from megatron3d.train.stopping import stop_if_asked
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Wishes:
             themselves.
         eval_interval: steps between measurements on the dev files; None measures after each epoch alone.
         save: where the best checkpoint goes.
+        renew_hold: called before each save, see `train/held.py`.
     """
 
     task: Task
@@ -102,6 +108,7 @@ class Wishes:
     ema_decay: float | None
     eval_interval: int | None
     save: Path | None
+    renew_hold: Callable[[], str | None]
 
 
 def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say: Callable[[str], None]) -> Finetuned:
@@ -111,16 +118,26 @@ def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say:
         parts: the rank's model, with the weights to start from in place, and its optimizer.
         data: the encoded files.
         wishes: how.
-        guard: learns the step, for reports of how the run ended.
+        guard: learns the step, for reports of how the run ended, and knows whether the run was asked to stop.
         say: takes lines for people; silent on all ranks but one.
+
+    Raises:
+        NumericsError: a loss, a gradient or a weight is not finite; what was saved before stands.
+        StopRequested: the run was asked to stop; the best weights that it had are saved, if it saves at all.
     """
     if data.train is None:
-        found = measure_dev(parts, data.dev, wishes, say)
+        give_up = partial(stop_if_asked, guard, parts.mesh, when="while measuring", outcome="start again")
+        found = measure_dev(parts, data.dev, wishes, say, give_up)
         say(_line("as loaded", found))
         return Finetuned(found, 0, 0, 0, 0.0)
+    guard.step = 0
+    kept = None
+    if wishes.save is not None:
+        names = (f"{name}{ending}" for ending in data.dev for name in wishes.task.metrics)
+        kept = kept_before(wishes.save, wishes.task, names, group=parts.mesh.world.group)
     with ExitStack() as exits:
         reports = exits.enter_context(TaskReports(parts))
-        loop = _Loop(parts, data.train, data.dev, wishes, reports, guard)
+        loop = _Loop(parts, data.train, data.dev, wishes, reports, guard, kept=kept)
         try:
             for epoch in range(wishes.epochs):
                 loop.train_epoch(epoch)
@@ -143,11 +160,14 @@ class _Loop:
         wishes: Wishes,
         reports: TaskReports,
         guard: Guard,
+        *,
+        kept: Kept | None,
     ) -> None:
         self.parts, self.samples, self.dev, self.wishes = parts, train, dev, wishes
-        self.reports, self.guard = reports, guard
+        self.reports, self.guard, self.kept = reports, guard, kept
         self.schedule: ScheduleSettings = settings_from_config(parts.config.optim, parts.config.train)
         self.progress = Progress()
+        self.failure = DeferredFailure(parts.mesh)
         self.average = None if wishes.ema_decay is None else WeightAverage(parts, wishes.ema_decay)
         self.best: Finetuned | None = None
         self.best_weights: Mapping[str, Tensor] = {}
@@ -175,10 +195,24 @@ class _Loop:
                 self.average.add()
             elapsed_s = time.monotonic() - began_s
             self.train_s += elapsed_s
-            self.reports.step(self.progress, result, rates, planned, elapsed_s=elapsed_s)
+            self._report_step(result, rates, planned, elapsed_s)
+            if result.stop_votes:
+                self._stop_if_asked()
             if planned is not steps[-1] and self._is_time_to_measure():
                 self._measure(epoch, f"step {self.progress.step}")
         self._measure(epoch, f"epoch {epoch + 1}")
+
+    def _report_step(self, result: StepResult, rates: Rates, planned: PlannedStep, elapsed_s: float) -> None:
+        self.failure.keep(lambda: self.reports.step(self.progress, result, rates, planned, elapsed_s=elapsed_s))
+
+    def _stop_if_asked(self) -> None:
+        """Unlike a pretraining this keeps no optimizer state: what is saved are the best weights measured so far."""
+        when = f"after step {self.progress.step}"
+        stop_if_asked(self.guard, self.parts.mesh, when=when, outcome=f"{self._kept()}; started again, it begins anew")
+
+    def _kept(self) -> str:
+        save = self.wishes.save
+        return f"the best weights so far are saved at {save}" if save and self.best else "no weights are saved"
 
     def _is_time_to_measure(self) -> bool:
         interval = self.wishes.eval_interval
@@ -191,7 +225,7 @@ class _Loop:
     def _step(self, samples: Encoded, planned: PlannedStep, rates: Rates) -> StepResult:
         dp, before = self.parts.mesh.dp, self.progress
         mine = grouped(samples, planned.part(dp.rank, dp.size))
-        result = train_step(self.parts, mine, rates, step=before.step)
+        result = train_step(self.parts, mine, rates, step=before.step, wants_stop=bool(self.guard.stop))
         synchronize(self.parts.model.device)
         self.progress = before.after(planned.num_samples, skipped=result.skipped)
         self.guard.step = self.progress.step
@@ -201,12 +235,18 @@ class _Loop:
         """Measure on the dev files; keep and save the weights if they are the best so far."""
         with self.parts.engine.updated_weights(), nullcontext() if self.average is None else self.average.in_place():
             self._measure_and_keep(epoch, when)
+        self.failure.raise_on_all_ranks(self._kept())
 
     def _measure_and_keep(self, epoch: int, when: str) -> None:
-        found = measure_dev(self.parts, self.dev, self.wishes, self.reports.note)
-        self.reports.measured(self.progress.step, found.loss, found.metrics)
+        found = measure_dev(self.parts, self.dev, self.wishes, self.reports.note, self._stop_if_asked)
+        self.failure.keep(lambda: self.reports.measured(self.progress.step, found.loss, found.metrics))
         self.reports.note(_line(f"after {when}", found))
         step, samples = self.progress.step, self.progress.consumed_samples
+        if not math.isfinite(found.loss):
+            raise NumericsError(
+                f"the loss on the dev files after {when} is {found.loss}, so the weights are of no use and not kept; "
+                f"lower --lr (now {self.parts.config.optim.lr:g})"
+            )
         if self.best is not None and found.rank <= self.best.best.rank:
             self.best = Finetuned(self.best.best, self.best.epoch, self.best.step, samples, self.train_s)
             return
@@ -214,9 +254,21 @@ class _Loop:
         stays = self.average is None and step == self.parts.config.train.train_iters
         self.best_weights = {} if stays else weights.remember(self.parts)
         if self.wishes.save is not None:
-            document = self._document(found.metrics)
-            path = weights.save(self.parts, self.wishes.save, step, document)
-            self.reports.note(f"saved {path}, the best so far")
+            self._save(self.wishes.save, step, found)
+
+    def _save(self, save: Path, step: int, found: Measured) -> None:
+        """Save the weights, unless an earlier run left better ones."""
+        kept = self.kept
+        if kept is not None and found.score < kept.score:
+            self.reports.note(
+                f"not saved: {kept.directory} of an earlier run is better, {kept.score:.4f} on average to "
+                f"{found.score:.4f}; give another --save to keep this one"
+            )
+            return
+        if made_again := self.wishes.renew_hold():
+            self.reports.note(made_again)
+        path = weights.save(self.parts, save, step, self._document(found.metrics))
+        self.reports.note(f"saved {path}, the best so far")
 
     def take_back_best(self) -> None:
         """Put the best weights into the model, where they are not those of the last update."""
@@ -234,15 +286,31 @@ def grouped(samples: Encoded, planned: PlannedStep) -> GroupedSamples:
     return GroupedSamples(tuple(samples.batch(one.indices_R, one.weights_R, one.length) for one in batches))
 
 
-def measure_dev(parts: Parts, dev: Mapping[str, Encoded], wishes: Wishes, say: Callable[[str], None]) -> Measured:
-    """The metrics on all dev files with the weights that are in the model; collective over all ranks."""
+def measure_dev(
+    parts: Parts,
+    dev: Mapping[str, Encoded],
+    wishes: Wishes,
+    say: Callable[[str], None],
+    before_batch: Callable[[], None],
+) -> Measured:
+    """The metrics on all dev files with the weights that are in the model; collective over all ranks.
+
+    `before_batch` is called before each batch and may raise to give up.
+    """
     task = wishes.task
     metrics: dict[str, float] = {}
     losses: list[tuple[float, int]] = []
     for ending, samples in dev.items():
         assert samples.labels_N is not None, f"dev file {ending!r} was read without labels"
         pace = Pace(f"measuring dev{ending}", samples.lengths_N, say)
-        found_NC = scores(parts, samples, num_outputs=task.num_outputs, multiple=wishes.multiple, pace=pace)
+        found_NC = scores(
+            parts,
+            samples,
+            num_outputs=task.num_outputs,
+            multiple=wishes.multiple,
+            pace=pace,
+            before_batch=before_batch,
+        )
         metrics |= {f"{n}{ending}": v for n, v in metrics_of(found_NC, samples.labels_N, task).items()}
         losses.append((mean_loss(found_NC, samples.labels_N), len(samples)))
     return Measured(metrics, _mean(losses))

@@ -7,23 +7,24 @@ option but comes with the weights.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
 
 from megatron3d.comm.device import likely_device_type
 from megatron3d.config.check import resolve
-from megatron3d.config.cli import parse_args
+from megatron3d.config.cli import read_command
 from megatron3d.config.data import DataConfig
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.run import RunConfig
+from megatron3d.convert.hf import digest_of_tensors
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.tasks.glue.encode import Encoded, encode
 from megatron3d.tasks.glue.finetune import TaskData
 from megatron3d.tasks.glue.metrics import require_libraries
-from megatron3d.tasks.glue.options import check_options
+from megatron3d.tasks.glue.options import option_problems
 from megatron3d.tasks.glue.order import num_steps
 from megatron3d.tasks.glue.read import Rows, distinct_labels, read_rows
 from megatron3d.tasks.glue.tasks import CUSTOM, CustomColumns, Task, custom_task, find_task
@@ -54,6 +55,15 @@ class Job:
     save: str | None
     notes: tuple[str, ...]
 
+    def files(self) -> dict[str, str]:
+        """Digests of what was read, which all ranks must have alike; loading compares a checkpoint's weights."""
+        data, own = self.data, {"epochs": str(self.epochs), "batches": str((self.multiple, self.group_size))}
+        found = {"the training file": "none" if data.train is None else data.train.digest(), **own}
+        found |= {f"the dev file{ending}": one.digest() for ending, one in data.dev.items()}
+        found |= {f"the test file {name}": one.digest() for name, one in data.test.items()}
+        tensors = self.origin.tensors
+        return found if tensors is None else {**found, "the weights": digest_of_tensors(tensors)}
+
 
 def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int, *, say: Callable[[str], None]) -> Job:
     """Read files, weights' shapes and options, and find what is wrong with them.
@@ -68,16 +78,19 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
         ConfigError, DataError, CheckpointError: an option, a file or the weights cannot be used.
     """
     require_libraries()
-    words = parse_args(
+    command = read_command(
         other_words, program="finetune_glue.py", description="Fine-tune a BERT.", say=say, architecture="bert"
     )
-    check_options(args, words)
+    words = command.run
+    problems = [*command.problems, *option_problems(args, words)]
+    if problems:
+        raise ConfigError("\n".join(problems))
     origin = _origin(args, words)
     task, folder = _task_and_folder(args, origin)
     _check_classifier(args, origin, task)
     multiple = _multiple(args, words)
     max_length = _max_length(args.max_seq_length, origin, multiple)
-    data_options, tokenizer = choose_tokenizer(words.data, origin)
+    data_options, tokenizer = choose_tokenizer(words.data, origin, override=args.override_tokenizer)
     rows = _read(args, task, folder)
     data = TaskData(
         train=encode(rows.train, tokenizer, max_length=max_length) if rows.train else None,
@@ -101,7 +114,7 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
         eval_interval=args.eval_interval,
         predict=None if args.predict is None else _writable(Path(args.predict)),
         save=words.checkpoint.save,
-        notes=_notes(rows, data, origin, task, max_length),
+        notes=(*_notes(rows, data, origin, task, max_length), *_without_effect(args, runs[0], task, data)),
     )
 
 
@@ -322,6 +335,16 @@ def _notes(rows: _Files, data: TaskData, origin: Origin, task: Task, max_length:
     fresh = [prefix.strip(".") for prefix in new_prefixes(origin, task)]
     notes.append(f"starting from {origin.path}{', with a new ' + ' and '.join(fresh) if fresh else ''}")
     return tuple(notes)
+
+
+def _without_effect(args: argparse.Namespace, run: RunConfig, task: Task, data: TaskData) -> Iterator[str]:
+    """Lines about what is asked for and will not come."""
+    steps = run.train.train_iters
+    if args.eval_interval is not None and args.eval_interval >= steps:
+        yield f"--eval-interval {args.eval_interval} adds nothing: there are {steps} steps, measured after each epoch"
+    missing = [name for name in task.test if name not in data.test] if args.predict is not None else []
+    if missing:
+        yield f"--predict writes nothing for {', '.join(missing)}: {task.test[missing[0]]} is not there"
 
 
 def _mean_length(samples: Encoded) -> float:

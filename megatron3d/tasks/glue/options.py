@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
 from megatron3d.config.options import OPTIONS
 from megatron3d.config.run import RunConfig
@@ -21,6 +22,7 @@ _TAKEN = {
 _INSTEAD = {
     "train_iters": "use --epochs",
     "train_samples": "use --epochs",
+    "train_tokens": "use --epochs",
     "rampup_batch_size": "use --global-batch-size",
     "step_batch_size_schedule": "use --global-batch-size",
     "tensorboard_dir": "use --metrics-file",
@@ -33,9 +35,17 @@ _INSTEAD = {
 }
 
 
+class _TaskParser(argparse.ArgumentParser):
+    """argparse that raises our error: it is then printed once for a machine, and not by every rank with the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError; argparse's own messages name the flag and its value."""
+        raise ConfigError(f"{message[0].upper()}{message[1:]}; --help lists the options of the task.")
+
+
 def task_parser() -> argparse.ArgumentParser:
     """The parser of the task's own options; what it leaves over are those of pretraining."""
-    p = argparse.ArgumentParser(
+    p = _TaskParser(
         description="Fine-tune a BERT on a task of GLUE or on TSV files of your own.",
         epilog="All other options are those of pretrain_bert.py: see its --help, and docs/glue.md.",
         allow_abbrev=False,
@@ -43,6 +53,9 @@ def task_parser() -> argparse.ArgumentParser:
     p.add_argument("--task", required=True, metavar="NAME", help=f"{', '.join(GLUE_TASKS)}, or {CUSTOM} for your files")
     p.add_argument("--data-dir", metavar="DIR", help="folder of the official TSV files, or the one it is in")
     p.add_argument("--hf", metavar="DIR", help="start from a Hugging Face directory (or from --load CHECKPOINT)")
+    p.add_argument(
+        "--override-tokenizer", action="store_true", help="use files with other content than the model was trained with"
+    )
     p.add_argument("--keep-classifier", action="store_true", help="the classifier there is one of this task: keep it")
     p.add_argument("--epochs", type=int, default=3, metavar="N", help="default 3; 0 measures what was loaded")
     p.add_argument(
@@ -85,15 +98,12 @@ def task_parser() -> argparse.ArgumentParser:
     return p
 
 
-def check_options(args: argparse.Namespace, words: RunConfig) -> None:
-    """Refuse options of the model's shape, those that other options stand for here, and those without effect.
+def option_problems(args: argparse.Namespace, words: RunConfig) -> list[str]:
+    """Sentences about options of the model's shape, those that other options stand for here, and those without effect.
 
     Args:
         args: the task's own options.
         words: the options of pretraining as they were given.
-
-    Raises:
-        ConfigError: with a sentence for each.
     """
     problems = _problems_of_numbers(args, words)
     for option in OPTIONS:
@@ -107,8 +117,7 @@ def check_options(args: argparse.Namespace, words: RunConfig) -> None:
             problems.append(f"{given}: the model comes with --load or --hf; leave the option out.")
         elif option.section in _TAKEN and option.name not in _TAKEN[option.section]:
             problems.append(f"{given} has no effect on fine-tuning; leave the option out.")
-    if problems:
-        raise ConfigError("\n".join(problems))
+    return problems
 
 
 def _problems_of_numbers(args: argparse.Namespace, words: RunConfig) -> list[str]:

@@ -5,6 +5,7 @@ Shapes: N samples, C outputs of the model (classes, or 1 value in a regression).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,15 @@ from megatron3d.train.parts import Parts
 from megatron3d.train.step import micro_batches
 
 
-def scores(parts: Parts, samples: Encoded, *, num_outputs: int, multiple: int, pace: Pace) -> Tensor:
+def scores(
+    parts: Parts,
+    samples: Encoded,
+    *,
+    num_outputs: int,
+    multiple: int,
+    pace: Pace,
+    before_batch: Callable[[], None],
+) -> Tensor:
     """The model's outputs for all samples, fp32 [N, C] on the CPU, the same on every rank; collective over all.
 
     Args:
@@ -34,11 +43,13 @@ def scores(parts: Parts, samples: Encoded, *, num_outputs: int, multiple: int, p
         num_outputs: C.
         multiple: batches are padded to a multiple of this.
         pace: told of every batch.
+        before_batch: called before each on all ranks; may raise to give up, as nothing is under way then.
     """
     mesh, device = parts.mesh, parts.model.device
     found_NC = torch.zeros(len(samples), num_outputs, device=device)
     size = parts.config.train.global_batch_size
     for batch in evaluation_batches(samples.lengths_N, batch_size=size, multiple=multiple):
+        before_batch()
         part = batch.part(mesh.dp.rank, mesh.dp.size)
         outputs = _outputs(parts, samples, part)
         if outputs is not None:

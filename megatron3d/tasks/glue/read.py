@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron3d.errors import DataError
+from megatron3d.files.text import TextError, read_lines
 from megatron3d.tasks.glue.tasks import Task
 
 _SHOWN = 3  # bad rows told in one message
@@ -153,14 +154,13 @@ class _Columns:
 def _table(path: Path, headless_columns: tuple[str, ...]) -> tuple[Sequence[str], list[str], int]:
     """Header, lines with samples, and the number of the first of these in the file, from 1."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        lines = read_lines(path)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); give the folder of the official TSV files"
         ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it, with iconv for one") from error
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    except TextError as error:
+        raise DataError(f"{path} cannot be read as text: {error}") from error
     while lines and not lines[-1]:
         lines.pop()
     if headless_columns:

@@ -13,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron3d.comm.device import device_name, peak_memory_bytes
+from megatron3d.config.serialize import to_dict
 from megatron3d.models.flops import flops_per_step, peak_tflops
 from megatron3d.tasks.glue.order import PlannedStep, padded_share
-from megatron3d.train.metrics import MetricsFile, StepRecord
+from megatron3d.train.metrics import StepRecord
 from megatron3d.train.parts import Parts
 from megatron3d.train.progress import ProgressReporter, StepReport
 from megatron3d.train.reports import TERA, start_record
-from megatron3d.train.state import Progress, total_steps
+from megatron3d.train.state import Progress, last_step
 from megatron3d.train.step import Rates, StepResult
+from megatron3d.train.trackers import Trackers
 
 
 class TaskReports:
@@ -29,7 +31,7 @@ class TaskReports:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._exits = ExitStack()
-        self._metrics: MetricsFile | None = None
+        self._trackers = Trackers(parts.config.train)
         self._progress: ProgressReporter | None = None
         self._lengths_N: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
@@ -39,12 +41,11 @@ class TaskReports:
         if self.parts.mesh.rank > 0:
             return self
         config = self.parts.config
-        if config.train.metrics_file:
-            self._metrics = self._exits.enter_context(MetricsFile(config.train.metrics_file))
-            self._metrics.start(record)
+        self._exits.callback(self._trackers.close)
+        self._trackers.open(record, run=to_dict(config), resumed_step=0)
         peak = config.train.peak_tflops or peak_tflops(device_name(self.parts.model.device), config.optim.precision)
         reporter = ProgressReporter(
-            total_steps(config),
+            last_step(config, Progress()),
             sys.stderr,
             log_interval=config.train.log_interval,
             num_devices=self.parts.mesh.world.size,
@@ -84,24 +85,23 @@ class TaskReports:
                 memory_bytes=peak_memory_bytes(self.parts.model.device),
             )
         )
-        if self._metrics is not None:
-            self._metrics.step(
-                StepRecord(
-                    step=progress.step,
-                    loss=result.loss,
-                    grad_norm=result.grad_norm,
-                    lr=rates.lr,
-                    consumed_samples=progress.consumed_samples,
-                    tokens_per_second=tokens / elapsed_s,
-                    skipped=result.skipped,
-                    batch_size=planned.num_samples,
-                )
+        self._trackers.step(
+            StepRecord(
+                step=progress.step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=rates.lr,
+                consumed_samples=progress.consumed_samples,
+                tokens_per_second=tokens / elapsed_s,
+                skipped=result.skipped,
+                batch_size=planned.num_samples,
             )
+        )
 
     def measured(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
         """The metrics on dev after a step."""
-        if self._metrics is not None:
-            self._metrics.evaluation(step, loss, {f"valid_{name}": value for name, value in metrics.items()})
+        if self._progress is not None:
+            self._trackers.evaluation(step, loss, {f"valid_{name}": value for name, value in metrics.items()})
 
     def note(self, text: str) -> None:
         """Write a line, on rank 0."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megatron3d.config.data import DataConfig
 from megatron3d.convert.tokenizer_choice import beside_checkpoint, tokenizer_of, with_given
+from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError
 from megatron3d.tasks.glue.weights import Origin
@@ -14,8 +15,10 @@ _OPTIONS = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
 _PADDED_VOCABULARY = 128  # a model may have fewer than this many rows beyond its tokens, for speed
 
 
-def choose_tokenizer(words: DataConfig, origin: Origin) -> tuple[DataConfig, Tokenizer]:
+def choose_tokenizer(words: DataConfig, origin: Origin, *, override: bool) -> tuple[DataConfig, Tokenizer]:
     """The tokenizer that the options name, else the one that the weights were trained with.
+
+    Files with other content than those of the training are used only by `override`.
 
     Raises:
         ConfigError: neither names one, or it is not that of the model.
@@ -28,7 +31,7 @@ def choose_tokenizer(words: DataConfig, origin: Origin) -> tuple[DataConfig, Tok
         raise ConfigError(f"{origin.path} names no tokenizer; give --vocab-file, the vocab.txt it was trained with.")
     files = (options.vocab_file, options.merge_file, options.tokenizer_model)
     tokenizer = TokenizerSpec(options.tokenizer_type, *files, vocab_size=origin.model.vocab_size).build()
-    if chosen != own:
+    if chosen != own and not override:
         _check_vocabulary(tokenizer, own, origin, next(filter(None, files), options.tokenizer_type))
     here, there = tokenizer.vocab_size, origin.model.vocab_size
     name = next(filter(None, files), options.tokenizer_type)
@@ -37,6 +40,8 @@ def choose_tokenizer(words: DataConfig, origin: Origin) -> tuple[DataConfig, Tok
             f"the vocabulary {name} has {here} tokens, but the model in {origin.path} was trained "
             f"with {there}; give the vocabulary of the model with --vocab-file."
         )
+    if not override:
+        require_same_tokenizer(origin.content, options, origin.model.vocab_size, source=origin.path)
     return options, tokenizer
 
 

@@ -14,20 +14,25 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron3d.checkpoint.directory import find_checkpoint
+from megatron3d.checkpoint.directory import find_checkpoint, was_saved_to
 from megatron3d.checkpoint.index import read_index
-from megatron3d.checkpoint.load import load_tensors, read_document, tensor_shapes
+from megatron3d.checkpoint.load import load_tensors, tensor_shapes
 from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.checkpoint.store import everywhere
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.data import DataConfig
 from megatron3d.config.model import ModelConfig
-from megatron3d.config.serialize import from_dict, to_dict
+from megatron3d.config.serialize import to_dict
 from megatron3d.convert.hf import fill_views, read_model
+from megatron3d.convert.task_document import read_task_document
 from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, files_of, named_in, write_files
+from megatron3d.data.content import Content, tokenizer_content
+from megatron3d.data.hf_description import companion_files, tokenizer_files
 from megatron3d.errors import DataError, MisfitError
 from megatron3d.tasks.glue.tasks import Task
+from megatron3d.train.compare import CONTENT_DOCUMENT, read_saved_run
 from megatron3d.train.parts import Parts
+from megatron3d.zero.replicas import require_equal_replicas
 
 _CLASSIFIER, _POOLER = "head.classifier.", "head.pooler."
 
@@ -45,6 +50,7 @@ class Origin:
         keeps_classifier: whether the user says that its classifier is one of the task.
         num_outputs: outputs of its classifier; None if it has none.
         tensors: all weights by name, of a Hugging Face directory; None of a checkpoint, which is read when needed.
+        content: what the checkpoint says of the tokenizer's content; None if it says nothing.
     """
 
     path: Path
@@ -55,6 +61,7 @@ class Origin:
     keeps_classifier: bool = False
     num_outputs: int | None = None
     tensors: Mapping[str, Tensor] | None = None
+    content: Content | None = None
 
     def is_of(self, task: Task) -> bool:
         """Whether its classifier is one of this task."""
@@ -99,12 +106,21 @@ def open_checkpoint(load: str, step: int | None) -> Origin:
         CheckpointError: there is none, or it holds no BERT.
     """
     directory = find_checkpoint(Path(load), step)
-    stored = from_dict(read_document(directory, "run"))
+    saved = read_saved_run(directory)
+    stored = saved.config
     _require_bert(f"--load {directory}", stored.model)
     shapes = {name.removeprefix("model/"): shape for name, shape in tensor_shapes(directory).items()}
-    task = read_document(directory, "task") if "task.json" in read_index(directory).documents else None
+    task = read_task_document(directory, read_index(directory))
     num_outputs = shapes.get(f"{_CLASSIFIER}weight", (None,))[0]
-    return Origin(directory, stored.model, frozenset(shapes), stored.data, task, num_outputs=num_outputs)
+    return Origin(
+        directory,
+        stored.model,
+        frozenset(shapes),
+        stored.data,
+        task,
+        num_outputs=num_outputs,
+        content=saved.content,
+    )
 
 
 def _require_bert(source: str, model: ModelConfig) -> None:
@@ -132,7 +148,12 @@ def fill(parts: Parts, origin: Origin, task: Task) -> None:
         views = parts.engine.weight_views()
         old = {name: view for name, view in views.items() if not (fresh and name.startswith(fresh))}
         if origin.tensors is None:
-            load_tensors(origin.path, {f"model/{n}": v for n, v in old.items()}, group=parts.mesh.world.group)
+            load_tensors(
+                origin.path,
+                {f"model/{n}": v for n, v in old.items()},
+                group=parts.mesh.world.group,
+                may_be_left=lambda name: not name.startswith("model/") or name.startswith("model/head."),
+            )
         elif missing := fill_views(old, origin.tensors):
             raise MisfitError(f"--hf {origin.path} has no weights for {missing[0]}; give a directory that has them")
     parts.engine.publish()
@@ -176,16 +197,20 @@ def save(parts: Parts, root: Path, step: int, document: Mapping[str, Any]) -> Pa
     """Write the classifier without its optimizer, and keep it alone in `root`; collective over all ranks.
 
     Raises:
+        NumericsError: the weights are not finite, or ranks that must hold the same ones do not.
         StorageError: the file system refused; the checkpoint before is untouched.
     """
-    mesh = parts.mesh
+    mesh, config = parts.mesh, parts.config
+    content = Content({}, tokenizer_content(config.data, vocab_size=config.model.vocab_size))
     with parts.engine.states_opened(parts.optimizer, writes=False):
+        held = {f"model/{name}": view for name, view in parts.engine.weight_views().items()}
+        require_equal_replicas(parts.engine.units, held, mesh, step=step)
         views = parts.engine.weight_views(with_copies=False)
         return save_checkpoint(
             root,
             step,
             {f"model/{name}": view for name, view in views.items()},
-            documents={"run": to_dict(parts.config), "task": dict(document)},
+            documents={"run": to_dict(config), "task": dict(document), CONTENT_DOCUMENT: content.to_json()},
             keep_last=1,
             group=mesh.world.group,
             rank=mesh.rank,
@@ -198,13 +223,26 @@ def keep_tokenizer(data: DataConfig, model: ModelConfig, save: Path, mesh: Mesh)
 
     Raises:
         StorageError: the file system refused.
+        MisfitError: checkpoints are there whose tokenizer is another one.
     """
     files = files_of(data, model)
     folder = save / TOKENIZER_FOLDER
 
     def copy() -> None:
         if mesh.rank == 0:
+            _require_no_other_tokenizer(save, files)
             write_files(folder, files)
 
     everywhere(copy, mesh.world.group)
     return named_in(data, folder)
+
+
+def _require_no_other_tokenizer(save: Path, files: Mapping[str, bytes]) -> None:
+    folder = save / TOKENIZER_FOLDER
+    there = companion_files(folder) | tokenizer_files(folder)
+    other = [name for name, content in there.items() if content != files.get(name)]
+    if other and was_saved_to(save):
+        raise MisfitError(
+            f"--save {save} holds checkpoints with another tokenizer ({folder / other[0]}) than this fine-tuning's; "
+            "give another --save"
+        )

@@ -1,0 +1,268 @@
+"""What a change of each option means to a run that resumes a checkpoint: one table over all fields of all sections.
+
+Every field has exactly one effect. FUNCTION changes what the weights compute: never resumed. SAMPLES changes what
+"so many consumed samples" means: resumed only with --override-sample-order. REPORTED changes how training goes on,
+which people do on purpose: said in a line. FREE changes neither: layout, memory, kernels, logging, paths.
+
+Some options have no value that could be compared: token files and tokenizers are compared by content
+(`data/content.py`), and the options of the learning-rate schedule by the schedule that they give
+(`optim/schedule.py`). They are in the table like all others and skipped by `differences`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+from megatron3d.config.derive import resolve_model
+from megatron3d.config.options import BY_KEY, SECTIONS
+from megatron3d.config.run import RunConfig
+
+Key = tuple[str, str]
+
+
+class Effect(Enum):
+    """What a change of an option means to a resumed run."""
+
+    FUNCTION = "function"
+    SAMPLES = "samples"
+    REPORTED = "reported"
+    FREE = "free"
+
+
+# Section -> effect -> names of fields.
+_TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
+    {
+        "model": {
+            Effect.FUNCTION: (
+                "architecture num_layers hidden_size num_attention_heads max_position_embeddings ffn_hidden_size "
+                "kv_channels num_query_groups vocab_size position_embedding_type rotary_base rotary_percent "
+                "rotary_interleaved normalization norm_epsilon apply_layernorm_1p norm_position "
+                "activation add_bias_linear add_qkv_bias "
+                "qk_layernorm untie_embeddings_and_output_weights apply_residual_connection_post_layernorm "
+                "bert_binary_head num_token_types"
+            ),
+            Effect.SAMPLES: "seq_length",
+            Effect.REPORTED: "hidden_dropout attention_dropout",
+            # The switches are in activation and num_query_groups; stored tables have no padding; the initial weights
+            # are past.
+            Effect.FREE: (
+                "swiglu squared_relu openai_gelu group_query_attention make_vocab_size_divisible_by init_method_std"
+            ),
+        },
+        "parallel": {
+            Effect.REPORTED: "grad_reduce_in_bf16 offload_delayed_update",
+            Effect.FREE: (
+                "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size "
+                "expert_model_parallel_size sequence_parallel pipeline_schedule num_layers_per_virtual_pipeline_stage "
+                "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_virtual_pipeline_stage "
+                "pipeline_model_parallel_layout pipeline_split_costs pipeline_memory_limit_gb "
+                "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers "
+                "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split zero_stage "
+                "zero_shard_size zero_prefetch_units use_distributed_optimizer overlap_grad_reduce "
+                "overlap_param_gather offload_optimizer offload_params offload_dir device distributed_timeout_minutes "
+                "data_parallel_size world_size virtual_stages"
+            ),
+        },
+        "train": {
+            Effect.REPORTED: "global_batch_size rampup_batch_size step_batch_size_schedule iterations_to_skip",
+            # batch_size_steps is step_batch_size_schedule in samples; accumulation steps are in global_batch_size.
+            Effect.FREE: (
+                "micro_batch_size gradient_accumulation_steps train_iters train_samples train_tokens "
+                "eval_interval eval_iters exit_interval "
+                "exit_duration_in_mins exit_signal_handler log_interval tensorboard_dir wandb_project wandb_exp_name "
+                "wandb_entity wandb_save_dir metrics_file check_weight_hash_across_dp_replicas_interval "
+                "recompute_granularity recompute_activations recompute_method "
+                "recompute_num_layers peak_tflops profile_pipeline profile_pipeline_step batch_size_steps"
+            ),
+        },
+        "optim": {
+            Effect.REPORTED: (
+                "optimizer lr min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_iters "
+                "lr_warmup_samples lr_decay_tokens lr_warmup_tokens lr_warmup_fraction lr_warmup_init "
+                "lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples weight_decay start_weight_decay "
+                "end_weight_decay weight_decay_incr_style "
+                "clip_grad adam_beta1 adam_beta2 adam_eps decoupled_weight_decay exp_avg_dtype exp_avg_sq_dtype "
+                "sgd_momentum lion_beta1 lion_beta2 muon_momentum muon_nesterov muon_split_qkv muon_scale_mode "
+                "muon_extra_scale_factor muon_coefficient_type muon_num_ns_steps muon_fp32_matmul_prec "
+                "muon_scalar_optimizer bf16 fp16 loss_scale initial_loss_scale min_loss_scale loss_scale_window "
+                "hysteresis check_for_nan_in_loss_and_grad"
+            ),
+            Effect.FREE: "optimizer_implementation",
+        },
+        "data": {
+            # What a token attends to, and which position it has.
+            Effect.FUNCTION: "reset_position_ids reset_attention_mask eod_token",
+            # The seed also draws dropout.
+            Effect.SAMPLES: (
+                "data_path train_data_path data_args_path split mock_data tokenizer_type tokenizer_model vocab_file "
+                "merge_file tiktoken_pattern tiktoken_num_special_tokens tiktoken_special_tokens "
+                "eod_mask_loss mask_prob mask_max_ngram mask_whole_words short_seq_prob bert_sentence_task "
+                "seed"
+            ),
+            Effect.REPORTED: "valid_data_path test_data_path",
+            Effect.FREE: "num_workers dataloader_check_ids",
+        },
+        "checkpoint": {
+            Effect.FREE: (
+                "save load pretrained_checkpoint save_interval keep_last save_retain_interval ckpt_step finetune "
+                "no_load_optim no_save_optim override_opt_param_scheduler use_checkpoint_opt_param_scheduler "
+                "fall_back_to_previous_checkpoint exit_on_missing_checkpoint override_sample_order use_checkpoint_args"
+            ),
+        },
+    }
+)
+
+EFFECTS: Mapping[Key, Effect] = MappingProxyType(
+    {
+        (section, name): effect
+        for section, by_effect in _TABLE.items()
+        for effect, names in by_effect.items()
+        for name in names.split()
+    }
+)
+
+_BY_CONTENT = (
+    "data_path train_data_path valid_data_path test_data_path data_args_path tokenizer_type tokenizer_model "
+    "vocab_file merge_file"
+)
+_BY_SCHEDULE = (
+    "lr min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_iters lr_warmup_samples "
+    "lr_decay_tokens lr_warmup_tokens lr_warmup_fraction "
+    "lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples weight_decay start_weight_decay "
+    "end_weight_decay weight_decay_incr_style"
+)
+COMPARED_ELSEWHERE: frozenset[Key] = frozenset(
+    [("data", name) for name in _BY_CONTENT.split()] + [("optim", name) for name in _BY_SCHEDULE.split()]
+)
+
+
+def _has(section: str, name: str, *values: Any) -> Callable[[RunConfig], bool]:
+    return lambda run: getattr(getattr(run, section), name) in values
+
+
+_IS_ROTARY, _IS_BERT = _has("model", "position_embedding_type", "rope"), _has("model", "architecture", "bert")
+_USES_ADAM = _has("optim", "optimizer", "adam", "adamw", "lamb", "muon")
+_IS_FP16 = _has("optim", "fp16", True)
+
+
+def _depends_on_eod(run: RunConfig) -> bool:
+    data = run.data
+    return data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss or data.mock_data
+
+
+def _has_dynamic_scale(run: RunConfig) -> bool:
+    return run.optim.fp16 and run.optim.loss_scale is None
+
+
+# Options that have an effect only where others say so, in both runs; else the others differ and speak for themselves.
+_RELEVANT: Mapping[Key, Callable[[RunConfig], bool]] = MappingProxyType(
+    {
+        ("model", "max_position_embeddings"): _has("model", "position_embedding_type", "learned_absolute"),
+        **{("model", name): _IS_ROTARY for name in ("rotary_base", "rotary_percent", "rotary_interleaved")},
+        ("model", "add_qkv_bias"): _has("model", "add_bias_linear", False),
+        ("model", "bert_binary_head"): _IS_BERT,
+        ("data", "eod_token"): _depends_on_eod,
+        ("data", "split"): lambda run: bool(run.data.data_path or run.data.data_args_path),
+        **{
+            ("data", name): _IS_BERT
+            for name in ("mask_prob", "mask_max_ngram", "mask_whole_words", "short_seq_prob", "bert_sentence_task")
+        },
+        **{("optim", name): _USES_ADAM for name in ("adam_beta1", "adam_beta2", "adam_eps", "exp_avg_sq_dtype")},
+        ("optim", "decoupled_weight_decay"): _USES_ADAM,
+        ("optim", "exp_avg_dtype"): _has("optim", "optimizer", "adam", "adamw", "lamb", "lion", "muon"),
+        ("optim", "sgd_momentum"): _has("optim", "optimizer", "sgd"),
+        **{("optim", name): _has("optim", "optimizer", "lion", "muon") for name in ("lion_beta1", "lion_beta2")},
+        **{("optim", key): _has("optim", "optimizer", "muon") for _, key in EFFECTS if key.startswith("muon_")},
+        ("optim", "loss_scale"): _IS_FP16,
+        **{
+            ("optim", name): _has_dynamic_scale
+            for name in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+        },
+    }
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One option that a run and the checkpoint it resumes have with different values."""
+
+    effect: Effect
+    option: str
+    saved: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.option}: checkpoint {self.saved}, this run {self.now}"
+
+
+def differences(saved: RunConfig, now: RunConfig) -> list[Difference]:
+    """The options in which two resolved runs differ, but for the free ones and those compared elsewhere."""
+    saved, now = _resolved(saved), _resolved(now)
+    found = [
+        Difference(effect, _label(key), _shown(_value(saved, key)), _shown(_value(now, key)))
+        for key, effect in _compared()
+        if _is_relevant(key, saved) and _is_relevant(key, now) and not _agree(key, saved, now)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _compared() -> Iterator[tuple[Key, Effect]]:
+    """Keys in the order of the sections."""
+    for section in SECTIONS:
+        for key, effect in EFFECTS.items():
+            if key[0] == section and effect is not Effect.FREE and key not in COMPARED_ELSEWHERE:
+                yield key, effect
+
+
+def _resolved(run: RunConfig) -> RunConfig:
+    """The run with the derived values of its model, which a checkpoint of an imported model may lack."""
+    return RunConfig(resolve_model(run.model), run.parallel, run.optim, run.data, run.train, run.checkpoint)
+
+
+def _is_relevant(key: Key, run: RunConfig) -> bool:
+    is_relevant = _RELEVANT.get(key)
+    return is_relevant is None or is_relevant(run)
+
+
+def _agree(key: Key, saved: RunConfig, now: RunConfig) -> bool:
+    mine, theirs = _value(saved, key), _value(now, key)
+    # Runs of earlier versions left the tokenizer's own end-of-document token out.
+    return mine == theirs or (key == ("data", "eod_token") and None in (mine, theirs))
+
+
+def _value(run: RunConfig, key: Key) -> Any:
+    """What is compared: values that mean the same are made the same."""
+    section, name = key
+    value = getattr(getattr(run, section), name)
+    if name in ("bf16", "fp16"):
+        return run.optim.precision
+    if name == "optimizer":
+        return "adam" if value == "adamw" else value
+    return _shares(value) if name == "split" else value
+
+
+def _shares(split: str) -> str:
+    """The shares of a split without what does not change them."""
+    words = split.strip("'\" ").replace("/", ",").split(",")
+    return ",".join(f"{float(word):g}" for word in words if word.strip())
+
+
+def _label(key: Key) -> str:
+    if key[1] in ("bf16", "fp16"):
+        return "precision (--bf16, --fp16)"
+    option = BY_KEY.get(key)
+    return key[1] if option is None else option.spelling
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,72 @@
+"""JSON that others wrote: whatever is wrong with it is a `ValueError` whose message says what.
+
+`json.loads` has two more ways to fail: text that is not UTF-8, and values nested so deep that its recursion ends in a
+RecursionError. A document that is kept and written again, or walked through, must also leave room for the recursion
+of whoever does that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from megatron3d.files.text import decode
+
+MAX_DEPTH = 100  # of a document; those of our formats and of Hugging Face's nest below 12
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def parse(data: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not UTF-8, not JSON, or nested too deep to be read.
+    """
+    try:
+        return json.loads(data if isinstance(data, str) else decode(data))
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def parse_object(data: bytes | str) -> dict[str, Any]:
+    """The value of a JSON text that must be an object.
+
+    Raises:
+        ValueError: as `parse`; or it is another kind of value, nested deeper than MAX_DEPTH, or has a string with half
+            of a surrogate pair.
+    """
+    text = data if isinstance(data, str) else decode(data)
+    value = parse(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {kind_of(value)} and must hold an object")
+    if _is_deeper(value, MAX_DEPTH):
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    if _SURROGATE.search(text):
+        # Halves of surrogate pairs can be spelled in JSON but neither printed nor written.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls the type of a value, with its article."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return names.get(type(value), "an object")
+
+
+def is_whole_number(value: Any, least: int, most: int = 2**63 - 1) -> bool:
+    """Whether a value is a whole number from `least` to `most`; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether objects and lists nest deeper than so many levels; level by level, for recursion is what may not be."""
+    level = [value]
+    for _ in range(levels):
+        children = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [child for each in children for child in each]
+        if not level:
+            return False
+    return any(isinstance(one, dict | list) for one in level)

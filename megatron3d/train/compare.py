@@ -1,0 +1,130 @@
+"""A resumed run compared with the run that wrote its checkpoint: refused, refused unless overridden, or reported.
+
+The table of what each option means is `config/resume.py`; what is read is compared by `data/content.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron3d.checkpoint.index import read_index
+from megatron3d.checkpoint.load import read_document
+from megatron3d.checkpoint.store import ProcessGroup, everywhere
+from megatron3d.comm.agree import require_agreement
+from megatron3d.config.resume import Difference, Effect, differences
+from megatron3d.config.run import RunConfig
+from megatron3d.config.serialize import from_dict
+from megatron3d.data.content import (
+    Content,
+    content_differences,
+    content_from_json,
+    content_of,
+    content_of_paths,
+    moved,
+)
+from megatron3d.errors import DataError, MisfitError
+
+CONTENT_DOCUMENT = "content"
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The run that wrote a checkpoint: its options and, unless it is of an earlier version, what it read."""
+
+    directory: Path
+    config: RunConfig
+    content: Content | None
+
+
+def read_saved_run(directory: Path) -> SavedRun:
+    """The run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: a document is missing or damaged.
+        ConfigError: it is of another version.
+    """
+    content = None
+    if f"{CONTENT_DOCUMENT}.json" in read_index(directory).documents:
+        content = content_from_json(read_document(directory, CONTENT_DOCUMENT))
+    return SavedRun(directory, from_dict(read_document(directory, "run")), content)
+
+
+def agreed_content(config: RunConfig, group: ProcessGroup | None) -> Content:
+    """What a run reads, once it is sure that all ranks read the same. Collective over all ranks.
+
+    Raises: DataError if a file cannot be read, or the ranks read different ones; raised on every rank.
+    """
+    content = everywhere(lambda: content_of(config.data, vocab_size=config.model.vocab_size), group)
+    require_agreement(content.digests(), DataError)
+    return content
+
+
+def compare_weights(saved: SavedRun, config: RunConfig) -> None:
+    """Refuse a model that computes another function of the same weights, as a fine-tuning must.
+
+    Raises: MisfitError with all differences.
+    """
+    wrong = [one for one in differences(saved.config, config) if one.effect is Effect.FUNCTION]
+    if wrong:
+        raise MisfitError(_refusal(saved.directory, wrong, []))
+
+
+def compare_resumed(saved: SavedRun, config: RunConfig, content: Content | None) -> list[str]:
+    """Lines about what a resumed run changes and may change.
+
+    Args:
+        saved: the run that wrote the checkpoint.
+        config: the resolved options of this run.
+        content: what this run reads; None does not compare it.
+
+    Raises: MisfitError with all differences that the run may not have.
+    """
+    found, lines = differences(saved.config, config), []
+    if content is not None:
+        theirs, ours = saved.content, content
+        if theirs is None:
+            theirs, ours, line = _as_known_then(saved.config, content)
+            lines.append(line)
+        found += content_differences(theirs, ours)
+        lines += moved(theirs, ours)
+    function = [one for one in found if one.effect is Effect.FUNCTION]
+    samples = [one for one in found if one.effect is Effect.SAMPLES]
+    may_differ = config.checkpoint.override_sample_order
+    if function or (samples and not may_differ):
+        raise MisfitError(_refusal(saved.directory, function, [] if may_differ else samples))
+    changed = [one for one in found if one.effect is not Effect.FUNCTION]
+    return [*(f"changed: {one}" for one in changed), *lines]
+
+
+def _as_known_then(saved: RunConfig, content: Content) -> tuple[Content, Content, str]:
+    """Both contents as far as a checkpoint without digests knows its own, and a line about the rest."""
+    theirs = content_of_paths(saved.data)
+    left = {"all"} if saved.data.data_args_path is not None else set()
+    ours = Content({part: one for part, one in content.corpora.items() if part not in left}, None)
+    paths = " ".join(one.prefix for corpora in theirs.corpora.values() for one in corpora)
+    where = f"; its data was {paths or saved.data.data_args_path}" if paths or left else ""
+    tokenizer = f"; its tokenizer was {saved.data.tokenizer_type}" if saved.data.tokenizer_type else ""
+    line = (
+        "the checkpoint is of a version that stored no digests of data and tokenizer, so their content was not "
+        f"compared{where}{tokenizer}"
+    )
+    return theirs, ours, line
+
+
+def _refusal(directory: Path, function: list[Difference], samples: list[Difference]) -> str:
+    """One sentence a difference, and what to do."""
+    lines = []
+    if function:
+        lines += [
+            f"{directory} does not fit this run: its weights are those of another function. Give the options of the "
+            "checkpoint, or take them from it with --use-checkpoint-args:",
+            *(f"  {one}" for one in function),
+        ]
+    if samples:
+        lines += [
+            f"{directory} counts samples that are not those of this run, which would see some twice and some never. "
+            "Give the options of the checkpoint, or resume with the new ones by --override-sample-order:",
+            *(f"  {one}" for one in samples),
+        ]
+    return "\n".join(lines)

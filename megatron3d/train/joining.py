@@ -1,0 +1,99 @@
+"""From a started process to a run with its mesh: the device, the process group, the groups of the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from types import MappingProxyType
+
+import torch
+
+from megatron3d.comm.agree import require_agreement
+from megatron3d.comm.device import pick_device
+from megatron3d.comm.join import join, leave
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import Mesh, make_mesh
+from megatron3d.comm.roll_call import RollCall, report
+from megatron3d.comm.waiting import CollectiveError, first_line, is_peer_failure, is_timeout
+from megatron3d.config.agreement import agreed_options
+from megatron3d.config.run import RunConfig
+from megatron3d.errors import ConfigError, Megatron3dError, PeerError, StopRequested
+from megatron3d.train.exit_status import clear_exit_status
+from megatron3d.train.launch import Guard
+
+
+@contextmanager
+def joined(
+    config: RunConfig,
+    guard: Guard,
+    *,
+    save: str | None,
+    files: Mapping[str, str] = MappingProxyType({}),
+    stoppable: bool = False,
+) -> Iterator[tuple[Mesh, torch.device]]:
+    """Pick the device, join the job, build the mesh of a resolved config, and leave the job at the end.
+
+    The mesh is built once all ranks have the same options: with different layouts they would wait in groups that the
+    others do not have.
+
+    Args:
+        config: the resolved run, whose layout and device are taken.
+        guard: learns `save`.
+        save: the --save directory, in which the exit status of an earlier run is removed.
+        files: digests of what else each rank has read from files, by a name for people: prompts, a training file.
+        stoppable: within the block, signals set `guard.stop` instead of ending the process; the block must look at it.
+
+    Raises:
+        ConfigError: the device cannot be had, or the ranks do not agree on an option or on `files`.
+        PeerError: instead of the error of a collective in the block that lost another rank.
+    """
+    launch, parallel = guard.launch, config.parallel
+    guard.save = save
+    if save and launch.rank == 0:
+        clear_exit_status(save)
+    device = pick_device(parallel.device, local_rank=launch.local_rank, local_world_size=launch.local_world_size)
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    layout = Layout(
+        tp=parallel.tensor_model_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        dp=parallel.data_parallel_size,
+        cp=parallel.context_parallel_size,
+        zero_shard=parallel.zero_shard_size,
+    )
+    roll: RollCall | None = None
+    try:
+        store = join(launch, device, timeout=timeout)
+        if store is not None:
+            roll = RollCall(store, rank=launch.rank, world_size=launch.world_size)
+        require_agreement({**agreed_options(config), **files}, ConfigError)
+        # Not before: while ranks wait for each other nothing looks at the flag, and there is nothing to save.
+        with guard.stop if stoppable else nullcontext():
+            mesh = make_mesh(layout, timeout=timeout)
+            if roll is not None:
+                roll.watch(mesh.meter)
+            yield mesh, device
+    except Exception as error:
+        if isinstance(error, StopRequested) and roll is not None:
+            roll.close()  # all ranks end here
+        if (isinstance(error, Megatron3dError) and not isinstance(error, CollectiveError)) or not is_peer_failure(
+            error
+        ):
+            raise
+        raise _peer_error(error, roll, launch.world_size) from error
+    if roll is not None:
+        roll.close()
+    leave()
+
+
+def _peer_error(error: Exception, roll: RollCall | None, world_size: int) -> PeerError:
+    """An error of a collective, as the sentence it stands for; after a timeout with what a roll call finds."""
+    what = first_line(error)
+    if roll is not None and is_timeout(error):
+        if isinstance(error, CollectiveError):
+            what = f"{error.waited_for} was not finished within --distributed-timeout-minutes"
+        what = f"{what}; {report(roll.call(), world_size)}"
+    failure = PeerError(f"a collective failed, so another rank is gone or stuck: {what}")
+    for note in getattr(error, "__notes__", []):
+        failure.add_note(note)
+    return failure

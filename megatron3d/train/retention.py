@@ -1,0 +1,55 @@
+"""Which checkpoints stay: `--keep-last` and `--save-retain-interval`, applied once the newest has proved itself.
+
+A checkpoint is finite when it is written, and may still be one from which no training goes on. So the earlier ones stay
+until the step after it was finite, too. At the end of a run an evaluation stands for that step. A run that is stopped
+leaves one checkpoint more than asked for, which goes when the next run has made its first step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron3d.checkpoint import publish
+from megatron3d.checkpoint.directory import step_of
+from megatron3d.checkpoint.store import everywhere
+from megatron3d.comm.mesh import Mesh
+from megatron3d.config.checkpoint import CheckpointConfig
+
+
+class Retention:
+    """The checkpoints of one run; all ranks make the same calls, and rank 0 removes."""
+
+    def __init__(self, options: CheckpointConfig, mesh: Mesh, *, newest: Path | None) -> None:
+        """`newest` is the checkpoint that the run resumes from where it lies in its own --save."""
+        self._mesh, self._unproved = mesh, newest
+        self._retain_interval = options.save_retain_interval
+        self._keep_last = options.keep_last
+        if self._keep_last is None and self._retain_interval is not None:
+            self._keep_last = 1  # Megatron-LM's rule: each save replaces the one before, but for the multiples
+
+    def saved(self, path: Path) -> None:
+        """A checkpoint was published; what it replaces stays for now."""
+        self._unproved = path
+
+    @property
+    def waits(self) -> bool:
+        """Whether earlier checkpoints stay only until the newest has proved itself."""
+        return self._unproved is not None and self._keep_last is not None
+
+    def proved(self, step: int) -> None:
+        """The weights after `step` gave a finite loss and gradient: prune behind a checkpoint of them or of earlier
+        ones. Collective over all ranks where there is one.
+
+        Raises:
+            StorageError: a checkpoint could not be removed.
+        """
+        newest = self._unproved
+        if newest is None or self._keep_last is None or step_of(newest) > step:
+            return
+        self._unproved, keep_last = None, self._keep_last
+
+        def prune() -> None:
+            if self._mesh.rank == 0:
+                publish.prune(newest, keep_last, retain_interval=self._retain_interval)
+
+        everywhere(prune, self._mesh.world.group)

@@ -1,0 +1,51 @@
+"""The ranks' common decision to stop: each has its own wish, and all act on it at the same point.
+
+Signals do not reach all ranks at the same time. A rank that stopped alone would leave the others waiting for it, so
+every point at which a run may stop is a small reduction over all ranks.
+"""
+
+from __future__ import annotations
+
+from megatron3d.comm.collectives import count_votes, gather_values
+from megatron3d.comm.mesh import Axis, Mesh
+from megatron3d.errors import StopRequested
+from megatron3d.train.launch import Guard
+
+
+def agreed_reason(reason: str | None, world: Axis) -> str | None:
+    """The reason of the first rank that has one to stop, on every rank; None if no rank has. Collective."""
+    return first_reason(reason, world) if count_votes(reason is not None, world) else None
+
+
+def first_reason(reason: str | None, world: Axis) -> str | None:
+    """The same where it is known that a rank has one."""
+    return next(filter(None, gather_values(reason, world)), None)
+
+
+def signal_reason(guard: Guard) -> str | None:
+    """That a signal asked this rank to stop, if one did."""
+    return f"{guard.stop.signal_name} was received" if guard.stop else None
+
+
+def stop_if_asked(guard: Guard, mesh: Mesh, *, when: str, outcome: str) -> None:
+    """End the run if a signal asked any rank to stop; collective.
+
+    Args:
+        guard: knows of signals to this rank.
+        mesh: the ranks that decide together.
+        when: for the sentence, such as "before training".
+        outcome: for the sentence: what is kept and what to do.
+
+    Raises: StopRequested on all ranks.
+    """
+    reason = agreed_reason(signal_reason(guard), mesh.world)
+    if reason is not None:
+        raise StopRequested(f"stopped {when} because {reason}; {outcome}")
+
+
+def stop_while_starting(guard: Guard, mesh: Mesh) -> None:
+    """The same before the first step of a run.
+
+    Raises: StopRequested on all ranks.
+    """
+    stop_if_asked(guard, mesh, when="before training", outcome="no step was made, so nothing is saved; start again")

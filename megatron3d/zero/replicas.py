@@ -1,0 +1,148 @@
+"""Do all ranks that hold the same values hold the same bits? A hash of everything that is held more than once.
+
+What several ranks hold is meant to stay equal without ever being sent again: weights and optimizer state of
+data-parallel replicas, parameters that tensor parallelism does not cut, and the copies of a tied table. A flipped bit
+in one of them makes ranks train different models, and no loss tells. So each rank hashes its bits, and the ranks of
+each axis compare hashes: one small all-gather per axis.
+
+The hash is a sum of the elements' bits times odd weights, modulo 2**64. An odd weight has an inverse, so a change of a
+single element always changes the sum, and as integers add up exactly its order does not matter: it is computed where
+the values are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron3d.comm.collectives import all_gather, all_reduce, gather_values
+from megatron3d.comm.mesh import Axis, Mesh
+from megatron3d.errors import NumericsError
+from megatron3d.params.boxes import ShardView
+from megatron3d.zero.unit import FlatUnit
+
+_CHUNK = 1 << 16  # elements hashed at once: their 64-bit products are a few buffers of half a MiB
+_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # 2**64 over the golden ratio, as a signed number
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Values of one parameter on this rank: their name in messages, the parameter's unit, whether tensor ranks hold
+    them alike, and the data-parallel axis on which all ranks do."""
+
+    name: str
+    unit: FlatUnit
+    is_alike_on_tp: bool
+    axis: Axis
+    data: Tensor
+
+    @property
+    def is_held_elsewhere(self) -> bool:
+        """Whether another rank must hold the same, so that a hash has something to be compared with."""
+        on_tp = self.is_alike_on_tp and self.unit.mesh.tp.size > 1
+        return self.axis.size > 1 or on_tp or (self.unit.tied is not None and self.unit.tied.size > 1)
+
+
+def require_equal_replicas(
+    units: Mapping[str, FlatUnit], states: Mapping[str, ShardView], mesh: Mesh, *, step: int
+) -> None:
+    """Compare all values that several ranks hold; collective over all ranks, which decide together.
+
+    Args:
+        units: the units of this rank, whose weights have arrived (`ZeroEngine.finish_publish`).
+        states: master weights and optimizer states, copies of tied tables too, by "kind/parameter name".
+        mesh: the axes on which the ranks compare.
+        step: number of the step after which this is, for the message.
+
+    Raises:
+        NumericsError: ranks that must hold equal values do not; it names the parameters and the ranks.
+    """
+    device = next(iter(units.values())).options.device
+    held = [one for one in (*_weights(units, mesh), *_states(units, states)) if one.is_held_elsewhere]
+    weights = odd_weights(_CHUNK, device)
+    hashes = {one.name: bit_hash(one.data, weights) for one in held}
+    problems = []
+    for axis in {one.name: one for one in (mesh.dp, mesh.replica)}.values():
+        problems += _differences([one for one in held if one.axis.name == axis.name], hashes, axis)
+    problems += _differences([one for one in held if one.is_alike_on_tp], hashes, mesh.tp)
+    problems += _differences([one for one in held if one.unit.tied is not None], hashes, mesh.tied)
+    _raise_together(problems, mesh, step=step, device=device)
+
+
+def _weights(units: Mapping[str, FlatUnit], mesh: Mesh) -> Iterator[_Held]:
+    """The weights that the layers read, where they stay from step to step."""
+    for unit in units.values():
+        for slot in unit.layout.slots if not unit.weights.is_lent else ():
+            data = unit.weights.whole[slot.span.slice]
+            yield _Held(f"weights/{slot.spec.name}", unit, slot.spec.is_replicated, mesh.dp, data)
+
+
+def _states(units: Mapping[str, FlatUnit], states: Mapping[str, ShardView]) -> Iterator[_Held]:
+    """What is updated and saved, of which only the replicas hold the same part; without master weights that are the
+    layers' weights."""
+    at = {slot.spec.name: (unit, slot.spec) for unit in units.values() for slot in unit.layout.slots}
+    for name, view in states.items():
+        kind, _, parameter = name.partition("/")
+        unit, spec = at[parameter]
+        if kind == "model" and unit.weights.master is unit.weights.shard and not unit.weights.is_lent:
+            continue
+        yield _Held(name, unit, spec.is_replicated, unit.axes.replica, view.data)
+
+
+def odd_weights(count: int, device: torch.device) -> Tensor:
+    """Pseudo-random odd 64-bit numbers, int64 [count]."""
+    mixed = torch.arange(1, count + 1, device=device) * _MULTIPLIER
+    return (mixed ^ (mixed >> 29)) | 1
+
+
+def bit_hash(data: Tensor, weights: Tensor) -> Tensor:
+    """The hash of the bits of a one-dimensional tensor, int64 []; `weights` as `odd_weights` gives them.
+
+    Chunks are hashed alike, and then together with the squares of the weights, so that one set serves any length and
+    no two places count alike.
+    """
+    bits = data.view(_BITS[data.itemsize])
+    count = weights.numel()
+    sums = [(chunk.long() * weights[: chunk.numel()]).sum() for chunk in bits.split(count)]
+    if len(sums) == 1:
+        return sums[0]
+    return bit_hash(torch.stack(sums), weights * weights)
+
+
+def _differences(held: list[_Held], hashes: Mapping[str, Tensor], axis: Axis) -> list[str]:
+    """A clause for each of these that ranks of the axis hold with different bits; all its ranks have the same list."""
+    if axis.size == 1 or not held:
+        return []
+    names = sorted(one.name for one in held)
+    table = all_gather(torch.stack([hashes[name] for name in names]), axis).view(axis.size, len(names)).tolist()
+    return [_clause(name, axis, found) for name, *found in zip(names, *table) if len(set(found)) > 1]
+
+
+def _clause(name: str, axis: Axis, found: list[int]) -> str:
+    """Which ranks hold something else than most do; of two, each is as likely to be the wrong one."""
+    groups = [[rank for rank, one in zip(axis.ranks, found) if one == value] for value in dict.fromkeys(found)]
+    most, *others = sorted(groups, key=len, reverse=True)
+    rest = "; ".join(_ranks(ranks) for ranks in others)
+    return f"{name}: {rest} against {_ranks(most)}"
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _raise_together(problems: list[str], mesh: Mesh, *, step: int, device: torch.device) -> None:
+    count = torch.tensor(len(problems), device=device)
+    if not int(all_reduce(count, mesh.world)):
+        return
+    every = dict.fromkeys(problem for found in gather_values(problems, mesh.world) for problem in found)
+    more = f"; and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+    raise NumericsError(
+        f"ranks that must hold the same values hold different ones after step {step}: "
+        f"{'; '.join(list(every)[:_SHOWN])}{more}. Nothing is saved of this step; start again from the latest "
+        "checkpoint, and if a rank is named again, look at the memory and the device of its machine"
+    )

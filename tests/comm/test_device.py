@@ -1,0 +1,33 @@
+"""Which device a rank gets, and the remedy where it cannot be had."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron3d.comm.device import pick_device
+from megatron3d.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "cuda_version", "sentence"),
+    [
+        (0, None, "is a build without CUDA; install a CUDA build of torch, or use --device cpu."),
+        (0, "12.8", "torch sees none on this machine; look at nvidia-smi and CUDA_VISIBLE_DEVICES"),
+        (
+            2,
+            "12.8",
+            "for each of the 4 ranks of this machine, and torch sees 2; start torchrun with --nproc-per-node 2",
+        ),
+    ],
+)
+def test_the_remedy_for_a_gpu_that_is_not_there_fits_the_cause(
+    monkeypatch: pytest.MonkeyPatch, num_gpus: int, cuda_version: str | None, sentence: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.version, "cuda", cuda_version)
+    with pytest.raises(ConfigError) as raised:
+        pick_device("cuda", local_rank=0, local_world_size=4)
+    assert str(raised.value).startswith("--device cuda needs") and sentence in str(raised.value)
+    assert pick_device(None, local_rank=0, local_world_size=4) == torch.device("cpu")

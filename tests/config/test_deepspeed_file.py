@@ -1,0 +1,167 @@
+"""A DeepSpeed JSON file beside the flags: mapped where it says something, refused where it contradicts them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron3d.config.cli import read_command, settle
+from megatron3d.config.run import RunConfig
+from megatron3d.errors import ConfigError
+
+BASE = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --train-iters 5 --vocab-size 100 "
+    "--mock-data"
+)
+
+
+def run_of(file: Path, content: Any, flags: str = "", *, world: int = 2, said: list[str] | None = None) -> RunConfig:
+    """The resolved run of the base command with a file of this content."""
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    lines: list[str] = [] if said is None else said
+    words = f"{BASE} --deepspeed --deepspeed_config {file} {flags}".split()
+    return settle(read_command(words, program="pretrain_gpt.py", description="t", say=lines.append), world)
+
+
+def problems_of(
+    file: Path, content: Any, flags: str = "--lr 1e-3 --micro-batch-size 2", *, world: int = 2
+) -> list[str]:
+    """What the command is refused with."""
+    with pytest.raises(ConfigError) as raised:
+        run_of(file, content, flags, world=world)
+    return str(raised.value).split("\n")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "ds.json"
+
+
+def test_batch_precision_zero_optimizer_and_schedule_arrive(file: Path) -> None:
+    content = {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False, "loss_scale_window": 7},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "nvme", "nvme_path": "/local", "pin_memory": True},
+            "offload_param": {"device": "cpu", "nvme_path": "/elsewhere"},
+            "overlap_comm": True,
+        },
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 2e-4, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1},
+        },
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {"warmup_num_steps": 2, "total_num_steps": 5, "warmup_max_lr": 2e-4, "warmup_type": "linear"},
+        },
+    }
+    run = run_of(file, content)
+    assert (run.train.global_batch_size, run.train.micro_batch_size, run.train.gradient_accumulation_steps) == (
+        16,
+        4,
+        2,
+    )
+    assert (run.optim.precision, run.optim.clip_grad, run.optim.loss_scale_window) == ("bf16", 0.5, 1000)
+    parallel = run.parallel
+    assert (parallel.zero_stage, parallel.offload_optimizer, parallel.offload_params) == (3, "nvme", "cpu")
+    assert parallel.offload_dir == "/local"
+    optim = run.optim
+    assert (optim.optimizer, optim.lr, optim.adam_beta1, optim.adam_beta2) == ("adam", 2e-4, 0.8, 0.95)
+    assert (optim.adam_eps, optim.weight_decay, optim.decoupled_weight_decay) == (1e-6, 0.1, True)
+    assert (optim.lr_decay_style, optim.lr_warmup_iters, optim.lr_decay_iters) == ("linear", 2, 5)
+
+
+def test_the_template_of_megatron_deepspeed_gives_dynamic_loss_scaling(file: Path) -> None:
+    content = {
+        "train_batch_size": 8,
+        "steps_per_print": 10,
+        "zero_optimization": {"stage": 1},
+        "prescale_gradients": False,
+        "fp16": {"enabled": True, "loss_scale": 0, "loss_scale_window": 500, "initial_scale_power": 11},
+        "wall_clock_breakdown": False,
+    }
+    said: list[str] = []
+    run = run_of(file, content, "--fp16 --zero-stage 1 --lr 1e-3 --micro-batch-size 2", said=said)
+    assert (run.optim.loss_scale, run.optim.initial_loss_scale, run.optim.loss_scale_window) == (None, 2048.0, 500)
+    assert sum("steps_per_print is accepted without effect" in line for line in said) == 1
+
+
+def test_accumulation_steps_alone_set_the_global_batch(file: Path) -> None:
+    content = {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 4}
+    assert run_of(file, content, "--lr 1e-3", world=2).train.global_batch_size == 24
+
+
+def test_auto_leaves_the_option_to_the_flags(file: Path) -> None:
+    content = {"train_batch_size": "auto", "zero_optimization": {"stage": "auto"}, "bf16": {"enabled": "auto"}}
+    run = run_of(file, content, "--lr 1e-3 --micro-batch-size 2 --zero-stage 2 --bf16")
+    assert (run.train.global_batch_size, run.parallel.zero_stage, run.optim.precision) == (4, 2, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "named"),
+    [
+        ({"train_batch_size": 8}, "--global-batch-size 4", ("train_batch_size", "= 8", "--global-batch-size is 4")),
+        (
+            {"zero_optimization": {"stage": 2}},
+            "--zero-stage 1",
+            ("zero_optimization.stage", "= 2", "--zero-stage is 1"),
+        ),
+        ({"gradient_clipping": 0}, "--clip-grad 1.0", ("gradient_clipping", "= 0", "--clip-grad is 1")),
+        ({"fp16": {"enabled": False}}, "--fp16", ("fp16.enabled", "= false", "--fp16 is true")),
+        ({"fp16": {"enabled": True}}, "--bf16", ("fp16.enabled", "= true", "--bf16 is given")),
+        ({"zero_optimization": {"stage": 3}}, "--use-distributed-optimizer", ("= 3", "--use-distributed-optimizer")),
+        ({"optimizer": {"type": "Lamb"}}, "--optimizer adam", ("optimizer.type", "= lamb", "--optimizer is adam")),
+    ],
+)
+def test_a_contradiction_names_both_sides(file: Path, content: Any, flags: str, named: tuple[str, ...]) -> None:
+    (problem,) = problems_of(file, content, f"--lr 1e-3 --micro-batch-size 2 {flags}")
+    assert all(words in problem for words in (str(file), *named)), problem
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "holds a list"),
+        ({"train_batchsize": 8}, "has the key train_batchsize, which is not known"),
+        ({"zero_optimization": {"stages": 1}}, "has the key zero_optimization.stages, which is not known"),
+        ({"zero_optimization": {"stage": 4}}, "--zero-stage 4 is not one of its choices"),
+        ({"zero_optimization": 3}, "has the key zero_optimization, which is not known"),
+        ({"train_batch_size": "many"}, "--global-batch-size many is not a number"),
+        ({"optimizer": {"type": "OneBitAdam"}}, "optimizer.type = OneBitAdam, which is not supported"),
+        ({"optimizer": {"type": "Adam", "params": {"betas": 0.9}}}, "optimizer.params.betas is 0.9; write two numbers"),
+        ({"scheduler": {"type": "OneCycle"}}, "scheduler.type = OneCycle, which is not supported"),
+        ({"scheduler": {"type": "WarmupLR", "params": {}}}, "warmup_type out, which means log"),
+        ({"amp": {"enabled": True}}, "has amp = enabled, which is not supported"),
+        ({"curriculum_learning": {"enabled": True}}, "has curriculum_learning = enabled, which is not supported"),
+        ({"communication_data_type": "bf16"}, "communication_data_type = bf16, which is not supported"),
+        ({"fp16": {"enabled": True, "initial_scale_power": "x"}}, "write an exponent of 2"),
+    ],
+)
+def test_what_cannot_be_read_or_done_is_refused_by_key(file: Path, content: Any, sentence: str) -> None:
+    (problem,) = problems_of(file, content)
+    assert sentence in problem and str(file) in problem, problem
+
+
+def test_a_missing_file_is_an_error_beside_the_others(tmp_path: Path) -> None:
+    words = f"{BASE} --deepspeed_config {tmp_path}/none.json --bf16 --fp16".split()
+    with pytest.raises(ConfigError) as raised:
+        settle(read_command(words, program="pretrain_gpt.py", description="t", say=lambda line: None), 1)
+    missing, precision = str(raised.value).split("\n")  # --lr and the batch may be in the file
+    assert "none.json cannot be read (No such file or directory)" in missing
+    assert precision.startswith("--bf16 and --fp16")
+
+
+def test_hugging_faces_spelling_with_the_file_behind_the_switch_works(file: Path) -> None:
+    file.write_text(json.dumps({"train_micro_batch_size_per_gpu": 3}))
+    words = f"{BASE} --lr 1e-3 --deepspeed {file}".split()
+    command = read_command(words, program="pretrain_gpt.py", description="t", say=lambda line: None)
+    assert settle(command, 1).train.micro_batch_size == 3

@@ -1,0 +1,236 @@
+"""Flags of other frameworks and forks: what they set, what is said of them, and what is suggested instead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron3d.config.cli import read_command, settle
+from megatron3d.config.foreign import judge, option_meant
+from megatron3d.config.foreign_names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
+from megatron3d.config.fork_flags import FORK_ACCEPTED, FORK_REFUSED, FORK_SYNONYMS, fork_accepted, fork_refused
+from megatron3d.config.megatron_flags import REFUSED, SYNONYMS, accepted, refused
+from megatron3d.config.options import BY_SPELLING
+from megatron3d.config.run import RunConfig
+from megatron3d.config.words import GivenFlag
+from megatron3d.errors import ConfigError
+from megatron3d.pipeline.orders import ORDERS
+
+BASE = (
+    "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 "
+    "--global-batch-size 16 --lr 1e-3 --train-iters 5 --vocab-size 100 --mock-data"
+)
+
+
+def run_of(flags: str, *, world: int = 1, said: list[str] | None = None) -> RunConfig:
+    lines: list[str] = [] if said is None else said
+    command = read_command(f"{BASE} {flags}".split(), program="pretrain_gpt.py", description="t", say=lines.append)
+    return settle(command, world)
+
+
+def problems_of(flags: str, *, world: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        run_of(flags, world=world)
+    return str(raised.value).split("\n")
+
+
+# --- Hints ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--num-key-value-heads", "--num-query-groups"),
+        ("--num-hidden-layers", "--num-layers"),
+        ("--n_embd", "--hidden-size"),
+        ("--block-size", "--seq-length"),
+        ("--per-device-train-batch-size", "--micro-batch-size"),
+        ("--max_grad_norm", "--clip-grad"),
+        ("--warmup-steps", "--lr-warmup-iters"),
+        ("--learning_rate", "--lr"),
+        ("--num_layers", "--num-layers"),
+        ("--num-layer", "--num-layers"),
+        ("--tensor-parallel-size", "--tensor-model-parallel-size"),
+        ("--micro-batchsize", "--micro-batch-size"),
+        ("--use-flash-atn", "--use-flash-attn"),
+        ("--confg", "--config"),
+        ("--dry-run", None),
+        ("--expert-choice", None),
+        ("--no-mock-data", None),
+        ("--adam", None),
+        ("--foo", None),
+    ],
+)
+def test_a_flag_that_is_not_known_is_taken_for_what_it_means(flag: str, meant: str | None) -> None:
+    assert option_meant(flag) == meant
+
+
+def test_a_name_from_elsewhere_wins_over_a_family_of_refused_flags() -> None:
+    (problem,) = problems_of("--block-size 64")
+    assert problem == "--block-size 64 is unknown; did you mean --seq-length?"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("--dry-run", "tools/estimate.py tells the memory"),
+        ("--dtype bf16", "write --bf16 or --fp16"),
+        ("--data-parallel-size 8", "follows from the ranks"),
+        ("--num-train-epochs 3", "--train-samples"),
+        ("--fsdp", "--zero-stage 3"),
+    ],
+)
+def test_a_name_whose_value_has_another_form_here_gets_advice(words: str, hint: str) -> None:
+    (problem,) = problems_of(words)
+    assert problem.startswith(f"{words} is unknown; ") and hint in problem
+
+
+def test_the_tables_of_names_lead_to_flags_that_exist_and_hide_none() -> None:
+    known = {*BY_SPELLING, *SYNONYMS}
+    assert {flag for flag in OPTION_BY_FOREIGN_NAME.values() if flag not in known} == set()
+    names = [*OPTION_BY_FOREIGN_NAME, *ADVICE_BY_FOREIGN_NAME]
+    assert len(names) == len(set(names))
+    assert not set(names) & {plain_name(flag) for flag in known}
+    refused_by_name = {flag for row in REFUSED for flag in row.flags.split()}
+    for flag in (f"--{name}" for name in names):
+        assert accepted(flag) is None and fork_accepted(flag) is None and fork_refused(flag) is None, flag
+        assert flag not in refused_by_name
+
+
+def test_each_flag_of_the_forks_has_one_fate() -> None:
+    listed = [name.rstrip("=") for _, names in FORK_ACCEPTED for name in names.split()]
+    listed += [name for _, names in FORK_REFUSED for name in names.split()]
+    listed += list(FORK_SYNONYMS)
+    assert len(listed) == len(set(listed))
+    for flag in listed:
+        megatron = (flag in BY_SPELLING, flag in SYNONYMS, accepted(flag) is not None, refused(flag) is not None)
+        assert not any(megatron), flag
+
+
+# --- Megatron-DeepSpeed -----------------------------------------------------------------------------------------------
+
+
+def test_no_pipeline_parallel_is_what_is_done_and_contradicts_pipeline_ranks() -> None:
+    assert run_of("--no-pipeline-parallel --pipeline-model-parallel-size 1").parallel.pipeline_model_parallel_size == 1
+    (problem,) = problems_of("--no-pipeline-parallel --pipeline-model-parallel-size 2", world=2)
+    assert problem.startswith("--no-pipeline-parallel and --pipeline-model-parallel-size 2 contradict")
+
+
+def test_one_expert_is_a_dense_model_and_silences_what_belongs_to_experts() -> None:
+    said: list[str] = []
+    run_of("--num-experts 1 --moe-loss-coeff 0.01 --mlp-type standard --topk 1 --create-moe-param-group", said=said)
+    assert len(said) == 5
+    assert len(problems_of("--num-experts 4 --moe-loss-coeff 0.01 --topk 1")) == 3
+    assert len(problems_of("--num-experts 1 4")) == 1
+
+
+def test_names_of_a_hugging_face_tokenizer() -> None:
+    run = run_of("--tokenizer-type PretrainedFromHF --tokenizer-name-or-path D")
+    assert (run.data.tokenizer_type, run.data.tokenizer_model) == ("HuggingFaceTokenizer", "D")
+    assert run_of("--tokenizer-type HFTokenizer --tokenizer-model D").data == run.data
+
+
+@pytest.mark.parametrize("batch", ["--global-batch-size 8", "--global-batch-size 8 --rampup-batch-size 2 2 20"])
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 1000, 1600, 1601])
+def test_a_length_in_tokens_ends_with_the_step_that_megatron_deepspeed_ends_with(tokens: int, batch: str) -> None:
+    flags = f"--train-tokens {tokens} {batch}"
+    command = read_command(
+        f"{BASE.replace('--train-iters 5', '')} {flags}".split(), program="t", description="t", say=lambda line: None
+    )
+    train = settle(command, 1).train
+    consumed = 0
+    while consumed * 32 < tokens:  # its loop: a batch more while the tokens are not reached
+        consumed += 8 if "rampup" not in batch or consumed >= 20 else 2 + 2 * (consumed * 3 // 20)
+    assert train.train_samples == consumed
+
+
+def test_tokens_and_samples_end_with_what_is_reached_first_and_schedules_follow() -> None:
+    base = BASE.replace("--train-iters 5", "")
+    words = f"{base} --train-tokens 6400 --train-samples 150 --lr-decay-tokens 3200 --lr-warmup-tokens 320".split()
+    run = settle(read_command(words, program="t", description="t", say=print), 1)
+    assert (run.train.train_samples, run.optim.lr_decay_samples, run.optim.lr_warmup_samples) == (150, 100, 10)
+    assert settle(read_command(words, program="t", description="t", say=print), 1) == run
+    shorter = [word if word != "6400" else "3200" for word in words]
+    assert settle(read_command(shorter, program="t", description="t", say=print), 1).train.train_samples == 112
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--train-tokens 100", "--train-iters 5 and --train-tokens 100 both set the length"),
+        ("--lr-decay-tokens 100", "--lr-decay-tokens 100 counts tokens, but the run is given by --train-iters"),
+        ("--lr-warmup-tokens 100", "use --lr-warmup-iters, or --train-tokens"),
+        ("--gradient-accumulation-steps 3", "--global-batch-size 16 is not micro-batch 2 x data-parallel 1 x"),
+        (
+            "--gradient-accumulation-steps 8 --rampup-batch-size 2 2 10",
+            "is the same in every step, but the batch grows",
+        ),
+    ],
+)
+def test_tokens_and_accumulation_steps_must_agree_with_the_rest(flags: str, sentence: str) -> None:
+    (problem,) = problems_of(flags)
+    assert sentence in problem
+
+
+# --- The zero-bubble fork ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "order"),
+    [
+        ("--enable-zero-bubble --zero-bubble-max-pending-backward 4", "zb-h1"),
+        ("--enable-zero-bubble --zero-bubble-max-pending-backward 8", "zb-h2"),
+        ("--enable-zero-bubble --zero-bubble-max-pending-backward auto", "zb-h1"),
+        ("--enable-zero-bubble", "zb-h1"),
+        ("--zero-bubble-v-schedule --allow-padding-num-layers --enable-optimizer-post-validation", "zb-v"),
+        ("--zero-bubble-v-schedule --zero-bubble-v-schedule-mem-setup zb --zero-bubble-max-pending-backward 4", "zb-v"),
+        ("--enable-zbh1-pipeline --enable-zbh1-exact-semantics", "zb-h1"),
+        ("--enable-zero-bubble --pipeline-schedule gpipe", "gpipe"),
+        ("--zero-bubble-max-pending-backward 8", "1f1b"),
+    ],
+)
+def test_the_switches_of_the_zero_bubble_fork_name_a_schedule(flags: str, order: str) -> None:
+    said: list[str] = []
+    run = run_of(f"--pipeline-model-parallel-size 4 {flags}", world=4, said=said)
+    assert run.parallel.pipeline_schedule == order and order in ORDERS
+    assert said or "zbh1" in flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--zero-bubble-v-schedule --zero-bubble-v-schedule-mem-setup half", "mem-setup half is not supported"),
+        ("--enable-zero-bubble --zero-bubble-max-pending-backward 3", "3 is below the 4 pipeline ranks"),
+        ("--enable-zero-bubble --zero-bubble-max-pending-backward many", "many is neither a whole number nor auto"),
+        ("--enable-zero-bubble --zero-bubble-max-pending-backward", "has no value after it"),
+        ("--enable-1f1b-v", "--enable-1f1b-v is not supported"),
+        ("--enable-zero-bubble yes", "'yes' stands alone"),
+    ],
+)
+def test_what_the_zero_bubble_fork_has_and_we_have_not_is_refused(flags: str, sentence: str) -> None:
+    (problem,) = problems_of(f"--pipeline-model-parallel-size 4 {flags}", world=4)
+    assert sentence in problem
+
+
+# --- Elsewhere --------------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_of_saves_without_a_directory_is_said_in_one_line() -> None:
+    said: list[str] = []
+    run_of("--save-interval 100", said=said)
+    assert said == ["--save-interval 100 is accepted without effect: nothing is saved without --save."]
+
+
+def test_a_synonym_in_a_config_file_sets_its_option_and_false_leaves_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"use_rotary_position_embeddings": True, "erf_gelu": False, "use-flash-attn": False}))
+    said: list[str] = []
+    run = run_of(f"--config {file}", said=said)
+    assert (run.model.position_embedding_type, run.model.activation, said) == ("rope", "gelu_tanh", [])
+
+
+def test_words_behind_a_flag_without_values_are_not_swallowed() -> None:
+    verdict = judge([GivenFlag("--no-pipeline-parallel", ("3",)), GivenFlag("--tokenizer-name-or-path", ())])
+    assert len(verdict.problems) == 2 and verdict.settings == {}

@@ -1,0 +1,136 @@
+"""Every flag of Megatron-LM that is accepted is one whose effect nobody counts on, and its line says the truth."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron3d.config.check import check
+from megatron3d.config.cli import parse_args
+from megatron3d.config.megatron_accepted import ACCEPTED, Accepted
+from megatron3d.config.options import BY_SPELLING
+from megatron3d.errors import ConfigError
+
+SHAPE = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --vocab-size 64 --micro-batch-size 2 "
+    "--global-batch-size 8 --lr 1e-3 --mock-data --train-iters 5 --device cpu"
+)
+
+# Words of names by which a flag protects, limits, repeats, checks or keeps something. One that is accepted all the same
+# stands below with why nobody loses anything.
+COUNTED_ON = re.compile(
+    r"check-|verif|valid|retain|skip|rerun|timeout|resume|exit|signal|determinis|invariant|straggler|spiky|large-grads|"
+    r"hash|ft-|snapshot|history|missing|strict|integrity|entity|seed|random|skip|loss-scale|decay|-lr|clip|fp32"
+)
+LOSES_NOTHING = {
+    "--attention-softmax-in-fp32": "done",
+    "--fp32-layernorm": "done",
+    "--accumulate-allreduce-grads-in-fp32": "done",
+    "--fp32-allreduce": "done",
+    "--verify-integrity": "done",
+    "--dist-ckpt-strictness": "done",
+    "--no-ckpt-load-validate-sharding-integrity": "done",  # asks for less than is done
+    "--disable-ckpt-load-validate-sharding-integrity": "done",
+    "--resume-dataloader": "done",
+    "--exit-signal-handler-for-dataloader": "done",
+    "--override-checkpoint-version": "how",  # of a format that is not read here
+    "--auto-detect-ckpt-format": "how",
+    "--skip-mmap-warmup": "how",  # asks for less
+    "--log-validation-ppl-to-tensorboard": "report",  # exp of the loss that is there
+    "--no-log-loss-scale-to-tensorboard": "report",
+    "--disable-log-loss-scale-to-tensorboard": "report",
+    "--one-logger-entity": "report",  # of a service to which nothing is sent
+}
+ROWS = {flag: row for row in ACCEPTED for text in (row.switches, row.valued, row.lists) for flag in text.split()}
+
+
+def parse(words: str) -> list[str]:
+    """The lines that a command line gets."""
+    said: list[str] = []
+    parse_args(f"{SHAPE} {words}".split(), program="pretrain_gpt.py", description="", say=said.append)
+    return said
+
+
+@pytest.mark.parametrize("flag", sorted(flag for flag in ROWS if COUNTED_ON.search(flag)))
+def test_a_flag_that_sounds_like_something_to_count_on_is_accepted_for_a_stated_reason(flag: str) -> None:
+    assert ROWS[flag].kind == LOSES_NOTHING.get(flag), f"who gives {flag} counts on it: build it, or refuse it"
+
+
+def test_no_reason_is_stated_for_a_flag_that_is_gone() -> None:
+    assert LOSES_NOTHING.keys() <= ROWS.keys()
+
+
+@pytest.mark.parametrize("row", ACCEPTED, ids=lambda row: row.reason[:40])
+def test_options_that_a_sentence_names_exist(row: Accepted) -> None:
+    named = [word.rstrip(".,;)") for word in row.reason.split() if word.startswith("--")]
+    assert [word for word in named if word not in BY_SPELLING] == []
+
+
+@pytest.mark.parametrize("row", [row for row in ACCEPTED if row.kind == "report"], ids=lambda row: row.reason[:40])
+def test_a_flag_that_asks_for_a_report_says_what_is_reported(row: Accepted) -> None:
+    """No sentence stands for a whole list of unlike flags: it names where to look, or what there is."""
+    sources = ("--metrics-file", "--profile-pipeline", "TensorBoard", "run.json", "line", "norm", "rates", "energy")
+    assert any(source in row.reason for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("flag", "what_there_is"),
+    [
+        ("--async-save", "saves are synchronous"),
+        ("--profile", "--profile-pipeline"),
+        ("--log-params-norm", "norms of weights, zeros in gradients and logits of attention are not measured"),
+        ("--log-progress", "no progress.txt is written"),
+        ("--verify-integrity", "compares the checksums"),
+        ("--tensorboard-log-interval 5", "get every step"),
+        ("--rerun-mode disabled", "what is done anyway"),
+    ],
+)
+def test_an_accepted_flag_says_what_there_is(flag: str, what_there_is: str) -> None:
+    (line,) = parse(flag)
+    assert line.startswith(f"{flag} is accepted without effect: ") and what_there_is in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        ("--rerun-mode validate_results", "--check-weight-hash-across-dp-replicas-interval"),
+        ("--rerun-mode report_stats", "--check-weight-hash-across-dp-replicas-interval"),
+        ("--gpu-sniff-test-interval 10", "--check-weight-hash-across-dp-replicas-interval"),
+        ("--check-for-spiky-loss", "--iterations-to-skip"),
+        ("--check-for-large-grads", "--clip-grad"),
+        ("--log-straggler", "--profile-pipeline"),
+        ("--enable-ft-package", "--distributed-timeout-minutes"),
+        ("--adlr-autoresume", "--max-restarts"),
+        ("--distributed-timeout-seconds-after-init 60", "--distributed-timeout-minutes"),
+        ("--deterministic-mode", "on a CPU equal runs are equal"),
+        ("--record-memory-history", "tools/estimate.py"),
+        ("--exit-signal SIGINT", "SIGTERM"),
+        ("--fp32-embedding", "--bf16"),
+    ],
+)
+def test_a_flag_that_somebody_counts_on_is_refused_by_name(flag: str, instead: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse(flag)
+    assert str(refused.value).startswith(f"{flag} is not supported: ") and instead in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("--save c --save-retain-interval 10", "--save-retain-interval 10 keeps checkpoints of its multiples"),
+        ("--save c --save-interval 4 --save-retain-interval 10", "with --save-interval 4 not all of these"),
+        ("--save-interval 5 --save-retain-interval 10", "--save-retain-interval 10 needs --save"),
+        ("--save c --save-interval 1 --save-retain-interval 0", "--save-retain-interval 0 is outside its range"),
+        ("--iterations-to-skip -1", "--iterations-to-skip -1 has -1, which is no iteration"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(words: str, problem: str) -> None:
+    try:
+        config = parse_args(
+            f"{SHAPE} {words}".split(), program="pretrain_gpt.py", description="", say=lambda line: None
+        )
+        problems = check(config, 1)
+    except ConfigError as error:
+        problems = [str(error)]
+    assert any(problem in found for found in problems), problems

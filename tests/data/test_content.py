@@ -1,0 +1,140 @@
+"""Digests of token files and tokenizers: what they cover, and what counts as the same data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron3d.config.data import DataConfig
+from megatron3d.config.resume import Effect
+from megatron3d.data.content import (
+    BLOCK_BYTES,
+    NUM_BLOCKS,
+    Content,
+    block_offsets,
+    content_differences,
+    content_from_json,
+    content_of,
+    corpus_digest,
+    moved,
+    require_same_tokenizer,
+)
+from megatron3d.errors import ConfigError, DataError
+
+WHOLE = NUM_BLOCKS * BLOCK_BYTES
+
+
+def write_pair(prefix: Path, *, bin_bytes: bytes = b"tokens", idx_bytes: bytes = b"index") -> Path:
+    prefix.with_suffix(".bin").write_bytes(bin_bytes)
+    prefix.with_suffix(".idx").write_bytes(idx_bytes)
+    return prefix
+
+
+def of(*words: str | Path, **more: object) -> Content:
+    return content_of(DataConfig(data_path=tuple(map(str, words)), **more), vocab_size=100)
+
+
+@given(st.integers(0, 50 * WHOLE))
+def test_blocks_lie_within_the_file_and_hold_its_begin_and_end(size: int) -> None:
+    offsets = list(block_offsets(size))
+    covered = [(offset, min(offset + BLOCK_BYTES, size)) for offset in offsets]
+    assert all(0 <= begin < end <= size for begin, end in covered)
+    assert sum(end - begin for begin, end in covered) <= WHOLE
+    if size:
+        assert covered[0][0] == 0 and covered[-1][1] == size
+    if size <= WHOLE:
+        assert sum(end - begin for begin, end in covered) == size
+    else:
+        distances = {later - earlier for earlier, later in pairwise(offsets)}
+        assert max(distances) - min(distances) <= 1
+
+
+def test_the_digest_is_that_of_sizes_and_blocks(tmp_path: Path) -> None:
+    """Recomputed here by slices."""
+    data = os.urandom(3 * WHOLE + 5)
+    write_pair(tmp_path / "a", bin_bytes=data)
+    expected = hashlib.sha256(b".idx 5\nindex" + f".bin {len(data)}\n".encode())
+    for number in range(NUM_BLOCKS):
+        begin = number * (len(data) - BLOCK_BYTES) // (NUM_BLOCKS - 1)
+        expected.update(data[begin : begin + BLOCK_BYTES])
+    assert corpus_digest(str(tmp_path / "a")) == expected.hexdigest()
+
+
+@pytest.mark.parametrize("place", [0, 100, WHOLE // 2, WHOLE - 1])
+def test_any_changed_byte_of_a_small_file_is_seen(tmp_path: Path, place: int) -> None:
+    data = bytearray(WHOLE)
+    before = corpus_digest(str(write_pair(tmp_path / "a", bin_bytes=bytes(data))))
+    data[place] = 1
+    assert corpus_digest(str(write_pair(tmp_path / "a", bin_bytes=bytes(data)))) != before
+
+
+def test_a_file_of_another_length_is_another_one_whatever_its_blocks(tmp_path: Path) -> None:
+    sizes = (5 * WHOLE, 5 * WHOLE + 2)
+    assert len({corpus_digest(str(write_pair(tmp_path / "a", bin_bytes=bytes(size)))) for size in sizes}) == 2
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    write_pair(tmp_path / "a").with_suffix(".bin").unlink()
+    with pytest.raises(DataError, match=r"a\.bin cannot be read"):
+        corpus_digest(str(tmp_path / "a"))
+
+
+def test_content_is_stored_and_read_back(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n")
+    found = of(
+        "0.25", write_pair(tmp_path / "a"), "0.75", write_pair(tmp_path / "b"),
+        tokenizer_type="BertWordPieceCase", vocab_file=str(tmp_path / "vocab.txt"),
+    )  # fmt: skip
+    assert content_from_json(found.to_json()) == found
+    assert [one.share for one in found.corpora["all"]] == ["1/4", "3/4"]
+
+
+def test_order_share_and_content_make_a_blend_and_places_do_not(tmp_path: Path) -> None:
+    a, b = write_pair(tmp_path / "a"), write_pair(tmp_path / "b", bin_bytes=b"other")
+    same = write_pair(tmp_path / "same")
+    saved = of("1", a, "3", b)
+    assert content_differences(saved, of("0.25", same, "0.75", b)) == []
+    assert moved(saved, of("0.25", same, "0.75", b)) == [f"{a} has moved to {same}, with the same content"]
+    for other in (of("3", b, "1", a), of("3", a, "1", b), of(a, b), of(a), of("1", a, "3", a)):
+        (found,) = content_differences(saved, other)
+        assert (found.effect, found.option) == (Effect.SAMPLES, "the data of --data-path")
+    assert content_differences(of(a), of("0.5", same)) == [], "the weight of a single corpus says nothing"
+
+
+def test_a_file_of_words_means_its_words(tmp_path: Path) -> None:
+    a = write_pair(tmp_path / "a")
+    (tmp_path / "words").write_text(f"{a}")
+    assert content_of(DataConfig(data_args_path=str(tmp_path / "words")), vocab_size=1) == of(a)
+
+
+def test_kinds_of_one_tokenizer_model_are_the_same_and_its_settings_count(tmp_path: Path) -> None:
+    (tmp_path / "m.model").write_bytes(b"model")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    model = {"tokenizer_model": str(tmp_path / "m.model")}
+    llama, plain = (of(tokenizer_type=kind, **model) for kind in ("Llama2Tokenizer", "SentencePieceTokenizer"))
+    assert content_differences(llama, plain) == []
+    hugging = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path)}
+    before = of(**hugging)
+    assert content_differences(before, of(**{**hugging, "tokenizer_model": str(tmp_path / "tokenizer.json")})) == []
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "a"}')
+    (found,) = content_differences(before, of(**hugging))
+    assert (found.effect, found.option) == (Effect.SAMPLES, "the tokenizer")
+
+
+def test_a_tokenizer_of_other_content_is_refused_by_name(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).write_text(name)
+    options = {"tokenizer_type": "BertWordPieceCase"}
+    saved = of(vocab_file=str(tmp_path / "old"), **options)
+    new = DataConfig(vocab_file=str(tmp_path / "new"), **options)
+    with pytest.raises(ConfigError, match=r"new \(digest .*--override-tokenizer"):
+        require_same_tokenizer(saved, new, 100, source=tmp_path)
+    (tmp_path / "new").write_text("old")
+    require_same_tokenizer(saved, new, 100, source=tmp_path)
+    require_same_tokenizer(None, new, 100, source=tmp_path)

@@ -1,0 +1,97 @@
+"""`--help` and mistakes of spelling are answered without torch, whose import takes seconds, on every rank of a job."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron3d.convert.export import DTYPES
+from megatron3d.inference.embed import POOLINGS
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = (
+    *("convert_checkpoint", "embed_text", "estimate", "export_onnx", "generate_text", "inspect_dataset"),
+    *("merge_datasets", "preprocess_data", "quickstart_corpus", "serve_classifier", "show_schedule", "train_tokenizer"),
+)
+# Its words that are no options of its own are read beside the files of the task, behind torch.
+HELP_ALONE = ("finetune_glue",)
+# What each of them must be given; a subcommand has the flags of convert_checkpoint.
+FIRST = {"convert_checkpoint": ["hf-import"]}
+
+# One process runs all tools, where `import torch` fails; it prints the exit code and what was said, by tool.
+PROGRAM = """
+import contextlib, io, json, runpy, sys
+tools, last = json.loads(sys.argv[1]), sys.argv[2]
+sys.modules["torch"] = None
+found = {}
+for tool, words in tools.items():
+    sys.argv = [tool, *words, last]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            runpy.run_path(tool, run_name="__main__")
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+    found[tool] = [code, said.getvalue()]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, dict[str, tuple[int, str]]]:
+    """For `--help` and a flag that no tool has: exit code and text of each tool."""
+    found = {}
+    for last, names in (("--help", (*TOOLS, *HELP_ALONE)), ("--no-such-flag=1", TOOLS)):
+        tools = json.dumps({f"tools/{tool}.py": FIRST.get(tool, []) for tool in names})
+        command = [sys.executable, "-c", PROGRAM, tools, last]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+        found[last] = json.loads(ran.stdout)
+    return found
+
+
+def test_no_tool_is_left_out() -> None:
+    others = {*HELP_ALONE, "torchrun", "check_docs", "verify_checkpoint"}  # torchrun is torch's own launcher
+    assert {path.stem for path in (ROOT / "tools").glob("*.py")} - others == set(TOOLS)
+
+
+@pytest.mark.parametrize("tool", (*TOOLS, *HELP_ALONE))
+def test_help_of_a_tool_needs_no_torch(answers: dict[str, dict[str, tuple[int, str]]], tool: str) -> None:
+    code, said = answers["--help"][f"tools/{tool}.py"]
+    assert code == 0 and "usage:" in said
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_misspelt_flag_is_named_without_torch(answers: dict[str, dict[str, tuple[int, str]]], tool: str) -> None:
+    code, said = answers["--no-such-flag=1"][f"tools/{tool}.py"]
+    assert code == 2
+    # argparse names required options first where they are missing.
+    assert "--no-such-flag" in said or "the following arguments are required" in said or "is required" in said
+
+
+def test_options_of_a_run_are_read_and_checked_without_torch() -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from megatron3d.config.cli import read_command, settle\n"
+        "import megatron3d.train.vocabulary, megatron3d.config.serialize\n"
+        "from megatron3d.errors import ConfigError\n"
+        "try: settle(read_command(['--num-layer', '2'], program='pretrain_gpt.py', description='t'), 1)\n"
+        "except ConfigError as error: print(error)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert "--num-layer 2 is unknown; did you mean --num-layers?" in ran.stdout
+
+
+def test_names_that_tools_offer_without_torch_are_those_of_the_package() -> None:
+    for tool, name, expected in (
+        ("convert_checkpoint", "DTYPE_NAMES", tuple(DTYPES)),
+        ("embed_text", "POOLING_NAMES", POOLINGS),
+    ):
+        line = next(line for line in (ROOT / f"tools/{tool}.py").read_text().splitlines() if line.startswith(name))
+        assert line.split(" = ")[1].split("  #")[0] == str(expected).replace("'", '"')

@@ -1,0 +1,89 @@
+"""Each option that will have no effect in a run gets one line, and a run that does all it is asked to has none."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron3d.config.check import resolve
+from megatron3d.config.cli import parse_args
+from megatron3d.optim.schedule import settings_from_config
+from megatron3d.train.outlook import Outlook
+from megatron3d.train.state import Progress, last_step
+
+SHAPE = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --vocab-size 64 --micro-batch-size 2 "
+    "--global-batch-size 8 --lr 1e-3 --data-path corpus --device cpu"
+)
+
+
+def lines(options: str, *, step: int = 0, valid: bool = True, test: bool = True, world_size: int = 1) -> list[str]:
+    """What is said of a run with these options that starts after `step` steps of 8 samples."""
+    words = f"{SHAPE} {options}".split()
+    config = resolve(parse_args(words, program="pretrain_gpt.py", description="", say=lambda line: None), world_size)
+    progress = Progress(step, step * 8, step, step * 8)
+    schedule = settings_from_config(config.optim, config.train)
+    return Outlook(config, progress, last_step(config, progress), schedule, valid, test).lines()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--train-iters 20",
+        "--train-samples 160 --save c --save-interval 5 --eval-interval 10 --exit-interval 19",
+        "--train-iters 20 --iterations-to-skip 0 19 --lr-warmup-iters 19 --profile-pipeline p",
+        "--train-iters 20 --wandb-project p --wandb-entity e",
+        "--train-iters 20 --save c --save-interval 20 --eval-interval 20",
+    ],
+)
+def test_a_run_that_does_what_it_is_asked_says_nothing(options: str) -> None:
+    assert lines(options) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "start", "line"),
+    [
+        ("--train-iters 20", {"step": 20}, "nothing is left to train: step 20 is made, and --train-iters is 20"),
+        ("--train-samples 100", {"step": 12}, "nothing is left to train: 96 of --train-samples 100 are consumed"),
+        ("--train-iters 20", {"valid": False}, "there is no validation data (--split is 969,30,1)"),
+        ("--train-iters 20", {"test": False}, "there is no test data (--split is 969,30,1)"),
+        ("--train-iters 20 --exit-interval 20", {}, "--exit-interval 20 stops nothing: the run ends with step 20"),
+        ("--train-iters 20 --exit-interval 15", {"step": 16}, "--exit-interval 15 stops nothing"),
+        ("--train-iters 20 --save c --save-interval 21", {}, "--save-interval 21 is longer than the run"),
+        ("--train-iters 20 --eval-interval 21", {}, "--eval-interval 21 is longer than the run"),
+        (
+            "--train-iters 20 --lr-warmup-iters 30 --lr-decay-iters 40",
+            {},
+            "the warm-up of 30 iterations is longer than the run of 20",
+        ),
+        (
+            "--train-samples 160 --lr-warmup-samples 200 --lr-decay-samples 400",
+            {},
+            "the warm-up of 200 samples is longer than the run of 160",
+        ),
+        (
+            "--train-iters 20 --profile-pipeline p",
+            {"step": 18},
+            "--profile-pipeline records nothing: its step 3 (--profile-pipeline-step) does not come, as 2 are left",
+        ),
+        ("--train-iters 20 --iterations-to-skip 3 20", {}, "--iterations-to-skip 20 skips nothing"),
+        ("--train-iters 20 --wandb-entity e", {}, "--wandb-entity e has no effect without --wandb-project"),
+        (
+            "--train-iters 20 --check-weight-hash-across-dp-replicas-interval 5",
+            {},
+            "compares nothing: one rank holds everything once",
+        ),
+        (
+            "--train-iters 20 --check-weight-hash-across-dp-replicas-interval 25",
+            {"world_size": 2},
+            "compares nothing: it is longer than the run",
+        ),
+    ],
+)
+def test_an_option_without_effect_is_said_in_one_line(options: str, start: dict[str, int], line: str) -> None:
+    (found,) = lines(options, **start)
+    assert line in found
+
+
+def test_evaluation_that_nobody_wants_is_not_missed() -> None:
+    assert lines("--train-iters 20 --eval-iters 0", valid=False, test=False) == []
+    assert lines("--train-iters 20 --split 99,1,0", test=False) == []
