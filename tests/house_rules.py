@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("offload", "zero", "optim"),
     },
     "data": {"errors", "process", "files", "config"},
-    "convert": {"errors", "files", "config", "models", "params", "checkpoint"},
+    # `data` reads the tokenizer that a directory describes: an import names it, an export writes its end of texts.
+    "convert": {"errors", "files", "config", "models", "params", "checkpoint", "data"},
     "train": {"errors", *_TRAIN},
     "tasks": {"errors", "train", *_TRAIN},
     "inference": {"errors", "train", *_TRAIN},

@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     take.add_argument(
         "--new-heads", action="store_true", help="give the heads of training that DIR lacks random weights"
     )
+    take.add_argument("--no-tokenizer", action="store_true", help="take the weights alone, whatever tokenizer DIR has")
     take.add_argument("--seed", type=int, default=1234, metavar="N", help="of the random weights (default 1234)")
     give = kinds.add_parser("hf-export", help="a checkpoint into a Hugging Face directory", allow_abbrev=False)
     give.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one of them")
@@ -51,13 +52,15 @@ from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.checkpoint.load import read_document
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.data import DataConfig
 from megatron3d.config.derive import derive
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.config.train import TrainConfig
 from megatron3d.convert.export import DTYPES, ExportOptions, export_model
 from megatron3d.convert.hf import HfModel, read_model, save_model
+from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
+from megatron3d.convert.tokenizer_files import DESCRIBED
+from megatron3d.data.hf_tokenizer import reading_note
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.params.init import initial_shard
 from megatron3d.train.launch import Guard, guarded
@@ -66,7 +69,7 @@ from megatron3d.train.parts import build_model
 
 def import_model(args: argparse.Namespace) -> None:
     """Read a directory, complete it if so asked, write the checkpoint, and say what was found."""
-    found = read_model(Path(args.hf))
+    found = read_model(Path(args.hf), with_tokenizer=not args.no_tokenizer)
     if args.new_heads:
         new = new_tensors(found, args.seed)
         found = replace(found, tensors={**found.tensors, **new})
@@ -76,7 +79,12 @@ def import_model(args: argparse.Namespace) -> None:
     print(f"{directory}: {found.model.architecture.upper()} of {count} parameters ({', '.join(sorted(found.pieces))})")
     if found.left_out:
         print(f"left out, as there is no such head here: {', '.join(found.left_out)}")
-    if found.data.tokenizer_type is None:
+    if found.data.tokenizer_type is not None:
+        if note := reading_note(Path(args.hf)):
+            print(note)
+    elif args.no_tokenizer:
+        print("without a tokenizer; name its files with --vocab-file or --tokenizer-model when it is used")
+    else:
         print(f"{args.hf} has no tokenizer; name its files with --vocab-file or --tokenizer-model when it is used")
 
 
@@ -98,18 +106,18 @@ def write_hf(args: argparse.Namespace) -> None:
     options = ExportOptions(
         dtype=DTYPES.get(args.dtype),
         labels=tuple(args.labels),
-        data=_moved(from_dict(read_document(checkpoint, "run")).data, moved),
+        data=with_given(beside_checkpoint(from_dict(read_document(checkpoint, "run")).data, checkpoint), moved),
         with_tokenizer=not args.no_tokenizer,
     )
     exported = export_model(checkpoint, Path(args.hf), options)
     files = ", ".join(exported.tokenizer_files) or "no tokenizer"
     print(f"{args.hf}: {exported.class_name} of {exported.num_parameters} parameters, with {files}")
-
-
-def _moved(data: DataConfig, moved: dict[str, str | None]) -> DataConfig:
-    data = replace(data, **{name: value for name, value in moved.items() if value is not None})
-    kind = data.tokenizer_type or ("BertWordPieceLowerCase" if data.vocab_file and not data.merge_file else None)
-    return replace(data, tokenizer_type=kind)
+    kind = options.data.tokenizer_type if options.data is not None else None
+    if "tokenizer.model" in exported.tokenizer_files and kind != DESCRIBED:
+        print(
+            f"tokenizer.model is copied as it is: the {kind} gives the ids of sentencepiece; transformers reads the "
+            "file by a class of its own, with other ids for some texts; encode with sentencepiece where that matters"
+        )
 
 
 def main(guard: Guard) -> None:

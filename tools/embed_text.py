@@ -69,6 +69,7 @@ from megatron3d.comm.agree import digest_of
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.convert.hf import digest_of_tensors, read_model
+from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.files.text import TextError, read_lines
 from megatron3d.inference.embed import EmbedOptions, embed, load_encoder
@@ -138,12 +139,14 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
 def open_source(args: argparse.Namespace) -> tuple[SavedRun, Path | Mapping[str, Tensor], frozenset[str]]:
     """The run that a model belongs to, its weights, and their names."""
     if args.hf is not None:
-        found = read_model(Path(args.hf))
+        found = read_model(Path(args.hf), with_tokenizer=args.tokenizer_type is None)
         run = SavedRun(found.directory, RunConfig(model=found.model, data=found.data), None)
         return run, found.tensors, frozenset(found.tensors)
     directory = find_checkpoint(Path(args.load), args.ckpt_step)
     names = frozenset(name.removeprefix("model/") for name in tensor_shapes(directory))
-    return read_saved_run(directory), directory, names
+    saved = read_saved_run(directory)
+    config = replace(saved.config, data=beside_checkpoint(saved.config.data, directory))
+    return replace(saved, config=config), directory, names
 
 
 def read_texts(inputs: Sequence[str], texts: Sequence[str]) -> list[str]:
@@ -188,8 +191,8 @@ def open_tokenizer(args: argparse.Namespace, config: RunConfig, saved: SavedRun)
             that the model was trained with.
     """
     given = {name: vars(args)[name] for name in ("tokenizer_type", "vocab_file", "tokenizer_model")}
-    data = replace(config.data, **{name: value for name, value in given.items() if value is not None})
-    kind = data.tokenizer_type or ("BertWordPieceLowerCase" if data.vocab_file else None)
+    data = with_given(config.data, given)
+    kind = data.tokenizer_type
     if kind is None:
         raise ConfigError(
             f"{args.load or args.hf} names no tokenizer; give its word pieces with --vocab-file vocab.txt"
@@ -205,8 +208,7 @@ def open_tokenizer(args: argparse.Namespace, config: RunConfig, saved: SavedRun)
             "the vocabulary it was trained with"
         )
     if not args.override_tokenizer:
-        named = replace(data, tokenizer_type=kind)
-        require_same_tokenizer(saved.content, named, vocab_size, source=saved.directory)
+        require_same_tokenizer(saved.content, data, vocab_size, source=saved.directory)
     return tokenizer
 
 

@@ -15,12 +15,13 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
+from megatron3d.data.tokenizer_interface import Tokenizer
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.files.text import TextError, read_lines
 
@@ -63,6 +64,11 @@ def _add_tokenizer(group: Any) -> None:
     group.add_argument("--merge-file", metavar="FILE")
     group.add_argument("--tokenizer-model", metavar="PATH")
     group.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin each prompt with the token that begins texts (default as the tokenizer's description says)",
+    )
+    group.add_argument(
         "--override-tokenizer", action="store_true", help="use files with other content than the model was trained with"
     )
 
@@ -74,14 +80,26 @@ from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.comm.agree import digest_of
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
+from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER
 from megatron3d.data.content import require_same_tokenizer
+from megatron3d.data.hf_description import end_token_ids
 from megatron3d.inference.generate import generate, new_token_limits, position_limit
 from megatron3d.inference.load import generation_config, load_model
 from megatron3d.inference.sampling import SamplingOptions
 from megatron3d.train.compare import SavedRun, read_saved_run
 from megatron3d.train.joining import joined
 from megatron3d.train.launch import Guard, guarded
-from megatron3d.train.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer, the ids before each prompt, the end of a document, and all ids that end a text."""
+
+    tokenizer: Tokenizer
+    prefix: tuple[int, ...]
+    eod: int | None
+    ends: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,20 @@ class Job:
 
     def files(self) -> dict[str, str]:
         """Digests of what was read, which all ranks must have alike."""
-        return {"the prompts": digest_of(self.prompt_ids), "the sampling options": str(self.options)}
+        return {
+            "the prompts": digest_of(self.prompt_ids),
+            "the sampling options": str(self.options),
+            "the tokens that end a text": str(sorted(self.vocabulary.ends)),
+        }
+
+    def text_of(self, ids: Sequence[int], new: Sequence[int]) -> str:
+        """A prompt and what follows it, without what the tokenizer put before the prompt and without the end."""
+        tokens = [*ids[len(self.vocabulary.prefix) :], *(new[:-1] if self.is_ended(new) else new)]
+        return self.vocabulary.tokenizer.decode(tokens)
+
+    def is_ended(self, new: Sequence[int]) -> bool:
+        """Whether a text ended with a token that ends texts."""
+        return not self.options.ignore_eod and new[-1] in self.vocabulary.ends
 
 
 def settle(args: argparse.Namespace, world_size: int) -> Job:
@@ -172,8 +203,7 @@ def open_vocabulary(args: argparse.Namespace, config: RunConfig, saved: SavedRun
         DataError: a file of it is missing or damaged; the sentence names the option.
     """
     data, vocab_size, directory = config.data, config.model.vocab_size, saved.directory
-    moved = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
-    data = replace(data, **{name: value for name, value in vars(args).items() if name in moved and value is not None})
+    data = with_given(beside_checkpoint(data, directory), vars(args))
     if data.tokenizer_type is None:
         raise ConfigError(
             f"{directory / 'run.json'} names no tokenizer; name it with --tokenizer-type and its files (NullTokenizer "
@@ -184,7 +214,9 @@ def open_vocabulary(args: argparse.Namespace, config: RunConfig, saved: SavedRun
         data.tokenizer_type, *files, vocab_size=vocab_size, tiktoken=tiktoken_options(data)
     ).build()
     if data.tokenizer_type == "NullTokenizer":  # Made for all ids of the model, it would count its own end beyond them.
-        return Vocabulary(tokenizer, data.eod_token)
+        _refuse_bos(args, "NullTokenizer")
+        named = end_token_ids(directory.parent / TOKENIZER_FOLDER)
+        return Vocabulary(tokenizer, (), data.eod_token, _ends(data.eod_token, named))
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"--tokenizer-type {data.tokenizer_type} has {tokenizer.vocab_size} ids, but the model of {directory} has "
@@ -192,13 +224,28 @@ def open_vocabulary(args: argparse.Namespace, config: RunConfig, saved: SavedRun
         )
     if not args.override_tokenizer:
         require_same_tokenizer(saved.content, data, vocab_size, source=directory)
-    return Vocabulary(tokenizer, tokenizer.eod if data.eod_token is None else data.eod_token)
+    prefix = tokenizer.prefix
+    if args.prepend_bos and tokenizer.bos is None:
+        _refuse_bos(args, data.tokenizer_type)
+    if args.prepend_bos is not None:
+        prefix = (tokenizer.bos,) if args.prepend_bos else ()
+    eod = tokenizer.eod if data.eod_token is None else data.eod_token
+    return Vocabulary(tokenizer, prefix, eod, _ends(eod, tokenizer.ends))
+
+
+def _ends(eod: int | None, named: Sequence[int]) -> frozenset[int]:
+    return frozenset(named) | (frozenset() if eod is None else {eod})
+
+
+def _refuse_bos(args: argparse.Namespace, kind: str) -> None:
+    if args.prepend_bos:
+        raise ConfigError(f"--prepend-bos: the {kind} of this model has no token that begins texts; leave it out")
 
 
 def _encode(prompt: str, vocabulary: Vocabulary) -> list[int]:
     """Ids of a prompt; an empty one starts where documents start, after the end of the one before."""
-    ids = vocabulary.tokenizer.encode(prompt)
-    return [vocabulary.eod_token] if not ids and vocabulary.eod_token is not None else ids
+    ids = [*vocabulary.prefix, *vocabulary.tokenizer.encode(prompt)]
+    return [vocabulary.eod] if not ids and vocabulary.eod is not None else ids
 
 
 def results(job: Job, new_ids: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
@@ -208,20 +255,16 @@ def results(job: Job, new_ids: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
             "prompt": prompt,
             "prompt_ids": list(ids),
             "token_ids": list(new),
-            "text": job.vocabulary.tokenizer.decode([*ids, *_without_end(new, job)]),
+            "text": job.text_of(ids, new),
             "stopped_by": stop_reason(new, job),
         }
         for prompt, ids, new in zip(job.prompts, job.prompt_ids, new_ids, strict=True)
     ]
 
 
-def _without_end(new: Sequence[int], job: Job) -> Sequence[int]:
-    return new[:-1] if stop_reason(new, job) == "end of document" else new
-
-
 def stop_reason(new: Sequence[int], job: Job) -> str:
     """Why a text ends where it does."""
-    if not job.options.ignore_eod and new[-1] == job.vocabulary.eod_token:
+    if job.is_ended(new):
         return "end of document"
     return "--max-new-tokens" if len(new) == job.options.max_new_tokens else "--max-position-embeddings"
 
@@ -257,7 +300,7 @@ def main(guard: Guard) -> None:
             job.config,
             job.prompt_ids,
             job.options,
-            job.vocabulary.eod_token,
+            job.vocabulary.ends,
             batch_size=args.batch_size,
             use_cache=not args.no_kv_cache,
         )

@@ -34,11 +34,18 @@ def parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--vocab-file", metavar="FILE", help="vocab.json of GPT-2 or vocab.txt of BERT")
     tokenizer.add_argument("--merge-file", metavar="FILE", help="merges.txt of GPT-2")
     tokenizer.add_argument(
-        "--tokenizer-model", metavar="PATH", help="sentencepiece model, or tokenizer.json or its dir"
+        "--tokenizer-model",
+        metavar="PATH",
+        help="sentencepiece model, or a Hugging Face directory or its tokenizer.json",
     )
     tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="of the NullTokenizer (786) or TikTokenizer")
     add_tiktoken_arguments(tokenizer)
     tokenizer.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's token")
+    tokenizer.add_argument(
+        "--tokenizer-hf-include-special-tokens",
+        action="store_true",
+        help="put before and behind each text what the HuggingFaceTokenizer's description says, such as a begin token",
+    )
     sentences = p.add_argument_group("sentences")
     sentences.add_argument("--split-sentences", action="store_true", help="a sequence for each sentence (BERT)")
     sentences.add_argument("--keep-newlines", action="store_true", help="keep line ends at the end of sentences")
@@ -81,6 +88,11 @@ def check(args: argparse.Namespace) -> None:
     ):
         if value < 1:
             raise ConfigError(f"{flag} {value} is not at least 1.")
+    if args.tokenizer_hf_include_special_tokens and args.tokenizer_type != "HuggingFaceTokenizer":
+        raise ConfigError(
+            f"--tokenizer-hf-include-special-tokens: a {args.tokenizer_type} puts nothing around a text; leave it out, "
+            "or use --tokenizer-type HuggingFaceTokenizer with a directory that describes the tokenizer."
+        )
     if args.partitions > 1:
         print(
             f"--partitions {args.partitions}: nothing is partitioned, the input is streamed and never held in memory; "
@@ -101,7 +113,9 @@ def run(args: argparse.Namespace) -> None:
         tiktoken=tiktoken_from_arguments(args),
     )
     splitting = SentenceSplitting(args.lang, args.keep_newlines) if args.split_sentences else None
-    request = EncodeRequest(spec, tuple(dict.fromkeys(args.json_keys)), args.append_eod, splitting)
+    request = EncodeRequest(
+        spec, tuple(dict.fromkeys(args.json_keys)), args.append_eod, splitting, args.tokenizer_hf_include_special_tokens
+    )
     done = preprocess(
         find_inputs(args.input, note=note),
         args.output_prefix,

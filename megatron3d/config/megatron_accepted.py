@@ -173,6 +173,16 @@ ACCEPTED: tuple[Accepted, ...] = (
     ),
     Accepted(
         "done",
+        "special tokens are in the token files: tools/preprocess_data.py has --tokenizer-hf-include-special-tokens",
+        switches="--tokenizer-hf-include-special-tokens --tokenizer-hf-no-include-special-tokens",
+    ),
+    Accepted(
+        "how",
+        "tokenizers of Hugging Face's kind are always the fast ones, of the tokenizers library",
+        switches="--tokenizer-hf-use-fast",
+    ),
+    Accepted(
+        "done",
         "pretraining copies no tokenizer beside the checkpoints; run.json names its files",
         switches="--no-save-tokenizer-assets --disable-save-tokenizer-assets",
     ),

@@ -140,10 +140,10 @@ REFUSED: tuple[Refused, ...] = (
         flags="""
         --tokenizer-path --tokenizer-model-type --tokenizer-metadata --tokenizer-special-tokens --legacy-tokenizer
         --vocab-extra-ids --trust-remote-code --chat-template --use-gigatoken --no-pad-vocab-size
-        --disable-pad-vocab-size --padded-vocab-size --allow-ambiguous-pad-tokens --tokenizer-sentencepiece-legacy""",
+        --disable-pad-vocab-size --padded-vocab-size --allow-ambiguous-pad-tokens --tokenizer-sentencepiece-legacy
+        --tokenizer-hf-no-use-fast""",
         prefixes="""
-        --tokenizer-hf- --null-tokenizer- --tokenizer-sentencepiece- --disable-tokenizer-
-        --no-tokenizer-""",
+        --null-tokenizer- --tokenizer-sentencepiece- --disable-tokenizer- --no-tokenizer-""",
     ),
     Refused(
         "give the corpora of all splits by --data-path, or --train-data-path, --valid-data-path and --test-data-path; "

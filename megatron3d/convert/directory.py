@@ -172,7 +172,7 @@ def check_writable(directory: Path) -> None:
 def write_directory(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], files: Mapping[str, bytes]
 ) -> None:
-    """Write a new directory: its `config.json`, `model.safetensors`, and `files` by name.
+    """Write a new directory: its `config.json`, `model.safetensors`, and `files` by path.
 
     Raises:
         ConfigError: `directory` exists and is not empty.
@@ -187,6 +187,7 @@ def write_directory(
         # Readers ask this entry which library's tensors these are.
         write_shard(temporary / _WEIGHTS, tensors, metadata={"format": "pt"})
         for name, content in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             write_file(temporary / name, [content])
         write_file(temporary / CONFIG_NAME, [(json.dumps(config, indent=2, sort_keys=True) + "\n").encode()])
         sync_directory(temporary)

@@ -5,8 +5,9 @@ The padding of the vocabulary exists in memory alone (see docs/decisions/0003) a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,8 +28,11 @@ from megatron3d.convert.family import Family, HfConfig, check_num_layers
 from megatron3d.convert.hf import HF_DOCUMENT
 from megatron3d.convert.rows import Row
 from megatron3d.convert.task_document import read_task_document
-from megatron3d.convert.tokenizer_files import files_of
+from megatron3d.convert.tokenizer_choice import tokenizer_of
+from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, files_of
+from megatron3d.data.hf_description import GENERATION_CONFIG, MODEL_CONFIG, companion_files
 from megatron3d.errors import CheckpointError, ConfigError
+from megatron3d.files.json_text import parse_object
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,11 +83,18 @@ def export_model(checkpoint: Path, directory: Path, options: ExportOptions | Non
     tensors |= {copy: tensors[of] for copy, of in family.copies(run.model).items() if of in tensors}
     if class_name.endswith("Model") and not class_name.endswith("LMHeadModel"):
         tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
-    config = _config(checkpoint, run, class_name, index, options.labels)
+    data = options.data or run.data
+    config = _config(checkpoint, replace(run, data=data), class_name, index, options.labels)
     config["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    files = files_of(options.data or run.data, run.model) if options.with_tokenizer else {}
+    files = companion_files(checkpoint.parent / TOKENIZER_FOLDER)
+    if options.with_tokenizer:
+        files |= files_of(data, run.model)
+    files.pop(MODEL_CONFIG, None)
+    if GENERATION_CONFIG in files and not _is_as_imported(_document(checkpoint, HF_DOCUMENT, index)):
+        files[GENERATION_CONFIG] = _with_ends(files[GENERATION_CONFIG], config)
     write_directory(directory, config, tensors, files)
-    return Exported(class_name, sum(tensor.numel() for tensor in tensors.values()), tuple(sorted(files)))
+    names = tuple(sorted(name for name in files if name != GENERATION_CONFIG))
+    return Exported(class_name, sum(tensor.numel() for tensor in tensors.values()), names)
 
 
 def _config(checkpoint: Path, run: RunConfig, class_name: str, index: Index, labels: Sequence[str]) -> dict[str, Any]:
@@ -156,10 +167,41 @@ def _tensors_there(
 
 
 def _special_ids(run: RunConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """The end and the beginning of texts, said outright: transformers' defaults are ids of other vocabularies."""
-    if run.model.architecture != "gpt" or "eos_token_id" in kept:
+    """The end and the beginning of texts, said outright: transformers' defaults are ids of other vocabularies.
+
+    A text begins with the token that the tokenizer has for it, if it has one that is none of its ends.
+    """
+    if run.model.architecture != "gpt" or _is_as_imported(kept):
         return {}
-    return {"eos_token_id": run.data.eod_token, "bos_token_id": run.data.eod_token, "pad_token_id": None}
+    assert run.model.vocab_size is not None, "a checkpoint's run has its vocabulary settled"
+    tokenizer = tokenizer_of(run.data, run.model.vocab_size)
+    named = () if tokenizer is None else tokenizer.ends
+    first = run.data.eod_token if run.data.eod_token is not None or tokenizer is None else tokenizer.eod
+    ends = list(dict.fromkeys(id for id in (first, *named) if id is not None and id < run.model.vocab_size))
+    bos = None if tokenizer is None or tokenizer.bos in ends else tokenizer.bos
+    return {
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "bos_token_id": bos,
+        "pad_token_id": None if tokenizer is None else tokenizer.pad,
+    }
+
+
+def _is_as_imported(kept: Mapping[str, Any]) -> bool:
+    """Whether the ends of texts are those that the model was imported with, in all files alike."""
+    return "eos_token_id" in kept
+
+
+def _with_ends(content: bytes, config: Mapping[str, Any]) -> bytes:
+    """A generation config that names ends: where it has none, transformers would not look into `config.json`."""
+    try:
+        values = parse_object(content)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{GENERATION_CONFIG} beside the checkpoint's tokenizer cannot be read as JSON ({error}); repair it"
+        ) from error
+    if values.get("eos_token_id") is None:
+        values["eos_token_id"] = config.get("eos_token_id")
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def _classes(index: Index, labels: Sequence[str], before: Mapping[str, str], task: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,11 +33,10 @@ from megatron3d.convert.families import FAMILIES
 from megatron3d.convert.family import Family, HfConfig, check_num_layers
 from megatron3d.convert.quantized import refuse_quantized
 from megatron3d.convert.rows import Piece, Row
-from megatron3d.convert.tokenizer_files import copy_tokenizer, data_of
+from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, copy_tokenizer, data_of, named_in
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.params.boxes import Box, ShardView
 
-TOKENIZER_FOLDER = "tokenizer"  # in the --save directory, where the copied files of the tokenizer lie
 HF_DOCUMENT = "hf_config"  # the config.json that a checkpoint was imported from
 
 
@@ -84,13 +83,14 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def read_model(directory: Path) -> HfModel:
-    """Read a directory that `save_pretrained` wrote, or that lies on a model hub.
+def read_model(directory: Path, *, with_tokenizer: bool = True) -> HfModel:
+    """Read a directory that `save_pretrained` wrote, or that lies on a model hub; with or without its tokenizer.
 
     Raises:
         CheckpointError: a file is missing or damaged, the kind of model is not known, or a tensor is missing, has
             another shape than `config.json` says, or has no place in our model; `config.json` has values that
             cannot be or do not fit together; the weights are quantized.
+        DataError: the description of the tokenizer cannot be taken, see `data/hf_tokenizer.py`.
     """
     config = read_config(directory)
     family = _family_there(config)
@@ -106,7 +106,7 @@ def read_model(directory: Path) -> HfModel:
     pieces = frozenset(row.piece for row in rows)
     if model.architecture == "bert":
         model = replace(model, bert_binary_head="pooler" in pieces)
-    data = data_of(directory, model, config.values)
+    data = data_of(directory, model, with_tokenizer=with_tokenizer)
     return HfModel(directory, model, data, tensors, pieces, left_out, config.values)
 
 
@@ -236,8 +236,9 @@ def save_model(found: HfModel, save: Path) -> Path:
             f"--save {save} holds checkpoints already (of steps {', '.join(map(str, steps))}); give a new directory"
         )
     folder = save / TOKENIZER_FOLDER
-    copy_tokenizer(found.directory, folder)
-    data = data_of(folder, found.model, found.settings)
+    has_tokenizer = found.data.tokenizer_type is not None
+    copy_tokenizer(found.directory, folder, with_tokenizer=has_tokenizer)
+    data = named_in(found.data, folder) if has_tokenizer else found.data
     run = derive(RunConfig(model=found.model, data=data, train=TrainConfig(micro_batch_size=1)), 1)
     views = {
         f"model/{name}": ShardView(

@@ -1,141 +1,152 @@
-"""The tokenizer that lies beside a model's weights: which of its files are copied, and which of our kinds they are."""
+"""The tokenizer beside a model's weights: its files on the way in and out, and the options of a run that name it.
+
+How a directory's tokenizer is read is answered in `data/hf_tokenizer.py`. Here its files are copied whole, together
+with what belongs to a model and makes no ids: the generation config and chat templates.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 from megatron3d.checkpoint.durable import storage_errors, sync_directory, write_file
 from megatron3d.config.data import DataConfig
 from megatron3d.config.model import ModelConfig
+from megatron3d.data.hf_description import (
+    COMPANION_FILES,
+    MODEL_CONFIG,
+    SETTING_FILES,
+    VOCABULARY_FILES,
+    companion_files,
+    described_files,
+    end_token_ids,
+    tokenizer_files,
+)
+from megatron3d.data.hf_tokenizer import described_tokenizer, has_vocabulary
+from megatron3d.data.tokenizer import END_OF_TEXT
 from megatron3d.errors import CheckpointError
-from megatron3d.files.json_text import parse_object
-from megatron3d.files.text import TextError, read_lines
 
-_DESCRIPTIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")
-_WORD_PIECES = {"BertWordPieceLowerCase": True, "BertWordPieceCase": False}
+TOKENIZER_FOLDER = "tokenizer"  # in the --save directory, where the copied files of the tokenizer lie
+WORD_PIECES: Mapping[str, bool] = MappingProxyType({"BertWordPieceLowerCase": True, "BertWordPieceCase": False})
+DESCRIBED = "HuggingFaceTokenizer"  # the kind of a tokenizer that its own directory describes
 
 
-def tokenizer_files(directory: Path) -> dict[str, bytes]:
-    """The files of the tokenizer in a directory, by name; none if there is no tokenizer."""
-    found = {name: directory / name for name in (*_VOCABULARIES, *_DESCRIPTIONS) if (directory / name).is_file()}
-    return {name: path.read_bytes() for name, path in found.items()}
+def copy_tokenizer(source: Path, target: Path, *, with_tokenizer: bool = True) -> list[str]:
+    """Copy the tokenizer's files and what lies beside them into a new directory; returns their names.
+
+    Raises:
+        DataError: a JSON file among them is damaged.
+        StorageError: the file system refused.
+    """
+    files = companion_files(source) | (tokenizer_files(source) if with_tokenizer else {})
+    write_files(target, files)
+    return list(files)
 
 
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files into a new directory; returns their names.
+def write_files(target: Path, files: Mapping[str, bytes]) -> None:
+    """Write files by their paths within a directory, and remove those of a tokenizer that was there before.
 
     Raises:
         StorageError: the file system refused.
     """
-    files = tokenizer_files(source)
-    if files:
-        with storage_errors(target):
-            target.mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                write_file(target / name, [content])
-            sync_directory(target)
-    return list(files)
+    if not files:
+        return
+    with storage_errors(target):
+        for name in (*VOCABULARY_FILES, *SETTING_FILES, *COMPANION_FILES, MODEL_CONFIG):
+            if name not in files:
+                (target / name).unlink(missing_ok=True)
+        for name, content in files.items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            write_file(target / name, [content])
+        sync_directory(target)
 
 
-def data_of(directory: Path, model: ModelConfig, settings: Mapping[str, Any]) -> DataConfig:
-    """The tokenizer in `directory` as the options of a run.
+def data_of(directory: Path, model: ModelConfig, *, with_tokenizer: bool = True) -> DataConfig:
+    """The tokenizer that a Hugging Face directory describes as the options of a run, and the end of its texts.
 
     Args:
-        directory: holds the files, see `tokenizer_files`.
-        model: its architecture decides between several kinds, and its vocabulary must hold all ids.
-        settings: the values of the model's `config.json`.
+        directory: holds `config.json` and, if it has a tokenizer, its files.
+        model: its vocabulary must hold all ids.
+        with_tokenizer: False takes the end of texts alone.
 
     Raises:
-        CheckpointError: a file is damaged, or has more tokens than the model.
+        DataError: the description cannot be taken, see `described_tokenizer`.
+        CheckpointError: the tokenizer has more tokens than the model.
     """
-    eos = settings.get("eos_token_id")
-    is_id = isinstance(eos, int) and not isinstance(eos, bool) and 0 <= eos < model.vocab_size
-    eod = eos if model.architecture == "gpt" and is_id else None
-
-    def path(name: str) -> str | None:
-        return str((directory / name).absolute()) if (directory / name).is_file() else None
-
-    words, pairs, merges = path("vocab.txt"), path("vocab.json"), path("merges.txt")
-    described, pieces = path("tokenizer.json"), path("tokenizer.model")
-    if model.architecture == "bert" and words:
-        try:
-            num_words = len(read_lines(Path(words)))
-        except (OSError, TextError) as error:
-            raise CheckpointError(f"{words} cannot be read ({error}); fetch the file again") from error
-        _check_size(Path(words), num_words, model)
-        kind = "BertWordPieceLowerCase" if _lowers_case(directory) else "BertWordPieceCase"
-        return DataConfig(tokenizer_type=kind, vocab_file=words)
-    if model.architecture == "gpt" and pairs and merges:
-        _check_size(Path(pairs), len(_json_of(Path(pairs))), model)
-        return DataConfig(tokenizer_type="GPT2BPETokenizer", vocab_file=pairs, merge_file=merges, eod_token=eod)
-    if described:
-        return DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=described, eod_token=eod)
-    if pieces:
-        return DataConfig(tokenizer_type="Llama2Tokenizer", tokenizer_model=pieces, eod_token=eod)
-    return DataConfig(eod_token=eod)
+    ends = [id for id in end_token_ids(directory) if id < model.vocab_size] if model.architecture == "gpt" else []
+    if not (with_tokenizer and has_vocabulary(directory)):
+        return DataConfig(eod_token=ends[0] if ends else None)
+    tokenizer = described_tokenizer(directory)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, but the model beside it has vocab_size "
+            f"{model.vocab_size}: they do not belong together; put the tokenizer of this model there"
+        )
+    eod = tokenizer.eod if tokenizer.eod in ends else next(iter(ends), None)
+    vocabulary = "vocab.txt" if (directory / "vocab.txt").is_file() else None
+    return named_in(DataConfig(tokenizer_type=DESCRIBED, vocab_file=vocabulary, eod_token=eod), directory)
 
 
 def files_of(data: DataConfig, model: ModelConfig) -> dict[str, bytes]:
-    """The files of a run's tokenizer under Hugging Face's names; none where the run names no tokenizer of theirs.
+    """The files of a run's tokenizer under Hugging Face's names, by path; none where the run has none of theirs.
 
-    Where the files lie in a tokenizer's own directory, the descriptions beside them come along.
+    Those of a described tokenizer come whole, with what lies beside them. For the other kinds a description is written
+    that says what the kind does.
 
     Raises:
         CheckpointError: a file that the run names is not there.
     """
+    if data.tokenizer_type == DESCRIBED and data.tokenizer_model is not None:
+        path = _existing(data.tokenizer_model)
+        folder = path if path.is_dir() else path.parent
+        files = described_files(path)
+        if not files:
+            raise CheckpointError(_not_there(path))
+        return files | companion_files(folder)
     named = {
-        "vocab.txt" if data.tokenizer_type in _WORD_PIECES else "vocab.json": data.vocab_file,
+        "vocab.txt" if data.tokenizer_type in WORD_PIECES else "vocab.json": data.vocab_file,
         "merges.txt": data.merge_file,
-        "tokenizer.json" if data.tokenizer_type == "HuggingFaceTokenizer" else "tokenizer.model": data.tokenizer_model,
+        "tokenizer.model": data.tokenizer_model,
     }
-    files: dict[str, bytes] = {}
-    for name, value in named.items():
-        if value is None:
-            continue
-        path = Path(value) / name if Path(value).is_dir() else Path(value)
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path}, a file of the checkpoint's tokenizer, is not there; say where it is with --vocab-file, "
-                "--merge-file or --tokenizer-model, or leave it out with --no-tokenizer"
-            )
-        beside = tokenizer_files(path.parent)
-        if any(description in beside for description in _DESCRIPTIONS):
-            files |= beside
-        files[name] = path.read_bytes()
-    if data.tokenizer_type in _WORD_PIECES and "vocab.txt" in files:
-        files.setdefault("tokenizer_config.json", _description(data, model))
-    return files
+    files = {name: _existing(value).read_bytes() for name, value in named.items() if value is not None}
+    return files | (_description(data, model) if files else {})
 
 
-def _description(data: DataConfig, model: ModelConfig) -> bytes:
-    values = {
-        "do_lower_case": _WORD_PIECES[data.tokenizer_type],
-        "model_max_length": model.max_position_embeddings,
-        "tokenizer_class": "BertTokenizer",
-    }
-    return (json.dumps(values, indent=2) + "\n").encode()
+def named_in(data: DataConfig, folder: Path) -> DataConfig:
+    """The options of a run whose tokenizer's files, those of `files_of`, were written into `folder`."""
+    if data.tokenizer_type == DESCRIBED:
+        vocabulary = None if data.vocab_file is None else str((folder / "vocab.txt").absolute())
+        return replace(data, tokenizer_model=str(folder.absolute()), vocab_file=vocabulary)
+    names = {"vocab_file": "vocab.txt" if data.tokenizer_type in WORD_PIECES else "vocab.json"}
+    names |= {"merge_file": "merges.txt", "tokenizer_model": "tokenizer.model"}
+    given = {option: name for option, name in names.items() if vars(data)[option] is not None}
+    return replace(data, **{option: str((folder / name).absolute()) for option, name in given.items()})
 
 
-def _lowers_case(directory: Path) -> bool:
-    """Whether word pieces are of lower case; transformers' default where nothing says so."""
-    path = directory / "tokenizer_config.json"
-    return bool(_json_of(path).get("do_lower_case", True)) if path.is_file() else True
+def _existing(value: str) -> Path:
+    path = Path(value)
+    if not path.exists():
+        raise CheckpointError(_not_there(path))
+    return path
 
 
-def _json_of(path: Path) -> dict[str, Any]:
-    try:
-        return parse_object(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); repair or remove it") from error
+def _not_there(path: Path) -> str:
+    return (
+        f"{path}, of the checkpoint's tokenizer, is not there or holds none; say where it is with --vocab-file, "
+        "--merge-file or --tokenizer-model, or leave it out with --no-tokenizer"
+    )
 
 
-def _check_size(path: Path, num_tokens: int, model: ModelConfig) -> None:
-    if num_tokens > model.vocab_size:
-        raise CheckpointError(
-            f"{path} has {num_tokens} tokens, but the model beside it has vocab_size {model.vocab_size}: they do not "
-            "belong together; put the vocabulary of this model there"
-        )
+def _description(data: DataConfig, model: ModelConfig) -> dict[str, bytes]:
+    """`tokenizer_config.json` of a kind that is named by our options; none of a sentencepiece model."""
+    if data.tokenizer_type in WORD_PIECES:
+        values = {"tokenizer_class": "BertTokenizer", "do_lower_case": WORD_PIECES[data.tokenizer_type]}
+    elif data.tokenizer_type == "GPT2BPETokenizer":
+        values = {"tokenizer_class": "GPT2Tokenizer", "eos_token": END_OF_TEXT, "bos_token": None}
+    else:
+        return {}
+    values["model_max_length"] = model.max_position_embeddings
+    return {"tokenizer_config.json": (json.dumps(values, indent=2) + "\n").encode()}

@@ -19,13 +19,12 @@ from typing import Any
 from megatron3d.config.data import DataConfig
 from megatron3d.config.resume import Difference, Effect
 from megatron3d.data.blend import Corpus, parse_data_path, words_of_file
+from megatron3d.data.hf_description import described_files
 from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.errors import ConfigError, DataError
 
 BLOCK_BYTES, NUM_BLOCKS = 16 << 10, 64
 
-# What a Hugging Face tokenizer reads beside tokenizer.json.
-_BESIDE = ("special_tokens_map.json", "tokenizer_config.json")
 _SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
 
@@ -140,31 +139,41 @@ def tokenizer_content(data: DataConfig, *, vocab_size: int | None) -> TokenizerC
         found.update(f"{vocab_size}".encode())
     if kind == "TikTokenizer":
         found.update(f"{vocab_size} {tiktoken_options(data)}".encode())
-    paths = list(_tokenizer_files(data))
-    for role, path in paths:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path} of the tokenizer cannot be read ({error.strerror}); name its file.") from error
+    paths = []
+    for role, path, content in _described_files(data) if kind == "HuggingFaceTokenizer" else _named_files(data):
         found.update(f"{role} {len(content)}\n".encode())
         found.update(content)
-    return TokenizerContent(kind, tuple(str(path) for _, path in paths), found.hexdigest())
+        paths.append(str(path))
+    return TokenizerContent(kind, tuple(paths), found.hexdigest())
 
 
-def _tokenizer_files(data: DataConfig) -> Iterator[tuple[str, Path]]:
-    """(what it is for, path) of each file that the kind of tokenizer reads."""
+def _named_files(data: DataConfig) -> Iterator[tuple[str, Path, bytes]]:
+    """(what it is for, path, content) of each file that an option names for the kind of tokenizer."""
     kind = data.tokenizer_type or ""
+    options: dict[str, str | None] = {}
     if kind == "GPT2BPETokenizer":
-        yield from (("vocabulary", Path(data.vocab_file or "")), ("merges", Path(data.merge_file or "")))
+        options = {"vocabulary": data.vocab_file, "merges": data.merge_file}
     elif kind.startswith("BertWordPiece"):
-        yield "vocabulary", Path(data.vocab_file or "")
+        options = {"vocabulary": data.vocab_file}
     elif kind in (*_SENTENCEPIECE, "TikTokenizer"):
-        yield "model", Path(data.tokenizer_model or "")
-    elif kind == "HuggingFaceTokenizer":
-        path = Path(data.tokenizer_model or "")
-        folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
-        yield "tokenizer", file
-        yield from ((name, folder / name) for name in _BESIDE if (folder / name).is_file())
+        options = {"model": data.tokenizer_model}
+    for role, value in options.items():
+        path = Path(value or "")
+        try:
+            yield role, path, path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} of the tokenizer cannot be read ({error.strerror}); name its file.") from error
+
+
+def _described_files(data: DataConfig) -> Iterator[tuple[str, Path, bytes]]:
+    """The same of a directory that describes its tokenizer: all files that make ids, and what config.json adds."""
+    path = Path(data.tokenizer_model) if data.tokenizer_model else Path(data.vocab_file or "").parent
+    files = described_files(path)
+    if not files:
+        raise DataError(f"{path} of the tokenizer cannot be read (it has no file of one); name its directory.")
+    folder = path if path.is_dir() else path.parent
+    for name, content in files.items():
+        yield name, path if name == "tokenizer.json" and folder != path else folder / name, content
 
 
 # --- Comparing --------------------------------------------------------------------------------------------------------

@@ -48,12 +48,14 @@ class SentenceSplitting:
 
 @dataclass(frozen=True)
 class EncodeRequest:
-    """What every worker needs to know. Without `splitting` a text is one sequence."""
+    """What every worker needs to know. Without `splitting` a text is one sequence; with `special_tokens` each sequence
+    has what the tokenizer's description puts before and behind a text."""
 
     tokenizer: TokenizerSpec
     json_keys: tuple[str, ...]
     append_eod: bool
     splitting: SentenceSplitting | None = None
+    special_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,15 +124,20 @@ def preprocess(
     text is a document without sequences, as in Megatron-LM, so that the keys of one corpus stay in step. `report` is
     called after each batch.
 
-    Raises: ConfigError if --append-eod meets a tokenizer without such a token, or --lang is unknown; DataError for
-    input that cannot be read or holds no token at all; StorageError if the output cannot be written; PeerError if a
-    worker was killed. No output appears in these cases.
+    Raises: ConfigError if --append-eod meets a tokenizer without such a token or with one of its own at the end, or
+    --lang is unknown; DataError for input that cannot be read or holds no token at all; StorageError if the output
+    cannot be written; PeerError if a worker was killed. No output appears in these cases.
     """
     tokenizer = _tokenizer_of(request.tokenizer)
     if request.append_eod and tokenizer.eod is None:
         raise ConfigError(
             f"--append-eod cannot be used: {request.tokenizer.tokenizer_type} has no end-of-document token; leave the "
             f"option out or choose another tokenizer."
+        )
+    if request.append_eod and request.special_tokens and tokenizer.suffix[-1:] == (tokenizer.eod,):
+        raise ConfigError(
+            "--append-eod and --tokenizer-hf-include-special-tokens would end each document twice: the tokenizer puts "
+            f"the end of a text, id {tokenizer.eod}, there itself; leave --append-eod out."
         )
     if request.splitting is not None:
         language_rules(request.splitting.language)
@@ -171,7 +178,7 @@ def encode_batch(request: EncodeRequest, batch: RawBatch) -> EncodedBatch:
         text_bytes += sum(len(sentence.encode()) for document in documents for sentence in document.sentences)
         if request.splitting is not None:
             documents = [_split(document, request.splitting) for document in documents]
-        keys.append(_encode_documents(tokenizer, documents, append_eod=request.append_eod))
+        keys.append(_encode_documents(tokenizer, documents, request))
     return EncodedBatch(tuple(keys), len(batch.records), text_bytes, batch.input_bytes)
 
 
@@ -188,11 +195,12 @@ def _split(document: Document, splitting: SentenceSplitting) -> Document:
     return Document(document.place, sentences, is_split=True)
 
 
-def _encode_documents(tokenizer: Tokenizer, documents: Sequence[Document], *, append_eod: bool) -> EncodedKey:
+def _encode_documents(tokenizer: Tokenizer, documents: Sequence[Document], request: EncodeRequest) -> EncodedKey:
     """Each sentence becomes a sequence unless it is empty; the end-of-document token joins the last of a document."""
     tokens: list[int] = []
     lengths: list[int] = []
     sizes: list[int] = []
+    prefix, suffix = (tokenizer.prefix, tokenizer.suffix) if request.special_tokens else ((), ())
     for document in documents:
         num_before = len(lengths)
         for sentence in document.sentences:
@@ -201,9 +209,9 @@ def _encode_documents(tokenizer: Tokenizer, documents: Sequence[Document], *, ap
             except DataError as error:
                 raise DataError(f"{document.place}: {error}") from error
             if ids:
-                tokens += ids
-                lengths.append(len(ids))
-        if append_eod and len(lengths) > num_before:
+                tokens += (*prefix, *ids, *suffix)
+                lengths.append(len(prefix) + len(ids) + len(suffix))
+        if request.append_eod and len(lengths) > num_before:
             tokens.append(tokenizer.eod)
             lengths[-1] += 1
         sizes.append(len(lengths) - num_before)

@@ -2,12 +2,12 @@
 
 Ids are those that Megatron-LM (core 0.12 and later) gives for the same files: no special token is added to a text,
 and none is read out of it unless the tokenizer file itself says so. The work is done by the `tokenizers` and
-`sentencepiece` libraries; what is here is how each kind is put together and which ids have a meaning.
+`sentencepiece` libraries; what is here is how each kind is put together and which ids have a meaning. A directory in
+Hugging Face's layout describes its tokenizer itself: `hf_tokenizer.py`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,12 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from megatron3d.data.hf_tokenizer import described_tokenizer
 from megatron3d.data.library_errors import as_data_error
 from megatron3d.data.tiktoken_file import TikTokenModel, TikTokenOptions
+from megatron3d.data.tokenizer_interface import LibraryTokenizer, SpecialIds, Tokenizer
 from megatron3d.data.vocabulary_files import read_bpe, read_word_pieces
 from megatron3d.errors import ConfigError, DataError
-from megatron3d.files.json_text import parse_object
 
 TOKENIZER_TYPES = (
     "GPT2BPETokenizer",
@@ -36,45 +37,6 @@ TOKENIZER_TYPES = (
 )
 DEFAULT_TIKTOKEN = TikTokenOptions()
 END_OF_TEXT = "<|endoftext|>"
-_END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<EOD>")
-
-
-@dataclass(frozen=True)
-class SpecialIds:
-    """The ids that mean something beyond text; None where a tokenizer has no such token."""
-
-    eod: int | None = None
-    bos: int | None = None
-    pad: int | None = None
-    cls: int | None = None
-    sep: int | None = None
-    mask: int | None = None
-
-
-class Tokenizer(ABC):
-    """A tokenizer: `vocab_size` ids from 0 on, and the special ones among them."""
-
-    def __init__(self, vocab_size: int, special: SpecialIds) -> None:
-        """Keep the number of ids (before any padding) and the special ids."""
-        self.vocab_size = vocab_size
-        self.eod, self.bos, self.pad = special.eod, special.bos, special.pad
-        self.cls, self.sep, self.mask = special.cls, special.sep, special.mask
-
-    @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without special tokens."""
-
-    @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens appear by their names where they have one."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text; libraries that can use all cores do."""
-        return [self.encode(text) for text in texts]
-
-    def word_continuations(self) -> list[bool] | None:
-        """For each id whether its piece goes on with the word before it; None where pieces do not say so."""
-        return None
 
 
 @dataclass(frozen=True)
@@ -112,10 +74,10 @@ def build_tokenizer(
     """The tokenizer of that kind from its files.
 
     GPT2BPETokenizer: `vocab_file` (vocab.json) and `merge_file` (merges.txt). BertWordPieceLowerCase and
-    BertWordPieceCase: `vocab_file` (vocab.txt). HuggingFaceTokenizer: `tokenizer_model`, a tokenizer.json or a
-    directory with one. SentencePieceTokenizer, GPTSentencePieceTokenizer and Llama2Tokenizer: `tokenizer_model`, a
-    .model file. TikTokenizer: `tokenizer_model`, a JSON file of ranks. ByteTokenizer: nothing. NullTokenizer:
-    `vocab_size`.
+    BertWordPieceCase: `vocab_file` (vocab.txt). HuggingFaceTokenizer: `tokenizer_model`, a directory that describes its
+    tokenizer or a tokenizer.json, or `vocab_file`, a file of such a directory. SentencePieceTokenizer,
+    GPTSentencePieceTokenizer and Llama2Tokenizer: `tokenizer_model`, a .model file. TikTokenizer: `tokenizer_model`, a
+    JSON file of ranks. ByteTokenizer: nothing. NullTokenizer: `vocab_size`.
 
     Raises: ConfigError for an unknown kind or an option that it needs and lacks; DataError for a file that is missing
     or cannot be read as what it should be.
@@ -127,7 +89,9 @@ def build_tokenizer(
         vocab = _required_file(tokenizer_type, "--vocab-file", vocab_file)
         return _bert_word_piece(vocab, lower_case=tokenizer_type == "BertWordPieceLowerCase")
     if tokenizer_type == "HuggingFaceTokenizer":
-        return _hugging_face(_required_file(tokenizer_type, "--tokenizer-model", tokenizer_model))
+        if tokenizer_model is None and vocab_file is not None:
+            return described_tokenizer(_required_file(tokenizer_type, "--vocab-file", vocab_file).parent)
+        return described_tokenizer(_required_file(tokenizer_type, "--tokenizer-model", tokenizer_model))
     if tokenizer_type in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"):
         return SentencePieceTokenizer(_required_file(tokenizer_type, "--tokenizer-model", tokenizer_model))
     if tokenizer_type == "TikTokenizer":
@@ -140,43 +104,6 @@ def build_tokenizer(
             raise ConfigError(f"--tokenizer-type NullTokenizer needs --vocab-size from 1 up, not {vocab_size}.")
         return NullTokenizer(vocab_size)
     raise ConfigError(f"--tokenizer-type {tokenizer_type} is not known; the kinds are {', '.join(TOKENIZER_TYPES)}.")
-
-
-class LibraryTokenizer(Tokenizer):
-    """A tokenizer of the `tokenizers` library."""
-
-    def __init__(self, library: tokenizers.Tokenizer, special: SpecialIds) -> None:
-        """Wrap `library`; added tokens count among the vocabulary, and gaps among the ids do too."""
-        vocab = library.get_vocab(with_added_tokens=True)
-        super().__init__(max(vocab.values(), default=-1) + 1, special)
-        self._library = library
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`. The batch form is used for one text too: it skips the offsets that nobody asks for."""
-        return self._encodings([text])[0].ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, computed on all cores."""
-        return [encoding.ids for encoding in self._encodings(list(texts))]
-
-    def _encodings(self, texts: list[str]) -> list[tokenizers.Encoding]:
-        """Raises: DataError for texts that the tokenizer has no ids for."""
-        others = " or one of its neighbours" if len(texts) > 1 else ""
-        # A model may lack the id that stands for unknown characters.
-        with as_data_error(f"the tokenizer cannot encode {''.join(texts[:1])!r:.40}{others}", "repair its files"):
-            return self._library.encode_batch_fast(texts, add_special_tokens=False)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
-        return self._library.decode(list(ids), skip_special_tokens=False)
-
-    def word_continuations(self) -> list[bool] | None:
-        """True for the pieces of a word-piece model that begin with its mark, ## in BERT."""
-        model = self._library.model
-        if not isinstance(model, models.WordPiece):
-            return None
-        pieces = (self._library.id_to_token(id) for id in range(self.vocab_size))
-        return [piece is not None and piece.startswith(model.continuing_subword_prefix) for piece in pieces]
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -309,51 +236,6 @@ def _bert_word_piece(vocab_file: Path, *, lower_case: bool) -> Tokenizer:
     library.decoder = decoders.WordPiece(prefix="##")
     cls, sep, mask, pad = (library.token_to_id(name) for name in ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
     return LibraryTokenizer(library, SpecialIds(cls=cls, sep=sep, mask=mask, pad=pad))
-
-
-def _hugging_face(path: Path) -> Tokenizer:
-    """A tokenizer.json; special ids from the configuration beside it, else the end of text by its usual names."""
-    directory = path if path.is_dir() else path.parent
-    file = directory / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise DataError(
-            f"--tokenizer-model {path} has no tokenizer.json; give a directory that has one, or the files that are "
-            f"there with --tokenizer-type GPT2BPETokenizer, SentencePieceTokenizer or BertWordPieceLowerCase."
-        )
-    with as_data_error(f"--tokenizer-model {file} cannot be read as a tokenizer.json", "copy or fetch it again"):
-        library = tokenizers.Tokenizer.from_file(str(file))
-    library.no_truncation()
-    library.no_padding()
-    names = _special_names(directory)
-    end = names.get("eos_token") or next((name for name in _END_NAMES if library.token_to_id(name) is not None), None)
-    ids = {key: library.token_to_id(name) for key, name in names.items()}
-    special = SpecialIds(
-        eod=None if end is None else library.token_to_id(end),
-        bos=ids.get("bos_token"),
-        pad=ids.get("pad_token"),
-        cls=ids.get("cls_token"),
-        sep=ids.get("sep_token"),
-        mask=ids.get("mask_token"),
-    )
-    return LibraryTokenizer(library, special)
-
-
-def _special_names(directory: Path) -> dict[str, str]:
-    """The names of special tokens in the configuration files of a Hugging Face directory, as far as there are any."""
-    names: dict[str, str] = {}
-    for file in (directory / "special_tokens_map.json", directory / "tokenizer_config.json"):
-        if not file.is_file():
-            continue
-        try:
-            values = parse_object(file.read_bytes())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file} cannot be read as JSON ({error}); repair or remove it.") from error
-        for key in ("eos_token", "bos_token", "pad_token", "cls_token", "sep_token", "mask_token"):
-            value = values.get(key)
-            name = value.get("content") if isinstance(value, dict) else value
-            if isinstance(name, str):
-                names[key] = name
-    return names
 
 
 def _required_file(tokenizer_type: str, flag: str, value: str | None) -> Path:

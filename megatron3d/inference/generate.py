@@ -8,7 +8,7 @@ Dims: B sequences, T places (see `forward.py`), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +38,14 @@ def generate(
     config: RunConfig,
     prompts: Sequence[Sequence[int]],
     options: SamplingOptions,
-    eod: int | None,
+    eod: int | Collection[int] | None,
     *,
     batch_size: int = 16,
     use_cache: bool = True,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, the same on every rank; all ranks call this with the same arguments.
 
-    A sequence ends after `options.max_new_tokens`, with the end-of-document token (which is then its last), or where
+    A sequence ends after `options.max_new_tokens`, with a token of `eod` (which is then its last), or where
     a model with learned positions has no more of them.
 
     Args:
@@ -53,7 +53,7 @@ def generate(
         config: the resolved run that `model` was built from.
         prompts: token ids, at least one each.
         options: how to choose, and when to stop.
-        eod: the end-of-document token, or None to stop at lengths alone.
+        eod: the end-of-document token, or all tokens that end a text; None stops at lengths alone.
         batch_size: prompts that are worked on together by one data-parallel replica.
         use_cache: False recomputes everything for every token; slow, and the reference for the cache.
 
@@ -66,10 +66,11 @@ def generate(
     model, config = without_sequence_parallelism(model, config)
     dp = model.mesh.dp
     own = requests[dp.rank :: dp.size]
+    ends = frozenset((eod,) if isinstance(eod, int) else eod or ())
     done: dict[int, list[int]] = {}
     for first in range(0, len(own), batch_size):
         batch = _Batch(model, config.model, own[first : first + batch_size], use_cache=use_cache)
-        done |= batch.complete(options, None if options.ignore_eod else eod)
+        done |= batch.complete(options, frozenset() if options.ignore_eod else ends)
     everywhere = {number: tokens for part in gather_values(done, dp) for number, tokens in part.items()}
     return [everywhere[number] for number in range(len(prompts))]
 
@@ -122,7 +123,7 @@ class _Batch:
         padding_B = torch.tensor([self.width - length for length in lengths], device=model.device)
         self.sequences = GrowingBatch(model, config, padding_B, self.capacity, use_cache=use_cache)
 
-    def complete(self, options: SamplingOptions, eod: int | None) -> dict[int, list[int]]:
+    def complete(self, options: SamplingOptions, ends: Collection[int]) -> dict[int, list[int]]:
         """Generate until every sequence has ended; returns the new tokens by the number of the prompt."""
         new: list[list[int]] = [[] for _ in self.requests]
         is_open = [True] * len(new)
@@ -132,7 +133,7 @@ class _Batch:
             for row, token in enumerate(next_B.tolist()):
                 if is_open[row]:
                     new[row].append(token)
-                    is_open[row] = token != eod and len(new[row]) < self.requests[row].limit
+                    is_open[row] = token not in ends and len(new[row]) < self.requests[row].limit
             if not any(is_open):
                 break
         return {request.number: tokens for request, tokens in zip(self.requests, new, strict=True)}

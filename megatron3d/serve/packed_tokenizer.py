@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron3d.data.hf_description import described_files
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import DataError
 from megatron3d.files.json_text import parse_object
 
 _FILE_OPTIONS = ("vocab_file", "merge_file", "tokenizer_model")
-_DESCRIPTIONS = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")
 _DIRECTORY = "."
 
 
@@ -55,24 +55,22 @@ def pack(spec: TokenizerSpec) -> PackedTokenizer:
     Raises:
         DataError: a file is missing or cannot be read.
     """
-    options: dict[str, str] = {}
-    files: dict[str, bytes] = {}
     paths = {"vocab_file": spec.vocab_file, "merge_file": spec.merge_file, "tokenizer_model": spec.tokenizer_model}
-    for option, value in paths.items():
-        if value is None:
-            continue
-        path = Path(value)
-        if spec.tokenizer_type == "HuggingFaceTokenizer":
-            # Its special tokens are named in descriptions that lie beside it.
-            folder = path if path.is_dir() else path.parent
-            described = [folder / name for name in _DESCRIPTIONS if (folder / name).is_file()]
-            options[option] = _DIRECTORY
-            files |= {"tokenizer.json": _read(path if path.is_file() else folder / "tokenizer.json")}
-            files |= {file.name: _read(file) for file in described if file.name != "tokenizer.json"}
-        else:
-            options[option] = path.name
-            files[path.name] = _read(path)
+    if spec.tokenizer_type == "HuggingFaceTokenizer":
+        return _packed_directory(
+            Path(spec.tokenizer_model) if spec.tokenizer_model else Path(spec.vocab_file or "").parent
+        )
+    options = {option: Path(value).name for option, value in paths.items() if value is not None}
+    files = {Path(value).name: _read(Path(value)) for value in paths.values() if value is not None}
     return PackedTokenizer(spec.tokenizer_type, options, files)
+
+
+def _packed_directory(path: Path) -> PackedTokenizer:
+    """A directory that describes its tokenizer, or a file with what lies beside it."""
+    files = described_files(path)
+    if not files:
+        raise DataError(f"{path} has no file of a tokenizer; name its directory with --tokenizer-model")
+    return PackedTokenizer("HuggingFaceTokenizer", {"tokenizer_model": _DIRECTORY}, files)
 
 
 def from_text(text: str) -> PackedTokenizer:

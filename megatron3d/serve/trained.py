@@ -21,8 +21,9 @@ from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
 from megatron3d.convert.family import HfConfig
-from megatron3d.convert.hf import HF_DOCUMENT, TOKENIZER_FOLDER
+from megatron3d.convert.hf import HF_DOCUMENT
 from megatron3d.convert.task_document import read_task_document
+from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.errors import CheckpointError, ConfigError
@@ -171,17 +172,13 @@ def _as_wished(description: Description, wishes: Wishes, num_positions: int) -> 
 
 
 def _tokenizer(saved: SavedRun, config: RunConfig, wishes: Wishes) -> PackedTokenizer:
-    data, directory = config.data, saved.directory
+    directory = saved.directory
+    given = {"vocab_file": wishes.vocab_file, "tokenizer_model": wishes.tokenizer_model}
+    data = with_given(beside_checkpoint(config.data, directory), given)
     if data.tokenizer_type is None:
         raise CheckpointError(
             f"{directory / 'run.json'} names no tokenizer, and a service reads texts; fine-tune again"
         )
-    data = replace(
-        data,
-        vocab_file=wishes.vocab_file or _where(data.vocab_file, directory),
-        merge_file=_where(data.merge_file, directory),
-        tokenizer_model=wishes.tokenizer_model or _where(data.tokenizer_model, directory),
-    )
     packed = pack(TokenizerSpec(data.tokenizer_type, data.vocab_file, data.merge_file, data.tokenizer_model))
     tokenizer, vocab_size = packed.build(), config.model.vocab_size
     if tokenizer.vocab_size > vocab_size:
@@ -196,12 +193,3 @@ def _tokenizer(saved: SavedRun, config: RunConfig, wishes: Wishes) -> PackedToke
             f"--tokenizer-type {data.tokenizer_type} lacks [CLS], [SEP] or [PAD], which BERT's inputs are made of"
         )
     return packed
-
-
-def _where(stored: str | None, directory: Path) -> str | None:
-    """A tokenizer's file: the one that was copied beside the checkpoints, else where it lay when they were written,
-    for all of them may have moved to another machine together."""
-    if stored is None:
-        return None
-    beside = directory.parent / TOKENIZER_FOLDER / Path(stored).name
-    return str(beside) if beside.exists() else stored

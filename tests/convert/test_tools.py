@@ -100,8 +100,8 @@ def test_import_and_export_say_what_they_wrote_and_carry_the_vocabulary(run: Run
     out, _ = run(convert_checkpoint, "hf-import", "--hf", hf, "--save", tmp_path / "save")
     assert "iter_0000000: BERT of" in out and "(pooler, trunk)" in out
     stored = from_dict(read_document(find_checkpoint(tmp_path / "save"), "run"))
-    assert stored.data.tokenizer_type == "BertWordPieceLowerCase"
-    assert Path(stored.data.vocab_file).read_text() == (hf / "vocab.txt").read_text()
+    assert stored.data.tokenizer_type == "HuggingFaceTokenizer"
+    assert (Path(stored.data.tokenizer_model) / "vocab.txt").read_text() == (hf / "vocab.txt").read_text()
     out, _ = run(convert_checkpoint, "hf-export", "--load", tmp_path / "save", "--hf", tmp_path / "again")
     assert "BertModel of" in out and "vocab.txt" in out
     assert (tmp_path / "again" / "vocab.txt").read_bytes() == (hf / "vocab.txt").read_bytes()
@@ -124,7 +124,7 @@ def test_new_heads_complete_a_model_for_training_and_depend_on_the_seed_alone(
     config = parse_args(
         ["--config", str(run_json), "--load", str(a), "--finetune"], program="t", description="t", architecture="bert"
     )
-    assert config.model.num_layers == 4 and config.data.vocab_file
+    assert config.model.num_layers == 4 and config.data.tokenizer_model
 
 
 def test_other_dtype_and_labels_are_written_as_asked(run: Run, tmp_path: Path) -> None:
@@ -212,8 +212,8 @@ BAD_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"model.safetensors: bert.embeddings.word_embeddings.weight has shape \(67, 32\)",
     ),
     "larger vocabulary file": (
-        lambda hf: (hf / "vocab.txt").write_text("a\n" * (VOCAB + 1)),
-        "vocab.txt has 68 tokens, but the model beside it has vocab_size 67",
+        lambda hf: (hf / "vocab.txt").write_text("".join(f"{n}\n" for n in (*PIECES, *range(VOCAB + 1 - len(PIECES))))),
+        "tokenizer in .*theirs has 68 tokens, but the model beside it has vocab_size 67",
     ),
     "no weights": (lambda hf: (hf / "model.safetensors").unlink(), "holds no weights"),
     "cut weights": (_cut, "model.safetensors cannot be read as safetensors"),
@@ -249,10 +249,10 @@ def test_a_checkpoint_whose_tensors_do_not_fit_its_run_is_not_exported(
     moved = tmp_path / "save" / "tokenizer" / "vocab.txt"
     moved.unlink()
     words = ("hf-export", "--load", tmp_path / "save", "--hf", tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"vocab\.txt, a file of the checkpoint's tokenizer, is not there"):
+    with pytest.raises(CheckpointError, match=r"save/tokenizer, of the checkpoint's tokenizer, is not there or holds"):
         run(convert_checkpoint, *words)
     assert not (tmp_path / "out").exists()
-    out, _ = run(convert_checkpoint, *words, "--vocab-file", hf / "vocab.txt")
+    out, _ = run(convert_checkpoint, *words, "--tokenizer-model", hf)
     assert "vocab.txt" in out
 
 
@@ -348,7 +348,9 @@ def test_bad_files_and_models_are_refused_by_name(run: Run, hf: Path, tmp_path: 
     (tmp_path / "gap.txt").write_text("one\n\ntwo\n")
     fails(DataError, "gap.txt line 2 is empty", "--hf", hf, "--input", tmp_path / "gap.txt")
     (tmp_path / "large.txt").write_text("\n".join(PIECES + [f"w{n}" for n in range(100)]))
-    fails(ConfigError, "large.txt has 112 tokens", "--hf", hf, "--text", "a", "--vocab-file", tmp_path / "large.txt")
+    large = ("--hf", hf, "--text", "a", "--vocab-file", tmp_path / "large.txt")
+    fails(ConfigError, "does not say how texts are cut, and the model's own tokenizer is a HuggingFace", *large)
+    fails(ConfigError, "large.txt has 112 tokens", *large, "--tokenizer-type", "BertWordPieceLowerCase")
     gpt = saved(build("gpt2"), tmp_path / "gpt2")
     fails(ConfigError, "holds a GPT; vectors come from a BERT", "--hf", gpt, "--text", "a")
     masked = directory_of("bert-masked", tmp_path / "masked")

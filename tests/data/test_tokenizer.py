@@ -210,7 +210,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"--tokenizer-model {tmp_path} has no tokenizer\.json"):
+    with pytest.raises(DataError, match=rf"{tmp_path} describes no tokenizer: it has none of tokenizer\.json"):
         build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(tmp_path))
 
 

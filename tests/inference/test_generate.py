@@ -57,6 +57,14 @@ def test_greedy_goes_on_as_learned_and_ends_with_the_document(checkpoint: Checkp
     assert generate(*opened(checkpoint(model)), PROMPT_IDS, GREEDY, EOD) == RESTS
 
 
+def test_a_text_ends_at_the_first_of_several_ends(checkpoint: Checkpoint) -> None:
+    """Full stop, comma and the end of a document: each of the six texts meets one of them first."""
+    ends = {ord("."), ord(","), EOD}
+    expected = [rest[: 1 + min(rest.index(end) for end in ends if end in rest)] for rest in RESTS]
+    assert {rest[-1] for rest in expected} == {ord("."), ord(",")}
+    assert generate(*opened(checkpoint("gpt2")), PROMPT_IDS, GREEDY, ends) == expected
+
+
 @pytest.mark.parametrize("options", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_batch_gives_what_each_prompt_gives_alone(

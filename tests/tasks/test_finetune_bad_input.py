@@ -121,7 +121,8 @@ def test_a_bad_row_is_named_before_anything_is_trained(hf: Path, tmp_path: Path)
 def test_another_vocabulary_is_refused_whether_or_not_it_is_as_large(hf: Path, sst: Path, tmp_path: Path) -> None:
     larger, other = tmp_path / "larger.txt", tmp_path / "other.txt"
     larger.write_text("\n".join([*VOCABULARY, "more"]) + "\n")
-    arguments = ("--task sst-2", USUAL, "--hf", hf, "--data-dir", sst, "--vocab-file")
+    kind = "--tokenizer-type BertWordPieceLowerCase --vocab-file"
+    arguments = ("--task sst-2", USUAL, "--hf", hf, "--data-dir", sst, kind)
     ended = tool(*arguments, larger)
     assert ended.code == BAD_OPTION
     ended.says(f"{larger} has {len(VOCABULARY) + 1} tokens", f"was trained with {len(VOCABULARY)}")
@@ -129,7 +130,7 @@ def test_another_vocabulary_is_refused_whether_or_not_it_is_as_large(hf: Path, s
     ended = tool(*arguments, other)
     assert ended.code == BAD_OPTION
     number = len(VOCABULARY) - 1
-    ended.says(f"{other} is another vocabulary than", f"line {number} is '?' instead of '.'")
+    ended.says(f"{other} is another vocabulary than", f"id {number - 1} is '?' instead of '.'")
     shutil.copy(hf / "vocab.txt", other)
     assert tool(*arguments, other, "--epochs 1").code == 0
 

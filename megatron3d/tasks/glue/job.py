@@ -217,7 +217,10 @@ def _origin(args: argparse.Namespace, words: RunConfig) -> Origin:
         raise ConfigError(
             f"--load CHECKPOINT or --hf DIRECTORY says which model is fine-tuned, and {state}; give one of them."
         )
-    origin = open_hf(args.hf) if load is None else open_checkpoint(load, words.checkpoint.ckpt_step)
+    if load is None:
+        origin = open_hf(args.hf, needs_tokenizer=words.data.tokenizer_type is None)
+    else:
+        origin = open_checkpoint(load, words.checkpoint.ckpt_step)
     if args.keep_classifier and origin.num_outputs is None:
         raise ConfigError(f"--keep-classifier: {origin.path} has no classifier; leave the option out.")
     return replace(origin, keeps_classifier=args.keep_classifier)

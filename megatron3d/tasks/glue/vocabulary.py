@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from megatron3d.config.data import DataConfig
+from megatron3d.convert.tokenizer_choice import beside_checkpoint, tokenizer_of, with_given
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
-from megatron3d.data.vocabulary_files import read_word_pieces
 from megatron3d.errors import ConfigError
 from megatron3d.tasks.glue.weights import Origin
 
+_OPTIONS = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
 _PADDED_VOCABULARY = 128  # a model may have fewer than this many rows beyond its tokens, for speed
 
 
@@ -23,18 +23,16 @@ def choose_tokenizer(words: DataConfig, origin: Origin, *, override: bool) -> tu
     Raises:
         ConfigError: neither names one, or it is not that of the model.
     """
-    named = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
-    given = {name: vars(words)[name] for name in named if vars(words)[name] is not None}
-    if given.get("vocab_file") and "tokenizer_type" not in given:
-        own = origin.data.tokenizer_type or ""
-        given["tokenizer_type"] = own if own.startswith("BertWordPiece") else "BertWordPieceLowerCase"
-    options = replace(words, **(given or {name: vars(origin.data)[name] for name in named}))
+    own = beside_checkpoint(origin.data, origin.path)
+    given = {name: vars(words)[name] for name in _OPTIONS}
+    chosen = with_given(own, given)
+    options = replace(words, **{name: vars(chosen)[name] for name in _OPTIONS})
     if options.tokenizer_type is None:
         raise ConfigError(f"{origin.path} names no tokenizer; give --vocab-file, the vocab.txt it was trained with.")
     files = (options.vocab_file, options.merge_file, options.tokenizer_model)
     tokenizer = TokenizerSpec(options.tokenizer_type, *files, vocab_size=origin.model.vocab_size).build()
-    if not override and options.vocab_file is not None and origin.data.vocab_file is not None:
-        _check_vocabulary(Path(options.vocab_file), Path(origin.data.vocab_file), origin)
+    if chosen != own and not override:
+        _check_vocabulary(tokenizer, own, origin, next(filter(None, files), options.tokenizer_type))
     here, there = tokenizer.vocab_size, origin.model.vocab_size
     name = next(filter(None, files), options.tokenizer_type)
     if not here <= there < here + _PADDED_VOCABULARY:
@@ -47,15 +45,14 @@ def choose_tokenizer(words: DataConfig, origin: Origin, *, override: bool) -> tu
     return options, tokenizer
 
 
-def _check_vocabulary(given: Path, own: Path, origin: Origin) -> None:
+def _check_vocabulary(tokenizer: Tokenizer, own: DataConfig, origin: Origin, name: str) -> None:
     """Another vocabulary may be as large as the model's own, where that one is still at hand to compare."""
-    if given == own or not own.is_file():
-        return
-    ours, theirs = ({id: token for token, id in read_word_pieces(path).items()} for path in (given, own))
-    for id in sorted(ours.keys() & theirs.keys()):
-        here, there = ours[id], theirs[id]
+    assert origin.model.vocab_size is not None, "the model of a checkpoint has its vocabulary settled"
+    theirs = tokenizer_of(own, origin.model.vocab_size)
+    pairs = zip(tokenizer.tokens() or (), (theirs.tokens() if theirs is not None else None) or ())
+    for id, (here, there) in enumerate(pairs):
         if here != there:
             raise ConfigError(
-                f"--vocab-file {given} is another vocabulary than {own}, which the model in {origin.path} was trained "
-                f"with: line {id + 1} is {here!r} instead of {there!r}; leave the option out."
+                f"{name} is another vocabulary than {own.vocab_file or own.tokenizer_model}, which the model in "
+                f"{origin.path} was trained with: id {id} is {here!r} instead of {there!r}; leave the option out."
             )

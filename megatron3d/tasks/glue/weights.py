@@ -8,14 +8,13 @@ names alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from megatron3d.checkpoint.directory import find_checkpoint, was_saved_to
-from megatron3d.checkpoint.durable import storage_errors, write_file
 from megatron3d.checkpoint.index import read_index
 from megatron3d.checkpoint.load import load_tensors, tensor_shapes
 from megatron3d.checkpoint.save import save_checkpoint
@@ -24,11 +23,12 @@ from megatron3d.comm.mesh import Mesh
 from megatron3d.config.data import DataConfig
 from megatron3d.config.model import ModelConfig
 from megatron3d.config.serialize import to_dict
-from megatron3d.convert.hf import TOKENIZER_FOLDER, fill_views, read_model
+from megatron3d.convert.hf import fill_views, read_model
 from megatron3d.convert.task_document import read_task_document
-from megatron3d.convert.tokenizer_files import data_of, files_of
+from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, files_of, named_in, write_files
 from megatron3d.data.content import Content, tokenizer_content
-from megatron3d.errors import MisfitError
+from megatron3d.data.hf_description import companion_files, tokenizer_files
+from megatron3d.errors import DataError, MisfitError
 from megatron3d.tasks.glue.tasks import Task
 from megatron3d.train.compare import CONTENT_DOCUMENT, read_saved_run
 from megatron3d.train.parts import Parts
@@ -70,13 +70,23 @@ class Origin:
         return self.task is not None and all(self.task.get(key) == value for key, value in task_identity(task).items())
 
 
-def open_hf(directory: str) -> Origin:
+def open_hf(directory: str, *, needs_tokenizer: bool = True) -> Origin:
     """A Hugging Face directory as an origin.
+
+    Args:
+        directory: its path.
+        needs_tokenizer: False where the options name a tokenizer of their own, so that one there may be unreadable.
 
     Raises:
         CheckpointError: it is damaged, or holds no BERT.
+        DataError: the description of its tokenizer cannot be taken, and it is needed.
     """
-    found = read_model(Path(directory))
+    try:
+        found = read_model(Path(directory))
+    except DataError:
+        if needs_tokenizer:
+            raise
+        found = read_model(Path(directory), with_tokenizer=False)
     _require_bert(f"--hf {directory}", found.model)
     classifier = found.tensors.get(f"{_CLASSIFIER}weight")
     return Origin(
@@ -221,20 +231,16 @@ def keep_tokenizer(data: DataConfig, model: ModelConfig, save: Path, mesh: Mesh)
     def copy() -> None:
         if mesh.rank == 0:
             _require_no_other_tokenizer(save, files)
-            with storage_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                for name, content in files.items():
-                    write_file(folder / name, [content])
+            write_files(folder, files)
 
     everywhere(copy, mesh.world.group)
-    return replace(data, **{name: vars(data_of(folder, model, {}))[name] for name in ("vocab_file", "tokenizer_model")})
+    return named_in(data, folder)
 
 
 def _require_no_other_tokenizer(save: Path, files: Mapping[str, bytes]) -> None:
     folder = save / TOKENIZER_FOLDER
-    other = [
-        name for name, content in files.items() if (folder / name).is_file() and (folder / name).read_bytes() != content
-    ]
+    there = companion_files(folder) | tokenizer_files(folder)
+    other = [name for name, content in there.items() if content != files.get(name)]
     if other and was_saved_to(save):
         raise MisfitError(
             f"--save {save} holds checkpoints with another tokenizer ({folder / other[0]}) than this fine-tuning's; "
