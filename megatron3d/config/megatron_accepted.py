@@ -247,8 +247,8 @@ ACCEPTED: tuple[Accepted, ...] = (
     ),
     Accepted(
         "report",
-        "TensorBoard and Weights & Biases get every step: losses, learning rate, gradient norm, batch, loss scale, "
-        "tokens/s, and losses of evaluations",
+        "TensorBoard and Weights & Biases get every step by Megatron-LM's names too: losses, learning-rate, grad-norm, "
+        "batch-size, loss-scale, iteration-time, throughput, and of evaluations losses and perplexities",
         switches="""
         --log-batch-size-to-tensorboard --log-validation-ppl-to-tensorboard --log-throughput-to-tensorboard
         --log-l2-norm-grad-to-tensorboard --no-log-learnig-rate-to-tensorboard --no-log-loss-scale-to-tensorboard
@@ -257,8 +257,8 @@ ACCEPTED: tuple[Accepted, ...] = (
     ),
     Accepted(
         "report",
-        "TensorBoard gets no timers, memory, run time or number of ranks; the log and --metrics-file have times and "
-        "the layout",
+        "TensorBoard gets each step's time (iteration-time) and peak_memory_bytes, but no timers of its parts, no "
+        "other numbers of the allocator, no run time and no number of ranks; --metrics-file has the layout",
         switches="""
         --log-timers-to-tensorboard --log-memory-to-tensorboard --no-log-memory-to-tensorboard
         --log-world-size-to-tensorboard --log-runtime-to-tensorboard""",

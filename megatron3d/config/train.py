@@ -69,12 +69,12 @@ class TrainConfig:
         also=("--exit-signal-handler-for-training",),
     )
     log_interval: int = option(100, "--log-interval", "Steps between log lines.", unit="iterations")
-    tensorboard_dir: str = option(None, "--tensorboard-dir", "Where TensorBoard events go.")
+    tensorboard_dir: str = option(None, "--tensorboard-dir", "Where TensorBoard events go (docs/reports.md).")
     wandb_project: str = option("", "--wandb-project", "Weights & Biases project; needs the wandb package.")
     wandb_entity: str = option("", "--wandb-entity", "Weights & Biases user or team; default your own.")
     wandb_exp_name: str = option("", "--wandb-exp-name", "Weights & Biases run name.")
     wandb_save_dir: str = option("", "--wandb-save-dir", "Weights & Biases directory.")
-    metrics_file: str = option(None, "--metrics-file", "JSON lines: one record a step.")
+    metrics_file: str = option(None, "--metrics-file", "JSON lines: one record a step (docs/reports.md).")
     check_weight_hash_across_dp_replicas_interval: int = option(
         None,
         "--check-weight-hash-across-dp-replicas-interval",

@@ -222,7 +222,7 @@ class _Loop:
         self.evaluated_step = self.progress.step
         if found is None:
             return False
-        self.failure.keep(lambda: self.reports.evaluation(self.progress.step, found))
+        self.failure.keep(lambda: self.reports.evaluation(self.progress, found))
         return math.isfinite(found.loss)
 
     def _evaluate_on(self, batches: GlobalBatches | None, *, is_due_later: bool) -> Evaluation | None:

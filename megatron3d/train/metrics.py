@@ -54,9 +54,19 @@ class StepRecord:
     """One training step: `loss` is the mean over the tokens of the global batch, `lr` the rate this step used.
 
     `step` counts from 1, the number of steps made including this one. `skipped` says that the weights stayed as they
-    were; `loss` and `grad_norm` are None where there was no forward either (`--iterations-to-skip`). `loss_scale` and
-    `batch_size` are written only where given. `losses` has the terms of a model of several losses by name, such as
-    `lm_loss`, whose sum is `loss`; each is written under its own name.
+    were; `loss` and `grad_norm` are None where there was no forward either (`--iterations-to-skip`). What follows
+    `skipped` is written only where it is given:
+
+    - `loss_scale` with fp16; `batch_size` in samples;
+    - `consumed_tokens` up to and with this step: consumed samples x sequence length, padding included, as
+      `tokens_per_second` has them; for a fine-tuning the tokens that were there;
+    - `step_time_s` of the step alone, without evaluations and saves;
+    - `tflops_per_device`, of the model's operations, and `mfu`, their share of the device's peak, 0 to 1, where that is
+      known (or given by `--peak-tflops`);
+    - `peak_memory_bytes` of rank 0 so far: of the allocator on CUDA, of the whole process on a CPU.
+
+    `losses` has the terms of a model of several losses by name, such as `lm_loss`, whose sum is `loss`; each is written
+    under its own name.
     """
 
     step: int
@@ -68,13 +78,18 @@ class StepRecord:
     skipped: bool = False
     loss_scale: float | None = None
     batch_size: int | None = None
+    consumed_tokens: int | None = None
+    step_time_s: float | None = None
+    tflops_per_device: float | None = None
+    mfu: float | None = None
+    peak_memory_bytes: int | None = None
     losses: Mapping[str, float] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, Any]:
         """What is written of the step, by name."""
-        optional = ("loss_scale", "batch_size")
         named = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "losses"}
-        return {k: v for k, v in named.items() if v is not None or k not in optional} | dict(self.losses)
+        always = ("loss", "grad_norm")  # null says that there was none, or none that is finite
+        return {k: v for k, v in named.items() if v is not None or k in always} | dict(self.losses)
 
 
 class MetricsFile:

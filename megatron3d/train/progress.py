@@ -1,7 +1,8 @@
 """What a person sees of a run: a log line now and then, and on a terminal a live bar with rate and time left.
 
-The reporter takes plain numbers and a clock; it knows nothing of tensors, ranks or files. One rank reports. Where the
-stream is not a terminal (a log file, a pipe) it writes plain lines without control characters and no bar.
+Every line begins with its local time. The reporter takes plain numbers and clocks; it knows nothing of tensors, ranks
+or files. One rank reports. Where the stream is not a terminal (a log file, a pipe) it writes plain lines without
+control characters and no bar.
 
 What the numbers of a line mean: loss, and step time, tokens and FLOP rates are taken over the steps since the last
 line; terms of the loss, learning rate, gradient norm and loss scale are those of the last step. Rates count the time of
@@ -15,12 +16,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from types import MappingProxyType
 from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
+
+from megatron3d.train.speed import Devices
+from megatron3d.train.timestamp import local_time, stamped
 
 RECENT_STEPS = 100  # the time left follows changes of speed, but not every slow step
 REDRAW_S = 0.1  # drawing costs milliseconds, which steps of a small model would feel
@@ -58,20 +63,21 @@ class ProgressReporter:
         stream: TextIO,
         *,
         log_interval: int,
-        num_devices: int = 1,
-        peak_flops: float | None = None,
+        devices: Devices | None = None,
         first_step: int = 0,
+        skipped_before: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = local_time,
     ) -> None:
-        """`peak_flops` is the peak of one device in FLOP/s, for the MFU; `first_step` counts those before a resume."""
+        """`devices` (default one, of unknown peak) compute each step. `first_step` counts the steps before a resume,
+        `skipped_before` those of them that were skipped; `now` gives the time of a line."""
         self._total_steps = total_steps
         self._stream = stream
         self._log_interval = max(1, log_interval)
-        self._num_devices = num_devices
-        self._peak_flops = peak_flops
-        self._clock = clock
+        self._devices = devices or Devices()
+        self._clock, self._now = clock, now
         self._since_line: list[StepReport] = []
-        self._skipped_in_all = 0
+        self._skipped_in_all = skipped_before
         self._finished_at: deque[tuple[int, float]] = deque([(first_step, clock())], maxlen=RECENT_STEPS + 1)
         self._drawn_at = -math.inf
         self._bar = _bar(stream, total_steps, first_step) if stream.isatty() else None
@@ -106,11 +112,12 @@ class ProgressReporter:
         self.note(f"{name} after step {step} | loss {loss:.6f} | {found}")
 
     def note(self, text: str) -> None:
-        """Write a line of any text, above the bar where there is one."""
+        """Write a line of any text with its time, above the bar where there is one."""
+        line = stamped(text, self._now())
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            self._stream.write(text + "\n")
+            self._stream.write(line + "\n")
             self._stream.flush()
 
     def close(self) -> None:
@@ -159,12 +166,13 @@ class ProgressReporter:
 
     def _rates(self, steps: list[StepReport], elapsed_s: float) -> list[str]:
         """Tokens of all devices, FLOP of each device and its share of the peak, and seconds a step."""
-        flops_per_s = sum(s.flops for s in steps) / elapsed_s / self._num_devices
+        flops = sum(s.flops for s in steps)
+        flops_per_s, mfu = self._devices.flops_per_s(flops, elapsed_s), self._devices.mfu(flops, elapsed_s)
         parts = [f"{format_count(sum(s.tokens for s in steps) / elapsed_s)} tokens/s"]
-        if flops_per_s > 0:
+        if flops_per_s:
             parts.append(f"{_three_digits(flops_per_s / 1e12)} TFLOP/s per device")
-        if self._peak_flops:
-            parts.append(f"MFU {100 * flops_per_s / self._peak_flops:.1f} %")
+        if mfu is not None:
+            parts.append(f"MFU {100 * mfu:.1f} %")
         return [*parts, f"{_three_digits(elapsed_s / len(steps))} s/step"]
 
     def _bar_numbers(self, last: StepReport) -> str:

@@ -27,6 +27,7 @@ from megatron3d.train.evaluate import Evaluation
 from megatron3d.train.metrics import StartRecord, StepRecord
 from megatron3d.train.parts import Parts
 from megatron3d.train.progress import ProgressReporter, StepReport, format_bytes, format_count
+from megatron3d.train.speed import Devices
 from megatron3d.train.state import Progress, Restored, last_step
 from megatron3d.train.step import Rates, StepResult
 from megatron3d.train.trackers import Trackers
@@ -46,6 +47,7 @@ class Reports:
         self._is_writer = parts.mesh.rank == 0
         self._exits = ExitStack()
         self._trackers = Trackers(parts.config.train)
+        self._devices = devices_of(parts)
         self._progress: ProgressReporter | None = None
 
     def __enter__(self) -> Reports:
@@ -53,11 +55,16 @@ class Reports:
         record = start_record(self.parts, predicted=predicted_bytes(self.parts))
         if not self._is_writer:
             return self
-        config, first_step = self.parts.config, self.restored.progress.step
+        resumed = self.restored.progress
         self._exits.callback(self._trackers.close)
-        due = self.restored.evaluation_due
-        self._trackers.open(record, run=to_dict(config), resumed_step=first_step, evaluation_due=due)
-        self._progress = self._exits.enter_context(self._reporter(first_step))
+        self._trackers.open(
+            record,
+            run=to_dict(self.parts.config),
+            resumed_step=resumed.step,
+            resumed_samples=resumed.consumed_samples,
+            evaluation_due=self.restored.evaluation_due,
+        )
+        self._progress = self._exits.enter_context(self._reporter(resumed))
         self._introduce(record)
         return self
 
@@ -83,34 +90,23 @@ class Reports:
         is_fp16 = config.optim.precision == "fp16"
         scale = loss_scale if is_fp16 else None
         losses = {f"{name}_loss": loss for name, loss in result.losses.items()} if len(result.losses) > 1 else {}
-        self._progress.step(
-            StepReport(
-                step=progress.step,
-                loss=result.loss,
-                lr=rates.lr,
-                grad_norm=result.grad_norm,
-                tokens=tokens,
-                flops=flops_per_step(config.model, tokens),
-                elapsed_s=elapsed_s,
-                skipped=result.skipped,
-                loss_scale=scale,
-                memory_bytes=peak_memory_bytes(self.parts.model.device),
-                losses=losses,
-            )
-        )
-        record = StepRecord(
+        report = StepReport(
             step=progress.step,
             loss=result.loss,
-            grad_norm=result.grad_norm,
             lr=rates.lr,
-            consumed_samples=progress.consumed_samples,
-            tokens_per_second=tokens / elapsed_s,
+            grad_norm=result.grad_norm,
+            tokens=tokens,
+            flops=flops_per_step(config.model, tokens),
+            elapsed_s=elapsed_s,
             skipped=result.skipped,
             loss_scale=scale,
-            batch_size=batch_size,
+            memory_bytes=peak_memory_bytes(self.parts.model.device),
             losses=losses,
         )
-        self._trackers.step(record)
+        self._progress.step(report)
+        consumed, tokens = progress.consumed_samples, progress.consumed_samples * config.model.seq_length
+        counts = {"consumed_samples": consumed, "consumed_tokens": tokens, "batch_size": batch_size}
+        self._trackers.step(step_record(report, self._devices, **counts))
 
     def left_out(self, progress: Progress, rates: Rates, *, batch_size: int) -> None:
         """Report an iteration of --iterations-to-skip: its step, and samples that count as consumed."""
@@ -121,14 +117,17 @@ class Reports:
         self._progress.step(
             StepReport(step, math.nan, rates.lr, grad_norm=None, tokens=0, flops=0.0, elapsed_s=0.0, skipped=True)
         )
-        self._trackers.step(StepRecord(step, None, None, rates.lr, consumed, 0.0, skipped=True, batch_size=batch_size))
+        tokens = consumed * self.parts.config.model.seq_length
+        counts = {"batch_size": batch_size, "consumed_tokens": tokens}
+        self._trackers.step(StepRecord(step, None, None, rates.lr, consumed, 0.0, skipped=True, **counts))
 
-    def evaluation(self, step: int, found: Evaluation) -> None:
+    def evaluation(self, progress: Progress, found: Evaluation) -> None:
         """Report the losses, and accuracies where there are any, on the validation split after a step."""
+        step, samples = progress.step, progress.consumed_samples
         more = {f"valid_{name}": value for name, value in found.scalars().items()}
         if self._progress is not None:
             self._progress.evaluation(step, found.loss, more=found.scalars())
-            self._trackers.evaluation(step, found.loss, more)
+            self._trackers.evaluation(step, found.loss, more, losses=found.losses, consumed_samples=samples)
 
     def test(self, step: int, found: Evaluation) -> None:
         """Report the same on the test split at the end."""
@@ -142,17 +141,15 @@ class Reports:
         if self._progress is not None:
             self._progress.note(text)
 
-    def _reporter(self, first_step: int) -> ProgressReporter:
-        config, device = self.parts.config, self.parts.model.device
-        known = peak_tflops(device_name(device), config.optim.precision)
-        peak = config.train.peak_tflops or known
+    def _reporter(self, resumed: Progress) -> ProgressReporter:
+        config = self.parts.config
         return ProgressReporter(
-            last_step(config, self.restored.progress),
+            last_step(config, resumed),
             sys.stdout,
             log_interval=config.train.log_interval,
-            num_devices=self.parts.mesh.world.size,
-            peak_flops=None if peak is None else peak * TERA,
-            first_step=first_step,
+            devices=self._devices,
+            first_step=resumed.step,
+            skipped_before=resumed.skipped,
         )
 
     def _introduce(self, record: StartRecord) -> None:
@@ -174,6 +171,37 @@ class Reports:
         self.note(f"starting from {source} ({self.restored.why})" if source else "starting from the initial weights")
         for line in self.restored.lines:
             self.note(line)
+
+
+def devices_of(parts: Parts) -> Devices:
+    """The devices of a run, with the peak that `--peak-tflops` gives or the name of the device tells."""
+    config = parts.config
+    peak = config.train.peak_tflops or peak_tflops(device_name(parts.model.device), config.optim.precision)
+    return Devices(parts.mesh.world.size, None if peak is None else peak * TERA)
+
+
+def step_record(
+    report: StepReport, devices: Devices, *, consumed_samples: int, consumed_tokens: int, batch_size: int
+) -> StepRecord:
+    """What the trackers get of a step that was made."""
+    flops_per_s = devices.flops_per_s(report.flops, report.elapsed_s)
+    return StepRecord(
+        step=report.step,
+        loss=report.loss,
+        grad_norm=report.grad_norm,
+        lr=report.lr,
+        consumed_samples=consumed_samples,
+        tokens_per_second=report.tokens / report.elapsed_s,
+        skipped=report.skipped,
+        loss_scale=report.loss_scale,
+        batch_size=batch_size,
+        consumed_tokens=consumed_tokens,
+        step_time_s=report.elapsed_s,
+        tflops_per_device=None if flops_per_s is None else flops_per_s / TERA,
+        mfu=devices.mfu(report.flops, report.elapsed_s),
+        peak_memory_bytes=report.memory_bytes,
+        losses=report.losses,
+    )
 
 
 def start_record(parts: Parts, *, predicted: Mapping[str, int] | None = None) -> StartRecord:

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from megatron3d.config.train import TrainConfig
 from megatron3d.errors import TrackerError
+from megatron3d.train.megatron_names import evaluation_scalars, over_samples, step_scalars
 from megatron3d.train.metrics import MetricsFile, StartRecord, StepRecord
+from megatron3d.train.timestamp import local_time, stamped
 from megatron3d.train.writers import ScalarWriter, TensorBoardWriter, WandbWriter
+
+OVER_SAMPLES = "vs_samples"  # below --tensorboard-dir: the curves over samples, a TensorBoard run of their own
 
 SinkT = TypeVar("SinkT")
 Warn = Callable[[str], None]
@@ -22,7 +28,7 @@ Warn = Callable[[str], None]
 
 def warn_on_stderr(text: str) -> None:
     """Write a line to standard error at once."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(stamped(f"warning: {text}", local_time()), file=sys.stderr, flush=True)
 
 
 class Tracker(Generic[SinkT]):
@@ -61,16 +67,28 @@ class Tracker(Generic[SinkT]):
 
 
 class Trackers:
-    """Every tracker that the options ask for, on the rank that writes."""
+    """Every tracker that the options ask for, on the rank that writes.
+
+    Curves have our names and Megatron-LM's. Its curves over samples lie in a directory of their own: after a resume
+    TensorBoard hides what an earlier run wrote beyond a step, in all curves of a directory alike, and steps and samples
+    are different numbers.
+    """
 
     def __init__(self, train: TrainConfig, *, warn: Warn = warn_on_stderr) -> None:
         """Nothing is opened yet."""
         self._train, self._warn = train, warn
         self._metrics: Tracker[MetricsFile] | None = None
         self._writers: list[Tracker[ScalarWriter]] = []
+        self._over_samples: Tracker[ScalarWriter] | None = None
 
     def open(
-        self, record: StartRecord, *, run: Mapping[str, Any], resumed_step: int, evaluation_due: bool = False
+        self,
+        record: StartRecord,
+        *,
+        run: Mapping[str, Any],
+        resumed_step: int,
+        resumed_samples: int = 0,
+        evaluation_due: bool = False,
     ) -> None:
         """Begin, or continue after `resumed_step` where it is not 0.
 
@@ -78,6 +96,7 @@ class Trackers:
             record: what the metrics file begins with.
             run: the configuration, shown beside the curves.
             resumed_step: the step of the checkpoint that training starts from.
+            resumed_samples: the samples consumed until then.
             evaluation_due: whether the evaluation after that step is made now.
 
         Raises: TrackerError if a place can never be written, such as a path below a file; ConfigError if a package is
@@ -92,20 +111,39 @@ class Trackers:
             tracker = Tracker(name, writer, warn=self._warn)
             self._writers.append(tracker)
             self._begin(tracker, resumed_step, lambda one: one.open())
+        if self._train.tensorboard_dir:
+            directory = Path(self._train.tensorboard_dir) / OVER_SAMPLES
+            over = TensorBoardWriter(directory, resumed_step=resumed_samples)
+            self._over_samples = Tracker(f"--tensorboard-dir {directory}", over, warn=self._warn)
+            self._begin(self._over_samples, resumed_step, lambda one: one.open())
 
     def step(self, record: StepRecord) -> None:
         """Record one training step."""
         if self._metrics is not None:
             self._metrics.attempt(record.step, lambda file: file.step(record))
-        self.draw(
-            record.step, {name: float(v) for name, v in record.scalars().items() if name != "step" and v is not None}
-        )
+        ours = {name: float(v) for name, v in record.scalars().items() if name != "step" and v is not None}
+        theirs = step_scalars(record)
+        self.draw(record.step, ours | theirs)
+        self._draw_over_samples(record.step, record.consumed_samples, theirs)
 
-    def evaluation(self, step: int, valid_loss: float, more: Mapping[str, float]) -> None:
-        """Record the validation loss after `step`, and `more` of what the evaluation found by name."""
+    def evaluation(
+        self,
+        step: int,
+        valid_loss: float,
+        more: Mapping[str, float],
+        *,
+        losses: Mapping[str, float] = MappingProxyType({}),
+        consumed_samples: int = 0,
+    ) -> None:
+        """Record the validation loss after `step`, and `more` of what the evaluation found by name.
+
+        `losses` of the model by name, after so many samples, are drawn under Megatron-LM's names.
+        """
         if self._metrics is not None:
             self._metrics.attempt(step, lambda file: file.evaluation(step, valid_loss, more))
-        self.draw(step, {"valid_loss": valid_loss, **more})
+        theirs = evaluation_scalars(losses)
+        self.draw(step, {"valid_loss": valid_loss, **more, **theirs})
+        self._draw_over_samples(step, consumed_samples, theirs)
 
     def draw(self, step: int, scalars: Mapping[str, float]) -> None:
         """Add a point to each named curve."""
@@ -116,8 +154,13 @@ class Trackers:
         """Close everything, and say what was missed."""
         if self._metrics is not None:
             self._metrics.finish(MetricsFile.close)
-        for tracker in self._writers:
-            tracker.finish(lambda writer: writer.close())
+        for tracker in (*self._writers, self._over_samples):
+            if tracker is not None:
+                tracker.finish(lambda writer: writer.close())
+
+    def _draw_over_samples(self, step: int, consumed_samples: int, scalars: Mapping[str, float]) -> None:
+        if self._over_samples is not None and scalars:
+            self._over_samples.attempt(step, lambda writer: writer.write(consumed_samples, over_samples(scalars)))
 
     def _curve_writers(self, run: Mapping[str, Any], resumed_step: int) -> Iterator[tuple[str, ScalarWriter]]:
         train = self._train

@@ -1,8 +1,8 @@
 """Curves for TensorBoard and Weights & Biases: named scalars at a step, nothing else.
 
-The names are free; the loop uses loss, lr, grad_norm, tokens_per_second, valid_loss, loss_scale, batch_size and the
-like. One rank writes. Both packages run code of their own, in threads and over networks, and raise what they like:
-whatever it is becomes a `TrackerError`, which a run outlives.
+The names are free; those of a training are listed in docs/reports.md. One rank writes. Both packages run code of their
+own, in threads and over networks, and raise what they like: whatever it is becomes a `TrackerError`, which a run
+outlives.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -42,6 +43,7 @@ TINY = (
     "--lr-decay-style constant"
 )
 MOCK = f"{TINY} --mock-data"
+LOG_TIME = re.compile(r"^\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\] ")
 
 
 def words(*options: str | Path) -> list[str]:
@@ -56,6 +58,11 @@ class Ended:
     code: int
     out: str
     err: str
+
+    @property
+    def log(self) -> list[str]:
+        """The lines of standard output without the time that a line of the log begins with."""
+        return [LOG_TIME.sub("", line) for line in self.out.splitlines()]
 
     def says(self, *fragments: str) -> None:
         """Fail unless standard error holds every fragment; line breaks count as spaces."""

@@ -12,6 +12,7 @@ from megatron3d.errors import ConfigError
 from megatron3d.train.launch import Guard
 from tests.dist.pool import Pool
 from tests.runs.harness import MOCK, ROOT, Ended, losses, on_rank, records, run, steps, words
+from tests.train.test_megatron_names import curves
 from tools import generate_text
 
 SCRIPT = ROOT / "pretrain_bert.py"
@@ -29,7 +30,9 @@ def bert(*options: str | Path) -> Ended:
 
 def test_a_run_reports_both_losses_and_the_accuracies_beside_the_unigram_baseline(tmp_path: Path) -> None:
     metrics = tmp_path / "m.jsonl"
-    said = bert(TINY_BERT, "--eval-interval 3 --eval-iters 1 --metrics-file", metrics).out
+    events = tmp_path / "events"
+    options = ("--eval-interval 3 --eval-iters 1 --metrics-file", metrics, "--tensorboard-dir", events)
+    said = bert(TINY_BERT, *options).out
     start, *_ = records(metrics)
     assert (start["model"], start["parameters"]) == ("BERT", 31_623)
     for step in steps(metrics):
@@ -41,6 +44,11 @@ def test_a_run_reports_both_losses_and_the_accuracies_beside_the_unigram_baselin
         shares = [record[f"valid_{name}_accuracy"] for name in ("masked", "sentence", "unigram")]
         assert all(0 <= share <= 1 for share in shares) and 0 < shares[-1] < 0.5
     assert "masked accuracy" in said and "sentence loss" in said
+    drawn = curves(events)["."]
+    for theirs, ours in {"lm loss": "lm_loss", "sop loss": "sentence_loss"}.items():
+        assert drawn[theirs] == [(one["step"], pytest.approx(one[ours])) for one in steps(metrics)]
+        valid = [(one["step"], pytest.approx(one[f"valid_{ours}"])) for one in found]
+        assert drawn[f"{theirs} validation"] == valid
 
 
 def test_a_model_without_the_sentence_head_has_one_loss(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_changes_of_the_training_are_reported_in_a_line_each_and_only_there(save
     options = "--adam-beta2 0.95 --clip-grad 0.5 --hidden-dropout 0.1 --global-batch-size 16 --bf16"
     ended = resumed(saved, options)
     assert ended.code == 0, ended.err
-    lines = [line for line in ended.out.splitlines() if line.startswith("changed: ")]
+    lines = [line for line in ended.log if line.startswith("changed: ")]
     assert lines == [
         "changed: --hidden-dropout: checkpoint 0, this run 0.1",
         "changed: --global-batch-size: checkpoint 8, this run 16",
@@ -175,7 +175,7 @@ def test_changes_of_the_training_are_reported_in_a_line_each_and_only_there(save
 
 def test_an_overridden_schedule_is_reported_once(saved: Path) -> None:
     ended = resumed(saved, "--lr 1e-3 --override-opt-param-scheduler")
-    assert [line for line in ended.out.splitlines() if "changed" in line] == [
+    assert [line for line in ended.log if "changed" in line] == [
         "changed: --lr: checkpoint 0.003, flags 0.001 (--override-opt-param-scheduler)"
     ]
 

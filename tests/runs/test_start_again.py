@@ -36,7 +36,7 @@ def latest(save: Path) -> int:
 
 def started_from(ended: Ended) -> str:
     """The line about the start, without its first words."""
-    (line,) = [line for line in ended.out.splitlines() if line.startswith("starting from")]
+    (line,) = [line for line in ended.log if line.startswith("starting from")]
     return line.removeprefix("starting from ")
 
 

@@ -271,6 +271,11 @@ def test_the_best_weights_are_kept_saved_and_predicted_with(tmp_path: Path, hf: 
     measured = [record for record in records(metrics) if "valid_loss" in record]
     best = max(measured, key=lambda record: record["valid_pearson"] + record["valid_spearman"])
     assert measured[0]["step"] < best["step"] < measured[-1]["step"], "choose a seed whose best is in the middle"
+    consumed = 0.0
+    for record in (record for record in records(metrics) if "loss" in record):
+        consumed += record["tokens_per_second"] * record["step_time_s"]
+        assert record["consumed_tokens"] == pytest.approx(consumed) and consumed > 0
+        assert record["tflops_per_device"] > 0 and record["peak_memory_bytes"] > 0
     assert (found["step"], found["epoch"]) == (best["step"], measured.index(best) + 1)
     assert found["metrics"] == {name: best[f"valid_{name}"] for name in ("pearson", "spearman")}
     assert [path.name for path in list_checkpoints(save)] == [f"iter_{best['step']:07d}"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import math
 import re
+from datetime import datetime, timedelta
 
 import pytest
 
 from megatron3d.train.progress import ProgressReporter, StepReport, format_bytes, format_count, format_duration
+from megatron3d.train.speed import Devices
 
 
 class Clock:
@@ -49,7 +51,7 @@ def test_a_line_comes_at_every_interval_and_at_the_last_step_with_the_mean_loss(
     with ProgressReporter(7, stream, log_interval=3, clock=clock) as reporter:
         run_steps(reporter, clock, range(1, 8))
     lines = stream.getvalue().splitlines()
-    assert [re.match(r"step (\d+)/7 \| loss (\S+)", line).groups() for line in lines] == [
+    assert [re.search(r"\] step (\d+)/7 \| loss (\S+)", line).groups() for line in lines] == [
         ("3", "2.000000"),
         ("6", "5.000000"),
         ("7", "7.000000"),
@@ -58,7 +60,7 @@ def test_a_line_comes_at_every_interval_and_at_the_last_step_with_the_mean_loss(
 
 def test_rates_follow_from_tokens_flops_devices_and_peak() -> None:
     clock, stream = Clock(), io.StringIO()
-    reporter = ProgressReporter(100, stream, log_interval=2, num_devices=4, peak_flops=1e12, clock=clock)
+    reporter = ProgressReporter(100, stream, log_interval=2, devices=Devices(4, 1e12), clock=clock)
     clock.now_s += 3
     reporter.step(one_step(1, elapsed_s=3.0))
     clock.now_s += 1
@@ -96,6 +98,32 @@ def test_skipped_steps_and_the_loss_scale_are_told_and_kept_out_of_the_mean() ->
     first, second = stream.getvalue().splitlines()
     assert "loss 4.000000" in first and "skipped 1" in first and "loss scale 65536" in first
     assert "all steps skipped" in second and "skipped 3" in second
+
+
+def test_steps_skipped_before_a_resume_are_counted_on() -> None:
+    clock, stream = Clock(), io.StringIO()
+    reporter = ProgressReporter(9, stream, log_interval=1, first_step=6, skipped_before=2, clock=clock)
+    reporter.step(one_step(7))
+    reporter.step(one_step(8, skipped=True))
+    assert [re.search(r"skipped \d+", line)[0] for line in stream.getvalue().splitlines()] == ["skipped 2", "skipped 3"]
+
+
+def test_every_line_begins_with_the_time_at_which_it_is_written() -> None:
+    clock, stream, times = Clock(), io.StringIO(), [datetime(2026, 12, 31, 23, 59, 58, 999_999)]
+
+    def now() -> datetime:
+        times.append(times[-1] + timedelta(seconds=1))
+        return times[-1]
+
+    reporter = ProgressReporter(2, stream, log_interval=1, clock=clock, now=now)
+    run_steps(reporter, clock, range(1, 2))
+    reporter.evaluation(1, 2.0)
+    reporter.note("saved")
+    assert [line[:27] for line in stream.getvalue().splitlines()] == [
+        "[2026-12-31 23:59:59] step ",
+        "[2027-01-01 00:00:00] valid",
+        "[2027-01-01 00:00:01] saved",
+    ]
 
 
 def test_a_log_file_has_plain_lines_without_control_characters() -> None:

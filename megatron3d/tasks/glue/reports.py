@@ -12,14 +12,13 @@ from contextlib import ExitStack
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron3d.comm.device import device_name, peak_memory_bytes
+from megatron3d.comm.device import peak_memory_bytes
 from megatron3d.config.serialize import to_dict
-from megatron3d.models.flops import flops_per_step, peak_tflops
+from megatron3d.models.flops import flops_per_step
 from megatron3d.tasks.glue.order import PlannedStep, padded_share
-from megatron3d.train.metrics import StepRecord
 from megatron3d.train.parts import Parts
 from megatron3d.train.progress import ProgressReporter, StepReport
-from megatron3d.train.reports import TERA, start_record
+from megatron3d.train.reports import devices_of, start_record, step_record
 from megatron3d.train.state import Progress, last_step
 from megatron3d.train.step import Rates, StepResult
 from megatron3d.train.trackers import Trackers
@@ -33,6 +32,8 @@ class TaskReports:
         self._exits = ExitStack()
         self._trackers = Trackers(parts.config.train)
         self._progress: ProgressReporter | None = None
+        self._devices = devices_of(parts)
+        self._consumed_tokens = 0
         self._lengths_N: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
     def __enter__(self) -> TaskReports:
@@ -43,13 +44,11 @@ class TaskReports:
         config = self.parts.config
         self._exits.callback(self._trackers.close)
         self._trackers.open(record, run=to_dict(config), resumed_step=0)
-        peak = config.train.peak_tflops or peak_tflops(device_name(self.parts.model.device), config.optim.precision)
         reporter = ProgressReporter(
             last_step(config, Progress()),
             sys.stderr,
             log_interval=config.train.log_interval,
-            num_devices=self.parts.mesh.world.size,
-            peak_flops=None if peak is None else peak * TERA,
+            devices=self._devices,
         )
         self._progress = self._exits.enter_context(reporter)
         return self
@@ -72,31 +71,27 @@ class TaskReports:
             return
         config = self.parts.config
         tokens = planned.num_tokens(self._lengths_N)
-        self._progress.step(
-            StepReport(
-                step=progress.step,
-                loss=result.loss,
-                lr=rates.lr,
-                grad_norm=result.grad_norm,
-                tokens=tokens,
-                flops=flops_per_step(config.model, tokens),
-                elapsed_s=elapsed_s,
-                skipped=result.skipped,
-                memory_bytes=peak_memory_bytes(self.parts.model.device),
-            )
+        report = StepReport(
+            step=progress.step,
+            loss=result.loss,
+            lr=rates.lr,
+            grad_norm=result.grad_norm,
+            tokens=tokens,
+            flops=flops_per_step(config.model, tokens),
+            elapsed_s=elapsed_s,
+            skipped=result.skipped,
+            memory_bytes=peak_memory_bytes(self.parts.model.device),
         )
-        self._trackers.step(
-            StepRecord(
-                step=progress.step,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                lr=rates.lr,
-                consumed_samples=progress.consumed_samples,
-                tokens_per_second=tokens / elapsed_s,
-                skipped=result.skipped,
-                batch_size=planned.num_samples,
-            )
+        self._consumed_tokens += tokens
+        self._progress.step(report)
+        record = step_record(
+            report,
+            self._devices,
+            consumed_samples=progress.consumed_samples,
+            consumed_tokens=self._consumed_tokens,
+            batch_size=planned.num_samples,
         )
+        self._trackers.step(record)
 
     def measured(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
         """The metrics on dev after a step."""
