@@ -26,7 +26,7 @@ from tests.runs.harness import MOCK, Job, Launcher, exit_status, losses, records
 
 SEEDS = range(24)
 NUM_STEPS = 24
-MAX_STARTS = 40
+MIN_STARTS, MAX_STARTS = 5, 40
 COMMON = (
     f"{MOCK} --train-iters {NUM_STEPS} --save-interval 3 --keep-last 4 --eval-interval 5 --eval-iters 1 "
     "--hidden-dropout 0.1 --attention-dropout 0.1 --fall-back-to-previous-checkpoint "
@@ -63,7 +63,8 @@ class Chaos:
         before = _steps_recorded(self.metrics)
         self._wait_for_steps(job, before + self.random.randint(0, 6))
         time.sleep(self.random.random() * 0.05)
-        attack = self.random.choice(["kill one", "kill all", "stop all", "stop one", "interrupt", "leave alone"])
+        attacks = ["kill one", "kill all", "stop all", "stop one", "interrupt"]
+        attack = self.random.choice(attacks if self.done["starts"] < MIN_STARTS else [*attacks, "leave alone"])
         self.done[attack] += 1
         one = self.random.randrange(len(job.pids))
         every = tuple(range(len(job.pids)))
