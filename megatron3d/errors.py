@@ -6,6 +6,11 @@ Programming mistakes are not here: they stay `assert` and the built-in exception
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+_PROJECT = Path(__file__).resolve().parents[1]
+
 
 class Megatron3dError(Exception):
     """Base of every error meant for the user; `exit_code` is what the process ends with."""
@@ -87,3 +92,15 @@ class MemoryShortError(Megatron3dError):
     """The device or the host has less memory than the run needs."""
 
     exit_code = 9
+
+
+def install_extra(extra: str) -> str:
+    """The command that adds an optional part of this project to the environment that asks for it.
+
+    No package index has this project, so the command names the checkout that runs and its pinned versions. Its paths
+    are absolute, so it works from any directory.
+
+    Args:
+        extra: a key of `[project.optional-dependencies]` in pyproject.toml.
+    """
+    return f"{sys.executable} -m pip install -c {_PROJECT / 'constraints.txt'} -e '{_PROJECT}[{extra}]'"

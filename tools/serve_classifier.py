@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron3d.errors import ConfigError, Megatron3dError
+from megatron3d.errors import ConfigError, Megatron3dError, install_extra
 from megatron3d.serve.batcher import BatchOptions
 from megatron3d.serve.classifier import open_classifier
 from megatron3d.serve.requests import Limits, Sample
@@ -23,7 +23,7 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name not in ("starlette", "uvicorn"):
         raise
-    print(f"error: serving needs {missing.name}; use pip install 'megatron3d[serve]'", file=sys.stderr)
+    print(f"error: serving needs {missing.name}; run: {install_extra('serve')}", file=sys.stderr)
     raise SystemExit(ConfigError.exit_code) from None
 
 _SHORTEST_BODY = 64  # bytes; less has no room for a text

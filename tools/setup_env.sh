@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository and installs the pinned dependencies and this project into it.
 #
-#   bash tools/setup_env.sh run     what training needs
+#   bash tools/setup_env.sh run     what every command of the README needs: training, fine-tuning, ONNX files, serving
 #   bash tools/setup_env.sh test    the same and what the test suite needs
 #
 # Running it again costs a fraction of a second as long as nothing it depends on has changed: a stamp in .venv keeps a
@@ -24,7 +24,7 @@ fail() {
 
 what=${1:-run}
 case $what in
-    run) extras="" ;;
+    run) extras="[glue,onnx,serve]" ;;
     test) extras="[test]" ;;
     *) fail "'$what' is not a set-up; use 'run' or 'test'" ;;
 esac
@@ -61,15 +61,20 @@ stamp=.venv/megatron3d-$what.sha256
 rm -f "$stamp"
 
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
+# One line for each package as it comes, or minutes would pass without a sign of life; pip's errors are left alone.
+with_progress() {
+    "$@" | sed -u -n -E -e 's/^Installing collected packages:.*/Unpacking all of them/' \
+        -e 's/^ *((Downloading|Using cached|Processing|Building wheel|Unpacking) .{1,90}).*/  \1/p'
+}
 printf 'Installing the pinned dependencies into .venv (once; minutes on a slow connection)\n'
 if [ -n "${TORCH_INDEX_URL:-}" ]; then
     # Its own dependencies follow from the ordinary index in the next step.
-    "${pip[@]}" install --quiet --no-deps --index-url "$TORCH_INDEX_URL" -c constraints.txt torch ||
+    with_progress "${pip[@]}" install --progress-bar off --no-deps --index-url "$TORCH_INDEX_URL" -c constraints.txt torch ||
         fail "torch could not be installed from TORCH_INDEX_URL=$TORCH_INDEX_URL; check that address or unset it"
 elif ! command -v nvidia-smi >/dev/null; then
     printf 'No GPU is seen here: TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu makes this download far smaller\n'
 fi
-"${pip[@]}" install --quiet -c constraints.txt -e ".$extras" ||
+with_progress "${pip[@]}" install --progress-bar off -c constraints.txt -e ".$extras" ||
     fail "the installation failed; the message above says which package. A package index must be reachable"
 
 if [ "$what" = test ]; then

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron3d.data.compressed import DAMAGE, decompressed
-from megatron3d.errors import ConfigError, DataError
+from megatron3d.errors import ConfigError, DataError, install_extra
 from megatron3d.files import json_text
 from megatron3d.files.text import TextError, check_encoding, decode
 
@@ -150,7 +150,9 @@ def _read_parquet(file: Path, keys: Sequence[str], bytes_before: int) -> Iterato
         parquet = importlib.import_module("pyarrow.parquet")
         arrow = importlib.import_module("pyarrow")
     except ImportError as error:
-        raise ConfigError(f"--input {file} needs the package pyarrow to be read; run: pip install pyarrow.") from error
+        raise ConfigError(
+            f"--input {file} needs the package pyarrow to be read; run: {install_extra('parquet')}"
+        ) from error
     try:
         table = parquet.ParquetFile(file)
         missing = [key for key in keys if key not in table.schema_arrow.names]

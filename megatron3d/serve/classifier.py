@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron3d.data.text_pair import cut, with_special_tokens
 from megatron3d.data.tokenizer import Tokenizer
-from megatron3d.errors import ConfigError, DataError
+from megatron3d.errors import ConfigError, DataError, install_extra
 from megatron3d.serve.description import INPUTS, OUTPUT, Description, from_metadata
 from megatron3d.serve.digest import check_digest
 from megatron3d.serve.requests import TOO_LARGE, UNPROCESSABLE, RequestError, Sample
@@ -156,7 +156,7 @@ def open_session(path: Path, *, threads: int) -> Any:
         import onnxruntime
     except ImportError as error:
         raise ConfigError(
-            f"serving needs onnxruntime, and {error.name} is not installed; use pip install 'megatron3d[serve]'"
+            f"serving needs onnxruntime, and {error.name} is not installed; run: {install_extra('serve')}"
         ) from error
     if not path.is_file():
         raise DataError(f"--model {path} is not a file; give one that tools/export_onnx.py wrote")

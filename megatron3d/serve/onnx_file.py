@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron3d.errors import ConfigError, NumericsError, StorageError
+from megatron3d.errors import ConfigError, NumericsError, StorageError, install_extra
 from megatron3d.serve.classifier import open_session
 from megatron3d.serve.description import INPUTS, OUTPUT
 from megatron3d.serve.digest import append_digest
@@ -73,7 +73,7 @@ def require_exporter() -> None:
     except ImportError as error:
         raise ConfigError(
             f"the export needs onnx, onnxscript and onnxruntime, and {error.name} is not installed; "
-            "use pip install 'megatron3d[onnx]'"
+            f"run: {install_extra('onnx')}"
         ) from error
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron3d.errors import ConfigError, TrackerError
+from megatron3d.errors import ConfigError, TrackerError, install_extra
 from megatron3d.train.metrics import may_pass
 
 FLUSH_S = 10.0  # what a crash can take from the curves
@@ -133,8 +133,8 @@ class WandbWriter:
             wandb = importlib.import_module("wandb")
         except ImportError as error:
             raise ConfigError(
-                f"--wandb-project {self._project} needs the wandb package, which cannot be imported ({error}); run "
-                "`pip install wandb`, or leave the option out."
+                f"--wandb-project {self._project} needs the wandb package, which cannot be imported ({error}); leave "
+                f"the option out, or run: {install_extra('wandb')}"
             ) from error
         self._reopen_at = self._clock() + REOPEN_S
         try:

@@ -29,9 +29,9 @@ from megatron3d.tasks.glue.read import Rows
 from tests.serve.conftest import Exported
 from tests.serve.small import MAX_LENGTH, WORDS
 
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'megatron3d[serve]'")
-onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'megatron3d[onnx]'")
-pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'megatron3d[onnx]'")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[serve]'")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[onnx]'")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install -e '.[onnx]'")
 
 Get = Callable[[str], Exported]
 TOLERANCE = 1e-5
@@ -201,7 +201,7 @@ def three_labels(metadata: dict[str, str]) -> str:
 def test_a_missing_runtime_is_named(exported: Get, monkeypatch: pytest.MonkeyPatch) -> None:
     path = exported("single").path
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r"onnxruntime is not installed; use pip install 'megatron3d\[serve\]'"):
+    with pytest.raises(ConfigError, match=r"onnxruntime is not installed; run: .*constraints.txt -e '.*\[serve\]'"):
         open_classifier(path)
 
 

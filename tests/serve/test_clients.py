@@ -14,7 +14,7 @@ from tests.serve.started import ROOT, Started
 from tools.bench import serving
 
 for package in ("onnxruntime", "starlette", "uvicorn", "onnxscript"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'megatron3d[onnx,serve]'")
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[onnx,serve]'")
 
 SENTENCES = ROOT / "examples" / "tricky_sentences.jsonl"
 

@@ -34,9 +34,9 @@ from tests.serve.conftest import Exported
 from tests.serve.small import KINDS, MAX_LENGTH, POSITIONS, SPECIAL, WORDS
 from tools import export_onnx
 
-onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'megatron3d[onnx]'")
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'megatron3d[onnx]'")
-pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'megatron3d[onnx]'")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[onnx]'")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[onnx]'")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install -e '.[onnx]'")
 
 Get = Callable[[str], Exported]
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,7 +162,7 @@ def labelled_file(exported: Get, path: Path, *, num_right: int) -> Path:
 def test_int8_prints_what_it_costs_and_gives_nearly_the_same_outputs(
     exported: Get, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    pytest.importorskip("sklearn", reason="metrics need scikit-learn: pip install 'megatron3d[glue]'")
+    pytest.importorskip("sklearn", reason="metrics need scikit-learn: pip install -e '.[glue]'")
     one, output = exported("single"), tmp_path / "int8.onnx"
     dev = labelled_file(exported, tmp_path / "dev.tsv", num_right=15)
     monkeypatch.setattr(export_onnx, "write", lambda model, path, metadata, max_length: shutil.copy(one.path, path))
@@ -275,5 +275,5 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=rf"{package} is not installed; use pip install 'megatron3d\[onnx\]'"):
+    with pytest.raises(ConfigError, match=rf"{package} is not installed; run: .*constraints.txt -e '.*\[onnx\]'"):
         require_exporter()

@@ -25,10 +25,10 @@ from tests.serve.conftest import Exported
 from tests.serve.small import MAX_LENGTH, WORDS
 from tests.serve.started import ROOT, Started, command, start
 
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'megatron3d[serve]'")
-pytest.importorskip("starlette", reason="starlette is not installed: pip install 'megatron3d[serve]'")
-pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'megatron3d[serve]'")
-pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'megatron3d[onnx]'")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[serve]'")
+pytest.importorskip("starlette", reason="starlette is not installed: pip install -e '.[serve]'")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install -e '.[serve]'")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install -e '.[onnx]'")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed; the tests need a client of HTTP")
 bind = pytest.importorskip("megatron3d.serve.server").bind
 

@@ -67,7 +67,7 @@ def test_missing_libraries_are_named_before_training(monkeypatch: pytest.MonkeyP
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_scipy)
-    with pytest.raises(ConfigError, match=r"scipy is not installed; use pip install 'megatron3d\[glue\]'"):
+    with pytest.raises(ConfigError, match=r"scipy is not installed; run: .*constraints.txt -e '.*\[glue\]'"):
         measure(("accuracy",), np.ones(2), np.ones(2), num_classes=2)
 
 

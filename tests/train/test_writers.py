@@ -50,7 +50,7 @@ def test_a_tensorboard_directory_that_cannot_be_made_is_a_storage_error(tmp_path
 
 def test_wandb_that_is_not_installed_names_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # what Python itself does for a module known to be absent
-    with pytest.raises(ConfigError, match=r"--wandb-project p .*pip install wandb"):
+    with pytest.raises(ConfigError, match=r"--wandb-project p .*pip install -c .*\[wandb\]"):
         WandbWriter("p", run={}).open()
 
 

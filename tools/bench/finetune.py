@@ -163,7 +163,8 @@ def their_turns(args: argparse.Namespace, job: Job) -> TakeTurn:
         )
     except ImportError as error:
         raise ConfigError(
-            f"transformers' Trainer needs {error.name}, which is not installed; use pip install transformers accelerate"
+            f"transformers' Trainer needs {error.name}, which is not installed; run: "
+            f"{sys.executable} -m pip install transformers accelerate"
         ) from error
     samples = job.data.train
     assert samples is not None, "--epochs is 1"

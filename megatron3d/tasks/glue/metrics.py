@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron3d.errors import ConfigError
+from megatron3d.errors import ConfigError, install_extra
 
 
 def measure(
@@ -75,6 +75,6 @@ def _libraries() -> tuple[Any, Any]:
     except ImportError as error:
         raise ConfigError(
             f"the metrics of GLUE need scikit-learn and scipy, and {error.name} is not installed; "
-            "use pip install 'megatron3d[glue]'"
+            f"run: {install_extra('glue')}"
         ) from error
     return sklearn.metrics, scipy.stats
