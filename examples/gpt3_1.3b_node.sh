@@ -3,11 +3,12 @@
 # Set DATA (a prefix of token files), VOCAB, MERGES and CHECKPOINTS. A restart of the same command resumes from the
 # latest checkpoint. SIGTERM and SIGUSR1 to this process have it save and stop, for which it has 10 minutes: exec lets
 # torchrun take its place, so that the signals arrive. docs/stopping.md has more, and what to do on torch before 2.13.
+# check: skip (needs 8 GPUs and data)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${DATA:?prefix of .bin/.idx files}" "${VOCAB:?vocab.json}" "${MERGES:?merges.txt}" "${CHECKPOINTS:?directory}"
 
-exec torchrun --nproc-per-node "${GPUS:-8}" --max-restarts 3 --shutdown-timeout 600 \
+exec torchrun --standalone --nproc-per-node "${GPUS:-8}" --max-restarts 3 --shutdown-timeout 600 \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 pretrain_gpt.py \
     --preset gpt3-1.3b --tensor-model-parallel-size 2 --sequence-parallel --zero-stage 1 --bf16 \
     --micro-batch-size 4 --global-batch-size 512 --train-iters 100000 \

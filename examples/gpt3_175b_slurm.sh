@@ -12,6 +12,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@600
 #SBATCH --requeue
+# check: skip (needs Slurm and 1024 GPUs)
 set -euo pipefail
 : "${DATA:?prefix of .bin/.idx files}" "${VOCAB:?vocab.json}" "${MERGES:?merges.txt}" "${CHECKPOINTS:?directory}"
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

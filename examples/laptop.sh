@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-OMP_NUM_THREADS=1 exec .venv/bin/torchrun --nproc-per-node 4 pretrain_gpt.py \
+OMP_NUM_THREADS=1 exec .venv/bin/torchrun --standalone --nproc-per-node 4 pretrain_gpt.py \
     --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel \
     --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --hidden-dropout 0 --attention-dropout 0 \
     --micro-batch-size 4 --global-batch-size 16 --train-iters 100 --lr 3e-3 --lr-decay-style cosine \

@@ -1,8 +1,8 @@
 """Fine-tune a BERT on one of the nine GLUE tasks, or on TSV files of your own, and measure it.
 
     python tools/finetune_glue.py --task sst-2 --data-dir glue/SST-2 --hf MODEL --epochs 3 --lr 3e-5 --save OUT
-    torchrun --nproc-per-node 4 tools/finetune_glue.py --task mrpc --data-dir glue --load CHECKPOINTS --epochs 3 \
-        --lr 3e-5 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --predict predictions
+    torchrun --standalone --nproc-per-node 4 tools/finetune_glue.py --task mrpc --data-dir glue --load CHECKPOINTS \
+        --epochs 3 --lr 3e-5 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --predict predictions
 
 Beside the options below it takes those of `pretrain_bert.py` for layout, optimizer, batch, precision and checkpoints
 (`pretrain_bert.py --help`). The last line on standard output is one JSON object with the metrics on the dev file; what

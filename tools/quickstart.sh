@@ -65,7 +65,8 @@ run=(
 
 step "Training: TP $tp x PP $pp, $processes processes, $device"
 # Each process one thread: four of them share what may be two cores.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/torchrun --nproc-per-node "$processes" pretrain_gpt.py "${run[@]}" "${layout[@]}" \
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/torchrun --standalone --nproc-per-node "$processes" \
+    pretrain_gpt.py "${run[@]}" "${layout[@]}" \
     --eval-interval 100 --eval-iters 5 --save "$out/checkpoint" --save-interval "$ITERATIONS" \
     --metrics-file "$out/metrics.jsonl"
 "$python" -c 'import sys; from megatron3d.train.loss_plot import plot_losses; plot_losses(*sys.argv[1:])' \
