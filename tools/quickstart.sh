@@ -57,7 +57,7 @@ run=(
     --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
     --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
     --hidden-dropout 0 --attention-dropout 0
-    --data-path "$out/corpus_text_document" --split 969,30,1 "${tokenizer[@]}"
+    --data-path "$out/corpus_text_document" --split 97,3,0 "${tokenizer[@]}"
     --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH" --train-iters "$ITERATIONS"
     --lr "$LEARNING_RATE" --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1
     --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95 --log-interval 10

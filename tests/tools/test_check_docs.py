@@ -97,6 +97,19 @@ def test_variables_last_through_a_page_and_failures_and_long_blocks_are_seen(tmp
     assert code("sleep 300 &\ntrue\n") == 0  # What a block leaves running does not outlast it.
 
 
+@pytest.mark.parametrize(("page", "command"), [("docs/memory.md", "estimate.py"), ("docs/pipeline.md", "--compare")])
+def test_figures_under_a_command_are_those_it_prints(page: str, command: str, tmp_path: Path) -> None:
+    (block,) = [b for b in page_blocks(ROOT, page) if command in b.text]
+    outcome = run_block(block, ROOT, tmp_path / "variables", limit_s=120)
+    assert outcome.code == 0, outcome.output
+    after = (ROOT / page).read_text(encoding="utf-8").splitlines()[block.line + len(block.text.splitlines()) + 1 :]
+    section = after[: next(number for number, line in enumerate(after) if line.startswith("## "))]
+    printed = {line.strip() for line in outcome.output.splitlines()}
+    shown = [line.strip() for line in section if re.match(r"\| +\d+ \||    \S", line)]
+    assert len(shown) >= 3
+    assert [line for line in shown if line not in printed] == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_every_command_of_the_documentation_works() -> None:

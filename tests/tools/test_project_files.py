@@ -55,3 +55,16 @@ def test_the_remedy_is_one_command_for_this_checkout_and_this_interpreter() -> N
 def test_the_first_of_the_two_commands_installs_what_the_readme_uses() -> None:
     setup = (ROOT / "tools/setup_env.sh").read_text()
     assert 'run) extras="[glue,onnx,serve]"' in setup
+
+
+def test_every_page_gives_the_same_time_for_the_two_commands() -> None:
+    told = {
+        "README.md": r"first takes about (\d+) minutes on two cores.*?the second about (\d+)\.",
+        "docs/benchmarks.md": r"quickstart\.sh` takes about (\d+) minutes.*?whole suite .*?about (\d+) minutes",
+    }
+    pairs = {page: re.search(form, (ROOT / page).read_text(), re.DOTALL) for page, form in told.items()}
+    assert all(pairs.values()), pairs
+    ((first, second),) = {match.groups() for match in pairs.values() if match}
+    assert f"about {first} minutes" in (ROOT / "tools/quickstart.sh").read_text()
+    assert f"about {second} minutes" in (ROOT / "CONTRIBUTING.md").read_text()
+    assert f"about {second} minutes" in (ROOT / "docs/testing.md").read_text()
