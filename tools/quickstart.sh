@@ -13,7 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${CORPUS_MB:=8}" "${VOCAB_SIZE:=2048}"
 : "${NUM_LAYERS:=4}" "${HIDDEN_SIZE:=128}" "${NUM_HEADS:=4}" "${SEQ_LENGTH:=256}"
 : "${MICRO_BATCH:=8}" "${GLOBAL_BATCH:=16}" "${ITERATIONS:=400}" "${LEARNING_RATE:=5e-3}"
-: "${PROMPT:=    def __init__(self}" "${NEW_TOKENS:=150}"
+default_prompt=$'class Queue:\n    """Create a queue'
+: "${PROMPT:=$default_prompt}" "${NEW_TOKENS:=120}"
 COMPARED_STEPS=10
 
 out=out/quickstart
@@ -72,9 +73,9 @@ OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/torchrun --standalone --nproc-pe
 "$python" -c 'import sys; from megatron3d.train.loss_plot import plot_losses; plot_losses(*sys.argv[1:])' \
     "$out/metrics.jsonl" "$out/loss.png"
 
-step "Text: what the model makes of '$PROMPT'"
+step "Text: what the model makes of '${PROMPT//$'\n'/\\n}'"
 "$python" tools/generate_text.py --load "$out/checkpoint" --prompt "$PROMPT" --max-new-tokens "$NEW_TOKENS" \
-    --temperature 0.4 --top-p 0.9 --seed 2 | tee "$out/sample.txt"
+    --temperature 0.3 --top-p 0.9 --seed 1 | tee "$out/sample.txt"
 
 step "The same run in one process: its first $COMPARED_STEPS steps"
 reference=$device

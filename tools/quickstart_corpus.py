@@ -23,11 +23,13 @@ from pydoc_data.topics import topics
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.process.command import run_command
 
-# Others' packages, tests and their data, wheels, and tables that a program wrote: none of it reads like Python.
+# Others' packages, tests and their data, wheels, and tables that a program wrote: none of it reads like Python. Nor do
+# wrappers of Tk, half a megabyte of tk.call(self._w, ...): a small model repeats such lists of letters without end.
 LEFT_OUT_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "ensurepip", "encodings", "pydoc_data"}
+    | {"tkinter", "turtledemo"}
 )
-LEFT_OUT_FILES = frozenset({"html/entities.py", "stringprep.py", "lib2to3/pgen2/grammar.py"})
+LEFT_OUT_FILES = frozenset({"html/entities.py", "stringprep.py", "lib2to3/pgen2/grammar.py", "turtle.py"})
 SMALLEST_DOCUMENT_BYTES = 200  # Below that it is an empty __init__.py or a licence line.
 
 

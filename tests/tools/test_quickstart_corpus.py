@@ -36,7 +36,7 @@ def test_corpus_holds_the_language_reference(corpus: list[dict[str, str]]) -> No
 
 
 def test_corpus_has_no_tests_other_peoples_packages_or_generated_tables(corpus: list[dict[str, str]]) -> None:
-    unwanted = {"test", "tests", "site-packages", "dist-packages", "encodings", "idlelib", "ensurepip"}
+    unwanted = {"test", "tests", "site-packages", "dist-packages", "encodings", "idlelib", "ensurepip", "tkinter"}
     assert not [d["source"] for d in corpus if unwanted & set(d["source"].split("/"))]
 
 
