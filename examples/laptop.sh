@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Four gloo processes on a CPU train a tiny GPT at TP2 x PP2 on made-up tokens: a minute on two cores, no data needed.
-# What to expect: the loss falls from 5.5 to below 4.6 (the tokens follow a noisy Markov chain).
+# What to expect: the loss falls from 5.5 (ln 256) to 1.1, as does that of validation (the tokens follow a noisy Markov
+# chain), with the same numbers in one process.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
