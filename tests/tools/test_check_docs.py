@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,17 @@ def test_variables_last_through_a_page_and_failures_and_long_blocks_are_seen(tmp
     assert code("false | true\n") == 1
     assert code("import sys; sys.exit(3)\n", "python") == 3
     assert code("sleep 30\n", limit_s=0.5) == -1
-    assert code("sleep 300 &\ntrue\n") == 0  # What a block leaves running does not outlast it.
+
+
+def test_what_a_block_leaves_running_is_ended(tmp_path: Path) -> None:
+    block = Block("p.md", 1, "bash", "sleep 300 &\necho $!\n", None)
+    outcome = run_block(block, tmp_path, tmp_path / "variables", limit_s=20.0)
+    stat = Path(f"/proc/{outcome.output.strip()}/stat")
+    deadline = time.monotonic() + 10
+    while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert outcome.code == 0
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
 
 
 @pytest.mark.parametrize(("page", "command"), [("docs/memory.md", "estimate.py"), ("docs/pipeline.md", "--compare")])
