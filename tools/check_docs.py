@@ -199,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description="Run the commands of the documentation.", allow_abbrev=False)
     p.add_argument("--pages", nargs="+", metavar="FILE", help="default: README.md, docs/*.md and examples/*.sh")
-    p.add_argument("--limit-s", type=float, default=300.0, metavar="S", help="longest time of a block (default 300)")
+    p.add_argument("--limit-s", type=float, default=600.0, metavar="S", help="longest time of a block (default 600)")
     p.add_argument("--list", action="store_true", help="run nothing; say what would run and what is left out")
     return p
 
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run what is asked for, print the table, and return how many blocks failed."""
     options = parser().parse_args(arguments)
     if options.limit_s <= 0:
-        raise ConfigError(f"--limit-s {options.limit_s:g} leaves no time; use a positive number, such as 300")
+        raise ConfigError(f"--limit-s {options.limit_s:g} leaves no time; use a positive number, such as 600")
     pages = options.pages or all_pages(ROOT)
     if options.list:
         for block in (block for page in pages for block in page_blocks(ROOT, page)):
