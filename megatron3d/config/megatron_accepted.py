@@ -173,7 +173,7 @@ ACCEPTED: tuple[Accepted, ...] = (
     ),
     Accepted(
         "done",
-        "special tokens are in the token files: tools/preprocess_data.py has --tokenizer-hf-include-special-tokens",
+        "special tokens are in the token files, as tools/preprocess_data.py was asked to write them",
         switches="--tokenizer-hf-include-special-tokens --tokenizer-hf-no-include-special-tokens",
     ),
     Accepted(
