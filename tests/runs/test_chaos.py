@@ -109,6 +109,8 @@ class Chaos:
             if len(found) < 3:
                 return
             name, harm = self.random.choice(harms)
+            if not any(found[-1].glob("*.safetensors")):
+                continue  # harmed already
             if name == "no latest" and not (self.save / "latest").exists():
                 continue
             if name == "left over" and (self.save / ".tmp-iter_0000099").exists():
