@@ -1,13 +1,15 @@
 """From a finished temporary directory to the latest checkpoint, such that a kill at any moment leaves a whole one.
 
 The order is everything: the new checkpoint takes its name, then `latest` moves, then old checkpoints go. One process
-(rank 0) does this. All functions raise `StorageError` when the file system refuses.
+(rank 0) does this. All functions raise `StorageError` when the file system refuses to write; that it refuses to remove
+what is old ends no run.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,7 +52,7 @@ def _clean_up(root: Path) -> None:
         if entry.name == LATEST_ASIDE:
             _settle_latest(root)
         elif entry.name.startswith((".tmp-", ".gone-")):
-            shutil.rmtree(entry)
+            shutil.rmtree(entry, ignore_errors=True)  # `prune` reports what cannot be removed; a save is not held up
 
 
 def _settle_replacement(replaced: Path) -> None:
@@ -58,7 +60,8 @@ def _settle_replacement(replaced: Path) -> None:
     # its name back.
     original = replaced.with_name(replaced.name.removeprefix(".old-"))
     if original.exists():
-        remove_tree(replaced)
+        with suppress(OSError):
+            remove_tree(replaced)
     else:
         os.rename(replaced, original)
 
@@ -88,17 +91,31 @@ def publish(temporary: Path, final: Path) -> None:
         os.replace(root / LATEST_ASIDE, root / LATEST_NAME)
         sync_directory(root)
         if replaced.exists():
-            remove_tree(replaced)
+            with suppress(OSError):
+                remove_tree(replaced)
 
 
-def prune(final: Path, keep_last: int, *, retain_interval: int | None = None) -> None:
+def prune(final: Path, keep_last: int, *, retain_interval: int | None = None) -> dict[Path, str]:
     """Remove all but the `keep_last` newest checkpoints up to `final`, which `latest` names and which always stays.
 
     Checkpoints whose step is a multiple of `retain_interval` stay too. Those of steps after `final` belong to a run
     from which this one turned back; they are not touched.
+
+    Returns:
+        A sentence for each directory that could not be removed: an old checkpoint, or what is left of one.
     """
-    with storage_errors(final.parent):
-        earlier = [path for path in list_checkpoints(final.parent) if step_of(path) < step_of(final)]
-        for path in earlier[: max(0, len(earlier) + 1 - keep_last)]:
-            if retain_interval is None or step_of(path) % retain_interval:
+    root, reasons = final.parent, {}
+    earlier = [path for path in list_checkpoints(root) if step_of(path) < step_of(final)]
+    for path in earlier[: max(0, len(earlier) + 1 - keep_last)]:
+        if retain_interval is None or step_of(path) % retain_interval:
+            try:
                 remove_tree(path)
+            except OSError as error:
+                reasons[path.name] = f" ({error.strerror or error})"
+    left = [*(root / name for name in reasons), *root.glob(".gone-*")]
+    return {path: _not_removed(path, reasons) for path in sorted(left) if path.exists()}
+
+
+def _not_removed(path: Path, reasons: Mapping[str, str]) -> str:
+    reason = reasons.get(path.name.removeprefix(".gone-"), "")
+    return f"{path} cannot be removed{reason}; training continues, and it takes space until it is removed by hand"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ def save_checkpoint(
         if rank == 0:
             _check(temporary, verify_level)
             publish.publish(temporary, final)
-            if keep_last is not None:
-                publish.prune(final, keep_last)
+            for problem in publish.prune(final, keep_last).values() if keep_last is not None else ():
+                warnings.warn(problem, stacklevel=2)
 
     store.everywhere(lambda: require_finite(tensors, step=step, root=root), group)
     try:

@@ -20,7 +20,7 @@ from megatron3d.data.build import BertData, GPTData
 from megatron3d.data.content import Content
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.data.stream import SampleStream
-from megatron3d.errors import ConfigError, StopRequested
+from megatron3d.errors import ConfigError, NumericsError, StopRequested
 from megatron3d.optim.schedule import ScheduleSettings
 from megatron3d.train import state
 from megatron3d.train.compare import agreed_content
@@ -85,14 +85,24 @@ def train(parts: Parts, streams: Streams, guard: Guard) -> Progress:
         stop_while_starting(guard, parts.mesh)
         with Reports(parts, restored) as reports:
             newest = restored.source if reports.resumed_in_place else None
-            retention = Retention(parts.config.checkpoint, parts.mesh, newest=newest)
+            retention = Retention(parts.config.checkpoint, parts.mesh, newest=newest, note=reports.note)
             loop = _Loop(parts, streams, reports, guard, retention, content, restored, renew)
             try:
                 loop.run()
             except Exception as error:
                 error.add_note(f"on {parts.mesh}, after step {loop.progress.step}")
+                if isinstance(error, NumericsError) and (hint := retention.hint()):
+                    raise _with_hint(error, hint) from error
                 raise
             return loop.progress
+
+
+def _with_hint(error: NumericsError, hint: str) -> NumericsError:
+    """The same error with what to do about the checkpoints."""
+    hinted = NumericsError(f"{error}; {hint}")
+    for note in error.__notes__:
+        hinted.add_note(note)
+    return hinted
 
 
 @dataclass

@@ -7,10 +7,11 @@ leaves one checkpoint more than asked for, which goes when the next run has made
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron3d.checkpoint import publish
-from megatron3d.checkpoint.directory import step_of
+from megatron3d.checkpoint.directory import list_checkpoints, step_of
 from megatron3d.checkpoint.store import everywhere
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.checkpoint import CheckpointConfig
@@ -19,9 +20,13 @@ from megatron3d.config.checkpoint import CheckpointConfig
 class Retention:
     """The checkpoints of one run; all ranks make the same calls, and rank 0 removes."""
 
-    def __init__(self, options: CheckpointConfig, mesh: Mesh, *, newest: Path | None) -> None:
-        """`newest` is the checkpoint that the run resumes from where it lies in its own --save."""
-        self._mesh, self._unproved = mesh, newest
+    def __init__(
+        self, options: CheckpointConfig, mesh: Mesh, *, newest: Path | None, note: Callable[[str], None]
+    ) -> None:
+        """`newest` is the checkpoint that the run resumes from where it lies in its own --save; `note` takes lines
+        about what cannot be removed."""
+        self._mesh, self._unproved, self._note = mesh, newest, note
+        self._noted: set[Path] = set()
         self._retain_interval = options.save_retain_interval
         self._keep_last = options.keep_last
         if self._keep_last is None and self._retain_interval is not None:
@@ -38,11 +43,7 @@ class Retention:
 
     def proved(self, step: int) -> None:
         """The weights after `step` gave a finite loss and gradient: prune behind a checkpoint of them or of earlier
-        ones. Collective over all ranks where there is one.
-
-        Raises:
-            StorageError: a checkpoint could not be removed.
-        """
+        ones. Collective over all ranks where there is one."""
         newest = self._unproved
         if newest is None or self._keep_last is None or step_of(newest) > step:
             return
@@ -50,6 +51,18 @@ class Retention:
 
         def prune() -> None:
             if self._mesh.rank == 0:
-                publish.prune(newest, keep_last, retain_interval=self._retain_interval)
+                problems = publish.prune(newest, keep_last, retain_interval=self._retain_interval)
+                for path in problems.keys() - self._noted:
+                    self._note(problems[path])
+                self._noted.update(problems)
 
         everywhere(prune, self._mesh.world.group)
+
+    def hint(self) -> str:
+        """What to do where no finite step has followed the newest checkpoint; empty if one has."""
+        if self._unproved is None:
+            return ""
+        newest = self._unproved
+        before = [path for path in list_checkpoints(newest.parent) if step_of(path) < step_of(newest)]
+        other = f"--ckpt-step {step_of(before[-1])} starts from the one before" if before else "there is none before it"
+        return f"no finite step has followed the checkpoint {newest}, so its weights may be of no use: {other}"

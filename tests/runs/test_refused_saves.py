@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron3d.checkpoint import publish
 from megatron3d.checkpoint.directory import find_checkpoint, list_checkpoints, step_of, verify
 from megatron3d.train import loop
 from megatron3d.train.parts import Parts
@@ -191,3 +193,33 @@ def test_a_fixed_loss_scale_at_which_every_step_is_skipped_ends_the_run(tmp_path
 def test_torch_agrees_about_what_is_infinite() -> None:
     """The rates above: 1e39 is beyond fp32, 1e30 is not."""
     assert torch.tensor([1e39, 1e30], dtype=torch.float32).isfinite().tolist() == [False, True]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run_and_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove_tree = publish.remove_tree
+
+    def refuse(directory: Path) -> None:
+        if directory.name == "iter_0000001":
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(directory))
+        remove_tree(directory)
+
+    monkeypatch.setattr(publish, "remove_tree", refuse)
+    ended = run_ok(MOCK, "--train-iters 5 --save-interval 1 --keep-last 1 --eval-iters 1 --save", tmp_path)
+    assert ended.out.count(f"{tmp_path}/iter_0000001 cannot be removed (Operation not permitted)") == 1
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["iter_0000001", "iter_0000005"]
+
+
+def test_weights_that_no_finite_step_has_followed_are_named_with_the_checkpoint_before(tmp_path: Path) -> None:
+    run_ok(MOCK, "--train-iters 2 --save", tmp_path, "--optimizer sgd")
+    ended = run(
+        words(
+            MOCK,
+            "--train-iters 5 --save-interval 1 --optimizer sgd --clip-grad 0 --save",
+            tmp_path,
+            "--lr 1e38 --override-opt-param-scheduler",
+        )
+    )
+    assert ended.code == 5
+    ended.says("no finite step has followed the checkpoint", "iter_0000003", "--ckpt-step 2 starts from the one before")
