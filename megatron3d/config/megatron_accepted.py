@@ -173,7 +173,7 @@ ACCEPTED: tuple[Accepted, ...] = (
     ),
     Accepted(
         "done",
-        "special tokens are in the token files, as tools/preprocess_data.py was asked to write them",
+        "special tokens are put into token files by tools/preprocess_data.py, and training reads the files as they are",
         switches="--tokenizer-hf-include-special-tokens --tokenizer-hf-no-include-special-tokens",
     ),
     Accepted(

@@ -157,9 +157,12 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
 
     `config.json` is among them with the values alone that concern a tokenizer: its kind of model stands for a class
     where nothing names one.
+
+    Raises:
+        DataError: a file cannot be read.
     """
     names = (*VOCABULARY_FILES, *SETTING_FILES)
-    found = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
+    found = {name: _content(directory / name) for name in names if (directory / name).is_file()}
     if not any(name in found for name in VOCABULARY_FILES):
         return {}
     model = json_object(directory / MODEL_CONFIG)
@@ -176,19 +179,25 @@ def described_files(path: Path) -> dict[str, bytes]:
     """
     if not path.exists():
         return {}
-    try:
-        files = tokenizer_files(path if path.is_dir() else path.parent)
-        return files if path.is_dir() else files | {"tokenizer.json": path.read_bytes()}
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or path} of the tokenizer cannot be read ({error.strerror}); name its directory"
-        ) from error
+    files = tokenizer_files(path if path.is_dir() else path.parent)
+    return files if path.is_dir() else files | {"tokenizer.json": _content(path)}
 
 
 def companion_files(directory: Path) -> dict[str, bytes]:
-    """What lies beside a tokenizer and makes no ids, by path within `directory`: generation, chat templates."""
+    """What lies beside a tokenizer and makes no ids, by path within `directory`: generation, chat templates.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
     paths = [directory / name for name in COMPANION_FILES] + sorted((directory / COMPANION_FOLDER).glob("*.jinja"))
-    return {str(path.relative_to(directory)): path.read_bytes() for path in paths if path.is_file()}
+    return {str(path.relative_to(directory)): _content(path) for path in paths if path.is_file()}
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} of the tokenizer cannot be read ({error.strerror}); make it readable") from error
 
 
 def json_object(path: Path) -> dict[str, Any]:

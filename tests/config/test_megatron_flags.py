@@ -67,6 +67,16 @@ def test_options_that_a_sentence_names_exist(row: Accepted) -> None:
     assert [word for word in named if word not in BY_SPELLING] == []
 
 
+def test_the_special_tokens_of_preprocessing_are_accepted_in_training() -> None:
+    """A launch script of Megatron-LM gives both programs the same options of the tokenizer."""
+    lines = parse("--tokenizer-hf-include-special-tokens --tokenizer-hf-use-fast")
+    assert any(
+        "--tokenizer-hf-include-special-tokens is accepted" in line and "preprocess_data" in line for line in lines
+    )
+    with pytest.raises(ConfigError, match="--tokenizer-hf-no-use-fast is not supported"):
+        parse("--tokenizer-hf-no-use-fast")
+
+
 @pytest.mark.parametrize("row", [row for row in ACCEPTED if row.kind == "report"], ids=lambda row: row.reason[:40])
 def test_a_flag_that_asks_for_a_report_says_what_is_reported(row: Accepted) -> None:
     """No sentence stands for a whole list of unlike flags: it names where to look, or what there is."""

@@ -25,6 +25,7 @@ from megatron3d.data.content import (
     moved,
     require_same_tokenizer,
 )
+from megatron3d.data.hf_description import described_files
 from megatron3d.errors import ConfigError, DataError
 
 WHOLE = NUM_BLOCKS * BLOCK_BYTES
@@ -125,6 +126,36 @@ def test_kinds_of_one_tokenizer_model_are_the_same_and_its_settings_count(tmp_pa
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "a"}')
     (found,) = content_differences(before, of(**hugging))
     assert (found.effect, found.option) == (Effect.SAMPLES, "the tokenizer")
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "added_tokens.json", "tokenizer_config.json", "config.json"])
+def test_all_that_makes_the_ids_of_a_described_tokenizer_counts(tmp_path: Path, name: str) -> None:
+    """A directory without a tokenizer.json: its copy is the same, and one more byte in any of its files is not."""
+    there, copied = tmp_path / "there", tmp_path / "copied"
+    there.mkdir()
+    (there / "vocab.txt").write_text("[UNK]\na\n")
+    (there / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    (there / "added_tokens.json").write_text('{"b": 2}')
+    (there / "config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
+    copied.mkdir()
+    for file, content in described_files(there).items():
+        (copied / file).write_bytes(content)
+    before, same = (
+        of(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder)) for folder in (there, copied)
+    )
+    assert content_differences(before, same) == [] and len(moved(before, same)) == 4
+    named = of(tokenizer_type="HuggingFaceTokenizer", vocab_file=str(there / "vocab.txt"))
+    assert content_differences(before, named) == []
+    changed = {"vocab.txt": "[UNK]\nc\n", "config.json": '{"model_type": "gpt2"}'}.get(name, "{}")
+    (there / name).write_text(changed)
+    (found,) = content_differences(before, of(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(there)))
+    assert (found.effect, found.option) == (Effect.SAMPLES, "the tokenizer")
+
+
+def test_a_described_tokenizer_that_is_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("another one's")
+    with pytest.raises(DataError, match="gone of the tokenizer cannot be read"):
+        of(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "gone"))
 
 
 def test_a_tokenizer_of_other_content_is_refused_by_name(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megatron3d.data.hf_tokenizer import described_tokenizer, reading_note
 from megatron3d.data.tokenizer import build_tokenizer
-from megatron3d.errors import DataError
+from megatron3d.errors import DataError, Megatron3dError
 from tests.data.corpora import SHARED, needs_shared
 from tests.data.hf_directories import (
     END,
@@ -28,6 +30,7 @@ from tests.data.hf_directories import (
     vocabularies,  # noqa: F401
     word_pieces,
 )
+from tests.files.mutations import DEEP, mutated_bytes
 
 transformers = pytest.importorskip("transformers")
 _SPECIAL = ("eos", "bos", "pad", "cls", "sep", "mask")
@@ -250,3 +253,69 @@ def test_special_tokens_of_a_text_are_found_as_transformers_finds_them(tmp_path:
     (directory / "tokenizer_config.json").write_text(json.dumps(GENERIC | {"split_special_tokens": True}))
     assert_same_ids(directory, TEXTS)
     assert 1 not in described_tokenizer(directory).encode(START)
+
+
+# --- damaged ---
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", b"[1]", "it holds a list and must hold an object"),
+        ("tokenizer_config.json", DEEP.encode(), "it is nested too deep"),
+        ("tokenizer_config.json", b'{"do_lower_case": "false"}', "do_lower_case is 'false' and must be true or false"),
+        ("tokenizer_config.json", b'{"eos_token": 7}', "7 is no description of a token"),
+        ("tokenizer_config.json", b'{"extra_special_tokens": "ab"}', "extra_special_tokens holds a string and must"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"%s": "a"}}' % (b"9" * 5000), "token ids as its keys"),
+        ("added_tokens.json", b'{"a": true}', "'a' has the id True"),
+        ("generation_config.json", b'{"eos_token_id": [1, true]}', r"eos_token_id is \[1, True\]"),
+        ("vocab.txt", "[UNK]\nfür\n".encode("latin-1"), r"there/vocab\.txt cannot be read \(it is not UTF-8"),
+        ("tokenizer.json", b'{"a": "\xff"}', r"there/tokenizer\.json cannot be read as a tokenizer\.json"),
+    ],
+)
+def test_a_damaged_description_is_refused_with_the_file_and_the_reason(
+    tmp_path: Path,
+    vocabularies: Vocabularies,  # noqa: F811
+    name: str,
+    content: bytes,
+    message: str,
+) -> None:
+    directory = directory_of(tmp_path / "there", vocabularies.bert, model="bert")
+    (directory / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as refusal:
+        described_tokenizer(directory)
+    assert str(directory) in str(refusal.value)
+
+
+_WORDS = {
+    "tokenizer_config.json": {
+        **{"tokenizer_class": "BertTokenizer", "do_lower_case": True, "unk_token": "[UNK]", "cls_token": "[CLS]"},
+        "extra_special_tokens": ["<e>"],
+        "added_tokens_decoder": {"5": {"content": "<f>", "normalized": False, "special": True}},
+    },
+    "added_tokens.json": {"<g>": 5},
+    "special_tokens_map.json": {"eos_token": {"content": "<g>", "lstrip": False}},
+    "config.json": {"model_type": "bert", "eos_token_id": [1, 2]},
+    "vocab.json": {"a": 0, "b": 1, "ab": 2},
+}
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_changed_directory_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    for old in tmp_path.iterdir():
+        old.unlink()
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\na\n##b\n")
+    (tmp_path / "merges.txt").write_text("a b\n")
+    which = data.draw(st.sampled_from([*_WORDS]))
+    for name, document in _WORDS.items():
+        if name == which or data.draw(st.booleans()):
+            whole = json.dumps(document).encode()
+            (tmp_path / name).write_bytes(data.draw(mutated_bytes(document)) if name == which else whole)
+    if which == "vocab.json":
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    try:
+        tokenizer = described_tokenizer(tmp_path)
+        tokenizer.decode(tokenizer.encode("ab? ba <f>"))
+    except Megatron3dError:
+        return
