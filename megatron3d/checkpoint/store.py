@@ -332,7 +332,8 @@ class _Reader(StorageReader):
 
     def __init__(self, directory: Path, index: Index) -> None:
         self.directory, self.index = directory, index
-        self.stored = {stored.key: stored for tensor in index.tensors.values() for stored in tensor.boxes}
+        # By place and not by the entry's name in the file, which a damaged index may have wrong.
+        self.stored = {box_key(name, s.box.offset): s for name, tensor in index.tensors.items() for s in tensor.boxes}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index in DCP's words."""
