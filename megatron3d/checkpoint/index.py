@@ -133,7 +133,7 @@ class Index:
             ) from error
         if not known:
             raise CheckpointError(
-                f"{path} says format {body['format']} version {body['version']}, "
+                f"{path} says format {body.get('format')} version {body.get('version')}, "
                 f"this program reads {FORMAT} version {VERSION}; use the program version that wrote it"
             )
         if claimed != _hex(_checksum(body)):
