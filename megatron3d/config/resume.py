@@ -203,7 +203,7 @@ def differences(saved: RunConfig, now: RunConfig) -> list[Difference]:
     """The options in which two resolved runs differ, but for the free ones and those compared elsewhere."""
     saved, now = _resolved(saved), _resolved(now)
     found = [
-        Difference(effect, _label(key), _shown(_value(saved, key)), _shown(_value(now, key)))
+        Difference(effect, _label(key), _shown(key, _value(saved, key)), _shown(key, _value(now, key)))
         for key, effect in _compared()
         if _is_relevant(key, saved) and _is_relevant(key, now) and not _agree(key, saved, now)
     ]
@@ -258,9 +258,12 @@ def _label(key: Key) -> str:
     return key[1] if option is None else option.spelling
 
 
-def _shown(value: Any) -> str:
+def _shown(key: Key, value: Any) -> str:
+    """A value as the label means it: a flag that switches something off is on where the field is False."""
     if isinstance(value, bool):
-        return "on" if value else "off"
+        option = BY_KEY.get(key)
+        is_negative = option is not None and option.flag.kind == "off"
+        return "on" if value != is_negative else "off"
     if isinstance(value, float):
         return f"{value:.10g}"
     if isinstance(value, tuple):

@@ -58,7 +58,7 @@ def test_equal_runs_do_not_differ_whatever_their_layout() -> None:
         ("--num-attention-heads 2", "--kv-channels: checkpoint 8, this run 16", Effect.FUNCTION),
         ("--squared-relu", "--activation: checkpoint gelu_tanh, this run squared_relu", Effect.FUNCTION),
         ("--norm-epsilon 1e-6", "--norm-epsilon: checkpoint 1e-05, this run 1e-06", Effect.FUNCTION),
-        ("--disable-bias-linear", "--disable-bias-linear: checkpoint on, this run off", Effect.FUNCTION),
+        ("--disable-bias-linear", "--disable-bias-linear: checkpoint off, this run on", Effect.FUNCTION),
         ("--reset-position-ids --eod-token 3", "--reset-position-ids: checkpoint off, this run on", Effect.FUNCTION),
         ("--seed 7", "--seed: checkpoint 1234, this run 7", Effect.SAMPLES),
         ("--seq-length 8 --max-position-embeddings 16", "--seq-length: checkpoint 16, this run 8", Effect.SAMPLES),
@@ -98,6 +98,23 @@ def test_masking_counts_for_a_bert_alone() -> None:
     saved, now = (resolved(options, **bert) for options in ("", changed))
     assert told(saved, now) == {"--mask-prob: checkpoint 0.15, this run 0.3": Effect.SAMPLES}
     assert told(resolved(), resolved(changed)) == {}
+
+
+OFF_SWITCHES = [
+    key
+    for key, option in BY_KEY.items()
+    if option.flag.kind == "off" and EFFECTS[key] is not Effect.FREE and key not in COMPARED_ELSEWHERE
+]
+
+
+@pytest.mark.parametrize("key", OFF_SWITCHES)
+def test_a_flag_that_switches_something_off_is_on_in_the_run_that_has_it(key: tuple[str, str]) -> None:
+    spelling = BY_KEY[key].spelling
+    kind = "bert" if key[1] in ("bert_binary_head", "mask_whole_words") else "gpt"
+    base = "--optimizer muon" if key[1].startswith("muon") else ""
+    without, given = (resolved(f"{base} {more}", architecture=kind) for more in ("", spelling))
+    assert f"{spelling}: checkpoint off, this run on" in told(without, given)
+    assert f"{spelling}: checkpoint on, this run off" in told(given, without)
 
 
 def _another(value: Any, kind: str, choices: tuple[Any, ...]) -> Any:
