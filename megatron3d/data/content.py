@@ -58,9 +58,9 @@ class Content:
         return asdict(self)
 
     def digests(self) -> dict[str, str]:
-        """The digest of each thing read, by a name for people: what all ranks must agree on."""
+        """Share and digest of each thing read, by a name for people: what all ranks must agree on, wherever it lies."""
         found = {
-            f"corpus {number} of {_OPTIONS[part]} ({one.prefix})": one.digest or "unknown"
+            f"corpus {number} of {_OPTIONS[part]}": f"share {one.share}, digest {one.digest or 'unknown'}"
             for part, corpora in self.corpora.items()
             for number, one in enumerate(corpora)
         }

@@ -117,7 +117,7 @@ def test_ranks_with_different_data_or_tokenizers_are_named(pool: Pool, places: P
         (folder / "merges.txt").write_text("#version: 0.2\n")
     argv = words(TINY, "--data-path data --vocab-file vocab.json --merge-file merges.txt")
     for ended in _ended(pool, places, argv, 3):
-        ended.says("The ranks do not agree on corpus 0 of --data-path (data): rank 0 has")
+        ended.says("The ranks do not agree on corpus 0 of --data-path: rank 0 has share all, digest")
         assert "tokenizer" not in ended.err
     for ending in (".bin", ".idx"):
         shutil.copy(places / "rank0" / f"data{ending}", places / "rank1" / f"data{ending}")
@@ -127,6 +127,26 @@ def test_ranks_with_different_data_or_tokenizers_are_named(pool: Pool, places: P
         ended.says("The ranks do not agree on the tokenizer: rank 0 has")
     shutil.copy(places / "rank0" / "vocab.json", vocabulary)
     _ended(pool, places, argv, 0)
+
+
+def _with_blend(rank: int, world_size: int, blends: Sequence[Sequence[str]]) -> Ended:
+    """Body for the pool: every rank has a blend of its own."""
+    return on_rank(rank, world_size, [*words(TINY, "--data-path"), *blends[rank]])
+
+
+def test_ranks_with_different_shares_of_a_blend_are_named_and_the_place_of_its_files_is_free(
+    pool: Pool, tmp_path: Path
+) -> None:
+    a, b = (str(write_tokens(tmp_path / name, random_documents(seed))) for name, seed in (("a", 1), ("b", 2)))
+    moved = str(write_tokens(tmp_path / "moved", random_documents(1)))
+    for ended in pool.run(2, _with_blend, [["0.3", a, "0.7", b], ["0.7", a, "0.3", b]]):
+        assert ended.code == 3, ended.out + ended.err
+        ended.says(
+            "The ranks do not agree on corpus 0 of --data-path: rank 0 has share 3/10, digest",
+            "rank 1 has share 7/10, digest",
+        )
+    for ended in pool.run(2, _with_blend, [["0.3", a, "0.7", b], ["3", moved, "7", b]]):
+        assert ended.code == 0, ended.out + ended.err
 
 
 def test_generation_does_not_mix_checkpoints_or_prompts(pool: Pool, places: Path) -> None:
