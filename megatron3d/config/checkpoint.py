@@ -39,7 +39,11 @@ class CheckpointConfig:
         "--finetune",
         "Take the weights of --load alone; start at step 0 with a new optimizer. A checkpoint in --save is resumed.",
     )
-    no_load_optim: bool = switch("--no-load-optim", "Do not load the optimizer state.", also=("--disable-load-optim",))
+    no_load_optim: bool = switch(
+        "--no-load-optim",
+        "Do not load the optimizer state; that of checkpoints which this command has written to --save is loaded.",
+        also=("--disable-load-optim",),
+    )
     no_save_optim: bool = switch("--no-save-optim", "Do not save the optimizer state.", also=("--disable-save-optim",))
     override_opt_param_scheduler: bool = switch(
         "--override-opt-param-scheduler",

@@ -167,7 +167,7 @@ class Reports:
         if cost:
             self.note(cost)
         if self.restored.damage:
-            self.note(f"fell back to an earlier checkpoint, because {self.restored.damage}")
+            self.note(f"fell back to another checkpoint, because {self.restored.damage}")
         self.note(f"starting from {source} ({self.restored.why})" if source else "starting from the initial weights")
         for line in self.restored.lines:
             self.note(line)

@@ -59,7 +59,7 @@ class Progress:
 class Restored:
     """Where a run starts: its progress, the schedule it follows, and the checkpoint it came from, if any, and why.
 
-    `damage` says what is wrong with the checkpoint that was asked for, where one before was taken instead. `lines`
+    `damage` says what is wrong with the checkpoint that was asked for, where another was taken instead. `lines`
     report what the run changes. `evaluation_due` tells that the run before was stopped within the evaluation
     that follows this step.
     """
@@ -158,7 +158,10 @@ def restore(parts: Parts, content: Content | None = None) -> Restored:
     damages: list[str] = []
     for source in found:
         try:
-            return replace(_restore_from(source, parts, content), damage="; ".join(damages) or None)
+            restored = _restore_from(source, parts, content)
+            why = "the newest that is whole" if damages else source.why
+            found_without = [] if source.damage is None else [source.damage]
+            return replace(restored, why=why, damage="; ".join([*found_without, *damages]) or None)
         except MisfitError:
             raise
         except CheckpointError as damage:
@@ -192,7 +195,10 @@ def _restore_from(source: Source, parts: Parts, content: Content | None) -> Rest
             f"{directory} holds weights alone, without steps or optimizer; start from them with --finetune"
         )
     lines = compare_resumed(saved, parts.config, content)
-    with_optimizer = not options.no_load_optim
+    has_begun = source.is_own and _dropped_optimizer_before(saved, state, parts.config)
+    if options.no_load_optim:
+        lines.append(_no_load_line(directory, has_begun=has_begun))
+    with_optimizer = has_begun or not options.no_load_optim
     if with_optimizer:
         _check_optimizer(state, kind(parts.config.optim), directory)
     schedule, schedule_lines = _schedule(ScheduleSettings.from_json(state["schedule"]), parts)
@@ -209,6 +215,21 @@ def _restore_from(source: Source, parts: Parts, content: Content | None) -> Rest
     # Checkpoints from before there was this entry were written after the evaluation of their step.
     is_due = state.get("evaluation_due", False)
     return Restored(progress, schedule, directory, why=source.why, lines=tuple(lines), evaluation_due=is_due)
+
+
+def _dropped_optimizer_before(saved: SavedRun, state: Mapping[str, Any], config: RunConfig) -> bool:
+    """Whether --no-load-optim has been obeyed by the run that wrote this, which has built up a state of this kind."""
+    was_stored = saved.config.checkpoint.no_load_optim and not saved.config.checkpoint.no_save_optim
+    return was_stored and state["optimizer"]["kind"] == kind(config.optim)
+
+
+def _no_load_line(directory: Path, *, has_begun: bool) -> str:
+    if has_begun:
+        return (
+            f"--no-load-optim was obeyed by the run that wrote {directory}, so its optimizer state is loaded; give "
+            "--ckpt-step, or another --save, to leave that out too"
+        )
+    return "the optimizer starts anew (--no-load-optim)"
 
 
 def _load(directory: Path, parts: Parts, *, with_optimizer: bool) -> None:

@@ -120,6 +120,20 @@ def test_turning_back_is_done_once_and_then_continued(own: Path, tmp_path: Path,
     assert started_from(ended).startswith(f"{own}/iter_0000002"), "a run without the turn lies between"
 
 
+def test_no_load_optim_holds_for_what_the_command_has_not_written_itself(six: Path, tmp_path: Path) -> None:
+    """With a stop the losses are those without one, which they are not if the optimizer starts anew once more."""
+    whole, stopped, save = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl", tmp_path / "save"
+    options = ("--train-iters 10 --no-load-optim --load", six)
+    again(*options, "--metrics-file", whole)
+    command = (*options, "--exit-interval 8 --metrics-file", stopped, "--save", save)
+    assert "the optimizer starts anew (--no-load-optim)" in again(*command, code=75).out
+    ended = again(*command)
+    assert f"--no-load-optim was obeyed by the run that wrote {save}/iter_0000008, so its optimizer" in ended.out
+    assert [record["loss"] for record in steps(stopped)] == [record["loss"] for record in steps(whole)]
+    other = again("--train-iters 11 --no-load-optim --optimizer lion --save", save)
+    assert "the optimizer starts anew (--no-load-optim)" in other.out, "the state is of another optimizer"
+
+
 # --- Where a checkpoint once was --------------------------------------------------------------------------------------
 
 
@@ -143,8 +157,35 @@ def test_checkpoints_without_latest_never_start_anew(own: Path) -> None:
 def test_a_damaged_latest_is_an_error_and_falls_back_to_the_newest(own: Path, text: str | bytes) -> None:
     (own / "latest").write_bytes(text if isinstance(text, bytes) else text.encode())
     again("--save", own, code=4).says(FALL_BACK)
-    assert started_from(again("--train-iters 7 --save", own, FALL_BACK)).startswith(f"{own}/iter_0000006")
+    ended = again("--train-iters 7 --save", own, FALL_BACK)
+    assert started_from(ended) == f"{own}/iter_0000006 (the newest that is there in --save)"
+    (reason,) = [line for line in ended.log if "fell back" in line]
+    assert reason.startswith(f"fell back to another checkpoint, because {own}/latest ")
     assert latest(own) == 7
+
+
+@pytest.mark.parametrize("step", [4, 9])
+def test_a_latest_or_a_step_that_is_gone_is_reported_when_falling_back(own: Path, tmp_path: Path, step: int) -> None:
+    """Of --save beside a --load, of --load alone, and a step asked for."""
+    (own / "latest").write_text("iter_0000009")
+    where = f"fell back to another checkpoint, because {own}/latest names 'iter_0000009'"
+    assert where in again("--train-iters 7 --load", own, FALL_BACK).out
+    assert where in again("--finetune --train-iters 1 --load", own, FALL_BACK).out
+    again("--train-iters 2 --save", tmp_path / "other")
+    assert where in again("--train-iters 7 --load", tmp_path / "other", "--save", own, FALL_BACK).out
+    shutil.rmtree(own / "iter_0000004")
+    ended = again(f"--train-iters 8 --ckpt-step {step} --load", own, FALL_BACK)
+    assert f"fell back to another checkpoint, because --ckpt-step {step}" in ended.out
+
+
+def test_falling_back_stays_on_the_branch_of_the_last_turn(own: Path) -> None:
+    """Step 6 is of the run before: a later step, and yet from before the turn back to step 4."""
+    again("--ckpt-step 4 --train-iters 5 --save", own)
+    (own / "latest").write_text("")
+    again("--train-iters 6 --save", own, code=4).says(f"{own}/iter_0000005 is there")
+    ended = again("--train-iters 6 --save", own, FALL_BACK)
+    assert started_from(ended).startswith(f"{own}/iter_0000005 (")
+    assert "iter_0000006 was passed over: the run has turned back from it since" in ended.out
 
 
 def _damage(directory: Path, what: str) -> None:
@@ -170,7 +211,8 @@ def test_damage_to_two_checkpoints_falls_back_to_the_third(
     again(*command, code=4).says("iter_0000006", "iter_0000004 is the one before", FALL_BACK)
     ended = again(*command, FALL_BACK)
     assert started_from(ended).startswith(f"{own}/iter_0000002")
-    (reason,) = [line for line in ended.out.splitlines() if "fell back to an earlier checkpoint, because" in line]
+    (reason,) = [line for line in ended.out.splitlines() if "fell back to another checkpoint, because" in line]
+    assert started_from(ended).endswith("(the newest that is whole)")
     assert "iter_0000006" in reason and "iter_0000004" in reason
     assert [record["step"] for record in steps(tmp_path / "m")] == [3, 4, 5, 6, 7]
 
