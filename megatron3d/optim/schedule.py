@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from megatron3d.config.optim import OptimConfig
@@ -141,7 +141,8 @@ def reconcile(
 ) -> ScheduleSettings:
     """The schedule a resumed run follows: the one both agree on, or the one a flag chose.
 
-    Only what changes a rate is compared: a constant schedule has no end, so training it longer is no conflict.
+    Only what changes a rate is compared: a constant schedule has no end, so training it longer is no conflict. Nor is
+    another constant weight decay, which people change on purpose as they do the betas: the flags have it.
 
     Raises: ConfigError if both flags are given, or if the two differ and neither is; it names each differing option,
     both values, and the two flags.
@@ -155,7 +156,7 @@ def reconcile(
         return flags
     if use_checkpoint:
         return saved
-    differences = schedule_differences(saved, flags)
+    differences = schedule_differences(_with_constant_weight_decay_of(flags, saved), flags)
     if differences:
         raise ConfigError(
             f"The schedule of the checkpoint is not the one of the flags: {'; '.join(differences)}. Give "
@@ -163,6 +164,13 @@ def reconcile(
             "with the checkpoint's values, or the same options as before."
         )
     return flags
+
+
+def _with_constant_weight_decay_of(flags: ScheduleSettings, saved: ScheduleSettings) -> ScheduleSettings:
+    """`saved` with the weight decay of `flags`, if it is constant in both."""
+    if not flags.weight_decay_style == saved.weight_decay_style == "constant":
+        return saved
+    return replace(saved, start_weight_decay=flags.start_weight_decay, end_weight_decay=flags.end_weight_decay)
 
 
 def _learning_rate(settings: ScheduleSettings, progress: int) -> float:

@@ -253,8 +253,10 @@ def _schedule(saved: ScheduleSettings, parts: Parts) -> tuple[ScheduleSettings, 
         override=options.override_opt_param_scheduler,
         use_checkpoint=options.use_checkpoint_opt_param_scheduler,
     )
-    option = "--override-opt-param-scheduler" if chosen == flags else "--use-checkpoint-opt_param-scheduler"
-    return chosen, [f"changed: {one} ({option})" for one in schedule_differences(saved, flags)]
+    by = " (--override-opt-param-scheduler)" if options.override_opt_param_scheduler else ""
+    if options.use_checkpoint_opt_param_scheduler:
+        by = " (--use-checkpoint-opt_param-scheduler)"
+    return chosen, [f"changed: {one}{by}" for one in schedule_differences(saved, flags)]
 
 
 def _delay_lines(parts: Parts, *, was_due: bool) -> list[str]:

@@ -254,6 +254,25 @@ def test_training_longer_is_a_conflict_for_a_cosine_but_not_for_a_constant_rate(
     assert reconcile(short, long, override=False, use_checkpoint=False) == long
 
 
+def test_another_constant_weight_decay_is_no_conflict_and_that_of_the_flags_is_taken() -> None:
+    saved, flags = make_plan(weight_decay=0.01), make_plan(weight_decay=0.3)
+    assert reconcile(saved, flags, override=False, use_checkpoint=False) == flags
+    assert flags.weight_decay_at(iteration=3, consumed_samples=24) == 0.3
+    assert reconcile(saved, flags, override=False, use_checkpoint=True) == saved
+
+
+def test_a_weight_decay_that_begins_or_ends_to_rise_is_a_conflict_and_so_is_another_rate_beside_a_decay() -> None:
+    rising = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.3}
+    for saved, flags, words in (
+        (make_plan(), make_plan(**rising), "--weight-decay-incr-style: checkpoint constant"),
+        (make_plan(**rising), make_plan(), "--weight-decay-incr-style: checkpoint linear"),
+        (make_plan(**rising), make_plan(**{**rising, "end_weight_decay": 0.2}), "--end-weight-decay: checkpoint 0.3"),
+        (make_plan(), make_plan(weight_decay=0.3, lr=0.05), "--lr: checkpoint 0.1, flags 0.05"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            reconcile(saved, flags, override=False, use_checkpoint=False)
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_two_schedules_that_reconcile_give_the_same_rates(data: st.DataObject) -> None:
