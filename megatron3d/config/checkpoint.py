@@ -67,6 +67,10 @@ class CheckpointConfig:
         "Resume with another seed, data, split, sequence length, masking or tokenizer than the checkpoint's: samples "
         "are counted on from its number in the new order.",
     )
+    override_tokenizer: bool = switch(
+        "--override-tokenizer",
+        "Start from weights that were trained with other content of the tokenizer's files; resume with them, too.",
+    )
     use_checkpoint_args: bool = switch(
         "--use-checkpoint-args",
         "Take the model's options, its dropout and its tokenizer from the checkpoint; they override the flags.",

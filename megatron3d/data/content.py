@@ -24,6 +24,7 @@ from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.errors import ConfigError, DataError
 
 BLOCK_BYTES, NUM_BLOCKS = 16 << 10, 64
+TOKENIZER = "the tokenizer"  # in a `Difference`, as the name of an option
 
 _SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
@@ -64,7 +65,7 @@ class Content:
             for part, corpora in self.corpora.items()
             for number, one in enumerate(corpora)
         }
-        return found if self.tokenizer is None else {**found, "the tokenizer": self.tokenizer.digest}
+        return found if self.tokenizer is None else {**found, TOKENIZER: self.tokenizer.digest}
 
 
 _OPTIONS = {
@@ -187,14 +188,20 @@ def content_differences(saved: Content, now: Content) -> list[Difference]:
         if not _same_corpora(theirs, ours):
             effect = Effect.REPORTED if part in ("valid", "test") else Effect.SAMPLES
             found.append(Difference(effect, f"the data of {_OPTIONS[part]}", _shown(theirs), _shown(ours)))
-    if saved.tokenizer is not None and now.tokenizer is not None and not same_tokenizer(saved.tokenizer, now.tokenizer):
-        both = (saved.tokenizer, now.tokenizer)
-        found.append(Difference(Effect.SAMPLES, "the tokenizer", *(_shown_tokenizer(one) for one in both)))
-    elif saved.tokenizer != now.tokenizer and None in (saved.tokenizer, now.tokenizer):
-        both = (saved.tokenizer, now.tokenizer)
-        names = ("none" if one is None else one.kind for one in both)
-        found.append(Difference(Effect.REPORTED, "--tokenizer-type", *names))
-    return found
+    return found + tokenizer_differences(saved, now)
+
+
+def tokenizer_differences(saved: Content, now: Content) -> list[Difference]:
+    """The same of the tokenizer alone: one difference, or none."""
+    both = (saved.tokenizer, now.tokenizer)
+    if saved.tokenizer is not None and now.tokenizer is not None:
+        if same_tokenizer(saved.tokenizer, now.tokenizer):
+            return []
+        shown = (_shown_tokenizer(one) for one in both if one is not None)
+        return [Difference(Effect.SAMPLES, TOKENIZER, *shown)]
+    if saved.tokenizer == now.tokenizer:
+        return []
+    return [Difference(Effect.REPORTED, "--tokenizer-type", *("none" if one is None else one.kind for one in both))]
 
 
 def moved(saved: Content, now: Content) -> list[str]:

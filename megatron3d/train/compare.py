@@ -5,6 +5,7 @@ The table of what each option means is `config/resume.py`; what is read is compa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from megatron3d.config.resume import Difference, Effect, differences
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.data.content import (
+    TOKENIZER,
     Content,
     content_differences,
     content_from_json,
     content_of,
     content_of_paths,
     moved,
+    tokenizer_differences,
 )
 from megatron3d.errors import DataError, MisfitError
 
@@ -60,14 +63,22 @@ def agreed_content(config: RunConfig, group: ProcessGroup | None) -> Content:
     return content
 
 
-def compare_weights(saved: SavedRun, config: RunConfig) -> None:
-    """Refuse a model that computes another function of the same weights, as a fine-tuning must.
+def compare_weights(saved: SavedRun, config: RunConfig, content: Content | None) -> list[str]:
+    """Lines about what a fine-tuning changes of the tokenizer, if it may; the rest is a run of its own.
+
+    Refused is a model that computes another function of the same weights and, unless --override-tokenizer is given,
+    a tokenizer of the same kind with other content, by which the model's ids mean other tokens. A tokenizer of another
+    kind is named on purpose. The arguments are those of `compare_resumed`.
 
     Raises: MisfitError with all differences.
     """
-    wrong = [one for one in differences(saved.config, config) if one.effect is Effect.FUNCTION]
-    if wrong:
-        raise MisfitError(_refusal(saved.directory, wrong, []))
+    function = [one for one in differences(saved.config, config) if one.effect is Effect.FUNCTION]
+    tokenizer = [] if content is None or saved.content is None else tokenizer_differences(saved.content, content)
+    may_differ = config.checkpoint.override_tokenizer or saved.config.data.tokenizer_type != config.data.tokenizer_type
+    refused = [] if may_differ else tokenizer
+    if function or refused:
+        raise MisfitError(_refusal(saved.directory, function, [], refused))
+    return [f"changed: {one}" for one in tokenizer]
 
 
 def compare_resumed(saved: SavedRun, config: RunConfig, content: Content | None) -> list[str]:
@@ -89,7 +100,8 @@ def compare_resumed(saved: SavedRun, config: RunConfig, content: Content | None)
         found += content_differences(theirs, ours)
         lines += moved(theirs, ours)
     function = [one for one in found if one.effect is Effect.FUNCTION]
-    samples = [one for one in found if one.effect is Effect.SAMPLES]
+    is_overridden = config.checkpoint.override_tokenizer
+    samples = [one for one in found if one.effect is Effect.SAMPLES and not (is_overridden and one.option == TOKENIZER)]
     may_differ = config.checkpoint.override_sample_order
     if function or (samples and not may_differ):
         raise MisfitError(_refusal(saved.directory, function, [] if may_differ else samples))
@@ -112,7 +124,9 @@ def _as_known_then(saved: RunConfig, content: Content) -> tuple[Content, Content
     return theirs, ours, line
 
 
-def _refusal(directory: Path, function: list[Difference], samples: list[Difference]) -> str:
+def _refusal(
+    directory: Path, function: list[Difference], samples: list[Difference], tokenizer: Sequence[Difference] = ()
+) -> str:
     """One sentence a difference, and what to do."""
     lines = []
     if function:
@@ -126,5 +140,11 @@ def _refusal(directory: Path, function: list[Difference], samples: list[Differen
             f"{directory} counts samples that are not those of this run, which would see some twice and some never. "
             "Give the options of the checkpoint, or resume with the new ones by --override-sample-order:",
             *(f"  {one}" for one in samples),
+        ]
+    if tokenizer:
+        lines += [
+            f"{directory} was trained with another tokenizer: the ids of its weights mean other tokens. Give the "
+            "files of the training, or use these ones by --override-tokenizer:",
+            *(f"  {one}" for one in tokenizer),
         ]
     return "\n".join(lines)

@@ -185,10 +185,10 @@ def _restore_from(source: Source, parts: Parts, content: Content | None) -> Rest
     saved = everywhere(lambda: read_saved_run(directory), group)
     _check_architecture(saved, parts.config.model.architecture)
     if source.weights_only:
-        compare_weights(saved, parts.config)
+        lines = compare_weights(saved, parts.config, content)
         _load(directory, parts, with_optimizer=False)
         flags = settings_from_config(parts.config.optim, parts.config.train)
-        return Restored(Progress(), flags, directory, why=source.why)
+        return Restored(Progress(), flags, directory, why=source.why, lines=tuple(lines))
     state = everywhere(lambda: read_document(directory, "state"), group)
     if state.get("weights_only"):
         raise MisfitError(

@@ -153,6 +153,21 @@ def test_a_tokenizer_is_compared_by_content_and_may_move(corpora: Path, tmp_path
     assert f"{tmp_path}/one/vocab.json has moved to {tmp_path}/two/vocab.json" in moved.out
     (tmp_path / "two" / "vocab.json").write_text(vocabulary.replace("t7", "u7"))
     refused(resumed(tmp_path / "save", *data, *files("two"), base=TINY), "the tokenizer: checkpoint GPT2BPE", OVERRIDE)
+    line = f"changed: the tokenizer: checkpoint GPT2BPETokenizer {tmp_path}/one/vocab.json"
+    for start in ("--finetune --load", "--pretrained-checkpoint", "--load"):
+        command = words(TINY, "--train-iters 7", *data, *files("two"), start, tmp_path / "save")
+        if start != "--load":
+            another = (*command, "--num-layers", "1")
+            refused(run(command), "the tokenizer: checkpoint GPT2BPE", "--override-tokenizer")
+            refused(run(another), "--num-layers: checkpoint 2", "the tokenizer: checkpoint GPT2BPE")
+        ended = run([*command, "--override-tokenizer"])
+        assert ended.code == 0, ended.err
+        assert line in ended.out
+    of_another_kind = words(
+        TINY, *data, "--tokenizer-type NullTokenizer --vocab-size 100 --finetune --load", tmp_path / "save"
+    )
+    ended = run(of_another_kind)
+    assert ended.code == 0 and line in ended.out, "a kind is named on purpose"
 
 
 # --- What is reported, and what is left over --------------------------------------------------------------------------
