@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from megatron3d.files.fields import Fields
 from megatron3d.files.json_text import parse_object
 
 _NAME = re.compile(r"(?:\.old-)?iter_\d+")
+_LATEST = ("latest", ".tmp-latest")
 _MORE = ("hidden_dropout", "attention_dropout", "make_vocab_size_divisible_by")
 _TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 _OF_TOKENIZER = ("tiktoken_pattern", "tiktoken_num_special_tokens", "tiktoken_special_tokens")
@@ -83,8 +84,13 @@ def _directory(settings: Settings) -> Path | None:
     """
     place = {name: settings.get(("checkpoint", name)) for name in ("save", "load", "pretrained_checkpoint")}
     step = settings.get(("checkpoint", "ckpt_step"))
+    may_fall_back = bool(settings.get(("checkpoint", "fall_back_to_previous_checkpoint")))
     for name, directory in place.items():
-        found = None if directory is None else _published(Path(directory), None if name != "load" else step)
+        if directory is None:
+            continue
+        in_place = name == "save" and place["load"] in (None, directory)
+        steps = (None, step) if in_place and step is not None else (step if name == "load" else None,)
+        found = _published(Path(directory), steps, may_fall_back=may_fall_back)
         if found is not None:
             return found
     missing = place["load"] if place["load"] != place["save"] else None
@@ -97,16 +103,66 @@ def _directory(settings: Settings) -> Path | None:
     return None
 
 
-def _published(root: Path, step: int | None) -> Path | None:
-    """The checkpoint of `step`, else the one that `latest` names, or `root` itself."""
+def _published(root: Path, steps: Sequence[int | None], *, may_fall_back: bool) -> Path | None:
+    """`root` itself, or the first that is there of the checkpoints of `steps` (None: that which `latest` names).
+
+    If there is none and falling back is allowed, it is the newest whose options can be read; so it is where those of
+    the first cannot. None where nothing was ever saved.
+
+    Raises: CheckpointError if a checkpoint was there and is gone.
+    """
     if (root / "run.json").is_file():
         return root
-    try:
-        name = f"iter_{step:07d}" if step is not None else (root / "latest").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+    names = _checkpoint_names(root)
+    if not names and not any((root / name).exists() for name in _LATEST):
         return None
-    is_checkpoint = _NAME.fullmatch(name) is not None  # and not a path that leads out of the directory
-    return root / name if is_checkpoint and (root / name / "run.json").is_file() else None
+    wanted = [_latest_name(root) if step is None else f"iter_{step:07d}" for step in steps]
+    found = next((root / name for name in map(names.get, wanted) if name is not None), None)
+    if found is not None and (not may_fall_back or _is_readable(found)):
+        return found
+    bound = steps[-1]
+    earlier = [name for name in sorted(names, key=_step, reverse=True) if bound is None or _step(name) < bound]
+    remaining = [root / names[name] for name in earlier if _is_readable(root / names[name])]
+    if found is not None or (may_fall_back and remaining):
+        return remaining[0] if remaining else found
+    asked = f"{root / 'latest'} names {wanted[0]!r}" if bound is None else f"--ckpt-step {bound} asks for {wanted[-1]}"
+    hint = f"; {remaining[0]} is there: start from it with --fall-back-to-previous-checkpoint" if remaining else ""
+    raise CheckpointError(
+        f"--use-checkpoint-args: {asked}, which is gone from {root}{hint}; or leave the option out and give "
+        "the model's options"
+    )
+
+
+def _checkpoint_names(root: Path) -> dict[str, str]:
+    """The directories in `root` that have options, by the name of their checkpoint; see `checkpoint/directory.py`."""
+    entries = sorted(root.iterdir()) if root.is_dir() else []
+    named = [entry.name for entry in entries if _NAME.fullmatch(entry.name) and (entry / "run.json").is_file()]
+    # Those set aside (.old-...) come first by name, so that the others take their place.
+    return {name.removeprefix(".old-"): name for name in named}
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("iter_"))
+
+
+def _latest_name(root: Path) -> str:
+    """What `latest` names, or what a run was about to write there when it was killed; empty if it cannot be read."""
+    for name in _LATEST:
+        try:
+            return (root / name).read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError):
+            break
+    return ""
+
+
+def _is_readable(directory: Path) -> bool:
+    try:
+        _read_run(directory)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _read_run(directory: Path) -> Mapping[str, Any]:

@@ -260,6 +260,40 @@ def test_use_checkpoint_args_without_a_checkpoint(tmp_path: Path) -> None:
     assert "there is no checkpoint yet" in started.out
 
 
+@pytest.mark.parametrize("place", ["--save", "--load"])
+@pytest.mark.parametrize(
+    "damage", ["latest is empty", "latest is gone", "the checkpoint is gone", "its options changed"]
+)
+def test_use_checkpoint_args_follows_falling_back(saved: Path, tmp_path: Path, damage: str, place: str) -> None:
+    copy = Path(shutil.copytree(saved, tmp_path / "copy"))
+    if damage == "latest is empty":
+        (copy / "latest").write_text("")
+    elif damage == "latest is gone":
+        (copy / "latest").unlink()
+    elif damage == "the checkpoint is gone":
+        shutil.rmtree(copy / "iter_0000006")
+    else:
+        (copy / "iter_0000006" / "run.json").write_text("{}")
+    taken = copy / ("iter_0000006" if damage.startswith("latest") else "iter_0000003")
+    command = words(REST, "--use-checkpoint-args --num-layers 1", place, copy)
+    ended = run(command)
+    refused(ended, "--use-checkpoint-args: " + str(copy))
+    assert "there is no checkpoint yet" not in ended.out
+    if damage != "its options changed":
+        ended.says(f"which is gone from {copy}; {taken} is there: start from it with --fall-back")
+    ended = run([*command, "--fall-back-to-previous-checkpoint", "--exit-interval", "1"])
+    assert ended.code == 75, ended.err
+    assert f"the model's options are those of {taken}" in ended.out
+    assert f"starting from {taken}" in ended.out
+
+
+def test_use_checkpoint_args_names_a_step_that_is_not_there(saved: Path) -> None:
+    command = words(REST, "--use-checkpoint-args --ckpt-step 5 --load", saved)
+    refused(run(command), "--ckpt-step 5 asks for iter_0000005, which is gone", "iter_0000003 is there")
+    taken = run([*command, "--fall-back-to-previous-checkpoint"])
+    assert f"starting from {saved}/iter_0000003 (" in taken.out
+
+
 def test_a_changed_run_json_is_not_taken_for_options(saved: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(saved, tmp_path / "copy"))
     path = copy / "iter_0000006" / "run.json"
