@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron3d.checkpoint.directory import HeldDirectory, hold_directory
+from megatron3d.checkpoint.shared import require_shared
 from megatron3d.checkpoint.store import everywhere
 from megatron3d.comm.mesh import Mesh
 
@@ -15,10 +16,13 @@ from megatron3d.comm.mesh import Mesh
 def held_directory(save: Path | None, mesh: Mesh) -> Iterator[Callable[[], str | None]]:
     """Keep other runs out of the --save directory while this one writes there; collective at its start.
 
+    All ranks must see the same directory, which is looked at here and not at the first save.
+
     Yields a function to call before each save, collective as well: it takes the directory anew if somebody removed it
     since, and says so on rank 0.
 
-    Raises: InUseError on all ranks if another run is in, at the start or at a save; StorageError if it cannot be made.
+    Raises: InUseError on all ranks if another run is in, at the start or at a save; StorageError if it cannot be made,
+    or is another directory for another rank.
     """
     with ExitStack() as stack:
         held: list[HeldDirectory] = []
@@ -31,4 +35,6 @@ def held_directory(save: Path | None, mesh: Mesh) -> Iterator[Callable[[], str |
             return everywhere(lambda: held[0].renew() if held else None, mesh.world.group)
 
         everywhere(hold, mesh.world.group)
+        if save is not None:
+            require_shared(save, mesh.world.group, rank=mesh.rank)
         yield renew

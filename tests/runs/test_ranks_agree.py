@@ -149,6 +149,24 @@ def test_ranks_with_different_shares_of_a_blend_are_named_and_the_place_of_its_f
         assert ended.code == 0, ended.out + ended.err
 
 
+def test_a_rank_whose_save_is_another_directory_is_named_before_the_first_step(pool: Pool, places: Path) -> None:
+    argv = words(MOCK, "--save new --metrics-file m.jsonl")
+    for ended in _ended(pool, places, argv, 7):
+        ended.says(
+            f"--save new is not one directory for all ranks: what rank 0 makes in {places}/rank0/new on",
+            f"is not seen by rank 1 ({places}/rank1/new on",
+        )
+    assert not (places / "rank0" / "m.jsonl").exists()
+    assert [path.name for path in (places / "rank0" / "new").iterdir() if path.name.startswith(".tmp")] == []
+
+
+def test_one_directory_under_two_names_is_one_directory(pool: Pool, places: Path) -> None:
+    (places / "rank0" / "new").mkdir()
+    (places / "rank1" / "new").symlink_to(places / "rank0" / "new")
+    _ended(pool, places, words(MOCK, "--save new"), 0)
+    assert not list((places / "rank0" / "new").glob(".tmp*"))
+
+
 def test_generation_does_not_mix_checkpoints_or_prompts(pool: Pool, places: Path) -> None:
     script = ROOT / "tools" / "generate_text.py"
     argv = words("--load save --tokenizer-type NullTokenizer --greedy --max-new-tokens 2 --device cpu --prompts-file p")
