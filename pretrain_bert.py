@@ -38,8 +38,8 @@ def main(guard: Guard) -> None:
     from megatron3d.train.parts import build_parts
     from megatron3d.train.stopping import stop_while_starting
 
-    # Where it runs. From here on a signal asks for a stop, which every rank makes at the same point.
-    with joined(config, guard, save=config.checkpoint.save, stoppable=True) as (mesh, device):
+    # Where it runs. From here on a stop that a signal asks for is made by every rank at the same point.
+    with joined(config, guard, save=config.checkpoint.save) as (mesh, device):
         # Which sentences, and which of their tokens are masked: a function of the sample's number on every rank.
         data = build_bert_data(
             config.data,
@@ -65,4 +65,4 @@ def silent(line: str) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, stoppable=True)

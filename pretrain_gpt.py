@@ -34,8 +34,8 @@ def main(guard: Guard) -> None:
     from megatron3d.train.parts import build_parts
     from megatron3d.train.stopping import stop_while_starting
 
-    # Where it runs. From here on a signal asks for a stop, which every rank makes at the same point.
-    with joined(config, guard, save=config.checkpoint.save, stoppable=True) as (mesh, device):
+    # Where it runs. From here on a stop that a signal asks for is made by every rank at the same point.
+    with joined(config, guard, save=config.checkpoint.save) as (mesh, device):
         # Which tokens: every rank opens the same files and reads its own part.
         sizes = {"vocab_size": config.model.vocab_size, "eod_token": vocabulary.eod_token}
         data = build_gpt_data(config.data, seq_length=config.model.seq_length, **sizes)
@@ -56,4 +56,4 @@ def silent(line: str) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, stoppable=True)

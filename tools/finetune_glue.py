@@ -51,7 +51,7 @@ def main(guard: Guard) -> None:
     for note in job.notes:
         say(note)
     results = []
-    with joined(job.runs[0], guard, save=job.save, files=job.files(), stoppable=True) as (mesh, device):
+    with joined(job.runs[0], guard, save=job.save, files=job.files()) as (mesh, device):
         for run in job.runs:
             results.append(one_seed(job, run, mesh, device, guard))
     if is_first:
@@ -140,4 +140,4 @@ def silent(line: str) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, stoppable=True)
