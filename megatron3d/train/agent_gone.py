@@ -1,4 +1,4 @@
-"""A worker whose elastic agent was killed: nobody watches it any more, so it saves and stops as if asked by a signal."""
+"""A worker whose elastic agent was killed: nobody watches it any more, so it saves and stops as on a signal."""
 
 from __future__ import annotations
 

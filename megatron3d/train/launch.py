@@ -89,11 +89,26 @@ def guarded(main: Callable[[Guard], None], *, stoppable: bool = False) -> None:
         try:
             with guard.stop if stoppable else nullcontext():
                 main(guard)
+        except SystemExit as error:
+            if code := _report_exit(error, guard):
+                end_process(code)
+            raise
         except (Exception, KeyboardInterrupt) as error:
             code = _report(memory_short(error) or error, guard)
             end_process(0 if guard.launch.has_agent and isinstance(error, StopRequested) else code)
         if guard.save and guard.launch.rank == 0:
             write_exit_status(guard.save, status_of(None, rank=0, step=guard.last_step))
+
+
+def _report_exit(error: SystemExit, guard: Guard) -> int:
+    """Record that Python was asked to exit, by `--help` or by a package that ends processes; returns the code."""
+    code, launch = exit_code_of(error), guard.launch
+    if code:
+        traceback.print_exception(error)
+        print(f"error (on rank {launch.rank} of {launch.world_size}): SystemExit: {error}", file=sys.stderr)
+    if guard.save:
+        write_exit_status(guard.save, status_of(error, rank=launch.rank, step=guard.last_step))
+    return code
 
 
 def _report(error: BaseException, guard: Guard) -> int:
