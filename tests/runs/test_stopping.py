@@ -125,6 +125,15 @@ def test_an_exit_that_python_is_asked_for_leaves_its_code(tmp_path: Path) -> Non
     assert (exit_status(tmp_path / "save")["code"], exit_status(tmp_path / "save")["reason"]) == (5, "SystemExit: 5")
 
 
+def test_a_mistake_in_where_the_options_come_from_replaces_the_status_of_an_earlier_run(tmp_path: Path) -> None:
+    """The command line cannot be read to its end, and yet --save is known."""
+    save = tmp_path / "save"
+    save.mkdir()
+    (save / "exit_status.json").write_text('{"code": 0}')
+    ended = run(words(MOCK, "--use-checkpoint-args --load", tmp_path / "absent", "--save", save))
+    assert ended.code == exit_status(save)["code"] == 4
+
+
 class _Workers:
     """Stands for the processes of an agent: what they were sent, and how long they had."""
 
