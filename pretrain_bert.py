@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron3d.config.cli import read_command, settle
+from megatron3d.config.cli import read_command, save_directory, settle
 from megatron3d.config.serialize import as_table
 from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.vocabulary import open_vocabulary
@@ -18,6 +18,7 @@ def main(guard: Guard) -> None:
     """The story of a run."""
     # What the user wants: all problems are found here, before a process group or a device exists.
     is_first = guard.launch.rank == 0
+    guard.save = save_directory(sys.argv[1:])
     command = read_command(
         sys.argv[1:],
         program="pretrain_bert.py",
@@ -25,7 +26,6 @@ def main(guard: Guard) -> None:
         say=print if is_first else silent,
         architecture="bert",
     )
-    guard.save = command.run.checkpoint.save
     config, vocabulary = open_vocabulary(settle(command, guard.launch.world_size))
     if is_first:
         print(as_table(config))
@@ -38,8 +38,8 @@ def main(guard: Guard) -> None:
     from megatron3d.train.parts import build_parts
     from megatron3d.train.stopping import stop_while_starting
 
-    # Where it runs. From here on a signal asks for a stop, which every rank makes at the same point.
-    with joined(config, guard, save=config.checkpoint.save, stoppable=True) as (mesh, device):
+    # Where it runs. From here on a stop that a signal asks for is made by every rank at the same point.
+    with joined(config, guard, save=config.checkpoint.save) as (mesh, device):
         # Which sentences, and which of their tokens are masked: a function of the sample's number on every rank.
         data = build_bert_data(
             config.data,
@@ -65,4 +65,4 @@ def silent(line: str) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, stoppable=True)

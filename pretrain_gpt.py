@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron3d.config.cli import read_command, settle
+from megatron3d.config.cli import read_command, save_directory, settle
 from megatron3d.config.serialize import as_table
 from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.vocabulary import open_vocabulary
@@ -18,10 +18,10 @@ def main(guard: Guard) -> None:
     """The story of a run."""
     # What the user wants: all problems are found here, before a process group or a device exists.
     is_first = guard.launch.rank == 0
+    guard.save = save_directory(sys.argv[1:])
     command = read_command(
         sys.argv[1:], program="pretrain_gpt.py", description="Pretrain a GPT.", say=print if is_first else silent
     )
-    guard.save = command.run.checkpoint.save
     config, vocabulary = open_vocabulary(settle(command, guard.launch.world_size))
     if is_first:
         print(as_table(config))
@@ -34,8 +34,8 @@ def main(guard: Guard) -> None:
     from megatron3d.train.parts import build_parts
     from megatron3d.train.stopping import stop_while_starting
 
-    # Where it runs. From here on a signal asks for a stop, which every rank makes at the same point.
-    with joined(config, guard, save=config.checkpoint.save, stoppable=True) as (mesh, device):
+    # Where it runs. From here on a stop that a signal asks for is made by every rank at the same point.
+    with joined(config, guard, save=config.checkpoint.save) as (mesh, device):
         # Which tokens: every rank opens the same files and reads its own part.
         sizes = {"vocab_size": config.model.vocab_size, "eod_token": vocabulary.eod_token}
         data = build_gpt_data(config.data, seq_length=config.model.seq_length, **sizes)
@@ -56,4 +56,4 @@ def silent(line: str) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, stoppable=True)

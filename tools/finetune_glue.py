@@ -27,6 +27,7 @@ if __name__ == "__main__" and {"--help", "-h"} & set(sys.argv):
 import torch
 
 from megatron3d.comm.mesh import Mesh
+from megatron3d.config.cli import save_directory
 from megatron3d.config.run import RunConfig
 from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.tasks.glue.finetune import Finetuned, Wishes, finetune
@@ -46,12 +47,13 @@ def main(guard: Guard) -> None:
     """Settle what is asked for, fine-tune once for each seed, predict, and print the result."""
     is_first = guard.launch.rank == 0
     say = to_stderr if is_first else silent
+    guard.save = save_directory(sys.argv[1:])
     args, other_words = task_parser().parse_known_args()
     job = settle(args, other_words, guard.launch.world_size, say=say)
     for note in job.notes:
         say(note)
     results = []
-    with joined(job.runs[0], guard, save=job.save, files=job.files(), stoppable=True) as (mesh, device):
+    with joined(job.runs[0], guard, save=job.save, files=job.files()) as (mesh, device):
         for run in job.runs:
             results.append(one_seed(job, run, mesh, device, guard))
     if is_first:
@@ -82,14 +84,14 @@ def one_seed(job: Job, run: RunConfig, mesh: Mesh, device: torch.device, guard: 
             renew_hold=renew,
         )
         found = finetune(parts, job.data, wishes, guard=guard, say=say)
-        files = predict(parts, job, run, guard)
+        files = predict(parts, job, run, guard, saved=found.saved)
     return result_of(run, found) | ({"predictions": files} if files else {})
 
 
-def predict(parts: Parts, job: Job, run: RunConfig, guard: Guard) -> list[str]:
-    """Write the predictions of all test files; returns their paths."""
+def predict(parts: Parts, job: Job, run: RunConfig, guard: Guard, *, saved: Path | None) -> list[str]:
+    """Write the predictions of all test files, with the weights that were `saved`; returns their paths."""
     written = []
-    weights = f"the best weights are saved at {run.checkpoint.save}" if run.checkpoint.save else "no weights are saved"
+    weights = f"the best weights are saved at {saved}" if saved else "no weights are saved"
     give_up = partial(stop_if_asked, guard, parts.mesh, when="while predicting", outcome=f"{weights}; start again")
     for name, samples in job.data.test.items():
         pace = Pace(f"predicting {name}", samples.lengths_N, to_stderr if parts.mesh.rank == 0 else silent)
@@ -140,4 +142,4 @@ def silent(line: str) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, stoppable=True)

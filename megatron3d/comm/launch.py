@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,6 +33,7 @@ class Launch:
         master_port: the port there.
         error_file: where the agent looks for the reason of a failure, if it does. The directory above the file's own is
             shared by the processes of this machine and new for every attempt.
+        started_s: `time.monotonic()` when this was read, which is the first thing that a process does.
     """
 
     rank: int = 0
@@ -43,6 +45,7 @@ class Launch:
     master_addr: str | None = None
     master_port: str | None = None
     error_file: Path | None = None
+    started_s: float = field(default_factory=time.monotonic, compare=False)
 
 
 def read_launch() -> Launch:

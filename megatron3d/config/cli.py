@@ -79,6 +79,18 @@ def settle(command: Command, world_size: int) -> RunConfig:
     return derive(command.run, world_size)
 
 
+def save_directory(argv: Sequence[str]) -> str | None:
+    """The --save of a command line whatever else is wrong with it, so that every failure can be recorded there.
+
+    None where there is none, it has no value, or `--help` is all that is wanted.
+    """
+    flags, _ = split_words(argv)
+    if any(flag.name in ("--help", "-h") for flag in flags):
+        return None
+    words = _read_words(flags)
+    return (_config_file(words).settings | words.settings).get(("checkpoint", "save"))
+
+
 def read_command(
     argv: Sequence[str],
     *,

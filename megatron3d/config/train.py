@@ -61,7 +61,7 @@ class TrainConfig:
         None, "--exit-interval", "Save and stop at a multiple of this (docs/stopping.md).", unit="iterations"
     )
     exit_duration_in_mins: float = option(
-        None, "--exit-duration-in-mins", "Save and stop after this time.", unit="minutes"
+        None, "--exit-duration-in-mins", "Save and stop this time after the start of the process.", unit="minutes"
     )
     exit_signal_handler: bool = switch(
         "--exit-signal-handler",

@@ -67,6 +67,15 @@ def patient_streams() -> Iterator[None]:
                 _report_elsewhere(file.fileno(), f"{_NAMES[file.fileno()]}: {file.lost_bytes:,} bytes were lost")
 
 
+def lost_bytes(stream: TextIO) -> int:
+    """How much of what was written to a stream the system has refused; 0 for a stream that is not a patient one."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return 0
+    buffer = stream.buffer
+    file = buffer.raw if isinstance(buffer, io.BufferedWriter) else buffer
+    return file.lost_bytes if isinstance(file, PatientFile) else 0
+
+
 def _open_closed_descriptors() -> None:
     for fd in (0, 1, 2):
         try:

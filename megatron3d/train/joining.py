@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from types import MappingProxyType
 
@@ -30,19 +30,18 @@ def joined(
     *,
     save: str | None,
     files: Mapping[str, str] = MappingProxyType({}),
-    stoppable: bool = False,
 ) -> Iterator[tuple[Mesh, torch.device]]:
     """Pick the device, join the job, build the mesh of a resolved config, and leave the job at the end.
 
     The mesh is built once all ranks have the same options: with different layouts they would wait in groups that the
-    others do not have.
+    others do not have. Within the block a stop that is asked for only sets `guard.stop`, if `guarded` handles stops at
+    all; the block must look at it.
 
     Args:
         config: the resolved run, whose layout and device are taken.
         guard: learns `save`.
         save: the --save directory, in which the exit status of an earlier run is removed.
         files: digests of what else each rank has read from files, by a name for people: prompts, a training file.
-        stoppable: within the block, signals set `guard.stop` instead of ending the process; the block must look at it.
 
     Raises:
         ConfigError: the device cannot be had, or the ranks do not agree on an option or on `files`.
@@ -68,11 +67,11 @@ def joined(
             roll = RollCall(store, rank=launch.rank, world_size=launch.world_size)
         require_agreement({**agreed_options(config), **files}, ConfigError)
         # Not before: while ranks wait for each other nothing looks at the flag, and there is nothing to save.
-        with guard.stop if stoppable else nullcontext():
-            mesh = make_mesh(layout, timeout=timeout)
-            if roll is not None:
-                roll.watch(mesh.meter)
-            yield mesh, device
+        guard.stop.defer()
+        mesh = make_mesh(layout, timeout=timeout)
+        if roll is not None:
+            roll.watch(mesh.meter)
+        yield mesh, device
     except Exception as error:
         if isinstance(error, StopRequested) and roll is not None:
             roll.close()  # all ranks end here

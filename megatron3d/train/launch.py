@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from megatron3d.comm.launch import Launch, end_process, read_launch
@@ -27,6 +28,9 @@ from megatron3d.train.memory_short import memory_short
 from megatron3d.train.print_once import print_once
 from megatron3d.train.signals import StopFlag
 
+BEFORE_TRAINING = "before training"
+NO_STEP = "no step was made, so nothing is saved; start again"
+
 
 @dataclass
 class Guard:
@@ -34,7 +38,7 @@ class Guard:
 
     `save` is the --save directory, set as soon as it is known: a launcher that looks there for the exit status must
     not find that of an earlier run. `step` is the last step that is finished, None until it is known where the run
-    starts. `stop` is set by signals once the run has joined the job (see `joined`).
+    starts. `stop` is set by signals once the run has joined the job (see `joined`); before, they end the process.
     """
 
     launch: Launch
@@ -44,7 +48,7 @@ class Guard:
 
     def __post_init__(self) -> None:
         """Make the flag, which nothing sets yet."""
-        self.stop = StopFlag(on_forced=self.forced_end)
+        self.stop = StopFlag(on_forced=self.forced_end, on_early=self.early_end)
 
     @property
     def last_step(self) -> int:
@@ -59,12 +63,20 @@ class Guard:
             reason = f"forced to end by a second {signal.Signals(code - 128).name}, without a save"
             write_exit_status(self.save, ExitStatus(code, reason, self.launch.rank, self.last_step, time.time()))
 
+    def early_end(self, reason: str) -> None:
+        """End this process, which is asked to stop while it starts: it has joined no others that could stop with it."""
+        error = StopRequested(f"stopped {BEFORE_TRAINING} because {reason}; {NO_STEP}")
+        code = _report(error, self)
+        end_process(0 if self.launch.has_agent else code)
 
-def guarded(main: Callable[[Guard], None]) -> None:
+
+def guarded(main: Callable[[Guard], None], *, stoppable: bool = False) -> None:
     """Run `main` and end the process with the exit code of what happened (design of the codes: `errors.py`).
 
     An elastic agent takes every code but 0 for a failure, to be restarted if any restarts are left. A run that stopped
     because it was asked to therefore ends with 0 under an agent; `exit_status.json` has its own code in any case.
+
+    With `stoppable`, signals ask for a stop (see `signals.py`) and `main` looks at `guard.stop` once it has joined.
     """
     with patient_streams():
         try:
@@ -73,14 +85,30 @@ def guarded(main: Callable[[Guard], None]) -> None:
             # Nobody knows which rank this is, so every one of them says it.
             print(f"error: {error}", file=sys.stderr)
             end_process(error.exit_code)
-        stop_without_agent(guard.launch)
+        stop_without_agent(guard.launch, guard.stop)
         try:
-            main(guard)
+            with guard.stop if stoppable else nullcontext():
+                main(guard)
+        except SystemExit as error:
+            if code := _report_exit(error, guard):
+                end_process(code)
+            raise
         except (Exception, KeyboardInterrupt) as error:
             code = _report(memory_short(error) or error, guard)
             end_process(0 if guard.launch.has_agent and isinstance(error, StopRequested) else code)
         if guard.save and guard.launch.rank == 0:
             write_exit_status(guard.save, status_of(None, rank=0, step=guard.last_step))
+
+
+def _report_exit(error: SystemExit, guard: Guard) -> int:
+    """Record that Python was asked to exit, by `--help` or by a package that ends processes; returns the code."""
+    code, launch = exit_code_of(error), guard.launch
+    if code:
+        traceback.print_exception(error)
+        print(f"error (on rank {launch.rank} of {launch.world_size}): SystemExit: {error}", file=sys.stderr)
+    if guard.save:
+        write_exit_status(guard.save, status_of(error, rank=launch.rank, step=guard.last_step))
+    return code
 
 
 def _report(error: BaseException, guard: Guard) -> int:

@@ -120,7 +120,6 @@ class _Loop:
     old_step: int = field(init=False)  # after which the layers' weights were made, while a delayed update is due
     failure: DeferredFailure = field(init=False)
     batches: PreparedBatches = field(init=False)
-    started_s: float = 0.0
     saved_step: int = -1
     evaluated_step: int = -1
     steps_made: int = 0
@@ -132,7 +131,7 @@ class _Loop:
         self.batches = PreparedBatches(self.streams.train, self.parts.mesh, self.failure)
 
     def run(self) -> None:
-        config, self.started_s = self.parts.config, time.monotonic()
+        config = self.parts.config
         last = state.last_step(config, self.progress)
         self.saved_step = self.progress.step if self.reports.resumed_in_place else -1
         is_finished_already = self.saved_step >= last
@@ -175,16 +174,23 @@ class _Loop:
         if self.failure.reason is not None:
             return self.failure.reason
         limit_min = self.parts.config.train.exit_duration_in_mins
-        if limit_min is not None and time.monotonic() - self.started_s > limit_min * 60.0:
+        # The time limit of a job has no regard for how long the start takes.
+        if limit_min is not None and time.monotonic() - self.guard.launch.started_s > limit_min * 60.0:
             return signal_reason(self.guard) or f"--exit-duration-in-mins {limit_min:g} is over"
         return signal_reason(self.guard)
 
     def _prepare_next(self, consumed_samples: int, last: int) -> None:
-        """Read the batch of the step after this one, so that this step's vote knows if it cannot be read."""
-        step = self.progress.step + 1
-        if step < last and not self._exits_after(step) and not self.parts.config.train.skips(step):
-            size = batch_size_at(self.parts.config.train, consumed_samples, self.parts.mesh.dp.size)
-            self.batches.prepare(consumed_samples, size)
+        """Read the batch of the step after this one, so that this step's vote knows if it cannot be read.
+
+        Iterations that are left out have no vote, so it is the batch after them that is read.
+        """
+        step, train, dp = self.progress.step + 1, self.parts.config.train, self.parts.mesh.dp
+        while step < last and not self._exits_after(step):
+            size = batch_size_at(train, consumed_samples, dp.size)
+            if not train.skips(step):
+                self.batches.prepare(consumed_samples, size)
+                return
+            step, consumed_samples = step + 1, consumed_samples + size
 
     def _step(self, last: int) -> tuple[int, str | None]:
         """Make one step and report it; returns how many ranks want to stop, and why this one does, if so."""
@@ -282,6 +288,9 @@ class _Loop:
             is_proved = is_proved or math.isfinite(found.loss)
         if not is_proved and self.retention.waits:
             # No step will follow, so a batch's forward stands for it.
-            is_proved = math.isfinite(evaluate(self.parts, self.streams.train, num_batches=1).loss)
+            batches = PreparedBatches(self.streams.train, self.parts.mesh, self.failure)
+            batches.prepare(0, self.parts.config.train.global_batch_size)
+            self.failure.raise_on_all_ranks(self._saved())
+            is_proved = math.isfinite(evaluate(self.parts, batches, num_batches=1).loss)
         if is_proved:
             self.retention.proved(self.progress.step)

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron3d.process.streams import lost_bytes
+
 
 def print_once(text: str, *, key: str, directory: Path) -> bool:
     """Print `text` to standard error unless a process printed one with the same `key` before; whether it did.
@@ -30,11 +32,11 @@ def print_once(text: str, *, key: str, directory: Path) -> bool:
         try:
             file = held.enter_context(_locked(directory / f"printed-{name}"))
         except OSError:
-            _print(text)
-            return True
+            return _print(text)
         if os.fstat(file).st_size:
             return False
-        _print(text)
+        if not _print(text):
+            return False  # nobody can read it: the next one may have another standard error
         with contextlib.suppress(OSError):  # a full disk: then the next one prints it too
             os.write(file, b"printed\n")
         return True
@@ -51,5 +53,8 @@ def _locked(path: Path) -> Iterator[int]:
         os.close(file)
 
 
-def _print(text: str) -> None:
+def _print(text: str) -> bool:
+    """Print to standard error; whether the system took all of it."""
+    before = lost_bytes(sys.stderr)
     print(text, file=sys.stderr, flush=True)
+    return lost_bytes(sys.stderr) == before

@@ -9,7 +9,7 @@ from __future__ import annotations
 from megatron3d.comm.collectives import count_votes, gather_values
 from megatron3d.comm.mesh import Axis, Mesh
 from megatron3d.errors import StopRequested
-from megatron3d.train.launch import Guard
+from megatron3d.train.launch import BEFORE_TRAINING, NO_STEP, Guard
 
 
 def agreed_reason(reason: str | None, world: Axis) -> str | None:
@@ -23,8 +23,8 @@ def first_reason(reason: str | None, world: Axis) -> str | None:
 
 
 def signal_reason(guard: Guard) -> str | None:
-    """That a signal asked this rank to stop, if one did."""
-    return f"{guard.stop.signal_name} was received" if guard.stop else None
+    """That a signal, or the loss of its agent, asked this rank to stop, if one did."""
+    return guard.stop.reason
 
 
 def stop_if_asked(guard: Guard, mesh: Mesh, *, when: str, outcome: str) -> None:
@@ -48,4 +48,4 @@ def stop_while_starting(guard: Guard, mesh: Mesh) -> None:
 
     Raises: StopRequested on all ranks.
     """
-    stop_if_asked(guard, mesh, when="before training", outcome="no step was made, so nothing is saved; start again")
+    stop_if_asked(guard, mesh, when=BEFORE_TRAINING, outcome=NO_STEP)

@@ -2,7 +2,7 @@
 
 The names are free; those of a training are listed in docs/reports.md. One rank writes. Both packages run code of their
 own, in threads and over networks, and raise what they like: whatever it is becomes a `TrackerError`, which a run
-outlives.
+outlives, `SystemExit` among them, which some packages raise for an option of their own that they do not like.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TensorBoardWriter:
         self._reopen_at = self._clock() + REOPEN_S
         try:
             self._writer = SummaryWriter(str(self._directory), purge_step=self._purge_step)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._failure(error) from error
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -69,7 +69,7 @@ class TensorBoardWriter:
             if self._clock() >= self._flush_at:
                 self._writer.flush()
                 self._flush_at, self._flushed_step = self._clock() + FLUSH_S, step
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._abandon()
             raise self._failure(error) from error
 
@@ -80,7 +80,7 @@ class TensorBoardWriter:
             return
         try:
             writer.close()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._failure(error) from error
 
     def _abandon(self) -> None:
@@ -88,7 +88,7 @@ class TensorBoardWriter:
         self._writer, self._reopen_at = None, self._clock() + REOPEN_S
         self._purge_step = None  # a purge would hide the points that were written before the failure
 
-    def _failure(self, error: Exception) -> TrackerError:
+    def _failure(self, error: BaseException) -> TrackerError:
         """The sentence for what TensorBoard raised."""
         return TrackerError(
             f"--tensorboard-dir {self._directory} cannot be written: {_reason(error)}; points after step "
@@ -131,10 +131,10 @@ class WandbWriter:
         try:
             # Imported here because only this option needs it and most installations lack it.
             wandb = importlib.import_module("wandb")
-        except ImportError as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(
-                f"--wandb-project {self._project} needs the wandb package, which cannot be imported ({error}); leave "
-                f"the option out, or run: {install_extra('wandb')}"
+                f"--wandb-project {self._project} needs the wandb package, which cannot be imported "
+                f"({_reason(error)}); leave the option out, or run: {install_extra('wandb')}"
             ) from error
         self._reopen_at = self._clock() + REOPEN_S
         try:
@@ -148,7 +148,7 @@ class WandbWriter:
             ) from error
         try:
             self._run = wandb.init(**self._options)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._failure("cannot be started", error) from error
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -159,7 +159,7 @@ class WandbWriter:
             self.open()
         try:
             self._run.log(dict(scalars), step=step)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._failure("refused a point", error) from error
 
     def close(self) -> None:
@@ -168,10 +168,10 @@ class WandbWriter:
             return
         try:
             self._run.finish()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._failure("did not finish", error) from error
 
-    def _failure(self, what: str, error: Exception) -> TrackerError:
+    def _failure(self, what: str, error: BaseException) -> TrackerError:
         """The sentence for what wandb raised."""
         return TrackerError(
             f"--wandb-project {self._project} {what}: {_reason(error)}. `wandb login` signs in, and WANDB_MODE=offline "
@@ -180,7 +180,7 @@ class WandbWriter:
         )
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What an exception of somebody else's package says, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -77,3 +77,38 @@ def test_an_evaluation_that_one_rank_cannot_read_ends_the_run_after_a_save_and_i
     run_ok(MOCK, options, "--metrics-file", metrics, "--save", tmp_path / "save")
     found = [record for record in records(metrics) if "valid_loss" in record]
     assert [record["step"] for record in found] == [4, 8]
+
+
+def _with_training_data_that_cannot_be_read(
+    rank: int, world_size: int, argv: list[str], consumed_samples: int, number: int
+) -> Ended:
+    """Rank 1 cannot read the batch at these samples when it is asked for it the `number`th time."""
+    asked = itertools.count(1)
+
+    def fails(reader: GlobalBatches, at: int, *_: Any) -> bool:
+        return rank == 1 and at == consumed_samples and next(asked) == number
+
+    broken = _failing(GlobalBatches.read, fails, DataError("corpus.bin ends at byte 100"))
+    with mock.patch.object(GlobalBatches, "read", broken):
+        return on_rank(rank, world_size, argv)
+
+
+def test_a_batch_after_iterations_that_are_left_out_is_read_while_there_is_a_vote(pool: Pool, tmp_path: Path) -> None:
+    """Steps 4 and 5 are left out; the batch of step 6 cannot be read, which the vote of step 3 must know."""
+    argv = words(MOCK, "--train-iters 8 --iterations-to-skip 3 4 --save", tmp_path / "save")
+    first, second = pool.run(2, _with_training_data_that_cannot_be_read, argv, 5 * 8, 1)
+    assert (first.code, second.code) == (6, 3)
+    second.says("corpus.bin ends at byte 100", "after step 3")
+    assert (tmp_path / "save" / "latest").read_text() == "iter_0000003\n"
+    run_ok(MOCK, "--train-iters 8 --iterations-to-skip 3 4 --save", tmp_path / "save")
+
+
+def test_a_proof_of_the_last_weights_that_one_rank_cannot_read_ends_all_with_the_save_named(
+    pool: Pool, tmp_path: Path
+) -> None:
+    argv = words(MOCK, "--train-iters 4 --keep-last 1 --save-interval 2 --save", tmp_path / "save")
+    first, second = pool.run(2, _with_training_data_that_cannot_be_read, argv, 0, 2)
+    assert (first.code, second.code) == (6, 3)
+    second.says("corpus.bin ends at byte 100")
+    first.says("rank 1 failed: DataError; saved at")
+    assert (tmp_path / "save" / "latest").read_text() == "iter_0000004\n"

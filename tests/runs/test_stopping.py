@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from megatron3d.comm import agent
-from tests.runs.harness import MOCK, Fault, Launcher, exit_status, losses, records, steps, words
+from megatron3d.comm.launch import Launch
+from megatron3d.train import launch, loop
+from tests.runs.harness import MOCK, Fault, Launcher, exit_status, losses, records, run, steps, words
 
 # Training, validation and test split, an evaluation after step 3 and after the last, and one of the test split.
 EVALUATING = "--split 6,2,2 --eval-iters 3 --eval-interval 3 --train-iters 6"
@@ -105,6 +108,30 @@ def test_a_stop_while_starting_ends_all_ranks_before_a_step_and_touches_nothing(
     with launcher.job(longer, 2) as job:
         assert job.wait() == [0, 0]
     assert len(steps(metrics)) == 5
+
+
+def test_the_time_of_a_run_is_counted_from_the_start_of_its_process(tmp_path: Path) -> None:
+    """Importing, joining and loading took half an hour of the time that the job has."""
+    began = Launch(started_s=time.monotonic() - 1800.0)
+    with mock.patch.object(launch, "read_launch", lambda: began):
+        ended = run(words(MOCK, "--exit-duration-in-mins 29 --save", tmp_path / "save"))
+    assert ended.code == 75
+    ended.says("stopped after step 1 because --exit-duration-in-mins 29 is over")
+
+
+def test_an_exit_that_python_is_asked_for_leaves_its_code(tmp_path: Path) -> None:
+    with mock.patch.object(loop, "train_step", side_effect=SystemExit(5)):
+        assert run(words(MOCK, "--save", tmp_path / "save")).code == 5
+    assert (exit_status(tmp_path / "save")["code"], exit_status(tmp_path / "save")["reason"]) == (5, "SystemExit: 5")
+
+
+def test_a_mistake_in_where_the_options_come_from_replaces_the_status_of_an_earlier_run(tmp_path: Path) -> None:
+    """The command line cannot be read to its end, and yet --save is known."""
+    save = tmp_path / "save"
+    save.mkdir()
+    (save / "exit_status.json").write_text('{"code": 0}')
+    ended = run(words(MOCK, "--use-checkpoint-args --load", tmp_path / "absent", "--save", save))
+    assert ended.code == exit_status(save)["code"] == 4
 
 
 class _Workers:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from tests.runs.harness import exit_status
 from tests.tasks.small import USUAL, VOCABULARY, bert, bert_classifier, tool, write_hf, write_task
 
 BAD_OPTION = 2
@@ -81,6 +82,25 @@ def test_an_option_that_cannot_be_is_refused(hf: Path, sst: Path, options: str, 
     ended = tool(USUAL, "--hf", hf, "--data-dir", sst, options)
     assert ended.code == BAD_OPTION and not ended.out
     ended.says("error: ", *fragments)
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [("--epochs many", 2), ("--hidden-size 64", 2), ("--no-such-flag", 2), ("--data-dir absent", 3)],
+)
+def test_a_mistake_replaces_the_exit_status_of_an_earlier_run(
+    hf: Path, sst: Path, tmp_path: Path, options: str, code: int
+) -> None:
+    (tmp_path / "exit_status.json").write_text('{"code": 0}')
+    assert tool("--task sst-2", USUAL, "--hf", hf, "--data-dir", sst, "--save", tmp_path, options).code == code
+    assert exit_status(tmp_path)["code"] == code
+
+
+def test_the_options_of_a_checkpoint_are_refused_and_not_those_it_would_have_set(hf: Path, sst: Path) -> None:
+    ended = tool("--task sst-2", USUAL, "--hf", hf, "--data-dir", sst, "--use-checkpoint-args --hidden-size 64")
+    assert ended.code == BAD_OPTION
+    ended.says("--use-checkpoint-args is not for fine-tuning", "--hidden-size 64: the model comes with")
+    assert len(ended.err.splitlines()) == 2
 
 
 def test_tokens_are_hidden_only_where_there_is_a_mask(hf: Path, sst: Path, tmp_path: Path) -> None:

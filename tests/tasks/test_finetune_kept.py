@@ -66,3 +66,17 @@ def test_a_directory_of_something_else_is_refused(save: Path, hf: Path, sst: Pat
     assert ended.code == 4
     ended.says(f"--save {save} holds checkpoints with another tokenizer")
     assert find_checkpoint(save) == kept
+
+
+def test_a_classifier_measured_on_other_rows_is_not_compared(save: Path, hf: Path, sst: Path, tmp_path: Path) -> None:
+    kept = find_checkpoint(save)
+    other = write_task("sst-2", tmp_path / "other", dev={0: "the good film\t1"})
+    ended = tool("--task sst-2", "--data-dir", other, "--hf", hf, BAD, "--save", save)
+    assert ended.code == 4
+    ended.says(f"--save {save} is in use: {kept} holds a classifier of sst-2 measured on other dev files", "another")
+    assert find_checkpoint(save) == kept
+    same = Path(shutil.copytree(sst, tmp_path / "same"))
+    shorter = BAD.replace("--max-seq-length 24", "--max-seq-length 16")
+    ended = tool("--task sst-2", "--data-dir", same, "--hf", hf, shorter, "--save", save)
+    assert ended.code == 0, "a copy of the rows is the same, whatever their samples are cut to"
+    ended.says("of an earlier run is better")

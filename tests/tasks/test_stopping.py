@@ -15,7 +15,7 @@ import pytest
 from megatron3d.checkpoint.directory import list_checkpoints
 from megatron3d.tasks.glue import finetune, predict
 from tests.runs.harness import exit_status
-from tests.tasks.small import USUAL, bert, tool, tuned, write_hf, write_task
+from tests.tasks.small import QUIET, USUAL, bert, tool, tuned, write_hf, write_task
 
 
 def _with_a_signal_before(function: Callable[..., Any], call: int) -> Callable[..., Any]:
@@ -56,3 +56,19 @@ def test_a_signal_stops_a_measurement_between_batches(tmp_path: Path) -> None:
         ended = tool("--task sst-2", "--data-dir", data, "--hf", hf, USUAL)
     assert ended.code == 75
     ended.says("stopped after step 4 because SIGTERM was received; no weights are saved")
+
+
+def test_a_stop_of_a_worse_run_does_not_claim_that_its_weights_are_saved(tmp_path: Path) -> None:
+    data, hf, save = write_task("sst-2", tmp_path / "SST-2"), write_hf(tmp_path / "hf", bert()), tmp_path / "save"
+    options = ("--task sst-2", "--data-dir", data, "--hf", hf, "--save", save)
+    tuned(*options, USUAL)
+    (kept,) = list_checkpoints(save)
+    worse = ("--epochs 3 --lr 0 --max-seq-length 24 --global-batch-size 8", QUIET)
+    with mock.patch.object(finetune, "train_step", _with_a_signal_before(finetune.train_step, 5)):
+        ended = tool(*options, *worse)
+    assert ended.code == 75
+    ended.says(f"because SIGTERM was received; no weights are saved, as {kept} of an earlier run is better")
+    with mock.patch.object(predict, "_outputs", _with_a_signal_before(predict._outputs, 2)):
+        ended = tool(*options, *worse, "--epochs 1 --predict", tmp_path / "predictions")
+    assert (ended.code, list_checkpoints(save)) == (75, [kept])
+    ended.says("stopped while predicting because SIGTERM was received; no weights are saved")

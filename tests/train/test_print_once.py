@@ -64,6 +64,23 @@ def test_a_process_that_dies_before_it_has_printed_leaves_it_to_the_next(
     assert capfd.readouterr().err == "on rank 0: A\n"
 
 
+def test_a_sentence_that_a_full_disk_refused_is_left_to_the_next_process(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from megatron3d.process.streams import patient_streams\n"
+        "from megatron3d.train.print_once import print_once\n"
+        "with patient_streams(): print(print_once('A', key='A', directory=Path(sys.argv[1])))"
+    )
+    with open("/dev/full", "w") as full:
+        said = [
+            subprocess.run(
+                [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT
+            )
+            for errors in (full, subprocess.PIPE, subprocess.PIPE)
+        ]
+    assert ["True" in one.stdout for one in said] == [False, True, False]
+    assert [one.stderr for one in said[1:]] == ["A\n", ""]
+
+
 def _worker(attempt: Path, rank: int, world_size: int, argv: list[str], **more: str) -> subprocess.Popen[str]:
     """The script as torchrun would start it, with nothing but what needs no torch: importing torch is an error."""
     (attempt / str(rank)).mkdir(parents=True)

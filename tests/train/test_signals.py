@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LONG_S = 20.0  # far more than any wait takes; only a failure waits this long
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_stop_signal_sets_the_flag_and_says_which(number: signal.Signals) -> None:
     with StopFlag() as stop:
         assert not stop and stop.signal_name == ""
@@ -44,6 +44,38 @@ def test_handlers_and_threads_are_as_before_afterwards() -> None:
         assert seen == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, old)
+
+
+def test_a_hangup_that_is_ignored_as_by_nohup_stays_ignored() -> None:
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.wait(0.1)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+def test_a_stop_ends_a_run_that_starts_and_only_sets_the_flag_of_one_that_defers() -> None:
+    for defers in (False, True):
+        ended: list[str] = []
+        with StopFlag(on_early=ended.append) as stop:
+            if defers:
+                stop.defer()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.wait(LONG_S) and stop.reason == "SIGUSR1 was received"
+        assert ended == ([] if defers else ["SIGUSR1 was received"])
+
+
+def test_a_request_is_refused_where_no_signal_is_handled_and_never_forces_the_end() -> None:
+    assert not StopFlag().request("nobody listens")
+    with StopFlag(relay_window_s=0.0, on_forced=lambda code: None) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(LONG_S)
+        assert stop.request("the agent is gone")
+        time.sleep(0.05)  # a forced end would come now
+        assert stop.reason == "SIGTERM was received"
 
 
 def test_the_same_signal_relayed_by_a_launcher_does_not_force_the_end() -> None:

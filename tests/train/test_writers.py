@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron3d.errors import ConfigError, StorageError
+from megatron3d.errors import ConfigError, StorageError, TrackerError
 from megatron3d.train.writers import TensorBoardWriter, WandbWriter
 
 
@@ -81,6 +81,48 @@ def test_wandb_gets_project_team_name_directory_configuration_and_points(
     options = {"project": "p", "entity": "team", "name": "n", "dir": folder, "config": {"lr": 0.1}}
     assert calls == [options, (3, {"loss": 2.5}), "finished"]
     assert (tmp_path / "new").is_dir()
+
+
+def test_a_package_that_exits_instead_of_raising_is_a_tracker_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*_: Any, **__: Any) -> None:
+        raise SystemExit("wandb: ERROR not logged in")
+
+    module = ModuleType("wandb")
+    module.init = leave
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(TrackerError, match="cannot be started: SystemExit: wandb: ERROR not logged in"):
+        WandbWriter("p", run={}).open()
+    run = ModuleType("run")
+    run.log, run.finish, module.init = leave, leave, lambda **_: run
+    writer = WandbWriter("p", run={})
+    writer.open()
+    with pytest.raises(TrackerError, match="refused a point: SystemExit"):
+        writer.write(1, {"loss": 1.0})
+    with pytest.raises(TrackerError, match="did not finish: SystemExit"):
+        writer.close()
+
+
+def test_a_tensorboard_that_exits_instead_of_raising_is_a_tracker_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(*_: Any, **__: Any) -> None:
+        raise SystemExit(4)
+
+    writer = TensorBoardWriter(tmp_path)
+    writer.open()
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", leave)
+    with pytest.raises(TrackerError, match="SystemExit: 4"):
+        writer.write(1, {"loss": 1.0})
+
+
+def test_a_wandb_that_exits_on_import_is_a_package_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb.py").write_text("raise SystemExit('too old a Python')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ConfigError, match=r"cannot be imported \(SystemExit: too old a Python"):
+        WandbWriter("p", run={}).open()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")

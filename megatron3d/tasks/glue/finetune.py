@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,15 @@ from megatron3d.train.stopping import stop_if_asked
 
 @dataclass(frozen=True)
 class TaskData:
-    """The encoded files of a task: training (None if nothing is trained), dev by metric ending, test by name."""
+    """The encoded files of a task: training (None if nothing is trained), dev by metric ending, test by name.
+
+    `dev_digests` are those of the rows of the dev files: metrics on other rows cannot be compared.
+    """
 
     train: Encoded | None
     dev: Mapping[str, Encoded]
     test: Mapping[str, Encoded]
+    dev_digests: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,14 @@ class Measured:
 @dataclass(frozen=True)
 class Finetuned:
     """What a fine-tuning gave: the best measurement, the epoch it was made in or after (0 is before the first), the
-    step, and the samples and time of the training steps alone."""
+    step, the samples and time of the training steps alone, and the checkpoint of the best weights if there is one."""
 
     best: Measured
     epoch: int
     step: int
     samples: int
     train_s: float
+    saved: Path | None
 
 
 @dataclass(frozen=True)
@@ -129,15 +134,15 @@ def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say:
         give_up = partial(stop_if_asked, guard, parts.mesh, when="while measuring", outcome="start again")
         found = measure_dev(parts, data.dev, wishes, say, give_up)
         say(_line("as loaded", found))
-        return Finetuned(found, 0, 0, 0, 0.0)
+        return Finetuned(found, 0, 0, 0, 0.0, None)
     guard.step = 0
     kept = None
     if wishes.save is not None:
         names = (f"{name}{ending}" for ending in data.dev for name in wishes.task.metrics)
-        kept = kept_before(wishes.save, wishes.task, names, group=parts.mesh.world.group)
+        kept = kept_before(wishes.save, wishes.task, names, data.dev_digests, group=parts.mesh.world.group)
     with ExitStack() as exits:
         reports = exits.enter_context(TaskReports(parts))
-        loop = _Loop(parts, data.train, data.dev, wishes, reports, guard, kept=kept)
+        loop = _Loop(parts, data.train, data, wishes, reports, guard, kept=kept)
         try:
             for epoch in range(wishes.epochs):
                 loop.train_epoch(epoch)
@@ -156,20 +161,21 @@ class _Loop:
         self,
         parts: Parts,
         train: Encoded,
-        dev: Mapping[str, Encoded],
+        data: TaskData,
         wishes: Wishes,
         reports: TaskReports,
         guard: Guard,
         *,
         kept: Kept | None,
     ) -> None:
-        self.parts, self.samples, self.dev, self.wishes = parts, train, dev, wishes
+        self.parts, self.samples, self.data, self.wishes = parts, train, data, wishes
         self.reports, self.guard, self.kept = reports, guard, kept
         self.schedule: ScheduleSettings = settings_from_config(parts.config.optim, parts.config.train)
         self.progress = Progress()
         self.failure = DeferredFailure(parts.mesh)
         self.average = None if wishes.ema_decay is None else WeightAverage(parts, wishes.ema_decay)
         self.best: Finetuned | None = None
+        self.saved: Path | None = None
         self.best_weights: Mapping[str, Tensor] = {}
         self.train_s = 0.0
 
@@ -211,8 +217,11 @@ class _Loop:
         stop_if_asked(self.guard, self.parts.mesh, when=when, outcome=f"{self._kept()}; started again, it begins anew")
 
     def _kept(self) -> str:
-        save = self.wishes.save
-        return f"the best weights so far are saved at {save}" if save and self.best else "no weights are saved"
+        if self.saved is not None:
+            return f"the best weights so far are saved at {self.saved}"
+        if self.wishes.save is not None and self.best is not None and self.kept is not None:
+            return f"no weights are saved, as {self.kept.directory} of an earlier run is better"
+        return "no weights are saved"
 
     def _is_time_to_measure(self) -> bool:
         interval = self.wishes.eval_interval
@@ -238,7 +247,7 @@ class _Loop:
         self.failure.raise_on_all_ranks(self._kept())
 
     def _measure_and_keep(self, epoch: int, when: str) -> None:
-        found = measure_dev(self.parts, self.dev, self.wishes, self.reports.note, self._stop_if_asked)
+        found = measure_dev(self.parts, self.data.dev, self.wishes, self.reports.note, self._stop_if_asked)
         self.failure.keep(lambda: self.reports.measured(self.progress.step, found.loss, found.metrics))
         self.reports.note(_line(f"after {when}", found))
         step, samples = self.progress.step, self.progress.consumed_samples
@@ -248,13 +257,14 @@ class _Loop:
                 f"lower --lr (now {self.parts.config.optim.lr:g})"
             )
         if self.best is not None and found.rank <= self.best.best.rank:
-            self.best = Finetuned(self.best.best, self.best.epoch, self.best.step, samples, self.train_s)
+            self.best = replace(self.best, samples=samples, train_s=self.train_s)
             return
-        self.best = Finetuned(found, epoch + 1, step, samples, self.train_s)
+        self.best = Finetuned(found, epoch + 1, step, samples, self.train_s, None)
         stays = self.average is None and step == self.parts.config.train.train_iters
         self.best_weights = {} if stays else weights.remember(self.parts)
         if self.wishes.save is not None:
             self._save(self.wishes.save, step, found)
+            self.best = replace(self.best, saved=self.saved)
 
     def _save(self, save: Path, step: int, found: Measured) -> None:
         """Save the weights, unless an earlier run left better ones."""
@@ -267,8 +277,8 @@ class _Loop:
             return
         if made_again := self.wishes.renew_hold():
             self.reports.note(made_again)
-        path = weights.save(self.parts, save, step, self._document(found.metrics))
-        self.reports.note(f"saved {path}, the best so far")
+        self.saved = weights.save(self.parts, save, step, self._document(found.metrics))
+        self.reports.note(f"saved {self.saved}, the best so far")
 
     def take_back_best(self) -> None:
         """Put the best weights into the model, where they are not those of the last update."""
@@ -277,7 +287,8 @@ class _Loop:
             weights.recall(self.parts, self.best_weights)
 
     def _document(self, metrics: Mapping[str, float]) -> dict[str, Any]:
-        return weights.task_document(self.wishes.task, max_length=self.wishes.max_length, metrics=metrics)
+        about = {"max_length": self.wishes.max_length, "dev_digests": self.data.dev_digests}
+        return weights.task_document(self.wishes.task, metrics=metrics, **about)
 
 
 def grouped(samples: Encoded, planned: PlannedStep) -> GroupedSamples:

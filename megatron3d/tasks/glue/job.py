@@ -24,7 +24,7 @@ from megatron3d.errors import ConfigError, DataError
 from megatron3d.tasks.glue.encode import Encoded, encode
 from megatron3d.tasks.glue.finetune import TaskData
 from megatron3d.tasks.glue.metrics import require_libraries
-from megatron3d.tasks.glue.options import option_problems
+from megatron3d.tasks.glue.options import UNREAD, option_problems, unread_problems
 from megatron3d.tasks.glue.order import num_steps
 from megatron3d.tasks.glue.read import Rows, distinct_labels, read_rows
 from megatron3d.tasks.glue.tasks import CUSTOM, CustomColumns, Task, custom_task, find_task
@@ -79,10 +79,14 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
     """
     require_libraries()
     command = read_command(
-        other_words, program="finetune_glue.py", description="Fine-tune a BERT.", say=say, architecture="bert"
+        [word for word in other_words if word not in UNREAD],
+        program="finetune_glue.py",
+        description="Fine-tune a BERT.",
+        say=say,
+        architecture="bert",
     )
     words = command.run
-    problems = [*command.problems, *option_problems(args, words)]
+    problems = [*unread_problems(other_words), *command.problems, *option_problems(args, words)]
     if problems:
         raise ConfigError("\n".join(problems))
     origin = _origin(args, words)
@@ -96,6 +100,7 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
         train=encode(rows.train, tokenizer, max_length=max_length) if rows.train else None,
         dev={ending: encode(one, tokenizer, max_length=max_length) for ending, one in rows.dev.items()},
         test={name: encode(one, tokenizer, max_length=max_length) for name, one in rows.test.items()},
+        dev_digests={ending: one.digest() for ending, one in rows.dev.items()},
     )
     options = replace(data_options, train_data_path=(str(rows.train.path if rows.train else folder),))
     runs = tuple(

@@ -1,11 +1,13 @@
 """The classifier that an earlier fine-tuning left in --save: it stays unless this one is at least as good.
 
-Only the metrics that both were measured by can be compared, so a directory of anything else is refused at the start.
+Only the same metrics, measured on the same rows, can be compared, so a directory of anything else is refused at the
+start. Of a classifier whose `task.json` does not tell the rows, as earlier versions wrote it, they are taken to be the
+same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,17 +29,21 @@ class Kept:
     score: float
 
 
-def kept_before(save: Path, task: Task, metrics: Iterable[str], *, group: ProcessGroup | None) -> Kept | None:
+def kept_before(
+    save: Path, task: Task, metrics: Iterable[str], dev_digests: Mapping[str, str], *, group: ProcessGroup | None
+) -> Kept | None:
     """What --save holds, as rank 0 sees it; None if nothing was ever saved there. Collective over `group`.
 
     Args:
         save: the --save directory.
         task: what is learned now.
         metrics: names of what it is measured by.
+        dev_digests: of the rows it is measured on, by the ending of their metrics.
         group: all ranks.
 
     Raises:
-        MisfitError: it holds something else than a classifier of this task, measured by the same metrics.
+        MisfitError: it holds something else than a classifier of this task, measured by the same metrics on the same
+            rows.
         CheckpointError: what `latest` names there is gone or damaged.
     """
     names = set(metrics)
@@ -54,6 +60,11 @@ def kept_before(save: Path, task: Task, metrics: Iterable[str], *, group: Proces
             raise MisfitError(
                 f"--save {save} is in use: {directory} holds {held}{by}, which cannot be compared with one of "
                 f"{task.name} measured by {', '.join(sorted(names))}; give another --save"
+            )
+        if document.get("dev_digests") not in (None, {}, dict(dev_digests)):
+            raise MisfitError(
+                f"--save {save} is in use: {directory} holds a classifier of {task.name} measured on other dev files, "
+                "so that it is unknown which of the two is better; give another --save"
             )
         return Kept(directory, mean_of(document["metrics"]))
 

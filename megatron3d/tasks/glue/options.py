@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron3d.config.options import OPTIONS
@@ -33,6 +34,9 @@ _INSTEAD = {
     "seq_length": "use --max-seq-length",
     "finetune": "the weights alone are taken from --load anyway; leave the option out",
 }
+
+# Left out before the options are read, since it would replace others by what the user never wrote.
+UNREAD = {"--use-checkpoint-args": "the options of the model come with --load or --hf anyway; leave the option out"}
 
 
 class _TaskParser(argparse.ArgumentParser):
@@ -110,6 +114,8 @@ def option_problems(args: argparse.Namespace, words: RunConfig) -> list[str]:
         value = option.value_in(words)
         if value == option.default or option.name == "architecture":
             continue
+        if words.checkpoint.use_checkpoint_args and option.section in ("model", "data"):
+            continue  # perhaps the checkpoint's and not the user's: a config file may ask for that
         given = f"{option.spelling} {value}"
         if option.name in _INSTEAD:
             problems.append(f"{given} is not for fine-tuning; {_INSTEAD[option.name]}.")
@@ -118,6 +124,11 @@ def option_problems(args: argparse.Namespace, words: RunConfig) -> list[str]:
         elif option.section in _TAKEN and option.name not in _TAKEN[option.section]:
             problems.append(f"{given} has no effect on fine-tuning; leave the option out.")
     return problems
+
+
+def unread_problems(words: Sequence[str]) -> list[str]:
+    """Sentences about the flags in `UNREAD`."""
+    return [f"{flag} is not for fine-tuning: {reason}." for flag, reason in UNREAD.items() if flag in words]
 
 
 def _problems_of_numbers(args: argparse.Namespace, words: RunConfig) -> list[str]:

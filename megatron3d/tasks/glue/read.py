@@ -7,6 +7,8 @@ return: Unicode knows other line ends, and texts contain them.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +41,10 @@ class Rows:
     def __len__(self) -> int:
         """Samples."""
         return len(self.texts[0])
+
+    def digest(self) -> str:
+        """A digest of texts and labels, by which a later run tells that its rows are the same."""
+        return hashlib.sha256(json.dumps([self.texts, self.labels]).encode()).hexdigest()[:16]
 
 
 def read_rows(path: Path, task: Task, *, labelled: bool, skip_bad_rows: bool = False) -> Rows:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -178,11 +179,18 @@ def task_identity(task: Task) -> dict[str, Any]:
     return {"task": task.name, "labels": list(task.labels), "num_outputs": task.num_outputs}
 
 
-def task_document(task: Task, *, max_length: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+def task_document(
+    task: Task,
+    *,
+    max_length: int,
+    metrics: Mapping[str, float],
+    dev_digests: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """`task.json` of a classifier's checkpoint: all that is needed to use it, beside the run.
 
     `labels` are the classes in the order of the outputs (none in a regression), `num_texts` is 2 for pairs, and
-    `max_seq_length` the tokens that a sample was cut to, special ones included.
+    `max_seq_length` the tokens that a sample was cut to, special ones included. `dev_digests` tell which rows the
+    metrics were measured on.
     """
     return task_identity(task) | {
         "is_regression": task.is_regression,
@@ -190,6 +198,7 @@ def task_document(task: Task, *, max_length: int, metrics: Mapping[str, float]) 
         "num_texts": len(task.texts),
         "max_seq_length": max_length,
         "metrics": dict(metrics),
+        "dev_digests": dict(dev_digests),
     }
 
 
