@@ -152,7 +152,8 @@ class FileStore:
 
         Args:
             name: of the buffer; nobody else may use it in the meantime.
-            writes: whether the block changes it; its checksums are then taken anew at the end.
+            writes: whether the block changes it; its checksums are then taken anew at the end, also of a block that
+                raises: a load that finds damage has written some, and another one may follow.
 
         Raises:
             StorageError: the buffer is not what was written.
@@ -163,10 +164,12 @@ class FileStore:
         data = _bytes_of(tensor)
         for number, (start, length) in enumerate(_chunks(extent.num_bytes)):
             self._check(name, number, data[start : start + length])
-        yield tensor
-        if writes:
-            pages.flush()
-            extent.checksums = [zlib.crc32(data[start : start + length]) for start, length in _chunks(len(data))]
+        try:
+            yield tensor
+        finally:
+            if writes:
+                pages.flush()
+                extent.checksums = [zlib.crc32(data[start : start + length]) for start, length in _chunks(len(data))]
 
     def close(self) -> None:
         """Wait for what is under way and give the space back."""

@@ -99,6 +99,16 @@ def test_a_flipped_bit_is_told_with_file_and_offset(store: FileStore) -> None:
         pass
 
 
+def test_a_block_that_raises_leaves_what_it_has_written_to_be_read(store: FileStore) -> None:
+    """A load that finds damage half-way has written a part; the checkpoint before is then loaded over it."""
+    store.reserve("a", CHUNK_BYTES + 99)
+    with pytest.raises(KeyError), store.mapped("a", writes=True) as mapped:
+        mapped[: BLOCK_BYTES + 3] = 7
+        raise KeyError("damage")
+    with store.mapped("a", writes=False) as mapped:
+        assert mapped[: BLOCK_BYTES + 3].eq(7).all() and mapped[BLOCK_BYTES + 3 :].eq(0).all()
+
+
 def test_a_mapping_shows_what_was_written_and_what_is_written_there_is_read(store: FileStore) -> None:
     store.reserve("b", CHUNK_BYTES + 99)
     store.start_write("b", noise(CHUNK_BYTES + 99, 1))

@@ -21,6 +21,7 @@ from tests.runs.harness import (
     random_documents,
     run,
     run_ok,
+    steps,
     words,
     write_tokens,
 )
@@ -259,6 +260,19 @@ def test_a_damaged_shard_is_named_and_the_checkpoint_before_is_taken_only_when_t
     assert f"starting from {checkpoints}/iter_0000004" in ended.out
     assert str(shard) in ended.out + ended.err, "falling back must say why"
     assert (checkpoints / "latest").read_text().strip() == "iter_0000008"
+
+
+def test_falling_back_overwrites_what_the_damaged_checkpoint_has_put_into_offload_files(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    _flip_a_byte(checkpoints / "iter_0000006" / "rank00000.safetensors")
+    argv = words(MOCK, "--zero-stage 3 --train-iters 8 --fall-back-to-previous-checkpoint --load", checkpoints)
+    plain, offloaded = tmp_path / "plain.jsonl", tmp_path / "offloaded.jsonl"
+    flags = words("--offload-optimizer nvme --offload-params nvme --offload-dir", tmp_path / "files")
+    for metrics, options in ((plain, []), (offloaded, flags)):
+        ended = run([*argv, *options, "--metrics-file", str(metrics)])
+        assert ended.code == 0, ended.err
+    assert [one["loss"] for one in steps(plain)] == [one["loss"] for one in steps(offloaded)]
 
 
 def test_a_changed_run_state_is_refused(checkpoints: Path) -> None:
