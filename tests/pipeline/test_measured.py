@@ -34,7 +34,7 @@ from tests.dist.pool import Pool
 
 # Sleep of a rank's stages for a forward, one try after the other: what else runs on the machine can only add idle time,
 # 1 ms to a message and more when it is busy, so a try that it spoiled is repeated, with longer sleep in the end.
-NAPS_S = (0.08, 0.08, 0.16, 0.16, 0.32)
+NAPS_S = (0.08, 0.08, 0.16, 0.16, 0.32, 0.64)
 SHAPE = (2, 1, 4)
 
 
@@ -136,7 +136,7 @@ def test_the_measured_idle_time_is_within_a_tenth_of_the_simulated_one(pool: Poo
             best[name] = min(best[name], sum(timeline.idle) / sum(expected.idle))
             for rank, row in enumerate(timeline.schedule.rows):
                 assert tuple(timed.step for timed in timeline.steps if timed.rank == rank) == row
-    assert all(0.9 <= ratio <= 1.1 for ratio in best.values()), best
+    assert all(0.9 <= ratio <= 1.1 for ratio in best.values()), [*best.values()]
 
 
 def by_hand() -> Measured:
