@@ -25,7 +25,7 @@ _TIMED_OUT = (*_SILENT, "timed out", "timeout", "Timeout")
 class CollectiveError(PeerError):
     """A collective that lost a rank, or waited for one until its timeout.
 
-    `waited_for` is the collective, its axis and ranks, in words.
+    `waited_for` describes the collective, its axis and its ranks.
     """
 
     def __init__(self, message: str, *, waited_for: str = "a collective") -> None:

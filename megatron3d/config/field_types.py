@@ -41,7 +41,7 @@ _TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
 
 
 def wanted_type(field: dataclasses.Field[Any], value: Any) -> str | None:
-    """What the value of a section's field must be, in words, if it is something else; null where null is its default.
+    """What the value of a section's field must be, as a phrase, if it is not that; null where null is its default.
 
     Lists must have become tuples already.
     """

@@ -44,7 +44,7 @@ REFUSED: tuple[Refused, ...] = (
         prefixes="--fp8- --fp4- --kitchen- --use-kitchen-",
     ),
     Refused(
-        "use --zero-stage 1, 2 or 3, which share out optimizer state, gradients and weights over the data-parallel "
+        "use --zero-stage 1, 2 or 3, which shard optimizer state, gradients and weights over the data-parallel "
         "ranks, and --zero-shard-size for groups of them",
         flags="""
         --use-torch-fsdp2 --use-custom-fsdp --use-megatron-fsdp --data-parallel-sharding-strategy
