@@ -1,20 +1,28 @@
-"""Measured timelines of real processes whose stages sleep for a known time, against the simulation of these times."""
+"""Measured timelines of real processes whose stages take a known time, against the simulation of these times.
+
+By default the time is logical: stages add their seconds to a clock of their rank, and each message brings its sender's
+time along. So the timeline is exact whatever else the machine does. A slow test sleeps in real time.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from matplotlib.image import imread
 from torch import Tensor, nn
 
+from megatron3d.comm.collectives import Pending
 from megatron3d.comm.device import Clock
 from megatron3d.comm.layout import Layout
-from megatron3d.comm.mesh import Mesh, make_mesh
+from megatron3d.comm.mesh import Axis, Mesh, make_mesh
+from megatron3d.comm.p2p import Message, start_exchange
 from megatron3d.errors import StorageError
 from megatron3d.params.grads import GradSink
 from megatron3d.pipeline.lower import lower
@@ -36,6 +44,46 @@ from tests.dist.pool import Pool
 # 1 ms to a message and more when it is busy, so a try that it spoiled is repeated, with longer sleep in the end.
 NAPS_S = (0.08, 0.08, 0.16, 0.16, 0.32, 0.64)
 SHAPE = (2, 1, 4)
+
+
+class LogicalClock:
+    """Seconds that this rank's stages claimed to take, and those of the messages it waited for."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+
+    def moment(self) -> float:
+        return self.now
+
+    def settle(self) -> None:
+        pass
+
+    def seconds_between(self, start: float, end: float) -> float:
+        return end - start
+
+    def start_exchange(self, messages: Sequence[Message], axis: Axis) -> list[Pending]:
+        """The exchange, whose outgoing tensors carry the time at which they leave."""
+        stamped = [replace(m, tensor=torch.full_like(m.tensor, self.now)) if m.sends else m for m in messages]
+        started = start_exchange(stamped, axis)
+        return [p if m.sends else _Dated(p, self) for m, p in zip(messages, started)]
+
+
+class _Dated:
+    """A message on its way, whose arrival is not before it left."""
+
+    def __init__(self, pending: Pending, clock: LogicalClock) -> None:
+        self.pending, self.clock = pending, clock
+
+    def wait(self) -> Tensor:
+        tensor = self.pending.wait()
+        self.clock.now = max(self.clock.now, float(tensor.max()))
+        return tensor
+
+    def is_done(self) -> bool:
+        return self.pending.is_done()
 
 
 class _Nap(torch.autograd.Function):
@@ -60,13 +108,13 @@ class _Nap(torch.autograd.Function):
 class SleepingStage(nn.Module):
     """Takes `seconds` for a forward, for an input gradient and for a weight gradient, and computes nothing."""
 
-    def __init__(self, seconds: float, sink: GradSink, *, is_last: bool) -> None:
+    def __init__(self, seconds: float, sink: GradSink, pass_time: Callable[[float], None], *, is_last: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
-        self.seconds, self.sink, self.is_last = seconds, sink, is_last
+        self.seconds, self.sink, self.pass_time, self.is_last = seconds, sink, pass_time, is_last
 
     def nap(self) -> None:
-        time.sleep(self.seconds)
+        self.pass_time(self.seconds)
 
     def forward(self, x: Tensor | None, micro: None) -> Tensor:
         self.nap()
@@ -85,12 +133,25 @@ def _sleep_through(rank: int, world_size: int, schedules: list[Schedule], nap_s:
     return measured
 
 
-def _run(mesh: Mesh, schedule: Schedule, seconds: float) -> Measured:
-    """One measured run with stages that sleep so long."""
+def _claim_through(rank: int, world_size: int, schedules: list[Schedule]) -> list[Measured]:
+    """Run each schedule once, in logical time; each stage of a rank's only one takes one second."""
+    mesh = make_mesh(Layout(pp=world_size))
+    measured = []
+    for schedule in schedules:
+        clock = LogicalClock()
+        with patch("megatron3d.pipeline.run.start_exchange", clock.start_exchange):
+            measured.append(_run(mesh, schedule, schedule.num_ranks / schedule.num_stages, clock))
+    return measured
+
+
+def _run(mesh: Mesh, schedule: Schedule, seconds: float, clock: LogicalClock | None = None) -> Measured:
+    """One measured run with stages that take so long: asleep, or by a logical clock."""
     wire = Wire(mesh.pp, [SHAPE] * schedule.num_microbatches, torch.float32, torch.device("cpu"))
     sink = GradSink()
     stages = {
-        stage: SleepingStage(seconds, sink, is_last=stage == schedule.num_stages - 1)
+        stage: SleepingStage(
+            seconds, sink, clock.pass_time if clock else time.sleep, is_last=stage == schedule.num_stages - 1
+        )
         for stage, place in enumerate(schedule.stage_to_rank)
         if place == mesh.pp.rank
     }
@@ -101,7 +162,7 @@ def _run(mesh: Mesh, schedule: Schedule, seconds: float) -> Measured:
         [None] * schedule.num_microbatches,
         wire=wire,
         backward=Backward(torch.tensor(1.0), sink, lambda stage: None),
-        recorder=(recorder := PipelineRecorder(mesh.pp, Clock(wire.device))),
+        recorder=(recorder := PipelineRecorder(mesh.pp, clock or Clock(wire.device))),
     )
     return recorder.gather()
 
@@ -121,6 +182,23 @@ def nominal(schedule: Schedule, nap_s: float) -> Costs:
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_in_logical_time_every_step_begins_and_ends_when_the_simulation_says(pool: Pool, num_ranks: int) -> None:
+    schedules = [
+        build_schedule(name, num_ranks=num_ranks, num_microbatches=microbatches, virtual=virtual_of(name) or 2)
+        for name in SCHEDULES
+        for microbatches in (num_ranks, 2 * num_ranks)
+    ]
+    for measured in pool.run(num_ranks, _claim_through, schedules)[0]:
+        timeline = measured.timeline
+        expected = simulate(timeline.schedule, nominal(timeline.schedule, 1.0))
+        assert sum(expected.idle) > 0
+        assert set(timeline.steps) == set(expected.steps), timeline.schedule.name
+        assert timeline.idle == expected.idle
+        assert timeline.bubble_fraction == expected.bubble_fraction
+
+
+@pytest.mark.slow  # real time: what else runs on the machine adds to it
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_the_measured_idle_time_is_within_a_tenth_of_the_simulated_one(pool: Pool, num_ranks: int) -> None:
     schedules = [
