@@ -54,8 +54,8 @@ from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.derive import derive
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.config.serialize import from_dict
-from megatron3d.config.train import TrainConfig
 from megatron3d.convert.export import DTYPES, ExportOptions, export_model
 from megatron3d.convert.hf import HfModel, read_model, save_model
 from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given

@@ -66,8 +66,8 @@ from torch import Tensor
 from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.checkpoint.load import tensor_shapes
 from megatron3d.comm.agree import digest_of
-from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.convert.hf import digest_of_tensors, read_model
 from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
 from megatron3d.data.content import require_same_tokenizer

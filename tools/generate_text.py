@@ -78,8 +78,8 @@ if __name__ == "__main__":
 
 from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.comm.agree import digest_of
-from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
 from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER
 from megatron3d.data.content import require_same_tokenizer

@@ -4,7 +4,7 @@
         --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --append-eod --workers 8
 
 writes my_text_document.bin and my_text_document.idx; with --split-sentences, which BERT needs, my_text_sentence.bin
-and .idx. The work is done in megatron3d/data/preprocess.py.
+and .idx. The work is done in megatron3d/data/prepare/preprocess.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron3d.data.corpus import FORMATS, find_inputs
-from megatron3d.data.preprocess import EncodeRequest, Progress, SentenceSplitting, output_prefix, preprocess
+from megatron3d.data.prepare.corpus import FORMATS, find_inputs
+from megatron3d.data.prepare.preprocess import EncodeRequest, Progress, SentenceSplitting, output_prefix, preprocess
 from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import ConfigError

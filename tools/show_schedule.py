@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron3d.errors import Megatron3dError
-from megatron3d.pipeline.orders import ORDERS, build_schedule, virtual_of
-from megatron3d.pipeline.render import headline, render_text
-from megatron3d.pipeline.render_compare import compare, comparison_headline, render_table, stage_costs
-from megatron3d.pipeline.render_compare_png import draw_comparison_png
-from megatron3d.pipeline.render_png import draw_png
+from megatron3d.pipeline.draw.compare import compare, comparison_headline, render_table, stage_costs
+from megatron3d.pipeline.draw.compare_png import draw_comparison_png
+from megatron3d.pipeline.draw.png import draw_png
+from megatron3d.pipeline.draw.text import headline, render_text
+from megatron3d.pipeline.orders.named import ORDERS, build_schedule, virtual_of
 from megatron3d.pipeline.schedule import Schedule
 from megatron3d.pipeline.simulate import Costs, simulate
 

@@ -8,7 +8,7 @@ vocab.json with merges.txt (for --tokenizer-type GPT2BPETokenizer).
     python tools/train_tokenizer.py --kind word-pieces --input corpus.jsonl --vocab-size 8192 --output-dir tokenizer
 
 writes tokenizer/vocab.txt (for --tokenizer-type BertWordPieceLowerCase, or with --keep-case BertWordPieceCase). The
-work is done in megatron3d/data/train_bpe.py and train_word_pieces.py.
+work is done in megatron3d/data/prepare/train_bpe.py and train_word_pieces.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron3d.data.corpus import FORMATS, find_inputs
-from megatron3d.data.train_bpe import train_byte_level_bpe, write_tokenizer
-from megatron3d.data.train_word_pieces import train_word_pieces, write_word_pieces
+from megatron3d.data.prepare.corpus import FORMATS, find_inputs
+from megatron3d.data.prepare.train_bpe import train_byte_level_bpe, write_tokenizer
+from megatron3d.data.prepare.train_word_pieces import train_word_pieces, write_word_pieces
 from megatron3d.errors import ConfigError
 from megatron3d.process.command import run_command
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from decimal import Decimal, InvalidOperation
 from itertools import pairwise
 
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import ConfigError
 
 Level = tuple[int, int]

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron3d.config.bounds import single_option_problems, with_defaults_where_wrong, wrong_options
 from megatron3d.config.derive import derive
-from megatron3d.config.doubt import NO_DOUBT, Doubt
-from megatron3d.config.model import ModelConfig
-from megatron3d.config.rules_model import MODEL_RULES
-from megatron3d.config.rules_offload import OFFLOAD_RULES
-from megatron3d.config.rules_run import RUN_RULES, required_problems
-from megatron3d.config.rules_tokens import TOKEN_RULES
+from megatron3d.config.rules.bounds import single_option_problems, with_defaults_where_wrong, wrong_options
+from megatron3d.config.rules.doubt import NO_DOUBT, Doubt
+from megatron3d.config.rules.model import MODEL_RULES
+from megatron3d.config.rules.offload import OFFLOAD_RULES
+from megatron3d.config.rules.run import RUN_RULES, required_problems
+from megatron3d.config.rules.tokens import TOKEN_RULES
 from megatron3d.config.run import RunConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import ConfigError
 
 

@@ -14,15 +14,15 @@ from typing import Any
 
 from megatron3d.config.check import check
 from megatron3d.config.checkpoint_args import with_checkpoint_args
-from megatron3d.config.deepspeed_file import OPTIONS_OF_DEEPSPEED, DeepSpeedFile, read_deepspeed_file
 from megatron3d.config.derive import derive
-from megatron3d.config.doubt import NO_DOUBT, Doubt
 from megatron3d.config.files import FileSettings, read_config_file
-from megatron3d.config.foreign import Verdict, judge
-from megatron3d.config.fork_flags import zero_bubble_settings
+from megatron3d.config.foreign.deepspeed_file import OPTIONS_OF_DEEPSPEED, DeepSpeedFile, read_deepspeed_file
+from megatron3d.config.foreign.flags import Verdict, judge
+from megatron3d.config.foreign.forks import zero_bubble_settings
 from megatron3d.config.help_text import help_text, metavar
 from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, Option, Settings, build_run_config
 from megatron3d.config.presets import PRESETS
+from megatron3d.config.rules.doubt import NO_DOUBT, Doubt
 from megatron3d.config.run import RunConfig
 from megatron3d.config.words import GivenFlag, split_words, stray_sentence
 from megatron3d.errors import CheckpointError, ConfigError

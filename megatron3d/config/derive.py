@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron3d.config.batch_size import iterations_for_samples, parse_step_schedule, samples_for_iterations
-from megatron3d.config.data import DataConfig
-from megatron3d.config.model import GATED_ACTIVATIONS, ModelConfig
-from megatron3d.config.optim import OptimConfig
-from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.model import GATED_ACTIVATIONS, ModelConfig
+from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import ConfigError
 
 # Names that Megatron-DeepSpeed has for kinds of ours.

@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from megatron3d.config.checkpoint import CheckpointConfig
-from megatron3d.config.data import DataConfig
 from megatron3d.config.fields import Flag
-from megatron3d.config.model import ModelConfig
-from megatron3d.config.optim import OptimConfig
-from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.checkpoint import CheckpointConfig
+from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.train import TrainConfig
 
 _MOST = 2**63 - 1  # of steps, samples and sizes, which travel in int64
 

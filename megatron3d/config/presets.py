@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 
 
 @dataclass(frozen=True)

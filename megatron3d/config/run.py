@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron3d.config.checkpoint import CheckpointConfig
-from megatron3d.config.data import DataConfig
-from megatron3d.config.model import ModelConfig
-from megatron3d.config.optim import OptimConfig
-from megatron3d.config.parallel import ParallelConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.checkpoint import CheckpointConfig
+from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.train import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch import Tensor
 from megatron3d.checkpoint.index import Index, read_index
 from megatron3d.checkpoint.load import assemble, read_document
 from megatron3d.config.check import model_problems
-from megatron3d.config.data import DataConfig
-from megatron3d.config.model import ModelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.convert.directory import check_writable, write_directory
 from megatron3d.convert.families import family_of

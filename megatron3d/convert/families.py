@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.convert.family import Family
 from megatron3d.convert.maps.bert import BERT, MEGATRON_BERT
 from megatron3d.convert.maps.gpt2 import GPT2

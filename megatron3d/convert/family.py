@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.convert.rows import Piece, Row
 from megatron3d.errors import CheckpointError
 from megatron3d.files.json_text import is_whole_number

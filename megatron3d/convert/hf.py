@@ -22,12 +22,12 @@ from torch import Tensor
 from megatron3d.checkpoint.directory import list_checkpoints, step_of
 from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.config.check import model_problems
-from megatron3d.config.data import DataConfig
 from megatron3d.config.derive import derive
-from megatron3d.config.model import ModelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.config.serialize import to_dict
-from megatron3d.config.train import TrainConfig
 from megatron3d.convert.directory import CONFIG_NAME, StoredWeight, open_weights, read_config
 from megatron3d.convert.families import FAMILIES
 from megatron3d.convert.family import Family, HfConfig, check_num_layers

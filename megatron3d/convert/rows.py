@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 
 # The pieces that a checkpoint has or lacks as a whole; only the trunk is in all of them. `tokens` predicts tokens,
 # `pairs` scores two sentences, `classes` classifies a text.

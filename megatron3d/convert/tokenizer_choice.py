@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from megatron3d.config.data import DataConfig
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.convert.tokenizer_files import DESCRIBED, TOKENIZER_FOLDER
 from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import TokenizerSpec

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from megatron3d.checkpoint.durable import storage_errors, sync_directory, write_file
-from megatron3d.config.data import DataConfig
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.data.hf_description import (
     COMPANION_FILES,
     MODEL_CONFIG,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron3d.config.data import DataConfig
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.data.bert import MIN_SEQ_LENGTH, BertForm, BertReader, BertSample, BertSamples
 from megatron3d.data.blend import Blend, Corpus, integer_weights, parse_data_path, words_of_file
 from megatron3d.data.gpt import DocumentRules, GPTReader, GPTSamples

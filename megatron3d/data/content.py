@@ -16,8 +16,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from megatron3d.config.data import DataConfig
 from megatron3d.config.resume import Difference, Effect
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.data.blend import Corpus, parse_data_path, words_of_file
 from megatron3d.data.hf_description import described_files
 from megatron3d.data.tiktoken_file import tiktoken_options

@@ -24,7 +24,7 @@ from typing import Any
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from megatron3d.config.data import DataConfig
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.errors import ConfigError, DataError
 
 DEFAULT_VOCAB_SIZE = 2**17  # where --vocab-size is not given, at most

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron3d.comm.collectives import all_gather
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.inference.kv_cache import StageCache
 from megatron3d.models.stage import MicroBatch
 from megatron3d.pipeline.run import Wire, run

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron3d.comm.collectives import broadcast, gather_values
-from megatron3d.config.model import ModelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.errors import ConfigError, NumericsError
 from megatron3d.inference.forward import GrowingBatch
 from megatron3d.inference.load import without_sequence_parallelism

@@ -14,12 +14,12 @@ from torch import nn
 
 from megatron3d.checkpoint.load import load_tensors
 from megatron3d.comm.mesh import Mesh
-from megatron3d.config.bounds import single_option_problems, with_defaults_where_wrong
 from megatron3d.config.derive import derive
-from megatron3d.config.parallel import ParallelConfig
-from megatron3d.config.rules_model import MODEL_RULES
+from megatron3d.config.rules.bounds import single_option_problems, with_defaults_where_wrong
+from megatron3d.config.rules.model import MODEL_RULES
 from megatron3d.config.run import RunConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.params.boxes import ShardView

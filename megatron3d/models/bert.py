@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron3d.config.model import ModelConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.losses import class_hits, class_loss_sum, masked_hits, masked_loss_sum
 from megatron3d.models.stage import MicroBatch, Stage, StagePart, assemble_stage
 from megatron3d.models.vocabulary import TiedTable, vocabulary_table

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron3d.config.model import ModelConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.bert import BertEmbedding
 from megatron3d.models.stage import MicroBatch, Stage, StagePart, assemble_stage
 from megatron3d.nn.dropout import dropout

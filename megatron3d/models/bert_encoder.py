@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from megatron3d.config.model import ModelConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.bert import BertEmbedding
 from megatron3d.models.stage import MicroBatch, Stage, StagePart, assemble_stage
 from megatron3d.nn.norm import residual_norm

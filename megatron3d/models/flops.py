@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from megatron3d.config.derive import resolve_model
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.errors import ConfigError
 
 _FORWARD_AND_BACKWARD = 3

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron3d.config.model import ModelConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.losses import masked_loss_sum
 from megatron3d.models.stage import MicroBatch, Stage, StagePart, assemble_stage
 from megatron3d.models.vocabulary import TiedTable, vocabulary_table

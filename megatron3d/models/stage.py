@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron3d.config.model import ModelConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.nn.block import Block
 from megatron3d.nn.inputs import KeyValueCache, LayerInputs
 from megatron3d.nn.positions import rotary_table

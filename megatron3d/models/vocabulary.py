@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.embedding import VocabParallelEmbedding, padded_vocab_size

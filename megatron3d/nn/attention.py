@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.norm import Norm
 from megatron3d.params.spec import Init

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.attention import SelfAttention
 from megatron3d.nn.dropout import dropout
 from megatron3d.nn.inputs import LayerInputs

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.attention import output_init
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import Init, TpGradient
 from megatron3d.tensor.context import LayerContext

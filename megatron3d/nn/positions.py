@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext

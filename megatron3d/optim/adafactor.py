@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.flat import Due, FlatOptimizer
 from megatron3d.optim.norms import squared_norm
 from megatron3d.params.boxes import Box, ShardView

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.flat import Due, FlatOptimizer, chunks
 from megatron3d.optim.moments import MOMENT_DTYPES, read_moment, write_moment
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.errors import ConfigError
 from megatron3d.optim.adafactor import Adafactor
 from megatron3d.optim.adam import AdamOfMoments

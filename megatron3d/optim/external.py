@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.errors import ConfigError
 from megatron3d.optim.adam import new_moments
 from megatron3d.optim.moments import MOMENT_DTYPES

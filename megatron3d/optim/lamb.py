@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.adam import new_moments
 from megatron3d.optim.flat import Due, FlatOptimizer, chunks
 from megatron3d.optim.moments import read_moment, write_moment

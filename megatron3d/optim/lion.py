@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.flat import Due, FlatOptimizer, chunks
 from megatron3d.optim.moments import MOMENT_DTYPES, read_moment, write_moment
 

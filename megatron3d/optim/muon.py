@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.flat import Due, FlatOptimizer, chunks
 from megatron3d.optim.newton_schulz import COEFFICIENTS, orthogonalize, update_scale
 from megatron3d.params.portion import Whole

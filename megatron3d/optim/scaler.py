@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.errors import CheckpointError, ConfigError, NumericsError
 
 LARGEST_SCALE = 2.0**127  # the scale multiplies an fp32 loss

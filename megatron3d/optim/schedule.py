@@ -23,8 +23,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from megatron3d.config.optim import OptimConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import CheckpointError, ConfigError
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron3d.errors import ScheduleError
-from megatron3d.pipeline.orders import build_schedule, forward_only_on
+from megatron3d.pipeline.orders.named import build_schedule, forward_only_on
 from megatron3d.pipeline.schedule import Schedule
 
 

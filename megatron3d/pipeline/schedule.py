@@ -1,7 +1,7 @@
 """What a pipeline schedule is: one row of steps per pipeline rank, and the rules a row must keep.
 
 A schedule says who computes what and in which order; it knows nothing of tensors, devices or processes.
-`orders` writes schedules, `lower` adds the messages, `simulate` gives times, `render` draws, `run` executes.
+`orders` writes schedules, `lower` adds the messages, `simulate` gives times, `draw` draws, `run` executes.
 
 A *stage* is a contiguous part of the model, a *microbatch* (mb) a part of the batch. `stage_to_rank` places the
 stages; nothing here assumes that stage and rank are the same number, so a rank may hold several stages.

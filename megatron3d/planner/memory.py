@@ -23,9 +23,9 @@ from dataclasses import dataclass, fields
 
 from megatron3d.comm.mesh import Axis
 from megatron3d.comm.meter import Meter
-from megatron3d.config.optim import OptimConfig
-from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.models.stage import Stage, StagePart
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.offload.block_file import round_up

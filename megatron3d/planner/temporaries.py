@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
-from megatron3d.config.optim import OptimConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.flat import CHUNK_CPU, CHUNK_DEVICE
 from megatron3d.planner.memory import shard_size
 from megatron3d.planner.sizes import BYTES, FP32

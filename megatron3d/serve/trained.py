@@ -18,8 +18,8 @@ from megatron3d.checkpoint.index import read_index
 from megatron3d.checkpoint.load import read_document, tensor_shapes
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.convert.family import HfConfig
 from megatron3d.convert.hf import HF_DOCUMENT
 from megatron3d.convert.task_document import read_task_document

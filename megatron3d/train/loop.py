@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
-from megatron3d.config.data import DataConfig
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.data.build import BertData, GPTData
 from megatron3d.data.content import Content
 from megatron3d.data.loader import GlobalBatches

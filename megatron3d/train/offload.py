@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.offload.file_store import FileStore
 from megatron3d.offload.home import FileHome, HostHome, StateHome
 from megatron3d.optim.build import build_optimizer

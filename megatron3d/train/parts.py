@@ -13,9 +13,9 @@ import torch
 from megatron3d_kernels.registry import Registry
 
 from megatron3d.comm.mesh import Mesh
-from megatron3d.config.model import ModelConfig
 from megatron3d.config.run import RunConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.stage import MicroBatch, Stage, StagePart
 from megatron3d.optim.build import build_optimizer
 from megatron3d.optim.scaler import LossScaler, build_scaler

@@ -6,17 +6,17 @@ Everything here is arithmetic on the config, so a plan that cannot work is refus
 from __future__ import annotations
 
 from megatron3d.comm.device import likely_device_type
-from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.flops import forward_flops_by_layer
-from megatron3d.pipeline.choose import Choice, choose
-from megatron3d.pipeline.orders import placement_of, virtual_of
+from megatron3d.pipeline.orders.choose import Choice, choose
+from megatron3d.pipeline.orders.named import placement_of, virtual_of
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.simulate import Costs, Timeline
-from megatron3d.pipeline.split import split_layers
-from megatron3d.pipeline.split_costs import split_by_costs, stage_loads
-from megatron3d.pipeline.split_layout import expand_layout, split_by_layout
+from megatron3d.pipeline.split.costs import split_by_costs, stage_loads
+from megatron3d.pipeline.split.layout import expand_layout, split_by_layout
+from megatron3d.pipeline.split.stages import split_layers
 from megatron3d.planner.ledger import first_microbatches, ledger_of, worst
 
 GIB = 2**30

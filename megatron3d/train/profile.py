@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megatron3d.comm.device import Clock
 from megatron3d.errors import StorageError
+from megatron3d.pipeline.draw.measured import write_profile
 from megatron3d.pipeline.measured import PipelineRecorder
-from megatron3d.pipeline.render_measured import write_profile
 from megatron3d.train.parts import Parts
 
 

@@ -20,7 +20,7 @@ from megatron3d.models.flops import flops_per_step, num_parameters, peak_tflops
 from megatron3d.models.zoo import TITLES
 from megatron3d.optim.build import state_bytes
 from megatron3d.pipeline.simulate import simulate
-from megatron3d.pipeline.split import describe
+from megatron3d.pipeline.split.stages import describe
 from megatron3d.planner.ledger import first_microbatches, ledger_of_rank
 from megatron3d.planner.memory import ModelParts
 from megatron3d.train.evaluate import Evaluation

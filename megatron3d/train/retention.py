@@ -14,7 +14,7 @@ from megatron3d.checkpoint import publish
 from megatron3d.checkpoint.directory import list_checkpoints, step_of
 from megatron3d.checkpoint.store import everywhere
 from megatron3d.comm.mesh import Mesh
-from megatron3d.config.checkpoint import CheckpointConfig
+from megatron3d.config.sections.checkpoint import CheckpointConfig
 
 
 class Retention:

@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron3d.checkpoint.directory import find_checkpoint, list_checkpoints, step_of, was_saved_to
 from megatron3d.checkpoint.index import INDEX_NAME, read_index
 from megatron3d.checkpoint.load import read_document
-from megatron3d.config.checkpoint import CheckpointConfig
+from megatron3d.config.sections.checkpoint import CheckpointConfig
 from megatron3d.errors import CheckpointError
 
 

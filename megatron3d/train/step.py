@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.data.batch import GroupedSamples, Samples
 from megatron3d.errors import NumericsError
 from megatron3d.models.stage import MicroBatch

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import TrackerError
 from megatron3d.train.megatron_names import evaluation_scalars, over_samples, step_scalars
 from megatron3d.train.metrics import MetricsFile, StartRecord, StepRecord

@@ -14,7 +14,7 @@ from megatron3d.config.batch_size import (
     parse_step_schedule,
     samples_for_iterations,
 )
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import ConfigError
 
 

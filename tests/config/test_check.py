@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from megatron3d.config.check import check, resolve, with_vocab_size
 from megatron3d.config.cli import parse_args
 from megatron3d.config.derive import resolve_model
-from megatron3d.config.model import ModelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.errors import ConfigError
 from megatron3d.optim.schedule import settings_from_config
-from megatron3d.pipeline.split import split_layers
+from megatron3d.pipeline.split.stages import split_layers
 
 BASE = {
     "--num-layers": "4",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from megatron3d.config.cli import parse_args
-from megatron3d.config.megatron_flags import ACCEPTED, REFUSED, SYNONYMS, accepted, refused
+from megatron3d.config.foreign.megatron import ACCEPTED, REFUSED, SYNONYMS, accepted, refused
 from megatron3d.config.options import BY_SPELLING, OPTIONS
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError

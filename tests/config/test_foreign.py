@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from megatron3d.config.cli import read_command, settle
-from megatron3d.config.foreign import judge, option_meant
-from megatron3d.config.foreign_names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
-from megatron3d.config.fork_flags import FORK_ACCEPTED, FORK_REFUSED, FORK_SYNONYMS, fork_accepted, fork_refused
-from megatron3d.config.megatron_flags import REFUSED, SYNONYMS, accepted, refused
+from megatron3d.config.foreign.flags import judge, option_meant
+from megatron3d.config.foreign.forks import FORK_ACCEPTED, FORK_REFUSED, FORK_SYNONYMS, fork_accepted, fork_refused
+from megatron3d.config.foreign.megatron import REFUSED, SYNONYMS, accepted, refused
+from megatron3d.config.foreign.names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
 from megatron3d.config.options import BY_SPELLING
 from megatron3d.config.run import RunConfig
 from megatron3d.config.words import GivenFlag
 from megatron3d.errors import ConfigError
-from megatron3d.pipeline.orders import ORDERS
+from megatron3d.pipeline.orders.named import ORDERS
 
 BASE = (
     "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 "

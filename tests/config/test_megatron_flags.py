@@ -8,7 +8,7 @@ import pytest
 
 from megatron3d.config.check import check
 from megatron3d.config.cli import parse_args
-from megatron3d.config.megatron_accepted import ACCEPTED, Accepted
+from megatron3d.config.foreign.megatron_accepted import ACCEPTED, Accepted
 from megatron3d.config.options import BY_SPELLING
 from megatron3d.errors import ConfigError
 

@@ -17,8 +17,8 @@ from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.config.field_types import wanted_type
 from megatron3d.config.options import OPTIONS, SECTIONS, Option, build_run_config
-from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.config.serialize import as_table, from_dict, to_dict, to_json
 from megatron3d.errors import ConfigError
 from megatron3d.inference.load import generation_config

@@ -13,8 +13,8 @@ from megatron3d.checkpoint.load import read_document, tensor_shapes
 from megatron3d.comm.collectives import all_gather
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import Mesh, make_mesh
-from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.inference.embed import EmbedOptions, embed, load_encoder
 from megatron3d.inference.load import generation_config, load_model

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.derive import derive, resolve_model
-from megatron3d.config.model import ModelConfig
 from megatron3d.config.run import RunConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.convert.families import FAMILIES, family_of
 from megatron3d.convert.family import HfConfig
 from megatron3d.convert.rows import Row, convert

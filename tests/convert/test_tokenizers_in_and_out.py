@@ -19,7 +19,7 @@ from tokenizers import processors
 from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.checkpoint.load import read_document
 from megatron3d.comm.launch import Launch
-from megatron3d.config.data import DataConfig
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.convert.hf import read_model, save_model
 from megatron3d.convert.tokenizer_choice import with_given

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron3d.config.data import DataConfig
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.data.blend import Blend
 from megatron3d.data.build import BertData, GPTData, build_bert_data, build_gpt_data
 from megatron3d.data.gpt import GPTSamples

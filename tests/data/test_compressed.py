@@ -14,8 +14,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron3d.data.compressed import DAMAGE, decompressed
-from megatron3d.data.corpus import iterate_texts
+from megatron3d.data.prepare.compressed import DAMAGE, decompressed
+from megatron3d.data.prepare.corpus import iterate_texts
 from megatron3d.errors import DataError
 from tools import preprocess_data
 
@@ -113,7 +113,7 @@ def test_a_truncated_shard_of_many_stops_preprocessing_and_leaves_nothing(
 def test_a_small_file_that_expands_a_thousandfold_does_not_take_as_much_memory() -> None:
     """600 MB of zeros from 60 kB, read in pieces by a process that may not have 400 MB."""
     program = (
-        "import io, resource, zstandard; from megatron3d.data.compressed import decompressed\n"
+        "import io, resource, zstandard; from megatron3d.data.prepare.compressed import decompressed\n"
         "c = zstandard.ZstdCompressor().compressobj()\n"
         "data = b''.join(c.compress(bytes(1 << 20)) for _ in range(600)) + c.flush()\n"
         "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron3d.config.data import DataConfig
 from megatron3d.config.resume import Effect
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.data.content import (
     BLOCK_BYTES,
     NUM_BLOCKS,

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron3d.config.data import DataConfig
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.data.batch import GPTBatch
 from megatron3d.data.build import build_gpt_data, document_rules
 from megatron3d.data.gpt import GPTReader, GPTSamples

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron3d.data.abbreviations import LanguageRules, language_rules
-from megatron3d.data.sentences import split_sentences
+from megatron3d.data.prepare.abbreviations import LanguageRules, language_rules
+from megatron3d.data.prepare.sentences import split_sentences
 from megatron3d.errors import ConfigError
 from tests.data.corpora import SHARED, needs_shared
 

@@ -11,9 +11,9 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron3d.data.prepare.train_bpe import train_byte_level_bpe, write_tokenizer
+from megatron3d.data.prepare.train_word_pieces import SPECIAL_PIECES, train_word_pieces, write_word_pieces
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, ByteTokenizer, NullTokenizer, Tokenizer, build_tokenizer
-from megatron3d.data.train_bpe import train_byte_level_bpe, write_tokenizer
-from megatron3d.data.train_word_pieces import SPECIAL_PIECES, train_word_pieces, write_word_pieces
 from megatron3d.errors import ConfigError, DataError, Megatron3dError
 from tests.data.corpora import SHARED, needs_shared
 from tests.files.mutations import DEEP, mutated_bytes

@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron3d.checkpoint.load import read_document
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.parallel import ParallelConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.errors import ConfigError, NumericsError
 from megatron3d.inference import forward

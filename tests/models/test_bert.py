@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.derive import resolve_model
-from megatron3d.config.model import ModelConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models import bert
 from megatron3d.models.bert import build_bert_stage
 from megatron3d.models.losses import masked_loss_sum

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron3d.config.model import ModelConfig
 from megatron3d.config.presets import PRESETS
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.flops import flops_per_step, flops_per_token, num_parameters, parameter_breakdown, peak_tflops
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.model import ModelConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.models.stage import MicroBatch, Stage, StagePart, unit_of
 from megatron3d.params.grads import GradSink

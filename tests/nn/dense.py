@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 
 Weights = Mapping[str, Tensor]
 

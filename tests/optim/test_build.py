@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.build import build_optimizer, set_rates, set_step_count, state_bytes, state_names, step_count
 
 SHAPES, DECAYS = [(6, 5), (7,), (3, 4)], [True, False, True]

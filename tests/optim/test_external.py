@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.errors import ConfigError
 from megatron3d.optim.build import build_optimizer, set_rates, set_step_count, state_bytes, step_count
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.build import build_optimizer, set_rates, state_bytes
 from megatron3d.optim.moments import read_moment, threshold, write_moment
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.build import build_optimizer, set_rates, state_bytes
 from megatron3d.optim.muon import Muon
 from megatron3d.optim.newton_schulz import COEFFICIENTS, orthogonalize, update_scale

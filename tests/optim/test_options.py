@@ -10,8 +10,8 @@ from torch import nn
 
 from megatron3d.config.check import check
 from megatron3d.config.cli import parse_args
-from megatron3d.config.optim import OptimConfig
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.errors import ConfigError
 from megatron3d.optim.build import build_optimizer, kind
 

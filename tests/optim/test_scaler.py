@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.errors import CheckpointError, ConfigError, NumericsError
 from megatron3d.optim.scaler import LARGEST_SCALE, ConstantScale, DynamicScale, build_scaler
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron3d.config.optim import OptimConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.optim.schedule import ScheduleSettings, lr_at, reconcile, settings_from_config, weight_decay_at
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.derive import derive
-from megatron3d.config.model import ModelConfig
 from megatron3d.config.run import RunConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.data.batch import BertBatch
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.models.bert import build_bert_stage

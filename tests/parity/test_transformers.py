@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.derive import derive
-from megatron3d.config.model import ModelConfig
 from megatron3d.config.run import RunConfig
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.inference.generate import generate
 from megatron3d.inference.sampling import SamplingOptions
 from megatron3d.models.gpt import build_gpt_stage

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron3d.errors import ScheduleError
-from megatron3d.pipeline.choose import choose
-from megatron3d.pipeline.orders import build_schedule
+from megatron3d.pipeline.orders.choose import choose
+from megatron3d.pipeline.orders.named import build_schedule
 from megatron3d.pipeline.simulate import Costs, Timeline, simulate
 
 WHOLE = Costs(forward=1.0, backward=2.0, input_grad=1.0, weight_grad=1.0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron3d.errors import ScheduleError
 from megatron3d.pipeline.lower import lower
-from megatron3d.pipeline.orders import ORDERS, build_schedule, forward_only, gpipe, one_f_one_b, virtual_of
+from megatron3d.pipeline.orders.named import ORDERS, build_schedule, forward_only, gpipe, one_f_one_b, virtual_of
 from megatron3d.pipeline.schedule import Action, Exchange, Op, Recv, Reduce, Schedule, Send, Step, handover
 from megatron3d.pipeline.simulate import simulate
 

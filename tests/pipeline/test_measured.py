@@ -25,6 +25,7 @@ from megatron3d.comm.mesh import Axis, Mesh, make_mesh
 from megatron3d.comm.p2p import Message, start_exchange
 from megatron3d.errors import StorageError
 from megatron3d.params.grads import GradSink
+from megatron3d.pipeline.draw.measured import in_milliseconds, trace_events, write_profile
 from megatron3d.pipeline.lower import lower
 from megatron3d.pipeline.measured import (
     Measured,
@@ -33,8 +34,7 @@ from megatron3d.pipeline.measured import (
     measured_costs,
     measured_from,
 )
-from megatron3d.pipeline.orders import build_schedule, virtual_of
-from megatron3d.pipeline.render_measured import in_milliseconds, trace_events, write_profile
+from megatron3d.pipeline.orders.named import build_schedule, virtual_of
 from megatron3d.pipeline.run import Backward, Wire, run
 from megatron3d.pipeline.schedule import Op, Recv, Reduce, Schedule, Send, Step
 from megatron3d.pipeline.simulate import Costs, simulate

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron3d.errors import ScheduleError
-from megatron3d.pipeline.orders import (
+from megatron3d.pipeline.orders.named import (
     ORDERS,
     build_schedule,
     forward_only,
@@ -23,7 +23,7 @@ from megatron3d.pipeline.orders import (
     placement_of,
     virtual_of,
 )
-from megatron3d.pipeline.placement import v_shape
+from megatron3d.pipeline.orders.placement import v_shape
 from megatron3d.pipeline.schedule import Op, Schedule, Step, check, handover, needs
 from megatron3d.pipeline.simulate import simulate
 

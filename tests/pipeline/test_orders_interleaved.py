@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron3d.pipeline.orders import build_schedule, gpipe, one_f_one_b
-from megatron3d.pipeline.orders_interleaved import breadth_first, interleaved
+from megatron3d.pipeline.orders.interleaved import breadth_first, interleaved
+from megatron3d.pipeline.orders.named import build_schedule, gpipe, one_f_one_b
 from megatron3d.pipeline.schedule import Op, Step
 from megatron3d.pipeline.simulate import Costs, simulate
 

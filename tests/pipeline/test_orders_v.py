@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron3d.errors import ScheduleError
-from megatron3d.pipeline.orders import one_f_one_b
-from megatron3d.pipeline.orders_v import dualpipe_v, zb_v
-from megatron3d.pipeline.orders_zero_bubble import zb_h1
-from megatron3d.pipeline.placement import v_shape
+from megatron3d.pipeline.orders.named import one_f_one_b
+from megatron3d.pipeline.orders.placement import v_shape
+from megatron3d.pipeline.orders.v_shaped import dualpipe_v, zb_v
+from megatron3d.pipeline.orders.zero_bubble import zb_h1
 from megatron3d.pipeline.schedule import Op, Step
 from megatron3d.pipeline.simulate import Costs, simulate
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron3d.pipeline.orders import one_f_one_b
-from megatron3d.pipeline.orders_zero_bubble import zb_h1, zb_h2
+from megatron3d.pipeline.orders.named import one_f_one_b
+from megatron3d.pipeline.orders.zero_bubble import zb_h1, zb_h2
 from megatron3d.pipeline.schedule import Op, Step
 from megatron3d.pipeline.simulate import Costs, simulate
 

@@ -9,9 +9,9 @@ import pytest
 from matplotlib.image import imread
 
 from megatron3d.errors import StorageError
-from megatron3d.pipeline.orders import forward_only, gpipe, one_f_one_b
-from megatron3d.pipeline.render import render_text
-from megatron3d.pipeline.render_png import draw_png, step_colours
+from megatron3d.pipeline.draw.png import draw_png, step_colours
+from megatron3d.pipeline.draw.text import render_text
+from megatron3d.pipeline.orders.named import forward_only, gpipe, one_f_one_b
 from megatron3d.pipeline.schedule import Op, Schedule, Step
 from megatron3d.pipeline.simulate import Costs, simulate
 

@@ -19,7 +19,7 @@ from megatron3d.comm.mesh import Axis, Mesh, make_mesh
 from megatron3d.comm.meter import Meter
 from megatron3d.params.grads import GradSink
 from megatron3d.pipeline.lower import lower
-from megatron3d.pipeline.orders import build_schedule
+from megatron3d.pipeline.orders.named import build_schedule
 from megatron3d.pipeline.run import Backward, Wire, run
 from megatron3d.pipeline.schedule import Op, Schedule, Step, check
 from megatron3d.tensor.linear import linear

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from megatron3d.pipeline.orders import ORDERS
+from megatron3d.pipeline.orders.named import ORDERS
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "show_schedule.py"
 

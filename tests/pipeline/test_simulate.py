@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron3d.errors import ScheduleError
-from megatron3d.pipeline.orders import gpipe, one_f_one_b
+from megatron3d.pipeline.orders.named import gpipe, one_f_one_b
 from megatron3d.pipeline.schedule import Op, Schedule, Step
 from megatron3d.pipeline.simulate import Costs, peak_live, peak_live_in_ranks, simulate
 

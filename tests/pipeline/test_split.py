@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron3d.errors import ConfigError
-from megatron3d.pipeline.split import describe, split_layers
-from megatron3d.pipeline.split_costs import split_by_costs, stage_loads
-from megatron3d.pipeline.split_layout import split_by_layout
+from megatron3d.pipeline.split.costs import split_by_costs, stage_loads
+from megatron3d.pipeline.split.layout import split_by_layout
+from megatron3d.pipeline.split.stages import describe, split_layers
 
 
 def counts(*args: int, **options: int | bool | None) -> list[int]:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from megatron3d.errors import ScheduleError
-from megatron3d.pipeline.orders import build_schedule, placement_of, virtual_of
+from megatron3d.pipeline.orders.named import build_schedule, placement_of, virtual_of
 from megatron3d.pipeline.schedule import Op, Step
 from megatron3d.pipeline.simulate import simulate
 
 EXAMPLE = Path(__file__).parents[2] / "examples/my_pipeline_order.py"
 
 MINE = """
-from megatron3d.pipeline.orders import gpipe, one_f_one_b, zb_v
+from megatron3d.pipeline.orders.named import gpipe, one_f_one_b, zb_v
 from megatron3d.pipeline.schedule import Schedule
 
 table = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron3d.checkpoint.directory import hold_directory
-from megatron3d.config.data import DataConfig
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.data.build import build_gpt_data
 from megatron3d.data.stream import SampleStream
 from tests.runs.harness import (

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from megatron3d.checkpoint.load import assemble, tensor_shapes
-from megatron3d.config.data import DataConfig
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.data.build import build_gpt_data
 from tests.dist.pool import Pool
 from tests.runs.harness import (

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.train.megatron_names import evaluation_scalars, step_scalars
 from megatron3d.train.metrics import StepRecord
 from megatron3d.train.trackers import Trackers

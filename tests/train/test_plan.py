@@ -6,10 +6,10 @@ import pytest
 
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
-from megatron3d.config.parallel import PIPELINE_SCHEDULES
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.parallel import PIPELINE_SCHEDULES
 from megatron3d.errors import ConfigError, ScheduleError
-from megatron3d.pipeline.orders import ORDERS
+from megatron3d.pipeline.orders.named import ORDERS
 from megatron3d.pipeline.simulate import simulate
 from megatron3d.planner.ledger import ledger_of, worst
 from megatron3d.train.plan import GIB, plan_of

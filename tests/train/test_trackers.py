@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron3d.config.train import TrainConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import TrackerError
 from megatron3d.train.metrics import MetricsFile, read_records
 from megatron3d.train.trackers import Trackers

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron3d.comm.collectives import all_reduce, gather_values
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import Mesh, make_mesh
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.build import build_optimizer, set_rates, state_bytes
 from megatron3d.optim.clip import clip_factor
 from megatron3d.params.boxes import Box, ShardView

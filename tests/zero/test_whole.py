@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron3d.comm.collectives import gather_values
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import Mesh, make_mesh
-from megatron3d.config.optim import OptimConfig
+from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.build import build_optimizer, other_state_views, set_rates, state_names
 from megatron3d.params.grads import GradSink
 from megatron3d.params.init import initial_full

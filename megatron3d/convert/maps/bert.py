@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from megatron3d.config.derive import resolve_model
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.convert.family import Family, HfConfig, activation_there, option_misfits
 from megatron3d.convert.rows import Piece, Row, linear_rows, norm_rows, qkv_sizes, table_row
 

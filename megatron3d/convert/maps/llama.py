@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron3d.config.derive import resolve_model
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.convert.family import Family, HfConfig, gate_there, gated, option_misfits
 from megatron3d.convert.rows import Piece, Row, linear_rows, norm_rows, qkv_sizes, table_row
 from megatron3d.errors import CheckpointError

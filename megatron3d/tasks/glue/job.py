@@ -15,9 +15,9 @@ from pathlib import Path
 from megatron3d.comm.device import likely_device_type
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import read_command
-from megatron3d.config.data import DataConfig
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.convert.hf import digest_of_tensors
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import ConfigError, DataError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron3d.config.data import DataConfig
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.convert.tokenizer_choice import beside_checkpoint, tokenizer_of, with_given
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec

@@ -21,8 +21,8 @@ from megatron3d.checkpoint.load import load_tensors, tensor_shapes
 from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.checkpoint.store import everywhere
 from megatron3d.comm.mesh import Mesh
-from megatron3d.config.data import DataConfig
-from megatron3d.config.model import ModelConfig
+from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.serialize import to_dict
 from megatron3d.convert.hf import fill_views, read_model
 from megatron3d.convert.task_document import read_task_document

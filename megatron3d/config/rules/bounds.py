@@ -1,0 +1,116 @@
+"""The range of each single option, as a table; what must hold between options is in `rules/`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron3d.config.options import BY_NAME, OPTIONS, SECTIONS, Option
+from megatron3d.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A range that several options share; None leaves that side open."""
+
+    names: str
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def violation(self, value: float) -> str | None:
+        """What the value must be, if it is not."""
+        wrong = (
+            (self.at_least is not None and value < self.at_least)
+            or (self.above is not None and value <= self.above)
+            or (self.at_most is not None and value > self.at_most)
+            or (self.below is not None and value >= self.below)
+        )
+        return self.text if wrong else None
+
+    @property
+    def text(self) -> str:
+        """The range in words."""
+        sides = (
+            ("at least", self.at_least),
+            ("above", self.above),
+            ("at most", self.at_most),
+            ("below", self.below),
+        )
+        return " and ".join(f"{word} {limit:g}" for word, limit in sides if limit is not None)
+
+
+BOUNDS: tuple[Bound, ...] = (
+    Bound(
+        "num_layers hidden_size num_attention_heads seq_length max_position_embeddings ffn_hidden_size kv_channels "
+        "num_query_groups vocab_size make_vocab_size_divisible_by tensor_model_parallel_size "
+        "pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
+        "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers num_layers_per_virtual_pipeline_stage "
+        "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_virtual_pipeline_stage "
+        "tiktoken_num_special_tokens micro_batch_size global_batch_size gradient_accumulation_steps train_tokens "
+        "lr_decay_tokens "
+        "train_iters train_samples eval_interval exit_interval log_interval recompute_num_layers save_interval "
+        "profile_pipeline_step keep_last save_retain_interval check_weight_hash_across_dp_replicas_interval "
+        "lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
+        "loss_scale_window hysteresis muon_num_ns_steps zero_shard_size muon_num_ns_steps mask_max_ngram",
+        at_least=1,
+    ),
+    Bound(
+        "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples lr_warmup_tokens weight_decay start_weight_decay "
+        "end_weight_decay clip_grad eval_iters ckpt_step seed num_workers eod_token num_token_types init_method_std "
+        "zero_prefetch_units",
+        at_least=0,
+    ),
+    Bound(
+        "norm_epsilon rotary_base adam_eps loss_scale initial_loss_scale min_loss_scale peak_tflops "
+        "muon_extra_scale_factor pipeline_memory_limit_gb distributed_timeout_minutes exit_duration_in_mins",
+        above=0,
+    ),
+    Bound(
+        "hidden_dropout attention_dropout adam_beta1 adam_beta2 sgd_momentum lion_beta1 lion_beta2 muon_momentum "
+        "lr_warmup_fraction",
+        at_least=0,
+        below=1,
+    ),
+    Bound("rotary_percent", above=0, at_most=1),
+    Bound("mask_prob", above=0, below=1),
+    Bound("short_seq_prob", at_least=0, at_most=1),
+)
+
+
+def single_option_problems(config: RunConfig) -> Iterator[str]:
+    """Sentences about values outside their own range or choices."""
+    for option, allowed in _violations(config):
+        yield (
+            f"{option.spelling} {option.value_in(config)} is outside its range ({option.flag.help.rstrip('.')}); "
+            f"it must be {allowed}."
+        )
+
+
+def wrong_options(config: RunConfig) -> frozenset[str]:
+    """The names of the options whose values are outside their own range or choices."""
+    return frozenset(option.name for option, _ in _violations(config))
+
+
+def with_defaults_where_wrong(config: RunConfig) -> RunConfig:
+    """The run with each value outside its range or choices set back, so that the other rules can go on."""
+    changes: dict[str, dict[str, object]] = {section: {} for section in SECTIONS}
+    for option, _ in _violations(config):
+        changes[option.section][option.name] = option.default
+    return RunConfig(**{section: replace(getattr(config, section), **changed) for section, changed in changes.items()})
+
+
+def _violations(config: RunConfig) -> Iterator[tuple[Option, str]]:
+    """Each option whose own value is impossible, with what it must be."""
+    for bound in BOUNDS:
+        for name in bound.names.split():
+            option = BY_NAME[name]
+            value = option.value_in(config)
+            violation = None if value is None else bound.violation(value)
+            if violation is not None:
+                yield option, violation
+    for option in OPTIONS:
+        choices = option.flag.choices
+        if choices and option.value_in(config) not in (None, *choices):
+            yield option, f"one of {', '.join(str(choice) for choice in choices)}"

@@ -1,0 +1,192 @@
+"""What must hold between the options of the model and of the layout.
+
+Each rule yields sentences. `given` is what the user said (values outside their own range set back to the default),
+`run` the same with all derived values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron3d.config.derive import model_parallel_size
+from megatron3d.config.rules.pipeline import PIPELINE_RULES
+from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.model import ModelConfig
+
+
+def attention_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Heads share the hidden size, groups share the heads, and rotations work on pairs."""
+    model = run.model
+    hidden, heads, groups = model.hidden_size, model.num_attention_heads, model.num_query_groups
+    if hidden and heads and given.model.kv_channels is None and hidden % heads:
+        below = hidden // heads * heads
+        sizes = f"{below} or {below + heads}" if below else str(heads)
+        yield (
+            f"--hidden-size {hidden} is not a multiple of --num-attention-heads {heads}, so heads have no whole size; "
+            f"use --hidden-size {sizes}, or give --kv-channels."
+        )
+    if heads and groups and heads % groups:
+        yield (
+            f"--num-query-groups {groups} does not divide --num-attention-heads {heads}; use one of "
+            f"{_divisors_text(heads)}."
+        )
+    if model.position_embedding_type == "rope" and model.kv_channels:
+        rotated = int(model.kv_channels * model.rotary_percent)
+        if rotated % 2 or rotated == 0:
+            yield (
+                f"--position-embedding-type rope rotates pairs, but --kv-channels {model.kv_channels} x "
+                f"--rotary-percent {model.rotary_percent:g} is {rotated}; choose them so that it is even and positive."
+            )
+
+
+def activation_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """One activation, in an MLP of some width."""
+    model = given.model
+    wanted = {
+        "--swiglu": ("swiglu", model.swiglu),
+        "--squared-relu": ("squared_relu", model.squared_relu),
+        "--openai-gelu": ("gelu_tanh", model.openai_gelu),
+        f"--activation {model.activation}": (model.activation, model.activation is not None),
+    }
+    asked = {flag: activation for flag, (activation, is_given) in wanted.items() if is_given}
+    if len(set(asked.values())) > 1:
+        yield f"{' and '.join(asked)} ask for different activations; give only one of them."
+    if run.model.ffn_hidden_size == 0:
+        yield (
+            f"--hidden-size {model.hidden_size} with {run.model.activation} gives an MLP of width 0; give "
+            "--ffn-hidden-size."
+        )
+
+
+def positions_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """A sample fits into the positions."""
+    length, positions = run.model.seq_length, run.model.max_position_embeddings
+    if length and positions and length > positions:
+        yield (
+            f"--seq-length {length} is longer than --max-position-embeddings {positions}; use --seq-length {positions} "
+            f"or --max-position-embeddings {length}."
+        )
+
+
+def architecture_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Options that belong to one architecture stand with that one."""
+    model = given.model
+    if model.architecture == "bert":
+        if run.model.has_binary_head and run.model.num_token_types == 1:
+            yield (
+                "--num-token-types 1 cannot tell the two sentences of a sample apart; use 2, 0 for no table at all, or "
+                "--bert-no-binary-head."
+            )
+        if model.norm_position == "post" and model.apply_residual_connection_post_layernorm:
+            yield (
+                "--apply-residual-connection-post-layernorm is about norms before each half of a block; leave it out, "
+                "or use --norm-position pre."
+            )
+        return
+    used = {
+        "--norm-position post": model.norm_position == "post",
+        "--bert-no-binary-head": not model.bert_binary_head,
+        f"--num-token-types {model.num_token_types}": bool(model.num_token_types),
+    }
+    for words in (words for words, is_used in used.items() if is_used):
+        yield f"{words} means nothing to a GPT; leave it out, or use pretrain_bert.py."
+
+
+def world_size_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """The ranks factor into tensor x pipeline x context x data."""
+    size, world = model_parallel_size(run.parallel), run.parallel.world_size
+    if world % size:
+        parallel = run.parallel
+        tp, pp, cp = (
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.context_parallel_size,
+        )
+        context, third = (f" x context {cp}", ", --context-parallel-size") if cp > 1 else ("", "")
+        above = -(-world // size) * size
+        counts = f"{above - size} or {above}" if above > size else str(above)
+        yield (
+            f"A world of {world} ranks is not a multiple of tensor {tp} x pipeline {pp}{context} = {size}; start "
+            f"{counts} ranks, or change --tensor-model-parallel-size{third} or --pipeline-model-parallel-size so that "
+            f"their product divides {world}."
+        )
+
+
+def tensor_parallel_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Each tensor-parallel rank gets the same number of heads, groups, FFN columns and, if so asked, positions."""
+    tp = run.parallel.tensor_model_parallel_size
+    for option, value in _sizes_cut_by_tensor_parallelism(run).items():
+        if value and value % tp:
+            yield (
+                f"{option} {value} is not a multiple of --tensor-model-parallel-size {tp}, which cuts it; use "
+                f"--tensor-model-parallel-size {_divisors_text(_common_size(run))}, or another {option}."
+            )
+
+
+def _sizes_cut_by_tensor_parallelism(run: RunConfig) -> dict[str, int | None]:
+    model: ModelConfig = run.model
+    sizes = {"--num-attention-heads": model.num_attention_heads, "--ffn-hidden-size": model.ffn_hidden_size}
+    if model.num_query_groups != model.num_attention_heads:
+        sizes["--num-query-groups"] = model.num_query_groups
+    if run.parallel.sequence_parallel:
+        sizes["--seq-length (with --sequence-parallel)"] = model.seq_length
+    return sizes
+
+
+def _common_size(run: RunConfig) -> int:
+    """The number whose divisors are the possible tensor-parallel sizes."""
+    return math.gcd(*(value for value in _sizes_cut_by_tensor_parallelism(run).values() if value))
+
+
+def unsupported_parallelism_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Degrees of parallelism that are known by name and not in this version."""
+    parallel = given.parallel
+    if parallel.context_parallel_size > 1:
+        yield (
+            f"--context-parallel-size {parallel.context_parallel_size} is not in this version; use 1, and "
+            "--sequence-parallel with --tensor-model-parallel-size for long sequences."
+        )
+    if parallel.expert_model_parallel_size > 1:
+        yield (
+            f"--expert-model-parallel-size {parallel.expert_model_parallel_size} is not in this version, which has no "
+            "mixtures of experts; use 1."
+        )
+
+
+def zero_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Groups that share state out are equal parts of the data-parallel ranks, and there is something to share."""
+    size, dp = run.parallel.zero_shard_size, run.parallel.data_parallel_size
+    if size is None:
+        return
+    if run.parallel.zero_stage == 0:
+        yield (
+            f"--zero-shard-size {size} shares nothing out with --zero-stage 0; give --zero-stage 1, 2 or 3, or leave "
+            "it out."
+        )
+    if dp % size:
+        yield (
+            f"--zero-shard-size {size} does not divide the {dp} data-parallel ranks; use {_divisors_text(dp)}, or "
+            "leave it out to share out over all of them."
+        )
+
+
+def _divisors_text(number: int) -> str:
+    """The divisors of a positive number as "1, 2 or 4"."""
+    divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
+    if len(divisors) > 8:
+        divisors = [*divisors[:7], f"another divisor of {number}"]
+    return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"
+
+
+MODEL_RULES = (
+    attention_rule,
+    activation_rule,
+    positions_rule,
+    architecture_rule,
+    world_size_rule,
+    tensor_parallel_rule,
+    *PIPELINE_RULES,
+    unsupported_parallelism_rule,
+    zero_rule,
+)

@@ -1,0 +1,54 @@
+"""What must hold between the options of the optimizer. Each rule yields sentences, as in `rules/run.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron3d.config.run import RunConfig
+
+_ADAM = ("adam", "adamw")
+
+
+def decoupling_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Only Adam has two ways of decaying weights, and AdamW is one of them."""
+    optim = run.optim
+    if not optim.decoupled_weight_decay and optim.optimizer != "adam":
+        yield (
+            f"--no-decoupled-weight-decay adds the decay to the gradient of Adam, and --optimizer {optim.optimizer} "
+            "does not; use --optimizer adam, or drop it."
+        )
+
+
+def moments_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """A moment that is to be kept in bf16 exists, and whoever keeps it can."""
+    optim = run.optim
+    scalar = optim.muon_scalar_optimizer if optim.optimizer == "muon" else optim.optimizer
+    for flag, dtype, owners in (
+        ("--exp-avg-dtype", optim.exp_avg_dtype, (*_ADAM, "lamb", "lion")),
+        ("--exp-avg-sq-dtype", optim.exp_avg_sq_dtype, (*_ADAM, "lamb")),
+    ):
+        if dtype != "fp32" and scalar not in owners:
+            yield (
+                f"{flag} {dtype} concerns a moment that --optimizer {optim.optimizer} does not keep; use one of "
+                f"{', '.join(owners)}, or drop it."
+            )
+        if dtype != "fp32" and optim.optimizer_implementation == "apex":
+            yield (
+                f"{flag} {dtype} is not for apex, whose moments are fp32; use --optimizer-implementation torch or "
+                "transformer-engine, or drop it."
+            )
+
+
+def implementation_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """Other implementations exist for Adam, and on GPUs."""
+    optim = run.optim
+    if optim.optimizer_implementation == "torch":
+        return
+    chosen = f"--optimizer-implementation {optim.optimizer_implementation}"
+    if optim.optimizer not in _ADAM:
+        yield f"{chosen} is an Adam, and --optimizer is {optim.optimizer}; use torch, or --optimizer adam."
+    if run.parallel.device == "cpu":
+        yield f"{chosen} runs on GPUs only, and --device is cpu; use torch, or --device cuda."
+
+
+OPTIMIZER_RULES = (decoupling_rule, moments_rule, implementation_rule)

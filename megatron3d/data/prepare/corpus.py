@@ -1,0 +1,224 @@
+"""Text corpora as they come: which files, in which format, cut into batches of documents for workers.
+
+Formats by ending: `.jsonl`/`.json` (one JSON object a line, one document an object), `.txt` (the whole file is one
+document under the key `text`), `.parquet` (a row is a document); the text formats also with `.gz` or `.zst`. Only a
+line feed ends a line, and a byte order mark counts only at the start of a file (`files/text.py`).
+Reading stays with one process and costs little; parsing the records is left to whoever gets the batch.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron3d.data.prepare.compressed import DAMAGE, decompressed
+from megatron3d.errors import ConfigError, DataError, install_extra
+from megatron3d.files import json_text
+from megatron3d.files.text import TextError, check_encoding, decode
+
+FORMATS = ".jsonl, .json, .txt (each also with .gz or .zst) and .parquet"
+_BATCH_BYTES = 1 << 18
+_BATCH_RECORDS = 1024
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Records in a row of one file, not yet parsed: lines of JSON as bytes, or the values of a row by key.
+
+    `line_numbers` counts lines (or rows, or documents) of the file from 1. `input_bytes` is how far the reading of
+    all files has come, in bytes on the disk.
+    """
+
+    path: str
+    line_numbers: list[int]
+    records: list[bytes | dict[str, Any]]
+    input_bytes: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """The texts of one key of one record: one, or several where the value is a list of sentences (`is_split`)."""
+
+    place: str
+    sentences: list[str]
+    is_split: bool
+
+
+def find_inputs(patterns: Sequence[str], *, note: Callable[[str], None]) -> list[Path]:
+    """The files that `--input` names, each a path or a glob (whose matches are sorted); a file named again, by
+    another spelling or link too, counts once, and `note` takes a line about it.
+
+    Raises: DataError if one names no file; ConfigError for a file of a format that cannot be read.
+    """
+    files: dict[str, Path] = {}
+    for pattern in patterns:
+        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
+        found = [Path(match) for match in matches if Path(match).is_file()]
+        if not found:
+            raise DataError(f"--input {pattern} names no file; give paths or globs of {FORMATS} files.")
+        for file in found:
+            first = files.setdefault(os.path.realpath(file), file)
+            if first is not file:
+                spelled = f" (as {first})" if first != file else ""
+                note(f"--input {pattern}: {file} is named already{spelled}; it is read once, at its first place.")
+    for file in files.values():
+        if _kind(file) not in (".jsonl", ".json", ".txt", ".parquet"):
+            raise ConfigError(f"--input {file} has an ending that is not known; the formats are {FORMATS}.")
+    return list(files.values())
+
+
+def read_batches(files: Sequence[Path], keys: Sequence[str]) -> Iterator[RawBatch]:
+    """The records of all files in order, in batches of about 256 KiB.
+
+    Raises: DataError if a file cannot be decompressed to its end, or read; ConfigError if parquet is not installed.
+    """
+    bytes_before = 0
+    for file in files:
+        try:
+            if _kind(file) == ".parquet":
+                yield from _read_parquet(file, keys, bytes_before)
+            else:
+                yield from _read_text(file, bytes_before)
+        except DAMAGE as error:
+            raise DataError(
+                f"{file} is damaged or truncated: it cannot be decompressed ({error}). Copy or fetch it again."
+            ) from error
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
+        bytes_before += file.stat().st_size
+
+
+def parse_documents(batch: RawBatch, key: str) -> list[Document]:
+    """The documents of `batch` under `key`, in order.
+
+    Raises: DataError naming file and line for a record that is no JSON object, lacks the key, or has something else
+    than text (or a list of texts) there.
+    """
+    places = [f"{batch.path}, line {number}" for number in batch.line_numbers]
+    objects = [_parse(record, place) for record, place in zip(batch.records, places)]
+    return [
+        Document(place, _sentences(values, key, place), is_split=isinstance(values[key], list))
+        for values, place in zip(objects, places)
+    ]
+
+
+def iterate_texts(files: Sequence[Path], key: str) -> Iterator[str]:
+    """Every text under `key` of all files, in order, parsed here. Raises as the two functions above."""
+    for batch in read_batches(files, [key]):
+        for document in parse_documents(batch, key):
+            yield from document.sentences
+
+
+def _kind(file: Path) -> str:
+    """The ending that says the format, without that of the compression."""
+    suffixes = file.suffixes
+    return (suffixes[-2:-1] or [""])[0] if suffixes and suffixes[-1] in (".gz", ".zst") else file.suffix
+
+
+def _read_text(file: Path, bytes_before: int) -> Iterator[RawBatch]:
+    """Batches of lines of JSON, or the one document of a text file."""
+    with open(file, "rb") as raw, decompressed(raw, file.suffix) as stream:
+        if _kind(file) == ".txt":
+            record = {"text": _decode(stream.read(), str(file))}
+            yield RawBatch(str(file), [1], [record], bytes_before + file.stat().st_size)
+            return
+        numbers, lines, size = [], [], 0
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = _without_mark(line, file)
+            if not line.strip():
+                continue
+            numbers.append(number)
+            lines.append(line)
+            size += len(line)
+            if size >= _BATCH_BYTES or len(lines) >= _BATCH_RECORDS:
+                yield RawBatch(str(file), numbers, lines, bytes_before + raw.tell())
+                numbers, lines, size = [], [], 0
+        if lines:
+            yield RawBatch(str(file), numbers, lines, bytes_before + raw.tell())
+
+
+def _read_parquet(file: Path, keys: Sequence[str], bytes_before: int) -> Iterator[RawBatch]:
+    """Batches of rows, with the columns `keys` alone."""
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+        arrow = importlib.import_module("pyarrow")
+    except ImportError as error:
+        raise ConfigError(
+            f"--input {file} needs the package pyarrow to be read; run: {install_extra('parquet')}"
+        ) from error
+    try:
+        table = parquet.ParquetFile(file)
+        missing = [key for key in keys if key not in table.schema_arrow.names]
+        if missing:
+            raise DataError(
+                f"{file} has no column {', '.join(missing)}; its columns are {', '.join(table.schema_arrow.names)}, "
+                f"name one with --json-keys."
+            )
+        done, total = 0, max(1, table.metadata.num_rows)
+        for part in table.iter_batches(batch_size=_BATCH_RECORDS, columns=list(keys)):
+            rows = part.to_pylist()
+            done += len(rows)
+            numbers = list(range(done - len(rows) + 1, done + 1))
+            yield RawBatch(str(file), numbers, rows, bytes_before + file.stat().st_size * done // total)
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{file} cannot be read as parquet ({error}).") from error
+
+
+def _parse(record: bytes | dict[str, Any], place: str) -> dict[str, Any]:
+    """The values of a record by key."""
+    if isinstance(record, dict):
+        return record
+    try:
+        values = json_text.parse(record)
+    except ValueError as error:
+        raise DataError(f"{place}: this is no JSON ({error}); each line must hold one JSON object.") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{place}: this is a JSON {type(values).__name__}; each line must hold one JSON object.")
+    return values
+
+
+def _sentences(values: dict[str, Any], key: str, place: str) -> list[str]:
+    """The text or texts under `key`."""
+    if key not in values:
+        raise DataError(f"{place}: there is no key {key!r}, only {', '.join(values)}; name one with --json-keys.")
+    value = values[key]
+    sentences = value if isinstance(value, list) else [value]
+    if not all(isinstance(sentence, str) for sentence in sentences):
+        raise DataError(f"{place}: {key!r} is {value!r:.40}, not a text or a list of texts.")
+    for sentence in sentences:
+        _check_unicode(sentence, place)
+    return sentences
+
+
+def _check_unicode(text: str, place: str) -> None:
+    """JSON can spell half of a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: character {error.start} is {text[error.start]!a}, half of a surrogate pair; remove it."
+        ) from error
+
+
+def _without_mark(line: bytes, file: Path) -> bytes:
+    """The first line of a file without its byte order mark. Raises: DataError for the mark of another encoding."""
+    try:
+        check_encoding(line[:4])
+    except TextError as error:
+        raise DataError(f"{file} cannot be read as text: {error}.") from error
+    return line.removeprefix(codecs.BOM_UTF8)
+
+
+def _decode(content: bytes, place: str) -> str:
+    """The text of a whole file."""
+    try:
+        return decode(content)
+    except TextError as error:
+        raise DataError(f"{place} cannot be read as text: {error}.") from error
