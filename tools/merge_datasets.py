@@ -7,8 +7,9 @@ python tools/merge_datasets.py --inputs a_text_document b_text_document --output
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron3d.data.indexed import IndexedDataset, IndexedDatasetWriter
@@ -37,6 +38,21 @@ def find_prefixes(directory: Path) -> list[str]:
     return [str(name) for name in sorted(names)]
 
 
+def distinct_prefixes(prefixes: Sequence[str], *, note: Callable[[str], None]) -> list[str]:
+    """The prefixes without those whose files an earlier one names, by another spelling or link too.
+
+    `note` takes a line about each: the result would hold its documents twice.
+    """
+    found: dict[tuple[str, ...], str] = {}
+    for prefix in prefixes:
+        files = tuple(os.path.realpath(f"{prefix}{ending}") for ending in (".bin", ".idx"))
+        if files in found:
+            spelled = f" (as {found[files]})" if found[files] != prefix else ""
+            note(f"{prefix} is named already{spelled}; it is merged once, at its first place.")
+        found.setdefault(files, prefix)
+    return list(found.values())
+
+
 def merge(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:
     """Write all documents of `prefixes` to `output_prefix` and open the result.
 
@@ -61,7 +77,7 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:
 
 def run(args: argparse.Namespace) -> None:
     """Merge and say what was written."""
-    prefixes = args.inputs or find_prefixes(args.input)
+    prefixes = distinct_prefixes(args.inputs or find_prefixes(args.input), note=print)
     merged = merge(prefixes, args.output_prefix)
     print(
         f"wrote {args.output_prefix}.bin and .idx: {len(prefixes)} inputs, {merged.num_documents:,} documents, "

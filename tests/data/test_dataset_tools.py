@@ -40,6 +40,23 @@ def test_merged_documents_follow_each_other(tmp_path: Path, merge: ModuleType) -
     assert [given.document(k).tolist() for k in (0, 1, 2, 5001)] == [[1, 2], [], [3], [3]]
 
 
+def test_an_input_that_is_named_twice_is_merged_once_and_reported(
+    tmp_path: Path, merge: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_documents(tmp_path / "a", [[1, 2], [3]])
+    write_documents(tmp_path / "b", [[4]])
+    for ending in (".bin", ".idx"):
+        (tmp_path / f"link{ending}").symlink_to(tmp_path / f"a{ending}")
+    monkeypatch.chdir(tmp_path)
+    assert merge.main(["--inputs", "a", "b", "a", str(tmp_path / "a"), "link", "--output-prefix", "c"]) == 0
+    merged = IndexedDataset(tmp_path / "c")
+    assert [merged.document(k).tolist() for k in range(merged.num_documents)] == [[1, 2], [3], [4]]
+    said = capsys.readouterr().out
+    assert "a is named already; it is merged once, at its first place." in said
+    assert "link is named already (as a); it is merged once" in said and said.count("is named already") == 3
+    assert "2 inputs, 3 documents" in said
+
+
 def test_merged_bytes_are_those_of_megatron_core(tmp_path: Path, merge: ModuleType) -> None:
     theirs = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="needs megatron-core")
     inputs = [tmp_path / "a", tmp_path / "b"]
