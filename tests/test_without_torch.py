@@ -18,8 +18,8 @@ TOOLS = (
     *("merge_datasets", "preprocess_data", "quickstart_corpus", "serve_classifier", "show_schedule", "train_tokenizer"),
     "verify_checkpoint",
 )
-# Its words that are no options of its own are read beside the files of the task, behind torch.
-HELP_ALONE = ("finetune_glue",)
+# What ranks of a job run, with a flag of each. A mistake ends the process, so that each call needs one of its own.
+OF_RANKS = {"tools/finetune_glue.py": "--epochs", "pretrain_bert.py": "--mask-prob", "pretrain_gpt.py": "--num-layers"}
 # What each of them must be given; a subcommand has the flags of convert_checkpoint.
 FIRST = {"convert_checkpoint": ["hf-import"]}
 
@@ -47,8 +47,8 @@ print(json.dumps(found))
 def answers() -> dict[str, dict[str, tuple[int, str]]]:
     """For `--help` and a flag that no tool has: exit code and text of each tool."""
     found = {}
-    for last, names in (("--help", (*TOOLS, *HELP_ALONE)), ("--no-such-flag=1", TOOLS)):
-        tools = json.dumps({f"tools/{tool}.py": FIRST.get(tool, []) for tool in names})
+    for last in ("--help", "--no-such-flag=1"):
+        tools = json.dumps({f"tools/{tool}.py": FIRST.get(tool, []) for tool in TOOLS})
         command = [sys.executable, "-c", PROGRAM, tools, last]
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert ran.returncode == 0, ran.stderr
@@ -57,11 +57,11 @@ def answers() -> dict[str, dict[str, tuple[int, str]]]:
 
 
 def test_no_tool_is_left_out() -> None:
-    others = {*HELP_ALONE, "torchrun", "check_docs"}  # torchrun is torch's own launcher
+    others = {"finetune_glue", "torchrun", "check_docs"}  # torchrun is torch's own launcher
     assert {path.stem for path in (ROOT / "tools").glob("*.py")} - others == set(TOOLS)
 
 
-@pytest.mark.parametrize("tool", (*TOOLS, *HELP_ALONE))
+@pytest.mark.parametrize("tool", TOOLS)
 def test_help_of_a_tool_needs_no_torch(answers: dict[str, dict[str, tuple[int, str]]], tool: str) -> None:
     code, said = answers["--help"][f"tools/{tool}.py"]
     assert code == 0 and "usage:" in said
@@ -75,18 +75,23 @@ def test_a_misspelt_flag_is_named_without_torch(answers: dict[str, dict[str, tup
     assert "--no-such-flag" in said or "the following arguments are required" in said or "is required" in said
 
 
-def test_options_of_a_run_are_read_and_checked_without_torch() -> None:
+@pytest.mark.parametrize("script", OF_RANKS)
+def test_programs_of_ranks_need_no_torch_for_help_and_mistakes(script: str) -> None:
     program = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from megatron3d.config.cli import read_command, settle\n"
-        "import megatron3d.train.vocabulary, megatron3d.config.serialize\n"
-        "from megatron3d.errors import ConfigError\n"
-        "try: settle(read_command(['--num-layer', '2'], program='pretrain_gpt.py', description='t'), 1)\n"
-        "except ConfigError as error: print(error)\n"
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, ran.stderr
-    assert "--num-layer 2 is unknown; did you mean --num-layers?" in ran.stdout
+
+    def ran(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, script, *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    helped = ran("--help")
+    assert helped.returncode == 0 and OF_RANKS[script] in helped.stdout and not helped.stderr
+    mistaken = ran("--num-layer", "2", "--tensor-model-parallel-size", "3")
+    assert mistaken.returncode == 2 and not mistaken.stdout
+    assert "--num-layer 2 is unknown; did you mean --num-layers?" in mistaken.stderr
+    assert "A world of 1 ranks is not a multiple of tensor 3" in mistaken.stderr
 
 
 def test_names_that_tools_offer_without_torch_are_those_of_the_package() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from megatron3d.tasks.glue.tasks import GLUE_TASKS
 from tests.runs.harness import exit_status
 from tests.tasks.small import USUAL, VOCABULARY, bert, bert_classifier, tool, write_hf, write_task
 
@@ -82,6 +83,30 @@ def test_an_option_that_cannot_be_is_refused(hf: Path, sst: Path, options: str, 
     ended = tool(USUAL, "--hf", hf, "--data-dir", sst, options)
     assert ended.code == BAD_OPTION and not ended.out
     ended.says("error: ", *fragments)
+
+
+def test_all_that_is_wrong_with_the_words_is_reported_at_once() -> None:
+    ended = tool(
+        "--epoch 3 --seeds 1 x --max-seq-len 9 --num_train_epochs 3 --token-dropout 2 --num-layer 3 --hidden-size 65",
+        "--bf16 --fp16 --tensor-model-parallel-size 3 --train-iters 5 --device cpu --hf a --load b",
+    )
+    assert ended.code == BAD_OPTION and not ended.out
+    assert ended.err.removeprefix("error: ").splitlines() == [
+        "--seeds: invalid int value: 'x'; --help lists the options of the task.",
+        "--epoch 3 is unknown; did you mean --epochs?",
+        "--max-seq-len 9 is unknown; did you mean --max-seq-length?",
+        "--num_train_epochs 3 is unknown; did you mean --epochs?",
+        "--num-layer 3 is unknown; did you mean --num-layers?",
+        "--token-dropout 2 is no probability below 1; use 0 to hide nothing.",
+        "--load CHECKPOINT or --hf DIRECTORY says which model is fine-tuned, and both are given; give one of them.",
+        f"--task is missing; give one of {', '.join(GLUE_TASKS)}, or tsv for files of your own.",
+        "--hidden-size 65: the model comes with --load or --hf; leave the option out.",
+        "--train-iters 5 is not for fine-tuning; use --epochs.",
+        "--lr is missing (Peak learning rate); give it.",
+        "A world of 1 ranks is not a multiple of tensor 3 x pipeline 1 = 3; start 3 ranks, or change "
+        "--tensor-model-parallel-size or --pipeline-model-parallel-size so that their product divides 1.",
+        "--bf16 and --fp16 are both given, but the layers compute in one precision; give only one of them.",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.errors import ConfigError, Megatron3dError
 from megatron3d.models.bert_classifier import build_bert_classifier_stage
+from megatron3d.tasks.glue.command import read_task_command
 from megatron3d.tasks.glue.encode import Encoded
 from megatron3d.tasks.glue.job import Job, settle
-from megatron3d.tasks.glue.options import task_parser
 from megatron3d.tasks.glue.order import padded_share, training_steps
 from megatron3d.tasks.glue.weights import fill
 from megatron3d.train.parts import build_parts
@@ -110,8 +110,8 @@ def settled(args: argparse.Namespace) -> Job:
     """The fine-tuning as tools/finetune_glue.py settles it."""
     words = ["--task", args.task, "--data-dir", args.data_dir, "--hf", args.hf, "--epochs", "1", "--lr", str(args.lr)]
     words += ["--global-batch-size", str(args.batch_size), "--max-seq-length", str(args.max_seq_length)]
-    own, others = task_parser().parse_known_args([*words, "--device", "cpu", "--seed", str(SEED)])
-    return settle(own, others, 1, say=partial(print, file=sys.stderr))
+    words += ["--device", "cpu", "--seed", str(SEED)]
+    return settle(read_task_command(words, 1, log=partial(print, file=sys.stderr)), 1)
 
 
 def chosen(samples: Encoded, count: int) -> np.ndarray:

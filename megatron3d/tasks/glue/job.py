@@ -7,31 +7,29 @@ option but comes with the weights.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
 
 from megatron3d.comm.device import likely_device_type
 from megatron3d.config.check import resolve
-from megatron3d.config.cli import read_command
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.convert.hf import digest_of_tensors
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import ConfigError, DataError
+from megatron3d.tasks.glue.command import TaskCommand
 from megatron3d.tasks.glue.encode import Encoded, encode
 from megatron3d.tasks.glue.finetune import TaskData
 from megatron3d.tasks.glue.metrics import require_libraries
-from megatron3d.tasks.glue.options import UNREAD, option_problems, unread_problems
+from megatron3d.tasks.glue.options import columns_of
 from megatron3d.tasks.glue.order import num_steps
 from megatron3d.tasks.glue.read import Rows, distinct_labels, read_rows
-from megatron3d.tasks.glue.tasks import CUSTOM, CustomColumns, Task, custom_task, find_task
+from megatron3d.tasks.glue.tasks import CUSTOM, Task, custom_task, find_task
 from megatron3d.tasks.glue.vocabulary import choose_tokenizer
 from megatron3d.tasks.glue.weights import Origin, new_prefixes, open_checkpoint, open_hf
-
-_SHORTEST = 8  # tokens; a pair needs three special ones and some of its own
 
 
 @dataclass(frozen=True)
@@ -65,30 +63,18 @@ class Job:
         return found if tensors is None else {**found, "the weights": digest_of_tensors(tensors)}
 
 
-def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int, *, say: Callable[[str], None]) -> Job:
+def settle(command: TaskCommand, world_size: int) -> Job:
     """Read files, weights' shapes and options, and find what is wrong with them.
 
     Args:
-        args: the task's own options, see `tools/finetune_glue.py`.
-        other_words: the options of pretraining.
+        command: the options.
         world_size: ranks of the job.
-        say: takes lines about options without effect.
 
     Raises:
         ConfigError, DataError, CheckpointError: an option, a file or the weights cannot be used.
     """
     require_libraries()
-    command = read_command(
-        [word for word in other_words if word not in UNREAD],
-        program="finetune_glue.py",
-        description="Fine-tune a BERT.",
-        say=say,
-        architecture="bert",
-    )
-    words = command.run
-    problems = [*unread_problems(other_words), *command.problems, *option_problems(args, words)]
-    if problems:
-        raise ConfigError("\n".join(problems))
+    args, words = command.args, command.run
     origin = _origin(args, words)
     task, folder = _task_and_folder(args, origin)
     _check_classifier(args, origin, task)
@@ -103,9 +89,8 @@ def settle(args: argparse.Namespace, other_words: Sequence[str], world_size: int
         dev_digests={ending: one.digest() for ending, one in rows.dev.items()},
     )
     options = replace(data_options, train_data_path=(str(rows.train.path if rows.train else folder),))
-    runs = tuple(
-        _run(args, words, origin, data, replace(options, seed=seed), world_size) for seed in _seeds(args, words)
-    )
+    seeds = args.seeds or (words.data.seed,)
+    runs = tuple(_run(args, words, origin, data, replace(options, seed=seed), world_size) for seed in seeds)
     return Job(
         task=task,
         origin=origin,
@@ -173,33 +158,15 @@ def _writable(folder: Path) -> Path:
 
 def _task_and_folder(args: argparse.Namespace, origin: Origin) -> tuple[Task, Path]:
     """The task, and where its files are."""
-    own = {
-        "--train-file": args.train_file,
-        "--dev-file": args.dev_file,
-        "--test-file": args.test_file,
-        "--labels": args.labels,
-        "--metric": args.metric,
-        "--regression": args.regression,
-        "--second-text-column": args.second_text_column,
-    }
     if args.task != CUSTOM:
-        given = [flag for flag, value in own.items() if value]
-        if given:
-            raise ConfigError(f"{given[0]} belongs to --task {CUSTOM}; leave it out with --task {args.task}.")
         task = find_task(args.task)
-        if args.data_dir is None:
-            raise ConfigError(f"--task {task.name} needs --data-dir, the folder of its TSV files; give it.")
         return task, _folder(Path(args.data_dir), task)
-    if args.dev_file is None or (args.epochs > 0 and args.train_file is None):
-        missing = "--dev-file" if args.dev_file is None else "--train-file"
-        raise ConfigError(f"--task {CUSTOM} needs {missing}; give the path of a TSV file with a header line.")
-    texts = tuple(filter(None, (args.text_column, args.second_text_column)))
     labels = tuple(args.labels or ())
     if not labels and not args.regression and not args.epochs:
         labels = tuple((origin.task or {}).get("labels", ()))
     if not labels and not args.regression:
         labels = distinct_labels(Path(args.train_file or args.dev_file), args.label_column)
-    columns = CustomColumns(texts, args.label_column, labels, args.regression, tuple(args.metric or ()))
+    columns = columns_of(args, labels)
     return custom_task(columns, train=args.train_file, dev=args.dev_file, test=args.test_file), Path()
 
 
@@ -217,11 +184,6 @@ def _folder(given: Path, task: Task) -> Path:
 
 def _origin(args: argparse.Namespace, words: RunConfig) -> Origin:
     load = words.checkpoint.load
-    if (load is None) == (args.hf is None):
-        state = "neither is given" if load is None else "both are given"
-        raise ConfigError(
-            f"--load CHECKPOINT or --hf DIRECTORY says which model is fine-tuned, and {state}; give one of them."
-        )
     if load is None:
         origin = open_hf(args.hf, needs_tokenizer=words.data.tokenizer_type is None)
     else:
@@ -258,8 +220,6 @@ def _max_length(wanted: int, origin: Origin, multiple: int) -> int:
             f"--max-seq-length {wanted} is longer than the {positions} positions of the model in {origin.path} allow"
             f"{padded}; use --max-seq-length {longest}, or a model with more positions."
         )
-    if wanted < _SHORTEST:
-        raise ConfigError(f"--max-seq-length {wanted} leaves no room for a text; use at least {_SHORTEST}.")
     return wanted
 
 
@@ -272,8 +232,6 @@ class _Files:
 
 def _read(args: argparse.Namespace, task: Task, folder: Path) -> _Files:
     skip = {"skip_bad_rows": args.skip_bad_rows}
-    if task.name == CUSTOM and args.predict is not None and not task.test:
-        raise ConfigError(f"--predict {args.predict} needs --test-file, the texts to be labelled; give it.")
     train = read_rows(folder / task.train, task, labelled=True, **skip) if args.epochs else None
     dev = {ending: read_rows(folder / name, task, labelled=True, **skip) for ending, name in task.dev.items()}
     test = {}
@@ -282,14 +240,6 @@ def _read(args: argparse.Namespace, task: Task, folder: Path) -> _Files:
         wanted = {name: folder / file for name, file in task.test.items() if name != "AX" or (folder / file).is_file()}
         test = {name: read_rows(path, task, labelled=False) for name, path in wanted.items()}
     return _Files(train, dev, test)
-
-
-def _seeds(args: argparse.Namespace, words: RunConfig) -> tuple[int, ...]:
-    if args.seeds is None:
-        return (words.data.seed,)
-    if len(set(args.seeds)) < len(args.seeds):
-        raise ConfigError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice; give different ones.")
-    return tuple(args.seeds)
 
 
 def _run(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
 
 from megatron3d.config.options import OPTIONS
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
-from megatron3d.tasks.glue.tasks import CUSTOM, GLUE_TASKS, METRICS
+from megatron3d.tasks.glue.tasks import CUSTOM, GLUE_TASKS, METRICS, CustomColumns, custom_task, find_task
+
+_SHORTEST = 8  # tokens; a pair needs three special ones and some of its own
 
 # Of these sections of the options of pretraining, what fine-tuning takes; others would be without effect.
 _TAKEN = {
@@ -20,7 +21,8 @@ _TAKEN = {
     "data": {"tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "seed"},
     "checkpoint": {"save", "load", "ckpt_step"},
 }
-_INSTEAD = {
+# Options that something of the task stands for.
+INSTEAD = {
     "train_iters": "use --epochs",
     "train_samples": "use --epochs",
     "train_tokens": "use --epochs",
@@ -39,22 +41,18 @@ _INSTEAD = {
 UNREAD = {"--use-checkpoint-args": "the options of the model come with --load or --hf anyway; leave the option out"}
 
 
-class _TaskParser(argparse.ArgumentParser):
-    """argparse that raises our error: it is then printed once for a machine, and not by every rank with the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ConfigError; argparse's own messages name the flag and its value."""
-        raise ConfigError(f"{message[0].upper()}{message[1:]}; --help lists the options of the task.")
-
-
 def task_parser() -> argparse.ArgumentParser:
-    """The parser of the task's own options; what it leaves over are those of pretraining."""
-    p = _TaskParser(
+    """The parser of the task's own options; what it leaves over are those of pretraining.
+
+    It raises argparse.ArgumentError for a value that it cannot read, and neither prints nor exits.
+    """
+    p = argparse.ArgumentParser(
+        exit_on_error=False,
         description="Fine-tune a BERT on a task of GLUE or on TSV files of your own.",
         epilog="All other options are those of pretrain_bert.py: see its --help, and docs/glue.md.",
         allow_abbrev=False,
     )
-    p.add_argument("--task", required=True, metavar="NAME", help=f"{', '.join(GLUE_TASKS)}, or {CUSTOM} for your files")
+    p.add_argument("--task", metavar="NAME", help=f"{', '.join(GLUE_TASKS)}, or {CUSTOM} for your files")
     p.add_argument("--data-dir", metavar="DIR", help="folder of the official TSV files, or the one it is in")
     p.add_argument("--hf", metavar="DIR", help="start from a Hugging Face directory (or from --load CHECKPOINT)")
     p.add_argument(
@@ -109,7 +107,7 @@ def option_problems(args: argparse.Namespace, words: RunConfig) -> list[str]:
         args: the task's own options.
         words: the options of pretraining as they were given.
     """
-    problems = _problems_of_numbers(args, words)
+    problems = [*_problems_of_numbers(args, words), *_problems_of_origin(args, words), *_problems_of_task(args)]
     for option in OPTIONS:
         value = option.value_in(words)
         if value == option.default or option.name == "architecture":
@@ -117,8 +115,8 @@ def option_problems(args: argparse.Namespace, words: RunConfig) -> list[str]:
         if words.checkpoint.use_checkpoint_args and option.section in ("model", "data"):
             continue  # perhaps the checkpoint's and not the user's: a config file may ask for that
         given = f"{option.spelling} {value}"
-        if option.name in _INSTEAD:
-            problems.append(f"{given} is not for fine-tuning; {_INSTEAD[option.name]}.")
+        if option.name in INSTEAD:
+            problems.append(f"{given} is not for fine-tuning; {INSTEAD[option.name]}.")
         elif option.section == "model":
             problems.append(f"{given}: the model comes with --load or --hf; leave the option out.")
         elif option.section in _TAKEN and option.name not in _TAKEN[option.section]:
@@ -156,6 +154,56 @@ def _problems_of_numbers(args: argparse.Namespace, words: RunConfig) -> list[str
             f"--eval-interval {args.eval_interval} is below 1; give a number of steps, or leave it out to measure "
             "after each epoch alone."
         )
+    if args.max_seq_length < _SHORTEST:
+        problems.append(f"--max-seq-length {args.max_seq_length} leaves no room for a text; use at least {_SHORTEST}.")
+    if args.seeds is not None and len(set(args.seeds)) < len(args.seeds):
+        problems.append(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice; give different ones.")
     if args.pad_to_multiple_of is not None and args.pad_to_multiple_of < 1:
         problems.append(f"--pad-to-multiple-of {args.pad_to_multiple_of} is below 1; use 1 for no such padding.")
     return problems
+
+
+def _problems_of_origin(args: argparse.Namespace, words: RunConfig) -> Iterator[str]:
+    load = words.checkpoint.load
+    if (load is None) == (args.hf is None):
+        state = "neither is given" if load is None else "both are given"
+        yield f"--load CHECKPOINT or --hf DIRECTORY says which model is fine-tuned, and {state}; give one of them."
+
+
+def _problems_of_task(args: argparse.Namespace) -> Iterator[str]:
+    if args.task is None:
+        yield f"--task is missing; give one of {', '.join(GLUE_TASKS)}, or {CUSTOM} for files of your own."
+    elif args.task == CUSTOM:
+        yield from _problems_of_own_files(args)
+    else:
+        own = ("train_file", "dev_file", "test_file", "labels", "metric", "regression", "second_text_column")
+        given = [f"--{name.replace('_', '-')}" for name in own if vars(args)[name]]
+        if given:
+            verb = "belongs" if len(given) == 1 else "belong"
+            yield f"{', '.join(given)} {verb} to --task {CUSTOM}; leave it out with --task {args.task}."
+        try:
+            name = find_task(args.task).name
+        except ConfigError as error:
+            yield str(error)
+            return
+        if args.data_dir is None:
+            yield f"--task {name} needs --data-dir, the folder of its TSV files; give it."
+
+
+def _problems_of_own_files(args: argparse.Namespace) -> Iterator[str]:
+    needed = {"--dev-file": args.dev_file, "--train-file": args.train_file if args.epochs > 0 else ""}
+    missing = [flag for flag, path in needed.items() if path is None]
+    if missing:
+        yield f"--task {CUSTOM} needs {' and '.join(missing)}; give the path of a TSV file with a header line."
+    if args.predict is not None and args.test_file is None:
+        yield f"--predict {args.predict} needs --test-file, the texts to be labelled; give it."
+    try:
+        custom_task(columns_of(args, args.labels or ()), train=args.train_file, dev="", test=args.test_file)
+    except ConfigError as error:
+        yield str(error)
+
+
+def columns_of(args: argparse.Namespace, labels: Sequence[str]) -> CustomColumns:
+    """The columns of the user's own files; `labels` are the classes, none in a regression."""
+    texts = tuple(filter(None, (args.text_column, args.second_text_column)))
+    return CustomColumns(texts, args.label_column, tuple(labels), args.regression, tuple(args.metric or ()))
