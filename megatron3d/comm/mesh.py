@@ -1,4 +1,4 @@
-"""Mesh: a layout with live process groups, one `Axis` per kind of parallelism.
+"""Mesh: a layout with live process groups, one `Axis` for each row of `layout.AXES`.
 
 A layer receives the one axis it needs, never the mesh and never a global, so two layouts can live in one process.
 An axis of size 1 has no group and its collectives are the identity: the same code is the single-process reference.
@@ -14,8 +14,12 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron3d.comm.layout import AXES, Layout
+from megatron3d.comm.layout import AXES, GRID, Layout
 from megatron3d.comm.meter import Meter
+
+# These collectives run beside others of the same ranks: a tied table's reduction beside messages between stages, what
+# all ranks agree on beside reductions of gradients. So they have a group of their own even where the ranks are equal.
+_OWN_GROUP = ("tied", "world")
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,7 @@ class Axis:
     """The ranks that this rank shares one kind of work with.
 
     Attributes:
-        name: "tp", "cp", "dp", "pp", "shard" and "replica" (the two axes that hierarchical ZeRO cuts dp into), "tied"
-            (holders of the tied embedding), "world", or "alone" (this rank by itself).
+        name: a name of `layout.AXES`, or "alone" (this rank by itself).
         size: number of ranks.
         rank: own position among them.
         ranks: their global ranks, in order.
@@ -42,24 +45,31 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """A layout as one rank sees it.
-
-    `shard` are the data-parallel ranks that share ZeRO's state out (`dp` itself where that is all of them) and
-    `replica` those that own the same part.
-    """
+    """A layout as one rank sees it: the axes of `layout.AXES` by their names, and `alone`, this rank by itself."""
 
     layout: Layout
     rank: int
+    meter: Meter
+    alone: Axis
     tp: Axis
+    kv: Axis
     cp: Axis
-    dp: Axis
     pp: Axis
+    batch: Axis
+    grad: Axis
     shard: Axis
     replica: Axis
-    alone: Axis
+    expert_tp: Axis
+    expert: Axis
+    expert_grad: Axis
+    expert_shard: Axis
+    expert_replica: Axis
     tied: Axis
     world: Axis
-    meter: Meter
+
+    def axis(self, name: str) -> Axis:
+        """The axis of a name of `layout.AXES`."""
+        return {one.name: one for one in vars(self).values() if isinstance(one, Axis)}[name]
 
     @property
     def is_last_stage(self) -> bool:
@@ -68,49 +78,37 @@ class Mesh:
 
     def __str__(self) -> str:
         position = self.layout.coordinates(self.rank)
-        where = ", ".join(f"{axis} {position[axis]}" for axis in AXES if self.layout.size(axis) > 1)
+        where = ", ".join(f"{name} {position[name]}" for name in GRID if self.layout.degree(name) > 1)
         return f"rank {self.rank} of {self.layout.world_size} ({self.layout}{': ' + where if where else ''})"
 
 
 def make_mesh(layout: Layout, *, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
     """Build the groups of a layout; every rank of the initialised process group must call this in the same order.
 
+    Axes with the same groups of ranks share their process groups, apart from `tied` and `world`.
+
     Args:
         layout: its world size must be that of the default process group, or 1 in a process without one.
         timeout: after this long a collective of these groups fails.
+
+    Raises:
+        ValueError: the layout has another number of ranks.
     """
     initialised = dist.is_initialized()
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if initialised else (1, 0)
     if layout.world_size != world_size:
         raise ValueError(f"layout {layout} needs {layout.world_size} ranks, there are {world_size}")
-    meter = Meter()
+    meter, made, axes = Meter(), {}, {}
+    for name in AXES:
+        ranks, groups = layout.ranks_along(name, rank), tuple(layout.groups(name))
+        key = (name if name in _OWN_GROUP else "", groups)
+        if key not in made:
+            made[key] = _new_groups(groups, timeout)
+        axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, made[key] if len(ranks) > 1 else None, meter)
+    return Mesh(layout, rank, meter, Axis("alone", 1, 0, (rank,), None, meter), **axes)
 
-    def axis(name: str, groups: list[tuple[int, ...]]) -> Axis:
-        mine = next(group for group in groups if rank in group)
-        shared = [list(group) for group in groups if len(group) > 1]
-        group = None
-        if shared:
-            found, _ = dist.new_subgroups_by_enumeration(shared, timeout=timeout)
-            group = found if len(mine) > 1 else None
-        return Axis(name, len(mine), mine.index(rank), mine, group, meter)
 
-    axes = {name: axis(name, layout.groups(name)) for name in AXES}
-    alone = Axis("alone", 1, 0, (rank,), None, meter)
-    shard, replica = axes["dp"], alone
-    if layout.shard_size == 1:
-        shard, replica = alone, axes["dp"]
-    elif layout.shard_size < layout.dp:
-        shard, replica = axis("shard", layout.shard_groups()), axis("replica", layout.replica_groups())
-    tied = axis("tied", layout.tied_groups())
-    world = axis("world", [tuple(range(world_size))])
-    return Mesh(
-        layout=layout,
-        rank=rank,
-        shard=shard,
-        replica=replica,
-        alone=alone,
-        tied=tied,
-        world=world,
-        meter=meter,
-        **axes,
-    )
+def _new_groups(groups: tuple[tuple[int, ...], ...], timeout: timedelta) -> dist.ProcessGroup | None:
+    """Make process groups of the groups of several ranks, and return this rank's."""
+    several = [list(group) for group in groups if len(group) > 1]
+    return dist.new_subgroups_by_enumeration(several, timeout=timeout)[0] if several else None

@@ -107,7 +107,7 @@ def embed(model: Model, config: RunConfig, texts: Sequence[Sequence[int]], optio
     found_NH = torch.zeros(len(texts), config.model.hidden_size, device=model.device)
     batches = batches_by_length([len(ids) for ids in texts], options.batch_tokens)
     with torch.no_grad():
-        for numbers in batches[mesh.dp.rank :: mesh.dp.size]:
+        for numbers in batches[mesh.batch.rank :: mesh.batch.size]:
             pooled_BH = _pooled(model, config, [texts[number] for number in numbers], options)
             if pooled_BH is not None and mesh.tp.rank == 0:
                 found_NH[numbers] = pooled_BH

@@ -64,14 +64,14 @@ def generate(
     limits = new_token_limits(prompts, config.model, options)
     requests = [_Request(number, *pair) for number, pair in enumerate(zip(prompts, limits, strict=True))]
     model, config = without_sequence_parallelism(model, config)
-    dp = model.mesh.dp
-    own = requests[dp.rank :: dp.size]
+    readers = model.mesh.batch
+    own = requests[readers.rank :: readers.size]
     ends = frozenset((eod,) if isinstance(eod, int) else eod or ())
     done: dict[int, list[int]] = {}
     for first in range(0, len(own), batch_size):
         batch = _Batch(model, config.model, own[first : first + batch_size], use_cache=use_cache)
         done |= batch.complete(options, frozenset() if options.ignore_eod else ends)
-    everywhere = {number: tokens for part in gather_values(done, dp) for number, tokens in part.items()}
+    everywhere = {number: tokens for part in gather_values(done, readers) for number, tokens in part.items()}
     return [everywhere[number] for number in range(len(prompts))]
 
 

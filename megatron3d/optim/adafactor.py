@@ -83,7 +83,7 @@ class Adafactor(FlatOptimizer):
         for portion, own in zip(portions, sums, strict=True):
             if portion.piece is not None and portion.counts:
                 _fill_sums(own, portion, by_piece[portion.piece])
-        sums = self.whole.add_up(shares).split([_num_sums(portion) for portion in portions])
+        sums = self.whole.add_up(sums)
         squares = torch.zeros(len(portions), dtype=torch.float64, device=device)
         for number, (portion, own) in enumerate(zip(portions, sums, strict=True)):
             if portion.piece is not None:
@@ -92,7 +92,8 @@ class Adafactor(FlatOptimizer):
                 if portion.counts:
                     squares[number] = squared_norm(one.grad[portion.within])
         weights = torch.stack([own[-1] for own in sums]).tolist()
-        for portion, weight, square in zip(portions, weights, self.whole.add_up(squares).tolist(), strict=True):
+        norms = torch.stack(self.whole.add_up([*squares])).tolist()
+        for portion, weight, square in zip(portions, weights, norms, strict=True):
             if portion.piece is not None:
                 _apply(portion, by_piece[portion.piece], weight, square)
 

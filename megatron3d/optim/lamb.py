@@ -68,7 +68,7 @@ class Lamb(FlatOptimizer):
             if portion.piece is not None and portion.counts and portion.spec.decays:
                 one = by_piece[portion.piece]
                 row[0], row[1] = (squared_norm(x[portion.within]) for x in (one.value, one.grad))
-        sums = self.whole.add_up(squares).tolist()
+        sums = torch.stack(self.whole.add_up([*squares])).tolist() if portions else []
         return [_ratio(*row) for row, portion in zip(sums, portions, strict=True) if portion.piece is not None]
 
 

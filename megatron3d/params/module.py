@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megatron3d.params.init import initial_shard
-from megatron3d.params.spec import Init, ParamSpec, TpGradient
+from megatron3d.params.spec import Init, ParamKind, ParamSpec, TpGradient
 
 
 class ParallelModule(nn.Module):
@@ -37,11 +37,12 @@ class ParallelModule(nn.Module):
         tp_gradient: TpGradient = "equal",
         tied_copy: bool = False,
         is_table: bool = False,
+        kind: ParamKind = "dense",
     ) -> None:
         """Declare a parameter under a name local to this module; see `ParamSpec` for the meaning of each value."""
         if tp_dim is not None:
             tp_gradient = "sharded"
-        spec = ParamSpec(name, shape, init, decays, tp_dim, parts, padded_size, tp_gradient, tied_copy, is_table)
+        spec = ParamSpec(name, shape, init, decays, tp_dim, parts, padded_size, tp_gradient, tied_copy, is_table, kind)
         self.specs[name] = spec
         self.register_parameter(name, nn.Parameter(torch.empty(spec.local_shape(self.tp), device="meta")))
 

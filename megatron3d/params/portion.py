@@ -20,8 +20,8 @@ class Portion:
 
     Attributes:
         spec: the whole parameter.
-        tp: degree of tensor parallelism.
-        tp_rank: this rank's position on the tensor axis.
+        tp: ranks that shard the parameter.
+        tp_rank: this rank's position among them.
         start: first element held of the flattened local shard (padding rows included).
         stop: one past the last; equal to `start` where nothing is held.
         piece: the one-dimensional parameter that holds it, None where nothing is held.
@@ -67,8 +67,12 @@ class Whole(Protocol):
         """The parameters of this step, in an order that the ranks share."""
         ...
 
-    def add_up(self, shares: Tensor) -> Tensor:
-        """The sum of this tensor over all ranks that hold different elements of the same parameters."""
+    def add_up(self, shares: Sequence[Tensor]) -> list[Tensor]:
+        """For each of `portions()` the sum of a tensor over all ranks that hold different elements of the parameter.
+
+        Args:
+            shares: this rank's summands, of one dtype and device.
+        """
         ...
 
     def map_whole(

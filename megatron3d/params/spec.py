@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron3d.params.boxes import Box, flat_range_to_boxes
 
 TpGradient = Literal["sharded", "equal", "partial"]
+ParamKind = Literal["dense", "expert"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ParamSpec:
         tied_copy: whether another stage owns this parameter and this rank keeps a copy in step with it.
         is_table: whether its rows are looked up or scored one by one (words, positions, the output projection): such
             a matrix is no linear map of hidden vectors, and Muon leaves it to another rule.
+        kind: which ranks shard the parameter, sum its gradient and shard its state: the axes are `zero.kinds.KINDS`.
     """
 
     name: str
@@ -56,6 +58,7 @@ class ParamSpec:
     tp_gradient: TpGradient = "equal"
     tied_copy: bool = False
     is_table: bool = False
+    kind: ParamKind = "dense"
 
     def __post_init__(self) -> None:
         """Refuse what no cut is defined for."""

@@ -18,9 +18,10 @@ Source: Rajbhandari et al. 2020 (ZeRO), sections 3.1 and 5, for 16-bit weights a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
+from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import Axis
 from megatron3d.comm.meter import Meter
 from megatron3d.config.run import RunConfig
@@ -32,11 +33,13 @@ from megatron3d.offload.block_file import round_up
 from megatron3d.offload.record import FIELD_ALIGNMENT_BYTES
 from megatron3d.optim.build import kind
 from megatron3d.params.grads import GradSink
-from megatron3d.params.spec import ParamSpec
+from megatron3d.params.spec import ParamKind, ParamSpec
 from megatron3d.pipeline.plan import PipelinePlan
+from megatron3d.planner.layout import layout_of
 from megatron3d.planner.sizes import BYTES, FP32
 from megatron3d.tensor.context import LayerContext
-from megatron3d.zero.flat import FlatLayout, Slot, Span, flat_layout
+from megatron3d.zero.flat import FlatLayout, Slot, Span, flat_layout, kind_of
+from megatron3d.zero.kinds import KINDS
 from megatron3d.zero.policy import policy_of
 
 FILE_SLOTS = 3  # staging buffers of offloading to files: one read, one worked on, one written
@@ -81,7 +84,8 @@ class ModelParts:
 
 def parts_of_rank(config: RunConfig, plan: PipelinePlan, pp_rank: int) -> ModelParts:
     """Describe what a pipeline rank of a resolved run holds; its tensor-parallel ranks hold equal shares."""
-    tp, dp = config.parallel.tensor_model_parallel_size, config.parallel.data_parallel_size
+    layout = layout_of(config.parallel)
+    tp = layout.size("tp")
     axis = Axis("tp", tp, 0, tuple(range(tp)), None, Meter())
     context = LayerContext(axis, config.parallel.sequence_parallel and tp > 1, GradSink())
     build = BUILDERS[config.model.architecture]
@@ -94,7 +98,12 @@ def parts_of_rank(config: RunConfig, plan: PipelinePlan, pp_rank: int) -> ModelP
         for unit, members in stage.units().items():
             # A tied table at both ends of one rank is one table, so the first of its two descriptions is enough.
             specs.setdefault(unit, [declared[member].spec for member in members])
-    return ModelParts(stages, {name: flat_layout(its, tp=tp, num_ranks=dp) for name, its in specs.items()})
+    return ModelParts(stages, {name: _flat_layout(its, layout) for name, its in specs.items()})
+
+
+def _flat_layout(specs: Sequence[ParamSpec], layout: Layout) -> FlatLayout:
+    axes = KINDS[kind_of(specs)]
+    return flat_layout(specs, tp=layout.size(axes.tensor), num_ranks=layout.size(axes.grad))
 
 
 def part_of(plan: PipelinePlan, stage: int) -> StagePart:
@@ -102,24 +111,28 @@ def part_of(plan: PipelinePlan, stage: int) -> StagePart:
     return StagePart(plan.layers[stage], is_first=stage == 0, is_last=stage == plan.num_stages - 1)
 
 
-def shard_size(parallel: ParallelConfig) -> int:
-    """Ranks that share the state out: 1 where nothing is shared."""
-    if not policy_of(parallel.zero_stage).shard_optimizer:
-        return 1
-    return parallel.zero_shard_size or parallel.data_parallel_size
+def shard_size(parallel: ParallelConfig, kind: ParamKind = "dense") -> int:
+    """Ranks that shard the state of parameters of a kind: 1 where nothing is sharded."""
+    policy = policy_of(parallel.zero_stage)
+    return layout_of(parallel).size(KINDS[kind].shard) if policy.shard_optimizer else 1
 
 
 def state_bytes(config: RunConfig, units: Iterable[FlatLayout], *, shard_rank: int = 0) -> StateBytes:
     """The state of a rank that holds these units, at position `shard_rank` among those that share it out."""
-    parallel, ranks = config.parallel, shard_size(config.parallel)
-    layouts = list(units)
+    parallel, layouts = config.parallel, list(units)
+    owns = [_own_span(parallel, layout, shard_rank) for layout in layouts]
     total = StateBytes()
-    for layout in layouts:
-        own = layout.slice_of(shard_rank, ranks)
+    for layout, own in zip(layouts, owns, strict=True):
         moments = moment_bytes(config.optim, layout, own, tp=parallel.tensor_model_parallel_size)
         total += _on_device(config, layout.length, own.length)
         total += _elsewhere(config, own) if parallel.offload_optimizer != "none" else StateBytes(moments=moments)
-    return total + _offload_buffers(config, [layout.slice_of(shard_rank, ranks) for layout in layouts])
+    return total + _offload_buffers(config, owns)
+
+
+def _own_span(parallel: ParallelConfig, layout: FlatLayout, shard_rank: int) -> Span:
+    """What a rank owns of a unit. Experts are sharded over no more ranks than the rest, so positions repeat."""
+    ranks = shard_size(parallel, layout.kind)
+    return layout.slice_of(shard_rank % ranks, ranks)
 
 
 def fullest_state(config: RunConfig, units: Iterable[FlatLayout]) -> StateBytes:
@@ -130,7 +143,8 @@ def fullest_state(config: RunConfig, units: Iterable[FlatLayout]) -> StateBytes:
         return best  # ranks differ in nothing but moments, which leave padding out
     limit = None
     if config.optim.optimizer not in ("adafactor", "muon"):
-        limit = sum(layout.length for layout in layouts) // ranks * _element_bytes(config.optim, kind(config.optim))
+        elements = sum(_own_span(config.parallel, layout, 0).length for layout in layouts)
+        limit = elements * _element_bytes(config.optim, kind(config.optim))
     for rank in range(1, ranks):
         if best.moments == limit:
             break

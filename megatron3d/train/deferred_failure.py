@@ -57,7 +57,7 @@ class PreparedBatches:
     """A reader of global batches for one rank, which can be asked to read one before it is needed."""
 
     def __init__(self, batches: GlobalBatches, mesh: Mesh, failure: DeferredFailure) -> None:
-        self._batches, self._dp, self._failure = batches, mesh.dp, failure
+        self._batches, self._readers, self._failure = batches, mesh.batch, failure
         self._prepared: dict[tuple[int, int], Batch] = {}
 
     def prepare(self, consumed_samples: int, global_batch_size: int) -> None:
@@ -67,7 +67,7 @@ class PreparedBatches:
             return
 
         def read() -> None:
-            self._prepared[key] = self._batches.read(*key, self._dp.rank, self._dp.size)
+            self._prepared[key] = self._batches.read(*key, self._readers.rank, self._readers.size)
 
         self._failure.keep(read)
 

@@ -70,12 +70,12 @@ def evaluate(
 def _evaluate(
     parts: Parts, batches: BatchReader, num_batches: int, before_batch: Callable[[], None] | None
 ) -> Evaluation:
-    dp, size = parts.mesh.dp, parts.config.train.global_batch_size
+    readers, size = parts.mesh.batch, parts.config.train.global_batch_size
     totals, histogram, names = torch.zeros(0), torch.zeros(0), []
     for number in range(num_batches):
         if before_batch is not None:
             before_batch()
-        batch = batches.read(number * size, size, dp.rank, dp.size)
+        batch = batches.read(number * size, size, readers.rank, readers.size)
         names, sums = [*batch.loss_counts()], _sums_and_counts(parts, batch)
         totals = sums if number == 0 else totals + sums
         if batch.measures_accuracy:
@@ -86,7 +86,7 @@ def _evaluate(
     loss_sums, hits, counts = values[:count], values[count:-count], values[-count:]
     unigram = None
     if len(histogram):
-        of_all = all_reduce(histogram.to(parts.model.device), parts.mesh.dp)
+        of_all = all_reduce(histogram.to(parts.model.device), parts.mesh.batch)
         unigram = float(of_all.max()) / max(1, int(of_all.sum()))
     return Evaluation(_means(names, loss_sums, counts), _means(names, hits, counts), unigram)
 

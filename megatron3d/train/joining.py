@@ -12,13 +12,13 @@ import torch
 from megatron3d.comm.agree import require_agreement
 from megatron3d.comm.device import pick_device
 from megatron3d.comm.join import join, leave
-from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import Mesh, make_mesh
 from megatron3d.comm.roll_call import RollCall, report
 from megatron3d.comm.waiting import CollectiveError, first_line, is_peer_failure, is_timeout
 from megatron3d.config.agreement import agreed_options
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError, Megatron3dError, PeerError, StopRequested
+from megatron3d.planner.layout import layout_of
 from megatron3d.train.exit_status import clear_exit_status
 from megatron3d.train.launch import Guard
 
@@ -53,13 +53,7 @@ def joined(
         clear_exit_status(save)
     device = pick_device(parallel.device, local_rank=launch.local_rank, local_world_size=launch.local_world_size)
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
-    layout = Layout(
-        tp=parallel.tensor_model_parallel_size,
-        pp=parallel.pipeline_model_parallel_size,
-        dp=parallel.data_parallel_size,
-        cp=parallel.context_parallel_size,
-        zero_shard=parallel.zero_shard_size,
-    )
+    layout = layout_of(parallel)
     roll: RollCall | None = None
     try:
         store = join(launch, device, timeout=timeout)

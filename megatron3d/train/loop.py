@@ -184,9 +184,9 @@ class _Loop:
 
         Iterations that are left out have no vote, so it is the batch after them that is read.
         """
-        step, train, dp = self.progress.step + 1, self.parts.config.train, self.parts.mesh.dp
+        step, train, readers = self.progress.step + 1, self.parts.config.train, self.parts.mesh.batch
         while step < last and not self._exits_after(step):
-            size = batch_size_at(train, consumed_samples, dp.size)
+            size = batch_size_at(train, consumed_samples, readers.size)
             if not train.skips(step):
                 self.batches.prepare(consumed_samples, size)
                 return
@@ -194,14 +194,14 @@ class _Loop:
 
     def _step(self, last: int) -> tuple[int, str | None]:
         """Make one step and report it; returns how many ranks want to stop, and why this one does, if so."""
-        config, dp, before = self.parts.config, self.parts.mesh.dp, self.progress
-        size = batch_size_at(config.train, before.consumed_samples, dp.size)
+        config, readers, before = self.parts.config, self.parts.mesh.batch, self.progress
+        size = batch_size_at(config.train, before.consumed_samples, readers.size)
         at = {"iteration": before.updates, "consumed_samples": before.updated_samples}
         rates = Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
         if config.train.skips(before.step):
             return self._leave_out(size, rates), None
         began_s = time.monotonic()
-        batch = self.batches.read(before.consumed_samples, size, dp.rank, dp.size)
+        batch = self.batches.read(before.consumed_samples, size, readers.rank, readers.size)
         self._prepare_next(before.consumed_samples + size, last)
         reason = self._reason_to_stop()
         loss_scale = self.parts.scaler.scale

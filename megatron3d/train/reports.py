@@ -260,4 +260,4 @@ def sharing_cost(parts: Parts) -> str | None:
         weight_bytes=elements * engine.options.param_dtype.itemsize,
         gradient_bytes=elements * engine.options.grad_dtype.itemsize,
     )
-    return pipeline_cost(engine.options.policy, volume, num_stages=layout.pp, dp=layout.dp)
+    return pipeline_cost(engine.options.policy, volume, num_stages=layout.pp, dp=layout.size("grad"))

@@ -105,7 +105,7 @@ def train_step(
 def global_counts(parts: Parts, batch: Samples | GroupedSamples) -> dict[str, int]:
     """Labels of the global batch that each loss counts (at least 1, so that a batch without any has a loss of 0)."""
     counts = batch.loss_counts()
-    totals = all_reduce(torch.stack([*counts.values()]).to(parts.model.device), parts.mesh.dp).tolist()
+    totals = all_reduce(torch.stack([*counts.values()]).to(parts.model.device), parts.mesh.batch).tolist()
     return {name: max(1, total) for name, total in zip(counts, totals)}
 
 
@@ -124,7 +124,7 @@ def forward_backward(
     """
     config, model = parts.config, parts.model
     micros = micro_batches(batch, config.train.micro_batch_size, device=model.device)
-    micros = with_dropout(micros, config.model, seed=config.data.seed, step=step, dp_rank=parts.mesh.dp.rank)
+    micros = with_dropout(micros, config.model, seed=config.data.seed, step=step, dp_rank=parts.mesh.batch.rank)
     row = model.rows.training(len(micros))
     parts.engine.begin_step(len(micros))
     gradient = torch.tensor([parts.scaler.scale / count for count in counts.values()], device=model.device)

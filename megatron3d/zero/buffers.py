@@ -1,9 +1,9 @@
 """The flat buffers of one unit's weights and gradients, and every collective that moves them, as start/finish pairs.
 
-Two axes share the data-parallel ranks out. The ranks of the *shard* axis each own one part of the unit; the ranks of
-the *replica* axis own the same part. ZeRO over all ranks is one replica; plain data parallelism is shards of one rank;
-between them lies hierarchical sharding (HSDP, MiCS). So there is one path: gradients are reduce-scattered over the
-shard axis and all-reduced over the replica axis, weights are all-gathered over the shard axis.
+Two axes cut the ranks that sum a gradient (`kinds.py`). The ranks of the *shard* axis each own one part of the unit;
+the ranks of the *replica* axis own the same part. ZeRO over all ranks is one replica; plain data parallelism is shards
+of one rank; between them lies hierarchical sharding (HSDP, MiCS). So there is one path: gradients are reduce-scattered
+over the shard axis and all-reduced over the replica axis, weights are all-gathered over the shard axis.
 
 Source: Rajbhandari et al. 2020 (ZeRO), section 5; Zhang et al. 2022 (MiCS), sections 3.2 and 3.4.
 """
@@ -24,30 +24,15 @@ from megatron3d.comm.collectives import (
     start_all_reduce,
     start_reduce_scatter_into,
 )
-from megatron3d.comm.mesh import Axis, Mesh
+from megatron3d.comm.mesh import Axis
 from megatron3d.offload.home import StateHome
 from megatron3d.offload.stream import Waitable
 from megatron3d.zero.flat import Span
-from megatron3d.zero.policy import Policy
+from megatron3d.zero.kinds import KindAxes
 
 # Reductions of whole-unit buffers that may be on their way at once: one that moves and one that waits behind it. More
 # would keep more buffers alive, which is what sharding the gradients is to spare.
 MAX_IN_FLIGHT = 2
-
-
-@dataclass(frozen=True)
-class SharingAxes:
-    """The ranks that each own a part of the unit, and those that own the same part."""
-
-    shard: Axis
-    replica: Axis
-
-
-def sharing_axes(policy: Policy, mesh: Mesh) -> SharingAxes:
-    """The axes of a policy: where nothing is shared out, every rank is a shard group of its own."""
-    if policy.shard_optimizer:
-        return SharingAxes(mesh.shard, mesh.replica)
-    return SharingAxes(mesh.alone, mesh.dp)
 
 
 def size_bytes(tensor: Tensor | None) -> int:
@@ -228,7 +213,7 @@ class GradBuffer:
         self,
         length: int,
         own: Span,
-        axes: SharingAxes,
+        axes: KindAxes,
         *,
         dtype: torch.dtype,
         device: torch.device,

@@ -3,17 +3,17 @@
 Parameters that are treated alike lie side by side, so that every treatment is one contiguous segment: those that
 decay before those that do not, within each hidden matrices before the rest, and sharded ones before replicated ones.
 Each segment starts at a multiple of `ALIGNMENT` elements, so that segments stay aligned for vector instructions, and
-the whole is padded to a multiple of the data-parallel size, so that every rank's slice is equally long.
+the whole is padded to a multiple of the ranks that sum its gradients, so that every rank's slice is equally long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 
-from megatron3d.params.spec import ParamSpec, TpGradient
+from megatron3d.params.spec import ParamKind, ParamSpec, TpGradient
 
 ALIGNMENT = 32  # elements: 64 bytes of bf16, 128 of fp32
 _ORDER: dict[TpGradient, int] = {"sharded": 0, "equal": 1, "partial": 2}
@@ -68,11 +68,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """The slots and segments of one unit, and its padded length."""
+    """The slots and segments of one unit, its padded length, and the kind of its parameters."""
 
     slots: tuple[Slot, ...]
     segments: tuple[Segment, ...]
     length: int
+    kind: ParamKind
 
     def slice_of(self, rank: int, num_ranks: int) -> Span:
         """The equal part of the buffer that belongs to one of `num_ranks` ranks."""
@@ -95,14 +96,34 @@ def _treatment(spec: ParamSpec) -> tuple[bool, bool, int, bool]:
     return (not spec.decays, not spec.is_hidden_matrix, _ORDER[spec.tp_gradient], spec.tied_copy)
 
 
-def flat_layout(specs: Iterable[ParamSpec], *, tp: int, num_ranks: int) -> FlatLayout:
+def kind_of(specs: Sequence[ParamSpec]) -> ParamKind:
+    """The kind of a unit's parameters.
+
+    Raises:
+        ValueError: they are of several kinds, so that no one set of ranks could sum their gradients.
+    """
+    first = specs[0]
+    for spec in specs:
+        if spec.kind != first.kind:
+            raise ValueError(
+                f"{first.name} ({first.kind}) and {spec.name} ({spec.kind}) are summed by different ranks and cannot "
+                "lie in one unit"
+            )
+    return first.kind
+
+
+def flat_layout(specs: Sequence[ParamSpec], *, tp: int, num_ranks: int) -> FlatLayout:
     """Lay out the local shards of a unit's parameters.
 
     Args:
-        specs: the unit's parameters; their order is kept within a segment.
-        tp: degree of tensor parallelism.
-        num_ranks: data-parallel ranks that share the buffer; its length becomes a multiple of this.
+        specs: the unit's parameters, of one kind; their order is kept within a segment.
+        tp: ranks that shard each of them.
+        num_ranks: ranks that sum their gradients; the length of the buffer becomes a multiple of this.
+
+    Raises:
+        ValueError: the parameters are of several kinds.
     """
+    kind = kind_of(specs)
     slots: list[Slot] = []
     segments: list[Segment] = []
     position = 0
@@ -116,4 +137,4 @@ def flat_layout(specs: Iterable[ParamSpec], *, tp: int, num_ranks: int) -> FlatL
         span = Span(start, position)
         segments.append(Segment(spec.decays, spec.is_hidden_matrix, spec.tp_gradient, spec.tied_copy, span))
     multiple = num_ranks * ALIGNMENT
-    return FlatLayout(tuple(slots), tuple(segments), -(-position // multiple) * multiple)
+    return FlatLayout(tuple(slots), tuple(segments), -(-position // multiple) * multiple, kind)

@@ -12,7 +12,7 @@ the values are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ _SHOWN = 3
 @dataclass(frozen=True)
 class _Held:
     """Values of one parameter on this rank: their name in messages, the parameter's unit, whether tensor ranks hold
-    them alike, and the data-parallel axis on which all ranks do."""
+    them alike, and the axis of its kind on which all ranks do."""
 
     name: str
     unit: FlatUnit
@@ -44,7 +44,7 @@ class _Held:
     @property
     def is_held_elsewhere(self) -> bool:
         """Whether another rank must hold the same, so that a hash has something to be compared with."""
-        on_tp = self.is_alike_on_tp and self.unit.mesh.tp.size > 1
+        on_tp = self.is_alike_on_tp and self.unit.axes.tensor.size > 1
         return self.axis.size > 1 or on_tp or (self.unit.tied is not None and self.unit.tied.size > 1)
 
 
@@ -63,23 +63,25 @@ def require_equal_replicas(
         NumericsError: ranks that must hold equal values do not; it names the parameters and the ranks.
     """
     device = next(iter(units.values())).options.device
-    held = [one for one in (*_weights(units, mesh), *_states(units, states)) if one.is_held_elsewhere]
+    held = [one for one in (*_weights(units), *_states(units, states)) if one.is_held_elsewhere]
     weights = odd_weights(_CHUNK, device)
     hashes = {one.name: bit_hash(one.data, weights) for one in held}
     problems = []
-    for axis in {one.name: one for one in (mesh.dp, mesh.replica)}.values():
+    for axis in _distinct(one.axis for one in held):
         problems += _differences([one for one in held if one.axis.name == axis.name], hashes, axis)
-    problems += _differences([one for one in held if one.is_alike_on_tp], hashes, mesh.tp)
+    for axis in _distinct(one.unit.axes.tensor for one in held if one.is_alike_on_tp):
+        alike = [one for one in held if one.is_alike_on_tp and one.unit.axes.tensor.name == axis.name]
+        problems += _differences(alike, hashes, axis)
     problems += _differences([one for one in held if one.unit.tied is not None], hashes, mesh.tied)
     _raise_together(problems, mesh, step=step, device=device)
 
 
-def _weights(units: Mapping[str, FlatUnit], mesh: Mesh) -> Iterator[_Held]:
+def _weights(units: Mapping[str, FlatUnit]) -> Iterator[_Held]:
     """The weights that the layers read, where they stay from step to step."""
     for unit in units.values():
         for slot in unit.layout.slots if not unit.weights.is_lent else ():
             data = unit.weights.whole[slot.span.slice]
-            yield _Held(f"weights/{slot.spec.name}", unit, slot.spec.is_replicated, mesh.dp, data)
+            yield _Held(f"weights/{slot.spec.name}", unit, slot.spec.is_replicated, unit.axes.grad, data)
 
 
 def _states(units: Mapping[str, FlatUnit], states: Mapping[str, ShardView]) -> Iterator[_Held]:
@@ -92,6 +94,12 @@ def _states(units: Mapping[str, FlatUnit], states: Mapping[str, ShardView]) -> I
         if kind == "model" and unit.weights.master is unit.weights.shard and not unit.weights.is_lent:
             continue
         yield _Held(name, unit, spec.is_replicated, unit.axes.replica, view.data)
+
+
+def _distinct(axes: Iterable[Axis]) -> list[Axis]:
+    """Each axis once, in an order that all ranks share."""
+    by_name = {axis.name: axis for axis in axes}
+    return [by_name[name] for name in sorted(by_name)]
 
 
 def odd_weights(count: int, device: torch.device) -> Tensor:

@@ -25,8 +25,9 @@ from megatron3d.params.boxes import ShardView
 from megatron3d.params.grads import GradSink
 from megatron3d.params.init import initial_shard
 from megatron3d.params.module import Declared
-from megatron3d.zero.buffers import GradBuffer, Transit, WeightBuffer, WeightHome, sharing_axes
-from megatron3d.zero.flat import Slot, Span, flat_layout
+from megatron3d.zero.buffers import GradBuffer, Transit, WeightBuffer, WeightHome
+from megatron3d.zero.flat import Slot, Span, flat_layout, kind_of
+from megatron3d.zero.kinds import kind_axes
 from megatron3d.zero.offload import MASTER, Offload, states_record, weights_record
 from megatron3d.zero.policy import Policy
 
@@ -40,7 +41,7 @@ class UnitOptions:
     """What all units of a rank share.
 
     Attributes:
-        policy: what the data-parallel ranks share out.
+        policy: what the ranks that sum a gradient share out.
         param_dtype: dtype of weights and compute.
         grad_dtype: dtype in which gradients are accumulated and reduced.
         device: where the buffers are.
@@ -84,10 +85,10 @@ class FlatUnit:
         tied: Axis | None,
         transit: Transit | None = None,
     ) -> None:
-        self.name, self.mesh, self.options, self.tied = name, mesh, options, tied
+        self.name, self.options, self.tied = name, options, tied
         specs = [one.spec for one in declared]
-        self.layout = flat_layout(specs, tp=mesh.tp.size, num_ranks=mesh.dp.size)
-        self.axes = sharing_axes(options.policy, mesh)
+        self.axes = kind_axes(kind_of(specs), mesh, options.policy)
+        self.layout = flat_layout(specs, tp=self.axes.tensor.size, num_ranks=self.axes.grad.size)
         self.own = self.layout.slice_of(self.axes.shard.rank, self.axes.shard.size)
         self._by_name = {one.spec.name: one for one in declared}
         self._allocate(transit or Transit())
@@ -134,7 +135,7 @@ class FlatUnit:
 
     def _initial(self) -> Tensor:
         """The whole unit's initial values, fp32."""
-        options, tp = self.options, self.mesh.tp
+        options, tp = self.options, self.axes.tensor
         initial = torch.zeros(self.layout.length, device=options.device)
         for slot in self.layout.slots:
             shard = initial_shard(slot.spec, seed=options.seed, tp=tp.size, tp_rank=tp.rank)
@@ -211,7 +212,7 @@ class FlatUnit:
         for segment in self.layout.segments:
             span = segment.span.intersect(self.own)
             if segment.tp_gradient == "partial" and span.length:
-                all_reduce(self.grads.own[span.shifted(-self.own.start).slice], self.mesh.tp)
+                all_reduce(self.grads.own[span.shifted(-self.own.start).slice], self.axes.tensor)
         if self.tied is not None:
             all_reduce(self.grads.own, self.tied)
         self._is_reduced = True
@@ -222,7 +223,7 @@ class FlatUnit:
         if self.axes.replica.rank > 0:
             return total
         for segment in self.layout.segments:
-            is_copy = segment.tied_copy or (segment.tp_gradient != "sharded" and self.mesh.tp.rank > 0)
+            is_copy = segment.tied_copy or (segment.tp_gradient != "sharded" and self.axes.tensor.rank > 0)
             span = segment.span.intersect(self.own)
             if not is_copy and span.length:
                 grads = self.own_grads[span.shifted(-self.own.start).slice]
@@ -265,5 +266,5 @@ class FlatUnit:
     def view(self, slot: Slot, span: Span, data: Tensor) -> ShardView:
         """What checkpoints store of a held part of a slot, whose elements are in the one-dimensional `data`."""
         at = span.shifted(-slot.span.start)
-        boxes, covered = slot.spec.boxes(self.mesh.tp.size, self.mesh.tp.rank, at.start, at.stop)
+        boxes, covered = slot.spec.boxes(self.axes.tensor.size, self.axes.tensor.rank, at.start, at.stop)
         return ShardView(slot.spec.shape, boxes, data[:covered])

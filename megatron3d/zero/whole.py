@@ -1,10 +1,10 @@
 """WholeParameters: norms of whole parameters, and functions of whole matrices, where each rank holds only a part.
 
-A parameter is cut over the tensor axis, and its flattened shard over the ranks that share ZeRO's state out. A sum over
-a parameter is therefore a sum over both axes. A whole matrix is put together on one of these ranks by two exchanges
-(first the parts of each shard, then the shards), worked on there, and its parts go back the same way; the matrices of
-a step are dealt out so that all ranks have about equally much to do. Ranks that hold the same part (stage 0, replicas)
-repeat each other's work, bit for bit.
+A parameter is cut over the tensor axis of its kind, and its flattened shard over the ranks that share ZeRO's state
+out. A sum over a parameter is therefore a sum over both axes. A whole matrix is put together on one of these ranks by
+two exchanges (first the parts of each shard, then the shards), worked on there, and its parts go back the same way; the
+matrices of a step are dealt out so that all ranks have about equally much to do. Ranks that hold the same part
+(stage 0, replicas) repeat each other's work, bit for bit.
 
 A step so sends and receives on each rank at most four times what the rank holds, in the dtype of the values.
 """
@@ -23,8 +23,8 @@ from megatron3d.comm.collectives import all_reduce, all_to_all
 from megatron3d.comm.mesh import Axis, Mesh
 from megatron3d.params.portion import Portion
 from megatron3d.params.spec import ParamSpec
-from megatron3d.zero.buffers import sharing_axes
 from megatron3d.zero.flat import Slot
+from megatron3d.zero.kinds import KINDS, KindAxes, kind_axes
 from megatron3d.zero.unit import FlatUnit, UnitOptions
 
 
@@ -69,7 +69,8 @@ class WholeParameters:
 
     def __init__(self, units: Mapping[str, FlatUnit], mesh: Mesh, options: UnitOptions) -> None:
         """Args: `units` in the order that all ranks which share them have, their mesh and options."""
-        self._tp, self._shard, self._device = mesh.tp, sharing_axes(options.policy, mesh).shard, options.device
+        self._device = options.device
+        self._axes = {kind: kind_axes(kind, mesh, options.policy) for kind in KINDS}
         self._places = {name: [_place(unit, slot) for slot in unit.layout.slots] for name, unit in units.items()}
         self._stepped = tuple(self._places)
 
@@ -86,10 +87,22 @@ class WholeParameters:
         """This rank's part of every parameter of the units that are stepped."""
         return [place.portion for name in self._stepped for place in self._places[name]]
 
-    def add_up(self, shares: Tensor) -> Tensor:
-        """Add up over the ranks that share state out and the tensor ranks; the result is where `shares` is."""
-        there = shares.to(self._device)
-        return all_reduce(all_reduce(there, self._shard), self._tp).to(shares.device)
+    def add_up(self, shares: Sequence[Tensor]) -> list[Tensor]:
+        """Add up over the ranks that share state out and the tensor ranks; the results are where `shares` are."""
+        sums, portions = list(shares), self.portions()
+        for axes, numbers in self._by_kind(portions):
+            own = torch.cat([shares[number].flatten() for number in numbers])
+            totals = all_reduce(all_reduce(own.to(self._device), axes.shard), axes.tensor).to(own.device)
+            for number, total in zip(numbers, totals.split([shares[n].numel() for n in numbers]), strict=True):
+                sums[number] = total.view_as(shares[number])
+        return sums
+
+    def _by_kind(self, portions: Sequence[Portion]) -> Iterator[tuple[KindAxes, list[int]]]:
+        """The kinds that occur, in an order that all ranks share: the axes of each and the numbers of its portions."""
+        for kind, axes in self._axes.items():
+            numbers = [number for number, portion in enumerate(portions) if portion.spec.kind == kind]
+            if numbers:
+                yield axes, numbers
 
     def map_whole(
         self,
@@ -98,13 +111,21 @@ class WholeParameters:
         function: Callable[[ParamSpec, Tensor], Tensor],
     ) -> None:
         """Put each whole tensor together on one rank, apply the function there, and bring the parts back."""
-        if not portions:
-            return
+        for axes, numbers in self._by_kind(portions):
+            self._map_kind(axes, [portions[n] for n in numbers], [values[n] for n in numbers], function)
+
+    def _map_kind(
+        self,
+        axes: KindAxes,
+        portions: Sequence[Portion],
+        values: Sequence[Tensor],
+        function: Callable[[ParamSpec, Tensor], Tensor],
+    ) -> None:
         by_name = {place.portion.spec.name: place for name in self._stepped for place in self._places[name]}
         places = [by_name[portion.spec.name] for portion in portions]
-        desks = deal([portion.spec for portion in portions], shard=self._shard.size, tp=self._tp.size)
+        desks = deal([portion.spec for portion in portions], shard=axes.shard.size, tp=axes.tensor.size)
         there = [value.to(self._device) for value in values]
-        routes = _Routes(places, desks, self._shard, self._tp, there[0])
+        routes = _Routes(places, desks, axes.shard, axes.tensor, there[0])
         wholes = routes.wholes_of(routes.shards_of(there))
         for number, whole in wholes.items():
             whole.copy_(function(portions[number].spec, whole))
@@ -120,8 +141,8 @@ def _place(unit: FlatUnit, slot: Slot) -> _Place:
     piece = unit.piece_of(own) if own.length else None
     portion = Portion(
         spec=slot.spec,
-        tp=unit.mesh.tp.size,
-        tp_rank=unit.mesh.tp.rank,
+        tp=unit.axes.tensor.size,
+        tp_rank=unit.axes.tensor.rank,
         start=own.start - start,
         stop=own.stop - start,
         piece=None if piece is None else piece.parameter,

@@ -23,7 +23,7 @@ def _of(rank: int, *shape: int) -> Tensor:
 
 
 def _check_collectives(rank: int, world_size: int) -> None:
-    axis = make_mesh(Layout(dp=world_size)).dp
+    axis = make_mesh(Layout(dp=world_size)).grad
     every = [_of(r, 8, 4, 12) for r in range(world_size)]
     stacked = torch.stack(every)
     mine = every[rank]
@@ -47,7 +47,7 @@ def test_collectives_equal_sums_and_concatenations(pool: Pool, world_size: int) 
 
 
 def _gather_in_place(rank: int, world_size: int) -> list[float]:
-    axis = make_mesh(Layout(dp=world_size)).dp
+    axis = make_mesh(Layout(dp=world_size)).grad
     whole = torch.zeros(2 * world_size)
     part = whole[2 * rank : 2 * rank + 2].fill_(rank + 1.0)
     assert collectives.start_all_gather_into(whole, part, axis).wait() is whole
@@ -63,8 +63,8 @@ def _counts(rank: int, world_size: int) -> tuple[dict[tuple[str, str], tuple[int
     x = torch.zeros(4, 6)
     collectives.all_reduce(x, mesh.tp)
     collectives.all_reduce(x.to(torch.bfloat16), mesh.tp)
-    collectives.all_gather(x, mesh.dp, dim=1)
-    collectives.reduce_scatter(x, mesh.dp)
+    collectives.all_gather(x, mesh.grad, dim=1)
+    collectives.reduce_scatter(x, mesh.grad)
     collectives.all_reduce(x, mesh.pp)  # one rank: nothing to count
     collectives.broadcast(x, mesh.world)
     peer = 1 - mesh.tp.rank
@@ -82,8 +82,8 @@ def _counts(rank: int, world_size: int) -> tuple[dict[tuple[str, str], tuple[int
 def test_the_meter_counts_calls_and_the_bytes_of_the_whole_tensor_of_each(pool: Pool) -> None:
     expected = {
         ("tp", "all_reduce"): (2, 4 * 6 * FLOAT_BYTES + 4 * 6 * 2),
-        ("dp", "all_gather"): (1, 4 * 12 * FLOAT_BYTES),
-        ("dp", "reduce_scatter"): (1, 4 * 6 * FLOAT_BYTES),
+        ("grad", "all_gather"): (1, 4 * 12 * FLOAT_BYTES),
+        ("grad", "reduce_scatter"): (1, 4 * 6 * FLOAT_BYTES),
         ("world", "broadcast"): (1, 4 * 6 * FLOAT_BYTES),
         ("tp", "send"): (1, 5 * FLOAT_BYTES),
         ("tp", "receive"): (1, 5 * FLOAT_BYTES),
@@ -97,13 +97,13 @@ def test_on_an_axis_of_one_rank_nothing_is_copied_or_counted() -> None:
     for call in (collectives.all_reduce, collectives.all_gather, collectives.reduce_scatter, collectives.own_part):
         assert call(x, mesh.tp) is x
     for start in (collectives.start_all_reduce, collectives.start_all_gather, collectives.start_reduce_scatter):
-        pending = start(x, mesh.dp)
+        pending = start(x, mesh.grad)
         assert pending.is_done() and pending.wait() is x
     assert collectives.broadcast(x, mesh.tp) is x
     assert collectives.gather_values("value", mesh.tp) == ["value"]
     collectives.barrier(mesh.world)
     elsewhere = torch.zeros(3)
-    collectives.start_all_gather_into(elsewhere, x[:, 0].contiguous(), mesh.dp).wait()
+    collectives.start_all_gather_into(elsewhere, x[:, 0].contiguous(), mesh.grad).wait()
     assert torch.equal(elsewhere, x[:, 0])
     assert mesh.meter.read() == {}
 

@@ -22,7 +22,7 @@ LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TOR
 
 
 def _axes(mesh: Mesh) -> list[Axis]:
-    return [mesh.tp, mesh.cp, mesh.dp, mesh.pp, mesh.tied, mesh.world]
+    return [mesh.axis(name) for name in AXES]
 
 
 def test_one_rank_needs_no_process_group() -> None:
@@ -54,34 +54,43 @@ def _two_layouts(rank: int, world_size: int, first: Layout, second: Layout) -> l
 
 
 def test_two_layouts_live_in_one_process_each_with_its_own_groups_and_meter(pool: Pool) -> None:
-    layouts = [Layout(tp=2, pp=2), Layout(pp=2, dp=2)]
+    layouts = [Layout(tp=2, pp=2, kv_copies=2), Layout(pp=2, dp=2)]
     for rank, (members, sums, counts, names, lasts) in enumerate(pool.run(4, _two_layouts, *layouts)):
         for layout, found in zip(layouts, members):
+            assert set(found) == set(AXES)
             for axis in AXES:
                 expected = layout.ranks_along(axis, rank)
                 assert found[axis] == (expected, expected.index(rank), list(expected))
-            tied = next(group for group in layout.tied_groups() if rank in group)
-            assert found["tied"] == (tied, tied.index(rank), list(tied))
-            assert found["world"] == ((0, 1, 2, 3), rank, [0, 1, 2, 3])
         assert sums == [float(rank // 2 * 4 + 1), float(rank)]
         assert counts == [1, 0]
         assert names[1] == f"rank {rank} of 4 (TP1 x PP2 x DP2: dp {rank % 2}, pp {rank // 2})"
         assert lasts == [rank >= 2, rank >= 2]
 
 
-def _sharing(rank: int, world_size: int, size: int | None) -> list[tuple[str, list[int]]]:
-    mesh = make_mesh(Layout(dp=4, zero_shard=size))
-    return [(axis.name, collectives.gather_values(rank, axis)) for axis in (mesh.shard, mesh.replica)]
+def _members_and_groups(rank: int, world_size: int, layout: Layout) -> tuple[dict[str, Any], int]:
+    mesh = make_mesh(layout)
+    groups = {id(axis.group) for axis in _axes(mesh) if axis.group is not None}
+    return _members(mesh), len(groups)
 
 
-def test_the_data_ranks_are_cut_into_shards_and_replicas(pool: Pool) -> None:
-    """Where either is all of them, it is the data axis itself, so that no second group is made."""
-    whole = [0, 1, 2, 3]
-    assert pool.run(4, _sharing, None) == [[("dp", whole), ("alone", [rank])] for rank in range(4)]
-    assert pool.run(4, _sharing, 1) == [[("alone", [rank]), ("dp", whole)] for rank in range(4)]
-    assert pool.run(4, _sharing, 2) == [
-        [("shard", [rank - rank % 2, rank - rank % 2 + 1]), ("replica", [rank % 2, rank % 2 + 2])] for rank in range(4)
-    ]
+@pytest.mark.parametrize(
+    ("layout", "num_groups"),
+    [
+        (Layout(dp=4), 2),  # all data-parallel uses share one, and `world` has its own
+        (Layout(cp=2, dp=2, zero_shard=2), 4),  # cp is shard, batch is replica; grad, world
+        (Layout(tp=2, cp=2, ep=4, etp=1), 4),  # tp, cp, expert, world: more experts than data ranks
+        (Layout(tp=2, pp=2, ep=2, etp=1), 4),  # tp is expert, pp, tied, world
+    ],
+    ids=str,
+)
+def test_the_axes_of_every_use_are_live_groups_and_equal_ones_are_made_once(
+    pool: Pool, layout: Layout, num_groups: int
+) -> None:
+    for rank, (found, made) in enumerate(pool.run(4, _members_and_groups, layout)):
+        for axis in AXES:
+            expected = layout.ranks_along(axis, rank)
+            assert found[axis] == (expected, expected.index(rank), list(expected)), axis
+        assert made == num_groups
 
 
 def _tied_of_three_stages(rank: int, world_size: int) -> tuple[list[int], bool]:
@@ -99,10 +108,10 @@ def _wait_for_a_late_peer(rank: int, world_size: int) -> bool:
         time.sleep(1.0)
         return True
     try:
-        collectives.all_reduce(torch.ones(1), mesh.dp)
+        collectives.all_reduce(torch.ones(1), mesh.grad)
     except CollectiveError as error:
         cause = error.__cause__
-        return is_peer_failure(error) and cause is not None and is_timeout(cause) and "dp (ranks 0, 1)" in str(error)
+        return is_peer_failure(error) and cause is not None and is_timeout(cause) and "grad (ranks 0, 1)" in str(error)
     return False
 
 

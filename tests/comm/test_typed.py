@@ -91,7 +91,7 @@ def _expected(case: Case, size: int, dim: int) -> tuple[Held, Held]:
 
 def _check_all(rank: int, world_size: int, layout: Layout, axis_name: str) -> None:
     mesh = make_mesh(layout)
-    axis = {"tp": mesh.tp, "dp": mesh.dp}[axis_name]
+    axis = {"tp": mesh.tp, "grad": mesh.grad}[axis_name]
     for case in CASES:
         for dim in (0, 1, -1):
             x = _inputs(case, axis.size, dim)[axis.rank].clone().requires_grad_()
@@ -105,7 +105,7 @@ def _check_all(rank: int, world_size: int, layout: Layout, axis_name: str) -> No
 
 @pytest.mark.parametrize(
     ("layout", "axis"),
-    [(Layout(tp=2), "tp"), (Layout(tp=3), "tp"), (Layout(tp=4), "tp"), (Layout(tp=2, dp=2), "dp")],
+    [(Layout(tp=2), "tp"), (Layout(tp=3), "tp"), (Layout(tp=4), "tp"), (Layout(tp=2, dp=2), "grad")],
     ids=str,
 )
 def test_forward_and_backward_equal_the_global_function(pool: Pool, layout: Layout, axis: str) -> None:

@@ -81,8 +81,8 @@ class Alone:
     def portions(self) -> Sequence[Portion]:
         return self._portions
 
-    def add_up(self, shares: Tensor) -> Tensor:
-        return shares
+    def add_up(self, shares: Sequence[Tensor]) -> list[Tensor]:
+        return list(shares)
 
     def map_whole(
         self,

@@ -105,19 +105,19 @@ def data_of(config: RunConfig) -> GPTData | BertData:
 
 def trace(parts: Parts, *, num_steps: int = NUM_STEPS, first_step: int = 0, rates: Rates = RATES) -> Trace:
     """Train for some steps on mock data at a constant rate."""
-    config, dp = parts.config, parts.mesh.dp
+    config, readers = parts.config, parts.mesh.batch
     data = data_of(config)
     losses, norms, gradients = [], [], {}
     size = config.train.global_batch_size
     with GlobalBatches(data.reader(data.train), num_workers=config.data.num_workers) as batches:
-        first = batches.read(0, size, dp.rank, dp.size)
+        first = batches.read(0, size, readers.rank, readers.size)
         forward_backward(parts, first, global_counts(parts, first), step=0)
         parts.engine.finish_reduce()
         for name, view in parts.engine.grad_views().items():
             gradients[name] = [(box, piece.clone()) for box, piece in view.pieces()]
         parts.engine.clear_grads()
         for step in range(first_step, first_step + num_steps):
-            result = train_step(parts, batches.read(step * size, size, dp.rank, dp.size), rates, step=step)
+            result = train_step(parts, batches.read(step * size, size, readers.rank, readers.size), rates, step=step)
             losses.append(result.loss)
             norms.append(result.grad_norm)
     return Trace(losses, norms, gradients)

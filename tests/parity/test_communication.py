@@ -35,7 +35,7 @@ def counted_step(rank: int, world_size: int, case: Case) -> tuple[Counts, dict[s
     config = parts.config
     data = build_gpt_data(config.data, seq_length=S, vocab_size=VOCAB_SIZE, eod_token=0)
     with GlobalBatches(data.reader(data.train), num_workers=config.data.num_workers) as batches:
-        batch = batches.read(0, GLOBAL_BATCH, mesh.dp.rank, mesh.dp.size)
+        batch = batches.read(0, GLOBAL_BATCH, mesh.batch.rank, mesh.batch.size)
     mesh.meter.reset()
     train_step(parts, batch, RATES, step=0)
     units = {
@@ -114,18 +114,14 @@ def test_data_parallel_step_moves_the_volume_of_its_zero_stage(pool: Pool, zero:
         num_units, payload = len(units), FP32 * sum(length for length, _ in units.values())
         table = FP32 * units["embedding.word"][0]
         each = (micros * num_units, micros * payload)
-        count = {"all_reduce": (1, 8)}
         expected = {
-            0: {"all_reduce": (num_units + 1, payload + 8)},
-            1: {**count, "reduce_scatter": (num_units, payload), "all_gather": (num_units, payload)},
-            2: {**count, "reduce_scatter": each, "all_gather": (num_units, payload)},
-            3: {
-                **count,
-                "reduce_scatter": each,
-                "all_gather": (2 * each[0] - micros, 2 * each[1] - micros * table),
-            },
+            0: {"all_reduce": (num_units, payload)},
+            1: {"reduce_scatter": (num_units, payload), "all_gather": (num_units, payload)},
+            2: {"reduce_scatter": each, "all_gather": (num_units, payload)},
+            3: {"reduce_scatter": each, "all_gather": (2 * each[0] - micros, 2 * each[1] - micros * table)},
         }
-        assert only(counts, "dp") == expected[zero]
+        assert only(counts, "shard" if zero else "grad") == expected[zero]
+        assert only(counts, "batch") == {"all_reduce": (1, 8)}
         assert only(counts, "world") == {"all_reduce": (1, 24)}  # loss, squared norm, votes to stop: fp64
 
 
@@ -137,7 +133,7 @@ def test_prefetching_and_recomputing_layer_by_layer_gather_no_more(pool: Pool, o
     for counts, units in pool.run(2, counted_step, Case("gpt2", Layout(dp=2), f"--zero-stage 3 {options}")):
         payload = FP32 * sum(length for length, _ in units.values())
         gathered = (2 * micros * len(units) + micros, 2 * micros * payload + micros * FP32 * units["embedding.word"][0])
-        assert only(counts, "dp")["all_gather"] == gathered
+        assert only(counts, "shard")["all_gather"] == gathered
 
 
 def test_tied_embedding_costs_one_all_reduce_between_the_ends(pool: Pool) -> None:

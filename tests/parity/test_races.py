@@ -142,12 +142,12 @@ def _restless_threads() -> Iterator[None]:
 
 def numbers_of(parts: Parts) -> list[float]:
     """Train with what lies between steps in real runs: a look at the weights, a change of them, and an evaluation."""
-    config, dp, engine = parts.config, parts.mesh.dp, parts.engine
+    config, readers, engine = parts.config, parts.mesh.batch, parts.engine
     data, size = data_of(config), config.train.global_batch_size
     numbers = []
     with GlobalBatches(data.reader(data.train), num_workers=0) as train:
         for step in range(NUM_STEPS):
-            result = train_step(parts, train.read(step * size, size, dp.rank, dp.size), RATES, step=step)
+            result = train_step(parts, train.read(step * size, size, readers.rank, readers.size), RATES, step=step)
             numbers += [result.loss, result.grad_norm]
             if step == 0:
                 numbers.append(evaluate(parts, train, num_batches=1).loss)

@@ -13,7 +13,6 @@ import torch
 from torch._C._profiler import _EventType, _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile
 
-from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
@@ -23,6 +22,7 @@ from megatron3d.data.build import build_bert_data, build_gpt_data
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.optim.build import state_bytes
+from megatron3d.planner.layout import layout_of
 from megatron3d.planner.memory import StateBytes, shard_size
 from megatron3d.train.parts import Parts, build_parts
 from megatron3d.train.step import Rates, train_step
@@ -104,17 +104,6 @@ def config_of(flags: str, world_size: int, *, architecture: str = "gpt") -> RunC
     return resolve(words, world_size)
 
 
-def layout_of(config: RunConfig) -> Layout:
-    """The layout of a resolved config."""
-    parallel = config.parallel
-    return Layout(
-        tp=parallel.tensor_model_parallel_size,
-        pp=parallel.pipeline_model_parallel_size,
-        dp=parallel.data_parallel_size,
-        zero_shard=parallel.zero_shard_size,
-    )
-
-
 def hold_all(rank: int, world_size: int, cases: list[tuple[str, str]]) -> list[Held]:
     """Body of a worker: the state of this rank for each (architecture, flags)."""
     return [_held_by(config_of(flags, world_size, architecture=kind)) for kind, flags in cases]
@@ -146,20 +135,20 @@ def _held_by(config: RunConfig) -> Held:
 
 def parts_of(config: RunConfig) -> Parts:
     """Build this rank."""
-    mesh = make_mesh(layout_of(config))
+    mesh = make_mesh(layout_of(config.parallel))
     return build_parts(config, mesh, torch.device("cpu"), BUILDERS[config.model.architecture])
 
 
 def batches_of(config: RunConfig, parts: Parts, number: int) -> list[Samples]:
     """This rank's part of the first global batches."""
-    model, size, dp = config.model, config.train.global_batch_size, parts.mesh.dp
+    model, size, readers = config.model, config.train.global_batch_size, parts.mesh.batch
     sizes = {"seq_length": model.seq_length, "vocab_size": model.vocab_size}
     if model.architecture == "bert":
         data = build_bert_data(config.data, **sizes, tokenizer=None, binary_head=model.has_binary_head)
     else:
         data = build_gpt_data(config.data, **sizes, eod_token=0)
     with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
-        return [batches.read(step * size, size, dp.rank, dp.size) for step in range(number)]
+        return [batches.read(step * size, size, readers.rank, readers.size) for step in range(number)]
 
 
 def held_of(parts: Parts) -> Held:

@@ -33,7 +33,7 @@ def recalled_wrongly(rank: int, world_size: int, options: str) -> tuple[list[str
 
 
 def _wrong(parts: Parts) -> list[str]:
-    config, dp = parts.config, parts.mesh.dp
+    config, readers = parts.config, parts.mesh.batch
     data, size = data_of(config), config.train.global_batch_size
     average, start, wrong = WeightAverage(parts, 0.9), weights.remember(parts), []
 
@@ -44,7 +44,7 @@ def _wrong(parts: Parts) -> list[str]:
             wrong.append(when)
 
     with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
-        batch = batches.read(0, size, dp.rank, dp.size)
+        batch = batches.read(0, size, readers.rank, readers.size)
         train_step(parts, batch, RATES, step=0)
         weights.recall(parts, start)
         check("recalled after a step", start)

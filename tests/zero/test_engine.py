@@ -41,7 +41,7 @@ def backward(engine: ZeroEngine, declared: dict[str, Declared], mesh: Mesh, sink
     """Bring every contribution of this rank's micro-batches, as its layers and its schedule would."""
     for mb in range(NUM_MICROBATCHES):
         engine.before_backward(mesh.pp.rank)
-        sample = mesh.dp.rank * NUM_MICROBATCHES + mb
+        sample = mesh.grad.rank * NUM_MICROBATCHES + mb
         for name, one in declared.items():
             holder = 1 if mesh.pp.rank > 0 and name.startswith(TABLE) else 0
             grad = contribution(one.spec, step, sample, holder=holder, tp=mesh.tp.size, tp_rank=mesh.tp.rank)
@@ -129,9 +129,9 @@ def put_together(everyone: list[Boxes], name: str, shape: tuple[int, ...], *, nu
 
 def _train_and_compare(rank: int, world_size: int, settings: list[Setting]) -> None:
     mesh = make_mesh(settings[0].layout)
-    replicas = {True: mesh.replica.size, False: mesh.dp.size}
+    replicas = {True: mesh.replica.size, False: mesh.grad.size}
     num_holders = mesh.tied.size if mesh.pp.size == 1 else 2
-    expected, expected_norms = reference(mesh.dp.size * NUM_MICROBATCHES, num_holders)
+    expected, expected_norms = reference(mesh.grad.size * NUM_MICROBATCHES, num_holders)
     specs = whole_specs()
     for setting in settings:
         held, norms = train(mesh, setting)
@@ -202,13 +202,13 @@ def test_overlap_changes_no_bit(pool: Pool) -> None:
 
 
 def _when_reductions_start(rank: int, world_size: int, overlap: bool, stage: int) -> list[int]:
-    """Calls on the dp axis: before and after the end of each of two backwards, after `reduce_stage`, at the end."""
+    """Calls that reduce: before and after the end of each of two backwards, after `reduce_stage`, at the end."""
     mesh, sink = make_mesh(Layout(dp=2)), GradSink()
     engine, declared = engine_of(Setting(mesh.layout, stage, overlap=overlap), mesh, sink)
     calls = []
 
     def note() -> None:
-        calls.append(sum(count for (axis, _), (count, _) in mesh.meter.read().items() if axis == "dp"))
+        calls.append(sum(count for (axis, _), (count, _) in mesh.meter.read().items() if axis in ("grad", "shard")))
 
     engine.begin_step(2)
     for _ in range(2):
@@ -276,7 +276,7 @@ def _bytes_of(setting: Setting, mesh: Mesh) -> tuple[int, int, int]:
     local = sum(math.prod(one.spec.local_shape(mesh.tp.size)) for one in declared.values())
     length = sum(unit.layout.length for unit in units)
     num_segments = sum(len(unit.layout.segments) for unit in units)
-    assert local <= length < local + 32 * num_segments + 32 * mesh.dp.size * len(units), "padding beyond alignment"
+    assert local <= length < local + 32 * num_segments + 32 * mesh.grad.size * len(units), "padding beyond alignment"
     in_pieces = sum(piece.parameter.numel() for piece in engine.pieces)
     assert state_bytes(optimizer) == 2 * 4 * in_pieces
     owned = sum(unit.own.length for unit in units)
@@ -348,14 +348,14 @@ def test_a_step_moves_the_gradients_once_or_once_a_backward_and_the_weights_once
 ) -> None:
     for counted, num_units, length in pool.run(2, _traffic, Setting(Layout(dp=2), zero_stage, BF16, FP32)):
         once, each = (num_units, 4 * length), (NUM_MICROBATCHES * num_units, NUM_MICROBATCHES * 4 * length)
-        published = {("dp", "all_gather"): (num_units, 2 * length)}
+        published = {("shard", "all_gather"): (num_units, 2 * length)}
         assert (
             counted
             == {
-                0: {("dp", "all_reduce"): once},
-                1: {("dp", "reduce_scatter"): once, **published},
-                2: {("dp", "reduce_scatter"): each, **published},
-                3: {("dp", "reduce_scatter"): each},
+                0: {("grad", "all_reduce"): once},
+                1: {("shard", "reduce_scatter"): once, **published},
+                2: {("shard", "reduce_scatter"): each, **published},
+                3: {("shard", "reduce_scatter"): each},
             }[zero_stage]
         )
 

@@ -105,7 +105,7 @@ def _compare(rank: int, world_size: int, layout: Layout, zero_stage: int) -> Non
     mesh = make_mesh(layout)
     for name, config in CONFIGS.items():
         everyone = gather_values(train(mesh, zero_stage, config), mesh.world)
-        reference = expected(name, mesh.dp.size * NUM_MICROBATCHES, 1 if mesh.pp.size == 1 else 2)
+        reference = expected(name, mesh.grad.size * NUM_MICROBATCHES, 1 if mesh.pp.size == 1 else 2)
         for key, spec in whole_specs().items():
             for kind, wanted in {"weights": reference.weights[key], **reference.states[key]}.items():
                 found = whole_of([held.get(kind, {}) for held in everyone], key, tuple(wanted.shape))
@@ -170,7 +170,7 @@ def _traffic(rank: int, world_size: int, config: OptimConfig) -> dict[Any, Any]:
 )
 def test_a_step_has_few_exchanges_on_each_axis(pool: Pool, name: str, operation: str, count: int) -> None:
     for found in pool.run(4, _traffic, CONFIGS[name]):
-        for axis in ("tp", "dp"):
+        for axis in ("tp", "shard"):
             calls = {op: number for (its_axis, op), number in found.items() if its_axis == axis and number}
             assert calls == ({operation: count} if count else {})
 

@@ -232,8 +232,8 @@ class _Loop:
         return Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
 
     def _step(self, samples: Encoded, planned: PlannedStep, rates: Rates) -> StepResult:
-        dp, before = self.parts.mesh.dp, self.progress
-        mine = grouped(samples, planned.part(dp.rank, dp.size))
+        readers, before = self.parts.mesh.batch, self.progress
+        mine = grouped(samples, planned.part(readers.rank, readers.size))
         result = train_step(self.parts, mine, rates, step=before.step, wants_stop=bool(self.guard.stop))
         synchronize(self.parts.model.device)
         self.progress = before.after(planned.num_samples, skipped=result.skipped)

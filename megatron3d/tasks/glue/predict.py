@@ -50,7 +50,7 @@ def scores(
     size = parts.config.train.global_batch_size
     for batch in evaluation_batches(samples.lengths_N, batch_size=size, multiple=multiple):
         before_batch()
-        part = batch.part(mesh.dp.rank, mesh.dp.size)
+        part = batch.part(mesh.batch.rank, mesh.batch.size)
         outputs = _outputs(parts, samples, part)
         if outputs is not None:
             counts = torch.from_numpy(part.weights_R > 0)

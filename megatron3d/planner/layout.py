@@ -1,0 +1,22 @@
+"""The layout of a resolved run."""
+
+from __future__ import annotations
+
+from megatron3d.comm.layout import Layout
+from megatron3d.config.sections.parallel import ParallelConfig
+
+
+def layout_of(parallel: ParallelConfig) -> Layout:
+    """The degrees of a resolved run as a layout.
+
+    Raises:
+        ConfigError: they do not fit together.
+    """
+    return Layout(
+        tp=parallel.tensor_model_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        dp=parallel.data_parallel_size,
+        cp=parallel.context_parallel_size,
+        ep=parallel.expert_model_parallel_size,
+        zero_shard=parallel.zero_shard_size,
+    )
