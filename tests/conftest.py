@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Triton decides when a kernel is defined whether it will be interpreted, so this must come before any test file.
 if not torch.cuda.is_available():
@@ -20,6 +21,10 @@ from tests.dist.pool import Pool
 # A shell that starts the suite in the background has SIGINT ignored, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Examples are not timed: how long one takes depends on what else runs on the machine.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # One thread: results do not depend on the number of cores, and a test may fork, which OpenMP's threads do not survive.
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 # Room -> rooms it may import, besides itself, torch, numpy and the standard library. `errors` imports nothing, so
 # every room may have it, but for the kernels, which know nothing of this project.
-_TRAIN = {"process", "files", "config", "comm", "params", "kernels", "tensor", "nn", "models", "pipeline"}
+_TRAIN = {"process", "files", "storage", "config", "comm", "params", "kernels", "tensor", "nn", "models", "pipeline"}
 _TRAIN |= {"offload", "zero", "optim", "checkpoint", "data", "convert", "planner"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -24,25 +24,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     # How text and JSON from outside are read. Below every room that opens a file, so that all cut lines alike.
     "files": set(),
+    # How files reach the disk whole, and what a refusal means for the user. Below every room that writes one.
+    "storage": {"errors"},
     "config": {"errors", "files"},
     "comm": {"errors"},
     "params": {"errors"},
     "tensor": {"errors", "comm", "params", "kernels"},
     "nn": {"errors", "tensor", "params", "kernels", "config"},
     "models": {"errors", "nn", "tensor", "params", "config"},
-    "pipeline": {"errors"},
-    "offload": {"errors", "comm", "params"},
+    "pipeline": {"errors", "storage"},
+    "offload": {"errors", "storage", "comm", "params"},
     "zero": {"errors", "comm", "params", "offload"},
-    "checkpoint": {"errors", "files", "comm", "params"},
+    "checkpoint": {"errors", "files", "storage", "comm", "params"},
     "optim": {"errors", "params", "config"},
     # Arithmetic on what these rooms declare (plans, tables, layouts, schedules): it allocates and starts nothing.
     "planner": {
         *("errors", "config", "comm", "params", "kernels", "tensor", "nn", "models", "pipeline"),
         *("offload", "zero", "optim"),
     },
-    "data": {"errors", "process", "files", "config"},
+    "data": {"errors", "process", "files", "storage", "config"},
     # `data` reads the tokenizer that a directory describes: an import names it, an export writes its end of texts.
-    "convert": {"errors", "files", "config", "models", "params", "checkpoint", "data"},
+    "convert": {"errors", "files", "storage", "config", "models", "params", "checkpoint", "data"},
     "train": {"errors", *_TRAIN},
     "tasks": {"errors", "train", *_TRAIN},
     "inference": {"errors", "train", *_TRAIN},
@@ -275,6 +277,11 @@ def environment_outside_launch(sources: list[Source]) -> list[str]:
     """The process environment anywhere but in comm/launch.py."""
     names = ("os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv")
     return _named_outside(sources, names, lambda p: p == ENVIRONMENT_MODULE)
+
+
+def fsync_outside_storage(sources: list[Source]) -> list[str]:
+    """os.fsync anywhere but in storage/, which knows the order of fsync and rename; benchmarks may time it."""
+    return _named_outside(sources, ("os.fsync",), lambda p: p.startswith(("megatron3d/storage/", "tools/bench/")))
 
 
 # --- State, errors, unfinished work -----------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ BAD: dict[Rule, tuple[str, str, str]] = {
     ),
     rules.cuda_outside_its_module: ("megatron3d/nn/x.py", "import torch\ntorch.cuda.synchronize()\n", "x.py:4"),
     rules.environment_outside_launch: ("megatron3d/nn/x.py", "import os\nos.environ['A']\n", "names os.environ"),
+    rules.fsync_outside_storage: ("tools/x.py", "import os\nos.fsync(3)\n", "names os.fsync"),
     rules.global_statements: ("tools/x.py", "def f() -> None:\n    global state\n", "global state"),
     rules.swallowed_errors: ("tools/x.py", "try:\n    f()\nexcept Exception:\n    pass\n", "goes on"),
     # What the rule must find: an example, not a mark.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
-from megatron3d.errors import ConfigError, DataError, StorageError
+from megatron3d.errors import ConfigError, DataError
+from megatron3d.storage.atomic import atomic_path
+from megatron3d.storage.refusals import storage_errors
 
 POOLING_NAMES = ("mean", "cls", "pooler")  # as in inference.embed, which imports torch
 
@@ -228,22 +229,16 @@ def length_limit(wanted: int | None, config: RunConfig) -> int:
 
 def write(job: Job, vectors_NH: Tensor) -> None:
     """Write the vectors aside and rename. Raises: StorageError if the file system refuses."""
-    aside = job.output.with_name(f".tmp-{job.output.name}")
-    try:
-        with open(aside, "wb") as file:
-            if job.output.suffix == ".npy":
-                np.save(file, vectors_NH.numpy())
-            else:
-                for text, vector_H in zip(job.texts, vectors_NH.tolist(), strict=True):
-                    file.write((json.dumps({"text": text, "embedding": vector_H}, ensure_ascii=False) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, job.output)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise StorageError(
-            f"--output {job.output} could not be written ({error.strerror}); free space there, or name another file"
-        ) from error
+    with (
+        storage_errors("write --output", job.output, way_out="name another file"),
+        atomic_path(job.output) as aside,
+        open(aside, "wb") as file,
+    ):
+        if job.output.suffix == ".npy":
+            np.save(file, vectors_NH.numpy())
+        else:
+            for text, vector_H in zip(job.texts, vectors_NH.tolist(), strict=True):
+                file.write((json.dumps({"text": text, "embedding": vector_H}, ensure_ascii=False) + "\n").encode())
 
 
 def main(guard: Guard) -> None:

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from megatron3d.checkpoint.durable import storage_errors
 from megatron3d.checkpoint.index import INDEX_NAME, Index, parse_index, read_index
+from megatron3d.checkpoint.refusals import storage_errors
 from megatron3d.checkpoint.shard_file import check_entry, open_shard, read_box, unknown_entries
 from megatron3d.errors import CheckpointError, InUseError
 from megatron3d.files.fields import Fields

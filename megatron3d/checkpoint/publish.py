@@ -21,7 +21,8 @@ from megatron3d.checkpoint.directory import (
     replaced_name,
     step_of,
 )
-from megatron3d.checkpoint.durable import remove_tree, storage_errors, sync_directory, write_file
+from megatron3d.checkpoint.refusals import storage_errors
+from megatron3d.storage.durable import remove_tree, sync_directory, write_file
 
 
 def temporary_directory(root: Path, name: str) -> Path:

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron3d.checkpoint.durable import write_file
 from megatron3d.checkpoint.index import StoredBox, StoredTensor
 from megatron3d.errors import CheckpointError
+from megatron3d.storage.durable import write_file
 
 _TAGS: dict[torch.dtype, str] = {
     torch.float64: "F64",

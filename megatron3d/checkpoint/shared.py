@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron3d.checkpoint.durable import storage_errors
+from megatron3d.checkpoint.refusals import storage_errors
 from megatron3d.checkpoint.store import ProcessGroup, everywhere, from_first, gathered
 from megatron3d.errors import StorageError
 

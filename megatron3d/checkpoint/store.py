@@ -46,12 +46,13 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from megatron3d.checkpoint.durable import storage_errors, write_file
 from megatron3d.checkpoint.index import INDEX_NAME, Index, StoredBox, StoredFile, StoredTensor, box_key
+from megatron3d.checkpoint.refusals import storage_errors
 from megatron3d.checkpoint.shard_file import open_shard, read_box, write_shard
 from megatron3d.comm.waiting import Waiting
 from megatron3d.errors import CheckpointError, Megatron3dError
 from megatron3d.params.boxes import Box, ShardView
+from megatron3d.storage.durable import write_file
 
 __all__ = ["ProcessGroup", "everywhere", "from_first", "gathered", "read_tensors", "write_tensors"]
 

@@ -20,11 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron3d.checkpoint.durable import sync_directory, write_file
 from megatron3d.checkpoint.shard_file import write_shard
 from megatron3d.convert.family import HfConfig
-from megatron3d.errors import CheckpointError, ConfigError, StorageError
+from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.files.json_text import parse_object
+from megatron3d.storage.durable import sync_directory, write_file
+from megatron3d.storage.refusals import refusal
 
 CONFIG_NAME = "config.json"
 _LONGEST_NAME = 255  # bytes, of Linux's file systems
@@ -195,7 +196,4 @@ def write_directory(
         sync_directory(directory.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise StorageError(
-            f"--hf {directory} could not be written: {error.filename or temporary}: {error.strerror or error}; free "
-            "space there, or give another directory"
-        ) from error
+        raise refusal("write --hf", error, directory, way_out="give another directory") from error

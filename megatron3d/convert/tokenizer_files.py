@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from megatron3d.checkpoint.durable import storage_errors, sync_directory, write_file
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.data.hf_description import (
@@ -28,6 +27,8 @@ from megatron3d.data.hf_description import (
 from megatron3d.data.hf_tokenizer import described_tokenizer, has_vocabulary
 from megatron3d.data.tokenizer import END_OF_TEXT
 from megatron3d.errors import CheckpointError
+from megatron3d.storage.durable import sync_directory, write_file
+from megatron3d.storage.refusals import storage_errors
 
 TOKENIZER_FOLDER = "tokenizer"  # in the --save directory, where the copied files of the tokenizer lie
 WORD_PIECES: Mapping[str, bool] = MappingProxyType({"BertWordPieceLowerCase": True, "BertWordPieceCase": False})
@@ -54,7 +55,7 @@ def write_files(target: Path, files: Mapping[str, bytes]) -> None:
     """
     if not files:
         return
-    with storage_errors(target):
+    with storage_errors("write the tokenizer file", target, way_out="give another directory"):
         for name in (*VOCABULARY_FILES, *SETTING_FILES, *COMPANION_FILES, MODEL_CONFIG):
             if name not in files:
                 (target / name).unlink(missing_ok=True)

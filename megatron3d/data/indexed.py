@@ -19,14 +19,17 @@ share its memory, and there the danger stays.
 from __future__ import annotations
 
 import struct
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from megatron3d.data.publish import flush_to_disk, open_partial, storage_errors
 from megatron3d.data.token_file import TokenFile
 from megatron3d.errors import DataError
+from megatron3d.storage.atomic import open_partial
+from megatron3d.storage.durable import flush_to_disk
+from megatron3d.storage.refusals import storage_errors
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -160,6 +163,10 @@ class IndexedDataset:
             )
 
 
+def _storage_errors(path: Path) -> AbstractContextManager[None]:
+    return storage_errors("write", path, way_out="write several smaller files, or elsewhere")
+
+
 class IndexedDatasetWriter:
     """Writes `{prefix}.bin` and `{prefix}.idx` so that they appear together, whole, or not at all.
 
@@ -173,7 +180,7 @@ class IndexedDatasetWriter:
             raise ValueError(f"{dtype} has no code in the format; it has {[str(d) for d in CODE_OF_DTYPE]}")
         self._lengths: list[NDArray[np.int32]] = []
         self._document_sizes: list[NDArray[np.int64]] = []
-        with storage_errors(Path(f"{prefix}.bin")):
+        with _storage_errors(Path(f"{prefix}.bin")):
             self._bin = open_partial(Path(f"{prefix}.bin"))
         self._bin_temporary = Path(self._bin.name)
         self._idx_temporary: Path | None = None
@@ -189,7 +196,7 @@ class IndexedDatasetWriter:
                 self._publish()
         finally:
             try:
-                with storage_errors(self._bin_temporary):
+                with _storage_errors(self._bin_temporary):
                     self._bin.close()  # writes what is still buffered, which a full disk refuses here again
             finally:
                 self._bin_temporary.unlink(missing_ok=True)
@@ -223,7 +230,7 @@ class IndexedDatasetWriter:
             limits = np.iinfo(self.dtype)
             if tokens.min() < limits.min or tokens.max() > limits.max:
                 raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype} of {self.prefix}")
-        with storage_errors(self._bin_temporary):
+        with _storage_errors(self._bin_temporary):
             self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
         self._lengths.append(lengths.astype(np.int32))
         self._document_sizes.append(sizes)
@@ -249,7 +256,7 @@ class IndexedDatasetWriter:
         np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
         bounds = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         header = struct.pack("<9sQBQQ", MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], len(lengths), len(bounds))
-        with storage_errors(idx_path):
+        with _storage_errors(idx_path):
             with open_partial(idx_path) as idx:
                 self._idx_temporary = Path(idx.name)
                 idx.write(header)

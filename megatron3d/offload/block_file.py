@@ -16,25 +16,16 @@ import mmap
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from megatron3d.errors import StorageError
+from megatron3d.storage.refusals import storage_errors
 
 BLOCK_BYTES = 4096  # a multiple of the sector of every common disk, and the page of a mapping
 # Large enough that a request costs nothing beside its bytes, small enough to lie in the cache when it is checked.
 CHUNK_BYTES = 4 << 20
 
-_ADVICE = {
-    errno.ENOSPC: "free space there or give another --offload-dir",
-    errno.EDQUOT: "free space within the quota or give another --offload-dir",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f) or give another --offload-dir",
-    errno.EROFS: "mount it writable or give another --offload-dir",
-    errno.EACCES: "make it writable for this user or give another --offload-dir",
-    errno.ENOENT: "make that directory or give another --offload-dir",
-    errno.ENOTDIR: "give a directory as --offload-dir",
-}
 _DIRECT_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -43,22 +34,14 @@ def round_up(num_bytes: int) -> int:
     return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
-@contextmanager
-def offload_errors(action: str, where: str) -> Iterator[None]:
-    """Turn an `OSError` of the block into a `StorageError` that names the action, the file and what to do.
-
-    Raises:
-        StorageError: the block raised an `OSError`.
-    """
-    try:
-        yield
-    except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "look at the disk or give another --offload-dir")
-        reason = error.strerror or str(error)
-        raise StorageError(
-            f"could not {action} {where}: {reason}; the checkpoints are untouched, the next start goes on from the "
-            f"last; {advice}"
-        ) from error
+def offload_errors(action: str, where: str) -> AbstractContextManager[None]:
+    """Turn an `OSError` of the block into a `StorageError` that names the action, the file and what to do."""
+    return storage_errors(
+        action,
+        where,
+        assurance="the checkpoints are untouched, the next start resumes from the last",
+        way_out="give another --offload-dir",
+    )
 
 
 class _Bounce(threading.local):

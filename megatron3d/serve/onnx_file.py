@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron3d.errors import ConfigError, NumericsError, StorageError, install_extra
+from megatron3d.errors import ConfigError, NumericsError, install_extra
 from megatron3d.serve.classifier import open_session
 from megatron3d.serve.description import INPUTS, OUTPUT
 from megatron3d.serve.digest import append_digest
 from megatron3d.serve.trained import WholeClassifier
+from megatron3d.storage.atomic import atomic_path
+from megatron3d.storage.refusals import storage_errors
 
 # Largest difference from torch, for outputs up to 1; larger outputs have fp32 roundings that are larger alike.
 TOLERANCE = 1e-5
@@ -50,18 +52,8 @@ def set_aside(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the file system refused.
     """
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with storage_errors("write --output", path, way_out="give another path"), atomic_path(path) as aside:
         yield aside
-        aside.replace(path)
-    except OSError as error:
-        raise StorageError(
-            f"--output {path} could not be written ({error.strerror or error}); free space or give another path"
-        ) from error
-    finally:
-        if aside.exists():
-            aside.unlink()
 
 
 def require_exporter() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megatron3d.errors import Megatron3dError, PeerError, StorageError
 from megatron3d.files.json_text import is_whole_number, parse_object
+from megatron3d.storage.durable import flush_to_disk
 
 FILE_NAME = "exit_status.json"
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
@@ -97,8 +98,7 @@ def write_exit_status(directory: str | Path, status: ExitStatus) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("w", encoding="utf-8") as file:
             file.write(json.dumps(asdict(status)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file)
         if status.code == PeerError.exit_code:
             _place_unless_a_cause_is_there(beside, path)
         else:

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from megatron3d.errors import DataError, StorageError
+from megatron3d.errors import DataError
+from megatron3d.storage.refusals import storage_errors
 from megatron3d.train.metrics import read_records
 from megatron3d.train.progress import format_count
 
@@ -201,10 +202,6 @@ def _titles(start: Mapping[str, Any]) -> tuple[str, str]:
 
 def _save(figure: Figure, path: Path) -> None:
     """Write the PNG."""
-    try:
+    with storage_errors("write the loss curve", path, way_out="name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")
-    except OSError as error:
-        raise StorageError(
-            f"The loss curve {path} cannot be written: {error.strerror or error}; name another file."
-        ) from error

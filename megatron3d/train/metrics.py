@@ -27,6 +27,7 @@ from typing import Any
 
 from megatron3d.errors import DataError, TrackerError
 from megatron3d.files import json_text
+from megatron3d.storage.atomic import atomic_path
 
 
 @dataclass(frozen=True)
@@ -299,15 +300,8 @@ def _names(path: Path, fd: int) -> bool:
 
 def _rewrite(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Replace the file in one step; the bytes reach the disk before the name does."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.writelines(_line(r) for r in records)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_path(path) as beside, beside.open("w", encoding="utf-8") as file:
+        file.writelines(_line(r) for r in records)
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -14,12 +14,13 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron3d.checkpoint import durable, publish, shard_file, store
+from megatron3d.checkpoint import publish, shard_file, store
 from megatron3d.checkpoint.directory import latest_checkpoint, list_checkpoints, step_of, verify
 from megatron3d.checkpoint.load import load_tensors, read_document
 from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.errors import StorageError
 from megatron3d.params.boxes import Box, ShardView
+from megatron3d.storage import durable
 from tests.checkpoint import crash
 from tests.checkpoint.layouts import SmallLayout, merged, views, wrong
 from tests.dist.pool import Pool

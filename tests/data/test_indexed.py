@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -266,21 +265,9 @@ def test_id_that_does_not_fit_the_dtype_is_refused(tmp_path: Path) -> None:
         w.add_document([1, 65536])
 
 
-def test_full_disk_is_a_storage_error() -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full")
-    publish = importlib.import_module("megatron3d.data.publish")
-    with (
-        pytest.raises(StorageError, match="the file system is full"),
-        publish.storage_errors(Path("x")),
-        open("/dev/full", "wb", buffering=0) as f,
-    ):
-        f.write(b"x")
-
-
 def test_place_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="could not write"):
         IndexedDatasetWriter(tmp_path / "file" / "d", np.uint16)
 
 

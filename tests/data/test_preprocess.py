@@ -310,7 +310,7 @@ def test_append_eod_without_such_a_token_is_refused(tmp_path: Path, run: Run) ->
 def test_output_that_cannot_be_written_has_exit_code_7(tmp_path: Path, run: Run) -> None:
     (tmp_path / "c.jsonl").write_bytes(as_json_lines(["x"]))
     code, printed = run("--input", tmp_path / "c.jsonl", "--output-prefix", tmp_path / "c.jsonl" / "out")
-    assert code == 7 and "cannot be written" in printed
+    assert code == 7 and "could not write" in printed
 
 
 def test_disk_that_refuses_the_tokens_has_exit_code_7_and_leaves_nothing(tmp_path: Path, run: Run) -> None:
@@ -322,7 +322,7 @@ def test_disk_that_refuses_the_tokens_has_exit_code_7_and_leaves_nothing(tmp_pat
         code, printed = run("--input", tmp_path / "c.jsonl", "--output-prefix", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert code == 7 and "cannot be written (File too large): it is over the size limit for files" in printed
+    assert code == 7 and ": File too large; raise the limit on file sizes (ulimit -f)" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
 
 

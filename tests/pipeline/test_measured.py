@@ -326,5 +326,5 @@ def test_a_profile_is_a_picture_and_a_trace_in_a_new_folder(tmp_path: Path):
 
 def test_a_profile_that_cannot_be_written_is_a_storage_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"cannot write the trace .*--profile-pipeline"):
+    with pytest.raises(StorageError, match=r"could not write the trace .*--profile-pipeline"):
         write_profile(by_hand(), tmp_path / "file")

@@ -96,5 +96,5 @@ def test_sixteen_ranks_with_sixty_four_microbatches_are_drawn_and_written(tmp_pa
 
 
 def test_a_picture_that_cannot_be_written_is_a_storage_error(tmp_path: Path):
-    with pytest.raises(StorageError, match=r"cannot write the picture .*missing/a\.png: No such file"):
+    with pytest.raises(StorageError, match=r"could not write the picture .*missing/a\.png: No such file"):
         draw_png(simulate(gpipe(2, 2)), tmp_path / "missing" / "a.png")

@@ -87,7 +87,7 @@ def test_files_are_named_as_the_leaderboard_names_them() -> None:
 
 def test_predictions_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match=r"--predict: .*SST-2.tsv could not be written"):
+    with pytest.raises(StorageError, match=r"could not write the predictions \(--predict\) .*SST-2.tsv"):
         write_predictions(tmp_path / "file" / "SST-2.tsv", torch.zeros(1, 2), GLUE_TASKS["sst-2"])
 
 

@@ -10,9 +10,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron3d.data.prepare.corpus import iterate_texts
-from megatron3d.data.publish import write_text_atomically
 from megatron3d.data.tokenizer import END_OF_TEXT
 from megatron3d.errors import ConfigError, DataError
+from megatron3d.storage.atomic import write_text_atomically
+from megatron3d.storage.refusals import storage_errors
 
 MIN_VOCAB_SIZE = 257
 
@@ -70,8 +71,9 @@ def write_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> list[Pa
         "tokenizer_config.json": json.dumps(config, indent=2),
         "tokenizer.json": text,
     }
-    for name, content in contents.items():
-        write_text_atomically(directory / name, content)
+    with storage_errors("write the tokenizer", directory, way_out="name another directory"):
+        for name, content in contents.items():
+            write_text_atomically(directory / name, content)
     return [directory / name for name in contents]
 
 

@@ -11,8 +11,9 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from megatron3d.data.prepare.corpus import iterate_texts
 from megatron3d.data.prepare.train_bpe import counted
-from megatron3d.data.publish import write_text_atomically
 from megatron3d.errors import ConfigError
+from megatron3d.storage.atomic import write_text_atomically
+from megatron3d.storage.refusals import storage_errors
 
 _INSIDE = "##"  # begins a piece that is not the first of its word
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -88,6 +89,7 @@ def write_word_pieces(tokenizer: tokenizers.Tokenizer, directory: Path, *, lower
         "vocab.txt": "".join(f"{piece}\n" for piece, _ in pieces),
         "tokenizer_config.json": json.dumps(config, indent=2),
     }
-    for name, content in contents.items():
-        write_text_atomically(directory / name, content)
+    with storage_errors("write the tokenizer", directory, way_out="name another directory"):
+        for name, content in contents.items():
+            write_text_atomically(directory / name, content)
     return [directory / name for name in contents]

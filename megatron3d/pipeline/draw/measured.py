@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron3d.errors import StorageError
 from megatron3d.pipeline.draw.png import draw_png
 from megatron3d.pipeline.draw.text import OP_WORDS
 from megatron3d.pipeline.measured import Measured, TimedWait, comparison_line
 from megatron3d.pipeline.schedule import Reduce, Send
 from megatron3d.pipeline.simulate import Timeline
+from megatron3d.storage.refusals import storage_errors
 
 _COMPUTE, _WAITS = 0, 1  # threads of a rank
 _THREADS = {_COMPUTE: "compute", _WAITS: "waits"}
@@ -30,13 +30,9 @@ def write_profile(measured: Measured, folder: Path, *, name: str = "pipeline") -
         StorageError: a file cannot be written.
     """
     trace, picture = folder / f"{name}.trace.json", folder / f"{name}.png"
-    try:
+    with storage_errors("write the trace", trace, way_out="choose another folder for --profile-pipeline"):
         folder.mkdir(parents=True, exist_ok=True)
         trace.write_text(json.dumps(trace_events(measured)))
-    except OSError as error:
-        raise StorageError(
-            f"cannot write the trace {trace}: {error.strerror}; choose another folder for --profile-pipeline"
-        ) from error
     schedule = measured.timeline.schedule.name
     draw_png(in_milliseconds(measured.timeline), picture, title=f"{schedule} schedule, measured", unit="ms")
     return f"{comparison_line(measured)}; see {picture} and {trace}"

@@ -16,10 +16,10 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from megatron3d.errors import StorageError
 from megatron3d.pipeline.draw.text import OP_WORDS
 from megatron3d.pipeline.schedule import Op, Step
 from megatron3d.pipeline.simulate import Timeline
+from megatron3d.storage.refusals import storage_errors
 
 Colour = tuple[float, float, float]
 
@@ -74,10 +74,8 @@ def write_figure(figure: Figure, path: Path) -> None:
     Raises:
         StorageError: if the file cannot be written.
     """
-    try:
+    with storage_errors("write the picture", path, way_out="choose another --png file"):
         figure.savefig(path, dpi=160, format="png")
-    except OSError as error:
-        raise StorageError(f"cannot write the picture {path}: {error.strerror}; choose another --png file") from error
 
 
 def timeline_rows(axes: Axes, timeline: Timeline, *, inches_per_time: float, first_row: float = 0.0) -> None:

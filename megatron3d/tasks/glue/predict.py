@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
-from megatron3d.errors import StorageError
 from megatron3d.models.bert_classifier import sample_losses
 from megatron3d.pipeline.run import run
+from megatron3d.storage.atomic import write_text_atomically
+from megatron3d.storage.refusals import storage_errors
 from megatron3d.tasks.glue.encode import Encoded
 from megatron3d.tasks.glue.metrics import measure
 from megatron3d.tasks.glue.order import PlannedBatch, evaluation_batches
@@ -105,12 +106,5 @@ def write_predictions(path: Path, scores_NC: Tensor, task: Task) -> None:
     Raises:
         StorageError: the file system refused.
     """
-    aside = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text("\n".join(prediction_lines(scores_NC, task)) + "\n", encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise StorageError(
-            f"--predict: {path} could not be written ({error.strerror}); free space or give another directory"
-        ) from error
+    with storage_errors("write the predictions (--predict)", path, way_out="give another directory"):
+        write_text_atomically(path, "\n".join(prediction_lines(scores_NC, task)) + "\n")

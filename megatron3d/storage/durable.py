@@ -1,52 +1,20 @@
 """Writing that survives a crash: a file counts as written when it and its directory have reached the disk.
 
-Every function here raises the `OSError` of the system; `storage_errors` turns it into the sentence for the user.
-Nothing here knows what a checkpoint is.
+Every function here raises the `OSError` of the system; `refusals.storage_errors` turns it into a sentence.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-
-from megatron3d.errors import StorageError
+from typing import IO
 
 # Large enough that system calls cost nothing, small enough that a chunk is still in the cache when it is written
 # after its checksum was taken.
 CHUNK_BYTES = 4 << 20
-
-_ADVICE = {
-    errno.ENOSPC: "free space there or give another --save directory",
-    errno.EDQUOT: "free space within the quota or give another --save directory",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f) or give another --save directory",
-    errno.EROFS: "mount it writable or give another --save directory",
-    errno.EACCES: "make it writable for this user or give another --save directory",
-    errno.EPERM: "make it writable for this user or give another --save directory",
-    errno.ENOENT: "the --save directory must lie on a file system that all nodes of the run share",
-}
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an `OSError` met while writing below `path` into a `StorageError` with the reason and what to do.
-
-    Raises:
-        StorageError: the block raised an `OSError`.
-    """
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or path
-        reason = error.strerror or str(error)
-        advice = _ADVICE.get(error.errno or 0, "look at the file system or give another --save directory")
-        raise StorageError(
-            f"could not write checkpoint file {where}: {reason}; earlier checkpoints are untouched; {advice}"
-        ) from error
 
 
 def write_file(path: Path, pieces: Iterable[memoryview | bytes]) -> list[int]:
@@ -76,6 +44,12 @@ def _write_piece(fd: int, piece: memoryview, path: Path) -> int:
                 error.filename = str(path)  # write() knows a descriptor only; the user needs the file
                 raise
     return checksum
+
+
+def flush_to_disk(stream: IO) -> None:
+    """Empty the buffers of `stream` and of the operating system, so that a rename after it is safe."""
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def sync_directory(path: Path) -> None:

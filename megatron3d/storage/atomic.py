@@ -1,0 +1,75 @@
+"""Files that are there whole or not at all: written under another name, forced out, then renamed.
+
+Every function here raises the `OSError` of the system; `refusals.storage_errors` turns it into a sentence.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to. Takes the name `path` where the block ends well; is removed where it raises.
+
+    For files that some library writes; directories above are made. What was written is on the disk before the rename.
+
+    Raises:
+        OSError: the system refused; `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        with beside.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a small UTF-8 file whole or not at all.
+
+    Raises:
+        OSError: the system refused; `path` is as it was.
+    """
+    with atomic_path(path) as beside, beside.open("wb") as stream:
+        stream.write(text.encode())
+
+
+def open_partial(path: Path) -> IO[bytes]:
+    """A new file beside `path`, named by the stream's `name`, to be written and then renamed to `path`.
+
+    The stream holds the kernel's lock on it, which ends with the last process that has it open. So what a killed run
+    left beside `path` can be told from what another one is writing now, and is removed here.
+
+    Raises: OSError if the system refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    while True:
+        stream = open(path.with_name(f"{path.name}.{os.getpid()}.partial"), "wb")  # noqa: SIM115 (the caller closes it)
+        _lock(stream)
+        if os.path.exists(stream.name):
+            return stream
+        stream.close()  # another run took it for abandoned before it was locked
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the partial files beside `path` that no process has locked."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError), open(partial, "rb") as stream:  # gone meanwhile, or locked by its writer
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
+
+
+def _lock(stream: IO[bytes]) -> None:
+    with suppress(OSError):  # a file system without locks: another run then cannot lock, and so not remove it, either
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
