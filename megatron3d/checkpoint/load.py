@@ -34,6 +34,7 @@ def load_tensors(
     *,
     group: store.ProcessGroup | None,
     may_be_left: Callable[[str], bool] = lambda name: True,
+    may_be_missing: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Fill the buffers of `tensors` in place from the checkpoint in `directory`. Collective over `group`.
 
@@ -46,6 +47,8 @@ def load_tensors(
         tensors: what this rank holds under each name.
         group: all ranks that load together, or None in a single process.
         may_be_left: whether a stored tensor of this name may be asked for by no rank; default any may.
+        may_be_missing: whether a tensor of this name may be missing in the checkpoint, and its buffer stay as it is;
+            default none may.
 
     Raises:
         CheckpointError: no such checkpoint, another one on another rank, a tensor that is missing, has another shape
@@ -53,6 +56,7 @@ def load_tensors(
             part.
     """
     index = agreed_index(directory, group)
+    tensors = {name: one for name, one in tensors.items() if name in index.tensors or not may_be_missing(name)}
     store.everywhere(lambda: _check_tensors(directory, index, tensors), group)
     _check_left_over(directory, index, tensors, group, may_be_left)
     store.read_tensors(directory, tensors, index=index, group=group)

@@ -68,7 +68,9 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
             ),
         },
         "train": {
-            Effect.REPORTED: "global_batch_size rampup_batch_size step_batch_size_schedule iterations_to_skip",
+            Effect.REPORTED: (
+                "global_batch_size rampup_batch_size step_batch_size_schedule iterations_to_skip freeze_params"
+            ),
             # batch_size_steps is step_batch_size_schedule in samples; accumulation steps are in global_batch_size.
             Effect.FREE: (
                 "micro_batch_size gradient_accumulation_steps train_iters train_samples train_tokens "

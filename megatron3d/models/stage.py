@@ -19,9 +19,13 @@ from megatron3d.nn.block import Block
 from megatron3d.nn.inputs import KeyValueCache, LayerInputs
 from megatron3d.nn.positions import rotary_table
 from megatron3d.nn.recompute import LayerGroup, plan_recompute, run_layers
+from megatron3d.params.freeze import freeze
 from megatron3d.params.gate import Place, WeightGate
 from megatron3d.params.module import Declared, declared_parameters
+from megatron3d.params.spec import ParamSpec
 from megatron3d.tensor.context import LayerContext
+
+FROZEN = ".frozen"  # ends the name of a unit whose parameters do not train
 
 
 @dataclass(frozen=True)
@@ -125,15 +129,17 @@ class Stage(nn.Module):
     def places(self) -> dict[str, Place]:
         """Which units the stage's places read, in the order of the forward."""
         units = list(self.units())
-        layers = [name for name in units if name.startswith("layers.")]
         embedding = tuple(name for name in units if self.part.is_first and name.startswith("embedding"))
         places = {}
         if self.part.is_first:
             # The lookup in the word table does not read the table again; norms beside it, where a model has them, do.
-            places["embedding"] = Place(embedding, tuple(name for name in embedding if name != "embedding.word"))
-        places |= {name: Place((name,), (name,)) for name in layers}
+            again = tuple(name for name in embedding if not name.startswith("embedding.word"))
+            places["embedding"] = Place(embedding, again)
+        for number in self.layers:
+            layer = tuple(name for name in units if name in (f"layers.{number}", f"layers.{number}{FROZEN}"))
+            places[f"layers.{number}"] = Place(layer, layer)
         if self.head is not None:
-            head = tuple(name for name in units if name not in layers and not name.startswith("embedding"))
+            head = tuple(name for name in units if name.startswith("head"))
             head += () if self.tied_unit is None else (self.tied_unit,)
             places["head"] = Place(head, head)
         return places
@@ -145,17 +151,21 @@ class Stage(nn.Module):
     def units(self) -> dict[str, list[str]]:
         """Parameter names by unit: the word embedding, the rest of the embedding, each block, the head.
 
-        The word embedding is a unit of its own so that, where it is tied, its holders lay it out alike.
+        The word embedding is a unit of its own so that, where it is tied, its holders lay it out alike. Frozen
+        parameters are in units of their own, which have weights alone.
         """
         units: dict[str, list[str]] = {}
-        for name in self.parameters_by_name():
-            units.setdefault(unit_of(name), []).append(name)
+        for name, declared in self.parameters_by_name().items():
+            units.setdefault(unit_of(declared.spec), []).append(name)
         return units
 
     @property
     def tied_unit(self) -> str | None:
         """Name of the unit that holds a tied table, whose gradient is the sum over its holders; None if untied."""
-        return None if self.config.untie_embeddings_and_output_weights else "embedding.word"
+        if self.config.untie_embeddings_and_output_weights:
+            return None
+        is_frozen = any(name.startswith(f"embedding.word{FROZEN}") for name in self.units())
+        return f"embedding.word{FROZEN if is_frozen else ''}"
 
     def uses_of(self, name: str) -> int:
         """How many contributions to its gradient a parameter gets in one backward of this stage."""
@@ -205,12 +215,15 @@ def assemble_stage(
         method=train.recompute_method,
         layers_each=train.recompute_num_layers,
     )
-    return Stage(config, part, StageModules(embedding, blocks, head, groups, context.gate))
+    stage = Stage(config, part, StageModules(embedding, blocks, head, groups, context.gate))
+    freeze(stage, train.freeze_params)
+    return stage
 
 
-def unit_of(name: str) -> str:
-    """The unit a parameter belongs to, from its full name."""
-    words = name.split(".")
+def unit_of(spec: ParamSpec) -> str:
+    """The unit a parameter belongs to, from its full name and whether it trains."""
+    words = spec.name.split(".")
+    end = "" if spec.trains else FROZEN
     if words[0] == "layers":
-        return f"layers.{words[1]}"
-    return "embedding.word" if name.startswith("embedding.word.") else words[0]
+        return f"layers.{words[1]}{end}"
+    return ("embedding.word" if spec.name.startswith("embedding.word.") else words[0]) + end

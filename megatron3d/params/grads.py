@@ -66,22 +66,28 @@ class GradSink:
 
         parameter.register_post_accumulate_grad_hook(take)
 
-    def add_linear(self, weight: nn.Parameter, bias: nn.Parameter | None, grad_out: Tensor, x: Tensor) -> None:
+    def add_linear(self, weight: nn.Parameter, bias: nn.Parameter | None, grad_out: Tensor, x: Tensor | None) -> None:
         """Add the gradients of a linear layer: weight += grad_out^T x, bias += the sum of grad_out over tokens.
+
+        Of a frozen weight or bias nothing is computed.
 
         Args:
             weight: [O, I].
             bias: [O] or None.
             grad_out: [..., O], gradient of the output.
-            x: [..., I], the layer's (gathered) input.
+            x: [..., I], the layer's (gathered) input; None where the weight is frozen.
         """
+        trained_bias = bias if bias is not None and bias.requires_grad else None
+        if x is None and trained_bias is None:
+            return
 
         @torch.no_grad()  # put aside, it runs outside of the backward that asked for it
         def work() -> None:
-            grad_TO, x_TI = grad_out.reshape(-1, grad_out.shape[-1]), x.reshape(-1, x.shape[-1])
-            self._add_product(weight, grad_TO, x_TI)
-            if bias is not None:
-                self.add(bias, grad_TO.sum(0))
+            grad_TO = grad_out.reshape(-1, grad_out.shape[-1])
+            if x is not None:
+                self._add_product(weight, grad_TO, x.reshape(-1, x.shape[-1]))
+            if trained_bias is not None:
+                self.add(trained_bias, grad_TO.sum(0))
 
         if self._deferred is None:
             work()

@@ -84,7 +84,7 @@ def materialize(
 ) -> nn.Parameter:
     """Replace a meta parameter by one with memory and its initial values, and return it."""
     shard = initial_shard(declared.spec, seed=seed, tp=tp, tp_rank=tp_rank).to(device=device, dtype=dtype)
-    parameter = nn.Parameter(shard)
+    parameter = nn.Parameter(shard, requires_grad=declared.spec.trains)
     declared.owner.register_parameter(declared.attribute, parameter)
     return parameter
 

@@ -46,6 +46,7 @@ class ParamSpec:
         is_table: whether its rows are looked up or scored one by one (words, positions, the output projection): such
             a matrix is no linear map of hidden vectors, and Muon leaves it to another rule.
         kind: which ranks shard the parameter, sum its gradient and shard its state: the axes are `zero.kinds.KINDS`.
+        trains: whether it gets gradients and updates; a frozen parameter is weights and nothing else.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ParamSpec:
     tied_copy: bool = False
     is_table: bool = False
     kind: ParamKind = "dense"
+    trains: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what no cut is defined for."""

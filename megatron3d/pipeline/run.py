@@ -199,7 +199,8 @@ class _Interpreter:
         sent = next((send for send in self.leaving if send[:3] == ("activation", stage, mb)), None)
         if sent is not None:
             self._wait_until_sent(sent)  # its gradient has come back, so it arrived long ago
-        torch.autograd.backward(y, grad)
+        if y.requires_grad:  # not that of a first stage all of whose parameters are frozen
+            torch.autograd.backward(y, grad)
         x = self.inputs.pop((stage, mb))
         if x is not None:
             assert x.grad is not None, f"stage {stage} gave no input gradient for micro-batch {mb}"

@@ -11,11 +11,21 @@ from dataclasses import dataclass
 
 from megatron3d.config.run import RunConfig
 from megatron3d.models.stage import StagePart
+from megatron3d.models.zoo import BUILDERS
+from megatron3d.params.freeze import require_sensible
 from megatron3d.pipeline.lower import lower
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.schedule import Action, Schedule
 from megatron3d.planner.layers import stage_tape
-from megatron3d.planner.memory import ModelParts, StateBytes, fullest_state, part_of, parts_of_rank, shard_size
+from megatron3d.planner.memory import (
+    ModelParts,
+    StateBytes,
+    fullest_state,
+    part_of,
+    parts_of_rank,
+    shard_size,
+    whole_stage,
+)
 from megatron3d.planner.sharing import SharedUnit, Sharing, SharingPlan
 from megatron3d.planner.sizes import BYTES, FP32, sizes_of
 from megatron3d.planner.temporaries import publish_temporary, update_temporary
@@ -67,7 +77,13 @@ def ledger_of(config: RunConfig, plan: PipelinePlan, *, device_type: str) -> tup
         config: the run.
         plan: how it is cut along its depth.
         device_type: "cpu" or "cuda", whose kernels keep different things.
+
+    Raises:
+        ConfigError: --freeze-params names nothing or everything.
     """
+    if config.train.freeze_params:
+        builder = BUILDERS[config.model.architecture]
+        require_sensible(config.train.freeze_params, whole_stage(config, builder).parameters_by_name())
     schedule = plan.training(first_microbatches(config))
     rows = lower(schedule)
     return tuple(
@@ -118,9 +134,9 @@ def sharing_of(config: RunConfig, parts: ModelParts, *, device_type: str) -> Map
     copies = device_type == "cpu" and shard_size(parallel) > 1
     units = {
         name: SharedUnit(
-            gradients=layout.length * gradient if policy.shard_grads else 0,
+            gradients=layout.length * gradient if policy.shard_grads and layout.trains else 0,
             weights=layout.length * element if policy.shard_params else 0,
-            scatter=layout.length * gradient if copies else 0,
+            scatter=layout.length * gradient if copies and layout.trains else 0,
             gather=layout.length * element if copies else 0,
             is_fetched=parallel.offload_params != "none",
         )

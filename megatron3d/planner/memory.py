@@ -11,7 +11,8 @@ its state out, e bytes of a weight and g of a gradient, a rank holds of it
     3               e L/K     4 L/K (+ g L/K)          4 L/K                8 L/K
 
 where what stands in brackets is added if gradients are reduced in bf16. Moments leave out the padding between the
-pieces that the optimizer updates. `test_memory.py` compares all of this with what is allocated.
+pieces that the optimizer updates. Of frozen parameters, which have units of their own, there are weights alone.
+`test_memory.py` compares all of this with what is allocated.
 
 Source: Rajbhandari et al. 2020 (ZeRO), sections 3.1 and 5, for 16-bit weights and Adam.
 """
@@ -28,7 +29,7 @@ from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.models.stage import Stage, StagePart
-from megatron3d.models.zoo import BUILDERS
+from megatron3d.models.zoo import BUILDERS, StageBuilder
 from megatron3d.offload.block_file import round_up
 from megatron3d.offload.record import FIELD_ALIGNMENT_BYTES
 from megatron3d.optim.build import kind
@@ -106,6 +107,12 @@ def _flat_layout(specs: Sequence[ParamSpec], layout: Layout) -> FlatLayout:
     return flat_layout(specs, tp=layout.size(axes.tensor), num_ranks=layout.size(axes.grad))
 
 
+def whole_stage(config: RunConfig, build: StageBuilder) -> Stage:
+    """The whole model of a run as one stage on the meta device, not cut in any direction."""
+    alone = LayerContext(Axis("tp", 1, 0, (0,), None, Meter()), False, GradSink())
+    return build(config.model, config.train, StagePart(range(config.model.num_layers), True, True), alone)
+
+
 def part_of(plan: PipelinePlan, stage: int) -> StagePart:
     """The share of the model that a stage of a plan holds."""
     return StagePart(plan.layers[stage], is_first=stage == 0, is_last=stage == plan.num_stages - 1)
@@ -123,10 +130,14 @@ def state_bytes(config: RunConfig, units: Iterable[FlatLayout], *, shard_rank: i
     owns = [_own_span(parallel, layout, shard_rank) for layout in layouts]
     total = StateBytes()
     for layout, own in zip(layouts, owns, strict=True):
+        if not layout.trains:
+            total += StateBytes(weights=_weight_bytes(config, layout.length, own.length))
+            total += _weights_elsewhere(config, own)
+            continue
         moments = moment_bytes(config.optim, layout, own, tp=parallel.tensor_model_parallel_size)
-        total += _on_device(config, layout.length, own.length)
-        total += _elsewhere(config, own) if parallel.offload_optimizer != "none" else StateBytes(moments=moments)
-    return total + _offload_buffers(config, owns)
+        total += _on_device(config, layout.length, own.length) + _weights_elsewhere(config, own)
+        total += _states_elsewhere(config, own) if parallel.offload_optimizer != "none" else StateBytes(moments=moments)
+    return total + _offload_buffers(config, [own for layout, own in zip(layouts, owns, strict=True) if layout.trains])
 
 
 def _own_span(parallel: ParallelConfig, layout: FlatLayout, shard_rank: int) -> Span:
@@ -143,7 +154,7 @@ def fullest_state(config: RunConfig, units: Iterable[FlatLayout]) -> StateBytes:
         return best  # ranks differ in nothing but moments, which leave padding out
     limit = None
     if config.optim.optimizer not in ("adafactor", "muon"):
-        elements = sum(_own_span(config.parallel, layout, 0).length for layout in layouts)
+        elements = sum(_own_span(config.parallel, layout, 0).length for layout in layouts if layout.trains)
         limit = elements * _element_bytes(config.optim, kind(config.optim))
     for rank in range(1, ranks):
         if best.moments == limit:
@@ -155,11 +166,14 @@ def fullest_state(config: RunConfig, units: Iterable[FlatLayout]) -> StateBytes:
 def least_state_bytes(config: RunConfig, num_parameters: int) -> int:
     """A bound of the state that the fullest rank has on its device, from the parameters of the whole model alone.
 
-    It counts neither padding nor moments of optimizers that keep different ones for matrices.
+    It counts neither padding nor moments of optimizers that keep different ones for matrices; where some parameters
+    are frozen it takes all for frozen.
     """
     parallel, optimizer = config.parallel, config.optim.optimizer
     held = num_parameters // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     own = held // shard_size(parallel)
+    if config.train.freeze_params:
+        return _weight_bytes(config, held, own)
     has_moments = parallel.offload_optimizer == "none" and optimizer not in ("adafactor", "muon")
     moments = own * _element_bytes(config.optim, kind(config.optim)) if has_moments else 0
     return _on_device(config, held, own).on_device + moments
@@ -169,17 +183,24 @@ def _on_device(config: RunConfig, length: int, own: int) -> StateBytes:
     """Weights, gradients and master weights of `length` elements, of which this rank owns `own`."""
     parallel, policy = config.parallel, policy_of(config.parallel.zero_stage)
     element, gradient = BYTES[config.optim.precision], 2 if parallel.grad_reduce_in_bf16 else FP32
-    weights = (own if policy.shard_params else length) * element
     if policy.shard_grads:
         gradients = own * (FP32 + (gradient if gradient < FP32 else 0))
     else:
         gradients = length * gradient + (own * FP32 if gradient < FP32 else 0)
     is_apart = element < FP32 and parallel.offload_optimizer == "none"
     return StateBytes(
-        weights=0 if parallel.offload_params != "none" else weights,
+        weights=_weight_bytes(config, length, own),
         gradients=gradients,
         master_weights=own * FP32 if is_apart else 0,
     )
+
+
+def _weight_bytes(config: RunConfig, length: int, own: int) -> int:
+    """What the layers read of `length` elements, or this rank's part of it, on the device."""
+    parallel = config.parallel
+    if parallel.offload_params != "none":
+        return 0
+    return (own if policy_of(parallel.zero_stage).shard_params else length) * BYTES[config.optim.precision]
 
 
 def moment_bytes(optim: OptimConfig, layout: FlatLayout, own: Span, *, tp: int) -> int:
@@ -212,20 +233,20 @@ def _element_bytes(optim: OptimConfig, optimizer: str) -> int:
     return first if optimizer == "lion" else first + second
 
 
-def _elsewhere(config: RunConfig, own: Span) -> StateBytes:
-    """What offloading keeps of one unit: a record of master weights and moments, and one of shared-out weights."""
-    parallel, optim = config.parallel, config.optim
-    element = BYTES[optim.precision]
-    total = StateBytes()
-    for place, size in (
-        (parallel.offload_optimizer, _record_bytes(optim, own.length)),
-        (parallel.offload_params, own.length * element),
-    ):
-        if place == "cpu":
-            total += StateBytes(host=size)
-        elif place == "nvme":
-            total += StateBytes(files=round_up(size))
-    return total
+def _states_elsewhere(config: RunConfig, own: Span) -> StateBytes:
+    """What offloading keeps of one unit that trains: a record of master weights and moments."""
+    return _record(config.parallel.offload_optimizer, _record_bytes(config.optim, own.length))
+
+
+def _weights_elsewhere(config: RunConfig, own: Span) -> StateBytes:
+    """What offloading keeps of one unit's sharded weights: a record of them."""
+    return _record(config.parallel.offload_params, own.length * BYTES[config.optim.precision])
+
+
+def _record(place: str, size: int) -> StateBytes:
+    if place == "none":
+        return StateBytes()
+    return StateBytes(host=size) if place == "cpu" else StateBytes(files=round_up(size))
 
 
 def _record_bytes(optim: OptimConfig, length: int) -> int:

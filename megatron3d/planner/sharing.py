@@ -176,13 +176,15 @@ class Sharing:
         self._lending.begin_backward()
 
     def arrive(self, unit: str) -> None:
-        """A gradient of a unit needs its buffer."""
-        if unit not in self._arriving:
+        """A gradient of a unit needs its buffer; one whose parameters are all frozen has none."""
+        if unit not in self._arriving and unit in self.plan.units:
             self._arriving.append(unit)
             self._total.add(self.plan.units[unit].gradients)
 
     def contribute(self, unit: str, count: int) -> None:
         """So many gradients of a unit have been added to its buffer."""
+        if unit not in self.plan.units:
+            return
         self.arrive(unit)
         self._outstanding[unit] -= count
         waits = not self.plan.overlaps or unit in self.plan.used_elsewhere

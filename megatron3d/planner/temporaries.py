@@ -21,7 +21,7 @@ def publish_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_
     """Bytes that the gathers of updated weights take for themselves: gloo's as much again as they bring."""
     if device_type != "cpu" or shard_size(config.parallel) == 1 or policy_of(config.parallel.zero_stage).shard_params:
         return 0
-    return sum(layout.length for layout in units) * BYTES[config.optim.precision]
+    return sum(layout.length for layout in units if layout.trains) * BYTES[config.optim.precision]
 
 
 def update_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_type: str) -> int:
@@ -30,7 +30,7 @@ def update_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_t
     Elementwise updates work on chunks; Adafactor on one matrix; Muon on one whole matrix, with a momentum of the size
     of it, two factors in the dtype of its products and their two Gram matrices.
     """
-    optim, layouts = config.optim, list(units)
+    optim, layouts = config.optim, [layout for layout in units if layout.trains]
     largest = max((_largest_piece(layout) for layout in layouts), default=0)
     chunk = min(CHUNK_CPU if device_type == "cpu" else CHUNK_DEVICE, largest) * FP32
     widened = chunk * ((optim.exp_avg_dtype == "bf16") + (optim.exp_avg_sq_dtype == "bf16"))

@@ -45,22 +45,23 @@ class _Linear(torch.autograd.Function):
         sink: GradSink,
         input_type: InputType,
     ) -> Tensor:
-        ctx.save_for_backward(x)  # under sequence parallelism only the shard is kept
+        # Under sequence parallelism only the shard is kept, and nothing where no gradient of the weight is made of it.
+        ctx.save_for_backward(x if weight.requires_grad else None)
         ctx.weight, ctx.bias, ctx.axis, ctx.sink, ctx.input_type = weight, bias, axis, sink, input_type
         whole = start_all_gather(x, axis).wait() if input_type == "V" else x
         return F.linear(whole, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         (x,) = ctx.saved_tensors
-        gathering = start_all_gather(x, ctx.axis) if ctx.input_type == "V" else None
-        grad_in = grad_out @ ctx.weight
-        if ctx.input_type == "V":
-            reducing = start_reduce_scatter(grad_in, ctx.axis)
-        elif ctx.input_type == "I":
-            reducing = start_all_reduce(grad_in, ctx.axis)
-        else:
-            reducing = None
+        gathering = start_all_gather(x, ctx.axis) if ctx.input_type == "V" and x is not None else None
+        grad_in, reducing = None, None
+        if ctx.needs_input_grad[0]:  # not where everything before is frozen
+            grad_in = grad_out @ ctx.weight
+            if ctx.input_type == "V":
+                reducing = start_reduce_scatter(grad_in, ctx.axis)
+            elif ctx.input_type == "I":
+                reducing = start_all_reduce(grad_in, ctx.axis)
         ctx.sink.add_linear(ctx.weight, ctx.bias, grad_out, gathering.wait() if gathering else x)
         return (reducing.wait() if reducing else grad_in), None, None, None, None, None
 

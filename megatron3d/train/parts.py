@@ -19,13 +19,14 @@ from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.stage import MicroBatch, Stage, StagePart
 from megatron3d.optim.build import build_optimizer
 from megatron3d.optim.scaler import LossScaler, build_scaler
+from megatron3d.params.freeze import require_sensible
 from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 from megatron3d.pipeline.lower import lower
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.run import Wire
 from megatron3d.pipeline.schedule import Action, Schedule
-from megatron3d.planner.memory import part_of
+from megatron3d.planner.memory import part_of, whole_stage
 from megatron3d.tensor.context import LayerContext
 from megatron3d.train.offload import offload_of
 from megatron3d.train.plan import plan_of
@@ -139,7 +140,14 @@ def _share_tied_table(stages: list[Stage]) -> None:
 
 
 def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: StageBuilder) -> Parts:
-    """Build model, flat units, optimizer and loss scaler of this rank, with the initial weights in place."""
+    """Build model, flat units, optimizer and loss scaler of this rank, with the initial weights in place.
+
+    Raises:
+        ConfigError: the layers cannot be split as asked, or --freeze-params names nothing or everything.
+        ScheduleError: the order of work is not known or does not take the stages it is given.
+    """
+    if config.train.freeze_params:
+        require_sensible(config.train.freeze_params, whole_stage(config, builder).parameters_by_name())
     model = build_model(config, mesh, device, builder)
     reduces_in_bf16 = config.parallel.grad_reduce_in_bf16
     options = UnitOptions(

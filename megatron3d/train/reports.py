@@ -254,10 +254,11 @@ def sharing_cost(parts: Parts) -> str | None:
     """What sharded gradients or weights cost this run under a pipeline, in a sentence, by this rank's stages."""
     engine, layout = parts.engine, parts.mesh.layout
     elements = sum(unit.layout.length for unit in engine.units.values())
+    trained = sum(unit.layout.length for unit in engine.trained.values())
     volume = step_volume(
         engine.options.policy,
         num_microbatches=first_microbatches(parts.config),
         weight_bytes=elements * engine.options.param_dtype.itemsize,
-        gradient_bytes=elements * engine.options.grad_dtype.itemsize,
+        gradient_bytes=trained * engine.options.grad_dtype.itemsize,
     )
     return pipeline_cost(engine.options.policy, volume, num_stages=layout.pp, dp=layout.size("grad"))

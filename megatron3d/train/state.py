@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron3d.checkpoint.load import agreed_index, load_tensors, read_document
 from megatron3d.checkpoint.save import save_checkpoint
-from megatron3d.checkpoint.store import everywhere, from_first
+from megatron3d.checkpoint.store import everywhere, from_first, gathered
 from megatron3d.config.batch_size import iterations_for_samples
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import to_dict
@@ -22,6 +22,7 @@ from megatron3d.errors import CheckpointError, MisfitError
 from megatron3d.optim.build import kind, other_state_views, set_step_count, state_names, step_count
 from megatron3d.optim.schedule import ScheduleSettings, reconcile, schedule_differences, settings_from_config
 from megatron3d.params.boxes import ShardView
+from megatron3d.params.freeze import is_frozen
 from megatron3d.train.compare import CONTENT_DOCUMENT, SavedRun, compare_resumed, compare_weights, read_saved_run
 from megatron3d.train.parts import Parts
 from megatron3d.train.source import Source, sources
@@ -122,11 +123,16 @@ def _documents(
         "progress": asdict(progress),
         "schedule": schedule.to_json(),
         "scaler": parts.scaler.state(),
-        "optimizer": {"kind": kind(config.optim), "step_count": step_count(parts.optimizer)}
+        "optimizer": {"kind": kind(config.optim), "step_count": _agreed_step_count(parts)}
         | ({UPDATE_DUE: True} if is_update_due else {}),
         "evaluation_due": evaluation_due,
     }
     return {"run": to_dict(config), "state": state}
+
+
+def _agreed_step_count(parts: Parts) -> int:
+    """Updates made so far; a rank whose stages are all frozen has not counted them."""
+    return max(gathered(step_count(parts.optimizer), parts.mesh.world.group))
 
 
 def _save(parts: Parts, step: int, documents: dict[str, dict[str, Any]]) -> Path:
@@ -186,7 +192,7 @@ def _restore_from(source: Source, parts: Parts, content: Content | None) -> Rest
     _check_architecture(saved, parts.config.model.architecture)
     if source.weights_only:
         lines = compare_weights(saved, parts.config, content)
-        _load(directory, parts, with_optimizer=False)
+        _load(directory, parts, saved.config, with_optimizer=False)
         flags = settings_from_config(parts.config.optim, parts.config.train)
         return Restored(Progress(), flags, directory, why=source.why, lines=tuple(lines))
     state = everywhere(lambda: read_document(directory, "state"), group)
@@ -202,8 +208,9 @@ def _restore_from(source: Source, parts: Parts, content: Content | None) -> Rest
     if with_optimizer:
         _check_optimizer(state, kind(parts.config.optim), directory)
     schedule, schedule_lines = _schedule(ScheduleSettings.from_json(state["schedule"]), parts)
-    _load(directory, parts, with_optimizer=with_optimizer)
+    _load(directory, parts, saved.config, with_optimizer=with_optimizer)
     if with_optimizer:
+        lines += _changed_freezing(parts, saved.config)
         set_step_count(parts.optimizer, state["optimizer"]["step_count"])
         parts.scaler.load(state["scaler"])
     was_due = with_optimizer and state["optimizer"].get(UPDATE_DUE, False)
@@ -232,14 +239,37 @@ def _no_load_line(directory: Path, *, has_begun: bool) -> str:
     return "the optimizer starts anew (--no-load-optim)"
 
 
-def _load(directory: Path, parts: Parts, *, with_optimizer: bool) -> None:
-    """Fill weights, and optimizer state if asked. All weights that are stored must have a place in the model."""
+def _changed_freezing(parts: Parts, saved: RunConfig) -> list[str]:
+    """Lines about the optimizer state of parameters that train in one of the two runs alone; collective."""
+    before, now = saved.train.freeze_params, parts.config.train.freeze_params
+    held = gathered([*parts.engine.weight_views(with_copies=False)] if before != now else [], parts.mesh.world.group)
+    names = set().union(*held)
+    thawed = sum(is_frozen(name, before) and not is_frozen(name, now) for name in names)
+    frozen = sum(is_frozen(name, now) and not is_frozen(name, before) for name in names)
+    lines = []
+    if thawed:
+        lines.append(
+            f"{thawed} parameters that were frozen in the checkpoint train now: their optimizer state starts from "
+            "zero while that of the others is resumed; --no-load-optim starts all of it anew"
+        )
+    if frozen:
+        lines.append(
+            f"{frozen} parameters that trained in the checkpoint are frozen now: their optimizer state is dropped"
+        )
+    return lines
+
+
+def _load(directory: Path, parts: Parts, saved: RunConfig, *, with_optimizer: bool) -> None:
+    """Fill weights, and optimizer state if asked. All weights that are stored must have a place in the model; of
+    parameters that were frozen in the `saved` run there is no optimizer state."""
+    frozen = saved.train.freeze_params
     with parts.engine.states_opened(parts.optimizer, writes=True):
         load_tensors(
             directory,
             _views(parts, with_optimizer=with_optimizer, with_copies=True),
             group=parts.mesh.world.group,
             may_be_left=lambda name: not name.startswith("model/"),
+            may_be_missing=lambda name: not name.startswith("model/") and is_frozen(name.partition("/")[2], frozen),
         )
     parts.engine.publish()
 

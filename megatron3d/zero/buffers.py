@@ -78,9 +78,9 @@ class WeightHome:
         return self.home.start_store(self.unit, shard)
 
     @contextmanager
-    def opened(self) -> Iterator[Tensor]:
-        """The shard where it is, to be read within the block."""
-        with self.home.opened([self.unit], writes=False) as records:
+    def opened(self, *, writes: bool) -> Iterator[Tensor]:
+        """The shard where it is, for the length of the block; `writes` keeps changes."""
+        with self.home.opened([self.unit], writes=writes) as records:
             (shard,) = records[self.unit].values()
             yield shard
 
@@ -163,12 +163,12 @@ class WeightBuffer:
         values.copy_(before)
 
     @contextmanager
-    def shard_opened(self) -> Iterator[Tensor]:
-        """This rank's part, wherever it lives, to be read within the block."""
+    def shard_opened(self, *, writes: bool = False) -> Iterator[Tensor]:
+        """This rank's part, wherever it lives, for the length of the block; `writes` keeps changes."""
         if self._home is None:
             yield self.shard
         else:
-            with self._home.opened() as shard:
+            with self._home.opened(writes=writes) as shard:
                 yield shard
 
     def start_gather(self) -> None:

@@ -23,19 +23,25 @@ from megatron3d.zero.buffers import Transit
 from megatron3d.zero.delayed import DelayedUpdate
 from megatron3d.zero.lending import Lending, Places
 from megatron3d.zero.offload_step import OffloadedStates
-from megatron3d.zero.unit import FlatUnit, Piece, UnitOptions
+from megatron3d.zero.unit import FlatUnit, Piece, UnitOptions, WeightUnit
 from megatron3d.zero.whole import WholeParameters
 
 
 @dataclass(frozen=True)
 class UnitParameters:
-    """The parameters of one unit, the stages of this rank that use them, how many gradient contributions one
-    backward of all of these brings, and whether it is a tied table with other holders."""
+    """The parameters of one unit, which train or are frozen all together; the stages of this rank that use them, how
+    many gradient contributions one backward of all of these brings, and whether it is a tied table with other
+    holders."""
 
     stages: tuple[int, ...]
     declared: tuple[Declared, ...]
     contributions: int
     is_tied: bool
+
+    @property
+    def trains(self) -> bool:
+        """Whether the parameters get gradients."""
+        return self.declared[0].spec.trains
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,14 @@ class ZeroEngine:
         self.options = options
         self.parameters = dict(parameters)
         self.transit = Transit()
-        self.units: dict[str, FlatUnit] = {}
+        self.units: dict[str, WeightUnit] = {}
         for name, unit in parameters.items():
             tied = mesh.tied if unit.is_tied else None
-            self.units[name] = FlatUnit(name, unit.declared, mesh, options, tied=tied, transit=self.transit)
-        self.whole = WholeParameters(self.units, mesh, options)
-        for unit in self.units.values():
+            kind = FlatUnit if unit.trains else WeightUnit
+            self.units[name] = kind(name, unit.declared, mesh, options, tied=tied, transit=self.transit)
+        self.trained = {name: unit for name, unit in self.units.items() if isinstance(unit, FlatUnit)}
+        self.whole = WholeParameters(self.trained, mesh, options)
+        for unit in self.trained.values():
             unit.bind(sink)
         self.lending = Lending(
             {name: unit.weights for name, unit in self.units.items()},
@@ -86,18 +94,18 @@ class ZeroEngine:
         self._away: OffloadedStates | None = None
         self._delayed: DelayedUpdate | None = None
         if options.offload.states is not None:
-            self._away = OffloadedStates(self.units, options.offload, options.device)
+            self._away = OffloadedStates(self.trained, options.offload, options.device)
             if options.offload.delays_update:
-                self._delayed = DelayedUpdate(self._away, self.units, options.device)
+                self._delayed = DelayedUpdate(self._away, self.trained, options.device)
 
     @property
     def pieces(self) -> list[Piece]:
         """What the optimizer updates."""
-        return [piece for unit in self.units.values() for piece in unit.pieces]
+        return [piece for unit in self.trained.values() for piece in unit.pieces]
 
     def begin_step(self, num_microbatches: int) -> None:
         """Expect the gradients of this many micro-batches."""
-        for name, unit in self.units.items():
+        for name, unit in self.trained.items():
             unit.expect(self.parameters[name].contributions * num_microbatches)
 
     def before_backward(self, stage: int) -> None:
@@ -123,25 +131,25 @@ class ZeroEngine:
     def finish_reduce(self) -> None:
         """Wait until every unit's gradients are added up over all ranks, and bring a delayed update to the layers."""
         self.finish_update()
-        for unit in self.units.values():
+        for unit in self.trained.values():
             unit.start_reduce()
-        for unit in self.units.values():
+        for unit in self.trained.values():
             unit.start_finishing()
-        for unit in self.units.values():
+        for unit in self.trained.values():
             unit.finish_reduce()
 
     def _units_of(self, stage: int) -> list[tuple[str, FlatUnit]]:
-        return [(name, unit) for name, unit in self.units.items() if stage in self.parameters[name].stages]
+        return [(name, unit) for name, unit in self.trained.items() if stage in self.parameters[name].stages]
 
     def squared_norm(self) -> Tensor:
         """This rank's share of the global squared gradient norm, fp64; shares add up over all ranks of the mesh."""
-        shares = [unit.squared_norm() for unit in self.units.values()]
-        return torch.stack(shares).sum() if shares else torch.zeros((), dtype=torch.float64)
+        nothing = torch.zeros((), dtype=torch.float64, device=self.options.device)  # where all of a stage is frozen
+        return torch.stack([nothing, *(unit.squared_norm() for unit in self.trained.values())]).sum()
 
     def scale_grads(self, factor: float) -> None:
         """Multiply the reduced gradients, for clipping and for taking a loss scale out."""
         if factor != 1.0:
-            for unit in self.units.values():
+            for unit in self.trained.values():
                 unit.own_grads.mul_(factor)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -161,7 +169,7 @@ class ZeroEngine:
         else:
             self.finish_publish()  # in fp32 the master weights lie in the buffer that a gather under way writes to
             with ExitStack() as attached:
-                for unit in self.units.values():
+                for unit in self.trained.values():
                     attached.enter_context(unit.gradients_attached(unit.own_grads))
                 optimizer.step()
         self._start_publish()
@@ -213,6 +221,9 @@ class ZeroEngine:
             self.finish_publish()
             if self._away is not None:
                 stack.enter_context(self._away.opened(optimizer, writes=writes))
+            for unit in self.units.values():
+                if not isinstance(unit, FlatUnit):
+                    stack.enter_context(unit.opened(writes=writes))
             yield
 
     def publish(self) -> None:
@@ -221,15 +232,15 @@ class ZeroEngine:
             self._delayed.supersede()
         if self._away is not None:
             self._away.bring_weights()
-        self._start_publish()
+        self._start_publish(with_frozen=True)
 
-    def _start_publish(self) -> None:
-        """Bring the shards to the layers of every rank.
+    def _start_publish(self, *, with_frozen: bool = False) -> None:
+        """Bring the shards to the layers of every rank; those of frozen weights, which no step changes, after a load.
 
         With `overlap_gather` this returns while they are on their way; whoever reads them waits at a gate, or for
         `finish_publish`.
         """
-        for unit in self.units.values():
+        for unit in (self.units if with_frozen else self.trained).values():
             unit.weights.start_publish()
         if not self.options.overlap_gather:
             self.finish_publish()
@@ -241,7 +252,7 @@ class ZeroEngine:
 
     def clear_grads(self) -> None:
         """Forget the gradients, for the next step."""
-        for unit in self.units.values():
+        for unit in self.trained.values():
             unit.clear_grads()
 
     def weight_views(self, *, with_copies: bool = True) -> dict[str, ShardView]:
@@ -258,7 +269,7 @@ class ZeroEngine:
         """One kind of optimizer state (such as "exp_avg") that has an element for each of the parameter's, by full
         name of the parameters that have it; copies as in `weight_views`."""
         views = {}
-        for unit in self.units.values():
+        for unit in self.trained.values():
             for slot, span in unit.held_slots(with_copies=with_copies):
                 piece = unit.piece_of(span)
                 state = optimizer.state[piece.parameter].get(state_name)
@@ -297,18 +308,18 @@ class ZeroEngine:
     def grad_views(self) -> dict[str, ShardView]:
         """The reduced gradients this rank owns, fp32, by full parameter name; between `finish_reduce` and
         `clear_grads`."""
-        gradients = {name: unit.own_grads for name, unit in self.units.items()}
+        gradients = {name: unit.own_grads for name, unit in self.trained.items()}
         return self._views_of(gradients, with_copies=True)
 
     def state_bytes(self) -> StateBytes:
         """Bytes of weights, gradients and separate master weights, as allocated from step to step, and of what is
         offloaded."""
-        units, offload = list(self.units.values()), self.options.offload
+        units, trained, offload = self.units.values(), self.trained.values(), self.options.offload
         homes = [home for home in (offload.states, offload.weights) if home is not None]
         return StateBytes(
             weights=sum(unit.weights.persistent_bytes for unit in units),
-            gradients=sum(unit.grads.persistent_bytes for unit in units),
-            master_weights=sum(unit.weights.separate_master_bytes for unit in units),
+            gradients=sum(unit.grads.persistent_bytes for unit in trained),
+            master_weights=sum(unit.weights.separate_master_bytes for unit in trained),
             transient_peak=self.transit.peak_bytes,
             host=sum(home.host_bytes for home in homes)
             + sum(one.buffer_bytes for one in (self._away, self._delayed) if one is not None),

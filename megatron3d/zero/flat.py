@@ -75,6 +75,11 @@ class FlatLayout:
     length: int
     kind: ParamKind
 
+    @property
+    def trains(self) -> bool:
+        """Whether the parameters train; those of one unit all do or are all frozen."""
+        return self.slots[0].spec.trains
+
     def slice_of(self, rank: int, num_ranks: int) -> Span:
         """The equal part of the buffer that belongs to one of `num_ranks` ranks."""
         share = self.length // num_ranks

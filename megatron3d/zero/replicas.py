@@ -22,7 +22,7 @@ from megatron3d.comm.collectives import all_gather, all_reduce, gather_values
 from megatron3d.comm.mesh import Axis, Mesh
 from megatron3d.errors import NumericsError
 from megatron3d.params.boxes import ShardView
-from megatron3d.zero.unit import FlatUnit
+from megatron3d.zero.unit import WeightUnit
 
 _CHUNK = 1 << 16  # elements hashed at once: their 64-bit products are a few buffers of half a MiB
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # 2**64 over the golden ratio, as a signed number
@@ -36,7 +36,7 @@ class _Held:
     them alike, and the axis of its kind on which all ranks do."""
 
     name: str
-    unit: FlatUnit
+    unit: WeightUnit
     is_alike_on_tp: bool
     axis: Axis
     data: Tensor
@@ -49,7 +49,7 @@ class _Held:
 
 
 def require_equal_replicas(
-    units: Mapping[str, FlatUnit], states: Mapping[str, ShardView], mesh: Mesh, *, step: int
+    units: Mapping[str, WeightUnit], states: Mapping[str, ShardView], mesh: Mesh, *, step: int
 ) -> None:
     """Compare all values that several ranks hold; collective over all ranks, which decide together.
 
@@ -76,7 +76,7 @@ def require_equal_replicas(
     _raise_together(problems, mesh, step=step, device=device)
 
 
-def _weights(units: Mapping[str, FlatUnit]) -> Iterator[_Held]:
+def _weights(units: Mapping[str, WeightUnit]) -> Iterator[_Held]:
     """The weights that the layers read, where they stay from step to step."""
     for unit in units.values():
         for slot in unit.layout.slots if not unit.weights.is_lent else ():
@@ -84,14 +84,14 @@ def _weights(units: Mapping[str, FlatUnit]) -> Iterator[_Held]:
             yield _Held(f"weights/{slot.spec.name}", unit, slot.spec.is_replicated, unit.axes.grad, data)
 
 
-def _states(units: Mapping[str, FlatUnit], states: Mapping[str, ShardView]) -> Iterator[_Held]:
+def _states(units: Mapping[str, WeightUnit], states: Mapping[str, ShardView]) -> Iterator[_Held]:
     """What is updated and saved, of which only the replicas hold the same part; without master weights that are the
     layers' weights."""
     at = {slot.spec.name: (unit, slot.spec) for unit in units.values() for slot in unit.layout.slots}
     for name, view in states.items():
         kind, _, parameter = name.partition("/")
         unit, spec = at[parameter]
-        if kind == "model" and unit.weights.master is unit.weights.shard and not unit.weights.is_lent:
+        if kind == "model" and unit.stores_layer_weights and not unit.weights.is_lent:
             continue
         yield _Held(name, unit, spec.is_replicated, unit.axes.replica, view.data)
 

@@ -2,7 +2,7 @@
 
 A unit lays its parameters out, owns the buffers of their weights and gradients (`buffers.py`, where all that moves
 them is), and knows which part of the master weights this rank updates and stores; the modules' parameters are views
-into the weights.
+into the weights. Frozen parameters are in a `WeightUnit`, which has weights and nothing else.
 
 The gradient of a unit is complete after every micro-batch has contributed; then, in this order: the sum over the ranks
 that share its state out, and on the part that is left the sum over the replicas, the sum of partial gradients over the
@@ -72,8 +72,11 @@ class Piece:
     decays: bool
 
 
-class FlatUnit:
-    """One unit on one rank. `tied` is the axis of the other holders where the unit is a tied table, else None."""
+class WeightUnit:
+    """The weights of one unit on one rank, which are all that there is of frozen parameters.
+
+    `tied` is the axis of the other holders where the unit is a tied table, else None.
+    """
 
     def __init__(
         self,
@@ -91,22 +94,11 @@ class FlatUnit:
         self.layout = flat_layout(specs, tp=self.axes.tensor.size, num_ranks=self.axes.grad.size)
         self.own = self.layout.slice_of(self.axes.shard.rank, self.axes.shard.size)
         self._by_name = {one.spec.name: one for one in declared}
-        self._allocate(transit or Transit())
-        self.pieces = tuple(
-            Piece(nn.Parameter(self._master_of(span)), span, decays)
-            for decays, span in self.layout.optimizer_spans(self.own)
-        )
-        self._outstanding = 0
-        self._until_start = 0
-        self._is_reduced = False
+        self._opened: Tensor | None = None
+        self._allocate_weights(transit or Transit())
 
-    def _allocate(self, transit: Transit) -> None:
-        options, policy = self.options, self.options.policy
-        initial, offload = self._initial(), options.offload
-        if offload.states is not None:
-            offload.states.add(self.name, states_record(self.own.length, offload.state_kinds))
-            with offload.states.opened([self.name], writes=True) as records:
-                records[self.name][MASTER].copy_(initial[self.own.slice])
+    def _allocate_weights(self, transit: Transit) -> None:
+        options, offload, initial = self.options, self.options.offload, self._initial()
         if offload.weights is not None:
             offload.weights.add(self.name, weights_record(self.own.length, options.param_dtype))
         self.weights = WeightBuffer(
@@ -114,24 +106,19 @@ class FlatUnit:
             self.own,
             self.axes.shard,
             dtype=options.param_dtype,
-            is_lent=policy.shard_params,
+            is_lent=options.policy.shard_params,
             transit=transit,
-            keeps_master=offload.states is None,
+            keeps_master=self._keeps_master_on_device(initial),
             home=None if offload.weights is None else WeightHome(offload.weights, self.name),
         )
         for slot in self.layout.slots:
             one, view = self._by_name[slot.spec.name], self.weights.whole[slot.span.slice].view(slot.shape)
-            one.owner.register_parameter(one.attribute, nn.Parameter(view))
+            one.owner.register_parameter(one.attribute, nn.Parameter(view, requires_grad=slot.spec.trains))
         self.weights.free()
-        self.grads = GradBuffer(
-            self.layout.length,
-            self.own,
-            self.axes,
-            dtype=options.grad_dtype,
-            device=options.device,
-            is_resident=not policy.shard_grads,
-            transit=transit,
-        )
+
+    def _keeps_master_on_device(self, initial: Tensor) -> bool:
+        """Whether fp32 weights are kept beside those of the layers; `initial` are the unit's first ones, fp32."""
+        return False
 
     def _initial(self) -> Tensor:
         """The whole unit's initial values, fp32."""
@@ -144,9 +131,93 @@ class FlatUnit:
 
     @property
     def master(self) -> Tensor:
+        """This rank's part of the weights, as checkpoints store them; where they are offloaded, only while they are
+        open. Frozen weights have the dtype in which the layers read them."""
+        if self.options.offload.weights is None:
+            return self.weights.shard
+        assert self._opened is not None, f"the weights of unit {self.name} are offloaded and not open"
+        return self._opened
+
+    @property
+    def stores_layer_weights(self) -> bool:
+        """Whether `master` is the weights that the layers read, and not a copy in fp32."""
+        return True
+
+    @contextmanager
+    def opened(self, *, writes: bool) -> Iterator[None]:
+        """Have `master` for the length of a block, wherever it lives; `writes` keeps changes."""
+        with self.weights.shard_opened(writes=writes) as self._opened:
+            try:
+                yield
+            finally:
+                self._opened = None
+
+    def held_slots(self, *, with_copies: bool = True) -> Iterator[tuple[Slot, Span]]:
+        """Slots of which this rank owns a part, with that part as a span of the flat buffer; copies of tied tables
+        are left out unless `with_copies`."""
+        for slot in self.layout.slots:
+            span = slot.span.intersect(self.own)
+            if span.length and (with_copies or not slot.spec.tied_copy):
+                yield slot, span
+
+    def view(self, slot: Slot, span: Span, data: Tensor) -> ShardView:
+        """What checkpoints store of a held part of a slot, whose elements are in the one-dimensional `data`."""
+        at = span.shifted(-slot.span.start)
+        boxes, covered = slot.spec.boxes(self.axes.tensor.size, self.axes.tensor.rank, at.start, at.stop)
+        return ShardView(slot.spec.shape, boxes, data[:covered])
+
+
+class FlatUnit(WeightUnit):
+    """One unit of parameters that train, on one rank; `tied` as in `WeightUnit`."""
+
+    def __init__(
+        self,
+        name: str,
+        declared: Sequence[Declared],
+        mesh: Mesh,
+        options: UnitOptions,
+        *,
+        tied: Axis | None,
+        transit: Transit | None = None,
+    ) -> None:
+        transit = transit or Transit()
+        super().__init__(name, declared, mesh, options, tied=tied, transit=transit)
+        self.grads = GradBuffer(
+            self.layout.length,
+            self.own,
+            self.axes,
+            dtype=options.grad_dtype,
+            device=options.device,
+            is_resident=not options.policy.shard_grads,
+            transit=transit,
+        )
+        self.pieces = tuple(
+            Piece(nn.Parameter(self._master_of(span)), span, decays)
+            for decays, span in self.layout.optimizer_spans(self.own)
+        )
+        self._outstanding = 0
+        self._until_start = 0
+        self._is_reduced = False
+
+    def _keeps_master_on_device(self, initial: Tensor) -> bool:
+        offload = self.options.offload
+        if offload.states is None:
+            return True
+        offload.states.add(self.name, states_record(self.own.length, offload.state_kinds))
+        with offload.states.opened([self.name], writes=True) as records:
+            records[self.name][MASTER].copy_(initial[self.own.slice])
+        return False
+
+    @property
+    def master(self) -> Tensor:
         """The fp32 weights of the part that this rank updates; where they are offloaded, only while they are open."""
         assert self.weights.master is not None, f"the master weights of unit {self.name} are offloaded and not open"
         return self.weights.master
+
+    @property
+    def stores_layer_weights(self) -> bool:
+        """Whether `master` is the weights that the layers read, and not a copy in fp32."""
+        return self.weights.master is self.weights.shard
 
     def _master_of(self, span: Span) -> Tensor:
         """What the optimizer gets of a span: nothing yet where it is offloaded."""
@@ -251,20 +322,6 @@ class FlatUnit:
             for piece in self.pieces:
                 piece.parameter.grad = None
 
-    def held_slots(self, *, with_copies: bool = True) -> Iterator[tuple[Slot, Span]]:
-        """Slots of which this rank owns a part, with that part as a span of the flat buffer; copies of tied tables
-        are left out unless `with_copies`."""
-        for slot in self.layout.slots:
-            span = slot.span.intersect(self.own)
-            if span.length and (with_copies or not slot.spec.tied_copy):
-                yield slot, span
-
     def piece_of(self, span: Span) -> Piece:
         """The piece in which a held part of a slot lies, given as a span of the flat buffer."""
         return next(piece for piece in self.pieces if piece.span.start <= span.start < piece.span.stop)
-
-    def view(self, slot: Slot, span: Span, data: Tensor) -> ShardView:
-        """What checkpoints store of a held part of a slot, whose elements are in the one-dimensional `data`."""
-        at = span.shifted(-slot.span.start)
-        boxes, covered = slot.spec.boxes(self.axes.tensor.size, self.axes.tensor.rank, at.start, at.stop)
-        return ShardView(slot.spec.shape, boxes, data[:covered])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.models.stage import MicroBatch, Stage, StagePart, unit_of
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import declared_parameters, materialize_all
+from megatron3d.params.spec import Init, ParamSpec
 from megatron3d.tensor.context import LayerContext
 from tests.dist.pool import Pool
 from tests.nn import dense
@@ -173,7 +175,8 @@ def test_units_hold_every_parameter_once_by_block() -> None:
     assert [name for members in units.values() for name in members] == list(stage.parameters_by_name())
     assert units["head"] == ["head.norm.weight", "head.norm.bias", "head.output.weight"]
     assert all(name.startswith("layers.1.") for name in units["layers.1"])
-    assert unit_of("layers.12.mlp.up.weight") == "layers.12"
+    weight = ParamSpec("layers.12.mlp.up.weight", (2, 2), Init("zeros"), decays=True)
+    assert (unit_of(weight), unit_of(replace(weight, trains=False))) == ("layers.12", "layers.12.frozen")
     assert (stage.tied_unit, stages_of(model_config(), 1, context_of())[0].tied_unit) == (None, "embedding.word")
 
 

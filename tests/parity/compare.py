@@ -40,6 +40,8 @@ def check_against_one_process(case: Case, traces: list[Trace], table: list[str])
     """
     expected, shapes = reference(case.model)
     loss, norm = relative(traces[0].losses, expected.losses), relative(traces[0].norms, expected.norms)
+    shapes = {name: shape for name, shape in shapes.items() if name in expected.gradients}  # frozen ones have none
+    assert set().union(*(one.gradients for one in traces)) == set(shapes), f"{case}: gradients of other parameters"
     got, whole = assemble(traces, shapes), assemble([expected], shapes)
     gradient = max(float((got[n] - whole[n]).abs().max() / whole[n].abs().max()) for n in shapes)
     table.append(f"{case.model:12s} {case.layout!s:18s} {loss:8.1e} {norm:8.1e} {gradient:8.1e}  {case.options}")

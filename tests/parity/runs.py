@@ -43,6 +43,11 @@ MODELS = {
         "--ffn-hidden-size 64 --qk-layernorm"
     ),
 }
+# Frozen: the beginning of the model, so that no gradient goes through it; and parameters here and there in each block.
+FROZEN = {
+    "gpt2-begun": "--freeze-params embedding.* layers.0.* layers.1.*",
+    "gpt2-mixed": "--freeze-params *.attention.* *.mlp.up.weight *.mlp_norm.bias embedding.position.*",
+}
 # Half of the samples are short, so that micro-batches differ in how many of their tokens are masked. With this seed
 # the first sentence labels are 1 and 0 in unequal numbers: else the head's gradients cancel to almost nothing.
 _BERT_SAMPLES = "--seed 10 --short-seq-prob 0.5 --mask-prob 0.3"
@@ -82,7 +87,7 @@ def config_of(case: Case) -> RunConfig:
     layout = case.layout
     degrees = f"--tensor-model-parallel-size {layout.tp} --pipeline-model-parallel-size {layout.pp}"
     is_bert = case.model in BERTS
-    model = BERTS[case.model] if is_bert else f"{MODELS[case.model]} --eod-mask-loss"
+    model = BERTS[case.model] if is_bert else f"{(MODELS | FROZEN)[case.model]} --eod-mask-loss"
     argv = f"{SHAPE} {model} --micro-batch-size {micro_batch} {degrees} {case.options}".split()
     words = parse_args(argv, program="test", description="test", architecture="bert" if is_bert else "gpt")
     return resolve(words, case.layout.world_size)

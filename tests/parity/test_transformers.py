@@ -102,7 +102,7 @@ def llama_like() -> tuple[nn.Module, ModelConfig]:
 MODELS = {"gpt2": gpt2_like, "llama": llama_like}
 
 
-def gpt2_tensors(values: dict[str, Tensor]) -> dict[str, Tensor]:
+def gpt2_tensors(values: dict[str, Tensor], *, layers: int = LAYERS) -> dict[str, Tensor]:
     """GPT-2's tensors (weights or gradients) under our names; its Conv1D holds [in, out], we hold [out, in]."""
     named = {
         "embedding.word.weight": values["transformer.wte.weight"],
@@ -116,7 +116,7 @@ def gpt2_tensors(values: dict[str, Tensor]) -> dict[str, Tensor]:
         "mlp.up": "mlp.c_fc",
         "mlp.down": "mlp.c_proj",
     }
-    for layer in range(LAYERS):
+    for layer in range(layers):
         here, there = f"layers.{layer}", f"transformer.h.{layer}"
         for ours, theirs in linears.items():
             named[f"{here}.{ours}.weight"] = values[f"{there}.{theirs}.weight"].t()

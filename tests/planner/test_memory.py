@@ -45,6 +45,9 @@ MORE_OF_4 = (
     "--zero-stage 2 --swiglu --ffn-hidden-size 24 --normalization RMSNorm --disable-bias-linear",
     "--zero-stage 1 --position-embedding-type rope --fp16",
     "--zero-stage 1 --group-query-attention --num-query-groups 1 --qk-layernorm",
+    f"{PP} 2 --zero-stage 1 --bf16 --freeze-params embedding.* layers.0.* layers.1.*",
+    "--zero-stage 3 --bf16 --freeze-params *.attention.* embedding.*",
+    f"--zero-stage 2 --optimizer muon {TP} 2 --freeze-params *.mlp.*",
 )
 OFFLOADED = (
     "--zero-stage 0 --offload-optimizer PLACE",
@@ -53,6 +56,8 @@ OFFLOADED = (
     f"--zero-stage 2 --offload-optimizer PLACE --bf16 --grad-reduce-in-bf16 {TP} 2",
     f"--zero-stage 3 --offload-optimizer PLACE {PP} 2 --optimizer lion",
     "--zero-stage 3 --offload-optimizer PLACE --offload-params PLACE --bf16 --exp-avg-dtype bf16",
+    "--zero-stage 3 --offload-optimizer PLACE --offload-params PLACE --bf16 --freeze-params *.attention.* embedding.*",
+    "--zero-stage 1 --offload-optimizer PLACE --freeze-params layers.0.*",
 )
 
 

@@ -53,6 +53,10 @@ class TrainConfig:
         "--iterations-to-skip",
         "Iterations, counted from 0 as in Megatron-LM, that consume their samples without training: N is step N + 1.",
     )
+    freeze_params: tuple[str, ...] = options(
+        "--freeze-params",
+        "Patterns of full names of parameters that do not train, such as 'embedding.*' (docs/freezing.md).",
+    )
     eval_interval: int = option(1000, "--eval-interval", "Steps between evaluations.", unit="iterations")
     eval_iters: int = option(
         100, "--eval-iters", "Global batches of one evaluation; 0 does not evaluate.", unit="iterations"

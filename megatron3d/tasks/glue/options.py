@@ -15,7 +15,7 @@ _SHORTEST = 8  # tokens; a pair needs three special ones and some of its own
 # Of these sections of the options of pretraining, what fine-tuning takes; others would be without effect.
 _TAKEN = {
     "train": {
-        *("micro_batch_size", "global_batch_size", "log_interval", "metrics_file", "peak_tflops"),
+        *("micro_batch_size", "global_batch_size", "log_interval", "metrics_file", "peak_tflops", "freeze_params"),
         *("recompute_granularity", "recompute_activations", "recompute_method", "recompute_num_layers"),
     },
     "data": {"tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "seed"},
