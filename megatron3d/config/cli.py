@@ -16,7 +16,8 @@ from megatron3d.config.check import check
 from megatron3d.config.checkpoint_args import with_checkpoint_args
 from megatron3d.config.derive import derive
 from megatron3d.config.files import FileSettings, read_config_file
-from megatron3d.config.foreign.deepspeed_file import OPTIONS_OF_DEEPSPEED, DeepSpeedFile, read_deepspeed_file
+from megatron3d.config.foreign.deepspeed_file import DeepSpeedFile, read_deepspeed_file
+from megatron3d.config.foreign.deepspeed_keys import OPTIONS_OF_DEEPSPEED
 from megatron3d.config.foreign.flags import Verdict, judge
 from megatron3d.config.foreign.forks import zero_bubble_settings
 from megatron3d.config.help_text import help_text, metavar
@@ -122,9 +123,10 @@ def read_command(
         settings.update(layer)
     lines = _judged(words, by_flag, by_file, config_file)
     if engine_file is not None:
-        words.problems += engine_file.problems + engine_file.contradictions(words.files["deepspeed_config"], settings)
+        path = words.files["deepspeed_config"]
+        words.problems += engine_file.problems + engine_file.contradictions(path, settings)
+        lines += [*engine_file.lines, *engine_file.lines_of_defaults(path, settings)]
         settings.update(engine_file.settings(settings))
-        lines += engine_file.lines
     settings = _with_checkpoint_args(settings, words, lines)
     lines += _zero_bubble(by_flag, settings, words.problems)
     words.problems += _problems_between(program, architecture, words.foreign, settings)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from megatron3d.config.cli import read_command, settle
+from megatron3d.config.foreign.deepspeed_file import read_deepspeed_file
+from megatron3d.config.foreign.deepspeed_keys import DIRECT, REFUSED, SWITCHED_OFF, WITHOUT_EFFECT
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
 
@@ -24,6 +26,14 @@ def run_of(file: Path, content: Any, flags: str = "", *, world: int = 2, said: l
     lines: list[str] = [] if said is None else said
     words = f"{BASE} --deepspeed --deepspeed_config {file} {flags}".split()
     return settle(read_command(words, program="pretrain_gpt.py", description="t", say=lines.append), world)
+
+
+def _warmup(**params: Any) -> dict[str, Any]:
+    return {"scheduler": {"type": "WarmupLR", "params": params}}
+
+
+def _adam(**params: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": "Adam", "params": params}}
 
 
 def problems_of(
@@ -134,12 +144,20 @@ def test_a_contradiction_names_both_sides(file: Path, content: Any, flags: str, 
         ({"train_batchsize": 8}, "has the key train_batchsize, which is not known"),
         ({"zero_optimization": {"stages": 1}}, "has the key zero_optimization.stages, which is not known"),
         ({"zero_optimization": {"stage": 4}}, "--zero-stage 4 is not one of its choices"),
-        ({"zero_optimization": 3}, "has the key zero_optimization, which is not known"),
+        ({"zero_optimization": 3}, 'zero_optimization is 3; write an object of keys, such as {"stage": ...}'),
+        ({"fp16": None}, 'fp16 is null; write an object of keys, such as {"enabled": ...}'),
+        ({"optimizer": {"type": "Adam", "params": [1]}}, "optimizer.params is [1]; write an object of keys"),
+        ({"tensorboard": {"enabled": 2, "output_path": "t"}}, "tensorboard.enabled is 2; write true or false"),
         ({"train_batch_size": "many"}, "--global-batch-size many is not a number"),
         ({"optimizer": {"type": "OneBitAdam"}}, "optimizer.type = OneBitAdam, which is not supported"),
         ({"optimizer": {"type": "Adam", "params": {"betas": 0.9}}}, "optimizer.params.betas is 0.9; write two numbers"),
         ({"scheduler": {"type": "OneCycle"}}, "scheduler.type = OneCycle, which is not supported"),
-        ({"scheduler": {"type": "WarmupLR", "params": {}}}, "warmup_type out, which means log"),
+        ({"scheduler": {"type": ["WarmupLR"]}}, "scheduler.type = ['WarmupLR'], which is not supported"),
+        (_warmup(warmup_num_steps=3, warmup_max_lr=1e-3), "warmup_type out, which means log"),
+        (_warmup(warmup_type="linear", warmup_max_lr=1e-3), "warmup_num_steps out, which means 1000"),
+        (_warmup(warmup_type="linear", warmup_num_steps=3), "warmup_max_lr out, which means 0.001 or the optimizer's"),
+        (_adam(bias_correction=False), "optimizer.params.bias_correction = false, which is not supported"),
+        ({"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}}, "which DeepSpeed ignores where"),
         ({"amp": {"enabled": True}}, "has amp = enabled, which is not supported"),
         ({"curriculum_learning": {"enabled": True}}, "has curriculum_learning = enabled, which is not supported"),
         ({"communication_data_type": "bf16"}, "communication_data_type = bf16, which is not supported"),
@@ -149,6 +167,62 @@ def test_a_contradiction_names_both_sides(file: Path, content: Any, flags: str, 
 def test_what_cannot_be_read_or_done_is_refused_by_key(file: Path, content: Any, sentence: str) -> None:
     (problem,) = problems_of(file, content)
     assert sentence in problem and str(file) in problem, problem
+
+
+def test_no_kind_of_value_of_any_key_ends_in_a_traceback(file: Path) -> None:
+    keys = [
+        *DIRECT,
+        *REFUSED,
+        *SWITCHED_OFF.split(),
+        *(key for names in WITHOUT_EFFECT.values() for key in names.split()),
+    ]
+    keys += ["optimizer.type", "optimizer.params.betas", "scheduler.type", "scheduler.params.warmup_type"]
+    keys += ["fp16.loss_scale", "fp16.initial_scale_power", "zero_optimization.cpu_offload", "wandb.enabled"]
+    keys += sorted({".".join(key.split(".")[:-1]) for key in keys if "." in key})
+    for value in (None, True, 3, -1, 1e300, float("nan"), "auto", "x", "", [], ["x"], {"x": {}}, [{}]):
+        for key in keys:
+            content: Any = {"enabled": True, "device": "nvme", "type": "Adam"} if "." in key else {}
+            *path, last = key.split(".")
+            content[last] = value
+            for name in reversed(path):
+                content = {name: content}
+            file.write_text(json.dumps(content))
+            found = read_deepspeed_file(str(file))
+            assert found.contradictions("f", {}) == [] and found.settings({}) is not None
+            assert all(isinstance(line, str) for line in [*found.problems, *found.lines_of_defaults("f", {})])
+
+
+def test_what_the_file_leaves_out_has_deepspeeds_default_and_is_reported(file: Path) -> None:
+    said: list[str] = []
+    flags = "--lr 1e-3 --micro-batch-size 2"
+    content = {"optimizer": {"type": "Adam", "params": {"lr": 1e-3}}, "fp16": {"enabled": True}}
+    optim = run_of(file, content, flags, said=said).optim
+    assert (optim.weight_decay, optim.initial_loss_scale, optim.clip_grad) == (0.0, 2.0**16, 1.0)
+    assert any("leaves optimizer.params.weight_decay out, so that --weight-decay is 0" in line for line in said)
+    assert any("leaves fp16.initial_scale_power out" in line for line in said)
+    assert any(
+        "leaves gradient_clipping out, which means none to DeepSpeed; --clip-grad 1 holds" in line for line in said
+    )
+    said.clear()
+    optim = run_of(file, content, f"{flags} --weight-decay 0.1 --initial-loss-scale 64 --clip-grad 2", said=said).optim
+    assert (optim.weight_decay, optim.initial_loss_scale, optim.clip_grad) == (0.1, 64, 2.0)
+    assert not [line for line in said if "leaves" in line]
+    assert run_of(file, _adam(weight_decay="auto"), flags).optim.weight_decay == 0.01
+    assert run_of(file, _adam(torch_adam=True), flags).optim.weight_decay == 0.01
+    assert run_of(file, {"optimizer": {"type": "Lion", "params": {}}}, flags).optim.adam_beta2 == 0.99
+    assert run_of(file, _adam(adamw_mode=False), flags).optim.decoupled_weight_decay is False
+    assert run_of(file, {"zero_optimization": {"stage": 1}}, flags).optim.weight_decay == 0.01
+
+
+def test_trackers_of_the_file_are_used_or_reported(file: Path) -> None:
+    said: list[str] = []
+    content: dict[str, Any] = {"tensorboard": {"enabled": True, "output_path": "t"}, "wandb": {"enabled": True}}
+    run = run_of(file, content, "--lr 1e-3 --micro-batch-size 2", said=said)
+    assert run.train.tensorboard_dir == "t"
+    assert not any("tensorboard.enabled" in line for line in said)
+    assert any(
+        "wandb.enabled is without effect: there is no project; give it, or --wandb-project" in line for line in said
+    )
 
 
 def test_a_missing_file_is_an_error_beside_the_others(tmp_path: Path) -> None:

@@ -2,22 +2,34 @@
 
 Each key has one fate, as flags have: it sets an option of ours, it is without effect here (buffers, buckets, logs), or
 it asks for something that is not here. Keys that DeepSpeed does not know either are mistakes. A value of "auto" leaves
-the option to the flags, as in Hugging Face's integration.
+the option to the flags, as in Hugging Face's integration. What is left out has DeepSpeed's default unless a flag says
+otherwise, where that default would give another run than ours.
 
-Source: DeepSpeed's "Configuration JSON" page (deepspeed.ai/docs/config-json) and `deepspeed/runtime/config.py`.
+The keys are tables in `deepspeed_keys.py`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron3d.config.foreign.deepspeed_keys import (
+    DIRECT,
+    IMPLIED_BY_OPTIMIZER,
+    IMPLIED_SCALE_POWER,
+    NEEDED_OF_SCHEDULER,
+    OPTIMIZERS,
+    REFUSED,
+    SCHEDULES,
+    SWITCHED_OFF,
+    UNSET,
+    WITHOUT_EFFECT,
+    Key,
+)
 from megatron3d.config.options import BY_KEY, Settings
-
-Key = tuple[str, str]
 
 
 @dataclass
@@ -26,14 +38,18 @@ class DeepSpeedFile:
 
     Attributes:
         values: option -> (value, where in the file it stands).
+        implied: the same for what the file leaves out and DeepSpeed has another default for.
         problems: sentences about what cannot be read or done.
         lines: sentences about what has no effect.
+        sets_clipping: whether the file decides about clipping gradients.
         is_read: whether the file could be read at all.
     """
 
     values: dict[Key, tuple[Any, str]] = field(default_factory=dict)
+    implied: dict[Key, tuple[Any, str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
+    sets_clipping: bool = False
     is_read: bool = True
 
     def contradictions(self, path: str, given: Settings) -> list[str]:
@@ -59,7 +75,22 @@ class DeepSpeedFile:
         """What the file adds to `given`; precision stays with the flags where they chose one."""
         chosen = given.get(("optim", "bf16")) or given.get(("optim", "fp16"))
         precision = (("optim", "bf16"), ("optim", "fp16")) if chosen else ()
-        return {key: value for key, (value, _) in self.values.items() if key not in given and key not in precision}
+        found = {**self.implied, **self.values}
+        return {key: value for key, (value, _) in found.items() if key not in given and key not in precision}
+
+    def lines_of_defaults(self, path: str, given: Settings) -> list[str]:
+        """A line for each option that neither the file nor `given` sets, where DeepSpeed's default is not ours."""
+        lines = [
+            f"{path} leaves {where} out, so that {BY_KEY[key].spelling} is {_shown(value)} as in DeepSpeed."
+            for key, (value, where) in self.implied.items()
+            if key not in given and key not in self.values
+        ]
+        if self.is_read and not self.sets_clipping and ("optim", "clip_grad") not in given:
+            lines.append(
+                f"{path} leaves gradient_clipping out, which means none to DeepSpeed; --clip-grad "
+                f"{_shown(BY_KEY['optim', 'clip_grad'].default)} holds here, and --clip-grad 0 is none."
+            )
+        return lines
 
 
 def read_deepspeed_file(path: str) -> DeepSpeedFile:
@@ -76,20 +107,52 @@ def read_deepspeed_file(path: str) -> DeepSpeedFile:
     reader = _Reader(path, found)
     for name, value in parsed.items():
         reader.read(name, value)
-    _check_warmup_type(path, parsed, found)
+    params = _object(_object(parsed, "optimizer"), "params")
+    found.sets_clipping = "gradient_clipping" in parsed or "max_grad_norm" in params
+    _check_scheduler(path, _object(parsed, "scheduler"), found)
+    _add_implied(path, parsed, params, found)
+    for tracker, key in (("tensorboard", "output_path"), ("wandb", "project")):
+        if (settings := _object(parsed, tracker)).get("enabled") and not settings.get(key):
+            option = BY_KEY[DIRECT[f"{tracker}.{key}"]].spelling
+            found.lines.append(f"{path}: {tracker}.enabled is without effect: there is no {key}; give it, or {option}.")
     return found
 
 
-def _check_warmup_type(path: str, parsed: Mapping[str, Any], found: DeepSpeedFile) -> None:
-    scheduler = parsed.get("scheduler")
-    if not isinstance(scheduler, dict) or scheduler.get("type") not in _SCHEDULES:
-        return
-    params = scheduler.get("params")
-    if not isinstance(params, dict) or "warmup_type" not in params:
+def _object(parsed: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The object at a key; empty where there is none, or something else, which is reported when it is read."""
+    value = parsed.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _check_scheduler(path: str, scheduler: Mapping[str, Any], found: DeepSpeedFile) -> None:
+    if ("optim", "lr_decay_style") not in found.values:
+        return  # No scheduler, or none that can be used.
+    for key, meaning in NEEDED_OF_SCHEDULER.items():
+        if key not in _object(scheduler, "params"):
+            found.problems.append(f"{path} leaves scheduler.params.{key} out, which means {meaning}.")
+
+
+def _add_implied(path: str, parsed: Mapping[str, Any], params: Mapping[str, Any], found: DeepSpeedFile) -> None:
+    optimizer, _ = found.values.get(("optim", "optimizer"), (None, ""))
+    implied = dict(IMPLIED_BY_OPTIMIZER.get(optimizer, {}))
+    decoupled, where = found.values.get(("optim", "decoupled_weight_decay"), (True, ""))
+    if not decoupled and str(_object(parsed, "optimizer").get("type")).lower() == "adamw":
         found.problems.append(
-            f"{path} leaves scheduler.params.warmup_type out, which means log, and the learning rate warms up linearly "
-            "here; write linear, or use --lr-warmup-iters instead."
+            f"{path} has {where} = false, which DeepSpeed ignores where optimizer.type is AdamW; leave it out, or "
+            "write Adam as the type."
         )
+    if params.get("torch_adam") and decoupled:
+        implied["weight_decay"] = 0.01  # torch's AdamW, and not DeepSpeed's
+    for name in (name for name in implied if name not in params):
+        where = f"optimizer.params.{name}"
+        if name == "betas":
+            for field_name, beta in zip(("adam_beta1", "adam_beta2"), implied[name], strict=True):
+                found.implied["optim", field_name] = (beta, where)
+        else:
+            found.implied[DIRECT[where]] = (implied[name], where)
+    fp16 = _object(parsed, "fp16")
+    if fp16.get("enabled") is True and "initial_scale_power" not in fp16:
+        found.implied["optim", "initial_loss_scale"] = (2.0**IMPLIED_SCALE_POWER, "fp16.initial_scale_power")
 
 
 def _unread(problem: str) -> DeepSpeedFile:
@@ -99,108 +162,9 @@ def _unread(problem: str) -> DeepSpeedFile:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if value is None:
+        return "null"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-# Keys that set an option as they are; a dot leads into an object.
-_DIRECT: Mapping[str, Key] = {
-    "train_batch_size": ("train", "global_batch_size"),
-    "train_micro_batch_size_per_gpu": ("train", "micro_batch_size"),
-    "gradient_accumulation_steps": ("train", "gradient_accumulation_steps"),
-    "gradient_clipping": ("optim", "clip_grad"),
-    "fp16.enabled": ("optim", "fp16"),
-    "fp16.loss_scale_window": ("optim", "loss_scale_window"),
-    "fp16.hysteresis": ("optim", "hysteresis"),
-    "fp16.min_loss_scale": ("optim", "min_loss_scale"),
-    "bf16.enabled": ("optim", "bf16"),
-    "bfloat16.enabled": ("optim", "bf16"),
-    "zero_optimization.stage": ("parallel", "zero_stage"),
-    "zero_optimization.offload_optimizer.device": ("parallel", "offload_optimizer"),
-    "zero_optimization.offload_param.device": ("parallel", "offload_params"),
-    "zero_optimization.offload_optimizer.nvme_path": ("parallel", "offload_dir"),
-    "zero_optimization.offload_param.nvme_path": ("parallel", "offload_dir"),
-    "zero_optimization.mics_shard_size": ("parallel", "zero_shard_size"),
-    "optimizer.params.lr": ("optim", "lr"),
-    "optimizer.params.eps": ("optim", "adam_eps"),
-    "optimizer.params.weight_decay": ("optim", "weight_decay"),
-    "optimizer.params.momentum": ("optim", "sgd_momentum"),
-    "optimizer.params.max_grad_norm": ("optim", "clip_grad"),
-    "optimizer.params.adam_w_mode": ("optim", "decoupled_weight_decay"),
-    "scheduler.params.warmup_max_lr": ("optim", "lr"),
-    "scheduler.params.warmup_min_lr": ("optim", "lr_warmup_init"),
-    "scheduler.params.warmup_num_steps": ("optim", "lr_warmup_iters"),
-    "scheduler.params.total_num_steps": ("optim", "lr_decay_iters"),
-    "tensorboard.output_path": ("train", "tensorboard_dir"),
-    "wandb.project": ("train", "wandb_project"),
-}
-# Values at which a key sets nothing, because DeepSpeed takes them for "not so".
-_UNSET: Mapping[str, tuple[Any, ...]] = {
-    "zero_optimization.mics_shard_size": (-1,),
-}
-_BUFFERS = "buffers and buckets are sized by the layers, and change no result"
-_LOGS = "the run has its own log, and change no result"
-_WITHOUT_EFFECT: Mapping[str, str] = {
-    _BUFFERS: """
-    zero_optimization.overlap_comm zero_optimization.contiguous_gradients zero_optimization.reduce_scatter
-    zero_optimization.reduce_bucket_size zero_optimization.allgather_partitions zero_optimization.allgather_bucket_size
-    zero_optimization.use_multi_rank_bucket_allreduce zero_optimization.round_robin_gradients
-    zero_optimization.sub_group_size zero_optimization.prefetch_bucket_size
-    zero_optimization.model_persistence_threshold zero_optimization.max_live_parameters
-    zero_optimization.max_reuse_distance zero_optimization.gather_16bit_weights_on_model_save
-    zero_optimization.stage3_prefetch_bucket_size zero_optimization.stage3_param_persistence_threshold
-    zero_optimization.stage3_model_persistence_threshold zero_optimization.stage3_max_live_parameters
-    zero_optimization.stage3_max_reuse_distance zero_optimization.stage3_gather_16bit_weights_on_model_save
-    zero_optimization.stage3_gather_fp16_weights_on_model_save zero_optimization.stage3_module_granularity_threshold
-    zero_optimization.use_all_reduce_for_fetch_params zero_optimization.stage3_use_all_reduce_for_fetch_params
-    zero_optimization.ignore_unused_parameters zero_optimization.legacy_stage1 zero_optimization.elastic_checkpoint
-    zero_optimization.memory_efficient_linear zero_optimization.load_from_fp32_weights
-    zero_optimization.override_module_apply zero_optimization.pipeline_loading_checkpoint
-    zero_optimization.grad_hooks zero_optimization.log_trace_cache_warnings
-    zero_optimization.mics_hierarchical_params_gather zero_optimization.param_persistence_threshold
-    zero_optimization.offload_optimizer.pin_memory zero_optimization.offload_optimizer.buffer_count
-    zero_optimization.offload_optimizer.pipeline_read zero_optimization.offload_optimizer.pipeline_write
-    zero_optimization.offload_optimizer.pipeline zero_optimization.offload_optimizer.fast_init
-    zero_optimization.offload_param.pin_memory zero_optimization.offload_param.buffer_count
-    zero_optimization.offload_param.buffer_size zero_optimization.offload_param.max_in_cpu
-    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer prescale_gradients gradient_predivide_factor
-    disable_allgather fp32_allreduce aio pipeline graph_harvesting use_data_before_expert_parallelism
-    seq_parallel_communication_data_type""",
-    _LOGS: """
-    steps_per_print wall_clock_breakdown dump_state memory_breakdown flops_profiler comms_logger csv_monitor comet
-    tensorboard.enabled tensorboard.job_name wandb.enabled wandb.team wandb.group monitor_config""",
-    "checkpoints have one format, which any layout writes and loads": "checkpoint load_universal_checkpoint",
-    "activations are recomputed where --recompute-granularity says so": "activation_checkpointing",
-    "fp16 scales the loss as Megatron-LM does": "fp16.auto_cast fp16.consecutive_hysteresis",
-    "Adam is torch's fused one": "optimizer.params.torch_adam optimizer.params.bias_correction "
-    "optimizer.params.set_grad_none optimizer.params.fused optimizer.params.adamw_mode",
-}
-# Objects of features that are not here: without effect while "enabled" is not true.
-_SWITCHED_OFF = """
-    amp sparse_attention curriculum_learning data_efficiency compression_training progressive_layer_drop eigenvalue
-    elasticity autotuning torch_autocast hybrid_engine quantize_training nebula compile"""
-# Keys that ask for another arithmetic, with the values at which they do not.
-_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "sparse_gradients": ((False,), "gradients of tables are dense"),
-    "communication_data_type": (("fp32", None), "gradients travel in fp32, or in bf16 by --grad-reduce-in-bf16"),
-    "data_types.grad_accum_dtype": (("fp32", None), "gradients are added up in fp32, or by --grad-reduce-in-bf16"),
-    "zero_optimization.zero_quantized_weights": ((False,), "weights are gathered in the precision of the layers"),
-    "zero_optimization.zero_quantized_nontrainable_weights": ((False,), "all weights are trained"),
-    "zero_optimization.zero_hpz_partition_size": ((1,), "weights have one copy; --zero-shard-size shards in groups"),
-    "zero_optimization.zero_quantized_gradients": ((False,), "gradients are reduced unquantised"),
-    "zero_optimization.offload_optimizer.ratio": ((1, 1.0), "the whole state is offloaded or none of it"),
-    "bf16.immediate_grad_update": ((True, False), "gradients are added up once for each micro-batch"),
-    "optimizer.params.amsgrad": ((False,), "Adam keeps no maximum of its moments"),
-    "optimizer.params.nesterov": ((False,), "use --optimizer sgd with --sgd-momentum"),
-    "fp16.fp16_master_weights_and_grads": ((False,), "master weights are fp32"),
-    "optimizer.legacy_fusion": ((False,), "Adam is torch's"),
-    "zero_optimization.param_dtype": ((), "use --bf16 or --fp16"),
-}
-_OPTIMIZERS = {"adam": "adam", "adamw": "adam", "lamb": "lamb", "lion": "lion", "sgd": "sgd", "muon": "muon"}
-_SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear"}
-
-OPTIONS_OF_DEEPSPEED: frozenset[str] = frozenset(name for _, name in _DIRECT.values()) | {
-    *("optimizer", "adam_beta1", "adam_beta2", "loss_scale", "initial_loss_scale", "lr_decay_style"),
-}
 
 
 class _Reader:
@@ -218,28 +182,32 @@ class _Reader:
             "zero_optimization.cpu_offload": self._cpu_offload,
             "zero_optimization.cpu_offload_params": self._cpu_offload,
             "scheduler.params.warmup_type": self._warmup_type,
+            "tensorboard.enabled": self._tracker,
+            "wandb.enabled": self._tracker,
         }
 
     def read(self, name: str, value: Any) -> None:
         """Judge the key `name`, the path of an entry with dots."""
-        if value == "auto" or (name in _UNSET and value in _UNSET[name]):
+        if value == "auto" or (name in UNSET and value in UNSET[name]):
             return
         if name in self._special:
             self._special[name](name, value)
-        elif name in _DIRECT:
-            self._set(name, _DIRECT[name], value)
-        elif name in _REFUSED:
-            harmless, reason = _REFUSED[name]
+        elif name in DIRECT:
+            self._set(name, DIRECT[name], value)
+        elif name in REFUSED:
+            harmless, reason = REFUSED[name]
             if value not in harmless:
                 self._refuse(name, value, f"{reason}; leave it out")
         elif (reason := _reason_without_effect(name)) is not None:
             self._found.lines.append(f"{self._path}: {name} is accepted without effect: {reason}.")
-        elif name in _SWITCHED_OFF.split():
+        elif name in SWITCHED_OFF.split():
             if isinstance(value, dict) and value.get("enabled"):
                 self._refuse(name, "enabled", "this is not in this version; leave it out")
         elif isinstance(value, dict) and _is_object(name):
             for key, inner in _in_use(name, value).items():
                 self.read(f"{name}.{key}", inner)
+        elif _is_object(name):
+            self._found.problems.append(f"{self._path}: {name} is {_shown(value)}; write {_example_of(name)}.")
         else:
             self._found.problems.append(f"{self._path} has the key {name}, which is not known; correct or remove it.")
 
@@ -264,16 +232,16 @@ class _Reader:
 
     def _optimizer(self, name: str, value: Any) -> None:
         kind = str(value).lower()
-        if kind not in _OPTIMIZERS:
-            self._refuse(name, value, f"use one of {', '.join(sorted(_OPTIMIZERS))}")
+        if kind not in OPTIMIZERS:
+            self._refuse(name, value, f"use one of {', '.join(sorted(OPTIMIZERS))}")
             return
-        self._set(name, ("optim", "optimizer"), _OPTIMIZERS[kind])
+        self._set(name, ("optim", "optimizer"), OPTIMIZERS[kind])
 
     def _scheduler(self, name: str, value: Any) -> None:
-        if value not in _SCHEDULES:
-            self._refuse(name, value, f"use {' or '.join(_SCHEDULES)}, or --lr-decay-style and its flags")
+        if not isinstance(value, str) or value not in SCHEDULES:
+            self._refuse(name, value, f"use {' or '.join(SCHEDULES)}, or --lr-decay-style and its flags")
             return
-        self._set(name, ("optim", "lr_decay_style"), _SCHEDULES[value])
+        self._set(name, ("optim", "lr_decay_style"), SCHEDULES[value])
 
     def _warmup_type(self, name: str, value: Any) -> None:
         if value != "linear":
@@ -296,6 +264,11 @@ class _Reader:
             return
         self._set(name, ("optim", "initial_loss_scale"), 2.0**value)
 
+    def _tracker(self, name: str, value: Any) -> None:
+        """Switches that count by what lies beside them: see `_in_use`."""
+        if not isinstance(value, bool):
+            self._found.problems.append(f"{self._path}: {name} is {_shown(value)}; write true or false.")
+
     def _cpu_offload(self, name: str, value: Any) -> None:
         if value:
             field_name = "offload_optimizer" if name.endswith("cpu_offload") else "offload_params"
@@ -312,10 +285,21 @@ def _in_use(name: str, value: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _reason_without_effect(name: str) -> str | None:
-    return next((reason for reason, names in _WITHOUT_EFFECT.items() if name in names.split()), None)
+    return next((reason for reason, names in WITHOUT_EFFECT.items() if name in names.split()), None)
 
 
 def _is_object(name: str) -> bool:
     """Whether some known key lies inside `name`."""
-    known = (*_DIRECT, *_REFUSED, *(key for names in _WITHOUT_EFFECT.values() for key in names.split()))
-    return any(key.startswith(f"{name}.") for key in known)
+    return any(key.startswith(f"{name}.") for key in _known_keys())
+
+
+def _example_of(name: str) -> str:
+    """An object in the place of `name`, with the first of its keys."""
+    inner = next(key.removeprefix(f"{name}.") for key in _known_keys() if key.startswith(f"{name}."))
+    return f'an object of keys, such as {{"{inner}": ...}}'
+
+
+def _known_keys() -> Iterable[str]:
+    yield from (*DIRECT, *REFUSED)
+    for names in WITHOUT_EFFECT.values():
+        yield from names.split()
