@@ -167,6 +167,11 @@ def verify(
     except CheckpointError as error:
         return [str(error)]
     problems = [f"{directory / INDEX_NAME}: {problem}" for problem in index.problems()]
+    if _NAME.fullmatch(directory.name) and step_of(directory) != index.step:
+        problems.append(
+            f"{directory} has the checkpoint of step {index.step}; rename it to {checkpoint_name(index.step)}, and name "
+            f"that in {LATEST_NAME} where it is the latest"
+        )
     problems += _document_problems(directory, index, level)
     on_bytes(sum(document.size_bytes for document in index.documents.values()))
     for file in sorted(index.files):

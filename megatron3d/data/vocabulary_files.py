@@ -1,7 +1,7 @@
 """The files that hold a vocabulary, as plain values: BERT's vocab.txt, and GPT-2's vocab.json with merges.txt.
 
-The library's own readers cut lines and trim tokens in ways of their own and end in exceptions of their own; read here,
-a token is its whole line and every fault is a sentence with the option and the file.
+The library's own readers cut lines in ways of their own and end in exceptions of their own; read here, a line ends with a
+line feed alone and every fault is a sentence with the option and the file.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ _Content = TypeVar("_Content")
 def read_word_pieces(path: Path, *, options: bool = True) -> dict[str, int]:
     """The tokens of a vocab.txt, one a line, with their ids from 0 on; without `options` errors name the file alone.
 
+    White space at the end of a line is no part of the token, as in transformers: texts are cut at it, so that no word
+    could ever be such a token. A line of white space alone stays, as the numbers of lines are the ids.
+
     Raises: DataError if it cannot be read or is not UTF-8.
     """
     lines = _read(path, f"--vocab-file {path}" if options else str(path), read_lines)
-    return {token: id for id, token in enumerate(lines)}
+    return {line.rstrip() or line: id for id, line in enumerate(lines)}
 
 
 def read_bpe(

@@ -87,6 +87,11 @@ def test_a_name_whose_value_has_another_form_here_gets_advice(words: str, hint: 
     assert problem.startswith(f"{words} is unknown; ") and hint in problem
 
 
+def test_epochs_of_megatron_are_refused_with_what_gives_the_length_here() -> None:
+    (problem,) = problems_of("--epochs 3")
+    assert problem.startswith("--epochs 3 is not supported: ") and "--train-iters, --train-samples or" in problem
+
+
 def test_the_tables_of_names_lead_to_flags_that_exist_and_hide_none() -> None:
     known = {*BY_SPELLING, *SYNONYMS}
     assert {flag for flag in OPTION_BY_FOREIGN_NAME.values() if flag not in known} == set()

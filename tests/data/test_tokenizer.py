@@ -228,18 +228,20 @@ def test_file_that_is_no_tokenizer_is_refused_by_name(tmp_path: Path, kind: str)
         broken(kind, tmp_path / "file")
 
 
-PIECES = [*SPECIAL_PIECES, "a", "##\u2028", "b\x85c", "\x0c", "last"]
+PIECES = [*SPECIAL_PIECES, "a", "##\u2028", "b\x85c", "\x0c", "spaced ", "##d\t", "last"]
 
 
 def test_a_vocabulary_has_as_many_tokens_as_lines_whatever_they_hold(tmp_path: Path) -> None:
-    """Ids are those of transformers, whose tokens are whole lines too."""
+    """Ids are those of transformers, which cuts lines at line feeds alone and trims their ends too."""
     transformers = pytest.importorskip("transformers")
     path = tmp_path / "vocab.txt"
     path.write_text("".join(f"{piece}\n" for piece in PIECES), encoding="utf-8", newline="\n")
     ours, theirs = build_tokenizer("BertWordPieceCase", vocab_file=str(path)), transformers.BertTokenizer(str(path))
     assert ours.vocab_size == len(PIECES) == theirs.vocab_size
     assert ours.encode("last a") == [len(PIECES) - 1, len(SPECIAL_PIECES)]
-    assert ours.encode("last a") == theirs("last a", add_special_tokens=False)["input_ids"]
+    for text in ("last a", "a spaced last", "ad lastd spacedd"):
+        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.encode("spaced") == [PIECES.index("spaced ")]
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])

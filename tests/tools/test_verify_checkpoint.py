@@ -97,6 +97,14 @@ def test_a_damaged_index_is_one_problem_of_that_checkpoint(run: Run, root: Path)
     assert any("iter_0000020/index.json is not the index of a checkpoint" in line for line in lines)
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_not_whole(run: Run, root: Path) -> None:
+    (root / "iter_0000030").rename(root / "iter_0000040")
+    (root / "latest").write_text("iter_0000040")
+    code, (line,), _ = run(root, "--level", "sizes")
+    assert code == 4
+    assert f"{root / 'iter_0000040'} has the checkpoint of step 30; rename it to iter_0000030" in line
+
+
 def test_an_empty_directory_a_missing_step_and_options_that_exclude_each_other_are_refused(
     run: Run, root: Path, tmp_path: Path
 ) -> None:

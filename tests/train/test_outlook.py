@@ -33,6 +33,7 @@ def lines(options: str, *, step: int = 0, valid: bool = True, test: bool = True,
         "--train-iters 20 --iterations-to-skip 0 19 --lr-warmup-iters 19 --profile-pipeline p",
         "--train-iters 20 --wandb-project p --wandb-entity e",
         "--train-iters 20 --save c --save-interval 20 --eval-interval 20",
+        "--train-iters 20 --save-interval 21",  # without --save the command line says that nothing is saved
     ],
 )
 def test_a_run_that_does_what_it_is_asked_says_nothing(options: str) -> None:

@@ -151,7 +151,7 @@ REFUSED: tuple[Refused, ...] = (
         flags="""
         --per-split-data-args-path --per-dataset-sequences-path --dataloader-type --dataloader_type
         --renormalize-blend-weights --dataloader-inter-document-masking --full-validation
-        --multiple-validation-sets --validation-set-names --sft --sft-tokenizer-prompt-format --epochs
+        --multiple-validation-sets --validation-set-names --sft --sft-tokenizer-prompt-format
         --data-epochs --sample-rate --data-per-class-fraction --classes-fraction --iter-per-epoch""",
         prefixes="--fim-",
     ),
@@ -182,6 +182,12 @@ REFUSED: tuple[Refused, ...] = (
         flags="--muon-tp-mode --muon-use-syrk",
     ),
     Refused(
+        "the length of a run is counted in steps, samples or tokens; use --train-iters, --train-samples or "
+        "--train-tokens",
+        flags="--epochs",
+    ),
+    Refused("it is a switch of programs that are not in this version; leave it out", flags="--debug"),
+    Refused(
         "this model is not in this version; use pretrain_gpt.py's own model flags",
         flags="""
         --is-hybrid-model --encoder-tensor-model-parallel-size --encoder-pipeline-model-parallel-size
@@ -189,7 +195,7 @@ REFUSED: tuple[Refused, ...] = (
         --param-sharing-style --num-classes --num-channels --patch-dim --img-dim --img-h --img-w --mask-type
         --mask-factor --swin-backbone-type --use-regular-masking --use-random-spans --freeze-all-layers
         --async-indexer --projection-dim --pool-type --shared-query-context-model --cased-vocab --faiss-use-gpu
-        --evidence-data-path --embedding-path --index-reload-interval --use-one-sent-docs --debug
+        --evidence-data-path --embedding-path --index-reload-interval --use-one-sent-docs
         --enable-mhc-connections --report-topk-accuracies""",
         prefixes="""
         --retro- --block- --indexer- --cased- --ner- --hash- --mtp- --mamba- --hybrid- --mhc- --engram- --vision-
