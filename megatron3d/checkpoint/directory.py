@@ -169,8 +169,8 @@ def verify(
     problems = [f"{directory / INDEX_NAME}: {problem}" for problem in index.problems()]
     if _NAME.fullmatch(directory.name) and step_of(directory) != index.step:
         problems.append(
-            f"{directory} has the checkpoint of step {index.step}; rename it to {checkpoint_name(index.step)}, and name "
-            f"that in {LATEST_NAME} where it is the latest"
+            f"{directory} has the checkpoint of step {index.step}; rename it to {checkpoint_name(index.step)}, and "
+            f"name that in {LATEST_NAME} where it is the latest"
         )
     problems += _document_problems(directory, index, level)
     on_bytes(sum(document.size_bytes for document in index.documents.values()))

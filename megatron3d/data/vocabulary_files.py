@@ -1,7 +1,7 @@
 """The files that hold a vocabulary, as plain values: BERT's vocab.txt, and GPT-2's vocab.json with merges.txt.
 
-The library's own readers cut lines in ways of their own and end in exceptions of their own; read here, a line ends with a
-line feed alone and every fault is a sentence with the option and the file.
+The library's own readers cut lines in ways of their own and end in exceptions of their own; read here, a line ends with
+a line feed alone and every fault is a sentence with the option and the file.
 """
 
 from __future__ import annotations
