@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 
-from megatron3d.config.cli import read_command, save_directory, settle
+from megatron3d.config.cli import read_command, save_directory
 from megatron3d.config.serialize import as_table
 from megatron3d.train.launch import Guard, guarded
-from megatron3d.train.vocabulary import open_vocabulary
+from megatron3d.train.settle import settle_run
 
 
 def main(guard: Guard) -> None:
@@ -26,7 +26,7 @@ def main(guard: Guard) -> None:
         say=print if is_first else silent,
         architecture="bert",
     )
-    config, vocabulary = open_vocabulary(settle(command, guard.launch.world_size))
+    config, vocabulary = settle_run(command, guard.launch.world_size)
     if is_first:
         print(as_table(config))
 

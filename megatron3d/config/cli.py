@@ -18,7 +18,7 @@ from megatron3d.config.derive import derive
 from megatron3d.config.files import FileSettings, read_config_file
 from megatron3d.config.foreign.deepspeed_file import DeepSpeedFile, read_deepspeed_file
 from megatron3d.config.foreign.deepspeed_keys import OPTIONS_OF_DEEPSPEED
-from megatron3d.config.foreign.flags import Verdict, judge
+from megatron3d.config.foreign.flags import Verdict, contradictions, judge
 from megatron3d.config.foreign.forks import zero_bubble_settings
 from megatron3d.config.help_text import help_text, metavar
 from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, Option, Settings, build_run_config
@@ -69,13 +69,20 @@ def parse_args(
     return command.run
 
 
-def settle(command: Command, world_size: int) -> RunConfig:
+def settle(command: Command, world_size: int, *, more: Iterable[str] = ()) -> RunConfig:
     """The command's run on `world_size` ranks with all derived values.
+
+    Args:
+        command: what is asked for.
+        world_size: ranks of the job.
+        more: sentences about what the values name, such as files that are missing; they are reported beside problems,
+            and by the caller where there are none.
 
     Raises: ConfigError with all problems of the words and between the values, one a line.
     """
     problems = [*command.problems, *check(command.run, world_size, doubt=command.doubt)]
     if problems:
+        problems += [sentence for sentence in more if not command.doubt.explains(sentence)]
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return derive(command.run, world_size)
 
@@ -129,6 +136,7 @@ def read_command(
         settings.update(engine_file.settings(settings))
     settings = _with_checkpoint_args(settings, words, lines)
     lines += _zero_bubble(by_flag, settings, words.problems)
+    words.problems += contradictions(words.foreign, words.settings)
     words.problems += _problems_between(program, architecture, words.foreign, settings)
     lines += _lines_of_run(settings, words.unread)
     for line in lines:

@@ -69,7 +69,7 @@ class IndexedDataset:
         """
         self.prefix = str(prefix)
         self.bin_path, self.idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-        _check_files_exist(self.prefix, self.bin_path, self.idx_path)
+        check_files_exist(self.prefix)
         self.dtype, num_sequences, num_bounds, has_modes = _read_header(self.idx_path)
         index = _index_bytes(self.idx_path)
         self.lengths, end = _array_of(index, HEADER_BYTES, "<i4", num_sequences)
@@ -288,9 +288,9 @@ def _misplaced(offsets: NDArray[np.int64], ends: NDArray[np.int64]) -> tuple[int
     return int(order[place]), int(due[place])
 
 
-def _check_files_exist(prefix: str, bin_path: Path, idx_path: Path) -> None:
+def check_files_exist(prefix: str) -> None:
     """Raises: DataError naming the missing file, and the prefix where an ending was given with it."""
-    missing = [str(path) for path in (bin_path, idx_path) if not path.is_file()]
+    missing = [f"{prefix}{ending}" for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
     if not missing:
         return
     ending = Path(prefix).suffix

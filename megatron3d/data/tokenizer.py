@@ -103,7 +103,20 @@ def build_tokenizer(
         if vocab_size is None or vocab_size < 1:
             raise ConfigError(f"--tokenizer-type NullTokenizer needs --vocab-size from 1 up, not {vocab_size}.")
         return NullTokenizer(vocab_size)
-    raise ConfigError(f"--tokenizer-type {tokenizer_type} is not known; the kinds are {', '.join(TOKENIZER_TYPES)}.")
+    raise unknown_kind(tokenizer_type)
+
+
+def unknown_kind(tokenizer_type: str) -> ConfigError:
+    """The error of a kind of tokenizer that is none of `TOKENIZER_TYPES`."""
+    return ConfigError(f"--tokenizer-type {tokenizer_type} is not known; the kinds are {', '.join(TOKENIZER_TYPES)}.")
+
+
+def existing_file(flag: str, value: str) -> Path:
+    """The path that an option names. Raises: DataError if nothing is there."""
+    path = Path(value)
+    if not path.exists():
+        raise DataError(f"{flag} {value} cannot be found; nothing is downloaded, give the path of a local file.")
+    return path
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -242,7 +255,4 @@ def _required_file(tokenizer_type: str, flag: str, value: str | None) -> Path:
     """The path of an option that this kind of tokenizer cannot do without."""
     if not value:
         raise ConfigError(f"--tokenizer-type {tokenizer_type} needs {flag}; give the path of its file.")
-    path = Path(value)
-    if not path.exists():
-        raise DataError(f"{flag} {value} cannot be found; nothing is downloaded, give the path of a local file.")
-    return path
+    return existing_file(flag, value)

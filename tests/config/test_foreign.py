@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from megatron3d.config.cli import read_command, settle
-from megatron3d.config.foreign.flags import judge, option_meant
+from megatron3d.config.foreign.flags import contradictions, judge, option_meant
 from megatron3d.config.foreign.forks import FORK_ACCEPTED, FORK_REFUSED, FORK_SYNONYMS, fork_accepted, fork_refused
 from megatron3d.config.foreign.megatron import REFUSED, SYNONYMS, accepted, refused
 from megatron3d.config.foreign.names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
 from megatron3d.config.options import BY_SPELLING
 from megatron3d.config.run import RunConfig
-from megatron3d.config.words import GivenFlag
+from megatron3d.config.words import GivenFlag, split_words
 from megatron3d.errors import ConfigError
 from megatron3d.pipeline.orders.named import ORDERS
 
@@ -239,3 +239,14 @@ def test_a_synonym_in_a_config_file_sets_its_option_and_false_leaves_it(tmp_path
 def test_words_behind_a_flag_without_values_are_not_swallowed() -> None:
     verdict = judge([GivenFlag("--no-pipeline-parallel", ("3",)), GivenFlag("--tokenizer-name-or-path", ())])
     assert len(verdict.problems) == 2 and verdict.settings == {}
+
+
+def test_two_tokenizers_under_two_names_are_refused() -> None:
+    sentence = (
+        "--tokenizer-name-or-path a means --tokenizer-model a, but --tokenizer-model is b; give only one of them."
+    )
+    assert sentence in problems_of("--tokenizer-name-or-path a --tokenizer-model b")
+    (problem, *_) = problems_of("--tokenizer-name-or-path a --tokenizer-type ByteTokenizer")
+    assert problem.startswith("--tokenizer-name-or-path a means --tokenizer-type HuggingFaceTokenizer, but --tokenizer")
+    words = ["--tokenizer-name-or-path", "a", "--tokenizer-type", "PretrainedFromHF", "--tokenizer-model", "a"]
+    assert list(contradictions(split_words(words)[0], {("data", "tokenizer_type"): "PretrainedFromHF"})) == []

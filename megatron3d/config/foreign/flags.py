@@ -6,11 +6,12 @@ is unknown; the hint at it comes from the names of other frameworks (`names.py`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from megatron3d.config.derive import TOKENIZER_ALIASES
 from megatron3d.config.foreign.forks import (
     FORK_ACCEPTED,
     FORK_EXPERT_FLAGS,
@@ -24,7 +25,7 @@ from megatron3d.config.foreign.forks import (
 from megatron3d.config.foreign.megatron import HARMLESS_VALUES, SYNONYMS, accepted, refused
 from megatron3d.config.foreign.megatron_accepted import ACCEPTED
 from megatron3d.config.foreign.names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
-from megatron3d.config.options import BY_SPELLING
+from megatron3d.config.options import BY_KEY, BY_SPELLING, Settings
 from megatron3d.config.words import GivenFlag, stray_sentence
 
 # Flags of this program that are no option of a run.
@@ -81,6 +82,19 @@ def judge(flags: Iterable[GivenFlag]) -> Verdict:
         if name in names:
             verdict.settings.update(values)
     return verdict
+
+
+def contradictions(flags: Iterable[GivenFlag], given: Settings) -> Iterator[str]:
+    """A sentence for each flag whose value stands for options that are `given` another value."""
+    for flag in flags:
+        if flag.name not in _VALUED_SYNONYMS or not flag.values or _is_harmless(flag):
+            continue
+        key, more = _VALUED_SYNONYMS[flag.name]
+        for one, value in ({key: flag.values[0]} | dict(more)).items():
+            other = TOKENIZER_ALIASES.get(given.get(one), given.get(one))
+            if other is not None and other != value:
+                spelling = BY_KEY[one].spelling
+                yield f"{flag.text} means {spelling} {value}, but {spelling} is {other}; give only one of them."
 
 
 def option_meant(flag: str) -> str | None:
