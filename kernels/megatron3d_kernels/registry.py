@@ -10,6 +10,7 @@ import torch
 
 from megatron3d_kernels.activation import activation
 from megatron3d_kernels.cross_entropy import cross_entropy_backward, local_max, local_sum_exp_and_target
+from megatron3d_kernels.dropout import dropout
 from megatron3d_kernels.gated_activation import fused_gated_activation, gated_activation, swiglu
 from megatron3d_kernels.layer_norm import layer_norm
 from megatron3d_kernels.rms_norm import rms_norm
@@ -33,6 +34,10 @@ class Registry(Selection):
     def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         """gelu, gelu_tanh, relu, squared_relu or silu, always torch's; see `activation.activation`."""
         return activation(x, kind)
+
+    def dropout(self, x: torch.Tensor, keys: torch.Tensor, probability: float) -> torch.Tensor:
+        """Drop elements of [..., W] by the keys [...] of its rows, always torch's; see `dropout.dropout`."""
+        return dropout(x, keys, probability)
 
     def gated_activation(self, gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
         """act(gate) * up for swiglu, geglu, reglu; see `gated_activation.gated_activation`."""
