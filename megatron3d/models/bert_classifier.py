@@ -21,7 +21,7 @@ from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.bert import BertEmbedding
 from megatron3d.models.stage import MicroBatch, Stage, StagePart, assemble_stage
-from megatron3d.nn.dropout import dropout
+from megatron3d.nn.dropout import drop_samples
 from megatron3d.nn.norm import residual_norm
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
@@ -47,8 +47,8 @@ class ClassifierHead(nn.Module):
         if self.norm is not None:
             x_SBH = self.norm(x_SBH)
         pooled_BH = torch.tanh(self.pooler(first_position(x_SBH, self.context)))
-        # The same on all tensor-parallel ranks, and so is the mask.
-        pooled_BH = dropout(pooled_BH, self.config.hidden_dropout, seed=micro.dropout_seed, place="head.classifier")
+        rate, kernels = self.config.hidden_dropout, self.context.kernels
+        pooled_BH = drop_samples(pooled_BH, rate, micro.dropout, site="head.classifier", kernels=kernels)
         scores_BC = self.classifier(pooled_BH)
         if micro.sentence_labels_B is None:
             return scores_BC

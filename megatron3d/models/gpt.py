@@ -13,7 +13,7 @@ from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.losses import masked_loss_sum
 from megatron3d.models.stage import MicroBatch, Stage, StagePart, assemble_stage
 from megatron3d.models.vocabulary import TiedTable, vocabulary_table
-from megatron3d.nn.dropout import dropout
+from megatron3d.nn.dropout import drop_hidden
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.norm import residual_norm
 from megatron3d.nn.positions import LearnedPositions
@@ -27,8 +27,7 @@ class GPTEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         super().__init__()
-        self.config = config
-        self.shard = context.tp.rank + 1 if context.sequence_parallel else 0
+        self.config, self.context = config, context
         self.word = vocabulary_table(config, context)
         learned = config.position_embedding_type == "learned_absolute"
         self.position = LearnedPositions(config, context) if learned else None
@@ -38,7 +37,14 @@ class GPTEmbedding(nn.Module):
         x_SBH = self.word(micro.tokens_BS.t())
         if self.position is not None:
             x_SBH = x_SBH + self.position(micro.tokens_BS.shape[1], micro.position_ids_BS)
-        return dropout(x_SBH, self.config.hidden_dropout, seed=inputs.dropout_seed, place="embedding", shard=self.shard)
+        return drop_hidden(
+            x_SBH,
+            self.config.hidden_dropout,
+            inputs.dropout,
+            site="embedding",
+            positions_S=self.context.positions(len(x_SBH), x_SBH.device),
+            kernels=self.context.kernels,
+        )
 
 
 class GPTHead(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.nn.block import Block
+from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.inputs import KeyValueCache, LayerInputs
 from megatron3d.nn.positions import rotary_table
 from megatron3d.nn.recompute import LayerGroup, plan_recompute, run_layers
@@ -44,7 +45,7 @@ class MicroBatch:
             values for those that measure.
         sample_weights_B: weight of each sample's loss, fp32, in models that score samples alone; None weighs all alike.
         counts_hits: whether the last stage also counts the labels that score highest of all.
-        dropout_seed: seed of this forward's dropout masks; None drops nothing.
+        dropout: the random numbers of this forward's dropout; None drops nothing.
         cache: keys and values of earlier tokens, for generation.
     """
 
@@ -57,7 +58,7 @@ class MicroBatch:
     sentence_labels_B: Tensor | None = None
     sample_weights_B: Tensor | None = None
     counts_hits: bool = False
-    dropout_seed: int | None = None
+    dropout: DropoutStream | None = None
     cache: KeyValueCache | None = None
 
 
@@ -179,7 +180,7 @@ class Stage(nn.Module):
             tokens = micro.tokens_BS
             with torch.no_grad():
                 rotary = rotary_table(self.config, tokens.shape[1], micro.position_ids_BS, device=tokens.device)
-        return LayerInputs(rotary, micro.attention_mask_BST, micro.cache, micro.dropout_seed)
+        return LayerInputs(rotary, micro.attention_mask_BST, micro.cache, micro.dropout)
 
 
 def assemble_stage(

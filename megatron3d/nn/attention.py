@@ -1,7 +1,7 @@
 """Self-attention with its heads cut over the tensor axis: multi-head, grouped-query and multi-query.
 
 Query, key and value are one column-parallel projection of three fused parts, so that each rank holds whole heads;
-the projection back is row-parallel. The core is torch's `scaled_dot_product_attention`.
+the projection back is row-parallel. The core between them is `attention_core.py`.
 
 Source: Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries); Shoeybi et al. 2019, section 3 (the cut).
 
@@ -14,15 +14,14 @@ from __future__ import annotations
 from math import sqrt
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron3d.config.sections.model import ModelConfig
+from megatron3d.nn.attention_core import Masking, ProbabilityDropout, attend
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.norm import Norm
 from megatron3d.params.spec import Init
-from megatron3d.params.streams import stream_seed
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.linear import ColumnParallelLinear, RowParallelLinear
 
@@ -98,26 +97,16 @@ class SelfAttention(nn.Module):
             mask_BST = mask_BST[:, :1]
         queries, keys = q_BNSD.shape[2], k_BGTD.shape[2]
         assert mask_BST is not None or queries in (1, keys), f"{queries} queries of {keys} keys need a mask"
-        probability = self.config.attention_dropout if inputs.dropout_seed is not None else 0.0
+        masking = Masking(mask_BST, self.config.is_causal and queries > 1)
+        return attend(q_BNSD, k_BGTD, v_BGTD, masking, self._dropout(inputs, heads=q_BNSD.shape[1]))
 
-        def attend() -> Tensor:
-            return F.scaled_dot_product_attention(
-                q_BNSD,
-                k_BGTD,
-                v_BGTD,
-                attn_mask=None if mask_BST is None else mask_BST.unsqueeze(1),
-                dropout_p=probability,
-                is_causal=mask_BST is None and self.config.is_causal and queries > 1,
-                enable_gqa=q_BNSD.shape[1] != k_BGTD.shape[1],
-            )
-
-        if probability == 0.0:
-            return attend()
-        # The fused kernels draw from the global generator: give it the stream of this place, then put it back.
-        shard = self.context.tp.rank
-        with torch.random.fork_rng(devices=[] if q_BNSD.device.type == "cpu" else [q_BNSD.device]):
-            torch.manual_seed(stream_seed(inputs.dropout_seed or 0, f"layers.{self.layer}.attention.core", shard))
-            return attend()
+    def _dropout(self, inputs: LayerInputs, *, heads: int) -> ProbabilityDropout | None:
+        rate, stream, shard = self.config.attention_dropout, inputs.dropout, self.context.tp.rank
+        if stream is None or rate == 0.0:
+            return None
+        return ProbabilityDropout(
+            rate, stream, f"layers.{self.layer}.attention.core", first_head=shard * heads, shard=shard
+        )
 
 
 def output_init(config: ModelConfig) -> Init:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.attention import SelfAttention
-from megatron3d.nn.dropout import dropout
+from megatron3d.nn.dropout import drop_hidden
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.mlp import MLP
 from megatron3d.nn.norm import residual_norm
@@ -38,9 +38,7 @@ class Block(nn.Module):
         super().__init__()
         assert not (first_only and context.sequence_parallel), "one rank of several holds the first position"
         assert not (first_only and config.is_causal), "the first position of a causal model attends to itself alone"
-        self.config, self.layer, self.first_only = config, layer, first_only
-        # Where the residual stream is sharded its masks differ from rank to rank; where it is not they must not.
-        self.shard = context.tp.rank + 1 if context.sequence_parallel else 0
+        self.config, self.context, self.layer, self.first_only = config, context, layer, first_only
         self.attention_norm = residual_norm(config, context)
         self.attention = SelfAttention(
             config, context, layer=layer, recompute_core=recompute_core, first_only=first_only
@@ -66,11 +64,12 @@ class Block(nn.Module):
     def _residual(self, x_SBH: Tensor, normed_SBH: Tensor) -> Tensor:
         return normed_SBH if self.config.apply_residual_connection_post_layernorm else x_SBH
 
-    def _drop(self, x_SBH: Tensor, inputs: LayerInputs, place: str) -> Tensor:
-        return dropout(
+    def _drop(self, x_SBH: Tensor, inputs: LayerInputs, half: str) -> Tensor:
+        return drop_hidden(
             x_SBH,
             self.config.hidden_dropout,
-            seed=inputs.dropout_seed,
-            place=f"layers.{self.layer}.{place}",
-            shard=self.shard,
+            inputs.dropout,
+            site=f"layers.{self.layer}.{half}",
+            positions_S=self.context.positions(len(x_SBH), x_SBH.device),
+            kernels=self.context.kernels,
         )

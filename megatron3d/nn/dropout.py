@@ -1,37 +1,83 @@
-"""Dropout whose mask is a pure function of the seed of the forward, the place in the model and the rank's shard.
+"""Dropout by place: what is dropped is a function of where an element stands in the run, not of who computes it.
 
-No generator state lives across calls: a recomputed forward draws the same mask, and a resumed run needs no state.
+    run and step        `DropoutStream.seed`
+    sample              its number in the step's global batch
+    site                the name of the place in the model, such as layers.3.mlp
+    head                of attention probabilities, its number in the whole model
+    position            in the whole sequence
+    element             hidden element, or position of the key
+
+So data-parallel ranks, micro-batches, shards of heads or of the sequence, stages and recomputation cut the same masks,
+whatever the layout. The bits are those of `megatron3d_kernels/dropout.py`: each line above picks a key from the one
+before it, and the last line picks 16 bits.
+
+Shapes: S sequence (local under sequence parallelism), B micro-batch, H hidden, N heads of this rank, T keys.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from megatron3d_kernels.dropout import child_keys
+from megatron3d_kernels.registry import Registry
 from torch import Tensor
 
 from megatron3d.params.streams import stream_seed
 
-_STEPS = 1 << 16  # values of the 16 random bits that decide about one element
 
+@dataclass(frozen=True)
+class DropoutStream:
+    """The random numbers of one micro-batch.
 
-def dropout(x: Tensor, probability: float, *, seed: int | None, place: str, shard: int = 0) -> Tensor:
-    """Zero each element with `probability` and scale the rest so that the mean stays.
-
-    Sixteen bits decide about an element, so the probability is rounded to a multiple of 2^-16, and the scale is that of
-    the rounded one. Four elements share a draw of the generator: drawing is most of what dropout costs on a CPU.
-
-    Args:
-        x: any shape.
-        probability: 0 to below 1.
-        seed: seed of this forward, or None for no dropout.
-        place: name of the place in the model.
-        shard: number of the rank's shard where `x` varies over an axis, so that shards get different masks; 0 where
-            `x` is the same on all ranks, so that they get the same one.
+    Attributes:
+        seed: of the run and the step, 63 bits.
+        first_sample: number of the micro-batch's first sample in the step's global batch; the others follow it.
     """
-    if seed is None or probability == 0.0:
-        return x
-    dropped = min(round(probability * _STEPS), _STEPS - 1)
-    generator = torch.Generator(x.device).manual_seed(stream_seed(seed, place, shard))
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-    words.random_(-(1 << 63), None, generator=generator)  # from the smallest on without an end: all 64 bits
-    keep = (words.view(torch.int16)[: x.numel()] >= dropped - _STEPS // 2).view(x.shape)
-    return (x * keep).mul(_STEPS / (_STEPS - dropped))  # the scale as a number: bf16 would round it in the mask
+
+    seed: int
+    first_sample: int
+
+    def keys(self, site: str, num_samples: int, device: torch.device) -> Tensor:
+        """The key of each sample at a site, int64 [B]."""
+        samples_B = torch.arange(self.first_sample, self.first_sample + num_samples, device=device)
+        return child_keys(stream_seed(self.seed, site), samples_B)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of the dropout of one step of a run."""
+    return stream_seed(seed, "dropout", step)
+
+
+def drop_hidden(
+    x_SBH: Tensor,
+    probability: float,
+    stream: DropoutStream | None,
+    *,
+    site: str,
+    positions_S: Tensor,
+    kernels: Registry,
+) -> Tensor:
+    """Dropout of [S, B, H], where row s stands at `positions_S[s]` (int64) of the sequence; without a stream, `x_SBH`
+    as it is."""
+    if stream is None or probability == 0.0:
+        return x_SBH
+    keys_B = stream.keys(site, x_SBH.shape[1], x_SBH.device)
+    return kernels.dropout(x_SBH, child_keys(keys_B, positions_S.unsqueeze(1)), probability)
+
+
+def drop_samples(
+    x_BH: Tensor, probability: float, stream: DropoutStream | None, *, site: str, kernels: Registry
+) -> Tensor:
+    """Dropout of [B, H], a row for each sample; without a stream, `x_BH` as it is."""
+    if stream is None or probability == 0.0:
+        return x_BH
+    return kernels.dropout(x_BH, stream.keys(site, len(x_BH), x_BH.device), probability)
+
+
+def attention_keys(
+    stream: DropoutStream, *, site: str, num_samples: int, heads_N: Tensor, positions_S: Tensor
+) -> Tensor:
+    """The keys of attention probabilities' rows, int64 [B, N, S]: of each sample, head and query position."""
+    keys_B11 = stream.keys(site, num_samples, positions_S.device).view(-1, 1, 1)
+    return child_keys(child_keys(keys_B11, heads_N.unsqueeze(1)), positions_S)

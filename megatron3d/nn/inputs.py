@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron3d.nn.dropout import DropoutStream
+
 
 class KeyValueCache(Protocol):
     """Keys and values of the tokens seen so far, one pair a layer, for generation."""
@@ -25,10 +27,10 @@ class LayerInputs:
         attention_mask_BST: True where query position S may attend to key position T; None is plain causal attention,
             which with tokens in the cache is right for a single new one alone.
         cache: keys and values of earlier tokens.
-        dropout_seed: seed of every dropout mask of this forward; None drops nothing.
+        dropout: the random numbers of this forward's dropout; None drops nothing.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
     attention_mask_BST: Tensor | None = None
     cache: KeyValueCache | None = None
-    dropout_seed: int | None = None
+    dropout: DropoutStream | None = None

@@ -2,7 +2,7 @@
 
 "full" recomputes whole layers: `uniform` in groups of n (only a group's input is kept), `block` for the first n
 layers of the stage, each by itself. "selective" recomputes the attention core alone, inside `SelfAttention`.
-Dropout masks are pure functions of their place, so a second forward draws what the first one drew.
+Dropout masks are pure functions of their place, so a second forward drops what the first one dropped.
 
 Source: Chen et al. 2016; Korthikanti et al. 2022, section 4 (selective).
 """

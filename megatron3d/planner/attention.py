@@ -79,7 +79,7 @@ def _composed(tape: Tape, qkv: tuple[Value, Value, Value], sizes: Sizes, options
     )
     soft = tape.value(square)
     tape.add(Node("softmax", (scores,), (soft,), (soft.memory,), (square,)))
-    kept = tape.elementwise("drop", soft, square, saves=(tape.memory(square),))
+    kept = tape.elementwise("drop", soft, square, saves=(tape.memory(square // FP32),))
     if sizes.batch > 1 and not narrow and sizes.groups == sizes.heads:  # else v is one block already, or was made so
         v = tape.elementwise("contiguous", v, wide)
     y = tape.add(

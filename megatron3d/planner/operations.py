@@ -128,11 +128,11 @@ def row_linear(tape: Tape, x: Value, inputs: int, sizes: Sizes, *, unit: str, bi
 
 
 def dropout(tape: Tape, x: Value, size_bytes: int, sizes: Sizes, *, drops: bool) -> Value:
-    """`nn.dropout`, whose mask has one byte for each element."""
+    """`kernels.dropout`, whose mask has one byte for each element."""
     if not drops:
         return x
-    kept = tape.elementwise("mask", x, size_bytes, saves=(tape.memory(size_bytes // sizes.element),))
-    return tape.elementwise("rescale", kept, size_bytes)
+    dropped = tape.elementwise("drop", x, size_bytes, saves=(tape.memory(size_bytes // sizes.element),))
+    return tape.elementwise("rescale", dropped, size_bytes)
 
 
 def add(tape: Tape, x: Value, y: Value, size_bytes: int, *, reads: tuple[int, ...] = ()) -> Value:

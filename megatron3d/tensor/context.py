@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from megatron3d_kernels.registry import Registry
 from torch import Tensor
 
@@ -41,3 +42,8 @@ class LayerContext:
     def local_sequence(self, x: Tensor, *, dim: int = 0) -> Tensor:
         """The part of a tensor known to all ranks that belongs to this rank's positions of the residual stream."""
         return own_part(x, self.tp, dim=dim) if self.sequence_parallel else x
+
+    def positions(self, count: int, device: torch.device) -> Tensor:
+        """Where in the sequence the `count` positions of this rank's residual stream stand, int64 [S]."""
+        whole = count * self.tp.size if self.sequence_parallel else count
+        return self.local_sequence(torch.arange(whole, device=device))

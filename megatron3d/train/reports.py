@@ -23,6 +23,7 @@ from megatron3d.pipeline.simulate import simulate
 from megatron3d.pipeline.split.stages import describe
 from megatron3d.planner.ledger import first_microbatches, ledger_of_rank
 from megatron3d.planner.memory import ModelParts
+from megatron3d.train.dropout import dropout_note
 from megatron3d.train.evaluate import Evaluation
 from megatron3d.train.metrics import StartRecord, StepRecord
 from megatron3d.train.parts import Parts
@@ -166,6 +167,9 @@ class Reports:
         cost = sharing_cost(self.parts)
         if cost:
             self.note(cost)
+        dropout = dropout_note(self.parts.config.model, self.parts.model.device.type)
+        if dropout:
+            self.note(dropout)
         if self.restored.damage:
             self.note(f"fell back to another checkpoint, because {self.restored.damage}")
         self.note(f"starting from {source} ({self.restored.why})" if source else "starting from the initial weights")

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
-from megatron3d.config.sections.model import ModelConfig
 from megatron3d.data.batch import GroupedSamples, Samples
 from megatron3d.errors import NumericsError
 from megatron3d.models.stage import MicroBatch
+from megatron3d.nn.dropout import step_seed
 from megatron3d.optim.build import set_rates
 from megatron3d.optim.clip import clip_factor
-from megatron3d.params.streams import stream_seed
 from megatron3d.pipeline.run import Backward, Recorder, run
+from megatron3d.train.dropout import first_samples, with_dropout
 from megatron3d.train.parts import Parts
 
 
@@ -124,7 +124,8 @@ def forward_backward(
     """
     config, model = parts.config, parts.model
     micros = micro_batches(batch, config.train.micro_batch_size, device=model.device)
-    micros = with_dropout(micros, config.model, seed=config.data.seed, step=step, dp_rank=parts.mesh.batch.rank)
+    numbers = first_samples(batch, config.train.micro_batch_size, parts.mesh.batch)
+    micros = with_dropout(micros, config.model, seed=step_seed(config.data.seed, step), first_samples=numbers)
     row = model.rows.training(len(micros))
     parts.engine.begin_step(len(micros))
     gradient = torch.tensor([parts.scaler.scale / count for count in counts.values()], device=model.device)
@@ -161,18 +162,6 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """Cut a rank's batch into micro-batches on the device, without dropout."""
     return [MicroBatch(**part.model_inputs(), counts_hits=counts_hits) for part in batch.to(device).split(size)]
-
-
-def with_dropout(
-    micros: list[MicroBatch], model: ModelConfig, *, seed: int, step: int, dp_rank: int
-) -> list[MicroBatch]:
-    """Give each micro-batch the dropout stream of its place in the run, if the model drops anything."""
-    if model.hidden_dropout == 0.0 and model.attention_dropout == 0.0:
-        return micros
-    return [
-        MicroBatch(**{**vars(micro), "dropout_seed": stream_seed(seed, "dropout", step, dp_rank, number)})
-        for number, micro in enumerate(micros)
-    ]
 
 
 def _finite_or_raise(parts: Parts, loss: float, grad_norm: float) -> bool:

@@ -18,6 +18,7 @@ from megatron3d.models import bert
 from megatron3d.models.bert import build_bert_stage
 from megatron3d.models.losses import masked_loss_sum
 from megatron3d.models.stage import MicroBatch, Stage, StagePart
+from megatron3d.nn.dropout import DropoutStream
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import materialize_all
 from megatron3d.tensor.context import LayerContext
@@ -172,7 +173,7 @@ def test_a_cut_model_has_the_losses_and_gradients_of_the_whole_one_with_dropout_
     config = resolve_model(
         model_config(**{"architecture": "bert", **MODELS[model], "hidden_dropout": 0.2, "attention_dropout": 0.2})
     )
-    micro = micro_of(dropout_seed=17)
+    micro = micro_of(dropout=DropoutStream(17, 4))
     whole_losses, whole = run_stages(stages_of(config, 1, context_of()), micro)
     losses, grads = run_stages(stages_of(config, num_stages, context_of()), micro)
     assert torch.equal(losses, whole_losses)

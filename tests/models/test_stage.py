@@ -17,6 +17,7 @@ from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.models.stage import MicroBatch, Stage, StagePart, unit_of
+from megatron3d.nn.dropout import DropoutStream
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import declared_parameters, materialize_all
 from megatron3d.params.spec import Init, ParamSpec
@@ -61,8 +62,8 @@ def micro_of(*, dropout: bool = False, labels: bool = True) -> MicroBatch:
     generator = torch.Generator().manual_seed(3)
     tokens, targets = torch.randint(0, VOCAB, (2, B, S), generator=generator)
     mask = torch.rand(B, S, generator=generator).gt(0.3).float()
-    seed = DROPOUT_SEED if dropout else None
-    return MicroBatch(tokens, targets if labels else None, mask if labels else None, dropout_seed=seed)
+    stream = DropoutStream(DROPOUT_SEED, first_sample=4) if dropout else None
+    return MicroBatch(tokens, targets if labels else None, mask if labels else None, dropout=stream)
 
 
 def dense_logits(config: ModelConfig, weights: dict[str, Tensor], tokens_BS: Tensor) -> Tensor:

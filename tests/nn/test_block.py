@@ -14,6 +14,7 @@ from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.sections.model import ACTIVATIONS, ModelConfig
 from megatron3d.nn.attention import SelfAttention
 from megatron3d.nn.block import Block
+from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.mlp import MLP
 from megatron3d.nn.norm import Norm
@@ -130,8 +131,8 @@ def test_a_block_on_four_ranks_equals_the_dense_formulas(pool: Pool) -> None:
 
 BOTH_WAYS = {"architecture": "bert"}
 FIRST_ONLY = [
-    ({**BOTH_WAYS, "norm_position": norm}, masked, recompute)
-    for norm in ("pre", "post")
+    ({**BOTH_WAYS, "norm_position": norm, "hidden_dropout": rate, "attention_dropout": rate}, masked, recompute)
+    for norm, rate in (("pre", 0.0), ("post", 0.0), ("pre", 0.2))
     for masked, recompute in ((False, False), (True, False), (True, True))
 ]
 
@@ -140,7 +141,8 @@ def check_first_only(context: LayerContext, changes: dict[str, Any], masked: boo
     """What a block gives that computes the first position alone, and its gradients, against the whole block's."""
     config = model_config(**changes)
     lengths = torch.tensor([[S], [S - 3]])
-    inputs = LayerInputs(attention_mask_BST=(torch.arange(S) < lengths).unsqueeze(1) if masked else None)
+    mask_BST = (torch.arange(S) < lengths).unsqueeze(1) if masked else None
+    inputs = LayerInputs(attention_mask_BST=mask_BST, dropout=DropoutStream(3, first_sample=0))
     found = []
     for first_only in (False, True):
         block = Block(config, context, layer=0, recompute_core=recompute, first_only=first_only)

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.nn.block import Block
+from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.recompute import LayerGroup, plan_recompute, run_layers
 from megatron3d.params.grads import GradSink
@@ -46,7 +47,7 @@ def run(plan: tuple[str | None, str | None, int | None], *, tp: int = 1, wants_g
     groups = plan_recompute(NUM_LAYERS, granularity=granularity, method=method, layers_each=layers_each)
     x = numbered(8 // tp, 2, 16, seed=1, dtype=torch.float32).requires_grad_()
     with torch.set_grad_enabled(wants_grad):
-        y = run_layers(layers, groups, x, LayerInputs(dropout_seed=11))
+        y = run_layers(layers, groups, x, LayerInputs(dropout=DropoutStream(11, 0)))
     if not wants_grad:
         return [y, runs]
     y.square().sum().backward()

@@ -29,6 +29,7 @@ SHAPE = (
     "--attention-dropout 0 --make-vocab-size-divisible-by 4 --num-workers 0 --device cpu --clip-grad 0.5 "
     f"--vocab-size {VOCAB_SIZE}"
 )
+DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 MODELS = {
     "gpt2": "",
     "gpt2-deep": "--num-layers 8",
@@ -41,6 +42,11 @@ MODELS = {
     "llama-tied": (
         "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
         "--ffn-hidden-size 64 --qk-layernorm"
+    ),
+    "gpt2-drops": DROPOUT,
+    "llama-drops": (
+        f"--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear {DROPOUT} "
+        "--ffn-hidden-size 64 --group-query-attention --num-query-groups 2"
     ),
 }
 # Frozen: the beginning of the model, so that no gradient goes through it; and parameters here and there in each block.
@@ -55,6 +61,7 @@ BERTS = {
     "bert": _BERT_SAMPLES,
     "bert-post": f"{_BERT_SAMPLES} --norm-position post --norm-epsilon 1e-12",
     "bert-masked": f"{_BERT_SAMPLES} --bert-no-binary-head",
+    "bert-drops": f"{_BERT_SAMPLES} {DROPOUT}",
     "bert-untied": f"{_BERT_SAMPLES} --untie-embeddings-and-output-weights --bert-sentence-task next",
 }
 

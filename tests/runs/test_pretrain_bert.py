@@ -61,14 +61,13 @@ def test_a_model_without_the_sentence_head_has_one_loss(tmp_path: Path) -> None:
 
 def test_a_stopped_run_goes_on_bit_for_bit_and_at_another_layout_nearly(pool: Pool, tmp_path: Path) -> None:
     whole, again, cut = (tmp_path / f"{name}.jsonl" for name in ("whole", "again", "cut"))
-    plain = f"{MOCK} --short-seq-prob 0.5"  # dropout depends on the layout
-    bert(plain, "--metrics-file", whole)
+    bert(TINY_BERT, "--metrics-file", whole)
     saving = ["--save", tmp_path / "c", "--save-interval 3 --exit-interval 3"]
-    assert run(words(plain, *saving, "--metrics-file", again), script=SCRIPT).code == 75
-    bert(plain, "--load", tmp_path / "c", "--metrics-file", again)
+    assert run(words(TINY_BERT, *saving, "--metrics-file", again), script=SCRIPT).code == 75
+    bert(TINY_BERT, "--load", tmp_path / "c", "--metrics-file", again)
     assert losses(again) == losses(whole)
     layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --zero-stage 1"
-    argv = words(plain, layout, "--load", tmp_path / "c", "--metrics-file", cut)
+    argv = words(TINY_BERT, layout, "--load", tmp_path / "c", "--metrics-file", cut)
     assert {ended.code for ended in pool.run(4, on_rank, argv, SCRIPT)} == {0}
     assert [record["loss"] for record in steps(cut)] == pytest.approx(losses(whole)[3:], rel=OTHER_LAYOUT)
 

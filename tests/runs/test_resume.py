@@ -162,9 +162,9 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of 8 steps in one process."""
+    """Losses of 8 steps in one process, with dropout."""
     metrics = tmp_path_factory.mktemp("uninterrupted") / "metrics.jsonl"
-    run_ok(MOCK, "--train-iters 8 --metrics-file", metrics)
+    run_ok(MOCK, DROPOUT, "--train-iters 8 --metrics-file", metrics)
     return losses(metrics)
 
 
@@ -183,8 +183,8 @@ def test_a_run_goes_on_at_another_layout(
     pool: Pool, tmp_path: Path, uninterrupted: list[float], before: str, after: str
 ) -> None:
     metrics, save = tmp_path / "metrics.jsonl", tmp_path / "save"
-    _train(pool, before, "--train-iters 4 --metrics-file", metrics, "--save", save)
-    _train(pool, after, "--train-iters 8 --metrics-file", metrics, "--save", save)
+    _train(pool, before, DROPOUT, "--train-iters 4 --metrics-file", metrics, "--save", save)
+    _train(pool, after, DROPOUT, "--train-iters 8 --micro-batch-size 1 --metrics-file", metrics, "--save", save)
     _same(uninterrupted, losses(metrics), OTHER_LAYOUT)
     resumed = [record for record in records(metrics) if record.get("event") == "resume"]
     assert len(resumed) == 1 and resumed[0]["from_step"] == 4

@@ -16,6 +16,7 @@ from megatron3d.comm.device import peak_memory_bytes
 from megatron3d.config.serialize import to_dict
 from megatron3d.models.flops import flops_per_step
 from megatron3d.tasks.glue.order import PlannedStep, padded_share
+from megatron3d.train.dropout import dropout_note
 from megatron3d.train.parts import Parts
 from megatron3d.train.progress import ProgressReporter, StepReport
 from megatron3d.train.reports import devices_of, start_record, step_record
@@ -51,6 +52,9 @@ class TaskReports:
             devices=self._devices,
         )
         self._progress = self._exits.enter_context(reporter)
+        dropout = dropout_note(config.model, self.parts.model.device.type)
+        if dropout:
+            self.note(dropout)
         return self
 
     def __exit__(self, *error: object) -> None:
