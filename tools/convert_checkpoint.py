@@ -59,12 +59,17 @@ from megatron3d.config.serialize import from_dict
 from megatron3d.convert.export import DTYPES, ExportOptions, export_model
 from megatron3d.convert.hf import HfModel, read_model, save_model
 from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
-from megatron3d.convert.tokenizer_files import DESCRIBED
 from megatron3d.data.hf_tokenizer import reading_note
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.params.init import initial_shard
 from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.parts import build_model
+
+# What gives the ids of a tokenizer that transformers has no class for.
+_ENCODED_WITH = {
+    **dict.fromkeys(("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"), "sentencepiece"),
+    "TikTokenizer": "tiktoken",
+}
 
 
 def import_model(args: argparse.Namespace) -> None:
@@ -112,12 +117,10 @@ def write_hf(args: argparse.Namespace) -> None:
     exported = export_model(checkpoint, Path(args.hf), options)
     files = ", ".join(exported.tokenizer_files) or "no tokenizer"
     print(f"{args.hf}: {exported.class_name} of {exported.num_parameters} parameters, with {files}")
-    kind = options.data.tokenizer_type if options.data is not None else None
-    if "tokenizer.model" in exported.tokenizer_files and kind != DESCRIBED:
-        print(
-            f"tokenizer.model is copied as it is: the {kind} gives the ids of sentencepiece; transformers reads the "
-            "file by a class of its own, with other ids for some texts; encode with sentencepiece where that matters"
-        )
+    assert options.data is not None, "the options name the data"
+    if options.with_tokenizer and options.data.tokenizer_type in _ENCODED_WITH:
+        kind, library = options.data.tokenizer_type, _ENCODED_WITH[options.data.tokenizer_type]
+        print(f"the {kind} is left out, as transformers has no class that gives its ids; encode texts with {library}")
 
 
 def main(guard: Guard) -> None:

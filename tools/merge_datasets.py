@@ -43,14 +43,23 @@ def distinct_prefixes(prefixes: Sequence[str], *, note: Callable[[str], None]) -
 
     `note` takes a line about each: the result would hold its documents twice.
     """
-    found: dict[tuple[str, ...], str] = {}
+    found: dict[tuple[object, ...], str] = {}
     for prefix in prefixes:
-        files = tuple(os.path.realpath(f"{prefix}{ending}") for ending in (".bin", ".idx"))
+        files = tuple(_identity(Path(f"{prefix}{ending}")) for ending in (".bin", ".idx"))
         if files in found:
             spelled = f" (as {found[files]})" if found[files] != prefix else ""
             note(f"{prefix} is named already{spelled}; it is merged once, at its first place.")
         found.setdefault(files, prefix)
     return list(found.values())
+
+
+def _identity(path: Path) -> object:
+    """What a file is by any of its names, hard links too; of one that is missing the name."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path  # missing or out of reach, which opening it reports
+    return status.st_dev, status.st_ino
 
 
 def merge(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:

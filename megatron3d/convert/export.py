@@ -29,7 +29,7 @@ from megatron3d.convert.hf import HF_DOCUMENT
 from megatron3d.convert.rows import Row
 from megatron3d.convert.task_document import read_task_document
 from megatron3d.convert.tokenizer_choice import tokenizer_of
-from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, files_of
+from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, files_of, has_counterpart
 from megatron3d.data.hf_description import GENERATION_CONFIG, MODEL_CONFIG, companion_files
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.files.json_text import parse_object
@@ -88,7 +88,8 @@ def export_model(checkpoint: Path, directory: Path, options: ExportOptions | Non
     config["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     files = companion_files(checkpoint.parent / TOKENIZER_FOLDER)
     if options.with_tokenizer:
-        files |= files_of(data, run.model)
+        own_files = files_of(data, run.model)
+        files |= own_files if has_counterpart(data) else {}
     files.pop(MODEL_CONFIG, None)
     if GENERATION_CONFIG in files and not _is_as_imported(_document(checkpoint, HF_DOCUMENT, index)):
         files[GENERATION_CONFIG] = _with_ends(files[GENERATION_CONFIG], config)

@@ -91,6 +91,15 @@ def data_of(directory: Path, model: ModelConfig, *, with_tokenizer: bool = True)
     return named_in(DataConfig(tokenizer_type=DESCRIBED, vocab_file=vocabulary, eod_token=eod), directory)
 
 
+def has_counterpart(data: DataConfig) -> bool:
+    """Whether transformers has a class that gives the ids of a run's tokenizer, for every text.
+
+    It has none for a sentencepiece model by itself, which each of its classes reads in a way of its own, nor for
+    Megatron-LM's file of ranks.
+    """
+    return data.tokenizer_type in (DESCRIBED, "GPT2BPETokenizer", *WORD_PIECES)
+
+
 def files_of(data: DataConfig, model: ModelConfig) -> dict[str, bytes]:
     """The files of a run's tokenizer under Hugging Face's names, by path; none where the run has none of theirs.
 

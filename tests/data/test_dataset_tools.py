@@ -47,13 +47,14 @@ def test_an_input_that_is_named_twice_is_merged_once_and_reported(
     write_documents(tmp_path / "b", [[4]])
     for ending in (".bin", ".idx"):
         (tmp_path / f"link{ending}").symlink_to(tmp_path / f"a{ending}")
+        (tmp_path / f"hard{ending}").hardlink_to(tmp_path / f"a{ending}")
     monkeypatch.chdir(tmp_path)
-    assert merge.main(["--inputs", "a", "b", "a", str(tmp_path / "a"), "link", "--output-prefix", "c"]) == 0
+    assert merge.main(["--inputs", "a", "b", "a", str(tmp_path / "a"), "link", "hard", "--output-prefix", "c"]) == 0
     merged = IndexedDataset(tmp_path / "c")
     assert [merged.document(k).tolist() for k in range(merged.num_documents)] == [[1, 2], [3], [4]]
     said = capsys.readouterr().out
     assert "a is named already; it is merged once, at its first place." in said
-    assert "link is named already (as a); it is merged once" in said and said.count("is named already") == 3
+    assert "link is named already (as a); it is merged once" in said and said.count("is named already") == 4
     assert "2 inputs, 3 documents" in said
 
 

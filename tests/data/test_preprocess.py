@@ -189,12 +189,15 @@ def test_a_file_named_twice_is_read_once_and_a_line_says_so(tmp_path: Path, run:
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_bytes(as_json_lines([name]))
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "a.jsonl")
     named = (tmp_path / "b.jsonl", tmp_path / "*.jsonl", tmp_path / "b.jsonl", f"{tmp_path}/./a.jsonl")
     code, printed = run("--input", *named, "--output-prefix", tmp_path / "out")
     assert code == 0 and documents_of(tmp_path / "out_text_document") == ["b", "a"]
     notes = [line.removeprefix(f"--input {tmp_path}/") for line in printed.splitlines() if line.startswith("--input")]
     assert notes == [
         f"*.jsonl: {tmp_path}/b.jsonl is named already; it is read once, at its first place.",
+        f"*.jsonl: {tmp_path}/hard.jsonl is named already (as {tmp_path}/a.jsonl); "
+        "it is read once, at its first place.",
         f"*.jsonl: {tmp_path}/link.jsonl is named already (as {tmp_path}/a.jsonl); "
         "it is read once, at its first place.",
         f"b.jsonl: {tmp_path}/b.jsonl is named already; it is read once, at its first place.",

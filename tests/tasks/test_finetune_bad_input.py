@@ -163,6 +163,16 @@ def test_a_bad_row_is_named_before_anything_is_trained(hf: Path, tmp_path: Path)
     ended.says(f"{data}/test.tsv cannot be read")
 
 
+def test_own_files_whose_labels_are_cut_off_are_refused_by_the_row(hf: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.tsv"
+    own.write_text("label\tsentence\ngood\thello\nbad\n")
+    ended = tool("--task tsv", USUAL, "--hf", hf, "--train-file", own, "--dev-file", own)
+    ended.says(f"{own} line 3: it has 1 columns and the header 2 (label, sentence)")
+    own.write_text("label\tsentence\ngood\thello\n")
+    ended = tool("--task tsv", USUAL, "--hf", hf, "--train-file", own, "--dev-file", own)
+    ended.says("column 'label' has 1 different labels, and a classifier needs two")
+
+
 def test_another_vocabulary_is_refused_whether_or_not_it_is_as_large(hf: Path, sst: Path, tmp_path: Path) -> None:
     larger, other = tmp_path / "larger.txt", tmp_path / "other.txt"
     larger.write_text("\n".join([*VOCABULARY, "more"]) + "\n")

@@ -56,14 +56,15 @@ def find_inputs(patterns: Sequence[str], *, note: Callable[[str], None]) -> list
 
     Raises: DataError if one names no file; ConfigError for a file of a format that cannot be read.
     """
-    files: dict[str, Path] = {}
+    files: dict[tuple[int, int], Path] = {}
     for pattern in patterns:
         matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
         found = [Path(match) for match in matches if Path(match).is_file()]
         if not found:
             raise DataError(f"--input {pattern} names no file; give paths or globs of {FORMATS} files.")
         for file in found:
-            first = files.setdefault(os.path.realpath(file), file)
+            status = os.stat(file)  # tells a file by any of its names, hard links too
+            first = files.setdefault((status.st_dev, status.st_ino), file)
             if first is not file:
                 spelled = f" (as {first})" if first != file else ""
                 note(f"--input {pattern}: {file} is named already{spelled}; it is read once, at its first place.")

@@ -87,9 +87,9 @@ def distinct_labels(path: Path, column: str) -> tuple[str, ...]:
     Raises:
         DataError: the file cannot be read, has no such column, or only one label.
     """
-    header, lines, _ = _table(path, ())
+    header, lines, first_line = _table(path, ())
     at = _position(path, header, column)
-    cells = (line.split("\t") for line in lines)
+    cells = [line.split("\t") for line in lines]
     all_labels = [row[at].strip() for row in cells if len(row) == len(header) and row[at].strip()]
     found = set(all_labels)
     if len(found) > max(_MANY_LABELS, len(all_labels) / 2):
@@ -98,12 +98,22 @@ def distinct_labels(path: Path, column: str) -> tuple[str, ...]:
             "classes; learn them as values with --regression, or give another --label-column"
         )
     if len(found) < 2:
+        wrong = (number for number, row in enumerate(cells, first_line) if len(row) != len(header))
+        if (number := next(wrong, None)) is not None:
+            raise DataError(f"{path} line {number}: {_other_width(cells[number - first_line], header)}")
         raise DataError(
             f"{path}: column {column!r} has {len(found)} different labels, and a classifier needs two; "
             "give another --label-column, or --regression"
         )
     are_numbers = all(label.lstrip("-").isdecimal() for label in found)
     return tuple(sorted(found, key=int if are_numbers else None))
+
+
+def _other_width(cells: Sequence[str], header: Sequence[str]) -> str:
+    return (
+        f"it has {len(cells)} columns and the header {len(header)} ({', '.join(header)}); "
+        "a tab inside a text, or one that is missing, must be repaired"
+    )
 
 
 class _BadRowError(Exception):
@@ -122,10 +132,7 @@ class _Columns:
     def sample(self, cells: Sequence[str]) -> tuple[tuple[str, ...], float | int | None]:
         """Texts and label of a row. Raises: _BadRowError."""
         if len(cells) != len(self.header):
-            raise _BadRowError(
-                f"it has {len(cells)} columns and the header {len(self.header)} ({', '.join(self.header)}); "
-                "a tab inside a text, or one that is missing, must be repaired"
-            )
+            raise _BadRowError(_other_width(cells, self.header))
         texts = tuple(cells[at].strip() for at in self.texts)
         if self.label is None:
             return texts, None
