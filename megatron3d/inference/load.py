@@ -23,7 +23,8 @@ from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.params.boxes import ShardView
-from megatron3d.params.module import Declared
+from megatron3d.params.module import Declared, declared_states
+from megatron3d.train.module_states import ModuleStates
 from megatron3d.train.parts import Model, StageBuilder, build_model
 
 
@@ -89,7 +90,8 @@ def allocate_model(
         for stage in model.stages.values()
         for name, declared in stage.parameters_by_name().items()
     }
-    return model, views
+    states = ModuleStates(model.stages.values(), mesh, device, seed=config.data.seed)
+    return model, views | states.views()
 
 
 def _allocate(declared: Declared, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> ShardView:
@@ -111,4 +113,8 @@ def without_sequence_parallelism(model: Model, config: RunConfig) -> tuple[Model
         trained = model.stages[number].parameters_by_name()
         for name, declared in stage.parameters_by_name().items():
             declared.owner.register_parameter(declared.attribute, trained[name].parameter)
+        states = declared_states([model.stages[number]])
+        for name, one in declared_states([stage]).items():
+            value = states[name].owner.get_buffer(one.attribute)
+            one.owner.register_buffer(one.attribute, value, persistent=False)
     return twin, config

@@ -27,6 +27,9 @@ class Init:
     std: float = 0.0
 
 
+ZEROS = Init("zeros")
+
+
 @dataclass(frozen=True)
 class ParamSpec:
     """One parameter, whole and cut.

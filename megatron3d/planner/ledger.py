@@ -20,6 +20,7 @@ from megatron3d.planner.layers import stage_tape
 from megatron3d.planner.memory import (
     ModelParts,
     StateBytes,
+    declared_state_bytes,
     fullest_state,
     part_of,
     parts_of_rank,
@@ -61,7 +62,7 @@ class Ledger:
         return {
             "weights": state.weights,
             "gradients": state.gradients,
-            "optimizer": state.master_weights + state.moments,
+            "optimizer": state.master_weights + state.moments + state.declared,
             "activations": self.activations,
             "buffers": self.buffers,
             "peak": self.peak,
@@ -113,7 +114,7 @@ def ledger_of_rank(
         pp_rank: its position along the pipeline.
         device_type: as in `ledger_of`.
     """
-    state = fullest_state(config, parts.units.values())
+    state = fullest_state(config, parts.units.values()) + declared_state_bytes(config, parts)
     sizes = sizes_of(config, device_type=device_type)
     tapes = {number: stage_tape(config, part_of(plan, number), sizes) for number in parts.stages}
     stages = RankStages(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from math import prod
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import Axis
@@ -28,13 +29,15 @@ from megatron3d.comm.meter import Meter
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.config.sections.parallel import ParallelConfig
-from megatron3d.models.stage import Stage, StagePart
+from megatron3d.models.stage import Stage, StagePart, unit_of
 from megatron3d.models.zoo import BUILDERS, StageBuilder
 from megatron3d.offload.block_file import round_up
 from megatron3d.offload.record import FIELD_ALIGNMENT_BYTES
 from megatron3d.optim.build import kind
 from megatron3d.params.grads import GradSink
+from megatron3d.params.module import declared_states, stateful_modules
 from megatron3d.params.spec import ParamKind, ParamSpec
+from megatron3d.params.state import TOTAL_DTYPE
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.planner.layout import layout_of
 from megatron3d.planner.sizes import BYTES, FP32
@@ -55,6 +58,7 @@ class StateBytes:
         gradients: buffers of gradients that stay from step to step.
         master_weights: fp32 weights beside those of the layers, on the device.
         moments: what the optimizer keeps, on the device, without its scalar counters.
+        declared: declared state of modules and beside parameters, on the device.
         host: state that lives in host memory.
         files: state that lives in files.
     """
@@ -63,6 +67,7 @@ class StateBytes:
     gradients: int = 0
     master_weights: int = 0
     moments: int = 0
+    declared: int = 0
     host: int = 0
     files: int = 0
 
@@ -72,7 +77,7 @@ class StateBytes:
     @property
     def on_device(self) -> int:
         """Bytes on the device."""
-        return self.weights + self.gradients + self.master_weights + self.moments
+        return self.weights + self.gradients + self.master_weights + self.moments + self.declared
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,24 @@ def _own_span(parallel: ParallelConfig, layout: FlatLayout, shard_rank: int) -> 
     """What a rank owns of a unit. Experts are sharded over no more ranks than the rest, so positions repeat."""
     ranks = shard_size(parallel, layout.kind)
     return layout.slice_of(shard_rank % ranks, ranks)
+
+
+def declared_state_bytes(config: RunConfig, parts: ModelParts) -> StateBytes:
+    """Declared state of the modules of a pipeline rank, with totals, and beside their parameters."""
+    tp = config.parallel.tensor_model_parallel_size
+    states = [one.spec for one in declared_states(parts.stages.values()).values()]
+    of_modules = sum(prod(spec.cut.local_shape(tp)) * spec.dtype.itemsize for spec in states)
+    for module in stateful_modules(parts.stages.values()).values():
+        of_modules += sum(module.get_buffer(name).numel() * TOTAL_DTYPE.itemsize for name in module.total_specs)
+    kinds: dict[str, dict[str, int]] = {unit: {} for unit in parts.units}
+    for stage in parts.stages.values():
+        for one in stage.parameters_by_name().values():
+            kinds[unit_of(one.spec)] |= {kind: dtype.itemsize for kind, dtype in one.beside.items()}
+    lengths = {unit: _own_span(config.parallel, layout, 0).length for unit, layout in parts.units.items()}
+    beside = sum(lengths[unit] * sum(sizes.values()) for unit, sizes in kinds.items())
+    if config.parallel.offload_optimizer != "none":
+        return StateBytes(declared=of_modules, host=beside)
+    return StateBytes(declared=of_modules + beside)
 
 
 def fullest_state(config: RunConfig, units: Iterable[FlatLayout]) -> StateBytes:

@@ -19,6 +19,7 @@ from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.stage import MicroBatch, Stage, StagePart
 from megatron3d.optim.build import build_optimizer
 from megatron3d.optim.scaler import LossScaler, build_scaler
+from megatron3d.params.boxes import ShardView
 from megatron3d.params.freeze import require_sensible
 from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
@@ -28,6 +29,7 @@ from megatron3d.pipeline.run import Wire
 from megatron3d.pipeline.schedule import Action, Schedule
 from megatron3d.planner.memory import part_of, whole_stage
 from megatron3d.tensor.context import LayerContext
+from megatron3d.train.module_states import ModuleStates
 from megatron3d.train.offload import offload_of
 from megatron3d.train.plan import plan_of
 from megatron3d.zero.engine import UnitParameters, ZeroEngine
@@ -105,11 +107,17 @@ class Parts:
     engine: ZeroEngine
     optimizer: torch.optim.Optimizer
     scaler: LossScaler
+    states: ModuleStates
 
     @property
     def mesh(self) -> Mesh:
         """The live layout."""
         return self.model.mesh
+
+    def model_views(self, *, with_copies: bool = True) -> dict[str, ShardView]:
+        """What checkpoints store of the model, by full name: weights, and declared state of its modules; see
+        `ZeroEngine.weight_views`."""
+        return self.engine.weight_views(with_copies=with_copies) | self.states.views()
 
 
 def build_model(config: RunConfig, mesh: Mesh, device: torch.device, builder: StageBuilder) -> Model:
@@ -166,7 +174,8 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
     optimizer = build_optimizer(
         config.optim, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.whole
     )
-    return Parts(config, model, engine, optimizer, build_scaler(config.optim))
+    states = ModuleStates(model.stages.values(), mesh, device, seed=config.data.seed)
+    return Parts(config, model, engine, optimizer, build_scaler(config.optim), states)
 
 
 def unit_parameters(stages: dict[int, Stage]) -> dict[str, UnitParameters]:

@@ -213,10 +213,11 @@ def start_record(parts: Parts, *, predicted: Mapping[str, int] | None = None) ->
     the ledger knows the model."""
     config, layout = parts.config, parts.mesh.layout
     held = parts.engine.state_bytes()
+    declared = parts.states.size_bytes + (held.beside if config.parallel.offload_optimizer == "none" else 0)
     on_device = {
         "weights": held.weights,
         "gradients": held.gradients,
-        "optimizer": held.master_weights + state_bytes(parts.optimizer),
+        "optimizer": held.master_weights + state_bytes(parts.optimizer) + declared,
     }
     offloaded = {"host": held.host, "files": held.files} if config.parallel.offload_optimizer != "none" else {}
     row = parts.model.rows.training(first_microbatches(config))

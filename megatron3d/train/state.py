@@ -109,8 +109,8 @@ def check_replicas(parts: Parts, step: int) -> None:
 
 
 def _check_replicas(parts: Parts, step: int) -> None:
-    states = _views(parts, with_optimizer=True, with_copies=True)
-    require_equal_replicas(parts.engine.units, states, parts.mesh, step=step)
+    states = _flat_views(parts, with_optimizer=True, with_copies=True)
+    require_equal_replicas(parts.engine.units, states, parts.mesh, step=step, others=parts.states.replicated())
 
 
 def _documents(
@@ -324,8 +324,15 @@ def _check_optimizer(state: Mapping[str, Any], wanted: str, source: Path) -> Non
 
 
 def _views(parts: Parts, *, with_optimizer: bool, with_copies: bool) -> dict[str, ShardView]:
+    views = _flat_views(parts, with_optimizer=with_optimizer, with_copies=with_copies)
+    return views | {f"model/{name}": view for name, view in parts.states.views().items()}
+
+
+def _flat_views(parts: Parts, *, with_optimizer: bool, with_copies: bool) -> dict[str, ShardView]:
+    """What lies in the flat buffers of the units."""
     views = {f"model/{name}": view for name, view in parts.engine.weight_views(with_copies=with_copies).items()}
     if with_optimizer:
+        views |= parts.engine.beside_views(with_copies=with_copies)
         for state_name in state_names(parts.config.optim):
             states = parts.engine.state_views(parts.optimizer, state_name, with_copies=with_copies)
             views |= {f"{state_name}/{name}": view for name, view in states.items()}

@@ -97,6 +97,7 @@ def train_step(
         set_rates(parts.optimizer, lr=rates.lr, weight_decay=rates.weight_decay)
         parts.engine.scale_grads(clip_factor(grad_norm, parts.config.optim.clip_grad) / parts.scaler.scale)
         parts.engine.step(parts.optimizer)
+        parts.states.update()
     parts.scaler.update(not skipped)
     parts.engine.clear_grads()
     return StepResult(loss, losses, grad_norm, skipped, int(votes))
@@ -128,6 +129,7 @@ def forward_backward(
     micros = with_dropout(micros, config.model, seed=step_seed(config.data.seed, step), first_samples=numbers)
     row = model.rows.training(len(micros))
     parts.engine.begin_step(len(micros))
+    parts.states.clear_totals()
     gradient = torch.tensor([parts.scaler.scale / count for count in counts.values()], device=model.device)
     losses = run(
         row.schedule,

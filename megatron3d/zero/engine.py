@@ -19,7 +19,7 @@ from megatron3d.params.boxes import ShardView
 from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import Declared
-from megatron3d.zero.buffers import Transit
+from megatron3d.zero.buffers import Transit, size_bytes
 from megatron3d.zero.delayed import DelayedUpdate
 from megatron3d.zero.lending import Lending, Places
 from megatron3d.zero.offload_step import OffloadedStates
@@ -47,11 +47,13 @@ class UnitParameters:
 @dataclass(frozen=True)
 class StateBytes:
     """Bytes that this rank holds of each kind of state, and the most that buffers taken for a while have come to;
-    `host` and `files` are the offloaded bytes there, with staging buffers."""
+    `beside` is declared state beside parameters, wherever it lives, `host` and `files` are the offloaded bytes there,
+    with staging buffers."""
 
     weights: int
     gradients: int
     master_weights: int
+    beside: int
     transient_peak: int
     host: int = 0
     files: int = 0
@@ -277,6 +279,12 @@ class ZeroEngine:
                     views[slot.spec.name] = unit.view(slot, span, state[span.shifted(-piece.span.start).slice])
         return views
 
+    def beside_views(self, *, with_copies: bool = True) -> dict[str, ShardView]:
+        """This rank's part of declared state beside parameters, by "kind/parameter name"; copies as in
+        `weight_views`."""
+        found = [unit.beside_views(with_copies=with_copies) for unit in self.units.values()]
+        return {name: view for views in found for name, view in views.items()}
+
     def old_weight_views(self, *, with_copies: bool = True) -> dict[str, ShardView]:
         """This rank's part of the weights that training computes with while a delayed update is due, in their dtype
         and by full parameter name; nothing where none is due. Copies as in `weight_views`."""
@@ -320,6 +328,7 @@ class ZeroEngine:
             weights=sum(unit.weights.persistent_bytes for unit in units),
             gradients=sum(unit.grads.persistent_bytes for unit in trained),
             master_weights=sum(unit.weights.separate_master_bytes for unit in trained),
+            beside=sum(size_bytes(one) for unit in units for one in unit.beside.values()),
             transient_peak=self.transit.peak_bytes,
             host=sum(home.host_bytes for home in homes)
             + sum(one.buffer_bytes for one in (self._away, self._delayed) if one is not None),

@@ -12,7 +12,7 @@ the values are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,12 @@ class _Held:
 
 
 def require_equal_replicas(
-    units: Mapping[str, WeightUnit], states: Mapping[str, ShardView], mesh: Mesh, *, step: int
+    units: Mapping[str, WeightUnit],
+    states: Mapping[str, ShardView],
+    mesh: Mesh,
+    *,
+    step: int,
+    others: Sequence[tuple[Axis, Mapping[str, Tensor]]] = (),
 ) -> None:
     """Compare all values that several ranks hold; collective over all ranks, which decide together.
 
@@ -58,6 +63,7 @@ def require_equal_replicas(
         states: master weights and optimizer states, copies of tied tables too, by "kind/parameter name".
         mesh: the axes on which the ranks compare.
         step: number of the step after which this is, for the message.
+        others: further values by name, with an axis all of whose ranks hold the same.
 
     Raises:
         NumericsError: ranks that must hold equal values do not; it names the parameters and the ranks.
@@ -73,6 +79,9 @@ def require_equal_replicas(
         alike = [one for one in held if one.is_alike_on_tp and one.unit.axes.tensor.name == axis.name]
         problems += _differences(alike, hashes, axis)
     problems += _differences([one for one in held if one.unit.tied is not None], hashes, mesh.tied)
+    for axis, values in others:
+        found = {name: bit_hash(value.flatten(), weights) for name, value in values.items()}
+        problems += _unequal(sorted(found), found, axis)
     _raise_together(problems, mesh, step=step, device=device)
 
 
@@ -124,9 +133,12 @@ def bit_hash(data: Tensor, weights: Tensor) -> Tensor:
 
 def _differences(held: list[_Held], hashes: Mapping[str, Tensor], axis: Axis) -> list[str]:
     """A clause for each of these that ranks of the axis hold with different bits; all its ranks have the same list."""
-    if axis.size == 1 or not held:
+    return _unequal(sorted(one.name for one in held), hashes, axis)
+
+
+def _unequal(names: list[str], hashes: Mapping[str, Tensor], axis: Axis) -> list[str]:
+    if axis.size == 1 or not names:
         return []
-    names = sorted(one.name for one in held)
     table = all_gather(torch.stack([hashes[name] for name in names]), axis).view(axis.size, len(names)).tolist()
     return [_clause(name, axis, found) for name, *found in zip(names, *table) if len(set(found)) > 1]
 

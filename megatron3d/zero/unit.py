@@ -94,8 +94,16 @@ class WeightUnit:
         self.layout = flat_layout(specs, tp=self.axes.tensor.size, num_ranks=self.axes.grad.size)
         self.own = self.layout.slice_of(self.axes.shard.rank, self.axes.shard.size)
         self._by_name = {one.spec.name: one for one in declared}
+        self.beside = self._allocate_beside()
         self._opened: Tensor | None = None
         self._allocate_weights(transit or Transit())
+
+    def _allocate_beside(self) -> dict[str, Tensor]:
+        """By kind the state beside parameters, flat like the master weights and where they live, or on the host where
+        those are in files."""
+        kinds = {kind: dtype for one in self._by_name.values() for kind, dtype in one.beside.items()}
+        device = self.options.device if self.options.offload.states is None else torch.device("cpu")
+        return {kind: torch.zeros(self.own.length, dtype=dtype, device=device) for kind, dtype in kinds.items()}
 
     def _allocate_weights(self, transit: Transit) -> None:
         options, offload, initial = self.options, self.options.offload, self._initial()
@@ -159,6 +167,14 @@ class WeightUnit:
             span = slot.span.intersect(self.own)
             if span.length and (with_copies or not slot.spec.tied_copy):
                 yield slot, span
+
+    def beside_views(self, *, with_copies: bool = True) -> dict[str, ShardView]:
+        """This rank's part of the state beside parameters, by "kind/parameter name"; copies as in `held_slots`."""
+        return {
+            f"{kind}/{slot.spec.name}": self.view(slot, span, self.beside[kind][span.shifted(-self.own.start).slice])
+            for slot, span in self.held_slots(with_copies=with_copies)
+            for kind in self._by_name[slot.spec.name].beside
+        }
 
     def view(self, slot: Slot, span: Span, data: Tensor) -> ShardView:
         """What checkpoints store of a held part of a slot, whose elements are in the one-dimensional `data`."""

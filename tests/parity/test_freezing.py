@@ -17,6 +17,12 @@ from megatron3d.data.loader import GlobalBatches
 from megatron3d.errors import ConfigError
 from megatron3d.optim.build import step_count
 from megatron3d.optim.schedule import settings_from_config
+from megatron3d.params.freeze import freeze
+from megatron3d.params.grads import GradSink
+from megatron3d.params.module import materialize_all
+from megatron3d.params.spec import Init
+from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.linear import ColumnParallelLinear
 from megatron3d.train import state
 from megatron3d.train.parts import Parts
 from megatron3d.train.state import Progress
@@ -110,6 +116,29 @@ def test_one_process_trains_what_plain_torch_trains_without_gradients_of_frozen_
     unchanged = {name for name in initial if torch.equal(initial[name], after[name])}
     assert unchanged == {name for name in initial if is_frozen(model, name)} != set()
     assert set(ours.gradients) == set(initial) - unchanged
+    declared = parts.model.stages[0].parameters_by_name().values()
+    assert all(one.parameter.grad is None for one in declared), "a gradient that nobody asked for"
+
+
+@pytest.mark.parametrize("frozen", [["weight"], ["bias"], ["weight", "bias"]])
+def test_a_linear_layer_keeps_its_input_only_for_the_product_of_a_weight_that_trains(frozen: list[str]) -> None:
+    context = LayerContext(make_mesh(Layout()).tp, False, GradSink())
+    layer = ColumnParallelLinear(context, 5, 7, bias=True, init=Init("normal", 0.5))
+    freeze(layer, frozen)
+    materialize_all(layer, seed=1, tp=1, tp_rank=0, device=torch.device("cpu"))
+    x, grad = torch.randn(3, 2, 5, requires_grad=True), torch.randn(3, 2, 7)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        y = layer(x)
+    y.backward(grad)
+    assert len(saved) == ("weight" not in frozen)
+    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert torch.equal(plain, y)
+    assert torch.allclose(x.grad, grad @ layer.weight)
+    expected = {"weight": grad.flatten(0, 1).t() @ x.flatten(0, 1), "bias": grad.sum((0, 1))}
+    for name, parameter in layer.named_parameters():
+        assert (parameter.grad is None) == (name in frozen)
+        assert name in frozen or torch.allclose(parameter.grad, expected[name])
 
 
 def weights_of(parts: Parts) -> dict[str, Tensor]:
@@ -127,11 +156,12 @@ def test_frozen_parameters_give_the_training_of_one_process_at_every_layout(
         check_against_one_process(case, [traces_of_rank[number] for traces_of_rank in by_rank], parity_table)
 
 
-# From one run to the next: trained, frozen at three layouts, trained again.
+# From one run to the next: trained, frozen at several layouts, trained again.
 MOVES = [
     Case("gpt2", Layout(dp=2), "--zero-stage 1"),
     Case("gpt2-begun", Layout(tp=2), ""),
     Case("gpt2-begun", Layout(pp=2), ""),
+    Case("gpt2-begun", Layout(dp=2), "--zero-stage 1"),
     Case("gpt2-begun", Layout(dp=2), f"--zero-stage 3 {AWAY}"),
     Case("gpt2", Layout(dp=2), "--zero-stage 2"),
 ]
@@ -166,14 +196,14 @@ def test_a_run_goes_from_trained_to_frozen_and_back_at_other_layouts(pool: Pool,
     alone = chain([Case(move.model, Layout()) for move in MOVES], str(tmp_path / "one"))
     for (losses, *_), (expected, *_) in zip(first, alone, strict=True):
         assert relative(losses, expected) < LOSS_TOLERANCE
-    assert [max(one[1], other[1]) for one, other in zip(first, second)] == [0, 2, 4, 6, 8]
-    assert [one[1] for one in alone] == [0, 2, 4, 6, 8]
-    _, frozen, same, moved, thawed = ("\n".join(one[2]) for one in first)
+    assert [max(one[1], other[1]) for one, other in zip(first, second)] == [0, 2, 4, 6, 8, 10]
+    assert [one[1] for one in alone] == [0, 2, 4, 6, 8, 10]
+    _, frozen, *same, thawed = ("\n".join(one[2]) for one in first)
     names = set(alone[0][3])
     number = sum(is_frozen("gpt2-begun", name) for name in names)
     assert f"{number} parameters that trained in the checkpoint are frozen now" in frozen
     assert f"{number} parameters that were frozen in the checkpoint train now" in thawed
-    assert "frozen" not in same and "frozen" not in moved
+    assert not any("frozen" in one for one in same)
     moments = alone[-1][3]
     assert {name for name in names if moments[name] == 0.0} == {n for n in names if is_frozen("gpt2-begun", n)}
 

@@ -15,6 +15,7 @@ import torch
 
 from megatron3d.checkpoint.directory import find_checkpoint, list_checkpoints
 from megatron3d.checkpoint.load import assemble, read_document
+from megatron3d.convert.hf import read_model
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.tasks.glue.average import WeightAverage
 from megatron3d.tasks.glue.encode import Encoded, encode
@@ -363,6 +364,19 @@ def test_the_saved_average_is_that_of_the_weights_after_each_step(
     saved = assemble(find_checkpoint(tmp_path), f"model/{name}").reshape(-1)
     torch.testing.assert_close(saved, mean, rtol=1e-6, atol=1e-7)
     assert not torch.allclose(saved, seen[-1], rtol=1e-4)
+
+
+def test_frozen_parameters_are_saved_as_they_were(tmp_path: Path, hf: Path, sts: Path) -> None:
+    options = f"--epochs 1 --lr 2e-3 --max-seq-length 24 --global-batch-size 7 {QUIET} --ema-decay 0.25"
+    frozen = "--freeze-params embedding.* layers.0.*"
+    tuned("--task sts-b", "--data-dir", sts, "--hf", hf, options, frozen, "--save", tmp_path)
+    saved = find_checkpoint(tmp_path)
+    same = {
+        name
+        for name, tensor in read_model(hf).tensors.items()
+        if not name.startswith("head.") and torch.equal(assemble(saved, f"model/{name}"), tensor)
+    }
+    assert same == {n for n in read_model(hf).tensors if n.startswith(("embedding.", "layers.0."))} != set()
 
 
 def test_a_checkpoint_of_any_layout_is_measured_at_another_with_its_own_classifier(

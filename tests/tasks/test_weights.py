@@ -11,13 +11,14 @@ from torch import Tensor
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.data.loader import GlobalBatches
+from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.tasks.glue import weights
-from megatron3d.tasks.glue.average import WeightAverage
-from megatron3d.train.parts import Parts
+from megatron3d.tasks.glue.average import WeightAverage, with_averages
+from megatron3d.train.parts import Parts, build_parts
 from megatron3d.train.step import train_step
 from tests.dist.poison import Detector
 from tests.dist.pool import Pool
-from tests.parity.runs import RATES, Case, data_of, parts_of
+from tests.parity.runs import RATES, Case, config_of, data_of
 from tests.runs.harness import losses, records
 from tests.tasks.small import QUIET, bert, tuned, write_hf, write_task
 
@@ -29,7 +30,9 @@ def recalled_wrongly(rank: int, world_size: int, options: str) -> tuple[list[str
     """Body of a worker: the moments at which the weights are not those that were put there, and the races seen."""
     mesh = make_mesh(Layout(dp=world_size))
     with Detector(seed=rank) as detector:
-        return _wrong(parts_of(Case("gpt2", mesh.layout, options), mesh)), detector.problems
+        config = config_of(Case("gpt2", mesh.layout, options))
+        parts = build_parts(config, mesh, torch.device("cpu"), with_averages(build_gpt_stage))
+        return _wrong(parts), detector.problems
 
 
 def _wrong(parts: Parts) -> list[str]:
@@ -52,7 +55,7 @@ def _wrong(parts: Parts) -> list[str]:
         average.add()
         own = weights.remember(parts)
         with parts.engine.updated_weights(), average.in_place():
-            check("averaged", average.means)
+            check("averaged", average.means())
         check("after the average", own)
         with parts.engine.updated_weights(), average.in_place():
             pass

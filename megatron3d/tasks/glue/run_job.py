@@ -13,6 +13,7 @@ import torch
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.run import RunConfig
 from megatron3d.models.bert_classifier import build_bert_classifier_stage
+from megatron3d.tasks.glue.average import with_averages
 from megatron3d.tasks.glue.finetune import Finetuned, Wishes, finetune
 from megatron3d.tasks.glue.job import Job
 from megatron3d.tasks.glue.metrics import over_seeds
@@ -21,7 +22,7 @@ from megatron3d.tasks.glue.predict import scores, write_predictions
 from megatron3d.tasks.glue.weights import fill, keep_tokenizer
 from megatron3d.train.held import held_directory
 from megatron3d.train.launch import Guard
-from megatron3d.train.parts import Parts, build_parts
+from megatron3d.train.parts import Parts, StageBuilder, build_parts
 from megatron3d.train.stopping import stop_if_asked, stop_while_starting
 
 
@@ -33,7 +34,9 @@ def one_seed(
     with held_directory(save, mesh) as renew:
         if save is not None:
             run = replace(run, data=keep_tokenizer(run.data, run.model, save, mesh))
-        builder = partial(build_bert_classifier_stage, num_outputs=job.task.num_outputs)
+        builder: StageBuilder = partial(build_bert_classifier_stage, num_outputs=job.task.num_outputs)
+        if job.ema_decay is not None:
+            builder = with_averages(builder)
         parts = build_parts(run, mesh, device, builder)
         fill(parts, job.origin, job.task)
         stop_while_starting(guard, mesh)

@@ -146,7 +146,7 @@ def fill(parts: Parts, origin: Origin, task: Task) -> None:
     """
     fresh = new_prefixes(origin, task)
     with parts.engine.states_opened(parts.optimizer, writes=True):
-        views = parts.engine.weight_views()
+        views = parts.model_views()
         old = {name: view for name, view in views.items() if not (fresh and name.startswith(fresh))}
         if origin.tensors is None:
             load_tensors(
@@ -161,16 +161,17 @@ def fill(parts: Parts, origin: Origin, task: Task) -> None:
 
 
 def remember(parts: Parts) -> dict[str, Tensor]:
-    """A copy of this rank's master weights."""
+    """A copy of this rank's master weights and of the state of its modules."""
     with parts.engine.states_opened(parts.optimizer, writes=False):
-        return {name: view.data.clone() for name, view in parts.engine.weight_views().items()}
+        return {name: view.data.clone() for name, view in parts.model_views().items()}
 
 
 def recall(parts: Parts, weights: Mapping[str, Tensor]) -> None:
-    """Go back to remembered weights; collective over all ranks."""
+    """Put remembered weights into the model, by name, and leave those that have none; collective over all ranks."""
     with parts.engine.states_opened(parts.optimizer, writes=True):
-        for name, view in parts.engine.weight_views().items():
-            view.data.copy_(weights[name])
+        views = parts.model_views()
+        for name, values in weights.items():
+            views[name].data.copy_(values)
     parts.engine.publish()
 
 
@@ -213,8 +214,8 @@ def save(parts: Parts, root: Path, step: int, document: Mapping[str, Any]) -> Pa
     content = Content({}, tokenizer_content(config.data, vocab_size=config.model.vocab_size))
     with parts.engine.states_opened(parts.optimizer, writes=False):
         held = {f"model/{name}": view for name, view in parts.engine.weight_views().items()}
-        require_equal_replicas(parts.engine.units, held, mesh, step=step)
-        views = parts.engine.weight_views(with_copies=False)
+        require_equal_replicas(parts.engine.units, held, mesh, step=step, others=parts.states.replicated())
+        views = parts.model_views(with_copies=False)
         return save_checkpoint(
             root,
             step,
