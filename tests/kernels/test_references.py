@@ -1,4 +1,7 @@
-"""The torch references, in this process, on CPU: against float64 formulas, gradcheck and Hugging Face."""
+"""The torch references, in this process, on CPU: against float64 formulas, gradcheck and Hugging Face.
+
+transformers' models take seconds to import, so the two tests that need them import them.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from megatron3d_kernels import ACTIVATIONS, GATED_ACTIVATIONS, KernelError, Registry
 from megatron3d_kernels import cross_entropy as cross_entropy_file
-from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotary
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
 from tests.kernels.kernel_cases import CASES, DTYPES, assert_close, gate_formula, sharded_cross_entropy
 
@@ -28,6 +29,8 @@ def test_default_registry_gives_the_same_on_cpu(case: str) -> None:
 
 
 def test_rotary_equals_hugging_face_llama() -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
+
     q, k = torch.randn(2, 3, 7, 16), torch.randn(2, 1, 7, 16)
     frequencies = 10000.0 ** (-torch.arange(0, 16, 2).float() / 16)
     angles = torch.arange(7)[None, :, None] * frequencies + torch.tensor([0.0, 2.0])[:, None, None]
@@ -39,6 +42,8 @@ def test_rotary_equals_hugging_face_llama() -> None:
 
 
 def test_interleaved_rotary_equals_hugging_face_gptj() -> None:
+    from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotary
+
     x_BSND = torch.randn(2, 7, 3, 16)
     angles = torch.arange(7)[:, None] * 10000.0 ** (-torch.arange(0, 16, 2).float() / 16)
     want = gptj_rotary(x_BSND, angles.sin()[None], angles.cos()[None])

@@ -1,23 +1,20 @@
-"""Prints the table of layout parity at the end of the session."""
+"""Prints the table of layout parity at the end of the run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-TABLE = pytest.StashKey[list[str]]()
+from tests.conftest import table_of
+
+TITLE = (
+    "layout parity: largest relative difference from one process\n"
+    f"{'model':12s} {'layout':18s} {'loss':>8s} {'norm':>8s} {'gradient':>8s}  options"
+)
 
 
-@pytest.fixture(scope="session")
-def parity_table(request: pytest.FixtureRequest) -> list[str]:
-    """Rows that the tests append to."""
-    return request.config.stash.setdefault(TABLE, [])
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show the table."""
-    rows = config.stash.get(TABLE, [])
-    if rows:
-        terminalreporter.section("layout parity: largest relative difference from one process")
-        terminalreporter.write_line(f"{'model':12s} {'layout':18s} {'loss':>8s} {'norm':>8s} {'gradient':>8s}  options")
-        for row in sorted(rows):
-            terminalreporter.write_line(row)
+@pytest.fixture
+def parity_table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Rows that a test appends to."""
+    yield from table_of(TITLE, request)

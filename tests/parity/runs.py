@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -87,15 +91,45 @@ class Trace:
     gradients: dict[str, list[tuple[Box, Tensor]]]
 
 
+def micro_batch_size(layout: Layout) -> int:
+    """One process takes the batch sample by sample, a layout in larger pieces where it can: that must not matter.
+
+    Tensor parallelism alone takes four samples at a time: what such a run costs is the number of its collectives.
+    """
+    if layout.world_size == 1 or layout.dp > 4:
+        return 1
+    return 4 if layout.world_size == layout.tp else 2
+
+
+def batches(cases: Iterable[Case], *, short: Collection[Case] = (), by_layout: bool = False) -> list[Any]:
+    """Parameters (world size, cases) of a test, for one start of the workers each.
+
+    Args:
+        cases: all of them.
+        short: those of `cases` that a short run (`--fast`) takes too.
+        by_layout: one test for each layout, not only for each world size.
+    """
+    groups: dict[str, tuple[int, bool, list[Case]]] = {}
+    for case in cases:
+        size, is_short = case.layout.world_size, case in short
+        layout = f"-{case.layout}".replace(" ", "") if by_layout else ""
+        name = f"world{size}{layout}{'-short' if is_short else ''}"
+        groups.setdefault(name, (size, is_short, []))[2].append(case)
+    missing = set(short) - set(itertools.chain.from_iterable(group for *_, group in groups.values()))
+    assert not missing, f"{missing} are not among the cases"
+    return [
+        pytest.param(size, group, id=name, marks=[pytest.mark.fast] if is_short else [])
+        for name, (size, is_short, group) in sorted(groups.items())
+    ]
+
+
 def config_of(case: Case) -> RunConfig:
     """The resolved config of a case."""
-    # One process takes the batch sample by sample, layouts in pairs where they can: that must not matter either.
-    micro_batch = 2 if case.layout.world_size > 1 and case.layout.dp <= 4 else 1
     layout = case.layout
     degrees = f"--tensor-model-parallel-size {layout.tp} --pipeline-model-parallel-size {layout.pp}"
     is_bert = case.model in BERTS
     model = BERTS[case.model] if is_bert else f"{(MODELS | FROZEN)[case.model]} --eod-mask-loss"
-    argv = f"{SHAPE} {model} --micro-batch-size {micro_batch} {degrees} {case.options}".split()
+    argv = f"{SHAPE} {model} --micro-batch-size {micro_batch_size(layout)} {degrees} {case.options}".split()
     words = parse_args(argv, program="test", description="test", architecture="bert" if is_bert else "gpt")
     return resolve(words, case.layout.world_size)
 

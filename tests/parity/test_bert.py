@@ -7,8 +7,6 @@ sentence head, tied and untied, and micro-batches whose numbers of masked tokens
 
 from __future__ import annotations
 
-from itertools import groupby
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,7 +27,7 @@ from megatron3d.train.parts import build_model
 from megatron3d.train.step import micro_batches, train_step
 from tests.dist.pool import Pool
 from tests.parity.compare import LOSS_TOLERANCE, check_against_one_process
-from tests.parity.runs import BERTS, RATES, Case, config_of, data_of, parts_of, trace_cases
+from tests.parity.runs import BERTS, RATES, Case, batches, config_of, data_of, parts_of, trace_cases
 
 SP, ZERO1, ZERO2, ZERO3 = "--sequence-parallel", "--zero-stage 1", "--zero-stage 2", "--zero-stage 3"
 SELECTIVE, FULL = "--recompute-granularity selective", "--recompute-granularity full"
@@ -60,12 +58,8 @@ CASES = [
     Case("bert-masked", Layout(tp=4, pp=2), SP),
     Case("bert", Layout(dp=8), ZERO1),
 ]
-BATCHES = [
-    pytest.param(size, list(group), id=f"world{size}")
-    for size, group in groupby(
-        sorted(CASES, key=lambda case: case.layout.world_size), key=lambda case: case.layout.world_size
-    )
-]
+SHORT = [Case("bert", Layout(tp=2), SP), Case("bert", Layout(pp=2)), Case("bert-post", Layout(dp=2), ZERO3)]
+BATCHES = batches(CASES, short=SHORT)
 
 transformers = pytest.importorskip("transformers")
 
@@ -95,7 +89,8 @@ def test_one_process_learns_a_batch(model: str) -> None:
 def test_micro_batches_of_the_rows_differ_in_their_numbers_of_masked_tokens() -> None:
     config = config_of(Case("bert", Layout()))
     batch = data_of(config).reader(data_of(config).train)(0, 8)
-    assert len({int(part.loss_count()) for part in batch.split(2)}) > 1
+    for size in (2, 4):
+        assert len({int(part.loss_count()) for part in batch.split(size)}) > 1, size
 
 
 def evaluated(rank: int, world_size: int, case: Case) -> Evaluation:

@@ -59,7 +59,7 @@ def test_tensor_parallel_step_costs_four_all_reduces_a_layer(pool: Pool, tp: int
 
     Source: Shoeybi et al. 2019, section 3 and figure 4: two all-reduces a layer in each direction.
     """
-    for counts, _ in pool.run(tp, counted_step, Case("gpt2", Layout(tp=tp))):
+    for counts, _ in pool.run(tp, counted_step, Case("gpt2", Layout(tp=tp), f"--micro-batch-size {B}")):
         micros = GLOBAL_BATCH // B
         calls = micros * (4 * LAYERS + 2 + 2)
         payload = micros * ((4 * LAYERS + 2) * HIDDEN + 3 * TOKENS * FP32)
@@ -74,7 +74,7 @@ def test_sequence_parallel_step_costs_gathers_and_scatters(pool: Pool, tp: int) 
 
     Source: Korthikanti et al. 2022, section 4.2.2.
     """
-    for counts, units in pool.run(tp, counted_step, Case("gpt2", Layout(tp=tp), SP)):
+    for counts, units in pool.run(tp, counted_step, Case("gpt2", Layout(tp=tp), f"{SP} --micro-batch-size {B}")):
         micros = GLOBAL_BATCH // B
         gathers, scatters = micros * (6 * LAYERS + 3), micros * (4 * LAYERS + 2)
         partial = [elements for _, elements in units.values() if elements]

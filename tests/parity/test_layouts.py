@@ -6,14 +6,12 @@ and every element of the first step's gradients.
 
 from __future__ import annotations
 
-from itertools import groupby
-
 import pytest
 
 from megatron3d.comm.layout import Layout
 from tests.dist.pool import Pool
 from tests.parity.compare import check_against_one_process, reference
-from tests.parity.runs import MODELS, Case, trace_cases
+from tests.parity.runs import MODELS, Case, batches, trace_cases
 
 SP = "--sequence-parallel"
 ZERO1 = "--zero-stage 1"
@@ -62,22 +60,24 @@ def cases() -> list[Case]:
         Case("llama", Layout(tp=2, pp=2), f"--decoder-last-pipeline-num-layers 1 {SP}"),
         Case("gpt2-1p", Layout(tp=2, pp=2), SP),
     ]
-    return sorted(everywhere + ends + uneven, key=lambda case: case.layout.world_size)
+    return everywhere + ends + uneven
 
 
-BATCHES = [
-    pytest.param(size, layout, list(group), id=f"world{size}-{layout}".replace(" ", ""))
-    for (size, layout), group in groupby(
-        sorted(cases(), key=lambda c: (c.layout.world_size, str(c.layout))),
-        key=lambda c: (c.layout.world_size, str(c.layout)),
-    )
+SHORT = [
+    Case("llama", Layout(tp=2)),
+    Case("gpt2", Layout(tp=2), SP),
+    Case("gpt2", Layout(pp=2)),
+    Case("llama", Layout(dp=2)),
+    Case("gpt2", Layout(dp=2), ZERO1),
+    Case("llama", Layout(tp=2, pp=2), SP),
 ]
+BATCHES = batches(cases(), short=SHORT, by_layout=True)
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("world_size", "layout", "batch"), BATCHES)
+@pytest.mark.parametrize(("world_size", "batch"), BATCHES)
 def test_layout_gives_the_losses_norms_and_gradients_of_one_process(
-    pool: Pool, parity_table: list[str], world_size: int, layout: str, batch: list[Case]
+    pool: Pool, parity_table: list[str], world_size: int, batch: list[Case]
 ) -> None:
     by_rank = pool.run(world_size, trace_cases, batch, timeout_s=240)
     for number, case in enumerate(batch):

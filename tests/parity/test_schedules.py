@@ -6,15 +6,13 @@ gradients are the same bit for bit.
 
 from __future__ import annotations
 
-from itertools import groupby
-
 import pytest
 import torch
 
 from megatron3d.comm.layout import Layout
 from tests.dist.pool import Pool
 from tests.parity.compare import check_against_one_process, reference
-from tests.parity.runs import Case, assemble, trace_cases
+from tests.parity.runs import Case, assemble, batches, trace_cases
 
 VIRTUAL2 = "--num-virtual-stages-per-pipeline-rank 2"
 SINGLE = ["gpipe", "1f1b", "zb-h1", "zb-h2"]
@@ -65,13 +63,11 @@ def cases() -> list[Case]:
             f"{VIRTUAL2} --microbatch-group-size-per-virtual-pipeline-stage 3 {SAME_MICRO_BATCHES}",
         ),
     ]
-    return sorted(everywhere + deep + mixed + big + sharded + odd, key=lambda case: case.layout.world_size)
+    return everywhere + deep + mixed + big + sharded + odd
 
 
-BATCHES = [
-    pytest.param(size, list(group), id=f"world{size}")
-    for size, group in groupby(cases(), key=lambda case: case.layout.world_size)
-]
+SHORT = [Case("llama-tied", Layout(pp=2), named(order)) for order in ("zb-h1", DOUBLE[0], "zb-v")]
+BATCHES = batches(cases(), short=SHORT)
 
 
 @pytest.mark.parity

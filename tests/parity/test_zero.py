@@ -7,7 +7,6 @@ on one rank are in test_schedules.py, with both stages.
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from megatron3d.train.parts import Parts
 from megatron3d.train.state import Progress
 from tests.dist.pool import Pool
 from tests.parity.compare import check_against_one_process, reference, relative
-from tests.parity.runs import Case, Trace, assemble, parts_of, trace, trace_cases
+from tests.parity.runs import Case, Trace, assemble, batches, parts_of, trace, trace_cases
 
 SP = "--sequence-parallel"
 ZERO2, ZERO3 = "--zero-stage 2", "--zero-stage 3"
@@ -57,10 +56,11 @@ CASES = [
     Case("llama", Layout(pp=2, dp=4, zero_shard=2), f"{ZERO3} {PAIRS}"),
     Case("llama", Layout(dp=8), ZERO3),
 ]
-BATCHES = [
-    pytest.param(size, list(group), id=f"world{size}")
-    for size, group in groupby(CASES, key=lambda case: case.layout.world_size)
+SHORT = [
+    Case("gpt2", Layout(dp=2), f"{ZERO3} --recompute-granularity selective"),
+    Case("gpt2", Layout(pp=2, dp=2), ZERO2),
 ]
+BATCHES = batches(CASES, short=SHORT)
 
 
 @pytest.mark.parity

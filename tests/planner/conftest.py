@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-TABLE = pytest.StashKey[list[str]]()
-HEAD = (
-    "| case | processes | state | activations | buffers | predicted peak | measured | off |",
-    "|---|---:|---:|---:|---:|---:|---:|---:|",
-)
+from tests.conftest import table_of
+
+TITLE = """peak memory of the rank that is furthest off, in 10^6 bytes
+| case | processes | state | activations | buffers | predicted peak | measured | off |
+|---|---:|---:|---:|---:|---:|---:|---:|"""
 
 
-@pytest.fixture(scope="session")
-def peak_table(request: pytest.FixtureRequest) -> list[str]:
-    """Rows that the tests append to."""
-    return request.config.stash.setdefault(TABLE, [])
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show the table."""
-    rows = config.stash.get(TABLE, [])
-    if rows:
-        terminalreporter.section("peak memory of the rank that is furthest off, in 10^6 bytes")
-        for row in (*HEAD, *rows):
-            terminalreporter.write_line(row)
+@pytest.fixture
+def peak_table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Rows that a test appends to."""
+    yield from table_of(TITLE, request)
