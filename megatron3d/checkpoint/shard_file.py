@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,7 +62,8 @@ def write_shard(
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
-    entries, position = {"__metadata__": dict(metadata)} if metadata else {}, 0
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _TAGS:
             raise ValueError(f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold; use {list(_TAGS)}")
@@ -80,7 +82,7 @@ def _pieces(header: bytes, tensors: list[Tensor]) -> Iterator[memoryview | bytes
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @contextmanager

@@ -8,6 +8,7 @@ this room that communicates; with `group=None` it is one process and needs no pr
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections import Counter, defaultdict
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -70,8 +72,9 @@ def everywhere(action: Callable[[], T], group: ProcessGroup | None) -> T:
         RuntimeError: on the others, any other error of the lowest failing rank.
     """
     failure: Exception | None = None
+    results: list[T] = []
     try:
-        result = action()
+        results.append(action())
     except Exception as error:
         failure = error
     if group is not None:
@@ -83,7 +86,7 @@ def everywhere(action: Callable[[], T], group: ProcessGroup | None) -> T:
             raise _from_rank(*first)
     if failure is not None:
         raise failure
-    return result
+    return results[0]
 
 
 def gathered(value: T, group: ProcessGroup | None) -> list[T]:
@@ -198,7 +201,7 @@ def _check_agreement(plans: list[SavePlan]) -> None:
         for item in plan.items:
             for key in (item.index.fqn, item.index.offset), (item.index.fqn, None):
                 first_rank, first = seen.setdefault(key, (rank, item))
-                mine, theirs = item.tensor_data, first.tensor_data
+                mine, theirs = _data_of(item), _data_of(first)
                 same = (mine.size, mine.properties.dtype) == (theirs.size, theirs.properties.dtype)
                 if not same or (key[1] is not None and mine.chunk.sizes != theirs.chunk.sizes):
                     both = f"{_told(first)} and {_told(item)}"
@@ -207,7 +210,7 @@ def _check_agreement(plans: list[SavePlan]) -> None:
 
 def _check_cover(plans: list[SavePlan]) -> None:
     # DCP looks for gaps only where there are several ranks, and does not say how large they are.
-    boxes = {item.index: item.tensor_data for plan in plans for item in plan.items}
+    boxes = {item.index: _data_of(item) for plan in plans for item in plan.items}
     held: Counter[str] = Counter()
     for index, data in boxes.items():
         held[index.fqn] += prod(data.chunk.sizes)
@@ -216,8 +219,18 @@ def _check_cover(plans: list[SavePlan]) -> None:
             raise ValueError(f"the ranks hold {held[index.fqn]} of the {prod(data.size)} elements of {index.fqn}")
 
 
+def _data_of(item: WriteItem) -> TensorWriteData:
+    assert item.tensor_data is not None, f"{item.index} is no tensor, and only tensors are saved"
+    return item.tensor_data
+
+
+def _tensor_of(value: Tensor | io.BytesIO) -> Tensor:
+    assert isinstance(value, Tensor), "only tensors are saved"
+    return value
+
+
 def _told(item: WriteItem) -> str:
-    data = item.tensor_data
+    data = _data_of(item)
     box = f"a box of {tuple(data.chunk.sizes)} at {tuple(data.chunk.offsets)}"
     return f"{box} of {tuple(data.size)} {data.properties.dtype}"
 
@@ -239,7 +252,9 @@ class _BoxLoadPlanner(dcp.DefaultLoadPlanner):
             if not view.boxes:
                 continue
             chunks = [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.size)) for box in view.boxes]
-            reads = create_read_items_for_chunk_list(name, self.metadata.state_dict_metadata[name], chunks)
+            stored = self.metadata.state_dict_metadata[name] if self.metadata is not None else None
+            assert isinstance(stored, TensorStorageMetadata), f"{name} is no tensor of the checkpoint"
+            reads = create_read_items_for_chunk_list(name, stored, chunks)
             found = sum(prod(item.lengths) for item in reads)
             if found != view.data.numel():
                 raise CheckpointError(
@@ -269,7 +284,7 @@ class _Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write the boxes of this rank's plan."""
-        boxes = {_key(item.index): planner.resolve_data(item) for item in plan.items}
+        boxes = {_key(item.index): _tensor_of(planner.resolve_data(item)) for item in plan.items}
         if not boxes:
             return _finished([])
         name = f"rank{self.rank:05d}.safetensors"
@@ -277,7 +292,7 @@ class _Writer(StorageWriter):
             size, checksums = write_shard(self.directory / name, boxes)
         results = []
         for item in plan.items:
-            key, chunk = _key(item.index), item.tensor_data.chunk
+            key, chunk = _key(item.index), _data_of(item).chunk
             stored = StoredBox(Box(tuple(chunk.offsets), tuple(chunk.sizes)), name, key, checksums[key])
             results.append(WriteResult(item.index, boxes[key].nbytes, _Written(stored, size)))
         return _finished(results)
@@ -295,6 +310,7 @@ class _Writer(StorageWriter):
                     tuple(by_key[box_key(name, tuple(chunk.offsets))] for chunk in tensor.chunks),
                 )
                 for name, tensor in metadata.state_dict_metadata.items()
+                if isinstance(tensor, TensorStorageMetadata)  # as all are
             },
             files={w.stored.file: w.file_size_bytes for w in written},
             documents={f"{name}.json": self._document(f"{name}.json", d) for name, d in self.documents.items()},
@@ -338,7 +354,7 @@ class _Reader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index in DCP's words."""
-        tensors = {
+        tensors: dict[str, STORAGE_TYPES] = {
             name: TensorStorageMetadata(
                 TensorProperties(dtype=tensor.dtype),
                 torch.Size(tensor.shape),

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.launcher import LaunchConfig
 from torch.distributed.launcher import api as launcher
+from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import get_args_parser, run
 
 DEFAULT_TIMEOUT_S = 30  # torch's own

@@ -147,7 +147,8 @@ class Layout:
     def degree(self, coordinate: str) -> int:
         """Number of positions along a coordinate of either grid."""
         experts = self.expert_tp, self.ep, self.tp * self.grad_size // (self.expert_tp * self.ep)
-        return dict(zip((*GRID, *EXPERT_GRID), (self.tp, self.cp, self.dp, self.pp, *experts, self.pp)))[coordinate]
+        degrees = (self.tp, self.cp, self.dp, self.pp, *experts, self.pp)
+        return dict[str, int](zip((*GRID, *EXPERT_GRID), degrees))[coordinate]
 
     def size(self, axis: str) -> int:
         """Number of ranks in a group of an axis, the largest where they differ."""

@@ -111,4 +111,7 @@ def make_mesh(layout: Layout, *, timeout: timedelta = timedelta(minutes=10)) -> 
 def _new_groups(groups: tuple[tuple[int, ...], ...], timeout: timedelta) -> dist.ProcessGroup | None:
     """Make process groups of the groups of several ranks, and return this rank's."""
     several = [list(group) for group in groups if len(group) > 1]
-    return dist.new_subgroups_by_enumeration(several, timeout=timeout)[0] if several else None
+    if not several:
+        return None
+    own = dist.new_subgroups_by_enumeration(several, timeout=timeout)[0]
+    return own if isinstance(own, dist.ProcessGroup) else None  # torch gives -1 to a rank that is in none

@@ -41,12 +41,16 @@ class Answer:
     at: str
 
 
+_PACKAGE = __name__.partition(".")[0]
+
+
 class RollCall:
     """One rank's part in roll calls: it answers from a thread as soon as it exists, and can call itself."""
 
     def __init__(self, store: dist.Store, *, rank: int, world_size: int) -> None:
         """`store` is the one at which the ranks met; a connection of its own is made to it."""
-        self._store = dist.PrefixStore("roll-call", store.clone())
+        clone = store.clone()  # pyright: ignore[reportAttributeAccessIssue] torch's stub leaves it out
+        self._store = dist.PrefixStore("roll-call", clone)
         self._rank, self._world_size = rank, world_size
         self._meter: Meter | None = None
         self._main = threading.main_thread().ident
@@ -107,7 +111,7 @@ class RollCall:
     def _line_of_main_thread(self) -> str:
         """Where the main thread is: its innermost line, and the innermost of this project if that is another."""
         innermost = frame = sys._current_frames().get(self._main or 0)
-        while frame is not None and __package__.split(".")[0] not in Path(frame.f_code.co_filename).parts:
+        while frame is not None and _PACKAGE not in Path(frame.f_code.co_filename).parts:
             frame = frame.f_back
         return " in ".join(dict.fromkeys(_place(one) for one in (innermost, frame) if one is not None))
 

@@ -68,6 +68,7 @@ def iterations_for_samples(train: TrainConfig, samples: int, data_parallel_size:
     iterations = 0
     for size, last_sample in _spans(train, data_parallel_size, end=samples):
         # Steps start below the next level's first sample, and the last of them may reach beyond it.
+        assert last_sample is not None, "`end` closes the last level"
         steps = max(0, min(-(-(last_sample - consumed) // size), (samples - consumed) // size))
         iterations += steps
         consumed += steps * size

@@ -96,7 +96,7 @@ def save_directory(argv: Sequence[str]) -> str | None:
     if any(flag.name in ("--help", "-h") for flag in flags):
         return None
     words = _read_words(flags)
-    return (_config_file(words).settings | words.settings).get(("checkpoint", "save"))
+    return {**_config_file(words).settings, **words.settings}.get(("checkpoint", "save"))
 
 
 def read_command(

@@ -120,7 +120,7 @@ def _number(given: Any) -> int | float | None:
 
 def _declared_options() -> tuple[Option, ...]:
     return tuple(
-        Option(section, field.name, str(field.type), field.default, field.metadata["flag"])
+        Option(section, field.name, str(field.type).removesuffix(" | None"), field.default, field.metadata["flag"])
         for section, config_class in SECTIONS.items()
         for field in dataclasses.fields(config_class)
         if "flag" in field.metadata

@@ -44,7 +44,7 @@ class HfConfig:
         """A whole number from 1 up. Raises: CheckpointError if it is missing without a default, or no such number."""
         value = self.values.get(name)
         value = default if value is None else value
-        if not is_whole_number(value, 1, _MOST):
+        if value is None or not is_whole_number(value, 1, _MOST):
             raise CheckpointError(
                 f"{self.path}: {name} is {value!r:.60} and must be a whole number from 1 to {_MOST}; correct it"
             )

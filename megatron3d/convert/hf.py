@@ -103,7 +103,7 @@ def read_model(directory: Path, *, with_tokenizer: bool = True) -> HfModel:
         rows = _rows_there(family, model, _num_classes_there(config), names, directory)
         left_out = _left_out(family, rows, names)
         tensors = {row.ours: row.to_ours(names.read) for row in rows if row.ours is not None}
-    pieces = frozenset(row.piece for row in rows)
+    pieces: frozenset[Piece] = frozenset(row.piece for row in rows)
     if model.architecture == "bert":
         model = replace(model, bert_binary_head="pooler" in pieces)
     data = data_of(directory, model, with_tokenizer=with_tokenizer)

@@ -32,7 +32,8 @@ def read_task_document(directory: Path, index: Index) -> dict[str, Any] | None:
 
 def _check(task: Fields) -> None:
     """Raises: ValueError for the first field that is wrong."""
-    task.text("task"), task.interval("value_range")
+    task.text("task")
+    task.interval("value_range")
     labels, outputs = task.texts("labels"), task.integer("num_outputs", least=1)
     if outputs != (len(labels) or 1) or task.flag("is_regression") is bool(labels):
         raise ValueError(f"task.json has {len(labels)} labels for {outputs} outputs, and says is_regression beside it")

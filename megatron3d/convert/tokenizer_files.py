@@ -152,7 +152,7 @@ def _not_there(path: Path) -> str:
 
 def _description(data: DataConfig, model: ModelConfig) -> dict[str, bytes]:
     """`tokenizer_config.json` of a kind that is named by our options; none of a sentencepiece model."""
-    if data.tokenizer_type in WORD_PIECES:
+    if data.tokenizer_type is not None and data.tokenizer_type in WORD_PIECES:
         values = {"tokenizer_class": "BertTokenizer", "do_lower_case": WORD_PIECES[data.tokenizer_type]}
     elif data.tokenizer_type == "GPT2BPETokenizer":
         values = {"tokenizer_class": "GPT2Tokenizer", "eos_token": END_OF_TEXT, "bos_token": None}

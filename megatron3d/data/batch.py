@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Samples:
         """How many labels each of the model's losses counts, int64 scalars, in the order of the losses."""
 
     @abstractmethod
-    def model_inputs(self) -> dict[str, Tensor | None]:
+    def model_inputs(self) -> dict[str, Any]:
         """What the model is told of the samples, by the names of `models.stage.MicroBatch`."""
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class Batch(Samples):
         """The labels that count, of the one loss of most models."""
         return {"lm": self.loss_count()}
 
-    def model_inputs(self) -> dict[str, Tensor | None]:
+    def model_inputs(self) -> dict[str, Any]:
         """Tokens, labels and their mask."""
         return {"tokens_BS": self.tokens_BS, "labels_BS": self.labels_BS, "loss_mask_BS": self.loss_mask_BS}
 
@@ -121,7 +121,7 @@ class GPTBatch(Batch):
     position_ids_BS: Tensor | None = None
     document_ids_BS: Tensor | None = None
 
-    def model_inputs(self) -> dict[str, Tensor | None]:
+    def model_inputs(self) -> dict[str, Any]:
         """Also the positions, and a mask where a token attends only to those before it in its own document."""
         mask = None if self.document_ids_BS is None else causal_within_documents(self.document_ids_BS)
         return super().model_inputs() | {"position_ids_BS": self.position_ids_BS, "attention_mask_BST": mask}
@@ -148,7 +148,7 @@ class BertBatch(Batch):
         counts = super().loss_counts()
         return counts if self.sentence_labels_B is None else counts | {"sentence": self.sentence_count()}
 
-    def model_inputs(self) -> dict[str, Tensor | None]:
+    def model_inputs(self) -> dict[str, Any]:
         """Also segments, sentence labels, and a mask [B, 1, S] that keeps every token from attending to padding."""
         return super().model_inputs() | {
             "token_types_BS": self.token_types_BS,
@@ -181,7 +181,7 @@ class SequenceBatch(Samples):
         """The rows that are samples."""
         return {"label": self.weights_B.sum(dtype=torch.float64).to(torch.int64)}
 
-    def model_inputs(self) -> dict[str, Tensor | None]:
+    def model_inputs(self) -> dict[str, Any]:
         """Tokens, segments, labels with their weights, and a mask [B, 1, S] that keeps padding from being read."""
         return {
             "tokens_BS": self.tokens_BS,

@@ -28,13 +28,13 @@ from megatron3d.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class GPTData:
-    """The streams of a run. `valid` and `test` are None where their split is empty.
+    """The streams of a run. A stream is None where its split is empty.
 
     `notes` are sentences the run should print: corpora that a split had to leave out. `vocab_size` bounds the ids,
     None does not check them.
     """
 
-    train: SampleStream[NDArray[np.int64]]
+    train: SampleStream[NDArray[np.int64]] | None
     valid: SampleStream[NDArray[np.int64]] | None
     test: SampleStream[NDArray[np.int64]] | None
     rules: DocumentRules
@@ -50,7 +50,7 @@ class GPTData:
 class BertData:
     """The streams of masked sentences of a run, as `GPTData` has those of token rows."""
 
-    train: SampleStream[BertSample]
+    train: SampleStream[BertSample] | None
     valid: SampleStream[BertSample] | None
     test: SampleStream[BertSample] | None
     notes: tuple[str, ...] = ()
@@ -113,7 +113,8 @@ def build_bert_data(
     )
     form = bert_form(data, seq_length, vocabulary, binary_head=binary_head)
     if data.mock_data:
-        return BertData(*(MockBertSamples(split, form, seed=data.seed) for split in SPLIT_NAMES))
+        train, valid, test = (MockBertSamples(split, form, seed=data.seed) for split in SPLIT_NAMES)
+        return BertData(train, valid, test)
 
     def samples(share: _Share) -> BertSamples:
         return BertSamples(share.dataset, share.documents, form=form, seed=share.seed)

@@ -128,7 +128,7 @@ def _merges(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
 
 def _sentencepiece(description: Description) -> Any:
     path = description.directory / "tokenizer.model"
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] protobuf makes it
     try:
         model.ParseFromString(path.read_bytes())
     except (OSError, DecodeError) as error:

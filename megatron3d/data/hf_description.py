@@ -44,7 +44,7 @@ _BERT_TOKENS = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
-_END_OF_TEXT = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+_END_OF_TEXT: dict[str, str] = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
 # Special tokens that a class has although no file names them.
 _TOKENS_OF_CLASS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -55,7 +55,7 @@ _TOKENS_OF_CLASS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     }
 )
 # Classes that are BertTokenizer under another name.
-_SAME_CLASS = dict.fromkeys(
+_SAME_CLASS: dict[str, str] = dict.fromkeys(
     ("ElectraTokenizer", "DistilBertTokenizer", "MobileBertTokenizer", "ConvBertTokenizer", "SqueezeBertTokenizer"),
     "BertTokenizer",
 )

@@ -227,7 +227,7 @@ class IndexedDatasetWriter:
                 f"a sequence of {lengths.max()} tokens for {self.prefix} is over 2**31 - 1; cut the document."
             )
         if len(tokens) and self.dtype.kind in "iu" and tokens.dtype != self.dtype:
-            limits = np.iinfo(self.dtype)
+            limits = np.iinfo(self.dtype.str)
             if tokens.min() < limits.min or tokens.max() > limits.max:
                 raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype} of {self.prefix}")
         with _storage_errors(self._bin_temporary):

@@ -78,8 +78,8 @@ class GlobalBatches(Generic[BatchT]):
         part = BatchPart(consumed_samples, global_batch_size, dp_rank, dp_size)
         if self._threads is None:
             return self._reader(part.first, part.count)
-        future = self._ahead.pop(part, None) or self._submit(part)
-        self._read_ahead_of(part)
+        future = self._ahead.pop(part, None) or self._submit(self._threads, part)
+        self._read_ahead_of(self._threads, part)
         return future.result()
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ class GlobalBatches(Generic[BatchT]):
         """Close."""
         self.close()
 
-    def _read_ahead_of(self, part: BatchPart) -> None:
+    def _read_ahead_of(self, threads: ThreadPoolExecutor, part: BatchPart) -> None:
         """Ask the threads for the batches after `part`, and drop guesses that are not among them."""
         wanted = []
         for _ in range(self._num_ahead):
@@ -108,8 +108,8 @@ class GlobalBatches(Generic[BatchT]):
             self._ahead.pop(guess).cancel()
         for guess in wanted:
             if guess not in self._ahead:
-                self._ahead[guess] = self._submit(guess)
+                self._ahead[guess] = self._submit(threads, guess)
 
-    def _submit(self, part: BatchPart) -> Future[BatchT]:
+    def _submit(self, threads: ThreadPoolExecutor, part: BatchPart) -> Future[BatchT]:
         """Ask the threads for one batch."""
-        return self._threads.submit(self._reader, part.first, part.count)
+        return threads.submit(self._reader, part.first, part.count)

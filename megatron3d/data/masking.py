@@ -41,16 +41,17 @@ class BertVocabulary:
     def of_tokenizer(cls, tokenizer: Tokenizer) -> BertVocabulary:
         """The vocabulary of a tokenizer. Raises: ConfigError if it lacks a special token or knows no words."""
         ids = {"[CLS]": tokenizer.cls, "[SEP]": tokenizer.sep, "[MASK]": tokenizer.mask, "[PAD]": tokenizer.pad}
-        missing = [name for name, id in ids.items() if id is None]
+        known = [id for id in ids.values() if id is not None]
         continues = tokenizer.word_continuations()
-        if missing or continues is None:
-            lacks = ", ".join(missing) or "a mark on the pieces that go on with a word"
+        if len(known) < len(ids) or continues is None:
+            missing = ", ".join(name for name, id in ids.items() if id is None)
+            lacks = missing or "a mark on the pieces that go on with a word"
             raise ConfigError(
                 f"a BERT cannot be trained with this tokenizer of {tokenizer.vocab_size} ids: it has no {lacks}; use "
                 f"--tokenizer-type BertWordPieceLowerCase or BertWordPieceCase with --vocab-file."
             )
-        specials = (tokenizer.cls, tokenizer.sep, tokenizer.mask, tokenizer.pad)
-        return cls(tokenizer.vocab_size, *specials, np.array(continues, dtype=bool))
+        first, second, mask, pad = known
+        return cls(tokenizer.vocab_size, first, second, mask, pad, np.array(continues, dtype=bool))
 
     @classmethod
     def without_tokenizer(cls, size: int) -> BertVocabulary:

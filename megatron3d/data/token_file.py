@@ -38,7 +38,7 @@ class TokenFile:
         Raises: DataError if the file ends before them, as it was cut short after it was opened, or cannot be read.
         """
         numbers = np.empty(count, dtype=dtype)
-        rest, at = memoryview(numbers).cast("B") if count else memoryview(b""), offset
+        rest, at = numbers.data.cast("B") if count else memoryview(b""), offset
         while rest:
             try:
                 done = os.preadv(self._fd, [rest], at)

@@ -26,7 +26,7 @@ from megatron3d.config.run import RunConfig
 from megatron3d.convert.hf import fill_views
 from megatron3d.errors import CheckpointError, NumericsError
 from megatron3d.inference.load import allocate_model, load_model
-from megatron3d.models.bert_encoder import build_bert_encoder_stage
+from megatron3d.models.bert_encoder import EncoderHead, build_bert_encoder_stage
 from megatron3d.models.stage import MicroBatch
 from megatron3d.pipeline.run import run
 from megatron3d.train.parts import Model
@@ -135,6 +135,7 @@ def _pooled(model: Model, config: RunConfig, texts: list[Sequence[int]], options
     if options.pooling == "cls":
         return x_SBH[0].float()
     if options.pooling == "pooler":
-        return next(stage for stage in model.stages.values() if stage.part.is_last).head.pooled(x_SBH).float()
+        (head,) = (stage.head for stage in model.stages.values() if isinstance(stage.head, EncoderHead))
+        return head.pooled(x_SBH).float()
     weights_SB1 = is_token_BS.t().unsqueeze(-1).float()
     return (x_SBH.float() * weights_SB1).sum(0) / lengths_B.unsqueeze(1)

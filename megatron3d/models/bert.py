@@ -77,6 +77,8 @@ class BertEmbedding(nn.Module):
 class BertHead(ParallelModule):
     """Everything after the last block: the masked tokens and, with the binary head, the sentence pairs."""
 
+    output_bias: nn.Parameter
+
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         super().__init__(tp=context.tp.size)
         self.config, self.context = config, context
@@ -154,6 +156,7 @@ class BertHead(ParallelModule):
         self, x_SBH: Tensor, micro: MicroBatch, table: VocabParallelEmbedding
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Summed loss and hits of the masked tokens; the others, some 85 %, never reach the vocabulary."""
+        assert micro.loss_mask_BS is not None and micro.labels_BS is not None, "there is nothing to predict"
         mask_N = micro.loss_mask_BS.t().flatten()
         index_P = mask_N.nonzero().flatten()
         if not len(index_P):

@@ -107,6 +107,7 @@ class Stage(nn.Module):
         """
         inputs = self._layer_inputs(micro)
         if self.part.is_first:
+            assert self.embedding is not None, "the first stage has the embedding"
             self.gate.open("embedding")
             x_SBH = self.gate.close("embedding", self.embedding(micro, inputs))
         assert x_SBH is not None, "only the first stage runs without a hidden tensor"
@@ -115,7 +116,8 @@ class Stage(nn.Module):
         if self.head is None:
             return x_SBH
         tied = not self.config.untie_embeddings_and_output_weights
-        table = self.embedding.word if tied else self.head.output
+        assert not tied or self.embedding is not None, "a tied last stage has a copy of the table"
+        table = self.embedding.word if self.embedding is not None and tied else self.head.output
         x_SBH = self.gate.open("head", x_SBH)
         return self.gate.close("head", self.head(x_SBH, micro, table))
 

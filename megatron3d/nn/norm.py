@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.params.module import ParallelModule
@@ -17,6 +17,9 @@ class Norm(ParallelModule):
 
     Source: Ba et al. 2016 (LayerNorm); Zhang and Sennrich 2019 (RMSNorm); Megatron-LM `--apply-layernorm-1p`.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, config: ModelConfig, context: LayerContext, size: int, *, tp_gradient: TpGradient) -> None:
         super().__init__(tp=context.tp.size)

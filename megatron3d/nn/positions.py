@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.params.module import ParallelModule
@@ -15,6 +15,8 @@ from megatron3d.tensor.context import LayerContext
 
 class LearnedPositions(ParallelModule):
     """A table [max_position_embeddings, H], added to the word embedding."""
+
+    weight: nn.Parameter
 
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         super().__init__(tp=context.tp.size)
@@ -45,6 +47,8 @@ class TokenTypes(ParallelModule):
 
     Source: Devlin et al. 2018 (BERT), section 3.
     """
+
+    weight: nn.Parameter
 
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         super().__init__(tp=context.tp.size)

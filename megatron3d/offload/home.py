@@ -62,8 +62,15 @@ class _ThenCopy:
 class StateHome(Protocol):
     """What both homes do. Names are those of units; every record starts as zeros."""
 
-    host_bytes: int
-    file_bytes: int
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that are taken."""
+        ...
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of disk that are taken."""
+        ...
 
     def add(self, name: str, record: Record) -> None:
         """Take room for a unit."""

@@ -50,7 +50,7 @@ def external_adam(groups: list[dict[str, Any]], config: OptimConfig) -> torch.op
     if not full:
         return torch.optim.AdamW(groups)  # a rank that updates nothing
     try:
-        optimizer: torch.optim.Optimizer = fused_adam(full, **settings)
+        optimizer = fused_adam(full, **settings)
     except (RuntimeError, ImportError, TypeError) as error:
         raise ConfigError(_advice(name, f"does not build its FusedAdam here ({error})")) from error
     for group in optimizer.param_groups:

@@ -70,7 +70,7 @@ class Muon(FlatOptimizer):
                     num_steps=config.muon_num_ns_steps,
                     dtype=PRODUCT_DTYPES[config.muon_fp32_matmul_prec],
                 )
-                * (config.muon_extra_scale_factor * update_scale(*part.shape, config.muon_scale_mode))
+                * (config.muon_extra_scale_factor * update_scale(part.shape[0], part.shape[1], config.muon_scale_mode))
                 for part in matrix.split(parts)
             ]
         )

@@ -27,15 +27,19 @@ class LossScaler(Protocol):
     @property
     def scale(self) -> float:
         """The factor of the next step's loss."""
+        ...
 
     def update(self, finite: bool) -> None:
         """Take in whether the gradients of the step, over all ranks, were finite."""
+        ...
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores: a dict of numbers and words."""
+        ...
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` gave."""
+        ...
 
 
 class ConstantScale:

@@ -124,7 +124,7 @@ def settings_from_config(optim: OptimConfig, train: TrainConfig) -> ScheduleSett
         warmup=warmup if optim.lr_warmup_fraction is None else optim.lr_warmup_fraction * decay,
         decay=decay,
         wsd_decay_style=optim.lr_wsd_decay_style,
-        wsd_decay=wsd_decay if optim.lr_decay_style == "WSD" else 0,
+        wsd_decay=(wsd_decay or 0) if optim.lr_decay_style == "WSD" else 0,
         start_weight_decay=float(start),
         end_weight_decay=float(end),
         weight_decay_style=optim.weight_decay_incr_style,

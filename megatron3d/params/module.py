@@ -181,12 +181,11 @@ def declared_parameters(root: nn.Module) -> dict[str, Declared]:
     found = {}
     for prefix, module in root.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
-        specs = module.specs if isinstance(module, ParallelModule) else {}
         for name in names:
-            if name not in specs:
+            if not isinstance(module, ParallelModule) or name not in module.specs:
                 raise ValueError(f"parameter {prefix}.{name} was registered without `declare`")
             full = f"{prefix}.{name}" if prefix else name
-            found[full] = Declared(module, name, specs[name].named(full))
+            found[full] = Declared(module, name, module.specs[name].named(full))
     return found
 
 

@@ -152,14 +152,14 @@ class _Interpreter:
             return
         self.recorder.begin(action)
         if isinstance(action, Step):
-            turns_back = self.backward is not None and action.op is not Op.F
-            if turns_back:
-                self.backward.before(action.stage)
+            backward = None if action.op is Op.F else self.backward
+            if backward is not None:
+                backward.before(action.stage)
             {Op.F: self._forward, Op.B: self._backward, Op.I: self._input_gradient, Op.W: self._weight_gradient}[
                 action.op
             ](action.stage, action.mb)
-            if turns_back:
-                self.backward.after(action.stage)
+            if backward is not None:
+                backward.after(action.stage)
         elif self.backward is not None:
             self.backward.reduce(action.stage)
         self.recorder.end()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 from megatron3d.params.gate import Place
 from megatron3d.zero.buffers import MAX_IN_FLIGHT
@@ -121,7 +122,7 @@ class Sharing:
         self._total.add(sum(self._flying_bytes(name) for name in self.flying))
         weights = {name: _Counted(unit, self._total) for name, unit in plan.units.items() if plan.shard_weights}
         places = {0: plan.places} if plan.shard_weights else {}
-        self._lending = Lending(weights, places, takes_back=plan.shard_weights, prefetch=plan.prefetch)
+        self._lending = Lending(cast(Any, weights), places, takes_back=plan.shard_weights, prefetch=plan.prefetch)
 
     @property
     def flight(self) -> Flight:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Tape:
         self.nodes.append(replace(node, place=self._place, group=self._group))
         return node.outputs[0]
 
-    def elementwise(self, name: str, x: Value, size_bytes: int, **more: object) -> Value:
+    def elementwise(self, name: str, x: Value, size_bytes: int, **more: Any) -> Value:
         """Append an operation with one input and one output of the same size, whose gradient has that size too."""
         return self.add(Node(name, (x,), (self.value(size_bytes),), gradients=(size_bytes,), **more))
 

@@ -11,7 +11,7 @@ Source: torch's engine (`torch/csrc/autograd`), whose order on one thread is tha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron3d.planner.layers import StageTape
@@ -307,7 +307,7 @@ def _is_view(node: Node, memory: int) -> bool:
     return any(value.memory == memory for value in node.inputs)
 
 
-def _with_memories(node: Node, own: object) -> Node:
+def _with_memories(node: Node, own: Callable[[int], int]) -> Node:
     """The node with every memory replaced by what `own` says."""
     return replace(
         node,

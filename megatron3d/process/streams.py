@@ -15,7 +15,7 @@ import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 _GONE = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ENXIO, errno.ECONNRESET)  # the reader will not come back
 _NAMES = {1: "standard output", 2: "standard error"}
@@ -94,7 +94,9 @@ def _replace(name: str, fd: int) -> PatientFile | None:
         return None
     file = PatientFile(fd, lambda text: _report_elsewhere(fd, text))
     is_unbuffered = isinstance(current, io.TextIOWrapper) and current.write_through
-    stream = io.TextIOWrapper(file if is_unbuffered else io.BufferedWriter(file), "utf-8", "backslashreplace")
+    stream = io.TextIOWrapper(
+        file if is_unbuffered else io.BufferedWriter(cast(Any, file)), "utf-8", "backslashreplace"
+    )
     if isinstance(current, io.TextIOWrapper):
         stream.reconfigure(
             encoding=current.encoding,

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron3d.data.hf_description import described_files
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
@@ -40,7 +41,7 @@ class PackedTokenizer:
         with tempfile.TemporaryDirectory(prefix="megatron3d-tokenizer-") as folder:
             for name, content in self.files.items():
                 (Path(folder) / name).write_bytes(content)
-            paths = {option: str(Path(folder) / name) for option, name in self.options.items()}
+            paths: dict[str, Any] = {option: str(Path(folder) / name) for option, name in self.options.items()}
             return TokenizerSpec(self.kind, **paths).build()
 
     def to_text(self) -> str:

@@ -47,6 +47,8 @@ class VocabParallelEmbedding(ParallelModule):
     """The word-embedding table [V, H], also used as the output weight of tied models (then `tied_copy` on the last
     pipeline stage, whose table follows that of the first)."""
 
+    weight: nn.Parameter
+
     def __init__(
         self,
         context: LayerContext,

@@ -97,6 +97,9 @@ class ColumnParallelLinear(ParallelModule):
     output is its part of the first, then of the second, and so on.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         context: LayerContext,
@@ -129,6 +132,9 @@ class RowParallelLinear(ParallelModule):
     The bias is added once, after the reduction.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, context: LayerContext, in_features: int, out_features: int, *, bias: bool, init: Init) -> None:
         super().__init__(tp=context.tp.size)
         self.context = context
@@ -154,6 +160,9 @@ class ReplicatedLinear(ParallelModule):
     "partial" where they have different rows, or partial sums of the output gradient. `scores` says that its outputs
     are scores of classes rather than a hidden vector (`ParamSpec.is_table`).
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ class BatchReader(Protocol):
 
     def read(self, consumed_samples: int, global_batch_size: int, dp_rank: int, dp_size: int) -> Batch:
         """The samples of this rank of the global batch that follows `consumed_samples`."""
+        ...
 
 
 @dataclass(frozen=True)

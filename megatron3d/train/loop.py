@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
@@ -51,16 +52,19 @@ class Streams:
 def open_streams(data: GPTData | BertData, options: DataConfig) -> Iterator[Streams]:
     """Readers of the splits, closed at the end of the block."""
 
-    def reader(stream: SampleStream | None) -> GlobalBatches | None:
-        return None if stream is None else GlobalBatches(data.reader(stream), num_workers=options.num_workers)
+    make_reader: Callable[[Any], Callable[[int, int], Any]] = data.reader  # of streams of the data's own kind
+
+    def batches(stream: SampleStream) -> GlobalBatches:
+        return GlobalBatches(make_reader(stream), num_workers=options.num_workers)
 
     if data.train is None:
         raise ConfigError("there is no training data; give --data-path, --train-data-path or --mock-data")
-    readers = [reader(data.train), reader(data.valid), reader(data.test)]
+    train = batches(data.train)
+    valid, test = (None if stream is None else batches(stream) for stream in (data.valid, data.test))
     try:
-        yield Streams(*readers)
+        yield Streams(train, valid, test)
     finally:
-        for one in readers:
+        for one in (train, valid, test):
             if one is not None:
                 one.close()
 

@@ -97,7 +97,9 @@ def _draw_accuracies(axes: Axes, curves: Mapping[str, list[tuple[int, float]]]) 
     for name, curve in curves.items():
         steps, shares = zip(*curve, strict=True)
         is_baseline = name == "unigram"
-        style = {"color": MUTED_COLOR, "linestyle": "--"} if is_baseline else {"color": next(colors), "marker": "o"}
+        style: dict[str, Any] = {"color": MUTED_COLOR, "linestyle": "--"}
+        if not is_baseline:
+            style = {"color": next(colors), "marker": "o"}
         label = f"{name}{' baseline' if is_baseline else ''}, last {shares[-1]:.1%}"
         axes.plot(steps, shares, linewidth=1.4, markersize=4, label=label, **style)
     axes.set_ylim(bottom=0.0)

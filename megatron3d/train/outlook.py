@@ -87,7 +87,7 @@ class Outlook:
         train, schedule = self.config.train, self.schedule
         unit = "samples" if train.train_samples is not None else "iterations"
         length = train.train_samples if train.train_samples is not None else train.train_iters
-        if schedule.unit == unit and schedule.warmup >= length:
+        if schedule.unit == unit and length is not None and schedule.warmup >= length:
             yield (
                 f"the warm-up of {schedule.warmup:g} {unit} is longer than the run of {length}: the learning rate does "
                 f"not reach --lr {schedule.lr:g}"

@@ -119,8 +119,10 @@ class Reports:
             StepReport(step, math.nan, rates.lr, grad_norm=None, tokens=0, flops=0.0, elapsed_s=0.0, skipped=True)
         )
         tokens = consumed * self.parts.config.model.seq_length
-        counts = {"batch_size": batch_size, "consumed_tokens": tokens}
-        self._trackers.step(StepRecord(step, None, None, rates.lr, consumed, 0.0, skipped=True, **counts))
+        record = StepRecord(
+            step, None, None, rates.lr, consumed, 0.0, skipped=True, batch_size=batch_size, consumed_tokens=tokens
+        )
+        self._trackers.step(record)
 
     def evaluation(self, progress: Progress, found: Evaluation) -> None:
         """Report the losses, and accuracies where there are any, on the validation split after a step."""

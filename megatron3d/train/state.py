@@ -137,6 +137,7 @@ def _agreed_step_count(parts: Parts) -> int:
 
 def _save(parts: Parts, step: int, documents: dict[str, dict[str, Any]]) -> Path:
     options, mesh = parts.config.checkpoint, parts.mesh
+    assert options.save is not None, "a run without --save saves nothing"
     with_optimizer = not options.no_save_optim
     return save_checkpoint(
         Path(options.save),
@@ -355,5 +356,6 @@ def last_step(config: RunConfig, progress: Progress) -> int:
     train = config.train
     if train.train_iters is not None:
         return train.train_iters
+    assert train.train_samples is not None, "a run has a length"
     dp, consumed = config.parallel.data_parallel_size, progress.consumed_samples
     return progress.step + iterations_for_samples(train, train.train_samples, dp, consumed=consumed)

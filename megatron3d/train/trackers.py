@@ -168,7 +168,7 @@ class Trackers:
             writer = TensorBoardWriter(train.tensorboard_dir, resumed_step=resumed_step)
             yield f"--tensorboard-dir {train.tensorboard_dir}", writer
         if train.wandb_project:
-            names = {
+            names: dict[str, Any] = {
                 "entity": train.wandb_entity,
                 "name": train.wandb_exp_name,
                 "directory": train.wandb_save_dir,

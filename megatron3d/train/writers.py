@@ -151,14 +151,18 @@ class WandbWriter:
         except (Exception, SystemExit) as error:
             raise self._failure("cannot be started", error) from error
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Add one point to each named curve. Raises: TrackerError if wandb raises anything."""
+    def _opened(self) -> Any:
         if self._run is None:
             if self._clock() < self._reopen_at:
                 raise TrackerError(f"--wandb-project {self._project} is not open; it is tried again later.")
             self.open()
+        return self._run
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Add one point to each named curve. Raises: TrackerError if wandb raises anything."""
+        run = self._opened()
         try:
-            self._run.log(dict(scalars), step=step)
+            run.log(dict(scalars), step=step)
         except (Exception, SystemExit) as error:
             raise self._failure("refused a point", error) from error
 

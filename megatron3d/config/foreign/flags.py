@@ -31,7 +31,7 @@ from megatron3d.config.words import GivenFlag, stray_sentence
 # Flags of this program that are no option of a run.
 OWN_FLAGS = ("--config", "--preset", "--deepspeed_config", "--deepspeed-config", "--help")
 
-_ALL_SYNONYMS: Mapping[str, Mapping[tuple[str, str], Any]] = SYNONYMS | FORK_SYNONYMS
+_ALL_SYNONYMS: Mapping[str, Mapping[tuple[str, str], Any]] = {**SYNONYMS, **FORK_SYNONYMS}
 _ALL_HARMLESS = {**HARMLESS_VALUES, **FORK_HARMLESS_VALUES, "--num-experts": "1", "--remote-device": "none"}
 
 # Flags whose value an option of ours takes: the value's key, and what else the flag sets.
@@ -164,7 +164,7 @@ def _refuse(flag: GivenFlag, verdict: Verdict) -> None:
         return
     advice = ADVICE_BY_FOREIGN_NAME.get(name)
     meant = None if advice else option_meant(flag.name)
-    if meant in BY_SPELLING:
+    if meant is not None and meant in BY_SPELLING:
         verdict.meant.add(BY_SPELLING[meant].name)
     hint = f"{advice}." if advice else f"did you mean {meant}?" if meant else "--help lists all flags."
     verdict.problems.append(f"{flag.text} is unknown; {hint}")

@@ -126,7 +126,10 @@ def tensor_parallel_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
 
 def _sizes_cut_by_tensor_parallelism(run: RunConfig) -> dict[str, int | None]:
     model: ModelConfig = run.model
-    sizes = {"--num-attention-heads": model.num_attention_heads, "--ffn-hidden-size": model.ffn_hidden_size}
+    sizes: dict[str, int | None] = {
+        "--num-attention-heads": model.num_attention_heads,
+        "--ffn-hidden-size": model.ffn_hidden_size,
+    }
     if model.num_query_groups != model.num_attention_heads:
         sizes["--num-query-groups"] = model.num_query_groups
     if run.parallel.sequence_parallel:

@@ -11,30 +11,30 @@ from megatron3d.config.fields import option, switch
 class CheckpointConfig:
     """Where checkpoints go and come from."""
 
-    save: str = option(None, "--save", "Directory of checkpoints to write.")
-    load: str = option(
+    save: str | None = option(None, "--save", "Directory of checkpoints to write.")
+    load: str | None = option(
         None,
         "--load",
         "Directory of checkpoints to start from; default --save. Where both hold one, the later step is resumed.",
     )
-    pretrained_checkpoint: str = option(
+    pretrained_checkpoint: str | None = option(
         None,
         "--pretrained-checkpoint",
         "Directory of checkpoints whose weights a new run starts from, where --load and --save hold none to resume.",
     )
-    save_interval: int = option(
+    save_interval: int | None = option(
         None, "--save-interval", "Steps between checkpoints.", unit="iterations", also=("--persistent-save-interval",)
     )
-    keep_last: int = option(
+    keep_last: int | None = option(
         None, "--keep-last", "Keep this many newest checkpoints; default all, or 1 with --save-retain-interval."
     )
-    save_retain_interval: int = option(
+    save_retain_interval: int | None = option(
         None,
         "--save-retain-interval",
         "Keep the checkpoints of the multiples of this for ever, and of the others the newest alone (--keep-last).",
         unit="iterations",
     )
-    ckpt_step: int = option(None, "--ckpt-step", "Load this step instead of the latest.")
+    ckpt_step: int | None = option(None, "--ckpt-step", "Load this step instead of the latest.")
     finetune: bool = switch(
         "--finetune",
         "Take the weights of --load alone; start at step 0 with a new optimizer. A checkpoint in --save is resumed.",

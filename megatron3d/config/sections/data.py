@@ -17,13 +17,13 @@ class DataConfig:
     )
     valid_data_path: tuple[str, ...] = options("--valid-data-path", "Prefixes for validation alone.")
     test_data_path: tuple[str, ...] = options("--test-data-path", "Prefixes for the test alone.")
-    data_args_path: str = option(None, "--data-args-path", "A file with the words of --data-path.")
+    data_args_path: str | None = option(None, "--data-args-path", "A file with the words of --data-path.")
     split: str = option("969,30,1", "--split", "Shares of the documents for training, validation and test.")
     mock_data: bool = switch("--mock-data", "Train on tokens drawn from the seed, without any file.")
-    tokenizer_type: str = option(None, "--tokenizer-type", "Kind of tokenizer, as in tools/preprocess_data.py.")
-    tokenizer_model: str = option(None, "--tokenizer-model", "Tokenizer file or directory.")
-    vocab_file: str = option(None, "--vocab-file", "Vocabulary of a GPT-2 or BERT tokenizer.", also=("--vocab",))
-    merge_file: str = option(None, "--merge-file", "Merges of a GPT-2 tokenizer.")
+    tokenizer_type: str | None = option(None, "--tokenizer-type", "Kind of tokenizer, as in tools/preprocess_data.py.")
+    tokenizer_model: str | None = option(None, "--tokenizer-model", "Tokenizer file or directory.")
+    vocab_file: str | None = option(None, "--vocab-file", "Vocabulary of a GPT-2 or BERT tokenizer.", also=("--vocab",))
+    merge_file: str | None = option(None, "--merge-file", "Merges of a GPT-2 tokenizer.")
     tiktoken_pattern: str = option(
         "v2", "--tiktoken-pattern", "How a TikTokenizer cuts a text into words.", choices=("v1", "v2")
     )
@@ -46,7 +46,7 @@ class DataConfig:
         "What the sentence head learns: are A and B in order (order), or is B of another document (next).",
         choices=("order", "next"),
     )
-    eod_token: int = option(None, "--eod-token", "Id of the end-of-document token; default the tokenizer's.")
+    eod_token: int | None = option(None, "--eod-token", "Id of the end-of-document token; default the tokenizer's.")
     seed: int = option(1234, "--seed", "Seed of weights, data order and dropout.")
     num_workers: int = option(2, "--num-workers", "Threads that read batches ahead; 0 reads in the loop.")
     dataloader_check_ids: bool = off_switch(

@@ -31,21 +31,21 @@ class OptimConfig:
         "Shape of the decay.",
         choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
-    lr_decay_iters: int = option(
+    lr_decay_iters: int | None = option(
         None, "--lr-decay-iters", "Iterations until min-lr; default --train-iters.", unit="iterations"
     )
-    lr_decay_samples: int = option(
+    lr_decay_samples: int | None = option(
         None, "--lr-decay-samples", "Samples until min-lr; default --train-samples.", unit="samples"
     )
     lr_warmup_iters: int = option(0, "--lr-warmup-iters", "Iterations of linear warm-up.", unit="iterations")
     lr_warmup_samples: int = option(0, "--lr-warmup-samples", "Samples of linear warm-up.", unit="samples")
-    lr_decay_tokens: int = option(
+    lr_decay_tokens: int | None = option(
         None, "--lr-decay-tokens", "--lr-decay-samples, counted in tokens of --seq-length.", unit="tokens"
     )
-    lr_warmup_tokens: int = option(
+    lr_warmup_tokens: int | None = option(
         None, "--lr-warmup-tokens", "--lr-warmup-samples, counted in tokens of --seq-length.", unit="tokens"
     )
-    lr_warmup_fraction: float = option(
+    lr_warmup_fraction: float | None = option(
         None, "--lr-warmup-fraction", "Warm-up as a fraction of the decay length.", also=("--warmup",)
     )
     lr_warmup_init: float = option(0.0, "--lr-warmup-init", "Learning rate at the start of the warm-up.")
@@ -55,17 +55,17 @@ class OptimConfig:
         "Shape of the last phase of WSD.",
         choices=("exponential", "linear", "cosine", "minus_sqrt"),
     )
-    lr_wsd_decay_iters: int = option(
+    lr_wsd_decay_iters: int | None = option(
         None, "--lr-wsd-decay-iters", "Length of the last phase of WSD.", unit="iterations"
     )
-    lr_wsd_decay_samples: int = option(
+    lr_wsd_decay_samples: int | None = option(
         None, "--lr-wsd-decay-samples", "Length of the last phase of WSD.", unit="samples"
     )
     weight_decay: float = option(0.01, "--weight-decay", "Decoupled weight decay of matrices.")
-    start_weight_decay: float = option(
+    start_weight_decay: float | None = option(
         None, "--start-weight-decay", "Weight decay at the start of its schedule.", also=("--start-wd",)
     )
-    end_weight_decay: float = option(
+    end_weight_decay: float | None = option(
         None, "--end-weight-decay", "Weight decay at the end of its schedule.", also=("--end-wd",)
     )
     weight_decay_incr_style: str = option(
@@ -128,7 +128,7 @@ class OptimConfig:
     )
     bf16: bool = switch("--bf16", "Compute in bf16 with fp32 master weights.")
     fp16: bool = switch("--fp16", "Compute in fp16 with fp32 master weights and loss scaling.")
-    loss_scale: float = option(None, "--loss-scale", "A fixed loss scale for fp16; default dynamic.")
+    loss_scale: float | None = option(None, "--loss-scale", "A fixed loss scale for fp16; default dynamic.")
     initial_loss_scale: float = option(2.0**32, "--initial-loss-scale", "First value of the dynamic loss scale.")
     min_loss_scale: float = option(
         1.0,

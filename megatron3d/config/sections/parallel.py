@@ -42,45 +42,45 @@ class ParallelConfig:
     sequence_parallel: bool = switch(
         "--sequence-parallel", "Shard norms, dropout and residuals along the sequence over the TP ranks."
     )
-    pipeline_schedule: str = option(
+    pipeline_schedule: str | None = option(
         None,
         "--pipeline-schedule",
         f"The order of forwards and backwards: {', '.join(PIPELINE_SCHEDULES)}, or module:function of your own; "
         "default 1f1b, with several stages per rank interleaved.",
     )
-    num_layers_per_virtual_pipeline_stage: int = option(
+    num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "--num-layers-per-virtual-pipeline-stage", "Layers of a stage where a rank holds several stages."
     )
-    num_virtual_stages_per_pipeline_rank: int = option(
+    num_virtual_stages_per_pipeline_rank: int | None = option(
         None,
         "--num-virtual-stages-per-pipeline-rank",
         "Stages on each rank; default 1, or what the schedule needs.",
         also=("--virtual-pipeline-model-parallel-size",),
     )
-    microbatch_group_size_per_virtual_pipeline_stage: int = option(
+    microbatch_group_size_per_virtual_pipeline_stage: int | None = option(
         None,
         "--microbatch-group-size-per-virtual-pipeline-stage",
         "Micro-batches that pass through a stage together when interleaved; default the pipeline ranks.",
         unit="micro-batches",
         also=("--microbatch-group-size-per-vp-stage",),
     )
-    pipeline_model_parallel_layout: str = option(
+    pipeline_model_parallel_layout: str | None = option(
         None,
         "--pipeline-model-parallel-layout",
         'What each stage holds, such as "Et*3|t*4|t*4|t*3L": E embedding, t layer, L output; | ends a stage.',
     )
-    pipeline_split_costs: str = option(
+    pipeline_split_costs: str | None = option(
         None,
         "--pipeline-split-costs",
         "Split so that the slowest stage is fastest: formula, or costs E,t,...,t,L of embedding, layers and output.",
     )
-    pipeline_memory_limit_gb: float = option(
+    pipeline_memory_limit_gb: float | None = option(
         None, "--pipeline-memory-limit-gb", "What --pipeline-schedule auto may use on a rank.", unit="GiB"
     )
-    decoder_first_pipeline_num_layers: int = option(
+    decoder_first_pipeline_num_layers: int | None = option(
         None, "--decoder-first-pipeline-num-layers", "Layers on the first stage; the rest are split evenly."
     )
-    decoder_last_pipeline_num_layers: int = option(
+    decoder_last_pipeline_num_layers: int | None = option(
         None, "--decoder-last-pipeline-num-layers", "Layers on the last stage; the rest are split evenly."
     )
     account_for_embedding_in_pipeline_split: bool = switch(
@@ -95,7 +95,7 @@ class ParallelConfig:
         "What the data-parallel ranks share out: 0 nothing, 1 the optimizer state, 2 also gradients, 3 also weights.",
         choices=(0, 1, 2, 3),
     )
-    zero_shard_size: int = option(
+    zero_shard_size: int | None = option(
         None,
         "--zero-shard-size",
         "Share out within groups of so many consecutive data-parallel ranks, and replicate across them; default all.",
@@ -123,14 +123,14 @@ class ParallelConfig:
         "Where the shared-out weights of --zero-stage 3 live between uses.",
         choices=OFFLOAD_PLACES,
     )
-    offload_dir: str = option(
+    offload_dir: str | None = option(
         None, "--offload-dir", "Where nvme files take their space: a directory on a local disk of each machine."
     )
     offload_delayed_update: bool = switch(
         "--offload-delayed-update",
         "Update offloaded weights beside the next forward and backward, which then use weights one update old.",
     )
-    device: str = option(
+    device: str | None = option(
         None, "--device", "Where to run; default cuda where there is one, else cpu.", choices=("cpu", "cuda")
     )
     distributed_timeout_minutes: float = option(

@@ -26,7 +26,7 @@ class TrainConfig:
     global_batch_size: int = option(
         None, "--global-batch-size", "Samples of one optimizer step; default micro-batch x DP.", unit="samples"
     )
-    gradient_accumulation_steps: int = option(
+    gradient_accumulation_steps: int | None = option(
         None,
         "--gradient-accumulation-steps",
         "Micro-batches of one optimizer step on each data-parallel rank; sets --global-batch-size where that is left "
@@ -36,14 +36,14 @@ class TrainConfig:
     rampup_batch_size: tuple[str, ...] = options(
         "--rampup-batch-size", "START INCREMENT SAMPLES: grow the global batch linearly over SAMPLES samples."
     )
-    step_batch_size_schedule: str = option(
+    step_batch_size_schedule: str | None = option(
         None,
         "--step-batch-size-schedule",
         "TOKENS:SIZE pairs, such as '0:16 2.4B:320': the global batch from each count of tokens on (K, M, B, T).",
     )
-    train_iters: int = option(None, "--train-iters", "Optimizer steps.", unit="iterations")
-    train_samples: int = option(None, "--train-samples", "Samples.", unit="samples")
-    train_tokens: int = option(
+    train_iters: int | None = option(None, "--train-iters", "Optimizer steps.", unit="iterations")
+    train_samples: int | None = option(None, "--train-samples", "Samples.", unit="samples")
+    train_tokens: int | None = option(
         None,
         "--train-tokens",
         "Tokens: the run ends with the first step that reaches them, or at --train-samples if that is sooner.",
@@ -61,10 +61,10 @@ class TrainConfig:
     eval_iters: int = option(
         100, "--eval-iters", "Global batches of one evaluation; 0 does not evaluate.", unit="iterations"
     )
-    exit_interval: int = option(
+    exit_interval: int | None = option(
         None, "--exit-interval", "Save and stop at a multiple of this (docs/stopping.md).", unit="iterations"
     )
-    exit_duration_in_mins: float = option(
+    exit_duration_in_mins: float | None = option(
         None, "--exit-duration-in-mins", "Save and stop this time after the start of the process.", unit="minutes"
     )
     exit_signal_handler: bool = switch(
@@ -73,19 +73,19 @@ class TrainConfig:
         also=("--exit-signal-handler-for-training",),
     )
     log_interval: int = option(100, "--log-interval", "Steps between log lines.", unit="iterations")
-    tensorboard_dir: str = option(None, "--tensorboard-dir", "Where TensorBoard events go (docs/reports.md).")
+    tensorboard_dir: str | None = option(None, "--tensorboard-dir", "Where TensorBoard events go (docs/reports.md).")
     wandb_project: str = option("", "--wandb-project", "Weights & Biases project; needs the wandb package.")
     wandb_entity: str = option("", "--wandb-entity", "Weights & Biases user or team; default your own.")
     wandb_exp_name: str = option("", "--wandb-exp-name", "Weights & Biases run name.")
     wandb_save_dir: str = option("", "--wandb-save-dir", "Weights & Biases directory.")
-    metrics_file: str = option(None, "--metrics-file", "JSON lines: one record a step (docs/reports.md).")
-    check_weight_hash_across_dp_replicas_interval: int = option(
+    metrics_file: str | None = option(None, "--metrics-file", "JSON lines: one record a step (docs/reports.md).")
+    check_weight_hash_across_dp_replicas_interval: int | None = option(
         None,
         "--check-weight-hash-across-dp-replicas-interval",
         "Compare hashes of all values that several ranks hold this often; before a save it is always done.",
         unit="iterations",
     )
-    recompute_granularity: str = option(
+    recompute_granularity: str | None = option(
         None,
         "--recompute-granularity",
         "Recompute activations: whole layers, or attention alone.",
@@ -93,23 +93,23 @@ class TrainConfig:
         also=("--checkpoint-granularity",),
     )
     recompute_activations: bool = switch("--recompute-activations", "The same as --recompute-granularity selective.")
-    recompute_method: str = option(
+    recompute_method: str | None = option(
         None,
         "--recompute-method",
         "With full: in uniform groups (default), or the first layers of each stage.",
         choices=("uniform", "block"),
         also=("--activations-checkpoint-method", "--checkpoint-method"),
     )
-    recompute_num_layers: int = option(
+    recompute_num_layers: int | None = option(
         None,
         "--recompute-num-layers",
         "Layers of a group (uniform, default 1) or layers recomputed (block).",
         also=("--checkpoint-num-layers", "--activations-checkpoint-num-layers"),
     )
-    peak_tflops: float = option(
+    peak_tflops: float | None = option(
         None, "--peak-tflops", "Peak of one device, for MFU where the device is not known.", unit="TFLOP/s"
     )
-    profile_pipeline: str = option(
+    profile_pipeline: str | None = option(
         None, "--profile-pipeline", "Folder for a picture and a trace of when each rank computed what in one step."
     )
     profile_pipeline_step: int = option(

@@ -113,14 +113,14 @@ def _layer_rows(model: ModelConfig, ours: str, theirs: str) -> list[Row]:
     hidden, inner, sizes = model.hidden_size, model.ffn_hidden_size, qkv_sizes(model)
     qkv = [f"{theirs}.self_attn.{one}_proj" for one in "qkv"]
     gate_up = [f"{theirs}.mlp.{one}_proj" for one in ("gate", "up")]
-    bias = {"bias": model.add_bias_linear}
+    bias = model.add_bias_linear
     return [
         *norm_rows(f"{ours}.attention_norm", f"{theirs}.input_layernorm", hidden, bias=False),
-        *linear_rows(f"{ours}.attention.qkv", qkv, (sum(sizes), hidden), sizes=sizes, **bias),
-        *linear_rows(f"{ours}.attention.projection", [f"{theirs}.self_attn.o_proj"], (hidden, sizes[0]), **bias),
+        *linear_rows(f"{ours}.attention.qkv", qkv, (sum(sizes), hidden), sizes=sizes, bias=bias),
+        *linear_rows(f"{ours}.attention.projection", [f"{theirs}.self_attn.o_proj"], (hidden, sizes[0]), bias=bias),
         *norm_rows(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", hidden, bias=False),
-        *linear_rows(f"{ours}.mlp.up", gate_up, (2 * inner, hidden), sizes=(inner, inner), **bias),
-        *linear_rows(f"{ours}.mlp.down", [f"{theirs}.mlp.down_proj"], (hidden, inner), **bias),
+        *linear_rows(f"{ours}.mlp.up", gate_up, (2 * inner, hidden), sizes=(inner, inner), bias=bias),
+        *linear_rows(f"{ours}.mlp.down", [f"{theirs}.mlp.down_proj"], (hidden, inner), bias=bias),
     ]
 
 

@@ -229,7 +229,7 @@ _BY_SCRIPT_ALONE = (
     "other",
 )
 _CODE_ORDER = "en de fr es it pt nl sv da no fi et pl cs sl tr ru el ro hu vi hi ar bn zh he ja ko fa th uk ur"
-_CODES = MappingProxyType(
+_CODES: Mapping[str, str] = MappingProxyType(
     dict(
         zip(
             _CODE_ORDER.split(),

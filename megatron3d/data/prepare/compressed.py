@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import zstandard
 
@@ -25,7 +25,7 @@ def decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
     Reading raises one of DAMAGE where the stream is damaged, or ends before its own end.
     """
     if suffix == ".gz":
-        return _Gzip(fileobj=raw)
+        return cast(BinaryIO, _Gzip(fileobj=raw))  # a buffered reader too, without the write half of the type
     if suffix == ".zst":
         return io.BufferedReader(_ZstdFrames(raw), 1 << 17)
     return raw

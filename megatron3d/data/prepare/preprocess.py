@@ -212,6 +212,7 @@ def _encode_documents(tokenizer: Tokenizer, documents: Sequence[Document], reque
                 tokens += (*prefix, *ids, *suffix)
                 lengths.append(len(prefix) + len(ids) + len(suffix))
         if request.append_eod and len(lengths) > num_before:
+            assert tokenizer.eod is not None, "--append-eod without an end-of-document token passed the checks"
             tokens.append(tokenizer.eod)
             lengths[-1] += 1
         sizes.append(len(lengths) - num_before)

@@ -89,6 +89,7 @@ def _is_end(text: str, first: int, mark: re.Match[str], stop: int, rules: Langua
         quoted = mark["hard"][-1] in "」』”）" and text.startswith(_JAPANESE_QUOTING, end)
         return not quoted and not _in_quote(text, first, end)
     after = _WORD_AFTER.match(text, end, stop)
+    assert after is not None, "the pattern matches the empty text too"
     word_after = after["word"] or ""
     is_semicolon = mark["mark"] in (";", "\u037e")
     if word_after[:1].islower() or (is_semicolon and not rules.semicolon_asks):

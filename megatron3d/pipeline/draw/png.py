@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -103,7 +103,9 @@ def step_colours(timeline: Timeline) -> dict[Step, Colour]:
     return {timed.step: _paler(OP_COLOURS[timed.step.op], paleness[timed.step.stage]) for timed in timeline.steps}
 
 
-def legend_of_ops(figure: Figure, ops: list[Op], *, stages_per_rank: int, left: float, bottom: float) -> None:
+def legend_of_ops(
+    figure: Figure | SubFigure, ops: list[Op], *, stages_per_rank: int, left: float, bottom: float
+) -> None:
     """One entry per op, with a swatch for each stage of a rank in its shade, and one for idle time."""
     handles: list[Patch | tuple[Patch, ...]] = [
         tuple(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib import import_module, util
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 from megatron3d.errors import ScheduleError
 from megatron3d.pipeline.schedule import Schedule
@@ -73,7 +74,7 @@ def load_user_order(name: str) -> UserOrder:
         raise ScheduleError(
             f"--pipeline-schedule {name}: {place} has no function {function_name!r}; it has {', '.join(own) or 'none'}"
         )
-    return function
+    return cast(UserOrder, function)
 
 
 def _load_file(name: str, path: Path) -> ModuleType:
@@ -81,6 +82,7 @@ def _load_file(name: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise ScheduleError(f"--pipeline-schedule {name}: there is no file {path} in {Path.cwd()}; give its path")
     spec = util.spec_from_file_location(f"user_order_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, f"{path} ends in .py, which Python loads"
     module = util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -35,7 +35,7 @@ def measure(
     sklearn_metrics, stats = _libraries()
 
     def correlation(function: Any) -> float:
-        if min(np.ptp(predictions), np.ptp(labels)) == 0 or len(labels) < 2:
+        if float(np.ptp(predictions)) == 0.0 or float(np.ptp(labels)) == 0.0 or len(labels) < 2:
             return 0.0
         return float(function(predictions, labels).statistic)
 

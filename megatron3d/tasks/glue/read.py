@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from megatron3d.errors import DataError
 from megatron3d.files.text import TextError, read_lines
@@ -77,7 +78,7 @@ def read_rows(path: Path, task: Task, *, labelled: bool, skip_bad_rows: bool = F
     if not kept:
         raise DataError(f"{path} has no rows below its header; give a file with samples")
     texts = tuple(zip(*(texts for texts, _ in kept)))
-    labels = tuple(label for _, label in kept) if labelled else None
+    labels = cast("tuple[int, ...] | tuple[float, ...]", tuple(label for _, label in kept)) if labelled else None
     return Rows(path, texts, labels, tuple(problems))
 
 
