@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -47,9 +47,10 @@ class Samples:
             for number in range(num_micro_batches)
         ]
 
-    @abstractmethod
-    def loss_counts(self) -> dict[str, Tensor]:
-        """How many labels each of the model's losses counts, int64 scalars, in the order of the losses."""
+    def counts(self) -> dict[str, Tensor]:
+        """What a loss can be a mean over, by name, int64 scalars: "samples", and "positions", padding included."""
+        sizes = {"samples": self.num_samples, "positions": self.tokens_BS.numel()}
+        return {name: torch.tensor(size, device=self.tokens_BS.device) for name, size in sizes.items()}
 
     @abstractmethod
     def model_inputs(self) -> dict[str, Any]:
@@ -77,9 +78,9 @@ class GroupedSamples:
         """
         return [micro for group in self.groups for micro in group.split(micro_batch_size)]
 
-    def loss_counts(self) -> dict[str, Tensor]:
-        """How many labels each of the model's losses counts, over all groups."""
-        counts = [group.loss_counts() for group in self.groups]
+    def counts(self) -> dict[str, Tensor]:
+        """The counts of all groups together."""
+        counts = [group.counts() for group in self.groups]
         return {name: torch.stack([one[name] for one in counts]).sum(0) for name in counts[0]}
 
 
@@ -93,16 +94,13 @@ class Batch(Samples):
     labels_BS: Tensor
     loss_mask_BS: Tensor
 
-    # Whether an evaluation tells how many labels the model finds, beside the loss.
-    measures_accuracy: ClassVar[bool] = False
-
     def loss_count(self) -> Tensor:
         """How many labels count, as an int64 scalar; sums over ranks stay exact."""
         return self.loss_mask_BS.sum(dtype=torch.float64).to(torch.int64)
 
-    def loss_counts(self) -> dict[str, Tensor]:
-        """The labels that count, of the one loss of most models."""
-        return {"lm": self.loss_count()}
+    def counts(self) -> dict[str, Tensor]:
+        """Also the "labels" that count."""
+        return super().counts() | {"labels": self.loss_count()}
 
     def model_inputs(self) -> dict[str, Any]:
         """Tokens, labels and their mask."""
@@ -141,12 +139,9 @@ class BertBatch(Batch):
     padding_mask_BS: Tensor
     sentence_labels_B: Tensor | None = None
 
-    measures_accuracy: ClassVar[bool] = True
-
-    def loss_counts(self) -> dict[str, Tensor]:
-        """Masked tokens and, with the sentence head, samples."""
-        counts = super().loss_counts()
-        return counts if self.sentence_labels_B is None else counts | {"sentence": self.sentence_count()}
+    def counts(self) -> dict[str, Tensor]:
+        """Also the "pairs" of sentences that have a label."""
+        return super().counts() | {"pairs": self.sentence_count()}
 
     def model_inputs(self) -> dict[str, Any]:
         """Also segments, sentence labels, and a mask [B, 1, S] that keeps every token from attending to padding."""
@@ -177,9 +172,9 @@ class SequenceBatch(Samples):
     padding_mask_BS: Tensor | None = None
     labels_B: Tensor | None = None
 
-    def loss_counts(self) -> dict[str, Tensor]:
-        """The rows that are samples."""
-        return {"label": self.weights_B.sum(dtype=torch.float64).to(torch.int64)}
+    def counts(self) -> dict[str, Tensor]:
+        """The "samples" are the rows that do not only fill up the batch."""
+        return super().counts() | {"samples": self.weights_B.sum(dtype=torch.float64).to(torch.int64)}
 
     def model_inputs(self) -> dict[str, Any]:
         """Tokens, segments, labels with their weights, and a mask [B, 1, S] that keeps padding from being read."""

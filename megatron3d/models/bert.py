@@ -27,6 +27,7 @@ from megatron3d.models.stage import MicroBatch, Stage, StagePart, assemble_stage
 from megatron3d.models.vocabulary import TiedTable, vocabulary_table
 from megatron3d.nn.dropout import drop_hidden
 from megatron3d.nn.inputs import LayerInputs
+from megatron3d.nn.loss_sink import LossSink, LossSpec
 from megatron3d.nn.norm import residual_norm
 from megatron3d.nn.positions import LearnedPositions, TokenTypes
 from megatron3d.params.module import ParallelModule
@@ -37,6 +38,8 @@ from megatron3d.tensor.linear import ReplicatedLinear, linear
 from megatron3d.tensor.residual import first_position, whole_sequence
 
 _NUM_CLASSES = 2
+_TOKENS = LossSpec("lm", "cross-entropy of the masked tokens", "labels", accuracy="masked_accuracy")
+_PAIRS = LossSpec("sentence", "cross-entropy of the pairs of sentences", "pairs", accuracy="sentence_accuracy")
 
 
 class BertEmbedding(nn.Module):
@@ -103,23 +106,21 @@ class BertHead(ParallelModule):
             self.binary = ReplicatedLinear(context, hidden, _NUM_CLASSES, init=normal, tp_gradient="equal", scores=True)
 
     def forward(self, x_SBH: Tensor, micro: MicroBatch, table: VocabParallelEmbedding) -> Tensor:
-        """[S, B, H] to the summed losses, or to logits [S, B, Vp/tp] of all tokens where there are no labels.
-
-        Returns:
-            fp32 [K]: the loss of the masked tokens and, with the binary head, that of the samples; then, where `micro`
-            asks for them, as many counts of hits.
-        """
+        """[S, B, H] to the end of the losses, or to logits [S, B, Vp/tp] of all tokens where there are no labels."""
         x_SBH = self.normed(x_SBH)
         if micro.labels_BS is None:
             return self.token_logits(whole_sequence(x_SBH, self.context), table)
         assert micro.loss_mask_BS is not None, "a mask says which tokens of a BERT are to be predicted"
-        losses, hits = self._token_loss(x_SBH, micro, table)
+        assert micro.losses is not None, "labels are given where losses are asked for"
+        sums = {"lm": self._token_loss(x_SBH, micro, table, micro.losses)}
         if self.config.has_binary_head:
             assert micro.sentence_labels_B is not None, "the binary head needs a label for every pair of sentences"
             logits_BC = self.pair_logits(self.pooled(x_SBH))
-            losses.append(class_loss_sum(logits_BC, micro.sentence_labels_B))
-            hits.append(class_hits(logits_BC, micro.sentence_labels_B))
-        return torch.stack(losses + hits if micro.counts_hits else losses)
+            sums["sentence"] = class_loss_sum(logits_BC, micro.sentence_labels_B)
+            if micro.losses.counts_hits:
+                hits = class_hits(logits_BC, micro.sentence_labels_B)
+                micro.losses.add_hits("sentence", hits, over_tp="equal")
+        return micro.losses.end(sums)
 
     def normed(self, x_SBH: Tensor) -> Tensor:
         """The output of the encoder: of the last block, behind a last norm where norms precede."""
@@ -152,10 +153,8 @@ class BertHead(ParallelModule):
         assert self.binary is not None, "a model without a binary head scores no pairs"
         return self.binary(pooled_BH)
 
-    def _token_loss(
-        self, x_SBH: Tensor, micro: MicroBatch, table: VocabParallelEmbedding
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Summed loss and hits of the masked tokens; the others, some 85 %, never reach the vocabulary."""
+    def _token_loss(self, x_SBH: Tensor, micro: MicroBatch, table: VocabParallelEmbedding, losses: LossSink) -> Tensor:
+        """Summed loss of the masked tokens; the others, some 85 %, never reach the vocabulary."""
         assert micro.loss_mask_BS is not None and micro.labels_BS is not None, "there is nothing to predict"
         mask_N = micro.loss_mask_BS.t().flatten()
         index_P = mask_N.nonzero().flatten()
@@ -165,8 +164,15 @@ class BertHead(ParallelModule):
         logits_PV = self.token_logits(x_PH, table)
         labels_P, mask_P = micro.labels_BS.t().flatten()[index_P], mask_N[index_P]
         vocabulary = {"table": table, "context": self.context}
-        hits = [masked_hits(logits_PV, labels_P, mask_P, **vocabulary)] if micro.counts_hits else []
-        return [masked_loss_sum(logits_PV, labels_P, mask_P, **vocabulary)], hits
+        if losses.counts_hits:
+            hits = masked_hits(logits_PV, labels_P, mask_P, **vocabulary)
+            losses.add_hits("lm", hits, over_tp="equal")
+        return masked_loss_sum(logits_PV, labels_P, mask_P, **vocabulary)
+
+
+def bert_losses(config: ModelConfig) -> tuple[LossSpec, ...]:
+    """The losses of a BERT: of masked tokens and, with the binary head, of pairs of sentences."""
+    return (_TOKENS, _PAIRS) if config.has_binary_head else (_TOKENS,)
 
 
 def build_bert_stage(config: ModelConfig, train: TrainConfig, part: StagePart, context: LayerContext) -> Stage:
@@ -184,4 +190,5 @@ def build_bert_stage(config: ModelConfig, train: TrainConfig, part: StagePart, c
     elif part.is_last and not config.untie_embeddings_and_output_weights:
         embedding = TiedTable(config, context)
     head = BertHead(config, context) if part.is_last else None
-    return assemble_stage(config, train, part, context, embedding=embedding, head=head)
+    losses = bert_losses(config)
+    return assemble_stage(config, train, part, context, embedding=embedding, head=head, losses=losses)

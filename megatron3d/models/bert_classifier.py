@@ -22,11 +22,14 @@ from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.bert import BertEmbedding
 from megatron3d.models.stage import MicroBatch, Stage, StagePart, assemble_stage
 from megatron3d.nn.dropout import drop_samples
+from megatron3d.nn.loss_sink import LossSpec
 from megatron3d.nn.norm import residual_norm
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.linear import ReplicatedLinear
 from megatron3d.tensor.residual import first_position
+
+LOSSES = (LossSpec("label", "cross-entropy, or squared error, of the samples", "samples"),)
 
 
 class ClassifierHead(nn.Module):
@@ -43,7 +46,7 @@ class ClassifierHead(nn.Module):
         self.classifier = ReplicatedLinear(context, hidden, num_outputs, init=normal, tp_gradient="equal")
 
     def forward(self, x_SBH: Tensor, micro: MicroBatch, table: None) -> Tensor:
-        """[S or 1, B, H] to the summed loss (fp32 [1]), or to the scores [B, C] where there are no labels."""
+        """[S or 1, B, H] to the end of the losses, or to the scores [B, C] where there are no labels."""
         if self.norm is not None:
             x_SBH = self.norm(x_SBH)
         pooled_BH = torch.tanh(self.pooler(first_position(x_SBH, self.context)))
@@ -55,7 +58,8 @@ class ClassifierHead(nn.Module):
         losses_B = sample_losses(scores_BC, micro.sentence_labels_B)
         if micro.sample_weights_B is not None:
             losses_B = losses_B * micro.sample_weights_B
-        return losses_B.sum().reshape(1)
+        assert micro.losses is not None, "labels are given where losses are asked for"
+        return micro.losses.end({"label": losses_B.sum()})
 
 
 def sample_losses(scores_BC: Tensor, labels_B: Tensor) -> Tensor:
@@ -81,4 +85,6 @@ def build_bert_classifier_stage(
     config = replace(config, untie_embeddings_and_output_weights=True)
     embedding = BertEmbedding(config, context) if part.is_first else None
     head = ClassifierHead(config, context, num_outputs=num_outputs) if part.is_last else None
-    return assemble_stage(config, train, part, context, embedding=embedding, head=head, reads_first_only=True)
+    return assemble_stage(
+        config, train, part, context, embedding=embedding, head=head, losses=LOSSES, reads_first_only=True
+    )

@@ -62,4 +62,4 @@ def build_bert_encoder_stage(
     config = replace(config, untie_embeddings_and_output_weights=True)
     embedding = BertEmbedding(config, context) if part.is_first else None
     head = EncoderHead(config, context, with_pooler=with_pooler) if part.is_last else None
-    return assemble_stage(config, train, part, context, embedding=embedding, head=head)
+    return assemble_stage(config, train, part, context, embedding=embedding, head=head, losses=())

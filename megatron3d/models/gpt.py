@@ -15,11 +15,14 @@ from megatron3d.models.stage import MicroBatch, Stage, StagePart, assemble_stage
 from megatron3d.models.vocabulary import TiedTable, vocabulary_table
 from megatron3d.nn.dropout import drop_hidden
 from megatron3d.nn.inputs import LayerInputs
+from megatron3d.nn.loss_sink import LossSpec
 from megatron3d.nn.norm import residual_norm
 from megatron3d.nn.positions import LearnedPositions
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.embedding import VocabParallelEmbedding
 from megatron3d.tensor.linear import linear
+
+LOSSES = (LossSpec("lm", "cross-entropy of the next token", "labels"),)
 
 
 class GPTEmbedding(nn.Module):
@@ -58,7 +61,7 @@ class GPTHead(nn.Module):
         self.output = vocabulary_table(config, context) if untied else None
 
     def forward(self, x_SBH: Tensor, micro: MicroBatch, table: VocabParallelEmbedding) -> Tensor:
-        """[S, B, H] to the summed loss (fp32 [1]), or to logits [S, B, Vp/tp] where there are no labels."""
+        """[S, B, H] to the end of the losses (`LossSink.end`), or to logits [S, B, Vp/tp] where there are no labels."""
         context = self.context
         logits_SBV = linear(
             self.norm(x_SBH),
@@ -72,7 +75,8 @@ class GPTHead(nn.Module):
             return logits_SBV
         labels_SB = micro.labels_BS.t().contiguous()
         mask_SB = None if micro.loss_mask_BS is None else micro.loss_mask_BS.t()
-        return masked_loss_sum(logits_SBV, labels_SB, mask_SB, table=table, context=context).reshape(1)
+        assert micro.losses is not None, "labels are given where losses are asked for"
+        return micro.losses.end({"lm": masked_loss_sum(logits_SBV, labels_SB, mask_SB, table=table, context=context)})
 
 
 def build_gpt_stage(config: ModelConfig, train: TrainConfig, part: StagePart, context: LayerContext) -> Stage:
@@ -90,4 +94,4 @@ def build_gpt_stage(config: ModelConfig, train: TrainConfig, part: StagePart, co
     elif part.is_last and not config.untie_embeddings_and_output_weights:
         embedding = TiedTable(config, context)
     head = GPTHead(config, context) if part.is_last else None
-    return assemble_stage(config, train, part, context, embedding=embedding, head=head)
+    return assemble_stage(config, train, part, context, embedding=embedding, head=head, losses=LOSSES)

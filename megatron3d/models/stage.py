@@ -1,8 +1,8 @@
 """Stage: the consecutive layers of a model that one pipeline rank runs as one piece.
 
 A stage takes one hidden tensor [S, B, H] (or, on the first, the tokens of its own micro-batch) and returns one hidden
-tensor (or, on the last, the summed losses). Tokens, masks and labels come from the rank's own reading of the batch, so
-shapes are known beforehand and nothing but hidden tensors crosses the wire.
+tensor (or, on the last, a scalar from which the backward starts). Tokens, masks and labels come from the rank's own
+reading of the batch, so shapes are known beforehand and nothing but hidden tensors crosses the wire.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megatron3d.config.sections.train import TrainConfig
 from megatron3d.nn.block import Block
 from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.inputs import KeyValueCache, LayerInputs
+from megatron3d.nn.loss_sink import LossSink, LossSpec
 from megatron3d.nn.positions import rotary_table
 from megatron3d.nn.recompute import LayerGroup, plan_recompute, run_layers
 from megatron3d.params.freeze import freeze
@@ -44,7 +45,7 @@ class MicroBatch:
         sentence_labels_B: the class of each sample, int64, for models that score sentences or pairs of them; fp32
             values for those that measure.
         sample_weights_B: weight of each sample's loss, fp32, in models that score samples alone; None weighs all alike.
-        counts_hits: whether the last stage also counts the labels that score highest of all.
+        losses: takes the sums of the model's losses; None where there are no labels.
         dropout: the random numbers of this forward's dropout; None drops nothing.
         cache: keys and values of earlier tokens, for generation.
     """
@@ -57,7 +58,7 @@ class MicroBatch:
     token_types_BS: Tensor | None = None
     sentence_labels_B: Tensor | None = None
     sample_weights_B: Tensor | None = None
-    counts_hits: bool = False
+    losses: LossSink | None = None
     dropout: DropoutStream | None = None
     cache: KeyValueCache | None = None
 
@@ -73,14 +74,21 @@ class StagePart:
 
 @dataclass(frozen=True)
 class StageModules:
-    """The modules of a stage, and the gate of their weights; the embedding and the head are None where the stage has
-    none."""
+    """The modules of a stage, the gate of their weights, and the losses that the model declares, those of other stages
+    included; the embedding and the head are None where the stage has none."""
 
     embedding: nn.Module | None
     blocks: Mapping[int, nn.Module]
     head: nn.Module | None
     groups: tuple[LayerGroup, ...]
     gate: WeightGate
+    losses: tuple[LossSpec, ...]
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError if two losses have one name."""
+        names = [spec.name for spec in self.losses]
+        if len(set(names)) < len(names):
+            raise ValueError(f"losses are known by their names, and two of these are alike: {', '.join(names)}")
 
 
 class Stage(nn.Module):
@@ -92,7 +100,7 @@ class Stage(nn.Module):
         self.embedding = modules.embedding
         self.layers = nn.ModuleDict({str(number): block for number, block in modules.blocks.items()})
         self.head = modules.head
-        self.gate = modules.gate
+        self.gate, self.losses = modules.gate, modules.losses
 
     def forward(self, x_SBH: Tensor | None, micro: MicroBatch) -> Tensor:
         """Run the stage.
@@ -102,8 +110,8 @@ class Stage(nn.Module):
             micro: the micro-batch.
 
         Returns:
-            Hidden [S, B, H]; on the last stage the sums of the model's losses (fp32 [K], followed by as many counts
-            of hits where `micro` asks for them), or, where `micro` has no labels, this rank's logits [S, B, Vp/tp].
+            Hidden [S, B, H]; on the last stage a scalar from which the backward starts (the sums of the losses are in
+            `micro.losses`), or, where `micro` has no labels, this rank's logits [S, B, Vp/tp].
         """
         inputs = self._layer_inputs(micro)
         if self.part.is_first:
@@ -182,7 +190,7 @@ class Stage(nn.Module):
             tokens = micro.tokens_BS
             with torch.no_grad():
                 rotary = rotary_table(self.config, tokens.shape[1], micro.position_ids_BS, device=tokens.device)
-        return LayerInputs(rotary, micro.attention_mask_BST, micro.cache, micro.dropout)
+        return LayerInputs(rotary, micro.attention_mask_BST, micro.cache, micro.dropout, micro.losses)
 
 
 def assemble_stage(
@@ -193,12 +201,14 @@ def assemble_stage(
     *,
     embedding: nn.Module | None,
     head: nn.Module | None,
+    losses: tuple[LossSpec, ...],
     reads_first_only: bool = False,
 ) -> Stage:
     """A stage with the blocks of its part between a model's own ends, recomputed as `train` says.
 
-    `reads_first_only` says that the head reads the first position alone: then the block before it computes no other,
-    unless the sequence is cut over the ranks, where that position would be the work of one of them.
+    `losses` are all that the model declares, on every stage alike. `reads_first_only` says that the head reads the
+    first position alone: then the block before it computes no other, unless the sequence is cut over the ranks, where
+    that position would be the work of one of them.
     """
     selective = train.recompute_granularity == "selective"
     last = part.layers[-1] if head is not None and reads_first_only and part.layers else None
@@ -218,7 +228,7 @@ def assemble_stage(
         method=train.recompute_method,
         layers_each=train.recompute_num_layers,
     )
-    stage = Stage(config, part, StageModules(embedding, blocks, head, groups, context.gate))
+    stage = Stage(config, part, StageModules(embedding, blocks, head, groups, context.gate, losses))
     freeze(stage, train.freeze_params)
     return stage
 

@@ -11,16 +11,17 @@ D head size. N and G are this rank's: divided by tp.
 
 from __future__ import annotations
 
+from functools import partial
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.attention_core import Masking, ProbabilityDropout, attend
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.norm import Norm
+from megatron3d.nn.recompute import recomputed
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.linear import ColumnParallelLinear, RowParallelLinear
@@ -69,9 +70,7 @@ class SelfAttention(nn.Module):
         if inputs.cache is not None:
             k_BGSD, v_BGSD = inputs.cache.extend(self.layer, k_BGSD, v_BGSD)
         if self.recompute_core and torch.is_grad_enabled():
-            y_BNSD = checkpoint(
-                self._core, q_BNSD, k_BGSD, v_BGSD, inputs, use_reentrant=False, preserve_rng_state=False
-            )
+            y_BNSD = recomputed(partial(self._core, inputs=inputs), q_BNSD, k_BGSD, v_BGSD, inputs=inputs)
         else:
             y_BNSD = self._core(q_BNSD, k_BGSD, v_BGSD, inputs)
         y_SBO = y_BNSD.permute(2, 0, 1, 3).flatten(2)

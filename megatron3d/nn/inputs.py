@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron3d.nn.dropout import DropoutStream
+from megatron3d.nn.loss_sink import LossSink
 
 
 class KeyValueCache(Protocol):
@@ -28,9 +29,11 @@ class LayerInputs:
             which with tokens in the cache is right for a single new one alone.
         cache: keys and values of earlier tokens.
         dropout: the random numbers of this forward's dropout; None drops nothing.
+        losses: takes what layers add to the model's losses; None where nobody asks for losses, as in generation.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
     attention_mask_BST: Tensor | None = None
     cache: KeyValueCache | None = None
     dropout: DropoutStream | None = None
+    losses: LossSink | None = None

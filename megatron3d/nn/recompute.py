@@ -2,7 +2,8 @@
 
 "full" recomputes whole layers: `uniform` in groups of n (only a group's input is kept), `block` for the first n
 layers of the stage, each by itself. "selective" recomputes the attention core alone, inside `SelfAttention`.
-Dropout masks are pure functions of their place, so a second forward drops what the first one dropped.
+Dropout masks are pure functions of their place, so a second forward drops what the first one dropped; and what it adds
+to a loss is there already.
 
 Source: Chen et al. 2016; Korthikanti et al. 2022, section 4 (selective).
 """
@@ -10,6 +11,7 @@ Source: Chen et al. 2016; Korthikanti et al. 2022, section 4 (selective).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +65,22 @@ def run_layers(layers: Sequence[Layer], groups: Sequence[LayerGroup], x_SBH: Ten
 
     for group in groups:
         if group.recompute and torch.is_grad_enabled():
-            x_SBH = checkpoint(run(group), x_SBH, use_reentrant=False, preserve_rng_state=False)
+            x_SBH = recomputed(run(group), x_SBH, inputs=inputs)
         else:
             x_SBH = run(group)(x_SBH)
     return x_SBH
+
+
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor, inputs: LayerInputs) -> Tensor:
+    """function(*tensors), of which only these tensors are kept: the backward calls it again for everything else.
+
+    Args:
+        function: has no other effect than to add to the losses of `inputs`; the second call adds nothing.
+        tensors: its arguments.
+        inputs: of the layers that it is a part of.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), nullcontext() if inputs.losses is None else inputs.losses.recomputation()
+
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

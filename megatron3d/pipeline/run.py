@@ -26,7 +26,8 @@ class StageForward(Protocol):
     """What the interpreter asks of a stage."""
 
     def __call__(self, x_SBH: Tensor | None, micro: Any) -> Tensor:
-        """Hidden in (None on the first stage), hidden out (on the last stage the summed losses, or logits)."""
+        """Hidden in (None on the first stage), hidden out; on the last stage a scalar to start the backward from, or
+        logits."""
         ...
 
 
@@ -79,15 +80,12 @@ class Backward:
     """What a training schedule needs besides the stages.
 
     Attributes:
-        loss_gradient: gradient of the final objective with respect to what the last stage gives for a micro-batch,
-            its summed losses: a tensor of their shape.
         sink: takes weight gradients; asked to put them aside in input-gradient steps.
         reduce: called with a stage once its weight gradients are complete.
         before: called with a stage before each of its backwards, and before each half where they are split.
         after: called with the stage when that is over.
     """
 
-    loss_gradient: Tensor
     sink: GradSink
     reduce: Callable[[int], None]
     before: Callable[[int], None] = lambda stage: None
@@ -206,10 +204,10 @@ class _Interpreter:
             assert x.grad is not None, f"stage {stage} gave no input gradient for micro-batch {mb}"
             self.output_grads[stage - 1, mb] = x.grad
 
-    def _output_gradient(self, stage: int, mb: int) -> Tensor:
+    def _output_gradient(self, stage: int, mb: int) -> Tensor | None:
         assert self.backward is not None, "a backward step in a schedule that is run without gradients"
         if stage == self.schedule.num_stages - 1:
-            return self.backward.loss_gradient
+            return None  # 1, of a scalar
         if ("gradient", stage, mb) in self.arriving:
             return self._arrived("gradient", stage, mb)
         return self.output_grads.pop((stage, mb))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from megatron3d_kernels.registry import Registry
@@ -12,7 +13,6 @@ from megatron3d.comm.collectives import own_part
 from megatron3d.comm.mesh import Axis
 from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
-from megatron3d.params.spec import TpGradient
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class LayerContext:
     gate: WeightGate = field(default_factory=WeightGate)
 
     @property
-    def residual_gradient(self) -> TpGradient:
-        """How the gradient of a replicated parameter used on the residual stream combines over the axis."""
+    def residual_gradient(self) -> Literal["equal", "partial"]:
+        """How a sum over positions of the residual stream combines over the axis, such as the gradient of a replicated
+        parameter used there, or a loss."""
         return "partial" if self.sequence_parallel else "equal"
 
     def local_sequence(self, x: Tensor, *, dim: int = 0) -> Tensor:

@@ -1,7 +1,7 @@
 """Evaluation: mean losses over the first global batches of a stream, by a forward-only schedule.
 
-Every evaluation reads the same samples, so its numbers compare along a run and between runs. Where a kind of batch
-measures accuracy (masked tokens), it also tells which share of the labels the model finds, and beside it what the best
+Every evaluation reads the same samples, so its numbers compare along a run and between runs. Where the model declares
+accuracies, it also tells which share of its predictions is right; and beside the share of right tokens what the best
 constant answer would reach on the same labels: the share of the most frequent one, the unigram baseline.
 """
 
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.data.batch import Batch
+from megatron3d.nn.loss_sink import LossSink
 from megatron3d.pipeline.run import run
 from megatron3d.train.parts import Parts
-from megatron3d.train.step import micro_batches, share_of_sums
+from megatron3d.train.step import counts_of, micro_batches, objective
 
 
 class BatchReader(Protocol):
@@ -34,25 +35,21 @@ class Evaluation:
     """What an evaluation found, the same on every rank.
 
     Attributes:
-        losses: each loss of the model by name, the mean over its labels.
-        accuracies: for each loss the share of labels that score highest, 0 to 1; empty where not measured.
+        loss: the objective, the weighted sum of the losses.
+        losses: each loss of the model by name, the mean over what it counts.
+        accuracies: the shares of hits, 0 to 1, by the names under which the model declares them.
         unigram_accuracy: share of the most frequent token among the labels, 0 to 1; None where not measured.
     """
 
+    loss: float
     losses: Mapping[str, float]
     accuracies: Mapping[str, float]
     unigram_accuracy: float | None = None
 
-    @property
-    def loss(self) -> float:
-        """The objective: the sum of the losses."""
-        return sum(self.losses.values())
-
     def scalars(self) -> dict[str, float]:
         """Everything by its name in reports, without the objective; what says no more than that is left out."""
         named = {f"{name}_loss": loss for name, loss in self.losses.items()} if len(self.losses) > 1 else {}
-        words = {"lm": "masked", "sentence": "sentence"}
-        named |= {f"{words[name]}_accuracy": share for name, share in self.accuracies.items()}
+        named |= self.accuracies
         return named if self.unigram_accuracy is None else named | {"unigram_accuracy": self.unigram_accuracy}
 
 
@@ -71,43 +68,39 @@ def evaluate(
 def _evaluate(
     parts: Parts, batches: BatchReader, num_batches: int, before_batch: Callable[[], None] | None
 ) -> Evaluation:
-    readers, size = parts.mesh.batch, parts.config.train.global_batch_size
-    totals, histogram, names = torch.zeros(0), torch.zeros(0), []
+    readers, size, specs = parts.mesh.batch, parts.config.train.global_batch_size, parts.model.losses
+    totals, histogram = torch.zeros(0), torch.zeros(0)
     for number in range(num_batches):
         if before_batch is not None:
             before_batch()
         batch = batches.read(number * size, size, readers.rank, readers.size)
-        names, sums = [*batch.loss_counts()], _sums_and_counts(parts, batch)
+        sums = _sums_hits_and_counts(parts, batch)
         totals = sums if number == 0 else totals + sums
-        if batch.measures_accuracy:
+        if any(spec.accuracy and spec.counted == "labels" for spec in specs):
             counted = _label_histogram(batch, parts.config.model.vocab_size)
             histogram = counted if number == 0 else histogram + counted
-    values = all_reduce(totals, parts.mesh.world).tolist()
-    count = len(names)
-    loss_sums, hits, counts = values[:count], values[count:-count], values[-count:]
+    sums, hits, counts = all_reduce(totals, parts.mesh.world).tolist()
     unigram = None
     if len(histogram):
         of_all = all_reduce(histogram.to(parts.model.device), parts.mesh.batch)
         unigram = float(of_all.max()) / max(1, int(of_all.sum()))
-    return Evaluation(_means(names, loss_sums, counts), _means(names, hits, counts), unigram)
+    losses = {spec.name: total / max(1.0, count) for spec, total, count in zip(specs, sums, counts, strict=True)}
+    accuracies = {spec.accuracy: n / max(1.0, count) for spec, n, count in zip(specs, hits, counts) if spec.accuracy}
+    return Evaluation(objective(specs, losses), losses, accuracies, unigram)
 
 
-def _means(names: list[str], sums: list[float], counts: list[float]) -> dict[str, float]:
-    """Sums by name over their counts; empty for no sums."""
-    return {name: total / max(1.0, count) for name, total, count in zip(names, sums, counts)}
-
-
-def _sums_and_counts(parts: Parts, batch: Batch) -> Tensor:
-    """This rank's share of the loss sums, of the hits if they are measured, and of the counts, fp64."""
+def _sums_hits_and_counts(parts: Parts, batch: Batch) -> Tensor:
+    """This rank's share of the loss sums, of the hits (0 where not measured) and of the counts, fp64 [3, K]."""
     config, model = parts.config, parts.model
-    micro, measures = config.train.micro_batch_size, batch.measures_accuracy
-    micros = micro_batches(batch, micro, device=model.device, counts_hits=measures)
+    counts_hits = any(spec.accuracy for spec in model.losses)
+    losses = LossSink(model.losses, tp_rank=parts.mesh.tp.rank, device=model.device, counts_hits=counts_hits)
+    micros = micro_batches(batch, config.train.micro_batch_size, device=model.device, losses=losses)
     row = model.rows.forward_only(len(micros))
-    outputs = run(row.schedule, row.actions, model.stages, micros, wire=model.wire(config, micros))
-    counts = torch.stack([*batch.loss_counts().values()]).double().to(model.device)
+    run(row.schedule, row.actions, model.stages, micros, wire=model.wire(config, micros))
+    counts = counts_of(model.losses, batch).double().to(model.device)
     if not (model.holds_last_stage and parts.mesh.tp.rank == 0):
         counts.zero_()
-    return torch.cat([share_of_sums(parts, outputs, len(counts) * (1 + measures)), counts])
+    return torch.stack([losses.sums(), losses.hits(), counts])
 
 
 def _label_histogram(batch: Batch, vocab_size: int) -> Tensor:

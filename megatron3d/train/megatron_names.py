@@ -40,11 +40,13 @@ def step_scalars(record: StepRecord) -> dict[str, float]:
 
 
 def evaluation_scalars(losses: Mapping[str, float]) -> dict[str, float]:
-    """The curves of an evaluation on the validation split: each loss, and its perplexity."""
+    """The curves of an evaluation on the validation split: each loss, and the perplexity of those that Megatron-LM has,
+    which are cross-entropies."""
     found = {}
     for name, loss in losses.items():
         found[f"{_loss_name(name)} validation"] = loss
-        found[f"{_loss_name(name)} validation ppl"] = math.exp(min(_LARGEST_EXPONENT, loss))
+        if name in _LOSSES:
+            found[f"{_loss_name(name)} validation ppl"] = math.exp(min(_LARGEST_EXPONENT, loss))
     return found
 
 

@@ -66,8 +66,8 @@ class StepRecord:
       known (or given by `--peak-tflops`);
     - `peak_memory_bytes` of rank 0 so far: of the allocator on CUDA, of the whole process on a CPU.
 
-    `losses` has the terms of a model of several losses by name, such as `lm_loss`, whose sum is `loss`; each is written
-    under its own name.
+    `losses` has those of a model of several losses by name, such as `lm_loss`, whose weighted sum is `loss`; each is
+    written under its own name.
     """
 
     step: int

@@ -17,6 +17,7 @@ from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.stage import MicroBatch, Stage, StagePart
+from megatron3d.nn.loss_sink import LossSpec
 from megatron3d.optim.build import build_optimizer
 from megatron3d.optim.scaler import LossScaler, build_scaler
 from megatron3d.params.boxes import ShardView
@@ -84,6 +85,11 @@ class Model:
     sink: GradSink
     gate: WeightGate
     rows: Rows
+
+    @property
+    def losses(self) -> tuple[LossSpec, ...]:
+        """The losses that the model declares, the same on every rank."""
+        return next(iter(self.stages.values())).losses
 
     @property
     def holds_last_stage(self) -> bool:

@@ -1,9 +1,10 @@
 """One optimizer step: forwards and backwards of a global batch, reduction, clipping, update.
 
-Losses and counts travel as sums. The objective is, for each loss of the model, its sum over the global count of its
-labels (a GPT has one loss, that of its tokens; a BERT with the sentence head a second, that of its samples). Counts
-are known before the first forward, so the gradient of each sum is simply 1 / count (times the loss scale) and nothing
-is averaged twice, whatever the layout and however counts differ between micro-batches.
+Losses and counts travel as sums. The model declares its losses (`nn/loss_sink.py`): a GPT has one, that of its tokens;
+a BERT with the sentence head a second, that of its pairs. The objective is the weighted sum of their means, each its
+sum over its global count. Counts are known before the first forward, so the gradient of each sum is simply
+weight / count (times the loss scale) and nothing is averaged twice, whatever the layout and however counts differ
+between micro-batches.
 
 Shapes: K losses of the model.
 """
@@ -22,6 +23,7 @@ from megatron3d.data.batch import GroupedSamples, Samples
 from megatron3d.errors import NumericsError
 from megatron3d.models.stage import MicroBatch
 from megatron3d.nn.dropout import step_seed
+from megatron3d.nn.loss_sink import LossSink, LossSpec
 from megatron3d.optim.build import set_rates
 from megatron3d.optim.clip import clip_factor
 from megatron3d.pipeline.run import Backward, Recorder, run
@@ -42,8 +44,8 @@ class StepResult:
     """What one step gave, the same on every rank.
 
     Attributes:
-        loss: the objective, the sum of `losses`.
-        losses: each loss of the model by name, the mean over its labels in the global batch.
+        loss: the objective, the weighted sum of `losses`.
+        losses: each loss of the model by name, the mean over what it counts in the global batch.
         grad_norm: global norm before clipping.
         skipped: whether the update was left out because gradients were not finite (fp16).
         stop_votes: how many ranks asked to stop.
@@ -90,9 +92,9 @@ def train_step(
     sums = torch.stack([*loss_sums, parts.engine.squared_norm(), votes])
     *totals, squared_norm, votes = all_reduce(sums, parts.mesh.world).tolist()
     losses = {name: total / counts[name] for name, total in zip(counts, totals, strict=True)}
-    loss = math.fsum(losses.values())
+    loss = objective(parts.model.losses, losses)
     grad_norm = math.sqrt(squared_norm) / parts.scaler.scale
-    skipped = not _finite_or_raise(parts, loss, grad_norm)
+    skipped = not _finite_or_raise(parts, losses, loss, grad_norm)
     if not skipped:
         set_rates(parts.optimizer, lr=rates.lr, weight_decay=rates.weight_decay)
         parts.engine.scale_grads(clip_factor(grad_norm, parts.config.optim.clip_grad) / parts.scaler.scale)
@@ -104,10 +106,29 @@ def train_step(
 
 
 def global_counts(parts: Parts, batch: Samples | GroupedSamples) -> dict[str, int]:
-    """Labels of the global batch that each loss counts (at least 1, so that a batch without any has a loss of 0)."""
-    counts = batch.loss_counts()
-    totals = all_reduce(torch.stack([*counts.values()]).to(parts.model.device), parts.mesh.batch).tolist()
-    return {name: max(1, total) for name, total in zip(counts, totals)}
+    """What each loss counts in the global batch (at least 1, so that a batch without any has a loss of 0)."""
+    totals = all_reduce(counts_of(parts.model.losses, batch).to(parts.model.device), parts.mesh.batch).tolist()
+    return {spec.name: max(1, total) for spec, total in zip(parts.model.losses, totals, strict=True)}
+
+
+def counts_of(losses: Sequence[LossSpec], batch: Samples | GroupedSamples) -> Tensor:
+    """What each loss counts in a batch, int64 [K].
+
+    Raises: ValueError if the batch does not have the count of one of the losses.
+    """
+    counts = batch.counts()
+    for spec in losses:
+        if spec.counted not in counts:
+            raise ValueError(
+                f"the loss {spec.name!r} is a mean over {spec.counted!r}, which a {type(batch).__name__} does not "
+                f"count; it counts {', '.join(counts)}"
+            )
+    return torch.stack([counts[spec.counted] for spec in losses])
+
+
+def objective(losses: Sequence[LossSpec], means: Mapping[str, float]) -> float:
+    """The weighted sum of the means, which are given by the name of the loss."""
+    return sum(spec.weight * means[spec.name] for spec in losses)
 
 
 def forward_backward(
@@ -118,27 +139,27 @@ def forward_backward(
     step: int,
     recorder: Recorder | None = None,
 ) -> Tensor:
-    """Run the training schedule, leaving the gradients of sum / count, added up over the losses, in the engine.
+    """Run the training schedule, leaving the gradients of the objective, times the loss scale, in the engine.
 
     Returns:
         This rank's share of the summed losses, fp64 [K]: shares add up over all ranks.
     """
     config, model = parts.config, parts.model
-    micros = micro_batches(batch, config.train.micro_batch_size, device=model.device)
+    gradients = {spec.name: parts.scaler.scale * spec.weight / counts[spec.name] for spec in model.losses}
+    losses = LossSink(model.losses, tp_rank=parts.mesh.tp.rank, device=model.device, gradients=gradients)
+    micros = micro_batches(batch, config.train.micro_batch_size, device=model.device, losses=losses)
     numbers = first_samples(batch, config.train.micro_batch_size, parts.mesh.batch)
     micros = with_dropout(micros, config.model, seed=step_seed(config.data.seed, step), first_samples=numbers)
     row = model.rows.training(len(micros))
     parts.engine.begin_step(len(micros))
     parts.states.clear_totals()
-    gradient = torch.tensor([parts.scaler.scale / count for count in counts.values()], device=model.device)
-    losses = run(
+    run(
         row.schedule,
         row.actions,
         model.stages,
         micros,
         wire=model.wire(config, micros),
         backward=Backward(
-            gradient,
             model.sink,
             parts.engine.reduce_stage,
             before=parts.engine.before_backward,
@@ -146,35 +167,26 @@ def forward_backward(
         ),
         recorder=recorder,
     )
-    return share_of_sums(parts, losses, len(counts))
-
-
-def share_of_sums(parts: Parts, outputs: Sequence[Tensor], num_sums: int) -> Tensor:
-    """What a rank's last stage gave, added up over the micro-batches: fp64 [num_sums].
-
-    All 0 where there is no last stage, or where another rank of the model replica reports the same sums.
-    """
-    if not outputs or parts.mesh.tp.rank > 0:
-        return torch.zeros(num_sums, dtype=torch.float64, device=parts.model.device)
-    return torch.stack([torch.stack(terms).double().sum() for terms in zip(*outputs, strict=True)])
+    return losses.sums()
 
 
 def micro_batches(
-    batch: Samples | GroupedSamples, size: int, *, device: torch.device, counts_hits: bool = False
+    batch: Samples | GroupedSamples, size: int, *, device: torch.device, losses: LossSink | None = None
 ) -> list[MicroBatch]:
-    """Cut a rank's batch into micro-batches on the device, without dropout."""
-    return [MicroBatch(**part.model_inputs(), counts_hits=counts_hits) for part in batch.to(device).split(size)]
+    """Cut a rank's batch into micro-batches on the device, without dropout; `losses` takes those of all of them."""
+    return [MicroBatch(**part.model_inputs(), losses=losses) for part in batch.to(device).split(size)]
 
 
-def _finite_or_raise(parts: Parts, loss: float, grad_norm: float) -> bool:
+def _finite_or_raise(parts: Parts, losses: Mapping[str, float], loss: float, grad_norm: float) -> bool:
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return True
     optim = parts.config.optim
     if optim.precision == "fp16":
         return math.isfinite(grad_norm)
     if optim.check_for_nan_in_loss_and_grad:
+        terms = f" ({', '.join(f'{name} {mean}' for name, mean in losses.items())})" if len(losses) > 1 else ""
         raise NumericsError(
-            f"loss {loss} or gradient norm {grad_norm} is not finite; lower --lr (now {optim.lr}), look at this "
+            f"loss {loss}{terms} or gradient norm {grad_norm} is not finite; lower --lr (now {optim.lr}), look at this "
             "step's data (--iterations-to-skip leaves it out), or go on regardless with "
             "--no-check-for-nan-in-loss-and-grad"
         )

@@ -23,6 +23,7 @@ from megatron3d.params.grads import GradSink
 from megatron3d.params.module import materialize_all
 from megatron3d.tensor.context import LayerContext
 from tests.dist.pool import Pool
+from tests.models.asking import asking_for_losses
 from tests.nn import dense
 from tests.nn.dense import model_config
 from tests.tensor.whole import assert_gradients_equal, fill
@@ -117,16 +118,17 @@ def dense_sums(config: ModelConfig, weights: dict[str, Tensor], micro: MicroBatc
 
 def check_whole_model(model: str, context: LayerContext) -> None:
     """Losses, hits, logits and all gradients of the model as one stage; the two losses weigh differently."""
-    config, micro = bert_config(model), micro_of(counts_hits=True)
+    config, micro = bert_config(model), micro_of()
     (stage,) = stages_of(config, 1, context)
     leaves = {name: whole.clone().requires_grad_() for name, whole in fill(stage, context.tp, scale=0.4).items()}
     expected = dense_sums(config, leaves, micro)
-    weights = torch.tensor([1 / 7, 1 / 3] if config.has_binary_head else [1 / 7])
-    (expected[: len(weights)] * weights).sum().backward()
-    found = stage(None, micro)
+    weights = {"lm": 1 / 7, "sentence": 1 / 3} if config.has_binary_head else {"lm": 1 / 7}
+    (expected[: len(weights)] * torch.tensor([*weights.values()])).sum().backward()
+    micro, losses = asking_for_losses(stage, micro, gradients=weights, counts_hits=True)
+    stage(None, micro).backward()
     # Sums are fp32, as the kernels' and the classes' losses are.
-    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-5)
-    found[: len(weights)].backward(weights.to(found.dtype))
+    found = torch.cat([losses.sums(), losses.hits()])
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
     assert_gradients_equal(stage, context.tp, leaves, rtol=2e-5, atol=2e-6)
     with torch.no_grad():
         logits = stage(None, micro_of(labels_BS=None))
@@ -156,15 +158,16 @@ def run_stages(stages: list[Stage], micro: MicroBatch) -> tuple[Tensor, dict[str
     """Losses and the gradients of their sum, those of tied copies added to their owner's."""
     for stage in stages:
         materialize_all(stage, seed=5, tp=1, tp_rank=0, device=CPU)
+    micro, losses = asking_for_losses(stages[-1], micro)
     x = None
     for stage in stages:
         x = stage(x, micro)
-    x.sum().backward()
+    x.backward()
     grads: dict[str, Tensor] = {}
     for stage in stages:
         for name, one in stage.parameters_by_name().items():
             grads[name] = one.parameter.grad if name not in grads else grads[name] + one.parameter.grad
-    return x.detach(), grads
+    return losses.sums(), grads
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -253,4 +256,4 @@ def test_a_pair_without_its_label_says_what_is_missing() -> None:
     (stage,) = stages_of(bert_config("pre"), 1, context_of())
     materialize_all(stage, seed=5, tp=1, tp_rank=0, device=CPU)
     with pytest.raises(AssertionError, match="a label for every pair"):
-        stage(None, micro_of(sentence_labels_B=None))
+        stage(None, asking_for_losses(stage, micro_of(sentence_labels_B=None))[0])

@@ -23,6 +23,7 @@ from megatron3d.params.module import declared_parameters, materialize_all
 from megatron3d.params.spec import Init, ParamSpec
 from megatron3d.tensor.context import LayerContext
 from tests.dist.pool import Pool
+from tests.models.asking import asking_for_losses
 from tests.nn import dense
 from tests.nn.dense import model_config
 from tests.tensor.whole import assert_gradients_equal, fill
@@ -91,9 +92,9 @@ def check_whole_model(model: str, context: LayerContext) -> None:
     leaves = {name: whole.clone().requires_grad_() for name, whole in fill(stage, context.tp, scale=0.4).items()}
     expected = dense_loss(config, leaves, micro)
     expected.backward()
-    loss = stage(None, micro)
-    torch.testing.assert_close(loss, expected.detach().reshape(1), rtol=1e-6, atol=1e-6)
-    loss.backward()
+    micro, losses = asking_for_losses(stage, micro)
+    stage(None, micro).backward()
+    torch.testing.assert_close(losses.sums(), expected.detach().reshape(1), rtol=1e-6, atol=1e-6)
     # The rotary table is fp32; what it costs is enlarged by weights of this size.
     assert_gradients_equal(stage, context.tp, leaves, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
@@ -124,6 +125,7 @@ def run_stages(stages: list[Stage], micro: MicroBatch) -> tuple[Tensor, dict[str
     """Loss and gradients, those of tied copies added to their owner's."""
     for stage in stages:
         materialize_all(stage, seed=5, tp=1, tp_rank=0, device=CPU)
+    micro, losses = asking_for_losses(stages[-1], micro)
     x = None
     for stage in stages:
         x = stage(x, micro)
@@ -132,7 +134,7 @@ def run_stages(stages: list[Stage], micro: MicroBatch) -> tuple[Tensor, dict[str
     for stage in stages:
         for name, one in stage.parameters_by_name().items():
             grads[name] = one.parameter.grad if name not in grads else grads[name] + one.parameter.grad
-    return x.detach(), grads
+    return losses.sums(), grads
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
@@ -199,9 +201,10 @@ def test_each_backward_brings_as_many_contributions_as_the_stage_says(
                 one.parameter, torch.zeros(one.spec.local_shape(1)), lambda key=key: arrivals.update([key])
             )
             expected[key] = stage.uses_of(name)
+    micro, _ = asking_for_losses(stages[-1], micro_of())
     x = None
     for stage in stages:
-        x = stage(x, micro_of())
+        x = stage(x, micro)
     x.backward()
     assert arrivals == expected
 

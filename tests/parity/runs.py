@@ -22,6 +22,7 @@ from megatron3d.models.zoo import BUILDERS
 from megatron3d.params.boxes import Box
 from megatron3d.train.parts import Parts, build_parts
 from megatron3d.train.step import Rates, forward_backward, global_counts, train_step
+from tests.parity.penalised import build_penalised_stage
 
 VOCAB_SIZE = 101  # not a multiple of any degree: every layout pads differently
 NUM_STEPS = 20
@@ -58,6 +59,7 @@ FROZEN = {
     "gpt2-begun": "--freeze-params embedding.* layers.0.* layers.1.*",
     "gpt2-mixed": "--freeze-params *.attention.* *.mlp.up.weight *.mlp_norm.bias embedding.position.*",
 }
+BUILT_BY_TESTS = {"penalised": build_penalised_stage}  # GPTs with something that no model of the project has
 # Half of the samples are short, so that micro-batches differ in how many of their tokens are masked. With this seed
 # the first sentence labels are 1 and 0 in unequal numbers: else the head's gradients cancel to almost nothing.
 _BERT_SAMPLES = "--seed 10 --short-seq-prob 0.5 --mask-prob 0.3"
@@ -128,7 +130,7 @@ def config_of(case: Case) -> RunConfig:
     layout = case.layout
     degrees = f"--tensor-model-parallel-size {layout.tp} --pipeline-model-parallel-size {layout.pp}"
     is_bert = case.model in BERTS
-    model = BERTS[case.model] if is_bert else f"{(MODELS | FROZEN)[case.model]} --eod-mask-loss"
+    model = BERTS[case.model] if is_bert else f"{(MODELS | FROZEN).get(case.model, '')} --eod-mask-loss"
     argv = f"{SHAPE} {model} --micro-batch-size {micro_batch_size(layout)} {degrees} {case.options}".split()
     words = parse_args(argv, program="test", description="test", architecture="bert" if is_bert else "gpt")
     return resolve(words, case.layout.world_size)
@@ -137,7 +139,8 @@ def config_of(case: Case) -> RunConfig:
 def parts_of(case: Case, mesh: Mesh) -> Parts:
     """The parts of a case on a live mesh."""
     config = config_of(case)
-    return build_parts(config, mesh, torch.device("cpu"), BUILDERS[config.model.architecture])
+    builder = BUILT_BY_TESTS.get(case.model, BUILDERS[config.model.architecture])
+    return build_parts(config, mesh, torch.device("cpu"), builder)
 
 
 def data_of(config: RunConfig) -> GPTData | BertData:

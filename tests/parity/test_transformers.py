@@ -23,6 +23,7 @@ from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.models.stage import MicroBatch, Stage
 from megatron3d.params.module import materialize_all
 from megatron3d.train.parts import Model, build_model
+from tests.models.asking import asking_for_losses
 
 transformers = pytest.importorskip("transformers")
 
@@ -193,9 +194,14 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def summed_loss(stage: Stage, tokens_BS: Tensor) -> Tensor:
-    """The loss of predicting each token from those before it, as transformers shifts its labels, summed."""
-    return stage(None, MicroBatch(tokens_BS[:, :-1].contiguous(), labels_BS=tokens_BS[:, 1:].contiguous()))
+def mean_loss(stage: Stage, tokens_BS: Tensor) -> float:
+    """The mean loss of predicting each token from those before it, as transformers shifts its labels; leaves its
+    gradients in the parameters."""
+    micro = MicroBatch(tokens_BS[:, :-1].contiguous(), labels_BS=tokens_BS[:, 1:].contiguous())
+    count = micro.tokens_BS.numel()
+    micro, losses = asking_for_losses(stage, micro, gradients={"lm": 1 / count})
+    stage(None, micro).backward()
+    return losses.sums().item() / count
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -215,9 +221,7 @@ def test_loss_and_gradients_of_all_parameters_equal_those_of_transformers(name: 
     tokens_BS = ids(4, 24)
     expected = theirs(tokens_BS, labels=tokens_BS).loss
     expected.backward()
-    loss = summed_loss(ours.stages[0], tokens_BS) / (4 * 23)
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=TOLERANCE)
+    assert mean_loss(ours.stages[0], tokens_BS) == pytest.approx(float(expected.detach()), rel=TOLERANCE)
     wanted = TENSORS[name]({key: parameter.grad for key, parameter in theirs.named_parameters()})
     for parameter_name, one in ours.stages[0].parameters_by_name().items():
         grad = one.parameter.grad

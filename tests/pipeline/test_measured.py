@@ -161,7 +161,7 @@ def _run(mesh: Mesh, schedule: Schedule, seconds: float, clock: LogicalClock | N
         stages,
         [None] * schedule.num_microbatches,
         wire=wire,
-        backward=Backward(torch.tensor(1.0), sink, lambda stage: None),
+        backward=Backward(sink, lambda stage: None),
         recorder=(recorder := PipelineRecorder(mesh.pp, clock or Clock(wire.device))),
     )
     return recorder.gather()

@@ -26,7 +26,7 @@ from megatron3d.tensor.linear import linear
 from tests.dist.pool import Pool
 
 B, H = 2, 6  # of a hidden tensor
-LOSS_GRADIENT = 0.125
+LOSS_FACTOR = 0.125
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -64,7 +64,7 @@ class ToyStage(nn.Module):
         assert (x is None) == self.is_first, "only the first stage starts from the micro-batch"
         start = micro.x if x is None else x
         y = linear(start, self.weight, None, axis=self.axis, sink=self.sink, input_type="local").tanh() * self.scale
-        return (y - micro.target).square().sum() if self.is_last else y + start
+        return LOSS_FACTOR * (y - micro.target).square().sum() if self.is_last else y + start
 
 
 def one_process(num_stages: int, num_microbatches: int) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
@@ -76,7 +76,7 @@ def one_process(num_stages: int, num_microbatches: int) -> tuple[list[Tensor], d
         y = None
         for stage in stages:
             y = stage(y, micro)
-        y.backward(torch.tensor(LOSS_GRADIENT))
+        y.backward()
         losses.append(y.detach())
     return losses, {number: [one.weight.grad, one.scale.grad] for number, one in enumerate(stages)}
 
@@ -107,7 +107,7 @@ def check_training(mesh: Mesh, schedule: Schedule) -> None:
         assert stage not in reduced, f"stage {stage} was reduced twice"
         reduced[stage] = [stages[stage].weight.grad.clone(), stages[stage].scale.grad.clone()]
 
-    backward = Backward(torch.tensor(LOSS_GRADIENT), sink, reduce)
+    backward = Backward(sink, reduce)
     micros = micros_of(schedule.num_microbatches)
     results = run(schedule, lower(schedule)[rank], stages, micros, wire=wire_of(mesh, schedule), backward=backward)
     losses, grads = one_process(schedule.num_stages, schedule.num_microbatches)
@@ -232,7 +232,7 @@ def test_each_boundary_carries_one_hidden_tensor_each_way_for_every_microbatch(p
 def run_alone(schedule: Schedule, num_micros: int, *, actions: Any = None, trains: bool = True) -> list[Tensor]:
     """Run a schedule of one rank in this process."""
     mesh, sink = make_mesh(Layout()), GradSink()
-    backward = Backward(torch.tensor(1.0), sink, lambda stage: None) if trains else None
+    backward = Backward(sink, lambda stage: None) if trains else None
     row = lower(schedule)[0] if actions is None else actions
     stages = own_stages(schedule, 0, sink)
     return run(schedule, row, stages, micros_of(num_micros), wire=wire_of(mesh, schedule), backward=backward)
@@ -286,7 +286,7 @@ def test_weight_gradients_are_computed_in_their_own_steps_and_not_with_the_input
     stage = ToyStage(0, 1, axis_of_one(), sink)
     stage.register_forward_pre_hook(lambda module, args: events.append("forward"))
     sink.bind(stage.weight, torch.zeros_like(stage.weight), lambda: events.append("weight"))
-    backward = Backward(torch.tensor(1.0), sink, lambda number: events.append("reduce"))
+    backward = Backward(sink, lambda number: events.append("reduce"))
     run(
         schedule,
         lower(schedule)[0],

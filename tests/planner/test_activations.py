@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron3d.config.run import RunConfig
 from megatron3d.models.stage import MicroBatch, Stage
+from megatron3d.nn.loss_sink import LossSink
 from megatron3d.planner.layers import stage_tape
 from megatron3d.planner.ledger import activation_bytes
 from megatron3d.planner.memory import part_of
@@ -68,8 +69,10 @@ def _kept(rank: int, world_size: int, cases: list[tuple[str, str]]) -> list[dict
 def _kept_by(config: RunConfig) -> dict[int, Kept]:
     """One forward of each stage of this rank after another, which warms up what is made once."""
     parts = parts_of(config)
-    batch = batches_of(config, parts, 1)[0]
-    micros = micro_batches(batch, config.train.micro_batch_size, device=torch.device("cpu"))
+    batch, specs = batches_of(config, parts, 1)[0], parts.model.losses
+    gradients = {spec.name: 1.0 for spec in specs}
+    losses = LossSink(specs, tp_rank=parts.mesh.tp.rank, device=parts.model.device, gradients=gradients)
+    micros = micro_batches(batch, config.train.micro_batch_size, device=torch.device("cpu"), losses=losses)
     micro = with_dropout(micros[:1], config.model, seed=1, first_samples=[0])[0]
     found = {}
     for number, stage in parts.model.stages.items():

@@ -47,7 +47,7 @@ def test_a_batch_without_padding_has_no_mask_and_values_are_fp32(tokenizer: Toke
     batch = encoded.batch(np.array([1, 0]), np.array([1.0, 0.0], np.float32), 4)
     assert batch.padding_mask_BS is None and batch.model_inputs()["attention_mask_BST"] is None
     assert batch.labels_B.dtype == torch.float32 and batch.labels_B.tolist() == [2.0, 0.5]
-    assert batch.loss_counts()["label"].item() == 1
+    assert batch.counts()["samples"].item() == 1
 
 
 def test_long_samples_are_cut_and_counted(tokenizer: Tokenizer) -> None:
