@@ -148,6 +148,16 @@ def test_losses_and_gradients_of_a_step_are_those_of_plain_autograd(options: str
     assert result.loss == pytest.approx(means["lm"] + penalised.WEIGHT * means["penalty"], rel=tolerance)
 
 
+def test_a_penalty_of_a_frozen_layer_counts_once_though_its_group_is_recomputed() -> None:
+    """No gradient goes through the first layer; the second, of the same group, still needs its forward again."""
+    means, expected = by_plain_autograd()
+    parts = parts_of(Case(MODEL, Layout(), f"--freeze-params embedding.* layers.0.* {FULL}"), make_mesh(Layout()))
+    found = by_a_step(parts)
+    assert set(found) < set(expected)
+    assert largest_error(found, {name: expected[name] for name in found}) < GRADIENT_TOLERANCE
+    assert train_step(parts, first_batch(), RATES, step=0).losses == pytest.approx(means, rel=LOSS_TOLERANCE)
+
+
 def test_without_the_penalty_the_gradients_are_others() -> None:
     found = by_a_step(parts_of(Case("gpt2", Layout()), make_mesh(Layout())))
     assert largest_error(found, by_plain_autograd()[1]) > 1e4 * GRADIENT_TOLERANCE
