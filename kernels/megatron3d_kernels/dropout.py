@@ -29,7 +29,7 @@ from torch import Tensor
 _STEPS = 1 << 16  # values of the 16 random bits that decide about one element
 _LANES = 4  # elements that share one output of the generator
 _CHUNK_WORDS = 1 << 16  # outputs computed at a time on a CPU: half a MiB, which stays in its cache
-_CHUNK_WORDS_ELSEWHERE = 1 << 24
+_CHUNK_WORDS_ELSEWHERE = 1 << 22
 
 
 def _signed(bits: int) -> int:
