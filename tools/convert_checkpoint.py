@@ -65,12 +65,6 @@ from megatron3d.params.init import initial_shard
 from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.parts import build_model
 
-# What gives the ids of a tokenizer that transformers has no class for.
-_ENCODED_WITH = {
-    **dict.fromkeys(("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"), "sentencepiece"),
-    "TikTokenizer": "tiktoken",
-}
-
 
 def import_model(args: argparse.Namespace) -> None:
     """Read a directory, complete it if so asked, write the checkpoint, and say what was found."""
@@ -117,10 +111,8 @@ def write_hf(args: argparse.Namespace) -> None:
     exported = export_model(checkpoint, Path(args.hf), options)
     files = ", ".join(exported.tokenizer_files) or "no tokenizer"
     print(f"{args.hf}: {exported.class_name} of {exported.num_parameters} parameters, with {files}")
-    assert options.data is not None, "the options name the data"
-    if options.with_tokenizer and options.data.tokenizer_type in _ENCODED_WITH:
-        kind, library = options.data.tokenizer_type, _ENCODED_WITH[options.data.tokenizer_type]
-        print(f"the {kind} is left out, as transformers has no class that gives its ids; encode texts with {library}")
+    for note in exported.notes:
+        print(note)
 
 
 def main(guard: Guard) -> None:

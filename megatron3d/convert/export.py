@@ -29,7 +29,8 @@ from megatron3d.convert.hf import HF_DOCUMENT
 from megatron3d.convert.rows import Row
 from megatron3d.convert.task_document import read_task_document
 from megatron3d.convert.tokenizer_choice import tokenizer_of
-from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, files_of, has_counterpart
+from megatron3d.convert.tokenizer_export import ExportedTokenizer, exported_tokenizer
+from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER
 from megatron3d.data.hf_description import GENERATION_CONFIG, MODEL_CONFIG, companion_files
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.files.json_text import parse_object
@@ -53,11 +54,13 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: transformers' class, elements of all its tensors, and the files of the tokenizer."""
+    """What was written: transformers' class, elements of all its tensors, the files of the tokenizer, and sentences
+    about these for the user."""
 
     class_name: str
     num_parameters: int
     tokenizer_files: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def export_model(checkpoint: Path, directory: Path, options: ExportOptions | None = None) -> Exported:
@@ -68,6 +71,7 @@ def export_model(checkpoint: Path, directory: Path, options: ExportOptions | Non
     Raises:
         CheckpointError: the checkpoint is damaged, or its tensors do not fit its `run.json`.
         ConfigError: the model has no counterpart there, or `directory` exists.
+        DataError: a file of the tokenizer is damaged, or no file there can hold what it says.
         StorageError: the file system refused.
     """
     options = options or ExportOptions()
@@ -87,15 +91,14 @@ def export_model(checkpoint: Path, directory: Path, options: ExportOptions | Non
     config = _config(checkpoint, replace(run, data=data), class_name, index, options.labels)
     config["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     files = companion_files(checkpoint.parent / TOKENIZER_FOLDER)
-    if options.with_tokenizer:
-        own_files = files_of(data, run.model)
-        files |= own_files if has_counterpart(data) else {}
+    tokenizer = exported_tokenizer(data, run.model) if options.with_tokenizer else ExportedTokenizer({})
+    files |= tokenizer.files
     files.pop(MODEL_CONFIG, None)
     if GENERATION_CONFIG in files and not _is_as_imported(_document(checkpoint, HF_DOCUMENT, index)):
         files[GENERATION_CONFIG] = _with_ends(files[GENERATION_CONFIG], config)
     write_directory(directory, config, tensors, files)
     names = tuple(sorted(name for name in files if name != GENERATION_CONFIG))
-    return Exported(class_name, sum(tensor.numel() for tensor in tensors.values()), names)
+    return Exported(class_name, sum(tensor.numel() for tensor in tensors.values()), names, tokenizer.notes)
 
 
 def _config(checkpoint: Path, run: RunConfig, class_name: str, index: Index, labels: Sequence[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import ModelConfig
@@ -26,6 +27,7 @@ from megatron3d.data.hf_description import (
 )
 from megatron3d.data.hf_tokenizer import described_tokenizer, has_vocabulary
 from megatron3d.data.tokenizer import END_OF_TEXT
+from megatron3d.data.vocabulary_files import read_bpe
 from megatron3d.errors import CheckpointError
 from megatron3d.storage.durable import sync_directory, write_file
 from megatron3d.storage.refusals import storage_errors
@@ -91,26 +93,19 @@ def data_of(directory: Path, model: ModelConfig, *, with_tokenizer: bool = True)
     return named_in(DataConfig(tokenizer_type=DESCRIBED, vocab_file=vocabulary, eod_token=eod), directory)
 
 
-def has_counterpart(data: DataConfig) -> bool:
-    """Whether transformers has a class that gives the ids of a run's tokenizer, for every text.
-
-    It has none for a sentencepiece model by itself, which each of its classes reads in a way of its own, nor for
-    Megatron-LM's file of ranks.
-    """
-    return data.tokenizer_type in (DESCRIBED, "GPT2BPETokenizer", *WORD_PIECES)
-
-
 def files_of(data: DataConfig, model: ModelConfig) -> dict[str, bytes]:
-    """The files of a run's tokenizer under Hugging Face's names, by path; none where the run has none of theirs.
+    """The files of a run's tokenizer, by path, as a checkpoint keeps them; none where it has none.
 
-    Those of a described tokenizer come whole, with what lies beside them. For the other kinds a description is written
-    that says what the kind does.
+    Those of a described tokenizer come whole, with what lies beside them. To GPT-2's and BERT's files comes a
+    description that says what the kind does; what stands for the others in a directory of Hugging Face is in
+    `tokenizer_export.py`.
 
     Raises:
         CheckpointError: a file that the run names is not there.
+        DataError: the vocabulary of a GPT2BPETokenizer is damaged.
     """
     if data.tokenizer_type == DESCRIBED and data.tokenizer_model is not None:
-        path = _existing(data.tokenizer_model)
+        path = existing_file(data.tokenizer_model)
         folder = path if path.is_dir() else path.parent
         files = described_files(path)
         if not files:
@@ -121,7 +116,7 @@ def files_of(data: DataConfig, model: ModelConfig) -> dict[str, bytes]:
         "merges.txt": data.merge_file,
         "tokenizer.model": data.tokenizer_model,
     }
-    files = {name: _existing(value).read_bytes() for name, value in named.items() if value is not None}
+    files = {name: existing_file(value).read_bytes() for name, value in named.items() if value is not None}
     return files | (_description(data, model) if files else {})
 
 
@@ -136,7 +131,8 @@ def named_in(data: DataConfig, folder: Path) -> DataConfig:
     return replace(data, **{option: str((folder / name).absolute()) for option, name in given.items()})
 
 
-def _existing(value: str) -> Path:
+def existing_file(value: str) -> Path:
+    """The path of a file of the tokenizer. Raises: CheckpointError if it is not there."""
     path = Path(value)
     if not path.exists():
         raise CheckpointError(_not_there(path))
@@ -151,11 +147,16 @@ def _not_there(path: Path) -> str:
 
 
 def _description(data: DataConfig, model: ModelConfig) -> dict[str, bytes]:
-    """`tokenizer_config.json` of a kind that is named by our options; none of a sentencepiece model."""
+    """`tokenizer_config.json` of a kind whose files a class of transformers reads as the kind does; none of others."""
+    values: dict[str, Any]
     if data.tokenizer_type is not None and data.tokenizer_type in WORD_PIECES:
         values = {"tokenizer_class": "BertTokenizer", "do_lower_case": WORD_PIECES[data.tokenizer_type]}
     elif data.tokenizer_type == "GPT2BPETokenizer":
         values = {"tokenizer_class": "GPT2Tokenizer", "eos_token": END_OF_TEXT, "bos_token": None}
+        vocabulary, _ = read_bpe(Path(data.vocab_file or ""), Path(data.merge_file or ""))
+        if END_OF_TEXT not in vocabulary:
+            # The class would add a token that the vocabulary lacks, with an id that the model has no row for.
+            values |= {"eos_token": None, "unk_token": None}
     else:
         return {}
     values["model_max_length"] = model.max_position_embeddings

@@ -21,12 +21,11 @@ from megatron3d.config.sections.data import DataConfig
 from megatron3d.data.blend import Corpus, parse_data_path, words_of_file
 from megatron3d.data.hf_description import described_files
 from megatron3d.data.tiktoken_file import tiktoken_options
+from megatron3d.data.tokenizer import SENTENCEPIECE_KINDS
 from megatron3d.errors import ConfigError, DataError
 
 BLOCK_BYTES, NUM_BLOCKS = 16 << 10, 64
 TOKENIZER = "the tokenizer"  # in a `Difference`, as the name of an option
-
-_SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def _named_files(data: DataConfig) -> Iterator[tuple[str, Path, bytes]]:
         options = {"vocabulary": data.vocab_file, "merges": data.merge_file}
     elif kind.startswith("BertWordPiece"):
         options = {"vocabulary": data.vocab_file}
-    elif kind in (*_SENTENCEPIECE, "TikTokenizer"):
+    elif kind in (*SENTENCEPIECE_KINDS, "TikTokenizer"):
         options = {"model": data.tokenizer_model}
     for role, value in options.items():
         path = Path(value or "")
@@ -218,7 +217,7 @@ def moved(saved: Content, now: Content) -> list[str]:
 
 def same_tokenizer(saved: TokenizerContent, now: TokenizerContent) -> bool:
     """Whether two tokenizers are of one kind and made of equal files."""
-    kinds = {"sentencepiece" if one.kind in _SENTENCEPIECE else one.kind for one in (saved, now)}
+    kinds = {"sentencepiece" if one.kind in SENTENCEPIECE_KINDS else one.kind for one in (saved, now)}
     return len(kinds) == 1 and saved.digest == now.digest
 
 

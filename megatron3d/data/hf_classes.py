@@ -11,12 +11,11 @@ from types import MappingProxyType
 from typing import Any
 
 import tokenizers
-from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from megatron3d.data.hf_description import Description
 from megatron3d.data.library_errors import as_data_error
+from megatron3d.data.sentencepiece_file import parse_model
 from megatron3d.data.vocabulary_files import read_bpe, read_word_pieces
 from megatron3d.errors import DataError
 
@@ -99,7 +98,7 @@ def _llama(description: Description) -> tokenizers.Tokenizer:
     """BPE over the pieces of a sentencepiece model, which are merged in the order of their ids."""
     pieces = _sentencepiece(description).pieces
     vocab = {piece.piece: id for id, piece in enumerate(pieces)}
-    library = tokenizers.Tokenizer(models.BPE(vocab, _merges(vocab), fuse_unk=True, byte_fallback=True))
+    library = tokenizers.Tokenizer(models.BPE(vocab, merges_of(vocab), fuse_unk=True, byte_fallback=True))
     adds_space = description.flag("add_prefix_space", True)
     scheme = "never" if not adds_space else "always" if description.flag("legacy", False) else "first"
     library.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
@@ -115,7 +114,7 @@ def _llama(description: Description) -> tokenizers.Tokenizer:
     return library
 
 
-def _merges(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def merges_of(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     """All pairs of tokens that make a token, by the id of what they make, then by their lengths, then by their ids."""
     found = []
     for whole, id in vocab.items():
@@ -127,13 +126,7 @@ def _merges(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def _sentencepiece(description: Description) -> Any:
-    path = description.directory / "tokenizer.model"
-    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] protobuf makes it
-    try:
-        model.ParseFromString(path.read_bytes())
-    except (OSError, DecodeError) as error:
-        raise DataError(f"{path} cannot be read as a sentencepiece model ({error}); fetch it again") from error
-    return model
+    return parse_model(description.directory / "tokenizer.model")
 
 
 _Builder = Callable[[Description], tokenizers.Tokenizer]

@@ -25,7 +25,7 @@ from megatron3d.errors import DataError
 from megatron3d.files.json_text import is_whole_number, kind_of, parse_object
 
 # What makes the ids: vocabularies, and what is said of them.
-VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")
+VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
 SETTING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # What belongs to a model beside its weights and makes no ids: how chats are written, how texts are generated.
 GENERATION_CONFIG = "generation_config.json"
@@ -52,6 +52,13 @@ _TOKENS_OF_CLASS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "GPT2Tokenizer": _END_OF_TEXT,
         "GPTNeoXTokenizer": _END_OF_TEXT,
         "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        "BertGenerationTokenizer": {
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "pad_token": "<pad>",
+            "sep_token": "<::::>",
+        },
     }
 )
 # Classes that are BertTokenizer under another name.

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from megatron3d.data.hf_classes import bert_normalizer, build_by_class, is_unigram_read_as_bpe
 from megatron3d.data.hf_description import VOCABULARY_FILES, Description, read_description
+from megatron3d.data.hf_sentencepiece import SENTENCEPIECE_CLASS, run_by_sentencepiece
 from megatron3d.data.library_errors import as_data_error
 from megatron3d.data.tokenizer_interface import LibraryTokenizer, SpecialIds, Tokenizer
 from megatron3d.errors import DataError
@@ -78,6 +79,8 @@ def described_tokenizer(path: Path) -> Tokenizer:
     if file.is_file():
         library = _from_file(file)
         _apply_settings(library, description, file)
+    elif description.tokenizer_class == SENTENCEPIECE_CLASS:
+        return run_by_sentencepiece(description)
     elif has_vocabulary(directory):
         library = build_by_class(description)
     else:

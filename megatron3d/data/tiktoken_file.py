@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.errors import ConfigError, DataError
@@ -68,7 +68,15 @@ def tiktoken_from_arguments(args: argparse.Namespace) -> TikTokenOptions:
 
 
 class TikTokenModel:
-    """Text to ids and back; special tokens are never read out of a text."""
+    """Text to ids and back; special tokens are never read out of a text.
+
+    Attributes:
+        vocab_size: ids, of special tokens and others.
+        special_tokens: names of the ids from 0 on; the first `num_named_tokens` are named by the options.
+        bos, eod: the ids of <s> and </s>.
+        pattern: the expression that cuts a text into words.
+        tokens: the bytes of the ids behind the special ones.
+    """
 
     def __init__(self, path: Path, options: TikTokenOptions, vocab_size: int | None) -> None:
         """Read the file; of its tokens the first ones are kept, so that there are `vocab_size` ids in all.
@@ -87,10 +95,13 @@ class TikTokenModel:
                 f"between {len(special) + 256} and that."
             )
         self.vocab_size = size
+        self.special_tokens = tuple(special)
+        self.num_named_tokens = len(options.special_tokens or _NEEDED_TOKENS)
         self.bos, self.eod = special.index("<s>"), special.index("</s>")
-        tokens = tokens[: size - len(special)]
-        self._library = _library(tokens, first_id=len(special), pattern=PATTERNS[options.pattern])
-        self._bytes_by_id = [*(name.encode() for name in special), *tokens]
+        self.pattern = PATTERNS[options.pattern]
+        self.tokens = tuple(tokens[: size - len(special)])
+        self._library = byte_pair_library(self.tokens, first_id=len(special), pattern=self.pattern)
+        self._bytes_by_id = [*(name.encode() for name in special), *self.tokens]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, computed on all cores."""
@@ -149,24 +160,44 @@ def _token(path: Path, rank: int, entry: Any) -> bytes:
         ) from error
 
 
-def _library(tokens: Sequence[bytes], *, first_id: int, pattern: str) -> tokenizers.Tokenizer:
-    """The same model in the `tokenizers` library, which writes bytes as letters of GPT-2's alphabet."""
+def byte_pair_library(
+    tokens: Sequence[bytes], *, first_id: int, pattern: str, special_tokens: Sequence[str] = ()
+) -> tokenizers.Tokenizer:
+    """tiktoken's model in the `tokenizers` library, which writes bytes as letters of GPT-2's alphabet.
+
+    Args:
+        tokens: the bytes of each token, in the order of their ranks.
+        first_id: the id of the first.
+        pattern: the expression that cuts a text into words.
+        special_tokens: names of ids below `first_id` from 0 on, or of those above all others; part of the vocabulary,
+            and no text is cut into them.
+
+    Raises: DataError if the name of a special token is that of another token in this alphabet.
+    """
     letters = _letters()
     ids = {"".join(letters[byte] for byte in token): first_id + rank for rank, token in enumerate(tokens)}
+    if taken := [name for name in special_tokens if name in ids]:
+        raise DataError(
+            f"the special token {taken[0]} is also the text of token {ids[taken[0]]}, and a tokenizer.json has one id "
+            "for each name; leave the tokenizer out (--no-tokenizer)"
+        )
     merges = [
         (token[:cut], token[cut:])
         for token in ids
         for cut in range(1, len(token))
         if token[:cut] in ids and token[cut:] in ids
     ]
+    first_special = 0 if first_id else len(tokens)
+    vocab = ids | {name: first_special + number for number, name in enumerate(special_tokens)}
     # A whole word that is a token is one, even where no order of merges leads to it.
-    library = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=True))
+    library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    library.decoder = decoders.ByteLevel()
     return library
 
 

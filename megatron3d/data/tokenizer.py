@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megatron3d.data.hf_tokenizer import described_tokenizer
 from megatron3d.data.library_errors import as_data_error
+from megatron3d.data.sentencepiece_file import SentencePieceTokenizer
 from megatron3d.data.tiktoken_file import TikTokenModel, TikTokenOptions
 from megatron3d.data.tokenizer_interface import LibraryTokenizer, SpecialIds, Tokenizer
 from megatron3d.data.vocabulary_files import read_bpe, read_word_pieces
@@ -35,6 +35,7 @@ TOKENIZER_TYPES = (
     "ByteTokenizer",
     "NullTokenizer",
 )
+SENTENCEPIECE_KINDS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 DEFAULT_TIKTOKEN = TikTokenOptions()
 END_OF_TEXT = "<|endoftext|>"
 
@@ -92,7 +93,7 @@ def build_tokenizer(
         if tokenizer_model is None and vocab_file is not None:
             return described_tokenizer(_required_file(tokenizer_type, "--vocab-file", vocab_file).parent)
         return described_tokenizer(_required_file(tokenizer_type, "--tokenizer-model", tokenizer_model))
-    if tokenizer_type in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"):
+    if tokenizer_type in SENTENCEPIECE_KINDS:
         return SentencePieceTokenizer(_required_file(tokenizer_type, "--tokenizer-model", tokenizer_model))
     if tokenizer_type == "TikTokenizer":
         path = _required_file(tokenizer_type, "--tokenizer-model", tokenizer_model)
@@ -117,47 +118,6 @@ def existing_file(flag: str, value: str) -> Path:
     if not path.exists():
         raise DataError(f"{flag} {value} cannot be found; nothing is downloaded, give the path of a local file.")
     return path
-
-
-class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model; the end of a document is the model's end of sentence."""
-
-    def __init__(self, path: Path) -> None:
-        """Load the model. Raises: DataError if the file is none."""
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"--tokenizer-model {path} cannot be read as a sentencepiece model ({error}).") from error
-        special = SpecialIds(
-            eod=self._valid(self._model.eos_id()),
-            bos=self._valid(self._model.bos_id()),
-            pad=self._valid(self._model.pad_id()),
-            cls=self._piece("<CLS>", "[CLS]"),
-            sep=self._piece("<SEP>", "[SEP]"),
-            mask=self._piece("<MASK>", "[MASK]"),
-        )
-        super().__init__(self._model.get_piece_size(), special)
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`."""
-        return self._model.encode(text)
-
-    def pieces(self, text: str) -> list[str]:
-        """The pieces that `text` is cut into."""
-        return self._model.encode(text, out_type=str)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
-        return self._model.decode([int(id) for id in ids])
-
-    def _valid(self, id: int) -> int | None:
-        """`id`, or None for the library's -1 that says there is none."""
-        return None if id < 0 else id
-
-    def _piece(self, *names: str) -> int | None:
-        """The id of the first of `names` that is a piece of the model."""
-        ids = (self._model.piece_to_id(name) for name in names)
-        return next((id for id in ids if id != self._model.unk_id()), None)
 
 
 class TikTokenizer(Tokenizer):

@@ -3,7 +3,6 @@ the same text from transformers and from us."""
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 import sys
@@ -23,7 +22,7 @@ from megatron3d.comm.launch import Launch
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.convert.hf import read_model, save_model
-from megatron3d.convert.tokenizer_choice import tokenizer_of, with_given
+from megatron3d.convert.tokenizer_choice import with_given
 from megatron3d.convert.tokenizer_files import files_of, named_in, write_files
 from megatron3d.data.indexed import IndexedDataset
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
@@ -211,36 +210,6 @@ def test_a_model_of_our_own_is_exported_with_its_end_and_no_begin(
     words = ("hf-export", "--load", tmp_path / "save", "--hf", tmp_path / "bare", "--no-tokenizer")
     assert "no tokenizer" in run(convert_checkpoint, *words)
     assert json.loads((tmp_path / "bare" / "config.json").read_text())["eos_token_id"] == 0
-
-
-@pytest.mark.parametrize(("kind", "library"), [("Llama2Tokenizer", "sentencepiece"), ("TikTokenizer", "tiktoken")])
-def test_a_tokenizer_without_a_class_there_is_left_out_of_an_export_and_the_ends_stay(
-    run: Run,
-    tmp_path: Path,
-    vocabularies: Vocabularies,  # noqa: F811
-    kind: str,
-    library: str,
-) -> None:
-    """transformers would read the file by the class of the model, with other ids and an end outside the vocabulary."""
-    llama(tmp_path / "there", 440)
-    path = tmp_path / "there" / "tokenizer.model"  # the name of the copy that an import makes
-    shutil.copy(vocabularies.sentencepiece, path)
-    if kind == "TikTokenizer":
-        ranks = [{"rank": n, "token_bytes": base64.b64encode(bytes([n])).decode(), "token_str": ""} for n in range(256)]
-        path.write_text(json.dumps(ranks))
-    data = DataConfig(tokenizer_type=kind, tokenizer_model=str(path), tiktoken_num_special_tokens=184)
-    found = replace(read_model(tmp_path / "there", with_tokenizer=False), data=data, settings={})
-    save_model(found, tmp_path / "save")
-    out = run(convert_checkpoint, "hf-export", "--load", tmp_path / "save", "--hf", tmp_path / "again")
-    assert (
-        f"the {kind} is left out, as transformers has no class that gives its ids; encode texts with {library}" in out
-    )
-    written = {path.name for path in (tmp_path / "again").iterdir()}
-    assert written == {"config.json", "generation_config.json", "model.safetensors"}
-    config = json.loads((tmp_path / "again" / "config.json").read_text())
-    own = tokenizer_of(data, 440)
-    assert own is not None and config["eos_token_id"] == own.eod != config["bos_token_id"]
-    assert "with no tokenizer" in out
 
 
 def test_weights_alone_are_imported_where_the_tokenizer_cannot_be(

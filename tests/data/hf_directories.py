@@ -148,6 +148,10 @@ KINDS: Mapping[str, tuple[str, Callable[[Vocabularies], tokenizers.Tokenizer] | 
         *("llama", None, True),
         {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False},
     ),
+    "sentencepiece run by its own library": (
+        *("gpt2", None, True),
+        {"tokenizer_class": "BertGenerationTokenizer", "pad_token": None, "sep_token": None},
+    ),
     "word pieces": ("bert", None, True, None),
     "word pieces with accents": ("bert", None, True, {"do_lower_case": True, "strip_accents": False}),
     "word pieces cased": ("bert", None, True, {"tokenizer_class": "BertTokenizerFast", "do_lower_case": False}),
@@ -190,7 +194,7 @@ def _vocabulary_files(kind: str, model_type: str, vocabularies: Vocabularies) ->
     if model_type == "bert":
         yield vocabularies.bert, "vocab.txt"
     elif kind.startswith("sentencepiece"):
-        yield vocabularies.sentencepiece, "tokenizer.model"
+        yield vocabularies.sentencepiece, "spiece.model" if kind.endswith("own library") else "tokenizer.model"
     else:
         yield vocabularies.gpt2 / "vocab.json", "vocab.json"
         yield vocabularies.gpt2 / "merges.txt", "merges.txt"

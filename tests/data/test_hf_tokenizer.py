@@ -44,8 +44,9 @@ PUBLISHED = Vocabularies(
 def theirs_of(directory: Path) -> Any:
     """transformers' tokenizer of a directory, which neither cuts nor pads what it is given."""
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
-    theirs._tokenizer.no_truncation()
-    theirs._tokenizer.no_padding()
+    if theirs.is_fast:
+        theirs._tokenizer.no_truncation()
+        theirs._tokenizer.no_padding()
     return theirs
 
 
