@@ -166,9 +166,9 @@ class Reports:
         if plan.num_stages > 1:
             chosen = f" ({plan.why})" if plan.why else ""
             self.note(f"schedule {plan.order}{chosen}, {describe(plan.layers)}")
-        cost = sharing_cost(self.parts)
-        if cost:
-            self.note(cost)
+        for line in (frozen_parameters(self.parts), sharing_cost(self.parts)):
+            if line:
+                self.note(line)
         dropout = dropout_note(self.parts.config.model, self.parts.model.device.type)
         if dropout:
             self.note(dropout)
@@ -255,6 +255,17 @@ def _largest(sizes: Mapping[str, int], parts: Parts) -> dict[str, int]:
     """The most of each kind that any rank has."""
     largest = all_reduce(torch.tensor([*sizes.values()], device=parts.model.device), parts.mesh.world, reduction="max")
     return dict(zip(sizes, largest.tolist(), strict=True))
+
+
+def frozen_parameters(parts: Parts) -> str | None:
+    """How many parameters of the whole model do not train, in a sentence; collective over the pipeline."""
+    patterns, engine = parts.config.train.freeze_params, parts.engine
+    if not patterns:
+        return None
+    slots = [slot for name, unit in engine.units.items() if name not in engine.trained for slot in unit.layout.slots]
+    held = sum(slot.spec.numel for slot in slots if not slot.spec.tied_copy)
+    count = int(all_reduce(torch.tensor(held, device=parts.model.device), parts.mesh.pp))
+    return f"{format_count(count)} parameters are frozen (--freeze-params {' '.join(patterns)})"
 
 
 def sharing_cost(parts: Parts) -> str | None:

@@ -25,6 +25,7 @@ from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.linear import ColumnParallelLinear
 from megatron3d.train import state
 from megatron3d.train.parts import Parts
+from megatron3d.train.reports import frozen_parameters
 from megatron3d.train.state import Progress
 from tests.dist.pool import Pool
 from tests.parity.compare import LOSS_TOLERANCE, NORM_TOLERANCE, check_against_one_process, relative
@@ -229,6 +230,11 @@ def test_frozen_weights_are_all_that_is_held_of_frozen_parameters() -> None:
         unit.layout.length for name, unit in frozen.engine.units.items() if name not in frozen.engine.trained
     )
     before, after = trained.engine.state_bytes(), frozen.engine.state_bytes()
+    assert frozen_parameters(trained) is None
+    count = sum(
+        view.data.numel() for name, view in frozen.engine.weight_views().items() if is_frozen("gpt2-begun", name)
+    )
+    assert f"{count / 1000:.1f}K parameters are frozen (--freeze-params embedding.*" in str(frozen_parameters(frozen))
     assert elements > 0 and math.isclose(before.weights, after.weights, rel_tol=0.02)  # but for padding
     assert after.gradients == 4 * sum(unit.layout.length for unit in frozen.engine.trained.values())
     assert before.gradients - after.gradients == 4 * elements
