@@ -147,7 +147,7 @@ class Stage(nn.Module):
             again = tuple(name for name in embedding if not name.startswith("embedding.word"))
             places["embedding"] = Place(embedding, again)
         for number in self.layers:
-            layer = tuple(name for name in units if name in (f"layers.{number}", f"layers.{number}{FROZEN}"))
+            layer = tuple(name for name in units if name.split(".")[:2] == ["layers", number])
             places[f"layers.{number}"] = Place(layer, layer)
         if self.head is not None:
             head = tuple(name for name in units if name.startswith("head"))
@@ -163,7 +163,8 @@ class Stage(nn.Module):
         """Parameter names by unit: the word embedding, the rest of the embedding, each block, the head.
 
         The word embedding is a unit of its own so that, where it is tied, its holders lay it out alike. Frozen
-        parameters are in units of their own, which have weights alone.
+        parameters are in units of their own, which have weights alone, and so are those of each kind but "dense",
+        whose gradients other ranks sum.
         """
         units: dict[str, list[str]] = {}
         for name, declared in self.parameters_by_name().items():
@@ -234,9 +235,11 @@ def assemble_stage(
 
 
 def unit_of(spec: ParamSpec) -> str:
-    """The unit a parameter belongs to, from its full name and whether it trains."""
+    """The unit a parameter belongs to, from its full name, its kind and whether it trains."""
     words = spec.name.split(".")
-    end = "" if spec.trains else FROZEN
     if words[0] == "layers":
-        return f"layers.{words[1]}{end}"
-    return ("embedding.word" if spec.name.startswith("embedding.word.") else words[0]) + end
+        unit = f"layers.{words[1]}"
+    else:
+        unit = "embedding.word" if spec.name.startswith("embedding.word.") else words[0]
+    kind = "" if spec.kind == "dense" else f".{spec.kind}"
+    return f"{unit}{kind}{'' if spec.trains else FROZEN}"

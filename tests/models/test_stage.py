@@ -180,7 +180,17 @@ def test_units_hold_every_parameter_once_by_block() -> None:
     assert all(name.startswith("layers.1.") for name in units["layers.1"])
     weight = ParamSpec("layers.12.mlp.up.weight", (2, 2), Init("zeros"), decays=True)
     assert (unit_of(weight), unit_of(replace(weight, trains=False))) == ("layers.12", "layers.12.frozen")
+    assert unit_of(replace(weight, kind="expert", trains=False)) == "layers.12.expert.frozen"
     assert (stage.tied_unit, stages_of(model_config(), 1, context_of())[0].tied_unit) == (None, "embedding.word")
+
+
+def test_parameters_of_another_kind_are_a_unit_of_their_own_and_come_and_go_with_their_block() -> None:
+    (stage,) = stages_of(model_config(), 1, context_of())
+    stage.layers["1"].mlp.up.declare("scale", (3,), init=Init("ones"), decays=False, kind="expert")
+    units, places = stage.units(), stage.places()
+    assert units["layers.1.expert"] == ["layers.1.mlp.up.scale"] and "layers.1.mlp.up.scale" not in units["layers.1"]
+    assert places["layers.1"].forward == places["layers.1"].backward == ("layers.1", "layers.1.expert")
+    assert places["layers.0"].forward == ("layers.0",) and list(places)[:3] == ["embedding", "layers.0", "layers.1"]
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])

@@ -25,7 +25,20 @@ from megatron3d.zero.engine import ZeroEngine
 from megatron3d.zero.policy import policy_of
 from megatron3d.zero.unit import FlatUnit, UnitOptions
 from tests.dist.pool import Pool
-from tests.zero.toy import NUM_MICROBATCHES, SEED, TABLE, Setting, contribution, engine_of, whole_gradient, whole_specs
+from tests.zero.toy import (
+    NUM_MICROBATCHES,
+    SEED,
+    TABLE,
+    Setting,
+    contribution,
+    engine_of,
+    grad_axis,
+    has_experts,
+    num_samples,
+    tensor_axis,
+    whole_gradient,
+    whole_specs,
+)
 
 NUM_STEPS = 4
 LR, WEIGHT_DECAY, MAX_NORM = 0.05, 0.1, 3.0
@@ -41,10 +54,10 @@ def backward(engine: ZeroEngine, declared: dict[str, Declared], mesh: Mesh, sink
     """Bring every contribution of this rank's micro-batches, as its layers and its schedule would."""
     for mb in range(NUM_MICROBATCHES):
         engine.before_backward(mesh.pp.rank)
-        sample = mesh.grad.rank * NUM_MICROBATCHES + mb
         for name, one in declared.items():
             holder = 1 if mesh.pp.rank > 0 and name.startswith(TABLE) else 0
-            grad = contribution(one.spec, step, sample, holder=holder, tp=mesh.tp.size, tp_rank=mesh.tp.rank)
+            sample, tensor = grad_axis(one.spec, mesh).rank * NUM_MICROBATCHES + mb, tensor_axis(one.spec, mesh)
+            grad = contribution(one.spec, step, sample, holder=holder, tp=tensor.size, tp_rank=tensor.rank)
             sink.add(one.parameter, grad.to(one.parameter.dtype))
         engine.after_backward(mesh.pp.rank)
 
@@ -94,9 +107,9 @@ def train(mesh: Mesh, setting: Setting) -> tuple[dict[str, Any], list[float]]:
     return held, norms
 
 
-def reference(num_samples: int, num_holders: int) -> tuple[dict[str, dict[str, Tensor]], list[float]]:
+def reference(mesh: Mesh, num_holders: int) -> tuple[dict[str, dict[str, Tensor]], list[float]]:
     """The same steps by torch's plain AdamW over whole parameters in one process."""
-    specs = whole_specs()
+    specs = whole_specs(with_experts=has_experts(mesh.layout))
     weights = {name: torch.nn.Parameter(initial_full(spec, seed=SEED)) for name, spec in specs.items()}
     groups = [
         {"params": [weights[n] for n, s in specs.items() if s.decays == decays], "weight_decay": WEIGHT_DECAY * decays}
@@ -107,7 +120,9 @@ def reference(num_samples: int, num_holders: int) -> tuple[dict[str, dict[str, T
     norms = []
     for step in range(NUM_STEPS):
         for name, spec in specs.items():
-            weights[name].grad = whole_gradient(spec, step, num_samples=num_samples, num_holders=num_holders)
+            weights[name].grad = whole_gradient(
+                spec, step, num_samples=num_samples(spec, mesh), num_holders=num_holders
+            )
         norms.append(float(torch.nn.utils.clip_grad_norm_(weights.values(), MAX_NORM)))
         optimizer.step()
     states = {key: {n: optimizer.state[w][key] for n, w in weights.items()} for key in ("exp_avg", "exp_avg_sq")}
@@ -129,25 +144,26 @@ def put_together(everyone: list[Boxes], name: str, shape: tuple[int, ...], *, nu
 
 def _train_and_compare(rank: int, world_size: int, settings: list[Setting]) -> None:
     mesh = make_mesh(settings[0].layout)
-    replicas = {True: mesh.replica.size, False: mesh.grad.size}
     num_holders = mesh.tied.size if mesh.pp.size == 1 else 2
-    expected, expected_norms = reference(mesh.grad.size * NUM_MICROBATCHES, num_holders)
-    specs = whole_specs()
+    expected, expected_norms = reference(mesh, num_holders)
+    specs = whole_specs(with_experts=has_experts(mesh.layout))
     for setting in settings:
         held, norms = train(mesh, setting)
         torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0)
         for kind in ("weights", "exp_avg", "exp_avg_sq"):
             everyone = gather_values(held[kind], mesh.world)
             for name, spec in specs.items():
-                copies = replicas[setting.zero_stage > 0]
-                copies *= mesh.tp.size if spec.is_replicated else 1
+                replica = mesh.expert_replica if spec.kind == "expert" else mesh.replica
+                copies = replica.size if setting.zero_stage > 0 else grad_axis(spec, mesh).size
+                copies *= tensor_axis(spec, mesh).size if spec.is_replicated else 1
                 copies *= num_holders if name.startswith("table") else 1
                 whole = put_together(everyone, name, spec.shape, num_copies=copies)
                 where = f"{setting}, {kind} of {name}"
                 close = torch.allclose(whole, expected[kind][name], rtol=RTOL, atol=ATOL)
                 assert close, f"{where} differ by up to {(whole - expected[kind][name]).abs().max()}"
                 if kind == "weights" and name in held["layers"]:
-                    shard = spec.take(whole, mesh.tp.size, mesh.tp.rank).to(setting.param_dtype)
+                    tensor = tensor_axis(spec, mesh)
+                    shard = spec.take(whole, tensor.size, tensor.rank).to(setting.param_dtype)
                     assert torch.equal(held["layers"][name], shard), f"{setting}: layers do not read {name}"
 
 
@@ -162,6 +178,9 @@ LAYOUTS = [
     Layout(tp=4),
     Layout(pp=2, dp=2),
     Layout(pp=3),
+    Layout(cp=2, dp=2, ep=2),
+    Layout(tp=2, dp=2, ep=2, etp=1),
+    Layout(dp=4, ep=2, zero_shard=2),
 ]
 DTYPES = [(FP32, FP32), (BF16, FP32), (BF16, BF16)]
 STAGES = (0, 1, 2, 3)

@@ -25,7 +25,16 @@ from megatron3d.zero.whole import deal
 from tests.dist.pool import Pool
 from tests.optim.formulas import Whole
 from tests.zero.test_engine import Boxes, backward, boxes_of, put_together
-from tests.zero.toy import NUM_MICROBATCHES, SEED, Setting, engine_of, whole_gradient, whole_specs
+from tests.zero.toy import (
+    NUM_MICROBATCHES,
+    SEED,
+    Setting,
+    engine_of,
+    has_experts,
+    num_samples,
+    whole_gradient,
+    whole_specs,
+)
 
 NUM_STEPS = 4
 LR, WEIGHT_DECAY = 0.02, 0.1
@@ -53,6 +62,9 @@ LAYOUTS = [
     (Layout(tp=2, dp=2), 1),
     (Layout(dp=4, zero_shard=2), 1),
     (Layout(pp=2, dp=2), 1),
+    (Layout(cp=2, dp=2, ep=2), 1),
+    (Layout(tp=2, dp=2, ep=2, etp=1), 2),
+    (Layout(tp=2, dp=2, ep=2), 0),
 ]
 
 
@@ -88,13 +100,19 @@ def step_by_unit(engine: ZeroEngine, optimizer: torch.optim.Optimizer) -> None:
     engine.publish()
 
 
+def expected(name: str, mesh: Mesh) -> Whole:
+    counts = {one.name: num_samples(one, mesh) for one in whole_specs(with_experts=has_experts(mesh.layout)).values()}
+    return expected_of(name, tuple(counts.items()), 1 if mesh.pp.size == 1 else 2)
+
+
 @functools.cache
-def expected(name: str, num_samples: int, num_holders: int) -> Whole:
-    specs = whole_specs()
+def expected_of(name: str, num_samples: tuple[tuple[str, int], ...], num_holders: int) -> Whole:
+    counts = dict(num_samples)
+    specs = {key: spec for key, spec in whole_specs(with_experts=True).items() if key in counts}
     whole = Whole(CONFIGS[name], specs, {key: initial_full(spec, seed=SEED) for key, spec in specs.items()})
     for step in range(NUM_STEPS):
         grads = {
-            key: whole_gradient(spec, step, num_samples=num_samples, num_holders=num_holders)
+            key: whole_gradient(spec, step, num_samples=counts[key], num_holders=num_holders)
             for key, spec in specs.items()
         }
         whole.step(grads, lr=LR, weight_decay=WEIGHT_DECAY)
@@ -105,8 +123,8 @@ def _compare(rank: int, world_size: int, layout: Layout, zero_stage: int) -> Non
     mesh = make_mesh(layout)
     for name, config in CONFIGS.items():
         everyone = gather_values(train(mesh, zero_stage, config), mesh.world)
-        reference = expected(name, mesh.grad.size * NUM_MICROBATCHES, 1 if mesh.pp.size == 1 else 2)
-        for key, spec in whole_specs().items():
+        reference = expected(name, mesh)
+        for key, spec in whole_specs(with_experts=has_experts(layout)).items():
             for kind, wanted in {"weights": reference.weights[key], **reference.states[key]}.items():
                 found = whole_of([held.get(kind, {}) for held in everyone], key, tuple(wanted.shape))
                 scale = wanted.abs().max().clamp(min=1.0)

@@ -1,4 +1,5 @@
-"""A toy model of two units, and a tied table at both ends of a pipeline, with made-up gradients that add up exactly.
+"""A toy model of two units, a tied table at both ends of a pipeline, and a unit of experts where the layout has a grid
+of these, with made-up gradients that add up exactly.
 
 Gradients are small multiples of 1/4, few enough that every sum over micro-batches, ranks and holders is a number that
 bf16 holds exactly. So whatever differs from one process is a defect and not rounding, in any gradient dtype.
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron3d.comm.layout import Layout
-from megatron3d.comm.mesh import Mesh
+from megatron3d.comm.mesh import Axis, Mesh
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import Declared, ParallelModule, declared_parameters
 from megatron3d.params.spec import Init, ParamSpec
@@ -23,7 +24,7 @@ from megatron3d.zero.unit import UnitOptions
 
 SEED = 1234
 NUM_MICROBATCHES = 2
-TABLE = "table"
+TABLE, EXPERTS, NUM_EXPERTS = "table", "experts", 4
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,24 @@ class TiedTable(ParallelModule):
         )
 
 
+class ExpertUnit(ParallelModule):
+    """Some experts, each a sharded matrix and a replicated vector whose gradients are partial sums."""
+
+    def __init__(self, numbers: range, tp: int) -> None:
+        super().__init__(tp=tp)
+        for number in numbers:
+            normal = Init("normal", 0.5)
+            self.declare(f"up{number}", (8, 5), init=normal, decays=True, tp_dim=0, kind="expert")
+            self.declare(f"norm{number}", (5,), init=Init("ones"), decays=False, tp_gradient="partial", kind="expert")
+
+
+def has_experts(layout: Layout) -> bool:
+    """Whether the toy has experts at this layout."""
+    return layout.ep > 1 or layout.etp is not None
+
+
 def model_of(mesh: Mesh) -> nn.ModuleDict:
-    """This rank's units: the first on the first stage, the second on the last, the table on both."""
+    """This rank's units: the first on the first stage, the second on the last, the table on both; its own experts."""
     tp, stage, last = mesh.tp.size, mesh.pp.rank, mesh.pp.size - 1
     units: dict[str, nn.Module] = {}
     if stage in (0, last):
@@ -85,12 +102,18 @@ def model_of(mesh: Mesh) -> nn.ModuleDict:
         units["first"] = FirstUnit(tp)
     if stage == last:
         units["second"] = SecondUnit(tp)
+    if stage == last and has_experts(mesh.layout):
+        each = NUM_EXPERTS // mesh.expert.size
+        first = each * mesh.expert.rank
+        units[EXPERTS] = ExpertUnit(range(first, first + each), mesh.expert_tp.size)
     return nn.ModuleDict(units)
 
 
-def whole_specs() -> dict[str, ParamSpec]:
+def whole_specs(*, with_experts: bool = False) -> dict[str, ParamSpec]:
     """Every parameter of the model, once."""
     units = nn.ModuleDict({TABLE: TiedTable(1, tied_copy=False), "first": FirstUnit(1), "second": SecondUnit(1)})
+    if with_experts:
+        units[EXPERTS] = ExpertUnit(range(NUM_EXPERTS), 1)
     return {name: one.spec for name, one in declared_parameters(units).items()}
 
 
@@ -137,3 +160,18 @@ def whole_gradient(spec: ParamSpec, step: int, *, num_samples: int, num_holders:
     return torch.stack(
         [_quarters(spec.shape, "grad", spec.name, step, sample, h) for sample in range(num_samples) for h in holders]
     ).sum(0)
+
+
+def tensor_axis(spec: ParamSpec, mesh: Mesh) -> Axis:
+    """The ranks that shard a parameter."""
+    return mesh.expert_tp if spec.kind == "expert" else mesh.tp
+
+
+def grad_axis(spec: ParamSpec, mesh: Mesh) -> Axis:
+    """The ranks that sum its gradient: each brings micro-batches of its own."""
+    return mesh.expert_grad if spec.kind == "expert" else mesh.grad
+
+
+def num_samples(spec: ParamSpec, mesh: Mesh) -> int:
+    """Micro-batches whose gradients a parameter sums up in a step."""
+    return grad_axis(spec, mesh).size * NUM_MICROBATCHES
