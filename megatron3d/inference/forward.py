@@ -63,7 +63,8 @@ class GrowingBatch:
     def _new_cache(self, capacity: int) -> StageCache | None:
         if not self.use_cache:
             return None
-        heads = self.config.num_query_groups // self.model.mesh.tp.size
+        mesh = self.model.mesh
+        heads = self.config.num_query_groups * mesh.kv.size // mesh.tp.size
         layers = [layer for stage in self.model.stages.values() for layer in stage.part.layers]
         shape = (self.group_size, heads, capacity, self.config.kv_channels)
         return StageCache(layers, shape, dtype=self.model.dtype, device=self.model.device)

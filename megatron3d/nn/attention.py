@@ -3,10 +3,15 @@
 Query, key and value are one column-parallel projection of three fused parts, so that each rank holds whole heads;
 the projection back is row-parallel. The core between them is `attention_core.py`.
 
+With more tensor-parallel ranks than key and value heads, each of these is sharded over the ranks of the `kv` axis, and
+gathered there before use: every rank then has a copy of the head that its queries read, and the gradients of the copies
+are summed by the backward of the gather. Weights, gradients and checkpoints are cut as ever.
+
 Source: Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries); Shoeybi et al. 2019, section 3 (the cut).
 
 Shapes: S sequence (whole inside attention), T keys, B micro-batch, H hidden, N query heads, G key and value heads,
-D head size. N and G are this rank's: divided by tp.
+D head size, d the part of a head that a rank projects (D / ranks of `kv`). N and G are this rank's: divided by tp,
+and G at least 1.
 """
 
 from __future__ import annotations
@@ -80,7 +85,10 @@ class SelfAttention(nn.Module):
         def heads(part_SBO: Tensor) -> Tensor:
             return part_SBO.unflatten(-1, (-1, self.config.kv_channels)).permute(1, 2, 0, 3)  # [B, N or G, S, D]
 
-        q, k, v = (heads(part) for part in self.qkv(x_SBH).split(self.local_parts, dim=-1))
+        q_SBO, k_SBO, v_SBO = self.qkv(x_SBH).split(self.local_parts, dim=-1)
+        if self.context.kv is not None:
+            k_SBO, v_SBO = self.context.whole_heads(torch.stack((k_SBO, v_SBO))).unbind()
+        q, k, v = (heads(part_SBO) for part_SBO in (q_SBO, k_SBO, v_SBO))
         if self.config.qk_layernorm:
             q, k = self.query_norm(q), self.key_norm(k)
         if inputs.rotary is not None:

@@ -103,11 +103,14 @@ def _attention(
 ) -> Value:
     model = config.model
     queries, keys = query_count(sizes), key_count(sizes)
-    width = (sizes.heads + 2 * sizes.groups) * sizes.head
+    projected = keys // sizes.kv_copies  # elements of this rank's part of the keys
+    width = sizes.heads * sizes.head + 2 * sizes.groups * sizes.head // sizes.kv_copies
     bias = model.add_bias_linear or model.add_qkv_bias
     whole = op.linear(tape, x, (sizes.hidden, width), sizes, input_type="V", unit=unit, bias=bias)
     q, k, v = (tape.view(whole.memory) for _ in range(3))
-    tape.add(Node("split", (whole,), (q, k, v), gradients=((queries + 2 * keys) * sizes.element,)))
+    tape.add(Node("split", (whole,), (q, k, v), gradients=((queries + 2 * projected) * sizes.element,)))
+    if sizes.kv_copies > 1:
+        k, v = _gathered(tape, k, v, projected * sizes.element, sizes)
     if model.qk_layernorm:
         is_rms = model.normalization == "RMSNorm"
         q = op.norm(tape, q, (queries // sizes.head, sizes.head), sizes, is_rms=is_rms, unit=unit)
@@ -121,6 +124,20 @@ def _attention(
         # Normed heads lie head by head, and so does the result; the projection reads them token by token.
         y = tape.elementwise("side by side", y, queries * sizes.element)
     return op.row_linear(tape, y, sizes.heads * sizes.head, sizes, unit=unit, bias=model.add_bias_linear)
+
+
+def _gathered(tape: Tape, k: Value, v: Value, part: int, sizes: Sizes) -> tuple[Value, Value]:
+    """Keys and values of whole heads, from the `part` bytes that a rank projects of each."""
+    gathered = 2 * part * sizes.kv_copies
+    both, whole = tape.value(2 * part), tape.value(gathered)
+    tape.add(Node("stack", (k, v), (both,), gradients=(part, part)))
+    copies = (
+        2 if sizes.on_cpu else 1
+    )  # the result lies by rank first; gloo's gathers take as much again while they move
+    tape.add(Node("gather", (both,), (whole,), gradients=(2 * part,), forward_temporary=copies * gathered))
+    k, v = (tape.view(whole.memory) for _ in range(2))
+    tape.add(Node("unbind", (whole,), (k, v), gradients=(gathered,)))
+    return k, v
 
 
 def _mask_rows(config: RunConfig) -> int:

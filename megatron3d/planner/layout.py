@@ -6,8 +6,12 @@ from megatron3d.comm.layout import Layout
 from megatron3d.config.sections.parallel import ParallelConfig
 
 
-def layout_of(parallel: ParallelConfig) -> Layout:
+def layout_of(parallel: ParallelConfig, *, query_groups: int | None = None) -> Layout:
     """The degrees of a resolved run as a layout.
+
+    Args:
+        parallel: the degrees.
+        query_groups: key and value heads of the model; None where nothing is asked about the `kv` axis.
 
     Raises:
         ConfigError: they do not fit together.
@@ -19,4 +23,5 @@ def layout_of(parallel: ParallelConfig) -> Layout:
         cp=parallel.context_parallel_size,
         ep=parallel.expert_model_parallel_size,
         zero_shard=parallel.zero_shard_size,
+        kv_copies=1 if query_groups is None else max(1, parallel.tensor_model_parallel_size // query_groups),
     )

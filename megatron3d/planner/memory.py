@@ -90,10 +90,10 @@ class ModelParts:
 
 def parts_of_rank(config: RunConfig, plan: PipelinePlan, pp_rank: int) -> ModelParts:
     """Describe what a pipeline rank of a resolved run holds; its tensor-parallel ranks hold equal shares."""
-    layout = layout_of(config.parallel)
-    tp = layout.size("tp")
-    axis = Axis("tp", tp, 0, tuple(range(tp)), None, Meter())
-    context = LayerContext(axis, config.parallel.sequence_parallel and tp > 1, GradSink())
+    layout = layout_of(config.parallel, query_groups=config.model.num_query_groups)
+    tp, kv = (Axis(name, layout.size(name), 0, layout.ranks_along(name, 0), None, Meter()) for name in ("tp", "kv"))
+    sequence_parallel = config.parallel.sequence_parallel and tp.size > 1
+    context = LayerContext(tp, sequence_parallel, GradSink(), kv=kv if kv.size > 1 else None)
     build = BUILDERS[config.model.architecture]
     stages = {
         number: build(config.model, config.train, part_of(plan, number), context) for number in plan.stages_of(pp_rank)

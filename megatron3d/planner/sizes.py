@@ -23,6 +23,7 @@ class Sizes:
         hidden: width of the residual stream.
         heads: query heads of this rank.
         groups: key and value heads of this rank.
+        kv_copies: tensor-parallel ranks that use the same ones.
         head: size of a head.
         ffn: inner width of the MLP on this rank.
         vocab: rows of the vocabulary table on this rank, padding included.
@@ -38,6 +39,7 @@ class Sizes:
     hidden: int
     heads: int
     groups: int
+    kv_copies: int
     head: int
     ffn: int
     vocab: int
@@ -78,7 +80,8 @@ def sizes_of(config: RunConfig, *, device_type: str) -> Sizes:
         batch=config.train.micro_batch_size,
         hidden=model.hidden_size,
         heads=model.num_attention_heads // tp,
-        groups=model.num_query_groups // tp,
+        groups=max(1, model.num_query_groups // tp),
+        kv_copies=max(1, tp // model.num_query_groups),
         head=model.kv_channels,
         ffn=model.ffn_hidden_size // tp,
         vocab=padded // tp,

@@ -9,6 +9,7 @@ import torch
 from megatron3d_kernels.registry import Registry
 from torch import Tensor
 
+from megatron3d.comm import typed
 from megatron3d.comm.collectives import own_part
 from megatron3d.comm.mesh import Axis
 from megatron3d.params.gate import WeightGate
@@ -26,6 +27,7 @@ class LayerContext:
         sink: takes the weight gradients.
         kernels: picks the implementation of each kernel.
         gate: asked by a stage before and after weights are used.
+        kv: the ranks of `tp` that use the same key and value head; None where each has heads of its own.
     """
 
     tp: Axis
@@ -33,6 +35,7 @@ class LayerContext:
     sink: GradSink
     kernels: Registry = field(default_factory=Registry)
     gate: WeightGate = field(default_factory=WeightGate)
+    kv: Axis | None = None
 
     @property
     def residual_gradient(self) -> Literal["equal", "partial"]:
@@ -48,3 +51,8 @@ class LayerContext:
         """Where in the sequence the `count` positions of this rank's residual stream stand, int64 [S]."""
         whole = count * self.tp.size if self.sequence_parallel else count
         return self.local_sequence(torch.arange(whole, device=device))
+
+    def whole_heads(self, part_SBd: Tensor) -> Tensor:
+        """Key and value heads, [..., D] of type R on `kv`, from the part of each that every rank of it has, [..., d] of
+        type V: each rank uses its copy, so the backward sums the gradients and cuts them again."""
+        return part_SBd if self.kv is None else typed.all_gather(part_SBd, self.kv, dst="R", dim=-1)

@@ -53,7 +53,7 @@ def joined(
         clear_exit_status(save)
     device = pick_device(parallel.device, local_rank=launch.local_rank, local_world_size=launch.local_world_size)
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
-    layout = layout_of(parallel)
+    layout = layout_of(parallel, query_groups=config.model.num_query_groups)
     roll: RollCall | None = None
     try:
         store = join(launch, device, timeout=timeout)

@@ -135,7 +135,7 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
     """
     sink, gate = GradSink(), WeightGate()
     sequence_parallel = config.parallel.sequence_parallel and mesh.tp.size > 1
-    context = LayerContext(mesh.tp, sequence_parallel, sink, Registry(), gate)
+    context = LayerContext(mesh.tp, sequence_parallel, sink, Registry(), gate, kv=mesh.kv if mesh.kv.size > 1 else None)
     plan = plan_of(config)
     stages = {
         stage: builder(config.model, config.train, part_of(plan, stage), context)

@@ -65,8 +65,18 @@ def test_resolving_twice_is_resolving_once() -> None:
             "--num-attention-heads 8 is not a multiple of --tensor-model-parallel-size 3",
         ),
         ("--tensor-model-parallel-size 3", 3, "--ffn-hidden-size 256 is not a multiple"),
-        ("--tensor-model-parallel-size 4 --num-query-groups 2", 4, "--num-query-groups 2 is not a multiple"),
-        ("--tensor-model-parallel-size 4 --num-query-groups 2", 4, "use --tensor-model-parallel-size 1 or 2"),
+        (
+            "--tensor-model-parallel-size 4 --num-attention-heads 12 --hidden-size 96 --num-query-groups 6",
+            4,
+            "--num-query-groups 6 does not divide --tensor-model-parallel-size 4, nor does that divide it; use "
+            "--tensor-model-parallel-size 1, 2, 3, 6 or 12, or another --num-query-groups.",
+        ),
+        (
+            "--tensor-model-parallel-size 4 --num-query-groups 1 --kv-channels 6",
+            4,
+            "--num-query-groups 1 makes 4 of --tensor-model-parallel-size 4 ranks share a key and value head, whose "
+            "size --kv-channels 6 is not a multiple of that; use --tensor-model-parallel-size 1 or 2, or another",
+        ),
         ("--tensor-model-parallel-size 8 --ffn-hidden-size 100", 8, "--ffn-hidden-size 100 is not a multiple"),
         (
             "--tensor-model-parallel-size 8 --sequence-parallel --seq-length 36",

@@ -115,7 +115,7 @@ def test_logits_with_the_cache_equal_a_full_recomputation(
 
 LAYOUTS = {
     "gpt2": (Layout(tp=2, pp=2), Layout(tp=4), Layout(pp=4), Layout(pp=2, dp=2)),
-    "llama": (Layout(tp=2, pp=2), Layout(pp=4), Layout(tp=2, dp=2)),
+    "llama": (Layout(tp=2, pp=2), Layout(pp=4), Layout(tp=4, kv_copies=2)),
 }
 
 

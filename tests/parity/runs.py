@@ -40,6 +40,7 @@ MODELS = {
     "gpt2-deep": "--num-layers 8",
     "gpt2-untied": "--untie-embeddings-and-output-weights",
     "gpt2-1p": "--apply-layernorm-1p",
+    "gpt2-mqa": "--group-query-attention",
     "llama": (
         "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
         "--untie-embeddings-and-output-weights --ffn-hidden-size 64"
@@ -52,6 +53,10 @@ MODELS = {
     "llama-drops": (
         f"--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear {DROPOUT} "
         "--ffn-hidden-size 64 --group-query-attention --num-query-groups 2"
+    ),
+    "llama-gqa": (
+        "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --add-qkv-bias "
+        "--ffn-hidden-size 64 --qk-layernorm --num-query-groups 2"
     ),
 }
 # Frozen: the beginning of the model, so that no gradient goes through it; and parameters here and there in each block.

@@ -135,7 +135,7 @@ def _held_by(config: RunConfig) -> Held:
 
 def parts_of(config: RunConfig) -> Parts:
     """Build this rank."""
-    mesh = make_mesh(layout_of(config.parallel))
+    mesh = make_mesh(layout_of(config.parallel, query_groups=config.model.num_query_groups))
     return build_parts(config, mesh, torch.device("cpu"), BUILDERS[config.model.architecture])
 
 

@@ -39,6 +39,7 @@ TWO: dict[str, Case] = {
     "gpt dropout tp sp": ("gpt", f"{GPT} {DROPOUT} {TP} 2 --sequence-parallel"),
     "llama tp sp": ("gpt", f"{LLAMA} {TP} 2 --sequence-parallel"),
     "llama tp sp bf16": ("gpt", f"{LLAMA} {TP} 2 --sequence-parallel --bf16"),
+    "llama tp sp shared head": ("gpt", f"{LLAMA} {TP} 2 --sequence-parallel --num-query-groups 1"),
     "bert tp sp": ("bert", f"{BERT} {TP} 2 --sequence-parallel"),
     "gpt dropout pp": ("gpt", f"{GPT} {DROPOUT} {PP} 2"),
     "llama pp": ("gpt", f"{LLAMA} {PP} 2 {MORE}"),

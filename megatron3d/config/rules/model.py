@@ -7,7 +7,7 @@ Each rule yields sentences. `given` is what the user said (values outside their 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.rules.pipeline import PIPELINE_RULES
@@ -114,14 +114,36 @@ def world_size_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
 
 
 def tensor_parallel_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
-    """Each tensor-parallel rank gets the same number of heads, groups, FFN columns and, if so asked, positions."""
-    tp = run.parallel.tensor_model_parallel_size
+    """Each tensor-parallel rank gets the same number of heads, groups, FFN columns and, if so asked, positions; or an
+    equal part of one group's key and value heads."""
+    model, tp = run.model, run.parallel.tensor_model_parallel_size
+    possible = _divisors_text(max(1, _common_size(run)), fits=lambda size: _fits_query_groups(model, size))
     for option, value in _sizes_cut_by_tensor_parallelism(run).items():
         if value and value % tp:
             yield (
                 f"{option} {value} is not a multiple of --tensor-model-parallel-size {tp}, which cuts it; use "
-                f"--tensor-model-parallel-size {_divisors_text(_common_size(run))}, or another {option}."
+                f"--tensor-model-parallel-size {possible}, or another {option}."
             )
+    groups = model.num_query_groups
+    if groups and groups != model.num_attention_heads and not _fits_query_groups(model, tp):
+        reason = (
+            f"does not divide --tensor-model-parallel-size {tp}, nor does that divide it"
+            if tp % groups
+            else f"makes {tp // groups} of --tensor-model-parallel-size {tp} ranks share a key and value head, whose "
+            f"size --kv-channels {model.kv_channels} is not a multiple of that"
+        )
+        yield (
+            f"--num-query-groups {groups} {reason}; use --tensor-model-parallel-size {possible}, or another "
+            "--num-query-groups."
+        )
+
+
+def _fits_query_groups(model: ModelConfig, tp: int) -> bool:
+    """Whether every tensor-parallel rank gets whole key and value heads, or an equal part of one."""
+    groups, head = model.num_query_groups, model.kv_channels
+    if not groups or not head or groups % tp == 0:
+        return True
+    return tp % groups == 0 and head % (tp // groups) == 0
 
 
 def _sizes_cut_by_tensor_parallelism(run: RunConfig) -> dict[str, int | None]:
@@ -130,15 +152,13 @@ def _sizes_cut_by_tensor_parallelism(run: RunConfig) -> dict[str, int | None]:
         "--num-attention-heads": model.num_attention_heads,
         "--ffn-hidden-size": model.ffn_hidden_size,
     }
-    if model.num_query_groups != model.num_attention_heads:
-        sizes["--num-query-groups"] = model.num_query_groups
     if run.parallel.sequence_parallel:
         sizes["--seq-length (with --sequence-parallel)"] = model.seq_length
     return sizes
 
 
 def _common_size(run: RunConfig) -> int:
-    """The number whose divisors are the possible tensor-parallel sizes."""
+    """The number among whose divisors the possible tensor-parallel sizes are."""
     return math.gcd(*(value for value in _sizes_cut_by_tensor_parallelism(run).values() if value))
 
 
@@ -158,8 +178,8 @@ def unsupported_parallelism_rule(given: RunConfig, run: RunConfig) -> Iterator[s
 
 
 def zero_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
-    """Groups that share state out are equal parts of the data-parallel ranks, and there is something to share."""
-    size, dp = run.parallel.zero_shard_size, run.parallel.data_parallel_size
+    """Groups that share state out are equal parts of the ranks that sum gradients, and there is something to share."""
+    size, dp = run.parallel.zero_shard_size, run.parallel.data_parallel_size * run.parallel.context_parallel_size
     if size is None:
         return
     if run.parallel.zero_stage == 0:
@@ -174,9 +194,9 @@ def zero_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         )
 
 
-def _divisors_text(number: int) -> str:
-    """The divisors of a positive number as "1, 2 or 4"."""
-    divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
+def _divisors_text(number: int, *, fits: Callable[[int], bool] = lambda divisor: True) -> str:
+    """The divisors of a positive number that fit as "1, 2 or 4"."""
+    divisors = [str(d) for d in range(1, number + 1) if number % d == 0 and fits(d)]
     if len(divisors) > 8:
         divisors = [*divisors[:7], f"another divisor of {number}"]
     return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"
