@@ -98,14 +98,16 @@ class Trace:
     gradients: dict[str, list[tuple[Box, Tensor]]]
 
 
-def micro_batch_size(layout: Layout) -> int:
+def micro_batch_size(case: Case) -> int:
     """One process takes the batch sample by sample, a layout in larger pieces where it can: that must not matter.
 
-    Tensor parallelism alone takes four samples at a time: what such a run costs is the number of its collectives.
+    Tensor parallelism alone takes four samples of a GPT at a time, as such a run costs as much as it has collectives;
+    those of a BERT stay pairs, which differ in how many tokens are masked.
     """
+    layout = case.layout
     if layout.world_size == 1 or layout.dp > 4:
         return 1
-    return 4 if layout.world_size == layout.tp else 2
+    return 4 if layout.world_size == layout.tp and case.model not in BERTS else 2
 
 
 def batches(cases: Iterable[Case], *, short: Collection[Case] = (), by_layout: bool = False) -> list[Any]:
@@ -136,7 +138,7 @@ def config_of(case: Case) -> RunConfig:
     degrees = f"--tensor-model-parallel-size {layout.tp} --pipeline-model-parallel-size {layout.pp}"
     is_bert = case.model in BERTS
     model = BERTS[case.model] if is_bert else f"{(MODELS | FROZEN).get(case.model, '')} --eod-mask-loss"
-    argv = f"{SHAPE} {model} --micro-batch-size {micro_batch_size(layout)} {degrees} {case.options}".split()
+    argv = f"{SHAPE} {model} --micro-batch-size {micro_batch_size(case)} {degrees} {case.options}".split()
     words = parse_args(argv, program="test", description="test", architecture="bert" if is_bert else "gpt")
     return resolve(words, case.layout.world_size)
 

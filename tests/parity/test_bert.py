@@ -90,8 +90,7 @@ def test_one_process_learns_a_batch(model: str) -> None:
 def test_micro_batches_of_the_rows_differ_in_their_numbers_of_masked_tokens() -> None:
     config = config_of(Case("bert", Layout()))
     batch = data_of(config).reader(data_of(config).train)(0, 8)
-    for size in (2, 4):
-        assert len({int(part.loss_count()) for part in batch.split(size)}) > 1, size
+    assert len({int(part.loss_count()) for part in batch.split(2)}) > 1
 
 
 def evaluated(rank: int, world_size: int, case: Case) -> Evaluation:
