@@ -114,6 +114,7 @@ def settings_from_config(optim: OptimConfig, train: TrainConfig) -> ScheduleSett
     problems = _option_problems(optim, by_samples, wsd_decay)
     if problems:
         raise ConfigError("\n".join(problems))
+    assert start is not None and end is not None, "the bounds of the weight decay were checked"
     settings = ScheduleSettings(
         unit="samples" if by_samples else "iterations",
         samples_per_unit=1 if by_samples else train.global_batch_size,

@@ -75,9 +75,9 @@ class Outlook:
         train, checkpoint, last = self.config.train, self.config.checkpoint, self.last_step
         if train.exit_interval is not None and self._next(train.exit_interval) >= last:
             yield f"--exit-interval {train.exit_interval} stops nothing: the run ends with step {last} before it"
-        saves = checkpoint.save is not None and checkpoint.save_interval is not None
-        if saves and self._next(checkpoint.save_interval) > last:
-            yield f"--save-interval {checkpoint.save_interval} is longer than the run: it saves once, after step {last}"
+        interval = checkpoint.save_interval if checkpoint.save is not None else None
+        if interval is not None and self._next(interval) > last:
+            yield f"--save-interval {interval} is longer than the run: it saves once, after step {last}"
         evaluates = self.has_valid and train.eval_iters > 0
         is_given = train.eval_interval != BY_NAME["eval_interval"].default
         if evaluates and is_given and self._next(train.eval_interval) > last:

@@ -91,7 +91,8 @@ def contradictions(flags: Iterable[GivenFlag], given: Settings) -> Iterator[str]
             continue
         key, more = _VALUED_SYNONYMS[flag.name]
         for one, value in ({key: flag.values[0]} | dict(more)).items():
-            other = TOKENIZER_ALIASES.get(given.get(one), given.get(one))
+            other = given.get(one)
+            other = TOKENIZER_ALIASES.get(other, other) if isinstance(other, str) else other
             if other is not None and other != value:
                 spelling = BY_KEY[one].spelling
                 yield f"{flag.text} means {spelling} {value}, but {spelling} is {other}; give only one of them."
