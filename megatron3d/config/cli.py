@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron3d.config.check import check
 from megatron3d.config.checkpoint_args import with_checkpoint_args
-from megatron3d.config.derive import derive
+from megatron3d.config.derive import TOKENIZER_ALIASES, derive
 from megatron3d.config.files import FileSettings, read_config_file
 from megatron3d.config.foreign.deepspeed_file import DeepSpeedFile, read_deepspeed_file
 from megatron3d.config.foreign.deepspeed_keys import OPTIONS_OF_DEEPSPEED
@@ -28,6 +28,7 @@ from megatron3d.config.run import RunConfig
 from megatron3d.config.words import GivenFlag, split_words, stray_sentence
 from megatron3d.errors import CheckpointError, ConfigError
 
+_TOKENIZER_FILES = (("data", "vocab_file"), ("data", "merge_file"), ("data", "tokenizer_model"))
 _FILE_FLAGS = {
     "--config": "config",
     "--preset": "preset",
@@ -126,8 +127,9 @@ def read_command(
     by_flag, by_file = judge(words.foreign), judge(config_file.foreign)
     settings: dict[tuple[str, str], Any] = {("model", "architecture"): architecture}
     settings.update(_preset_settings(words.files.get("preset") or config_file.preset, words.problems))
-    for layer in (by_file.settings, config_file.settings, by_flag.settings, words.settings):
-        settings.update(layer)
+    of_file, of_flags = {**by_file.settings, **config_file.settings}, by_flag.settings | words.settings
+    settings.update(_without_other_tokenizer(of_file, of_flags))
+    settings.update(of_flags)
     lines = _judged(words, by_flag, by_file, config_file)
     if engine_file is not None:
         path = words.files["deepspeed_config"]
@@ -143,6 +145,17 @@ def read_command(
         (_to_stderr if say is None else say)(line)
     doubt = _doubt(words, by_flag, by_file, config_file, engine_file, settings)
     return Command(build_run_config(settings), tuple(dict.fromkeys(words.problems)), doubt)
+
+
+def _without_other_tokenizer(of_file: Settings, of_flags: Settings) -> Settings:
+    """The settings of a config file without the files of its tokenizer, where the flags name one of another kind, or
+    another directory that describes one."""
+    key = ("data", "tokenizer_type")
+    kinds = {TOKENIZER_ALIASES.get(one[key], one[key]) for one in (of_file, of_flags) if one.get(key) is not None}
+    is_other_directory = kinds == {"HuggingFaceTokenizer"} and ("data", "tokenizer_model") in of_flags
+    if len(kinds) < 2 and not is_other_directory:
+        return of_file
+    return {name: value for name, value in of_file.items() if name not in _TOKENIZER_FILES}
 
 
 def _to_stderr(line: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron3d.config.check import check
 from megatron3d.config.cli import read_command, settle
 from megatron3d.config.foreign.flags import contradictions, judge, option_meant
 from megatron3d.config.foreign.forks import FORK_ACCEPTED, FORK_REFUSED, FORK_SYNONYMS, fork_accepted, fork_refused
@@ -250,3 +251,62 @@ def test_two_tokenizers_under_two_names_are_refused() -> None:
     assert problem.startswith("--tokenizer-name-or-path a means --tokenizer-type HuggingFaceTokenizer, but --tokenizer")
     words = ["--tokenizer-name-or-path", "a", "--tokenizer-type", "PretrainedFromHF", "--tokenizer-model", "a"]
     assert list(contradictions(split_words(words)[0], {("data", "tokenizer_type"): "PretrainedFromHF"})) == []
+
+
+TWO_TOKENIZERS = {
+    "--tokenizer-type GPT2BPETokenizer --vocab-file v --merge-file m --tokenizer-model x": (
+        "--tokenizer-type GPT2BPETokenizer --vocab-file v --merge-file m and --tokenizer-model x name two tokenizers"
+    ),
+    "--vocab-file v --tokenizer-model x": (
+        "--vocab-file v (a BertWordPieceLowerCase) and --tokenizer-model x name two tokenizers"
+    ),
+    "--tokenizer-type Llama2Tokenizer --tokenizer-model x --vocab-file v": (
+        "--tokenizer-type Llama2Tokenizer --tokenizer-model x and --vocab-file v name two tokenizers"
+    ),
+    "--tokenizer-name-or-path d --vocab-file v": (
+        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model d and --vocab-file v name two tokenizers"
+    ),
+    "--tokenizer-type BertWordPieceCase --vocab-file v --merge-file m": (
+        "--tokenizer-type BertWordPieceCase --vocab-file v and --merge-file m name two tokenizers"
+    ),
+    "--tokenizer-model x --vocab-size 100": "--tokenizer-model x is given without --tokenizer-type",
+    "--tokenizer-model x": "--tokenizer-model x is given without --tokenizer-type",
+}
+
+
+@pytest.mark.parametrize("words", TWO_TOKENIZERS)
+def test_files_of_a_second_tokenizer_are_refused_by_both_names(words: str) -> None:
+    (problem,) = check(run_of_words(words), 1)
+    assert problem.startswith(TWO_TOKENIZERS[words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--tokenizer-type HFTokenizer --tokenizer-model d --vocab-file d/vocab.txt",
+        "--tokenizer-type HFTokenizer --tokenizer-model d/tokenizer.json --vocab-file d/vocab.txt",
+        "--tokenizer-type NullTokenizer --vocab-size 9 --vocab-file v --merge-file m",
+        "--tokenizer-type ByteTokenizer --tokenizer-model x",
+    ],
+)
+def test_one_tokenizer_may_be_named_by_all_its_files(words: str) -> None:
+    assert check(run_of_words(words), 1) == []
+
+
+def test_a_tokenizer_of_another_kind_on_the_command_line_takes_the_place_of_the_files(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    data = {"tokenizer_type": "HFTokenizer", "tokenizer_model": "d", "vocab_file": "d/vocab.txt"}
+    file.write_text(json.dumps({"data": data}))
+    other = run_of_words(f"--config {file} --tokenizer-type GPT2BPETokenizer --vocab-file v --merge-file m")
+    assert (other.data.vocab_file, other.data.tokenizer_model) == ("v", None) and check(other, 1) == []
+    moved = run_of_words(f"--config {file} --tokenizer-model e")
+    assert (moved.data.tokenizer_model, moved.data.vocab_file) == ("e", None) and check(moved, 1) == []
+    same = run_of_words(f"--config {file} --seed 3")
+    assert (same.data.tokenizer_model, same.data.vocab_file) == ("d", "d/vocab.txt") and check(same, 1) == []
+
+
+def run_of_words(words: str) -> RunConfig:
+    """The run of a command that needs nothing but a tokenizer."""
+    base = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --micro-batch-size 2 --lr 1e-3"
+    argv = f"{base} --train-iters 5 --mock-data {words}".split()
+    return read_command(argv, program="pretrain_gpt.py", description="t", say=lambda line: None).run

@@ -60,9 +60,11 @@ def test_one_missing_file_is_one_sentence(words: str, kind: type[Exception], sen
     assert found.startswith(sentence)
 
 
-def test_what_a_word_that_was_not_understood_may_have_named_is_not_reported_too(tmp_path: Path) -> None:
-    (found,) = answer("--mock-data --tokenizer-type HFTokenizer --tokenizer-model no/x --tokenizer-mdel y", ConfigError)
-    assert found == "--tokenizer-mdel y is unknown; did you mean --tokenizer-model?"
+def test_a_file_whose_option_is_misspelt_is_one_sentence_and_a_missing_one_beside_it_another() -> None:
+    unknown = "--tokenizer-mdel y is unknown; did you mean --tokenizer-model?"
+    assert answer("--mock-data --tokenizer-type HFTokenizer --tokenizer-mdel y", ConfigError) == [unknown]
+    both = answer("--mock-data --tokenizer-type HFTokenizer --tokenizer-model no/x --tokenizer-mdel y", ConfigError)
+    assert both[0] == unknown and both[1].startswith("--tokenizer-model no/x cannot be found") and len(both) == 2
 
 
 def test_files_that_are_not_used_may_be_missing_and_a_first_start_has_nothing_to_load(tmp_path: Path) -> None:

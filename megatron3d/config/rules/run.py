@@ -13,20 +13,11 @@ from megatron3d.config.batch_size import batch_size_at, parse_step_schedule
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.options import BY_NAME
 from megatron3d.config.rules.optimizer import OPTIMIZER_RULES
+from megatron3d.config.rules.tokenizer import tokenizer_rule
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
 
 _REQUIRED = "num_layers hidden_size num_attention_heads seq_length micro_batch_size lr"
-_TOKENIZER_FILES = {
-    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
-    "BertWordPieceLowerCase": ("vocab_file",),
-    "BertWordPieceCase": ("vocab_file",),
-    "HuggingFaceTokenizer": ("tokenizer_model",),
-    "SentencePieceTokenizer": ("tokenizer_model",),
-    "GPTSentencePieceTokenizer": ("tokenizer_model",),
-    "Llama2Tokenizer": ("tokenizer_model",),
-    "TikTokenizer": ("tokenizer_model",),
-}
 
 
 def required_problems(config: RunConfig) -> Iterator[str]:
@@ -290,22 +281,6 @@ def _split_problems(split: str) -> Iterator[str]:
         yield f"--split {split} is not one to three shares from 0 up; write them like 969,30,1."
     elif shares[0] == 0:
         yield f"--split {split} leaves nothing to train on; give training, the first share, more than 0."
-
-
-def tokenizer_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
-    """The vocabulary comes from somewhere, and the tokenizer has its files."""
-    data = run.data
-    if data.tokenizer_type is None and given.model.vocab_size is None:
-        yield (
-            "The size of the vocabulary is unknown; name the tokenizer by --tokenizer-type with its files, or give "
-            "--vocab-size."
-        )
-    for name in _TOKENIZER_FILES.get(data.tokenizer_type or "", ()):
-        option = BY_NAME[name]
-        if option.value_in(run) is None:
-            yield f"--tokenizer-type {data.tokenizer_type} reads {option.spelling}, which is not given; name the file."
-    if data.tokenizer_type == "NullTokenizer" and given.model.vocab_size is None:
-        yield "--tokenizer-type NullTokenizer needs --vocab-size, the number of token ids in the data; give it."
 
 
 def checkpoint_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
