@@ -76,6 +76,12 @@ class Mesh:
         """Whether this rank is last along the pipeline."""
         return self.pp.rank == self.pp.size - 1
 
+    @property
+    def reports_samples(self) -> bool:
+        """Whether this rank counts in sums over all ranks of what is known of whole samples: tensor- and
+        context-parallel ranks read the same ones, and one of them reports."""
+        return self.tp.rank == self.cp.rank == 0
+
     def __str__(self) -> str:
         position = self.layout.coordinates(self.rank)
         where = ", ".join(f"{name} {position[name]}" for name in GRID if self.layout.degree(name) > 1)

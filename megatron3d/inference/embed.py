@@ -109,7 +109,7 @@ def embed(model: Model, config: RunConfig, texts: Sequence[Sequence[int]], optio
     with torch.no_grad():
         for numbers in batches[mesh.batch.rank :: mesh.batch.size]:
             pooled_BH = _pooled(model, config, [texts[number] for number in numbers], options)
-            if pooled_BH is not None and mesh.tp.rank == 0:
+            if pooled_BH is not None and mesh.reports_samples:
                 found_NH[numbers] = pooled_BH
     # Each row was filled in by one rank of all; the others hold zeros.
     found_NH = all_reduce(found_NH, mesh.world).cpu()

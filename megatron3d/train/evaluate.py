@@ -98,7 +98,7 @@ def _sums_hits_and_counts(parts: Parts, batch: Batch) -> Tensor:
     row = model.rows.forward_only(len(micros))
     run(row.schedule, row.actions, model.stages, micros, wire=model.wire(config, micros))
     counts = counts_of(model.losses, batch).double().to(model.device)
-    if not (model.holds_last_stage and parts.mesh.tp.rank == 0):
+    if not (model.holds_last_stage and parts.mesh.reports_samples):
         counts.zero_()
     return torch.stack([losses.sums(), losses.hits(), counts])
 

@@ -67,10 +67,10 @@ def test_two_layouts_live_in_one_process_each_with_its_own_groups_and_meter(pool
         assert lasts == [rank >= 2, rank >= 2]
 
 
-def _members_and_groups(rank: int, world_size: int, layout: Layout) -> tuple[dict[str, Any], int]:
+def _members_and_groups(rank: int, world_size: int, layout: Layout) -> tuple[dict[str, Any], int, bool]:
     mesh = make_mesh(layout)
     groups = {id(axis.group) for axis in _axes(mesh) if axis.group is not None}
-    return _members(mesh), len(groups)
+    return _members(mesh), len(groups), mesh.reports_samples
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,13 @@ def _members_and_groups(rank: int, world_size: int, layout: Layout) -> tuple[dic
 def test_the_axes_of_every_use_are_live_groups_and_equal_ones_are_made_once(
     pool: Pool, layout: Layout, num_groups: int
 ) -> None:
-    for rank, (found, made) in enumerate(pool.run(4, _members_and_groups, layout)):
+    for rank, (found, made, reports) in enumerate(pool.run(4, _members_and_groups, layout)):
         for axis in AXES:
             expected = layout.ranks_along(axis, rank)
             assert found[axis] == (expected, expected.index(rank), list(expected)), axis
         assert made == num_groups
+        position = layout.coordinates(rank)
+        assert reports == (position["tp"] == position["cp"] == 0)
 
 
 def _tied_of_three_stages(rank: int, world_size: int) -> tuple[list[int], bool]:

@@ -68,7 +68,7 @@ def _outputs(parts: Parts, samples: Encoded, part: PlannedBatch) -> Tensor | Non
     micros = micro_batches(asked, size, device=model.device)
     row = model.rows.forward_only(len(micros))
     outputs = run(row.schedule, row.actions, model.stages, micros, wire=model.wire(parts.config, micros))
-    return torch.cat(outputs) if outputs and parts.mesh.tp.rank == 0 else None
+    return torch.cat(outputs) if outputs and parts.mesh.reports_samples else None
 
 
 def mean_loss(scores_NC: Tensor, labels_N: NDArray[np.generic]) -> float:
