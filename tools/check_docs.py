@@ -121,7 +121,9 @@ def script_of(block: Block, scratch: Path, variables: Path) -> str:
     body = block.text
     if block.language == "python":
         body = f"python - <<'END_OF_BLOCK'\n{block.text}END_OF_BLOCK\n"
-    keep = "".join(f"declare -p {name} >>{shlex.quote(str(variables))}\n" for name in _ASSIGNED.findall(block.text))
+    # A name before a command is set for that command alone, and not kept.
+    kept = shlex.quote(str(variables))
+    keep = "".join(f"declare -p {name} >>{kept} 2>/dev/null || :\n" for name in _ASSIGNED.findall(block.text))
     return (
         "set -e -o pipefail\n"
         f"export PATH={shlex.quote(str(Path(sys.prefix) / 'bin'))}:$PATH\n"

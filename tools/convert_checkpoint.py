@@ -56,9 +56,10 @@ from megatron3d.config.derive import derive
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.config.serialize import from_dict
+from megatron3d.config.tokenizer_copy import beside_checkpoint
 from megatron3d.convert.export import DTYPES, ExportOptions, export_model
 from megatron3d.convert.hf import HfModel, read_model, save_model
-from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
+from megatron3d.convert.tokenizer_choice import with_given
 from megatron3d.data.hf_tokenizer import reading_note
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.params.init import initial_shard

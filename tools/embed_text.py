@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron3d.config.tokenizer_copy import beside_checkpoint
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.storage.atomic import atomic_path
@@ -70,7 +71,7 @@ from megatron3d.comm.agree import digest_of
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.convert.hf import digest_of_tensors, read_model
-from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
+from megatron3d.convert.tokenizer_choice import with_given
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.files.text import TextError, read_lines
 from megatron3d.inference.embed import EmbedOptions, embed, load_encoder

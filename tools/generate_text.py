@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron3d.config.tokenizer_copy import TOKENIZER_FOLDER, beside_checkpoint
 from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.data.tokenizer_interface import Tokenizer
@@ -80,8 +81,7 @@ from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.comm.agree import digest_of
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.parallel import ParallelConfig
-from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
-from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER
+from megatron3d.convert.tokenizer_choice import with_given
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.hf_description import end_token_ids
 from megatron3d.inference.generate import generate, new_token_limits, position_limit

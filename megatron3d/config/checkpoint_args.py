@@ -19,6 +19,7 @@ from megatron3d.config.options import BY_KEY, Settings
 from megatron3d.config.resume import EFFECTS, Effect
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import from_dict
+from megatron3d.config.tokenizer_copy import beside_checkpoint
 from megatron3d.errors import CheckpointError, MisfitError
 from megatron3d.files.fields import Fields
 from megatron3d.files.json_text import parse_object
@@ -60,7 +61,8 @@ def with_checkpoint_args(settings: Settings, say: Callable[[str], None]) -> dict
     for key in OVERRIDDEN:
         _override(changed, key, stored, say)
     if not any(settings.get(("data", name)) for name in _TOKENIZER):
-        changed.update({("data", name): getattr(stored.data, name) for name in (*_TOKENIZER, *_OF_TOKENIZER)})
+        data = beside_checkpoint(stored.data, directory)
+        changed.update({("data", name): getattr(data, name) for name in (*_TOKENIZER, *_OF_TOKENIZER)})
     changed.setdefault(("data", "eod_token"), stored.data.eod_token)
     changed.setdefault(("model", "seq_length"), stored.model.seq_length)
     say(f"--use-checkpoint-args: the model's options are those of {directory}")

@@ -22,6 +22,7 @@ from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.serialize import from_dict
+from megatron3d.config.tokenizer_copy import TOKENIZER_FOLDER
 from megatron3d.convert.directory import check_writable, write_directory
 from megatron3d.convert.families import family_of
 from megatron3d.convert.family import Family, HfConfig, check_num_layers
@@ -30,7 +31,6 @@ from megatron3d.convert.rows import Row
 from megatron3d.convert.task_document import read_task_document
 from megatron3d.convert.tokenizer_choice import tokenizer_of
 from megatron3d.convert.tokenizer_export import ExportedTokenizer, exported_tokenizer
-from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER
 from megatron3d.data.hf_description import GENERATION_CONFIG, MODEL_CONFIG, companion_files
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.files.json_text import parse_object

@@ -28,12 +28,13 @@ from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.config.serialize import to_dict
+from megatron3d.config.tokenizer_copy import TOKENIZER_FOLDER
 from megatron3d.convert.directory import CONFIG_NAME, StoredWeight, open_weights, read_config
 from megatron3d.convert.families import FAMILIES
 from megatron3d.convert.family import Family, HfConfig, check_num_layers
 from megatron3d.convert.quantized import refuse_quantized
 from megatron3d.convert.rows import Piece, Row
-from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, copy_tokenizer, data_of, named_in
+from megatron3d.convert.tokenizer_files import copy_tokenizer, data_of, named_in
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.params.boxes import Box, ShardView
 

@@ -10,32 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron3d.config.sections.data import DataConfig
-from megatron3d.convert.tokenizer_files import DESCRIBED, TOKENIZER_FOLDER
+from megatron3d.convert.tokenizer_files import DESCRIBED
 from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.data.tokenizer_interface import Tokenizer
 from megatron3d.errors import ConfigError
 
 _FILES = ("vocab_file", "merge_file", "tokenizer_model")
-
-
-def beside_checkpoint(data: DataConfig, checkpoint: Path) -> DataConfig:
-    """The options with the tokenizer's files that were copied beside the checkpoints.
-
-    All of them may have moved together, to another place or another machine: a copy beside the checkpoints counts
-    before the path that the run names, other files count only where the named ones are gone.
-    """
-    folder = checkpoint.parent / TOKENIZER_FOLDER
-
-    def found(value: str | None) -> str | None:
-        if value is None:
-            return None
-        path = Path(value)
-        beside = folder if path.name == TOKENIZER_FOLDER else folder / path.name
-        was_copied = TOKENIZER_FOLDER in (path.name, path.parent.name)
-        return str(beside) if beside.exists() and (was_copied or not path.exists()) else value
-
-    return replace(data, **{name: found(vars(data)[name]) for name in _FILES})
 
 
 def with_given(data: DataConfig, given: Mapping[str, str | None]) -> DataConfig:

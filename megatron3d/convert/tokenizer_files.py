@@ -32,7 +32,6 @@ from megatron3d.errors import CheckpointError
 from megatron3d.storage.durable import sync_directory, write_file
 from megatron3d.storage.refusals import storage_errors
 
-TOKENIZER_FOLDER = "tokenizer"  # in the --save directory, where the copied files of the tokenizer lie
 WORD_PIECES: Mapping[str, bool] = MappingProxyType({"BertWordPieceLowerCase": True, "BertWordPieceCase": False})
 DESCRIBED = "HuggingFaceTokenizer"  # the kind of a tokenizer that its own directory describes
 

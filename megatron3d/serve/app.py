@@ -31,8 +31,9 @@ _CLOSED = 499  # what a client that left before its answer counts as; it is not 
 @dataclass
 class Counts:
     """What the service has done since it began: requests answered, refused (4xx, 503) and failed (500), samples, and
-    the time that answered requests took in all."""
+    the time that answered requests took in all; `in_progress` are those that it has not ended yet."""
 
+    in_progress: int = 0
     answered: int = 0
     refused: int = 0
     failed: int = 0
@@ -79,6 +80,13 @@ class Service:
 
     async def classify(self, request: Request) -> JSONResponse:
         """Answer one request: an object for a text, {"results": [...]} for a list."""
+        self.counts.in_progress += 1
+        try:
+            return await self._answer(request)
+        finally:
+            self.counts.in_progress -= 1
+
+    async def _answer(self, request: Request) -> JSONResponse:
         began_s = time.perf_counter()
         body = await self._body(request)
         asked = parse(body, self.classifier.description, self.limits)
@@ -102,6 +110,7 @@ class Service:
                 "pairs": {1: "no", 2: "required", None: "optional"}[description.num_texts],
                 "max_tokens": description.max_length,
                 "precision": description.precision,
+                "in_progress": counts.in_progress,
                 "answered": counts.answered,
                 "refused": counts.refused,
                 "failed": counts.failed,

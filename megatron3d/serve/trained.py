@@ -20,10 +20,11 @@ from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.tokenizer_copy import beside_checkpoint
 from megatron3d.convert.family import HfConfig
 from megatron3d.convert.hf import HF_DOCUMENT
 from megatron3d.convert.task_document import read_task_document
-from megatron3d.convert.tokenizer_choice import beside_checkpoint, with_given
+from megatron3d.convert.tokenizer_choice import with_given
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.errors import CheckpointError, ConfigError

@@ -276,6 +276,14 @@ def test_training_starts_from_imported_weights_with_finetune_alone(run: Run, tmp
             assert torch.equal(piece, found.tensors[name][box.slices()]), name
 
 
+def test_a_moved_import_gives_its_own_copy_of_the_tokenizer_to_training(run: Run, hf: Path, tmp_path: Path) -> None:
+    run(convert_checkpoint, "hf-import", "--hf", hf, "--save", tmp_path / "first")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    words = f"--use-checkpoint-args --finetune --load {tmp_path / 'moved'} --lr 1e-3 --train-iters 4 --mock-data"
+    data = parse_args(words.split(), program="t", description="t", architecture="bert", say=lambda line: None).data
+    assert data.tokenizer_model == str(tmp_path / "moved" / "tokenizer")
+
+
 # --- embed_text -------------------------------------------------------------------------------------------------------
 
 

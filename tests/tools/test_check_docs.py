@@ -91,6 +91,8 @@ def test_variables_last_through_a_page_and_failures_and_long_blocks_are_seen(tmp
 
     assert code('FLAGS="-a\n  b"\n') == 0
     assert code('test "$FLAGS" = "-a\n  b"\n') == 0
+    assert code("ONLY_HERE=1 python -c \"import os; os.environ['ONLY_HERE']\"\n") == 0
+    assert code('test -z "${ONLY_HERE+set}"\n') == 0
     assert code("false\ntrue\n") == 1
     assert code("false | true\n") == 1
     assert code("import sys; sys.exit(3)\n", "python") == 3

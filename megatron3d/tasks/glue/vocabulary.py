@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron3d.config.sections.data import DataConfig
-from megatron3d.convert.tokenizer_choice import beside_checkpoint, tokenizer_of, with_given
+from megatron3d.config.tokenizer_copy import beside_checkpoint
+from megatron3d.convert.tokenizer_choice import tokenizer_of, with_given
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError

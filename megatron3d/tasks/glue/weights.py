@@ -24,9 +24,10 @@ from megatron3d.comm.mesh import Mesh
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.serialize import to_dict
+from megatron3d.config.tokenizer_copy import TOKENIZER_FOLDER
 from megatron3d.convert.hf import fill_views, read_model
 from megatron3d.convert.task_document import read_task_document
-from megatron3d.convert.tokenizer_files import TOKENIZER_FOLDER, files_of, named_in, write_files
+from megatron3d.convert.tokenizer_files import files_of, named_in, write_files
 from megatron3d.data.content import Content, tokenizer_content
 from megatron3d.data.hf_description import companion_files, tokenizer_files
 from megatron3d.errors import DataError, MisfitError
