@@ -72,7 +72,7 @@ class BertEmbedding(nn.Module):
             self.config.hidden_dropout,
             inputs.dropout,
             site="embedding",
-            positions_S=self.context.positions(len(x_SBH), x_SBH.device),
+            positions_S=self.context.positions(x_SBH),
             kernels=self.context.kernels,
         )
 

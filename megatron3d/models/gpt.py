@@ -45,7 +45,7 @@ class GPTEmbedding(nn.Module):
             self.config.hidden_dropout,
             inputs.dropout,
             site="embedding",
-            positions_S=self.context.positions(len(x_SBH), x_SBH.device),
+            positions_S=self.context.positions(x_SBH),
             kernels=self.context.kernels,
         )
 

@@ -70,6 +70,6 @@ class Block(nn.Module):
             self.config.hidden_dropout,
             inputs.dropout,
             site=f"layers.{self.layer}.{half}",
-            positions_S=self.context.positions(len(x_SBH), x_SBH.device),
+            positions_S=self.context.positions(x_SBH),
             kernels=self.context.kernels,
         )

@@ -47,10 +47,11 @@ class LayerContext:
         """The part of a tensor known to all ranks that belongs to this rank's positions of the residual stream."""
         return own_part(x, self.tp, dim=dim) if self.sequence_parallel else x
 
-    def positions(self, count: int, device: torch.device) -> Tensor:
-        """Where in the sequence the `count` positions of this rank's residual stream stand, int64 [S]."""
+    def positions(self, x_SBH: Tensor) -> Tensor:
+        """Where in the sequence the positions of this rank's residual stream [S, B, H] stand, int64 [S]."""
+        count = x_SBH.shape[0]  # len() would be a fixed number in an exported graph, whose lengths are symbols
         whole = count * self.tp.size if self.sequence_parallel else count
-        return self.local_sequence(torch.arange(whole, device=device))
+        return self.local_sequence(torch.arange(whole, device=x_SBH.device))
 
     def whole_heads(self, part_SBd: Tensor) -> Tensor:
         """Key and value heads, [..., D] of type R on `kv`, from the part of each that every rank of it has, [..., d] of
