@@ -29,7 +29,7 @@ from torch import Tensor
 _STEPS = 1 << 16  # values of the 16 random bits that decide about one element
 _LANES = 4  # elements that share one output of the generator
 _CHUNK_WORDS = 1 << 16  # outputs computed at a time on a CPU: half a MiB, which stays in its cache
-_CHUNK_WORDS_ELSEWHERE = 1 << 22
+_CHUNK_WORDS_CUDA = 1 << 22
 
 
 def _signed(bits: int) -> int:
@@ -59,7 +59,7 @@ def keep_mask(keys: Tensor, width: int, probability: float) -> Tensor:
         return keep.view(*keys.shape, width)
     words = -(-width // _LANES)
     counters = torch.arange(1, words + 1, device=keys.device) * _GAMMA
-    most = _CHUNK_WORDS if keys.device.type == "cpu" else _CHUNK_WORDS_ELSEWHERE
+    most = _CHUNK_WORDS_CUDA if keys.is_cuda else _CHUNK_WORDS
     rows = min(keys.numel(), max(1, most // words))
     z, scratch = (torch.empty(rows, words, dtype=torch.int64, device=keys.device) for _ in range(2))
     least = _num_dropped(probability) - _STEPS // 2

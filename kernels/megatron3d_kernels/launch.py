@@ -66,12 +66,12 @@ TRITON = detect_triton()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **constants: Any) -> None:
-    """Run a Triton kernel over `grid` on `device`; an empty grid is no launch.
+    """Run a Triton kernel over `grid` on `device`; an empty grid is no launch, and neither are tensors without memory.
 
     Triton launches on the current device, so tensors of another one would be read across devices and out of order with
     their own stream: the tensors' device is made current around the launch.
     """
-    if 0 in grid:
+    if 0 in grid or device.type == "meta":
         return
     with torch.accelerator.device_index(device.index):
         kernel[grid](*arguments, **constants)

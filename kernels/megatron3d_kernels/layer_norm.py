@@ -45,7 +45,7 @@ def _reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     several roundings, so narrow tensors are widened around it there.
     """
     dtype = compute_dtype(x.dtype)
-    if weight.dtype == x.dtype and (x.dtype == dtype or x.device.type != "cpu"):
+    if weight.dtype == x.dtype and (x.dtype == dtype or x.is_cuda):
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     shift = None if bias is None else bias.to(dtype)
     return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), shift, eps).to(x.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from megatron3d_kernels.activation import activation
+from megatron3d_kernels.attention import attention
 from megatron3d_kernels.cross_entropy import cross_entropy_backward, local_max, local_sum_exp_and_target
 from megatron3d_kernels.dropout import dropout
 from megatron3d_kernels.gated_activation import fused_gated_activation, gated_activation, swiglu
@@ -30,6 +31,19 @@ class Registry(Selection):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
         """Divide [..., H] by its root mean square and scale; see `rms_norm.rms_norm`."""
         return rms_norm(x, weight, eps, selection=self)
+
+    def attention(
+        self,
+        q_BNSD: torch.Tensor,
+        k_BGTD: torch.Tensor,
+        v_BGTD: torch.Tensor,
+        *,
+        mask: torch.Tensor | None,
+        probability: float,
+        is_causal: bool,
+    ) -> torch.Tensor:
+        """softmax(q k^T / sqrt(D)) v, always torch's; see `attention.attention`."""
+        return attention(q_BNSD, k_BGTD, v_BGTD, mask=mask, probability=probability, is_causal=is_causal)
 
     def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         """gelu, gelu_tanh, relu, squared_relu or silu, always torch's; see `activation.activation`."""

@@ -68,7 +68,8 @@ class Selection:
             )
         compiled = support.installed and not support.interpreted
         self._default_keys = frozenset(("cuda", dtype) for dtype in TRITON_DTYPES if compiled)
-        devices = ("cpu", "cuda") if support.interpreted else ("cuda",)
+        # On the meta device a launch does nothing, so that a GPU's memory can be counted without one.
+        devices = ("cpu", "cuda", "meta") if support.interpreted else ("cuda", "meta")
         self._possible_keys = frozenset((device, dtype) for device in devices for dtype in TRITON_DTYPES)
 
     def pick(self, kernel: Kernel[Implementation], x: torch.Tensor) -> Implementation:

@@ -105,7 +105,8 @@ class SelfAttention(nn.Module):
         queries, keys = q_BNSD.shape[2], k_BGTD.shape[2]
         assert mask_BST is not None or queries in (1, keys), f"{queries} queries of {keys} keys need a mask"
         masking = Masking(mask_BST, self.config.is_causal and queries > 1)
-        return attend(q_BNSD, k_BGTD, v_BGTD, masking, self._dropout(inputs, heads=q_BNSD.shape[1]))
+        dropout = self._dropout(inputs, heads=q_BNSD.shape[1])
+        return attend(q_BNSD, k_BGTD, v_BGTD, masking, dropout, kernels=self.context.kernels)
 
     def _dropout(self, inputs: LayerInputs, *, heads: int) -> ProbabilityDropout | None:
         rate, stream, shard = self.config.attention_dropout, inputs.dropout, self.context.tp.rank

@@ -13,15 +13,18 @@ Shapes: S queries, T keys, B micro-batch, N query heads, G key and value heads (
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 
 import torch
-import torch.nn.functional as F
 from megatron3d_kernels.dropout import keep_mask, kept_scale
+from megatron3d_kernels.registry import Registry
 from torch import Tensor
 
 from megatron3d.nn.dropout import DropoutStream, attention_keys
 from megatron3d.params.streams import stream_seed
+
+_DEFAULT_KERNELS = Registry()
 
 
 @dataclass(frozen=True)
@@ -54,35 +57,30 @@ class ProbabilityDropout:
 
 def draws_by_place(device_type: str) -> bool:
     """Whether masks of attention probabilities are the same at every layout on such devices."""
-    return device_type == "cpu"
+    return device_type != "cuda"
 
 
 def attend(
-    q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, masking: Masking, dropout: ProbabilityDropout | None = None
+    q_BNSD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    masking: Masking,
+    dropout: ProbabilityDropout | None = None,
+    *,
+    kernels: Registry = _DEFAULT_KERNELS,
 ) -> Tensor:
     """[B, N, S, D] of queries that stand at positions 0 .. S-1 wherever there is dropout."""
+    mask = None if masking.mask_BST is None else masking.mask_BST.unsqueeze(1)
+    fused = partial(kernels.attention, q_BNSD, k_BGTD, v_BGTD, mask=mask, is_causal=mask is None and masking.is_causal)
     if dropout is None:
-        return _fused(q_BNSD, k_BGTD, v_BGTD, masking, probability=0.0)
+        return fused(probability=0.0)
     if draws_by_place(q_BNSD.device.type):
         return _composed(q_BNSD, k_BGTD, v_BGTD, masking, dropout)
     # The fused kernels draw from the global generator: give it the stream of this place, then put it back.
     stream = dropout.stream
     with torch.random.fork_rng(devices=[q_BNSD.device]):
         torch.manual_seed(stream_seed(stream.seed, dropout.site, stream.first_sample, dropout.shard))
-        return _fused(q_BNSD, k_BGTD, v_BGTD, masking, probability=dropout.probability)
-
-
-def _fused(q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, masking: Masking, *, probability: float) -> Tensor:
-    mask_BST = masking.mask_BST
-    return F.scaled_dot_product_attention(
-        q_BNSD,
-        k_BGTD,
-        v_BGTD,
-        attn_mask=None if mask_BST is None else mask_BST.unsqueeze(1),
-        dropout_p=probability,
-        is_causal=mask_BST is None and masking.is_causal,
-        enable_gqa=q_BNSD.shape[1] != k_BGTD.shape[1],
-    )
+        return fused(probability=dropout.probability)
 
 
 def _composed(q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, masking: Masking, dropout: ProbabilityDropout) -> Tensor:

@@ -16,7 +16,6 @@ from megatron3d.params.freeze import require_sensible
 from megatron3d.pipeline.lower import lower
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.schedule import Action, Schedule
-from megatron3d.planner.layers import stage_tape
 from megatron3d.planner.memory import (
     ModelParts,
     StateBytes,
@@ -27,11 +26,13 @@ from megatron3d.planner.memory import (
     shard_size,
     whole_stage,
 )
-from megatron3d.planner.sharing import SharedUnit, Sharing, SharingPlan
-from megatron3d.planner.sizes import BYTES, FP32, sizes_of
+from megatron3d.planner.replay import Moment, left_of
+from megatron3d.planner.sharing import SharedUnit, SharingPlan
+from megatron3d.planner.sizes import BYTES, FP32
+from megatron3d.planner.stage_records import StageRecords
+from megatron3d.planner.stage_run import message_bytes
 from megatron3d.planner.temporaries import publish_temporary, update_temporary
 from megatron3d.planner.timeline import RankStages, highest_moment
-from megatron3d.planner.walk import Moment, StageWalk
 from megatron3d.zero.policy import policy_of
 
 
@@ -86,39 +87,36 @@ def ledger_of(config: RunConfig, plan: PipelinePlan, *, device_type: str) -> tup
         builder = BUILDERS[config.model.architecture]
         require_sensible(config.train.freeze_params, whole_stage(config, builder).parameters_by_name())
     schedule = plan.training(first_microbatches(config))
-    rows = lower(schedule)
+    rows, records = lower(schedule), StageRecords(config, device_type)
     return tuple(
-        ledger_of_rank(
-            config, plan, (schedule, rows[rank]), parts_of_rank(config, plan, rank), rank, device_type=device_type
-        )
+        ledger_of_rank(plan, (schedule, rows[rank]), parts_of_rank(config, plan, rank), rank, records)
         for rank in range(plan.num_ranks)
     )
 
 
 def ledger_of_rank(
-    config: RunConfig,
     plan: PipelinePlan,
     row: tuple[Schedule, Sequence[Action]],
     parts: ModelParts,
     pp_rank: int,
-    *,
-    device_type: str,
+    records: StageRecords,
 ) -> Ledger:
     """The ledger of one pipeline rank.
 
     Args:
-        config: the run.
-        plan: how it is cut along its depth.
+        plan: how the run is cut along its depth.
         row: the schedule of a step, and this rank's actions of it.
         parts: what the rank holds.
         pp_rank: its position along the pipeline.
-        device_type: as in `ledger_of`.
+        records: what the stages of the run allocate, on its device.
     """
+    config, device_type = records.config, records.device_type
     state = fullest_state(config, parts.units.values()) + declared_state_bytes(config, parts)
-    sizes = sizes_of(config, device_type=device_type)
-    tapes = {number: stage_tape(config, part_of(plan, number), sizes) for number in parts.stages}
     stages = RankStages(
-        tapes, sharing_of(config, parts, device_type=device_type), sizes.residual, sends_linger=device_type == "cpu"
+        lambda number, splits: records.of(part_of(plan, number), splits=splits),
+        sharing_of(config, parts, device_type=device_type),
+        message_bytes(config),
+        sends_linger=device_type == "cpu",
     )
     in_step = highest_moment(stages, *row)
     after = max(
@@ -161,10 +159,8 @@ def sharing_of(config: RunConfig, parts: ModelParts, *, device_type: str) -> Map
 
 def activation_bytes(config: RunConfig, part: StagePart, *, device_type: str) -> int:
     """What one micro-batch keeps in one stage between its forward and its backward, with the stage's input."""
-    sizes = sizes_of(config, device_type=device_type)
-    stage = stage_tape(config, part, sizes)
-    kept = StageWalk(stage, Sharing(SharingPlan({}, {}, False, False))).forward().left.activations
-    return kept + (0 if part.is_first else sizes.residual)
+    kept = left_of(StageRecords(config, device_type).of(part).forward).total
+    return kept + (0 if part.is_first else message_bytes(config))
 
 
 def first_microbatches(config: RunConfig) -> int:

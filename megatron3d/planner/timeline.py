@@ -7,25 +7,29 @@ Steps of one stage are alike but for the reductions that are on their way when t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron3d.pipeline.schedule import Action, Exchange, Op, Recv, Schedule, Send, Step
-from megatron3d.planner.layers import StageTape
+from megatron3d.planner.replay import Moment, StepMemory, replay_backward, replay_forward
 from megatron3d.planner.sharing import Flight, Sharing, SharingPlan
-from megatron3d.planner.walk import Moment, StageWalk, StepMemory
+from megatron3d.planner.stage_records import StageSteps
 
 _Done = tuple[StepMemory, Flight]
 
 
 @dataclass(frozen=True)
 class RankStages:
-    """The stages of a rank: tapes and what they share out, by number, and bytes of one message between stages.
+    """The stages of a rank.
 
-    `sends_linger` says that a rank cannot tell when a message has left, as with gloo, and keeps some for longer.
+    Attributes:
+        record_of: gives the record of a stage, or that of its split backward.
+        sharing: what each stage gathers and reduces.
+        message: bytes of one message between stages.
+        sends_linger: whether a rank cannot tell when a message has left, as with gloo, and keeps some for longer.
     """
 
-    tapes: Mapping[int, StageTape]
+    record_of: Callable[[int, bool], StageSteps]
     sharing: Mapping[int, SharingPlan]
     message: int
     sends_linger: bool
@@ -116,12 +120,10 @@ class _RowWalk:
     def _work_out(self, step: Step, flight: Flight, *, is_last: bool) -> _Done:
         """One step on its own, with what comes before it in its stage."""
         sharing = Sharing(self.stages.sharing[step.stage], flight)
-        walk = StageWalk(self.stages.tapes[step.stage], sharing)
-        memory = walk.forward()
+        record = self.stages.record_of(step.stage, step.op in (Op.I, Op.W))
+        memory = replay_forward(record.forward, sharing)
         if step.op is not Op.F:
-            if step.op is Op.W:
-                walk.backward(splits=True)
-                memory = walk.weight_gradients(is_last=is_last)
-            else:
-                memory = walk.backward(splits=step.op is Op.I, is_last=is_last)
+            memory = replay_backward(record.backward, sharing, is_last=is_last or step.op is Op.W)
+        if step.op is Op.W:
+            memory = replay_backward(record.weights, sharing, is_last=is_last)
         return memory, sharing.flight

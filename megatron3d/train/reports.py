@@ -23,6 +23,7 @@ from megatron3d.pipeline.simulate import simulate
 from megatron3d.pipeline.split.stages import describe
 from megatron3d.planner.ledger import first_microbatches, ledger_of_rank
 from megatron3d.planner.memory import ModelParts
+from megatron3d.planner.stage_records import StageRecords
 from megatron3d.train.dropout import dropout_note
 from megatron3d.train.evaluate import Evaluation
 from megatron3d.train.metrics import StartRecord, StepRecord
@@ -240,14 +241,8 @@ def predicted_bytes(parts: Parts) -> dict[str, int]:
     model, config = parts.model, parts.config
     row = model.rows.training(first_microbatches(config))
     held = ModelParts(model.stages, {name: unit.layout for name, unit in parts.engine.units.items()})
-    ledger = ledger_of_rank(
-        config,
-        model.rows.plan,
-        (row.schedule, row.actions),
-        held,
-        parts.mesh.pp.rank,
-        device_type=model.device.type,
-    )
+    records = StageRecords(config, model.device.type)
+    ledger = ledger_of_rank(model.rows.plan, (row.schedule, row.actions), held, parts.mesh.pp.rank, records)
     return _largest(ledger.rows(), parts)
 
 

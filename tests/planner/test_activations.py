@@ -1,4 +1,4 @@
-"""What a forward keeps for its backward: the tape's bytes against the tensors that autograd really saves, exactly."""
+"""What a forward keeps for its backward: recorded bytes against the tensors that autograd really saves, exactly."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron3d.config.run import RunConfig
 from megatron3d.models.stage import MicroBatch, Stage
 from megatron3d.nn.loss_sink import LossSink
-from megatron3d.planner.layers import stage_tape
 from megatron3d.planner.ledger import activation_bytes
 from megatron3d.planner.memory import part_of
-from megatron3d.planner.sizes import sizes_of
+from megatron3d.planner.stage_run import message_bytes, message_shape
 from megatron3d.train.dropout import with_dropout
 from megatron3d.train.parts import Parts
 from megatron3d.train.plan import plan_of
@@ -76,17 +75,16 @@ def _kept_by(config: RunConfig) -> dict[int, Kept]:
     micro = with_dropout(micros[:1], config.model, seed=1, first_samples=[0])[0]
     found = {}
     for number, stage in parts.model.stages.items():
-        x = None if stage.part.is_first else torch.randn(_shape(config), dtype=parts.model.dtype, requires_grad=True)
+        x = (
+            None
+            if stage.part.is_first
+            else torch.randn(message_shape(config), dtype=parts.model.dtype, requires_grad=True)
+        )
         saved = _saved(parts, stage, x, micro)
         outputs: list[Tensor] = []
         held = allocations_of(lambda stage=stage, x=x, outputs=outputs: outputs.append(stage(x, micro)))
         found[number] = Kept(saved, held.left, int(micro.loss_mask_BS.count_nonzero()))
     return found
-
-
-def _shape(config: RunConfig) -> tuple[int, int, int]:
-    sizes = sizes_of(config, device_type="cpu")
-    return sizes.local_sequence, sizes.batch, sizes.hidden
 
 
 def _tables(config: RunConfig) -> int:
@@ -115,24 +113,28 @@ def _saved(parts: Parts, stage: Stage, x: Tensor | None, micro: MicroBatch) -> i
 
 
 @pytest.mark.parametrize(("world_size", "cases"), [(1, ONE), (2, TWO)], ids=["1 process", "2 processes"])
-def test_a_forward_keeps_what_the_tape_says(pool: Pool, world_size: int, cases: tuple[tuple[str, str], ...]) -> None:
+def test_a_forward_keeps_what_was_recorded(pool: Pool, world_size: int, cases: tuple[tuple[str, str], ...]) -> None:
     wrong = []
     for rank, of_rank in enumerate(pool.run(world_size, _kept, list(cases), timeout_s=600)):
         for (kind, flags), found in zip(cases, of_rank, strict=True):
             config = config_of(flags, world_size, architecture=kind)
-            sizes, plan = sizes_of(config, device_type="cpu"), plan_of(config)
+            tp, plan = config.parallel.tensor_model_parallel_size, plan_of(config)
             for number, real in found.items():
-                if kind == "bert":  # whose tape expects a number of masked tokens
-                    config = replace(config, data=replace(config.data, mask_prob=real.counted / sizes.rows))
+                if kind == "bert":  # of which an expected number of masked tokens is recorded
+                    share = real.counted / (config.train.micro_batch_size * config.model.seq_length)
+                    config = replace(config, data=replace(config.data, mask_prob=share))
                 part = part_of(plan, number)
-                tape = stage_tape(config, part, sizes)
-                kept = activation_bytes(config, part, device_type="cpu") - (0 if part.is_first else sizes.residual)
-                if kind == "bert" and sizes.sharded and rank == 0:  # which has the first token and masks nothing
-                    kept -= sizes.batch * sizes.hidden
-                # The output lives on without being saved.
-                saved = kept - tape.tape.sizes[tape.y.memory] - _tables(config)
+                kept = activation_bytes(config, part, device_type="cpu") - (
+                    0 if part.is_first else message_bytes(config)
+                )
+                if kind == "bert" and config.parallel.sequence_parallel and rank == 0:  # has the first token, no mask
+                    kept -= config.train.micro_batch_size * config.model.hidden_size
+                # The output lives on without being saved; on the last stage a scalar, and so do the terms of losses.
+                terms = 1 + config.model.has_binary_head if tp == 1 else 0
+                output = 4 * (1 + terms) if part.is_last else message_bytes(config)
+                saved = kept - output - _tables(config)
                 # gloo may let go of the copy of a collective on a thread that the profiler does not see.
-                most = kept + SCALARS if sizes.tp == 1 else math.inf
+                most = kept + SCALARS if tp == 1 else math.inf
                 if real.saved != saved or not kept <= real.held <= most:
-                    wrong.append(f"{kind} {flags}: {real}, but the tape saves {saved} and keeps {kept}")
+                    wrong.append(f"{kind} {flags}: {real}, but the record saves {saved} and keeps {kept}")
     assert not wrong, "\n".join(wrong)

@@ -1,0 +1,86 @@
+"""Kernels on tensors without memory: what a CPU or a GPU would choose, as far as memory is concerned.
+
+On a CPU attention is torch's fused kernel, which runs on the meta device but is not chosen there; where weights are
+dropped, torch composes the core of products and a softmax there as here. On a GPU the fused kernel cannot run without
+one, so what it allocates and keeps is written by hand: it keeps queries, keys, values, output, one fp32 number for each
+query and head, and the mask in the dtype of the queries. In the backward it takes a buffer of the size of the queries,
+and makes the gradients of shared keys and values for each query head before it adds them up. `test_recording.py` holds
+it against the CPU's kernel. The Triton kernels are those of the project: a launch on the meta device is none.
+
+Source: Dao et al. 2022 (FlashAttention), section 3.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron3d_kernels.launch import TritonSupport
+from megatron3d_kernels.registry import Registry
+from megatron3d_kernels.selection import TRITON_NAME
+from torch import Tensor
+
+
+class CpuKernels(Registry):
+    """What runs on a CPU: the references, and torch's fused attention unless weights are dropped."""
+
+    def attention(
+        self,
+        q_BNSD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTD: Tensor,
+        *,
+        mask: Tensor | None,
+        probability: float,
+        is_causal: bool,
+    ) -> Tensor:
+        """[B, N, S, D]; the fused kernel has its mask in the dtype of the queries."""
+        if probability > 0:
+            return super().attention(q_BNSD, k_BGTD, v_BGTD, mask=mask, probability=probability, is_causal=is_causal)
+        bias = None if mask is None else mask.to(q_BNSD.dtype)
+        y_BNSD, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_BNSD, k_BGTD, v_BGTD, attn_mask=bias, is_causal=is_causal
+        )
+        return y_BNSD
+
+
+class GpuKernels(Registry):
+    """What runs on a GPU with Triton, whether Triton is here or not."""
+
+    def __init__(self) -> None:
+        super().__init__(TRITON_NAME, support=TritonSupport(installed=True, interpreted=False, detail="recorded"))
+
+    def attention(
+        self,
+        q_BNSD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTD: Tensor,
+        *,
+        mask: Tensor | None,
+        probability: float,
+        is_causal: bool,
+    ) -> Tensor:
+        """[B, N, S, D], as far as memory is concerned."""
+        return _Fused.apply(q_BNSD, k_BGTD, v_BGTD, mask)
+
+
+class _Fused(torch.autograd.Function):
+    """q [B, N, S, D], k and v [B, G, T, D] to [B, N, S, D] in the layout of the queries."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, mask: Tensor | None) -> Tensor:
+        y_BNSD = torch.empty_like(q_BNSD)
+        sums_BNS = q_BNSD.new_empty(q_BNSD.shape[:3], dtype=torch.float32)
+        bias = None if mask is None else mask.to(q_BNSD.dtype)
+        ctx.save_for_backward(q_BNSD, k_BGTD, v_BGTD, y_BNSD, sums_BNS, bias)
+        return y_BNSD
+
+    @staticmethod
+    def backward(ctx: Any, grad_BNSD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_BNSD, k_BGTD, v_BGTD, *_ = ctx.saved_tensors
+        buffers = [torch.empty_like(q_BNSD)]
+        if q_BNSD.shape[1] != k_BGTD.shape[1]:
+            buffers += [torch.empty_like(q_BNSD), torch.empty_like(q_BNSD)]
+        grad_q, grad_k, grad_v = (torch.empty_like(one) for one in (q_BNSD, k_BGTD, v_BGTD))
+        del buffers
+        return grad_q, grad_k, grad_v, None

@@ -1,0 +1,138 @@
+"""How much memory one step of a stage takes and leaves: its record, replayed with what ZeRO gathers and reduces."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron3d.planner.recording import Event, Kind
+from megatron3d.planner.sharing import Sharing
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is allocated at one moment besides the state, in bytes.
+
+    Attributes:
+        activations: tensors of forwards, kept for their backwards or in use.
+        work: gradients of activations, and temporaries of operations.
+        sharing: gathered weights and whole-unit gradients under ZeRO.
+        messages: tensors that arrive from or leave for other stages.
+    """
+
+    activations: int = 0
+    work: int = 0
+    sharing: int = 0
+    messages: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.activations + self.work + self.sharing + self.messages
+
+    def __add__(self, other: Moment) -> Moment:
+        return Moment(
+            self.activations + other.activations,
+            self.work + other.work,
+            self.sharing + other.sharing,
+            self.messages + other.messages,
+        )
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """One step: its highest moment and what it leaves, both beside what was there before it."""
+
+    peak: Moment
+    left: Moment
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """What memory does between two marks of a record: its highest moment and what is left, beside what was before."""
+
+    peak: Moment
+    left: Moment
+
+
+Steps = tuple[Event | Stretch, ...]
+
+
+def condensed(events: Sequence[Event]) -> Steps:
+    """A record with the allocations between two marks as one stretch, which replays a deep stage much faster."""
+    steps: list[Event | Stretch] = []
+    activations, work, peak = 0, 0, Moment()
+
+    def end() -> None:
+        if peak.total or activations or work:
+            steps.append(Stretch(peak, Moment(activations, work)))
+
+    for event in events:
+        if event.kind not in (Kind.ACTIVATION, Kind.WORK, Kind.SCRATCH):
+            end()
+            steps.append(event)
+            activations, work, peak = 0, 0, Moment()
+            continue
+        activations += event.size_bytes if event.kind is Kind.ACTIVATION else 0
+        work += event.size_bytes if event.kind is Kind.WORK else 0
+        scratch = event.size_bytes if event.kind is Kind.SCRATCH else 0
+        if activations + work + scratch > peak.total:
+            peak = Moment(activations, work + scratch)
+    end()
+    return tuple(steps)
+
+
+def left_of(steps: Sequence[Event | Stretch]) -> Moment:
+    """What is left in the end of all that was allocated."""
+    stretches = [one.left for one in steps if isinstance(one, Stretch)]
+    return Moment(sum(one.activations for one in stretches), sum(one.work for one in stretches))
+
+
+def replay_forward(steps: Sequence[Event | Stretch], sharing: Sharing) -> StepMemory:
+    """A forward, whose output somebody holds until the backward."""
+    return _replay(steps, sharing)
+
+
+def replay_backward(steps: Sequence[Event | Stretch], sharing: Sharing, *, is_last: bool) -> StepMemory:
+    """A backward, or one half of a split one; `is_last` says that no more gradients of weights will come in this
+    training step."""
+    marks = [one for one in steps if isinstance(one, Event)]
+    sharing.begin_backward(Counter(one.name for one in marks if one.kind is Kind.CONTRIBUTE), is_last=is_last)
+    before = sharing.held_bytes
+    done = _replay(steps, sharing)
+    sharing.end_backward()
+    last = Moment(done.left.activations, done.left.work, sharing.take_highest() - before)
+    left = Moment(done.left.activations, done.left.work, sharing.held_bytes - before)
+    return StepMemory(max(done.peak, last, key=lambda one: one.total), left)
+
+
+def _replay(steps: Sequence[Event | Stretch], sharing: Sharing) -> StepMemory:
+    before = sharing.held_bytes
+    now, peak = Moment(), Moment()
+    for step in steps:
+        highest = now
+        if isinstance(step, Stretch):
+            highest, now = now + step.peak, now + step.left
+        else:
+            _share(step, sharing)
+        highest += Moment(sharing=sharing.take_highest() - before)
+        if highest.total > peak.total:
+            peak = highest
+    return StepMemory(peak, now + Moment(sharing=sharing.held_bytes - before))
+
+
+def _share(event: Event, sharing: Sharing) -> None:
+    """Tell what comes and goes what happens."""
+    if event.kind is Kind.ENTER:
+        sharing.enter(event.name)
+    elif event.kind is Kind.LEAVE:
+        sharing.leave(event.name)
+    elif event.kind is Kind.ENTER_BACKWARD:
+        sharing.enter_backward(event.name)
+    elif event.kind is Kind.LEAVE_BACKWARD:
+        sharing.leave_backward(event.name)
+    elif event.kind is Kind.ARRIVE:
+        sharing.arrive(event.name)
+    elif event.kind is Kind.CONTRIBUTE:
+        sharing.contribute(event.name, 1)

@@ -1,0 +1,228 @@
+"""One forward and backward of a stage without memory: the model itself runs, on the meta device, and is recorded.
+
+The stage is built as a run builds it, for a rank of the tensor axis whose others are not there (`ShapeOnlyGroup`), with
+the kernels of the device that is asked for. Its weights pass the gate and its gradients reach the sink as in a run, so
+the record also says when which weights are read and when which gradients arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from megatron3d.comm.mesh import Axis
+from megatron3d.comm.meter import Meter
+from megatron3d.comm.shape_only import ShapeOnlyGroup
+from megatron3d.config.run import RunConfig
+from megatron3d.models.stage import MicroBatch, Stage, StagePart
+from megatron3d.models.zoo import BUILDERS
+from megatron3d.nn.dropout import DropoutStream
+from megatron3d.nn.loss_sink import LossSink, LossSpec
+from megatron3d.params.gate import WeightGate
+from megatron3d.params.grads import GradSink
+from megatron3d.planner.kernel_scratch import cpu_scratch, no_scratch
+from megatron3d.planner.kernels_without_memory import CpuKernels, GpuKernels
+from megatron3d.planner.layout import layout_of
+from megatron3d.planner.recording import Event, Kind, Recorder
+from megatron3d.planner.sizes import BYTES, DTYPES
+from megatron3d.tensor.context import LayerContext
+from megatron3d.zero.policy import policy_of
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One forward, its backward (where it is split, the input gradients alone), and the deferred weight gradients."""
+
+    forward: tuple[Event, ...]
+    backward: tuple[Event, ...]
+    weights: tuple[Event, ...] = ()
+
+
+class _RecordingLender:
+    """Notes where a forward and a backward come to; the weights are always here."""
+
+    takes_back = True
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def borrow(self, place: str, *, backward: bool) -> None:
+        self._recorder.mark(Kind.ENTER_BACKWARD if backward else Kind.ENTER, place)
+
+    def give_back(self, place: str, *, backward: bool) -> None:
+        self._recorder.mark(Kind.LEAVE_BACKWARD if backward else Kind.LEAVE, place)
+
+
+@dataclass
+class StageRun:
+    """How stages of a resolved run are recorded.
+
+    Attributes:
+        config: the run.
+        device_type: "cpu" or "cuda", whose kernels allocate different things.
+        without_memory: the device of the tensors; a test takes fake tensors of a CPU instead.
+    """
+
+    config: RunConfig
+    device_type: str
+    without_memory: torch.device = field(default=torch.device("meta"))
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.device_type == "cpu"
+
+    def record(self, part: StagePart, *, splits: bool) -> StageRecord:
+        """Build a stage and run it; `splits` defers weight gradients, as schedules with split backwards do."""
+        sink, gate = GradSink(), WeightGate()
+        stage = self._stage(part, sink, gate)
+        recorder = Recorder(cpu_scratch if self._on_cpu else no_scratch, num_nonzero=num_predicted(self.config))
+        gate.bind(_RecordingLender(recorder))
+        device = self.without_memory
+        self._materialize(stage, sink, recorder, device)
+        micro = self._micro_batch(device, stage.losses)
+        x = None if part.is_first else torch.empty(message_shape(self.config), dtype=self._dtype, device=device)
+        recorder.ignore(one for one in (*vars(micro).values(), x) if isinstance(one, Tensor))
+        return _pass(recorder, sink, stage, micro, x, splits=splits)
+
+    @property
+    def _tp_rank(self) -> int:
+        """The second, since the first differs from the others: it has the first position of a sharded sequence."""
+        return min(1, self.config.parallel.tensor_model_parallel_size - 1)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return DTYPES[self.config.optim.precision]
+
+    def _stage(self, part: StagePart, sink: GradSink, gate: WeightGate) -> Stage:
+        config = self.config
+        layout = layout_of(config.parallel, query_groups=config.model.num_query_groups)
+        rank = layout.ranks_along("tp", 0)[self._tp_rank]
+        tp, kv = (self._axis(name, layout.ranks_along(name, rank), rank) for name in ("tp", "kv"))
+        sequence_parallel = config.parallel.sequence_parallel and tp.size > 1
+        kernels = CpuKernels() if self._on_cpu else GpuKernels()
+        context = LayerContext(tp, sequence_parallel, sink, kernels, gate, kv if kv.size > 1 else None)
+        model = config.model
+        if not self._on_cpu:  # fused kernels draw what they drop, and keep no mask of it
+            model = replace(model, attention_dropout=0.0)
+        return BUILDERS[model.architecture](model, config.train, part, context)
+
+    def _axis(self, name: str, ranks: tuple[int, ...], rank: int) -> Axis:
+        """An axis of ranks of which this one alone is there."""
+        position, size = ranks.index(rank), len(ranks)
+        group = ShapeOnlyGroup(position, size, copies=self._on_cpu) if size > 1 else None
+        return Axis(name, size, position, ranks, group, Meter())
+
+    def _materialize(self, stage: Stage, sink: GradSink, recorder: Recorder, device: torch.device) -> None:
+        """Give parameters storages, and bind them to buffers as the units of the run's ZeRO stage do."""
+        parallel = self.config.parallel
+        late = policy_of(parallel.zero_stage).shard_grads
+        of_gradients = torch.bfloat16 if parallel.grad_reduce_in_bf16 else torch.float32
+        units = {member: unit for unit, members in stage.units().items() for member in members}
+        for name, declared in stage.parameters_by_name().items():
+            shape = declared.parameter.shape
+            parameter = nn.Parameter(
+                torch.empty(shape, dtype=self._dtype, device=device), requires_grad=declared.spec.trains
+            )
+            declared.owner.register_parameter(declared.attribute, parameter)
+            recorder.ignore([parameter])
+            if not declared.spec.trains:
+                continue
+            buffer = torch.empty(shape, dtype=of_gradients, device=device)
+            buffer_of, on_arrival = _arrivals(recorder, units[name], buffer)
+            if late:
+                sink.bind_late(parameter, buffer_of, on_arrival)
+            else:
+                sink.bind(parameter, buffer, on_arrival)
+            recorder.ignore([buffer])
+
+    def _micro_batch(self, device: torch.device, losses: Sequence[LossSpec]) -> MicroBatch:
+        """Samples of the run's shapes, with every field that its model or its options ask for."""
+        model, data = self.config.model, self.config.data
+        samples, length = self.config.train.micro_batch_size, model.seq_length
+        is_bert = model.architecture == "bert"
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.int64, device=device)
+
+        mask_rows = 1 if is_bert else length if data.reset_attention_mask else 0
+        gradients = {spec.name: 1.0 for spec in losses}
+        drops = max(model.hidden_dropout, model.attention_dropout) > 0
+        return MicroBatch(
+            tokens_BS=numbers(samples, length),
+            labels_BS=numbers(samples, length),
+            loss_mask_BS=torch.empty(samples, length, device=device),
+            position_ids_BS=numbers(samples, length) if data.reset_position_ids else None,
+            attention_mask_BST=(
+                torch.empty(samples, mask_rows, length, dtype=torch.bool, device=device) if mask_rows else None
+            ),
+            token_types_BS=numbers(samples, length) if model.num_token_types else None,
+            sentence_labels_B=numbers(samples) if model.has_binary_head else None,
+            losses=LossSink(losses, tp_rank=self._tp_rank, device=device, gradients=gradients),
+            dropout=DropoutStream(seed=0, first_sample=0) if drops else None,
+        )
+
+
+def _arrivals(recorder: Recorder, unit: str, buffer: Tensor) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+    """How to come by the buffer of a parameter of a unit, and what to call when a gradient has been added to it."""
+
+    def buffer_of() -> Tensor:
+        recorder.mark(Kind.ARRIVE, unit)
+        return buffer
+
+    return buffer_of, lambda: recorder.mark(Kind.CONTRIBUTE, unit)
+
+
+def _pass(
+    recorder: Recorder, sink: GradSink, stage: Stage, micro: MicroBatch, x: Tensor | None, *, splits: bool
+) -> StageRecord:
+    """As `pipeline/run.py` does it: output and gradient of the output are held until the backward is over."""
+    if x is not None:
+        x.requires_grad_()
+    with recorder:
+        y = stage(x, micro)
+    forward = recorder.take()
+    gradient = None if stage.part.is_last else torch.empty_like(y)
+    recorder.ignore([] if gradient is None else [gradient])
+    with sink.defer() if splits else nullcontext([]) as works, recorder, recorder.backward():
+        if y.requires_grad:
+            torch.autograd.backward(y, gradient)
+    del y
+    if x is not None:
+        x.grad = None  # a message from now on
+    return StageRecord(forward, recorder.take(), tuple(_weight_gradients(recorder, works)))
+
+
+def _weight_gradients(recorder: Recorder, works: Sequence[Callable[[], None]]) -> Iterator[Event]:
+    """Do the deferred work, and note whose it is where that changes."""
+    unit = ""
+    for work in works:
+        with recorder, recorder.backward():
+            work()
+        events = recorder.take()
+        names = [event.name for event in events if event.kind is Kind.CONTRIBUTE]
+        if names and names[0] != unit:
+            unit = names[0]
+            yield Event(Kind.DEFERRED, name=unit)
+        yield from events
+
+
+def num_predicted(config: RunConfig) -> int:
+    """Masked tokens of a micro-batch of a BERT, an expected number."""
+    return max(1, round(config.train.micro_batch_size * config.model.seq_length * config.data.mask_prob))
+
+
+def message_shape(config: RunConfig) -> tuple[int, int, int]:
+    """The hidden tensor between layers and between stages [S, B, H]; S is local under sequence parallelism."""
+    parallel, model = config.parallel, config.model
+    cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return model.seq_length // cut, config.train.micro_batch_size, model.hidden_size
+
+
+def message_bytes(config: RunConfig) -> int:
+    """Bytes of that tensor."""
+    return prod(message_shape(config)) * BYTES[config.optim.precision]
