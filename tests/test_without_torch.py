@@ -12,6 +12,8 @@ import pytest
 from megatron3d.convert.export import DTYPES
 from megatron3d.inference.embed import POOLINGS
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = (
     *("convert_checkpoint", "embed_text", "estimate", "export_onnx", "generate_text", "inspect_dataset"),

@@ -86,6 +86,7 @@ def prepared(root: Path, before: list[tuple[int, int]]) -> Path:
 
 
 @pytest.mark.usefixtures("no_waiting")
+@pytest.mark.heavy
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_a_kill_at_any_call_to_the_system_leaves_a_whole_checkpoint_and_a_valid_latest(
     tmp_path: Path, situation: str
@@ -111,6 +112,7 @@ def test_a_kill_at_any_call_to_the_system_leaves_a_whole_checkpoint_and_a_valid_
 
 
 @pytest.mark.usefixtures("no_waiting")
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("situation", "from_there_on"), [("next step", False), ("the same step again", False), ("next step, pruning", True)]
 )

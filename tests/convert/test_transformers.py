@@ -36,6 +36,8 @@ from tests.parity.runs import RATES, SHAPE, data_of
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.heavy
+
 # fp32 sums in another order differ by about 1e-7 of the largest value; the issue promises 1e-5.
 TOLERANCE = 1e-5
 LENGTHS = (20, 13, 9)

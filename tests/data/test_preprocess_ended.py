@@ -16,6 +16,8 @@ import pytest
 
 from megatron3d.data.indexed import IndexedDatasetWriter
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

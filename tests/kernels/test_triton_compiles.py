@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="needs the triton package")
+
+pytestmark = pytest.mark.heavy
 ROOT = Path(__file__).resolve().parents[2]
 
 

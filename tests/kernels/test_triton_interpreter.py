@@ -13,6 +13,8 @@ import pytest
 from tests.kernels.kernel_cases import CASES, DTYPES
 
 pytest.importorskip("triton", reason="needs the triton package")
+
+pytestmark = pytest.mark.heavy
 ROOT = Path(__file__).resolve().parents[2]
 
 

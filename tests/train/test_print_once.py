@@ -17,6 +17,8 @@ from megatron3d.train.agent_report import report_to_agent
 from megatron3d.train.print_once import print_once
 from tests.runs.harness import MOCK, ROOT, SCRIPT, words
 
+pytestmark = pytest.mark.heavy
+
 WRONG = words(MOCK, "--global-batch-size 6")
 SENTENCE = "--global-batch-size 6 is not a multiple"
 

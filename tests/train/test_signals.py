@@ -15,6 +15,8 @@ import pytest
 
 from megatron3d.train.signals import StopFlag
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).resolve().parents[2]
 LONG_S = 20.0  # far more than any wait takes; only a failure waits this long
 
