@@ -22,9 +22,6 @@ from tests.nn.dense import model_config
 class Numbered(Samples):
     """Samples whose one token is their number in the global batch."""
 
-    def loss_counts(self) -> dict[str, Tensor]:
-        return {}
-
     def model_inputs(self) -> dict[str, Tensor | None]:
         return {"tokens_BS": self.tokens_BS}
 
