@@ -35,7 +35,7 @@ def main(guard: Guard) -> None:
     from megatron3d.models.bert import build_bert_stage
     from megatron3d.train.joining import joined
     from megatron3d.train.loop import open_streams, train
-    from megatron3d.train.parts import build_parts
+    from megatron3d.train.setup import build_parts
     from megatron3d.train.stopping import stop_while_starting
 
     # Where it runs. From here on a stop that a signal asks for is made by every rank at the same point.

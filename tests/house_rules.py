@@ -231,6 +231,17 @@ def _only_docstring(source: Source) -> bool:
     return len(source.tree.body) == 1 and ast.get_docstring(source.tree) is not None
 
 
+def class_names_defined_twice(sources: list[Source]) -> list[str]:
+    """Public classes of the package that share a name: a reader who meets one must not think of another."""
+    found: dict[str, list[str]] = {}
+    for source in sources:
+        if source.module.startswith("megatron3d."):
+            for node in source.tree.body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    found.setdefault(node.name, []).append(source.path)
+    return [f"{' and '.join(paths)} both define {name}" for name, paths in sorted(found.items()) if len(paths) > 1]
+
+
 # --- What is named in one place only ----------------------------------------------------------------------------------
 
 

@@ -36,6 +36,9 @@ BAD: dict[Rule, tuple[str, str, str]] = {
     ),
     rules.imports_out_of_place: ("megatron3d/nn/x.py", "def f() -> None:\n    import torch.nn\n", "inside a function"),
     rules.missing_future_annotations: ("megatron3d/nn/x.py", "import torch\n", "megatron3d/nn/x.py"),
+    rules.class_names_defined_twice: (
+        "megatron3d/nn/a.py", "class Once: ...\n", "megatron3d/nn/a.py and megatron3d/nn/b.py both define Once"
+    ),
     rules.distributed_outside_comm: (
         "megatron3d/nn/x.py", "from torch import distributed as dist\n", "names torch.distributed"
     ),
@@ -56,7 +59,7 @@ BAD: dict[Rule, tuple[str, str, str]] = {
     rules.messages_without_a_value: ("tools/x.py", "raise ValueError('wrong')\n", "ValueError('wrong')"),
     rules.attribute_probes: ("tools/x.py", "getattr(x, 'y', None)\n", "getattr(x, 'y', None)"),
 }  # fmt: skip
-OTHER_HALF_OF_CYCLE = Source("megatron3d/nn/b.py", HEAD + "from megatron3d.nn import a\n")
+OTHER_FILE = Source("megatron3d/nn/b.py", HEAD + "from megatron3d.nn import a\n\n\nclass Once: ...\n")
 
 # rule -> a file that comes close and is fine
 GOOD: list[tuple[Rule, str, str]] = [
@@ -87,7 +90,7 @@ def test_repository_keeps_the_rule(rule: Rule, sources: list[Source]) -> None:
 def test_rule_catches_a_file_that_breaks_it(rule: Rule) -> None:
     path, text, message = BAD[rule]
     head = "" if rule is rules.missing_future_annotations else HEAD
-    offenders = rule([Source(path, head + text), OTHER_HALF_OF_CYCLE])
+    offenders = rule([Source(path, head + text), OTHER_FILE])
     assert message in "\n".join(offenders)
 
 

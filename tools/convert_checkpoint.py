@@ -64,7 +64,7 @@ from megatron3d.data.hf_tokenizer import reading_note
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.params.init import initial_shard
 from megatron3d.train.launch import Guard, guarded
-from megatron3d.train.parts import build_model
+from megatron3d.train.setup import build_model
 
 
 def import_model(args: argparse.Namespace) -> None:

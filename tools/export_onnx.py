@@ -49,9 +49,9 @@ from megatron3d.serve.classifier import open_classifier
 from megatron3d.serve.description import to_metadata
 from megatron3d.serve.onnx_file import check, compare, require_exporter, set_aside, write
 from megatron3d.serve.quantize import metrics, quantize
-from megatron3d.serve.trained import Trained, Wishes, load_classifier, open_trained
+from megatron3d.serve.trained import ServeOverrides, Trained, load_classifier, open_trained
 from megatron3d.tasks.glue.metrics import require_libraries
-from megatron3d.tasks.glue.read import Rows, read_rows
+from megatron3d.tasks.glue.read import SampleTable, read_rows
 from megatron3d.tasks.glue.tasks import CUSTOM, CustomColumns, Task, custom_task, find_task
 from megatron3d.train.launch import Guard, guarded
 
@@ -61,7 +61,7 @@ class Measurement:
     """A task and its labelled files by the ending of their metrics' names."""
 
     task: Task
-    files: dict[str, Rows]
+    files: dict[str, SampleTable]
 
 
 def measurement(args: argparse.Namespace, trained: Trained) -> Measurement | None:
@@ -112,10 +112,10 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     output = Path(args.output)
     if output.is_dir():
         raise ConfigError(f"--output {output} is a directory; give the name of a file, such as {output / 'model.onnx'}")
-    wishes = Wishes(
+    overrides = ServeOverrides(
         tuple(args.label_names), args.max_length, args.vocab_file, args.tokenizer_model, args.override_tokenizer
     )
-    trained = open_trained(Path(args.load), args.ckpt_step, wishes)
+    trained = open_trained(Path(args.load), args.ckpt_step, overrides)
     data = measurement(args, trained)
     report: dict[str, Any] = {"output": str(output), "checkpoint": str(trained.directory)}
     with set_aside(output) as aside:

@@ -14,7 +14,13 @@ import sys
 from collections.abc import Sequence
 
 from megatron3d.data.prepare.corpus import FORMATS, find_inputs
-from megatron3d.data.prepare.preprocess import EncodeRequest, Progress, SentenceSplitting, output_prefix, preprocess
+from megatron3d.data.prepare.preprocess import (
+    EncodeRequest,
+    PreprocessProgress,
+    SentenceSplitting,
+    output_prefix,
+    preprocess,
+)
 from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import ConfigError
@@ -65,7 +71,7 @@ class ProgressLines:
         """Begin at no documents."""
         self._interval, self._next = interval, interval
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: PreprocessProgress) -> None:
         """Print what is done, how fast, and the time left."""
         if progress.num_documents < self._next:
             return

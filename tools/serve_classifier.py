@@ -15,11 +15,11 @@ from pathlib import Path
 from megatron3d.errors import ConfigError, Megatron3dError, install_extra
 from megatron3d.serve.batcher import BatchOptions
 from megatron3d.serve.classifier import open_classifier
-from megatron3d.serve.requests import Limits, Sample
+from megatron3d.serve.requests import RequestLimits, Sample
 
 try:
     from megatron3d.serve.app import Service
-    from megatron3d.serve.server import Place, bind, serve
+    from megatron3d.serve.server import ListenAddress, bind, serve
 except ModuleNotFoundError as missing:
     if missing.name not in ("starlette", "uvicorn"):
         raise
@@ -31,7 +31,7 @@ _SHORTEST_BODY = 64  # bytes; less has no room for a text
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    limits, batching = Limits(), BatchOptions()
+    limits, batching = RequestLimits(), BatchOptions()
     p = argparse.ArgumentParser(description="Serve a classifier over HTTP on a CPU.", allow_abbrev=False)
     p.add_argument("--model", required=True, metavar="FILE", help="an ONNX file of tools/export_onnx.py")
     p.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone; there is no password")
@@ -87,11 +87,11 @@ def main() -> None:
     classifier.logits(classifier.encode([sample], truncate=True))
     service = Service(
         classifier,
-        Limits(args.max_body_bytes, args.max_texts, args.truncate),
+        RequestLimits(args.max_body_bytes, args.max_texts, args.truncate),
         BatchOptions(args.max_batch, args.max_wait_ms / 1e3, args.max_waiting),
         say=say,
     )
-    serve(service, bound, Place(args.host, args.port, args.log_interval), say=say)
+    serve(service, bound, ListenAddress(args.host, args.port, args.log_interval), say=say)
 
 
 def say(line: str) -> None:

@@ -57,7 +57,7 @@ def load_tensors(
     """
     index = agreed_index(directory, group)
     tensors = {name: one for name, one in tensors.items() if name in index.tensors or not may_be_missing(name)}
-    store.everywhere(lambda: _check_tensors(directory, index, tensors), group)
+    store.on_every_rank(lambda: _check_tensors(directory, index, tensors), group)
     _check_left_over(directory, index, tensors, group, may_be_left)
     store.read_tensors(directory, tensors, index=index, group=group)
 
@@ -77,7 +77,7 @@ def agreed_index(directory: Path, group: store.ProcessGroup | None) -> Index:
             f"the ranks do not see the same checkpoint: {told}; nothing was loaded; the directory must lie on a file "
             "system that all nodes share and show the same files to all of them"
         )
-    return store.everywhere(lambda: read_index(directory), group)
+    return store.on_every_rank(lambda: read_index(directory), group)
 
 
 def _sight(directory: Path) -> tuple[str, str]:

@@ -59,11 +59,11 @@ def save_checkpoint(
             for problem in publish.prune(final, keep_last).values() if keep_last is not None else ():
                 warnings.warn(problem, stacklevel=2)
 
-    store.everywhere(lambda: require_finite(tensors, step=step, root=root), group)
+    store.on_every_rank(lambda: require_finite(tensors, step=step, root=root), group)
     try:
-        store.everywhere(lambda: publish.prepare(root, temporary) if rank == 0 else None, group)
+        store.on_every_rank(lambda: publish.prepare(root, temporary) if rank == 0 else None, group)
         store.write_tensors(temporary, tensors, step=step, documents=documents, group=group, rank=rank)
-        store.everywhere(finish, group)
+        store.on_every_rank(finish, group)
     except Exception:
         if rank == 0:
             # All ranks have stopped writing: each of the three steps above ends with all of them agreeing.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron3d.checkpoint.refusals import storage_errors
-from megatron3d.checkpoint.store import ProcessGroup, everywhere, from_first, gathered
+from megatron3d.checkpoint.store import ProcessGroup, from_first, gathered, on_every_rank
 from megatron3d.errors import StorageError
 
 _PREFIX = ".tmp-shared-"  # a directory of such a name is removed by the next save, should this process be killed here
@@ -37,9 +37,9 @@ def require_shared(root: Path, group: ProcessGroup | None, *, rank: int) -> None
             with storage_errors(token):
                 action()
 
-    everywhere(lambda: on_first(token.mkdir), group)
+    on_every_rank(lambda: on_first(token.mkdir), group)
     places = gathered((_is_there(token), f"{os.path.abspath(root)} on {socket.gethostname()}"), group)
-    everywhere(lambda: on_first(token.rmdir), group)
+    on_every_rank(lambda: on_first(token.rmdir), group)
     blind = [f"rank {number} ({place})" for number, (is_seen, place) in enumerate(places) if not is_seen]
     if blind:
         shown = ", ".join(blind[:8]) + (f" and {len(blind) - 8} more" if len(blind) > 8 else "")

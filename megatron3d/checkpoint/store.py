@@ -56,12 +56,12 @@ from megatron3d.errors import CheckpointError, Megatron3dError
 from megatron3d.params.boxes import Box, ShardView
 from megatron3d.storage.durable import write_file
 
-__all__ = ["ProcessGroup", "everywhere", "from_first", "gathered", "read_tensors", "write_tensors"]
+__all__ = ["ProcessGroup", "from_first", "gathered", "on_every_rank", "read_tensors", "write_tensors"]
 
 T = TypeVar("T")
 
 
-def everywhere(action: Callable[[], T], group: ProcessGroup | None) -> T:
+def on_every_rank(action: Callable[[], T], group: ProcessGroup | None) -> T:
     """Run `action` on every rank; if it fails on any, every rank raises. Collective over `group`.
 
     Without this agreement the ranks that succeeded would wait in the next collective for one that has left.
@@ -102,10 +102,10 @@ def from_first(decide: Callable[[], T], group: ProcessGroup | None) -> T:
     """What `decide` gives on the first rank of `group`, on every rank. Collective.
 
     Raises:
-        Megatron3dError, RuntimeError: what `decide` raised, as `everywhere` does.
+        Megatron3dError, RuntimeError: what `decide` raised, as `on_every_rank` does.
     """
     is_first = group is None or dist.get_rank(group) == 0
-    decided = everywhere(lambda: decide() if is_first else None, group)
+    decided = on_every_rank(lambda: decide() if is_first else None, group)
     return cast(T, gathered(decided, group)[0])
 
 

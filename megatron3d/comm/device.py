@@ -132,7 +132,7 @@ class HostCopies:
         return Copy(event)
 
 
-Moment = float | torch.cuda.Event
+TimeMark = float | torch.cuda.Event
 
 
 class Clock:
@@ -141,7 +141,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def moment(self) -> Moment:
+    def mark(self) -> TimeMark:
         """The moment at which everything queued so far on the current stream is done, without waiting for it."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
@@ -153,7 +153,7 @@ class Clock:
         """Wait until everything queued is done, and so every moment is known."""
         synchronize(self._device)
 
-    def seconds_between(self, start: Moment, end: Moment) -> float:
+    def seconds_between(self, start: TimeMark, end: TimeMark) -> float:
         """Time from one moment to another one of this clock, in seconds; `settle` first."""
         if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
             return start.elapsed_time(end) / 1000.0

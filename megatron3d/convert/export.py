@@ -27,7 +27,7 @@ from megatron3d.convert.directory import check_writable, write_directory
 from megatron3d.convert.families import family_of
 from megatron3d.convert.family import Family, HfConfig, check_num_layers
 from megatron3d.convert.hf import HF_DOCUMENT
-from megatron3d.convert.rows import Row
+from megatron3d.convert.rows import TensorRule
 from megatron3d.convert.task_document import read_task_document
 from megatron3d.convert.tokenizer_choice import tokenizer_of
 from megatron3d.convert.tokenizer_export import ExportedTokenizer, exported_tokenizer
@@ -129,7 +129,7 @@ def _num_classes_here(index: Index) -> int | None:
     return None if stored is None else stored.shape[0]
 
 
-def _rows_here(family: Family, model: ModelConfig, index: Index, checkpoint: Path) -> list[Row]:
+def _rows_here(family: Family, model: ModelConfig, index: Index, checkpoint: Path) -> list[TensorRule]:
     """The rows of the pieces that a checkpoint has, each whole; none of its weights may be left over."""
     stored = {n.removeprefix("model/"): t.shape for n, t in index.tensors.items() if n.startswith("model/")}
     check_num_layers(model, len(stored), checkpoint / "run.json")
@@ -151,11 +151,11 @@ def _rows_here(family: Family, model: ModelConfig, index: Index, checkpoint: Pat
 
 
 def _tensors_there(
-    checkpoint: Path, rows: Iterable[Row], dtype: torch.dtype | None, *, less_one: bool
+    checkpoint: Path, rows: Iterable[TensorRule], dtype: torch.dtype | None, *, less_one: bool
 ) -> dict[str, Tensor]:
     """The tensors of the rows; `less_one` says that weights of norms are stored so, as they are nowhere else."""
     tensors: dict[str, Tensor] = {}
-    zeros: list[Row] = []
+    zeros: list[TensorRule] = []
     for row in rows:
         if row.ours is None:
             zeros.append(row)

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron3d.config.sections.model import ModelConfig
-from megatron3d.convert.rows import Piece, Row
+from megatron3d.convert.rows import Component, TensorRule
 from megatron3d.errors import CheckpointError
 from megatron3d.files.json_text import is_whole_number
 
@@ -133,8 +133,8 @@ class Family:
     to_model: Callable[[HfConfig], ModelConfig]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     misfits: Callable[[ModelConfig], list[str]]
-    rows: Callable[[ModelConfig, int], list[Row]]
-    class_name: Callable[[frozenset[Piece]], str]
+    rows: Callable[[ModelConfig, int], list[TensorRule]]
+    class_name: Callable[[frozenset[Component]], str]
     derived: tuple[str, ...] = ()
     copies: Callable[[ModelConfig], Mapping[str, str]] = field(default=lambda model: {})
 

@@ -33,7 +33,7 @@ from megatron3d.convert.directory import CONFIG_NAME, StoredWeight, open_weights
 from megatron3d.convert.families import FAMILIES
 from megatron3d.convert.family import Family, HfConfig, check_num_layers
 from megatron3d.convert.quantized import refuse_quantized
-from megatron3d.convert.rows import Piece, Row
+from megatron3d.convert.rows import Component, TensorRule
 from megatron3d.convert.tokenizer_files import copy_tokenizer, data_of, named_in
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.params.boxes import Box, ShardView
@@ -59,7 +59,7 @@ class HfModel:
     model: ModelConfig
     data: DataConfig
     tensors: Mapping[str, Tensor]
-    pieces: frozenset[Piece]
+    pieces: frozenset[Component]
     left_out: tuple[str, ...]
     settings: Mapping[str, Any]
 
@@ -104,7 +104,7 @@ def read_model(directory: Path, *, with_tokenizer: bool = True) -> HfModel:
         rows = _rows_there(family, model, _num_classes_there(config), names, directory)
         left_out = _left_out(family, rows, names)
         tensors = {row.ours: row.to_ours(names.read) for row in rows if row.ours is not None}
-    pieces: frozenset[Piece] = frozenset(row.piece for row in rows)
+    pieces: frozenset[Component] = frozenset(row.piece for row in rows)
     if model.architecture == "bert":
         model = replace(model, bert_binary_head="pooler" in pieces)
     data = data_of(directory, model, with_tokenizer=with_tokenizer)
@@ -157,7 +157,9 @@ def _num_classes_there(config: HfConfig) -> int:
     return len(labels) if labels else config.integer("num_labels", 2)
 
 
-def _rows_there(family: Family, model: ModelConfig, num_classes: int, names: _Names, directory: Path) -> list[Row]:
+def _rows_there(
+    family: Family, model: ModelConfig, num_classes: int, names: _Names, directory: Path
+) -> list[TensorRule]:
     """The rows of the pieces that are there, each whole."""
     rows = family.rows(model, num_classes)
     found = {row: all(names.stored(name) is not None for name in row.theirs) for row in rows}
@@ -178,7 +180,7 @@ def _rows_there(family: Family, model: ModelConfig, num_classes: int, names: _Na
     return [row for row in rows if row.piece in pieces]
 
 
-def _left_out(family: Family, rows: Iterable[Row], names: _Names) -> tuple[str, ...]:
+def _left_out(family: Family, rows: Iterable[TensorRule], names: _Names) -> tuple[str, ...]:
     """Tensors of the files that no row takes. Those of the trunk would change results, so they are refused."""
     taken = {names.spelled(name) for row in rows for name in row.theirs}
     rest = [name for name in names.weights if name not in taken and not _matches(name, family.derived)]

@@ -18,11 +18,11 @@ from megatron3d.config.sections.model import ModelConfig
 
 # The pieces that a checkpoint has or lacks as a whole; only the trunk is in all of them. `tokens` predicts tokens,
 # `pairs` scores two sentences, `classes` classifies a text.
-Piece = Literal["trunk", "pooler", "tokens", "pairs", "classes"]
+Component = Literal["trunk", "pooler", "tokens", "pairs", "classes"]
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRule:
     """One tensor of ours and its counterparts.
 
     Attributes:
@@ -39,7 +39,7 @@ class Row:
     shape: tuple[int, ...]
     sizes: tuple[int, ...] = ()
     transposed: bool = False
-    piece: Piece = "trunk"
+    piece: Component = "trunk"
 
     def __post_init__(self) -> None:
         """Refuse a row that does not add up."""
@@ -75,25 +75,25 @@ def linear_rows(
     bias: bool = True,
     sizes: tuple[int, ...] = (),
     transposed: bool = False,
-    piece: Piece = "trunk",
-) -> list[Row]:
+    piece: Component = "trunk",
+) -> list[TensorRule]:
     """Weight [out, in] and, unless the model has none, bias [out] of a linear map."""
     names = tuple(theirs)
-    rows = [Row(f"{ours}.weight", tuple(f"{n}.weight" for n in names), shape, sizes, transposed, piece)]
+    rows = [TensorRule(f"{ours}.weight", tuple(f"{n}.weight" for n in names), shape, sizes, transposed, piece)]
     if bias:
-        rows.append(Row(f"{ours}.bias", tuple(f"{n}.bias" for n in names), shape[:1], sizes, piece=piece))
+        rows.append(TensorRule(f"{ours}.bias", tuple(f"{n}.bias" for n in names), shape[:1], sizes, piece=piece))
     return rows
 
 
-def norm_rows(ours: str, theirs: str, size: int, *, bias: bool = True, piece: Piece = "trunk") -> list[Row]:
+def norm_rows(ours: str, theirs: str, size: int, *, bias: bool = True, piece: Component = "trunk") -> list[TensorRule]:
     """Weight and, where there is one, bias of a norm."""
     parts = ("weight", "bias") if bias else ("weight",)
-    return [Row(f"{ours}.{part}", (f"{theirs}.{part}",), (size,), piece=piece) for part in parts]
+    return [TensorRule(f"{ours}.{part}", (f"{theirs}.{part}",), (size,), piece=piece) for part in parts]
 
 
-def table_row(ours: str, theirs: str, num_rows: int, width: int, *, piece: Piece = "trunk") -> Row:
+def table_row(ours: str, theirs: str, num_rows: int, width: int, *, piece: Component = "trunk") -> TensorRule:
     """A table [rows, width] of words, positions or token types."""
-    return Row(f"{ours}.weight", (f"{theirs}.weight",), (num_rows, width), piece=piece)
+    return TensorRule(f"{ours}.weight", (f"{theirs}.weight",), (num_rows, width), piece=piece)
 
 
 def qkv_sizes(model: ModelConfig) -> tuple[int, int, int]:
@@ -102,7 +102,7 @@ def qkv_sizes(model: ModelConfig) -> tuple[int, int, int]:
     return query, key, key
 
 
-def convert(rows: Iterable[Row], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert(rows: Iterable[TensorRule], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors (weights, or gradients of them) under our names, from theirs by name.
 
     Raises:

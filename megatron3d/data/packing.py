@@ -20,7 +20,7 @@ from megatron3d.data.order import Permutation, derive_seed
 
 
 @dataclass(frozen=True)
-class Pieces:
+class SentenceSpans:
     """Sentences, or parts of those that are too long, as stretches of a token row.
 
     starts: int64 [P + 1], where each piece begins in the row, and where the last one stops (a piece stops where the
@@ -46,7 +46,7 @@ class Blocks:
 
 def cut_pieces(
     sentence_starts: NDArray[np.int64], document_bounds: NDArray[np.int64], *, max_tokens: int, needs_two: bool
-) -> Pieces:
+) -> SentenceSpans:
     """Cut sentences of more than `max_tokens` tokens into pieces of equal size; empty sentences disappear.
 
     With `needs_two`, the sentence of a document that has no other is cut in two if it has two tokens.
@@ -59,13 +59,13 @@ def cut_pieces(
         sentences = np.searchsorted(np.cumsum(counts), lonely, side="right")
         counts[sentences[lengths[sentences] >= 2]] = 2
     if (counts == 1).all():
-        return Pieces(sentence_starts, document_bounds)
+        return SentenceSpans(sentence_starts, document_bounds)
     place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = np.repeat(sentence_starts[:-1], counts) + np.repeat(lengths, counts) * place // np.repeat(counts, counts)
-    return Pieces(np.append(starts, sentence_starts[-1]), _bounds(counts, document_bounds))
+    return SentenceSpans(np.append(starts, sentence_starts[-1]), _bounds(counts, document_bounds))
 
 
-def pack(pieces: Pieces, *, capacity: int, min_pieces: int) -> Blocks:
+def pack(pieces: SentenceSpans, *, capacity: int, min_pieces: int) -> Blocks:
     """Fill blocks of up to `capacity` tokens, from the first piece of each document on.
 
     With `min_pieces` 2 no block has a single piece, provided that no piece has over capacity/2 tokens: where one
@@ -99,7 +99,9 @@ class EpochPlan:
     lengths of parts are about even from 2 to the whole, as those of the short sequences of BERT are.
     """
 
-    def __init__(self, pieces: Pieces, blocks: Blocks, *, min_pieces: int, short_share: float, seed: int) -> None:
+    def __init__(
+        self, pieces: SentenceSpans, blocks: Blocks, *, min_pieces: int, short_share: float, seed: int
+    ) -> None:
         """Decide how many blocks are cut. `short_share` is p, 0 to 1."""
         self._pieces, self._blocks, self._min_pieces, self._seed = pieces, blocks, min_pieces, seed
         can_be_cut = blocks.stops - blocks.firsts >= 2 * min_pieces

@@ -29,7 +29,7 @@ from megatron3d.inference.load import allocate_model, load_model
 from megatron3d.models.bert_encoder import EncoderHead, build_bert_encoder_stage
 from megatron3d.models.stage import MicroBatch
 from megatron3d.pipeline.run import run
-from megatron3d.train.parts import Model
+from megatron3d.train.setup import Model
 
 POOLINGS = ("mean", "cls", "pooler")
 

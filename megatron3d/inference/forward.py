@@ -22,7 +22,7 @@ from megatron3d.config.sections.model import ModelConfig
 from megatron3d.inference.kv_cache import StageCache
 from megatron3d.models.stage import MicroBatch
 from megatron3d.pipeline.run import Wire, run
-from megatron3d.train.parts import Model
+from megatron3d.train.setup import Model
 
 # The head gives logits for every place it reads; more tokens at once would need memory for no gain in speed.
 MAX_TOKENS_READ_AT_ONCE = 2048

@@ -21,7 +21,7 @@ from megatron3d.errors import ConfigError, NumericsError
 from megatron3d.inference.forward import GrowingBatch
 from megatron3d.inference.load import without_sequence_parallelism
 from megatron3d.inference.sampling import SamplingOptions, choose_tokens, uniform_draw
-from megatron3d.train.parts import Model
+from megatron3d.train.setup import Model
 
 
 @dataclass(frozen=True)

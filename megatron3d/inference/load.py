@@ -25,7 +25,7 @@ from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.module import Declared, declared_states
 from megatron3d.train.module_states import ModuleStates
-from megatron3d.train.parts import Model, StageBuilder, build_model
+from megatron3d.train.setup import Model, StageBuilder, build_model
 
 
 def generation_config(stored: RunConfig, parallel: ParallelConfig, *, world_size: int, bf16: bool) -> RunConfig:

@@ -22,7 +22,7 @@ from megatron3d.nn.loss_sink import LossSink, LossSpec
 from megatron3d.nn.positions import rotary_table
 from megatron3d.nn.recompute import LayerGroup, plan_recompute, run_layers
 from megatron3d.params.freeze import freeze
-from megatron3d.params.gate import Place, WeightGate
+from megatron3d.params.gate import WeightGate, WeightUse
 from megatron3d.params.module import Declared, declared_parameters
 from megatron3d.params.spec import ParamSpec
 from megatron3d.tensor.context import LayerContext
@@ -137,7 +137,7 @@ class Stage(nn.Module):
 
         return run
 
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, WeightUse]:
         """Which units the stage's places read, in the order of the forward."""
         units = list(self.units())
         embedding = tuple(name for name in units if self.part.is_first and name.startswith("embedding"))
@@ -145,14 +145,14 @@ class Stage(nn.Module):
         if self.part.is_first:
             # The lookup in the word table does not read the table again; norms beside it, where a model has them, do.
             again = tuple(name for name in embedding if not name.startswith("embedding.word"))
-            places["embedding"] = Place(embedding, again)
+            places["embedding"] = WeightUse(embedding, again)
         for number in self.layers:
             layer = tuple(name for name in units if name.split(".")[:2] == ["layers", number])
-            places[f"layers.{number}"] = Place(layer, layer)
+            places[f"layers.{number}"] = WeightUse(layer, layer)
         if self.head is not None:
             head = tuple(name for name in units if name.startswith("head"))
             head += () if self.tied_unit is None else (self.tied_unit,)
-            places["head"] = Place(head, head)
+            places["head"] = WeightUse(head, head)
         return places
 
     def parameters_by_name(self) -> dict[str, Declared]:

@@ -1,8 +1,8 @@
 """Building the optimizer of a run over flat pieces of master weights.
 
 An optimizer here sees a few long one-dimensional fp32 tensors and nothing parallel. Most updates are elementwise, so it
-does not matter which part of which parameter an element is; LAMB, Adafactor and Muon ask a `Whole` for what concerns
-whole parameters. All leave parameters without a gradient alone, so a step can be made unit by unit.
+does not matter which part of which parameter an element is; LAMB, Adafactor and Muon ask a `FullAccess` for what
+concerns full parameters. All leave parameters without a gradient alone, so a step can be made unit by unit.
 
 Source: Loshchilov and Hutter 2019 (AdamW), algorithm 2, for Adam; the others name theirs in their own files.
 """
@@ -19,13 +19,13 @@ from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.errors import ConfigError
 from megatron3d.optim.adafactor import Adafactor
 from megatron3d.optim.adam import AdamOfMoments
+from megatron3d.optim.combined import CombinedOptimizer
 from megatron3d.optim.external import external_adam
 from megatron3d.optim.lamb import Lamb
 from megatron3d.optim.lion import Lion
 from megatron3d.optim.muon import Muon
-from megatron3d.optim.several import Several
 from megatron3d.params.boxes import ShardView
-from megatron3d.params.portion import Whole
+from megatron3d.params.owned_slice import FullAccess
 
 _STATES = {"adam": ("exp_avg", "exp_avg_sq"), "lamb": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
 
@@ -57,7 +57,7 @@ def other_state_views(optimizer: torch.optim.Optimizer, *, with_copies: bool) ->
 
 
 def build_optimizer(
-    config: OptimConfig, pieces: Iterable[tuple[nn.Parameter, bool]], whole: Whole | None = None
+    config: OptimConfig, pieces: Iterable[tuple[nn.Parameter, bool]], whole: FullAccess | None = None
 ) -> torch.optim.Optimizer:
     """An optimizer with its state allocated, so that a checkpoint can be loaded into it before the first step.
 
@@ -118,12 +118,12 @@ def _sgd(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optim
     return optimizer
 
 
-def _muon(pieces: list[tuple[nn.Parameter, bool]], config: OptimConfig, whole: Whole) -> torch.optim.Optimizer:
-    matrices = {p.piece for p in whole.portions() if p.piece is not None and p.spec.is_hidden_matrix}
+def _muon(pieces: list[tuple[nn.Parameter, bool]], config: OptimConfig, whole: FullAccess) -> torch.optim.Optimizer:
+    matrices = {p.piece for p in whole.owned_slices() if p.piece is not None and p.spec.is_hidden_matrix}
     hidden = [(piece, decays) for piece, decays in pieces if piece in matrices]
     others = _groups([(piece, decays) for piece, decays in pieces if piece not in matrices])
     scalar = Lion(others, config) if config.muon_scalar_optimizer == "lion" else _adam(others, config)
-    return Several([Muon(_groups(hidden), config, whole), scalar])
+    return CombinedOptimizer([Muon(_groups(hidden), config, whole), scalar])
 
 
 def _allocate(optimizer: torch.optim.Optimizer, names: tuple[str, ...], *, counts: bool) -> None:

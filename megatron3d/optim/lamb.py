@@ -23,13 +23,13 @@ from megatron3d.optim.adam import new_moments
 from megatron3d.optim.flat import Due, FlatOptimizer, chunks
 from megatron3d.optim.moments import read_moment, write_moment
 from megatron3d.optim.norms import squared_norm
-from megatron3d.params.portion import Whole
+from megatron3d.params.owned_slice import FullAccess
 
 
 class Lamb(FlatOptimizer):
     """LAMB with moments in the dtypes of `--exp-avg-dtype` and `--exp-avg-sq-dtype`."""
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, whole: Whole) -> None:
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, whole: FullAccess) -> None:
         self.config, self.whole = config, whole
         super().__init__(groups)
 
@@ -43,9 +43,9 @@ class Lamb(FlatOptimizer):
             for chunk in chunks(one.value):
                 self._to_direction(one, chunk)
         by_piece = {one.parameter: one for one in due}
-        held = [(p, by_piece[p.piece]) for p in self.whole.portions() if p.piece is not None]
-        for (portion, one), ratio in zip(held, self._trust_ratios(by_piece), strict=True):
-            one.value[portion.within].add_(one.grad[portion.within], alpha=-one.lr * ratio)
+        held = [(p, by_piece[p.piece]) for p in self.whole.owned_slices() if p.piece is not None]
+        for (owned, one), ratio in zip(held, self._trust_ratios(by_piece), strict=True):
+            one.value[owned.within].add_(one.grad[owned.within], alpha=-one.lr * ratio)
 
     def _to_direction(self, one: Due, chunk: slice) -> None:
         config, value, grad = self.config, one.value[chunk], one.grad[chunk]
@@ -61,15 +61,15 @@ class Lamb(FlatOptimizer):
 
     def _trust_ratios(self, by_piece: dict[nn.Parameter, Due]) -> list[float]:
         """|w| / |r| of each parameter of which this rank holds a part."""
-        portions = self.whole.portions()
+        owned_slices = self.whole.owned_slices()
         device = next(iter(by_piece)).device if by_piece else None
-        squares = torch.zeros(len(portions), 2, dtype=torch.float64, device=device)
-        for row, portion in zip(squares, portions, strict=True):
-            if portion.piece is not None and portion.counts and portion.spec.decays:
-                one = by_piece[portion.piece]
-                row[0], row[1] = (squared_norm(x[portion.within]) for x in (one.value, one.grad))
-        sums = torch.stack(self.whole.add_up([*squares])).tolist() if portions else []
-        return [_ratio(*row) for row, portion in zip(sums, portions, strict=True) if portion.piece is not None]
+        squares = torch.zeros(len(owned_slices), 2, dtype=torch.float64, device=device)
+        for row, owned in zip(squares, owned_slices, strict=True):
+            if owned.piece is not None and owned.counts and owned.spec.decays:
+                one = by_piece[owned.piece]
+                row[0], row[1] = (squared_norm(x[owned.within]) for x in (one.value, one.grad))
+        sums = torch.stack(self.whole.add_up([*squares])).tolist() if owned_slices else []
+        return [_ratio(*row) for row, owned in zip(sums, owned_slices, strict=True) if owned.piece is not None]
 
 
 def _ratio(weight: float, direction: float) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.flat import Due, FlatOptimizer, chunks
 from megatron3d.optim.newton_schulz import COEFFICIENTS, orthogonalize, update_scale
-from megatron3d.params.portion import Whole
+from megatron3d.params.owned_slice import FullAccess
 from megatron3d.params.spec import ParamSpec
 
 PRODUCT_DTYPES = {"low": torch.bfloat16, "medium": torch.bfloat16, "high": torch.float32}
@@ -29,7 +29,7 @@ PRODUCT_DTYPES = {"low": torch.bfloat16, "medium": torch.bfloat16, "high": torch
 class Muon(FlatOptimizer):
     """Muon over pieces that hold hidden matrices and nothing else."""
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, whole: Whole) -> None:
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, whole: FullAccess) -> None:
         self.config, self.whole = config, whole
         super().__init__(groups)
 
@@ -43,10 +43,10 @@ class Muon(FlatOptimizer):
             for chunk in chunks(one.value):
                 self._to_momentum(one, chunk)
         grads = {one.parameter: one.grad for one in due}
-        portions = [portion for portion in self.whole.portions() if portion.spec.is_hidden_matrix]
+        owned_slices = [owned for owned in self.whole.owned_slices() if owned.spec.is_hidden_matrix]
         nothing = torch.zeros(0)
-        values = [nothing if p.piece is None else grads[p.piece][p.within] for p in portions]
-        self.whole.map_whole(portions, values, self.orthogonal)
+        values = [nothing if p.piece is None else grads[p.piece][p.within] for p in owned_slices]
+        self.whole.map_full(owned_slices, values, self.orthogonal)
         for one in due:
             one.value.mul_(1.0 - one.lr * one.weight_decay).add_(one.grad, alpha=-one.lr)
 

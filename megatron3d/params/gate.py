@@ -1,7 +1,7 @@
 """WeightGate: where a model says that it is about to read some weights, and that it has done so.
 
 A stage names its places (embedding, each layer, head) and opens and closes the gate around each. Unbound, the gate
-passes tensors through. Bound to a lender that keeps weights elsewhere, the passage is where they come and go:
+passes tensors through. Bound to a gatherer that keeps weights elsewhere, the passage is where they come and go:
 
     forward:   open brings them,  close lets them go
     backward:  close brings them, open lets them go
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightUse:
     """One place of a stage: the flat units whose weights its forward reads, and those that its backward reads again
     (a lookup's backward does not read its table)."""
 
@@ -28,16 +28,16 @@ class Place:
     backward: tuple[str, ...]
 
 
-class Lender(Protocol):
-    """Whoever keeps the weights. `takes_back` says whether weights go after use, so that backwards must ask again."""
+class WeightGatherer(Protocol):
+    """Whoever keeps the weights. `releases` says whether weights go after use, so that backwards must ask again."""
 
-    takes_back: bool
+    releases: bool
 
-    def borrow(self, place: str, *, backward: bool) -> None:
+    def gather_weights(self, place: str, *, backward: bool) -> None:
         """Return when the weights of a place may be read."""
         ...
 
-    def give_back(self, place: str, *, backward: bool) -> None:
+    def release_weights(self, place: str, *, backward: bool) -> None:
         """The weights of a place have been read."""
         ...
 
@@ -46,44 +46,44 @@ class WeightGate:
     """The gate of one rank's stages; bound once, after the stages are built."""
 
     def __init__(self) -> None:
-        self._lender: Lender | None = None
+        self._gatherer: WeightGatherer | None = None
 
-    def bind(self, lender: Lender) -> None:
-        """Ask `lender` from now on."""
-        self._lender = lender
+    def bind(self, gatherer: WeightGatherer) -> None:
+        """Ask `gatherer` from now on."""
+        self._gatherer = gatherer
 
     def open(self, place: str, x: Tensor | None = None) -> Tensor | None:
         """Before the place: its weights may be read from here on. Returns `x`, the place's input.
 
-        None is the input of a place that takes no gradient (the embedding); then nothing tells the lender that its
-        backward is over, and the lender takes the weights back at the end of the stage's backward.
+        None is the input of a place that takes no gradient (the embedding); then nothing tells the gatherer that its
+        backward is over, and the gatherer releases the weights at the end of the stage's backward.
         """
-        if self._lender is None:
+        if self._gatherer is None:
             return x
-        if x is None or not self._lender.takes_back:
-            self._lender.borrow(place, backward=False)
+        if x is None or not self._gatherer.releases:
+            self._gatherer.gather_weights(place, backward=False)
             return x
-        return _Open.apply(x, self._lender, place)
+        return _Open.apply(x, self._gatherer, place)
 
     def close(self, place: str, x: Tensor) -> Tensor:
         """After the place: its weights are not read any more. Returns `x`, the place's output."""
-        if self._lender is None or not self._lender.takes_back:
+        if self._gatherer is None or not self._gatherer.releases:
             return x
-        return _Close.apply(x, self._lender, place)
+        return _Close.apply(x, self._gatherer, place)
 
 
 class _Open(torch.autograd.Function):
     """The identity; the backward comes here when the backward of the place is over."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lender: Lender, place: str) -> Tensor:
-        ctx.lender, ctx.place = lender, place
-        lender.borrow(place, backward=False)
+    def forward(ctx: Any, x: Tensor, gatherer: WeightGatherer, place: str) -> Tensor:
+        ctx.gatherer, ctx.place = gatherer, place
+        gatherer.gather_weights(place, backward=False)
         return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        ctx.lender.give_back(ctx.place, backward=True)
+        ctx.gatherer.release_weights(ctx.place, backward=True)
         return grad, None, None
 
 
@@ -91,12 +91,12 @@ class _Close(torch.autograd.Function):
     """The identity; the backward comes here before the backward of the place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lender: Lender, place: str) -> Tensor:
-        ctx.lender, ctx.place = lender, place
-        lender.give_back(place, backward=False)
+    def forward(ctx: Any, x: Tensor, gatherer: WeightGatherer, place: str) -> Tensor:
+        ctx.gatherer, ctx.place = gatherer, place
+        gatherer.release_weights(place, backward=False)
         return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        ctx.lender.borrow(ctx.place, backward=True)
+        ctx.gatherer.gather_weights(ctx.place, backward=True)
         return grad, None, None

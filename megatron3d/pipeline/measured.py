@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from megatron3d.comm.collectives import barrier, gather_values
-from megatron3d.comm.device import Clock, Moment
+from megatron3d.comm.device import Clock, TimeMark
 from megatron3d.comm.mesh import Axis
 from megatron3d.pipeline.schedule import Op, Recv, Reduce, Schedule, Send, Step
 from megatron3d.pipeline.simulate import Costs, TimedStep, Timeline, simulate
@@ -63,9 +63,9 @@ class PipelineRecorder:
     def __init__(self, axis: Axis, clock: Clock) -> None:
         self._axis, self._clock = axis, clock
         self._schedule: Schedule | None = None
-        self._zero: Moment = 0.0
-        self._open: list[tuple[Recorded, Moment]] = []
-        self._closed: list[tuple[Recorded, Moment, Moment]] = []
+        self._zero: TimeMark = 0.0
+        self._open: list[tuple[Recorded, TimeMark]] = []
+        self._closed: list[tuple[Recorded, TimeMark, TimeMark]] = []
 
     def start(self, schedule: Schedule) -> None:
         """Agree on time zero with the other ranks of the pipeline: all of them must come here."""
@@ -74,15 +74,15 @@ class PipelineRecorder:
         barrier(self._axis)
         barrier(self._axis)  # Everybody is awake for this one, so all leave it within a fraction of a millisecond.
         self._clock.settle()
-        self._zero = self._clock.moment()
+        self._zero = self._clock.mark()
 
     def begin(self, what: Recorded) -> None:
         """Something begins; a wait may be inside a step."""
-        self._open.append((what, self._clock.moment()))
+        self._open.append((what, self._clock.mark()))
 
     def end(self) -> None:
         """What began last is over. A step that waited begins anew: nothing was computed before."""
-        now = self._clock.moment()
+        now = self._clock.mark()
         what, start = self._open.pop()
         self._closed.append((what, start, now))
         if self._open:

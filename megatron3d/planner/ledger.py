@@ -17,8 +17,8 @@ from megatron3d.pipeline.lower import lower
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.schedule import Action, Schedule
 from megatron3d.planner.memory import (
-    ModelParts,
-    StateBytes,
+    RankModel,
+    StateForecast,
     declared_state_bytes,
     fullest_state,
     part_of,
@@ -26,7 +26,7 @@ from megatron3d.planner.memory import (
     shard_size,
     whole_stage,
 )
-from megatron3d.planner.replay import Moment, left_of
+from megatron3d.planner.replay import MemoryUse, left_of
 from megatron3d.planner.sharing import SharedUnit, SharingPlan
 from megatron3d.planner.sizes import BYTES, FP32
 from megatron3d.planner.stage_records import StageRecords
@@ -48,7 +48,7 @@ class Ledger:
     """
 
     pp_rank: int
-    state: StateBytes
+    state: StateForecast
     activations: int
     buffers: int
 
@@ -97,7 +97,7 @@ def ledger_of(config: RunConfig, plan: PipelinePlan, *, device_type: str) -> tup
 def ledger_of_rank(
     plan: PipelinePlan,
     row: tuple[Schedule, Sequence[Action]],
-    parts: ModelParts,
+    parts: RankModel,
     pp_rank: int,
     records: StageRecords,
 ) -> Ledger:
@@ -122,11 +122,11 @@ def ledger_of_rank(
     after = max(
         one(config, parts.units.values(), device_type=device_type) for one in (publish_temporary, update_temporary)
     )
-    moment = max(in_step, Moment(work=after), key=lambda one: one.total)
+    moment = max(in_step, MemoryUse(work=after), key=lambda one: one.total)
     return Ledger(pp_rank, state, moment.activations, moment.total - moment.activations)
 
 
-def sharing_of(config: RunConfig, parts: ModelParts, *, device_type: str) -> Mapping[int, SharingPlan]:
+def sharing_of(config: RunConfig, parts: RankModel, *, device_type: str) -> Mapping[int, SharingPlan]:
     """What each stage of a rank shares out for a while."""
     parallel, policy = config.parallel, policy_of(config.parallel.zero_stage)
     gradient, element = 2 if parallel.grad_reduce_in_bf16 else FP32, BYTES[config.optim.precision]

@@ -50,7 +50,7 @@ FILE_SLOTS = 3  # staging buffers of offloading to files: one read, one worked o
 
 
 @dataclass(frozen=True)
-class StateBytes:
+class StateForecast:
     """Bytes of one rank's state by kind and place.
 
     Attributes:
@@ -71,8 +71,8 @@ class StateBytes:
     host: int = 0
     files: int = 0
 
-    def __add__(self, other: StateBytes) -> StateBytes:
-        return StateBytes(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+    def __add__(self, other: StateForecast) -> StateForecast:
+        return StateForecast(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
     @property
     def on_device(self) -> int:
@@ -81,14 +81,14 @@ class StateBytes:
 
 
 @dataclass(frozen=True)
-class ModelParts:
+class RankModel:
     """The stages of one pipeline rank on the meta device, and the layout of each of its units."""
 
     stages: Mapping[int, Stage]
     units: Mapping[str, FlatLayout]
 
 
-def parts_of_rank(config: RunConfig, plan: PipelinePlan, pp_rank: int) -> ModelParts:
+def parts_of_rank(config: RunConfig, plan: PipelinePlan, pp_rank: int) -> RankModel:
     """Describe what a pipeline rank of a resolved run holds; its tensor-parallel ranks hold equal shares."""
     layout = layout_of(config.parallel, query_groups=config.model.num_query_groups)
     tp, kv = (Axis(name, layout.size(name), 0, layout.ranks_along(name, 0), None, Meter()) for name in ("tp", "kv"))
@@ -104,7 +104,7 @@ def parts_of_rank(config: RunConfig, plan: PipelinePlan, pp_rank: int) -> ModelP
         for unit, members in stage.units().items():
             # A tied table at both ends of one rank is one table, so the first of its two descriptions is enough.
             specs.setdefault(unit, [declared[member].spec for member in members])
-    return ModelParts(stages, {name: _flat_layout(its, layout) for name, its in specs.items()})
+    return RankModel(stages, {name: _flat_layout(its, layout) for name, its in specs.items()})
 
 
 def _flat_layout(specs: Sequence[ParamSpec], layout: Layout) -> FlatLayout:
@@ -129,19 +129,21 @@ def shard_size(parallel: ParallelConfig, kind: ParamKind = "dense") -> int:
     return layout_of(parallel).size(KINDS[kind].shard) if policy.shard_optimizer else 1
 
 
-def state_bytes(config: RunConfig, units: Iterable[FlatLayout], *, shard_rank: int = 0) -> StateBytes:
+def state_bytes(config: RunConfig, units: Iterable[FlatLayout], *, shard_rank: int = 0) -> StateForecast:
     """The state of a rank that holds these units, at position `shard_rank` among those that share it out."""
     parallel, layouts = config.parallel, list(units)
     owns = [_own_span(parallel, layout, shard_rank) for layout in layouts]
-    total = StateBytes()
+    total = StateForecast()
     for layout, own in zip(layouts, owns, strict=True):
         if not layout.trains:
-            total += StateBytes(weights=_weight_bytes(config, layout.length, own.length))
+            total += StateForecast(weights=_weight_bytes(config, layout.length, own.length))
             total += _weights_elsewhere(config, own)
             continue
         moments = moment_bytes(config.optim, layout, own, tp=parallel.tensor_model_parallel_size)
         total += _on_device(config, layout.length, own.length) + _weights_elsewhere(config, own)
-        total += _states_elsewhere(config, own) if parallel.offload_optimizer != "none" else StateBytes(moments=moments)
+        total += (
+            _states_elsewhere(config, own) if parallel.offload_optimizer != "none" else StateForecast(moments=moments)
+        )
     return total + _offload_buffers(config, [own for layout, own in zip(layouts, owns, strict=True) if layout.trains])
 
 
@@ -151,7 +153,7 @@ def _own_span(parallel: ParallelConfig, layout: FlatLayout, shard_rank: int) -> 
     return layout.slice_of(shard_rank % ranks, ranks)
 
 
-def declared_state_bytes(config: RunConfig, parts: ModelParts) -> StateBytes:
+def declared_state_bytes(config: RunConfig, parts: RankModel) -> StateForecast:
     """Declared state of the modules of a pipeline rank, with totals, and beside their parameters."""
     tp = config.parallel.tensor_model_parallel_size
     states = [one.spec for one in declared_states(parts.stages.values()).values()]
@@ -165,11 +167,11 @@ def declared_state_bytes(config: RunConfig, parts: ModelParts) -> StateBytes:
     lengths = {unit: _own_span(config.parallel, layout, 0).length for unit, layout in parts.units.items()}
     beside = sum(lengths[unit] * sum(sizes.values()) for unit, sizes in kinds.items())
     if config.parallel.offload_optimizer != "none":
-        return StateBytes(declared=of_modules, host=beside)
-    return StateBytes(declared=of_modules + beside)
+        return StateForecast(declared=of_modules, host=beside)
+    return StateForecast(declared=of_modules + beside)
 
 
-def fullest_state(config: RunConfig, units: Iterable[FlatLayout]) -> StateBytes:
+def fullest_state(config: RunConfig, units: Iterable[FlatLayout]) -> StateForecast:
     """The state of the rank that holds most of those that share these units out."""
     layouts, ranks = list(units), shard_size(config.parallel)
     best = state_bytes(config, layouts)
@@ -202,7 +204,7 @@ def least_state_bytes(config: RunConfig, num_parameters: int) -> int:
     return _on_device(config, held, own).on_device + moments
 
 
-def _on_device(config: RunConfig, length: int, own: int) -> StateBytes:
+def _on_device(config: RunConfig, length: int, own: int) -> StateForecast:
     """Weights, gradients and master weights of `length` elements, of which this rank owns `own`."""
     parallel, policy = config.parallel, policy_of(config.parallel.zero_stage)
     element, gradient = BYTES[config.optim.precision], 2 if parallel.grad_reduce_in_bf16 else FP32
@@ -211,7 +213,7 @@ def _on_device(config: RunConfig, length: int, own: int) -> StateBytes:
     else:
         gradients = length * gradient + (own * FP32 if gradient < FP32 else 0)
     is_apart = element < FP32 and parallel.offload_optimizer == "none"
-    return StateBytes(
+    return StateForecast(
         weights=_weight_bytes(config, length, own),
         gradients=gradients,
         master_weights=own * FP32 if is_apart else 0,
@@ -256,20 +258,20 @@ def _element_bytes(optim: OptimConfig, optimizer: str) -> int:
     return first if optimizer == "lion" else first + second
 
 
-def _states_elsewhere(config: RunConfig, own: Span) -> StateBytes:
+def _states_elsewhere(config: RunConfig, own: Span) -> StateForecast:
     """What offloading keeps of one unit that trains: a record of master weights and moments."""
     return _record(config.parallel.offload_optimizer, _record_bytes(config.optim, own.length))
 
 
-def _weights_elsewhere(config: RunConfig, own: Span) -> StateBytes:
+def _weights_elsewhere(config: RunConfig, own: Span) -> StateForecast:
     """What offloading keeps of one unit's sharded weights: a record of them."""
     return _record(config.parallel.offload_params, own.length * BYTES[config.optim.precision])
 
 
-def _record(place: str, size: int) -> StateBytes:
+def _record(place: str, size: int) -> StateForecast:
     if place == "none":
-        return StateBytes()
-    return StateBytes(host=size) if place == "cpu" else StateBytes(files=round_up(size))
+        return StateForecast()
+    return StateForecast(host=size) if place == "cpu" else StateForecast(files=round_up(size))
 
 
 def _record_bytes(optim: OptimConfig, length: int) -> int:
@@ -281,13 +283,13 @@ def _record_bytes(optim: OptimConfig, length: int) -> int:
     return position
 
 
-def _offload_buffers(config: RunConfig, owns: list[Span]) -> StateBytes:
+def _offload_buffers(config: RunConfig, owns: list[Span]) -> StateForecast:
     """What offloading holds on the host beside the records, once a step has been made."""
     parallel, element = config.parallel, BYTES[config.optim.precision]
     if parallel.offload_optimizer == "none" or not owns:
-        return StateBytes()
+        return StateForecast()
     largest, total = max(own.length for own in owns), sum(own.length for own in owns)
     staging = FILE_SLOTS * _record_bytes(config.optim, largest) if parallel.offload_optimizer == "nvme" else 0
     copies = total * (FP32 + element) if parallel.offload_delayed_update else 0
     landed = FILE_SLOTS * largest * FP32 if parallel.device == "cuda" and not parallel.offload_delayed_update else 0
-    return StateBytes(host=staging + copies + landed)
+    return StateForecast(host=staging + copies + landed)

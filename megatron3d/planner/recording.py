@@ -1,8 +1,8 @@
 """Recording: every allocation of a forward and its backward, in order, seen while real layers run without memory.
 
-Tensors are fake or on the meta device, so they have storages of the right size and no bytes. A `Recorder` sees each
-operation, autograd's included, notes the storages that are new, and is told by weak references when a storage goes. So
-nothing has to be said about what a layer saves for its backward: a storage that is saved does not go.
+Tensors are fake or on the meta device, so they have storages of the right size and no bytes. A `StorageRecorder` sees
+each operation, autograd's included, notes the storages that are new, and learns by weak references when a storage goes.
+So nothing has to be said about what a layer saves for its backward: a storage that is saved does not go.
 
 Two things that the CPU does are not visible in this way, and are put right here: what a kernel takes and releases
 within one call (`kernel_scratch.py`), and that autograd adds gradients up in place, and hands them on without a copy,
@@ -63,7 +63,7 @@ _BY_THE_ENGINE = frozenset(
 )
 
 
-class Recorder(TorchDispatchMode):
+class StorageRecorder(TorchDispatchMode):
     """Records while it is entered; `take` gives what has been recorded since the last call.
 
     Args:

@@ -11,7 +11,7 @@ from megatron3d.planner.sharing import Sharing
 
 
 @dataclass(frozen=True)
-class Moment:
+class MemoryUse:
     """What is allocated at one moment besides the state, in bytes.
 
     Attributes:
@@ -31,8 +31,8 @@ class Moment:
         """All of it."""
         return self.activations + self.work + self.sharing + self.messages
 
-    def __add__(self, other: Moment) -> Moment:
-        return Moment(
+    def __add__(self, other: MemoryUse) -> MemoryUse:
+        return MemoryUse(
             self.activations + other.activations,
             self.work + other.work,
             self.sharing + other.sharing,
@@ -44,16 +44,16 @@ class Moment:
 class StepMemory:
     """One step: its highest moment and what it leaves, both beside what was there before it."""
 
-    peak: Moment
-    left: Moment
+    peak: MemoryUse
+    left: MemoryUse
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
     """What memory does between two marks of a record: its highest moment and what is left, beside what was before."""
 
-    peak: Moment
-    left: Moment
+    peak: MemoryUse
+    left: MemoryUse
 
 
 Steps = tuple[Event | Stretch, ...]
@@ -62,31 +62,31 @@ Steps = tuple[Event | Stretch, ...]
 def condensed(events: Sequence[Event]) -> Steps:
     """A record with the allocations between two marks as one stretch, which replays a deep stage much faster."""
     steps: list[Event | Stretch] = []
-    activations, work, peak = 0, 0, Moment()
+    activations, work, peak = 0, 0, MemoryUse()
 
     def end() -> None:
         if peak.total or activations or work:
-            steps.append(Stretch(peak, Moment(activations, work)))
+            steps.append(Stretch(peak, MemoryUse(activations, work)))
 
     for event in events:
         if event.kind not in (Kind.ACTIVATION, Kind.WORK, Kind.SCRATCH):
             end()
             steps.append(event)
-            activations, work, peak = 0, 0, Moment()
+            activations, work, peak = 0, 0, MemoryUse()
             continue
         activations += event.size_bytes if event.kind is Kind.ACTIVATION else 0
         work += event.size_bytes if event.kind is Kind.WORK else 0
         scratch = event.size_bytes if event.kind is Kind.SCRATCH else 0
         if activations + work + scratch > peak.total:
-            peak = Moment(activations, work + scratch)
+            peak = MemoryUse(activations, work + scratch)
     end()
     return tuple(steps)
 
 
-def left_of(steps: Sequence[Event | Stretch]) -> Moment:
+def left_of(steps: Sequence[Event | Stretch]) -> MemoryUse:
     """What is left in the end of all that was allocated."""
     stretches = [one.left for one in steps if isinstance(one, Stretch)]
-    return Moment(sum(one.activations for one in stretches), sum(one.work for one in stretches))
+    return MemoryUse(sum(one.activations for one in stretches), sum(one.work for one in stretches))
 
 
 def replay_forward(steps: Sequence[Event | Stretch], sharing: Sharing) -> StepMemory:
@@ -102,24 +102,24 @@ def replay_backward(steps: Sequence[Event | Stretch], sharing: Sharing, *, is_la
     before = sharing.held_bytes
     done = _replay(steps, sharing)
     sharing.end_backward()
-    last = Moment(done.left.activations, done.left.work, sharing.take_highest() - before)
-    left = Moment(done.left.activations, done.left.work, sharing.held_bytes - before)
+    last = MemoryUse(done.left.activations, done.left.work, sharing.take_highest() - before)
+    left = MemoryUse(done.left.activations, done.left.work, sharing.held_bytes - before)
     return StepMemory(max(done.peak, last, key=lambda one: one.total), left)
 
 
 def _replay(steps: Sequence[Event | Stretch], sharing: Sharing) -> StepMemory:
     before = sharing.held_bytes
-    now, peak = Moment(), Moment()
+    now, peak = MemoryUse(), MemoryUse()
     for step in steps:
         highest = now
         if isinstance(step, Stretch):
             highest, now = now + step.peak, now + step.left
         else:
             _share(step, sharing)
-        highest += Moment(sharing=sharing.take_highest() - before)
+        highest += MemoryUse(sharing=sharing.take_highest() - before)
         if highest.total > peak.total:
             peak = highest
-    return StepMemory(peak, now + Moment(sharing=sharing.held_bytes - before))
+    return StepMemory(peak, now + MemoryUse(sharing=sharing.held_bytes - before))
 
 
 def _share(event: Event, sharing: Sharing) -> None:

@@ -1,8 +1,8 @@
 """Sharing: the memory that ZeRO's stages 2 and 3 take for a while: whole units of gradients, and gathered weights.
 
 Gradients of a unit collect in a buffer of the whole unit, which is reduced when the last has come and then waits
-behind others on their way, as `zero.buffers.Transit` has it. Which weights are here is asked of `zero.lending.Lending`
-itself, over buffers that only count.
+behind others on their way, as `zero.buffers.Transit` has it. Which weights are here is asked of
+`zero.gatherer.UnitGatherer` itself, over buffers that only count.
 
 Source: Rajbhandari et al. 2020 (ZeRO), sections 5.2 and 5.3.
 """
@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from megatron3d.params.gate import Place
+from megatron3d.params.gate import WeightUse
 from megatron3d.zero.buffers import MAX_IN_FLIGHT
-from megatron3d.zero.lending import Lending
+from megatron3d.zero.gatherer import UnitGatherer
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SharingPlan:
     """
 
     units: Mapping[str, SharedUnit]
-    places: Mapping[str, Place]
+    places: Mapping[str, WeightUse]
     shard_gradients: bool
     shard_weights: bool
     overlaps: bool = True
@@ -82,7 +82,7 @@ class _Total:
 
 
 class _Counted:
-    """A unit's weights as the lender knows them: here, on their way, or not."""
+    """A unit's weights as the gatherer knows them: here, on their way, or not."""
 
     def __init__(self, unit: SharedUnit, total: _Total) -> None:
         self._unit, self._total, self._is_here, self._is_moving = unit, total, False, False
@@ -122,7 +122,7 @@ class Sharing:
         self._total.add(sum(self._flying_bytes(name) for name in self.flying))
         weights = {name: _Counted(unit, self._total) for name, unit in plan.units.items() if plan.shard_weights}
         places = {0: plan.places} if plan.shard_weights else {}
-        self._lending = Lending(cast(Any, weights), places, takes_back=plan.shard_weights, prefetch=plan.prefetch)
+        self._lending = UnitGatherer(cast(Any, weights), places, releases=plan.shard_weights, prefetch=plan.prefetch)
 
     @property
     def flight(self) -> Flight:
@@ -152,22 +152,22 @@ class Sharing:
     def enter(self, place: str) -> None:
         """A forward comes to a place."""
         if self.plan.shard_weights and place:
-            self._lending.borrow(place, backward=False)
+            self._lending.gather_weights(place, backward=False)
 
     def leave(self, place: str) -> None:
         """A forward leaves it."""
         if self.plan.shard_weights and place:
-            self._lending.give_back(place, backward=False)
+            self._lending.release_weights(place, backward=False)
 
     def enter_backward(self, place: str) -> None:
         """A backward comes to a place."""
         if self.plan.shard_weights:
-            self._lending.borrow(place, backward=True)
+            self._lending.gather_weights(place, backward=True)
 
     def leave_backward(self, place: str) -> None:
         """A backward leaves it; the embedding, whose input takes no gradient, never says so."""
         if self.plan.shard_weights and place != "embedding":
-            self._lending.give_back(place, backward=True)
+            self._lending.release_weights(place, backward=True)
 
     # --- Gradients -----------------------------------------------------------------------------------------------
 

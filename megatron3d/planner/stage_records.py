@@ -17,7 +17,7 @@ from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.stage import StagePart
 from megatron3d.nn.recompute import plan_recompute
 from megatron3d.planner.recording import Event, Kind
-from megatron3d.planner.replay import Moment, Steps, Stretch, condensed, left_of
+from megatron3d.planner.replay import MemoryUse, Steps, Stretch, condensed, left_of
 from megatron3d.planner.stage_run import StageRun
 
 MOST_ALIKE = 3  # layers of a kind that are recorded: a first, a middle, a last
@@ -147,7 +147,7 @@ def _closed(record: StageSteps) -> StageSteps:
     if not record.weights:
         return record
     left = left_of((*record.forward, *record.backward, *record.weights))
-    freed = Stretch(Moment(), Moment(-left.activations, -left.work))
+    freed = Stretch(MemoryUse(), MemoryUse(-left.activations, -left.work))
     return replace(record, weights=(*record.weights, freed))
 
 

@@ -28,7 +28,7 @@ from megatron3d.params.grads import GradSink
 from megatron3d.planner.kernel_scratch import cpu_scratch, no_scratch
 from megatron3d.planner.kernels_without_memory import CpuKernels, GpuKernels
 from megatron3d.planner.layout import layout_of
-from megatron3d.planner.recording import Event, Kind, Recorder
+from megatron3d.planner.recording import Event, Kind, StorageRecorder
 from megatron3d.planner.sizes import BYTES, DTYPES
 from megatron3d.tensor.context import LayerContext
 from megatron3d.zero.policy import policy_of
@@ -46,15 +46,15 @@ class StageRecord:
 class _RecordingLender:
     """Notes where a forward and a backward come to; the weights are always here."""
 
-    takes_back = True
+    releases = True
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: StorageRecorder) -> None:
         self._recorder = recorder
 
-    def borrow(self, place: str, *, backward: bool) -> None:
+    def gather_weights(self, place: str, *, backward: bool) -> None:
         self._recorder.mark(Kind.ENTER_BACKWARD if backward else Kind.ENTER, place)
 
-    def give_back(self, place: str, *, backward: bool) -> None:
+    def release_weights(self, place: str, *, backward: bool) -> None:
         self._recorder.mark(Kind.LEAVE_BACKWARD if backward else Kind.LEAVE, place)
 
 
@@ -80,7 +80,7 @@ class StageRun:
         """Build a stage and run it; `splits` defers weight gradients, as schedules with split backwards do."""
         sink, gate = GradSink(), WeightGate()
         stage = self._stage(part, sink, gate)
-        recorder = Recorder(cpu_scratch if self._on_cpu else no_scratch, num_nonzero=num_predicted(self.config))
+        recorder = StorageRecorder(cpu_scratch if self._on_cpu else no_scratch, num_nonzero=num_predicted(self.config))
         gate.bind(_RecordingLender(recorder))
         device = self.without_memory
         self._materialize(stage, sink, recorder, device)
@@ -117,7 +117,7 @@ class StageRun:
         group = ShapeOnlyGroup(position, size, copies=self._on_cpu) if size > 1 else None
         return Axis(name, size, position, ranks, group, Meter())
 
-    def _materialize(self, stage: Stage, sink: GradSink, recorder: Recorder, device: torch.device) -> None:
+    def _materialize(self, stage: Stage, sink: GradSink, recorder: StorageRecorder, device: torch.device) -> None:
         """Give parameters storages, and bind them to buffers as the units of the run's ZeRO stage do."""
         parallel = self.config.parallel
         late = policy_of(parallel.zero_stage).shard_grads
@@ -167,7 +167,7 @@ class StageRun:
         )
 
 
-def _arrivals(recorder: Recorder, unit: str, buffer: Tensor) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+def _arrivals(recorder: StorageRecorder, unit: str, buffer: Tensor) -> tuple[Callable[[], Tensor], Callable[[], None]]:
     """How to come by the buffer of a parameter of a unit, and what to call when a gradient has been added to it."""
 
     def buffer_of() -> Tensor:
@@ -178,7 +178,7 @@ def _arrivals(recorder: Recorder, unit: str, buffer: Tensor) -> tuple[Callable[[
 
 
 def _pass(
-    recorder: Recorder, sink: GradSink, stage: Stage, micro: MicroBatch, x: Tensor | None, *, splits: bool
+    recorder: StorageRecorder, sink: GradSink, stage: Stage, micro: MicroBatch, x: Tensor | None, *, splits: bool
 ) -> StageRecord:
     """As `pipeline/run.py` does it: output and gradient of the output are held until the backward is over."""
     if x is not None:
@@ -197,7 +197,7 @@ def _pass(
     return StageRecord(forward, recorder.take(), tuple(_weight_gradients(recorder, works)))
 
 
-def _weight_gradients(recorder: Recorder, works: Sequence[Callable[[], None]]) -> Iterator[Event]:
+def _weight_gradients(recorder: StorageRecorder, works: Sequence[Callable[[], None]]) -> Iterator[Event]:
     """Do the deferred work, and note whose it is where that changes."""
     unit = ""
     for work in works:

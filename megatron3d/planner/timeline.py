@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron3d.pipeline.schedule import Action, Exchange, Op, Recv, Schedule, Send, Step
-from megatron3d.planner.replay import Moment, StepMemory, replay_backward, replay_forward
+from megatron3d.planner.replay import MemoryUse, StepMemory, replay_backward, replay_forward
 from megatron3d.planner.sharing import Flight, Sharing, SharingPlan
 from megatron3d.planner.stage_records import StageSteps
 
@@ -35,7 +35,7 @@ class RankStages:
     sends_linger: bool
 
 
-def highest_moment(stages: RankStages, schedule: Schedule, actions: Sequence[Action]) -> Moment:
+def highest_moment(stages: RankStages, schedule: Schedule, actions: Sequence[Action]) -> MemoryUse:
     """The moment of a training step at which a rank holds most besides its state.
 
     Args:
@@ -53,8 +53,8 @@ def highest_moment(stages: RankStages, schedule: Schedule, actions: Sequence[Act
 class _RowWalk:
     stages: RankStages
     schedule: Schedule
-    now: Moment = field(default_factory=Moment)
-    peak: Moment = field(default_factory=Moment)
+    now: MemoryUse = field(default_factory=MemoryUse)
+    peak: MemoryUse = field(default_factory=MemoryUse)
     flight: Flight = field(default_factory=Flight)
     known: dict[tuple[Op, int, bool, Flight], _Done] = field(default_factory=dict)
     lingering: Counter[int] = field(default_factory=Counter)
@@ -101,10 +101,10 @@ class _RowWalk:
         return self.schedule.stage_to_rank[stage]
 
     def _count(self, messages: int) -> None:
-        self.now = self.now + Moment(messages=messages * self.stages.message)
+        self.now = self.now + MemoryUse(messages=messages * self.stages.message)
         self._look(self.now)
 
-    def _look(self, moment: Moment) -> None:
+    def _look(self, moment: MemoryUse) -> None:
         if moment.total > self.peak.total:
             self.peak = moment
 

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from megatron3d.serve.batcher import Batcher, BatchOptions
 from megatron3d.serve.classifier import Classifier
-from megatron3d.serve.requests import OVERLOADED, TOO_SLOW, Limits, RequestError, parse, too_large
+from megatron3d.serve.requests import OVERLOADED, TOO_SLOW, RequestError, RequestLimits, parse, too_large
 
 _BODY_TIMEOUT_S = 10.0  # a body has 1 MiB at most; a client without end would hold its connection for ever
 _CLOSED = 499  # what a client that left before its answer counts as; it is not sent
@@ -45,7 +45,7 @@ class Service:
     """A classifier behind HTTP; `app` is the ASGI application, `counts` what it has done."""
 
     def __init__(
-        self, classifier: Classifier, limits: Limits, batching: BatchOptions, *, say: Callable[[str], None]
+        self, classifier: Classifier, limits: RequestLimits, batching: BatchOptions, *, say: Callable[[str], None]
     ) -> None:
         """Prepare to serve.
 

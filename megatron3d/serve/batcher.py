@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron3d.serve.classifier import TokenRow
+from megatron3d.serve.classifier import EncodedSample
 from megatron3d.serve.requests import OVERLOADED, RequestError
 
-Run = Callable[[Sequence[TokenRow]], NDArray[np.float32]]
+Run = Callable[[Sequence[EncodedSample]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Batcher:
     def __init__(self, run: Run, options: BatchOptions) -> None:
         self.options, self.counts = options, BatchCounts()
         self._run = run
-        self._waiting: asyncio.Queue[tuple[TokenRow, asyncio.Future[NDArray[np.float32]]]] = asyncio.Queue()
+        self._waiting: asyncio.Queue[tuple[EncodedSample, asyncio.Future[NDArray[np.float32]]]] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
 
-    async def logits(self, rows: Sequence[TokenRow]) -> list[NDArray[np.float32]]:
+    async def logits(self, rows: Sequence[EncodedSample]) -> list[NDArray[np.float32]]:
         """The outputs [C] of each row.
 
         Raises:
@@ -74,7 +74,7 @@ class Batcher:
         finally:
             self._thread.shutdown(wait=False)
 
-    async def _run_batch(self, batch: list[tuple[TokenRow, asyncio.Future[NDArray[np.float32]]]]) -> None:
+    async def _run_batch(self, batch: list[tuple[EncodedSample, asyncio.Future[NDArray[np.float32]]]]) -> None:
         # A client that has gone has cancelled its futures, and nobody waits for those.
         wanted = [(row, future) for row, future in batch if not future.done()]
         if not wanted:

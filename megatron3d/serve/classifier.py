@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megatron3d.data.text_pair import cut, with_special_tokens
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import ConfigError, DataError, install_extra
-from megatron3d.serve.description import INPUTS, OUTPUT, Description, from_metadata
+from megatron3d.serve.description import INPUTS, OUTPUT, ClassifierDescription, from_metadata
 from megatron3d.serve.digest import check_digest
 from megatron3d.serve.requests import TOO_LARGE, UNPROCESSABLE, RequestError, Sample
 
@@ -26,7 +26,7 @@ _RUN_SIZE = 8
 
 
 @dataclass(frozen=True)
-class TokenRow:
+class EncodedSample:
     """One sample as token ids, the length of its first text with [CLS] and [SEP], and whether it lost tokens."""
 
     ids: Sequence[int]
@@ -37,7 +37,7 @@ class TokenRow:
 class Classifier:
     """A model with its tokenizer; may be called from several threads."""
 
-    def __init__(self, session: Any, description: Description, tokenizer: Tokenizer) -> None:
+    def __init__(self, session: Any, description: ClassifierDescription, tokenizer: Tokenizer) -> None:
         """Put together what `open_classifier` found.
 
         Raises:
@@ -49,7 +49,7 @@ class Classifier:
             raise DataError(f"the tokenizer has no {' and no '.join(missing)}, which BERT's inputs are made of")
         self.description, self.tokenizer, self._session = description, tokenizer, session
 
-    def encode(self, samples: Sequence[Sample], *, truncate: bool) -> list[TokenRow]:
+    def encode(self, samples: Sequence[Sample], *, truncate: bool) -> list[EncodedSample]:
         """Token ids of each sample.
 
         Args:
@@ -65,7 +65,7 @@ class Classifier:
             halves.append(self.tokenizer.encode_batch(pairs))
         return [self._row(parts, number, truncate) for number, parts in enumerate(zip(*halves, strict=True))]
 
-    def _row(self, parts: tuple[Sequence[int], ...], number: int, truncate: bool) -> TokenRow:
+    def _row(self, parts: tuple[Sequence[int], ...], number: int, truncate: bool) -> EncodedSample:
         if not all(parts):
             raise RequestError(UNPROCESSABLE, f"text {number} has no characters that the model reads; give words")
         special = 1 + len(parts)
@@ -79,9 +79,9 @@ class Classifier:
         kept = cut(parts, most - special)
         cls, sep = self.tokenizer.cls, self.tokenizer.sep
         assert cls is not None and sep is not None, "the constructor refuses a tokenizer without them"
-        return TokenRow(with_special_tokens(kept, cls=cls, sep=sep), len(kept[0]) + 2, length > most)
+        return EncodedSample(with_special_tokens(kept, cls=cls, sep=sep), len(kept[0]) + 2, length > most)
 
-    def logits(self, rows: Sequence[TokenRow]) -> NDArray[np.float32]:
+    def logits(self, rows: Sequence[EncodedSample]) -> NDArray[np.float32]:
         """The outputs of the model, [B, C]; rows are padded to the longest."""
         lengths_B = np.array([len(row.ids) for row in rows])
         places_S = np.arange(lengths_B.max())
@@ -94,7 +94,7 @@ class Classifier:
         found: NDArray[np.float32] = self._session.run([OUTPUT], {n: v for n, v in given.items() if n in wanted})[0]
         return found
 
-    def logits_by_length(self, rows: Sequence[TokenRow]) -> NDArray[np.float32]:
+    def logits_by_length(self, rows: Sequence[EncodedSample]) -> NDArray[np.float32]:
         """The outputs for any number of rows, [N, C]; rows of like length run together, so that little is padding."""
         order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
         found = np.empty((len(rows), self.description.num_outputs), dtype=np.float32)
@@ -103,7 +103,7 @@ class Classifier:
             found[chosen] = self.logits([rows[number] for number in chosen])
         return found
 
-    def answer(self, logits_C: NDArray[np.float32], row: TokenRow) -> dict[str, Any]:
+    def answer(self, logits_C: NDArray[np.float32], row: EncodedSample) -> dict[str, Any]:
         """What a client is told: the most probable label and the probability of each, or the value of a regression;
         `truncated` where the sample lost tokens.
 

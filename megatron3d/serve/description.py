@@ -20,7 +20,7 @@ _CLASSIFIER, _TOKENIZER = "megatron3d.classifier", "megatron3d.tokenizer"
 
 
 @dataclass(frozen=True)
-class Description:
+class ClassifierDescription:
     """A classifier from outside.
 
     Attributes:
@@ -47,12 +47,12 @@ class Description:
         return len(self.labels) or 1
 
 
-def to_metadata(description: Description, tokenizer: PackedTokenizer) -> dict[str, str]:
+def to_metadata(description: ClassifierDescription, tokenizer: PackedTokenizer) -> dict[str, str]:
     """The metadata of the ONNX file."""
     return {_CLASSIFIER: json.dumps(asdict(description)), _TOKENIZER: tokenizer.to_text()}
 
 
-def from_metadata(metadata: Mapping[str, str], name: str) -> tuple[Description, PackedTokenizer]:
+def from_metadata(metadata: Mapping[str, str], name: str) -> tuple[ClassifierDescription, PackedTokenizer]:
     """The reverse of `to_metadata`; `name` is that of the file, for messages.
 
     Raises:
@@ -69,14 +69,14 @@ def from_metadata(metadata: Mapping[str, str], name: str) -> tuple[Description, 
         raise DataError(f"{name}: its description cannot be read ({error}); export the model again") from error
 
 
-def _described(found: Fields) -> Description:
+def _described(found: Fields) -> ClassifierDescription:
     """Raises: ValueError for a field that is missing or cannot be what it stands for."""
     labels, num_texts = found.texts("labels"), found.get("num_texts")
     if num_texts not in (None, 1, 2) or isinstance(num_texts, bool):
         raise ValueError(f"num_texts is {num_texts!r:.40} and must be 1, 2 or null")
     if len(set(labels)) != len(labels) or bool(labels) is found.flag("is_regression"):
         raise ValueError(f"labels are {', '.join(labels)!r:.100}, and must be different names, or none in a regression")
-    return Description(
+    return ClassifierDescription(
         task=found.text("task"),
         labels=labels,
         is_regression=found.flag("is_regression"),

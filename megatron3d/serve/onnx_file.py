@@ -22,7 +22,7 @@ from megatron3d.errors import ConfigError, NumericsError, install_extra
 from megatron3d.serve.classifier import open_session
 from megatron3d.serve.description import INPUTS, OUTPUT
 from megatron3d.serve.digest import append_digest
-from megatron3d.serve.trained import WholeClassifier
+from megatron3d.serve.trained import ExportedClassifier
 from megatron3d.storage.atomic import atomic_path
 from megatron3d.storage.refusals import storage_errors
 
@@ -69,7 +69,7 @@ def require_exporter() -> None:
         ) from error
 
 
-def write(model: WholeClassifier, path: Path, metadata: Mapping[str, str], *, max_length: int) -> None:
+def write(model: ExportedClassifier, path: Path, metadata: Mapping[str, str], *, max_length: int) -> None:
     """Export the model to `path`; inputs are `INPUTS`, int64 [batch, length], and the output fp32 [batch, C]. The file
     ends with its digest.
 
@@ -101,7 +101,7 @@ def write(model: WholeClassifier, path: Path, metadata: Mapping[str, str], *, ma
     append_digest(path)
 
 
-def compare(model: WholeClassifier, path: Path, *, max_length: int) -> Agreement:
+def compare(model: ExportedClassifier, path: Path, *, max_length: int) -> Agreement:
     """Run the file and the model on the same batches of random tokens: short, full, padded, single and paired texts."""
     session = open_session(path, threads=1)
     wanted = {value.name for value in session.get_inputs()}
@@ -127,7 +127,7 @@ def check(agreement: Agreement, path: Path) -> None:
         )
 
 
-def example(model: WholeClassifier, num_samples: int, length: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def example(model: ExportedClassifier, num_samples: int, length: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Random tokens, types and masks, int64 [B, S]; every sample has at least one real token, the first all S."""
     config, generator = model.stage.config, torch.Generator().manual_seed(seed)
     tokens_BS = torch.randint(0, config.vocab_size, (num_samples, length), generator=generator)

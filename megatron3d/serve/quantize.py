@@ -20,7 +20,7 @@ from megatron3d.serve.classifier import Classifier
 from megatron3d.serve.digest import append_digest
 from megatron3d.serve.requests import RequestError, Sample
 from megatron3d.tasks.glue.predict import metrics_of
-from megatron3d.tasks.glue.read import Rows
+from megatron3d.tasks.glue.read import SampleTable
 from megatron3d.tasks.glue.tasks import Task
 
 _LINEAR = ["MatMul", "Gemm"]
@@ -56,7 +56,7 @@ def quantize(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
     append_digest(target)
 
 
-def metrics(classifier: Classifier, rows: Rows, task: Task) -> dict[str, float]:
+def metrics(classifier: Classifier, rows: SampleTable, task: Task) -> dict[str, float]:
     """The official metrics of the task on one labelled file, by the served model.
 
     Raises:

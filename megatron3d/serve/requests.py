@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from megatron3d.serve.description import Description
+from megatron3d.serve.description import ClassifierDescription
 
 BAD_REQUEST, TOO_SLOW, TOO_LARGE, UNPROCESSABLE, OVERLOADED = 400, 408, 413, 422, 503
 _FIELDS = ("text", "pair", "texts", "pairs")
@@ -35,7 +35,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What one request may ask for, and what happens to texts that are too long for the model.
 
     Attributes:
@@ -57,7 +57,7 @@ class Asked:
     is_list: bool
 
 
-def parse(body: bytes, description: Description, limits: Limits) -> Asked:
+def parse(body: bytes, description: ClassifierDescription, limits: RequestLimits) -> Asked:
     """Read a request.
 
     Raises:
@@ -85,7 +85,7 @@ def parse(body: bytes, description: Description, limits: Limits) -> Asked:
     return Asked(_paired(texts, fields, is_list, description, limits), is_list)
 
 
-def too_large(limits: Limits) -> RequestError:
+def too_large(limits: RequestLimits) -> RequestError:
     """The refusal of a body that is too long."""
     return RequestError(TOO_LARGE, f"the body has more than {limits.max_body_bytes} bytes; send fewer or shorter texts")
 
@@ -105,7 +105,11 @@ def _fields(body: bytes) -> dict[str, Any]:
 
 
 def _paired(
-    texts: tuple[str, ...], fields: dict[str, Any], is_list: bool, description: Description, limits: Limits
+    texts: tuple[str, ...],
+    fields: dict[str, Any],
+    is_list: bool,
+    description: ClassifierDescription,
+    limits: RequestLimits,
 ) -> tuple[Sample, ...]:
     """The texts with their second halves, as the model wants them."""
     name = "pairs" if is_list else "pair"
@@ -123,7 +127,7 @@ def _paired(
     return tuple(Sample(text, pair) for text, pair in zip(texts, pairs))
 
 
-def _texts(value: Any, name: str, limits: Limits) -> tuple[str, ...]:
+def _texts(value: Any, name: str, limits: RequestLimits) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise RequestError(UNPROCESSABLE, f"{name!r} is {_kind(value)}; it must be a list of strings")
     if not value:

@@ -23,7 +23,7 @@ _GRACE_S = 10  # answers take milliseconds; a client that reads slower than this
 
 
 @dataclass(frozen=True)
-class Place:
+class ListenAddress:
     """Where to listen (port 0 is any free one), and how often to log what was done, in seconds (0 is never)."""
 
     host: str
@@ -65,7 +65,7 @@ def server_config(service: Service, *, header_timeout_s: float = _HEADER_TIMEOUT
     )
 
 
-def serve(service: Service, bound: socket.socket, place: Place, *, say: Callable[[str], None]) -> None:
+def serve(service: Service, bound: socket.socket, place: ListenAddress, *, say: Callable[[str], None]) -> None:
     """Serve until a signal asks for the end; called on the main thread."""
     server = uvicorn.Server(server_config(service))
 

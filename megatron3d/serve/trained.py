@@ -31,7 +31,7 @@ from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.inference.load import generation_config, load_model
 from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.models.stage import MicroBatch, Stage
-from megatron3d.serve.description import Description
+from megatron3d.serve.description import ClassifierDescription
 from megatron3d.serve.packed_tokenizer import PackedTokenizer, pack
 from megatron3d.train.compare import SavedRun, read_saved_run
 
@@ -41,7 +41,7 @@ MAX_WEIGHT_BYTES = (1 << 31) - (1 << 24)
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ServeOverrides:
     """What the command line says about a checkpoint, where it says more than the checkpoint does: the names of the
     classes, the length, and the tokenizer's files, where they have moved; files of other content than those of the
     training are used only by `override_tokenizer`."""
@@ -60,12 +60,12 @@ class Trained:
 
     directory: Path
     config: RunConfig
-    description: Description
+    description: ClassifierDescription
     classes: tuple[str, ...]
     tokenizer: PackedTokenizer
 
 
-class WholeClassifier(nn.Module):
+class ExportedClassifier(nn.Module):
     """A classifier as a function of three tensors, as it is exported."""
 
     def __init__(self, stage: Stage) -> None:
@@ -82,12 +82,12 @@ class WholeClassifier(nn.Module):
         return self.stage(None, micro)
 
 
-def open_trained(root: Path, step: int | None, wishes: Wishes) -> Trained:
+def open_trained(root: Path, step: int | None, overrides: ServeOverrides) -> Trained:
     """Find a classifier and settle what it says of itself.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or it holds no classifier.
-        ConfigError: it is too large for one ONNX file, or the wishes do not fit it.
+        ConfigError: it is too large for one ONNX file, or the overrides do not fit it.
         DataError: a file of its tokenizer is missing or damaged.
     """
     directory = find_checkpoint(root, step)
@@ -107,11 +107,11 @@ def open_trained(root: Path, step: int | None, wishes: Wishes) -> Trained:
         )
     config = generation_config(stored, ParallelConfig(device="cpu"), world_size=1, bf16=False)
     found = _described(directory, config, shapes[_CLASSIFIER][0])
-    description = _as_wished(found, wishes, config.model.max_position_embeddings)
-    return Trained(directory, config, description, found.labels, _tokenizer(saved, config, wishes))
+    description = _as_wished(found, overrides, config.model.max_position_embeddings)
+    return Trained(directory, config, description, found.labels, _tokenizer(saved, config, overrides))
 
 
-def load_classifier(trained: Trained) -> WholeClassifier:
+def load_classifier(trained: Trained) -> ExportedClassifier:
     """The weights, merged from whatever layout wrote them; no gradients. Needs no process group.
 
     Raises:
@@ -119,10 +119,10 @@ def load_classifier(trained: Trained) -> WholeClassifier:
     """
     builder = partial(build_bert_classifier_stage, num_outputs=trained.description.num_outputs)
     model = load_model(trained.config, make_mesh(Layout()), torch.device("cpu"), trained.directory, builder=builder)
-    return WholeClassifier(model.stages[0]).eval()
+    return ExportedClassifier(model.stages[0]).eval()
 
 
-def _described(directory: Path, config: RunConfig, num_outputs: int) -> Description:
+def _described(directory: Path, config: RunConfig, num_outputs: int) -> ClassifierDescription:
     """What `task.json` of a fine-tuning says; of an imported classifier, its `config.json`."""
     index = read_index(directory)
     task = read_task_document(directory, index)
@@ -131,7 +131,7 @@ def _described(directory: Path, config: RunConfig, num_outputs: int) -> Descript
     imported = read_document(directory, HF_DOCUMENT) if f"{HF_DOCUMENT}.json" in index.documents else {}
     named = HfConfig(directory / f"{HF_DOCUMENT}.json", imported).labels()
     labels = tuple(named.get(str(number), str(number)) for number in range(num_outputs))
-    return Description(
+    return ClassifierDescription(
         task="imported",
         labels=labels if num_outputs > 1 else (),
         is_regression=num_outputs == 1,
@@ -141,9 +141,9 @@ def _described(directory: Path, config: RunConfig, num_outputs: int) -> Descript
     )
 
 
-def _of_task(document: dict[str, Any]) -> Description:
+def _of_task(document: dict[str, Any]) -> ClassifierDescription:
     bounds = document["value_range"]
-    return Description(
+    return ClassifierDescription(
         task=document["task"],
         labels=tuple(document["labels"]),
         is_regression=document["is_regression"],
@@ -153,8 +153,10 @@ def _of_task(document: dict[str, Any]) -> Description:
     )
 
 
-def _as_wished(description: Description, wishes: Wishes, num_positions: int) -> Description:
-    names, length = wishes.label_names, wishes.max_length
+def _as_wished(
+    description: ClassifierDescription, overrides: ServeOverrides, num_positions: int
+) -> ClassifierDescription:
+    names, length = overrides.label_names, overrides.max_length
     if names and (len(names) != len(description.labels) or len(set(names)) != len(names)):
         raise ConfigError(
             f"--label-names {' '.join(names)}: the model has {len(description.labels)} classes "
@@ -172,9 +174,9 @@ def _as_wished(description: Description, wishes: Wishes, num_positions: int) -> 
     )
 
 
-def _tokenizer(saved: SavedRun, config: RunConfig, wishes: Wishes) -> PackedTokenizer:
+def _tokenizer(saved: SavedRun, config: RunConfig, overrides: ServeOverrides) -> PackedTokenizer:
     directory = saved.directory
-    given = {"vocab_file": wishes.vocab_file, "tokenizer_model": wishes.tokenizer_model}
+    given = {"vocab_file": overrides.vocab_file, "tokenizer_model": overrides.tokenizer_model}
     data = with_given(beside_checkpoint(config.data, directory), given)
     if data.tokenizer_type is None:
         raise CheckpointError(
@@ -187,7 +189,7 @@ def _tokenizer(saved: SavedRun, config: RunConfig, wishes: Wishes) -> PackedToke
             f"--tokenizer-type {data.tokenizer_type} has {tokenizer.vocab_size} ids, but the model of {directory} has "
             f"{vocab_size}; give the files it was trained with (--vocab-file, --tokenizer-model)"
         )
-    if not wishes.override_tokenizer:
+    if not overrides.override_tokenizer:
         require_same_tokenizer(saved.content, data, vocab_size, source=directory)
     if None in (tokenizer.cls, tokenizer.sep, tokenizer.pad):
         raise ConfigError(

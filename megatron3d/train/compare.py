@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron3d.checkpoint.index import read_index
 from megatron3d.checkpoint.load import read_document
-from megatron3d.checkpoint.store import ProcessGroup, everywhere
+from megatron3d.checkpoint.store import ProcessGroup, on_every_rank
 from megatron3d.comm.agree import require_agreement
 from megatron3d.config.resume import Difference, Effect, differences
 from megatron3d.config.run import RunConfig
@@ -58,7 +58,7 @@ def agreed_content(config: RunConfig, group: ProcessGroup | None) -> Content:
 
     Raises: DataError if a file cannot be read, or the ranks read different ones; raised on every rank.
     """
-    content = everywhere(lambda: content_of(config.data, vocab_size=config.model.vocab_size), group)
+    content = on_every_rank(lambda: content_of(config.data, vocab_size=config.model.vocab_size), group)
     require_agreement(content.digests(), DataError)
     return content
 

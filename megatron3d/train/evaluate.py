@@ -18,7 +18,7 @@ from megatron3d.comm.collectives import all_reduce
 from megatron3d.data.batch import Batch
 from megatron3d.nn.loss_sink import LossSink
 from megatron3d.pipeline.run import run
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.step import counts_of, micro_batches, objective
 
 
@@ -54,7 +54,7 @@ class Evaluation:
 
 
 def evaluate(
-    parts: Parts, batches: BatchReader, *, num_batches: int, before_batch: Callable[[], None] | None = None
+    parts: TrainingSetup, batches: BatchReader, *, num_batches: int, before_batch: Callable[[], None] | None = None
 ) -> Evaluation:
     """Mean losses over the labels of `num_batches` (at least 1) global batches.
 
@@ -66,7 +66,7 @@ def evaluate(
 
 
 def _evaluate(
-    parts: Parts, batches: BatchReader, num_batches: int, before_batch: Callable[[], None] | None
+    parts: TrainingSetup, batches: BatchReader, num_batches: int, before_batch: Callable[[], None] | None
 ) -> Evaluation:
     readers, size, specs = parts.mesh.batch, parts.config.train.global_batch_size, parts.model.losses
     totals, histogram = torch.zeros(0), torch.zeros(0)
@@ -89,7 +89,7 @@ def _evaluate(
     return Evaluation(objective(specs, losses), losses, accuracies, unigram)
 
 
-def _sums_hits_and_counts(parts: Parts, batch: Batch) -> Tensor:
+def _sums_hits_and_counts(parts: TrainingSetup, batch: Batch) -> Tensor:
     """This rank's share of the loss sums, of the hits (0 where not measured) and of the counts, fp64 [3, K]."""
     config, model = parts.config, parts.model
     counts_hits = any(spec.accuracy for spec in model.losses)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron3d.checkpoint.directory import HeldDirectory, hold_directory
 from megatron3d.checkpoint.shared import require_shared
-from megatron3d.checkpoint.store import everywhere
+from megatron3d.checkpoint.store import on_every_rank
 from megatron3d.comm.mesh import Mesh
 
 
@@ -32,9 +32,9 @@ def held_directory(save: Path | None, mesh: Mesh) -> Iterator[Callable[[], str |
                 held.append(stack.enter_context(hold_directory(save)))
 
         def renew() -> str | None:
-            return everywhere(lambda: held[0].renew() if held else None, mesh.world.group)
+            return on_every_rank(lambda: held[0].renew() if held else None, mesh.world.group)
 
-        everywhere(hold, mesh.world.group)
+        on_every_rank(hold, mesh.world.group)
         if save is not None:
             require_shared(save, mesh.world.group, rank=mesh.rank)
         yield renew

@@ -28,12 +28,12 @@ from megatron3d.train.compare import agreed_content
 from megatron3d.train.deferred_failure import DeferredFailure, PreparedBatches
 from megatron3d.train.evaluate import Evaluation, evaluate
 from megatron3d.train.held import held_directory
+from megatron3d.train.inert_options import InertOptions
 from megatron3d.train.launch import Guard
-from megatron3d.train.outlook import Outlook
-from megatron3d.train.parts import Parts
 from megatron3d.train.profile import recorder_of_step, write_recorded
 from megatron3d.train.reports import Reports
 from megatron3d.train.retention import Retention
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.state import Progress, Restored
 from megatron3d.train.step import Rates, train_step
 from megatron3d.train.stopping import agreed_reason, first_reason, signal_reason, stop_while_starting
@@ -69,7 +69,7 @@ def open_streams(data: GPTData | BertData, options: DataConfig) -> Iterator[Stre
                 one.close()
 
 
-def train(parts: Parts, streams: Streams, guard: Guard) -> Progress:
+def train(parts: TrainingSetup, streams: Streams, guard: Guard) -> Progress:
     """Train from wherever the checkpoints stand to the end, and return the progress made.
 
     Args:
@@ -111,7 +111,7 @@ def _with_hint(error: NumericsError, hint: str) -> NumericsError:
 
 @dataclass
 class _Loop:
-    parts: Parts
+    parts: TrainingSetup
     streams: Streams
     reports: Reports
     guard: Guard
@@ -166,7 +166,7 @@ class _Loop:
     def _look_ahead(self, last: int) -> None:
         """Report what the options ask for and this run will not do."""
         has_valid, has_test = self.streams.valid is not None, self.streams.test is not None
-        for line in Outlook(self.parts.config, self.progress, last, self.schedule, has_valid, has_test).lines():
+        for line in InertOptions(self.parts.config, self.progress, last, self.schedule, has_valid, has_test).lines():
             self.reports.note(line)
 
     def _exits_after(self, step: int) -> bool:

@@ -9,8 +9,8 @@ from torch import nn
 
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.offload.backing import FileBacking, HostBacking, StateBacking
 from megatron3d.offload.file_store import FileStore
-from megatron3d.offload.home import FileHome, HostHome, StateHome
 from megatron3d.optim.build import build_optimizer
 from megatron3d.zero.offload import Offload, state_kinds
 
@@ -34,10 +34,10 @@ def offload_of(config: RunConfig, *, rank: int, device: torch.device) -> Offload
     )
 
 
-def _home(place: str, parallel: ParallelConfig, label: str, device: torch.device) -> StateHome | None:
+def _home(place: str, parallel: ParallelConfig, label: str, device: torch.device) -> StateBacking | None:
     if place == "none":
         return None
     if place == "cpu":
-        return HostHome(device)
+        return HostBacking(device)
     assert parallel.offload_dir is not None, f"offloading {label} to files without --offload-dir passed the checks"
-    return FileHome(FileStore(Path(parallel.offload_dir), label), device)
+    return FileBacking(FileStore(Path(parallel.offload_dir), label), device)

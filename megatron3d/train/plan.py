@@ -10,7 +10,7 @@ from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.flops import forward_flops_by_layer
-from megatron3d.pipeline.orders.choose import Choice, choose
+from megatron3d.pipeline.orders.choose import OrderChoice, choose
 from megatron3d.pipeline.orders.named import placement_of, virtual_of
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.simulate import Costs, Timeline
@@ -89,7 +89,7 @@ def _order_and_stages(parallel: ParallelConfig) -> tuple[str, int | None]:
     return order, virtual
 
 
-def _choose(config: RunConfig, virtual: int | None) -> Choice:
+def _choose(config: RunConfig, virtual: int | None) -> OrderChoice:
     """The shortest order, by the operations of each stage, of those whose predicted memory is within the limit."""
     ranks, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers
     virtuals = [virtual] if virtual is not None else [v for v in AUTO_VIRTUAL_STAGES if v == 1 or ranks * v <= layers]
@@ -113,7 +113,7 @@ def _choose(config: RunConfig, virtual: int | None) -> Choice:
     return choose(ranks, first_microbatches(config), virtuals, costs_of, fits)
 
 
-def _reason(choice: Choice) -> str:
+def _reason(choice: OrderChoice) -> str:
     """How the automatic choice came about, in words."""
     chosen = next(one for one in choice.considered if (one.name, one.virtual) == (choice.name, choice.virtual))
     dropped = sum(1 for one in choice.considered if one.dropped)

@@ -8,10 +8,10 @@ from megatron3d.comm.device import Clock
 from megatron3d.errors import StorageError
 from megatron3d.pipeline.draw.measured import write_profile
 from megatron3d.pipeline.measured import PipelineRecorder
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 
 
-def recorder_of_step(parts: Parts, step: int) -> PipelineRecorder | None:
+def recorder_of_step(parts: TrainingSetup, step: int) -> PipelineRecorder | None:
     """What records this step (counted from 1 in this process, so that a resumed run has one too), if it is the one."""
     train = parts.config.train
     if train.profile_pipeline is None or step != train.profile_pipeline_step:
@@ -19,7 +19,7 @@ def recorder_of_step(parts: Parts, step: int) -> PipelineRecorder | None:
     return PipelineRecorder(parts.mesh.pp, Clock(parts.model.device))
 
 
-def write_recorded(parts: Parts, recorder: PipelineRecorder, step: int) -> str | None:
+def write_recorded(parts: TrainingSetup, recorder: PipelineRecorder, step: int) -> str | None:
     """Put the ranks' times together and write the files; returns what came out, or why nothing did, on rank 0.
 
     The first pipeline of the run stands for all. All ranks must come here.

@@ -22,13 +22,13 @@ from megatron3d.optim.build import state_bytes
 from megatron3d.pipeline.simulate import simulate
 from megatron3d.pipeline.split.stages import describe
 from megatron3d.planner.ledger import first_microbatches, ledger_of_rank
-from megatron3d.planner.memory import ModelParts
+from megatron3d.planner.memory import RankModel
 from megatron3d.planner.stage_records import StageRecords
 from megatron3d.train.dropout import dropout_note
 from megatron3d.train.evaluate import Evaluation
 from megatron3d.train.metrics import StartRecord, StepRecord
-from megatron3d.train.parts import Parts
 from megatron3d.train.progress import ProgressReporter, StepReport, format_bytes, format_count
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.speed import Devices
 from megatron3d.train.state import Progress, Restored, last_step
 from megatron3d.train.step import Rates, StepResult
@@ -41,7 +41,7 @@ TERA = 1e12
 class Reports:
     """A context manager; every rank makes one, and those of ranks above 0 write nothing."""
 
-    def __init__(self, parts: Parts, restored: Restored) -> None:
+    def __init__(self, parts: TrainingSetup, restored: Restored) -> None:
         self.parts, self.restored = parts, restored
         options = parts.config.checkpoint
         source = restored.source
@@ -180,7 +180,7 @@ class Reports:
             self.note(line)
 
 
-def devices_of(parts: Parts) -> Devices:
+def devices_of(parts: TrainingSetup) -> Devices:
     """The devices of a run, with the peak that `--peak-tflops` gives or the name of the device tells."""
     config = parts.config
     peak = config.train.peak_tflops or peak_tflops(device_name(parts.model.device), config.optim.precision)
@@ -211,7 +211,7 @@ def step_record(
     )
 
 
-def start_record(parts: Parts, *, predicted: Mapping[str, int] | None = None) -> StartRecord:
+def start_record(parts: TrainingSetup, *, predicted: Mapping[str, int] | None = None) -> StartRecord:
     """What the run is made of; collective, because it names the largest bytes of any rank. `predicted` is given where
     the ledger knows the model."""
     config, layout = parts.config, parts.mesh.layout
@@ -236,23 +236,23 @@ def start_record(parts: Parts, *, predicted: Mapping[str, int] | None = None) ->
     )
 
 
-def predicted_bytes(parts: Parts) -> dict[str, int]:
+def predicted_bytes(parts: TrainingSetup) -> dict[str, int]:
     """What the ledger says of the rank that will hold most of each kind, by name; collective."""
     model, config = parts.model, parts.config
     row = model.rows.training(first_microbatches(config))
-    held = ModelParts(model.stages, {name: unit.layout for name, unit in parts.engine.units.items()})
+    held = RankModel(model.stages, {name: unit.layout for name, unit in parts.engine.units.items()})
     records = StageRecords(config, model.device.type)
     ledger = ledger_of_rank(model.rows.plan, (row.schedule, row.actions), held, parts.mesh.pp.rank, records)
     return _largest(ledger.rows(), parts)
 
 
-def _largest(sizes: Mapping[str, int], parts: Parts) -> dict[str, int]:
+def _largest(sizes: Mapping[str, int], parts: TrainingSetup) -> dict[str, int]:
     """The most of each kind that any rank has."""
     largest = all_reduce(torch.tensor([*sizes.values()], device=parts.model.device), parts.mesh.world, reduction="max")
     return dict(zip(sizes, largest.tolist(), strict=True))
 
 
-def frozen_parameters(parts: Parts) -> str | None:
+def frozen_parameters(parts: TrainingSetup) -> str | None:
     """How many parameters of the whole model do not train, in a sentence; collective over the pipeline."""
     patterns, engine = parts.config.train.freeze_params, parts.engine
     if not patterns:
@@ -263,7 +263,7 @@ def frozen_parameters(parts: Parts) -> str | None:
     return f"{format_count(count)} parameters are frozen (--freeze-params {' '.join(patterns)})"
 
 
-def sharing_cost(parts: Parts) -> str | None:
+def sharing_cost(parts: TrainingSetup) -> str | None:
     """What sharded gradients or weights cost this run under a pipeline, in a sentence, by this rank's stages."""
     engine, layout = parts.engine, parts.mesh.layout
     elements = sum(unit.layout.length for unit in engine.units.values())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron3d.checkpoint import publish
 from megatron3d.checkpoint.directory import list_checkpoints, step_of
-from megatron3d.checkpoint.store import everywhere
+from megatron3d.checkpoint.store import on_every_rank
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.sections.checkpoint import CheckpointConfig
 
@@ -56,7 +56,7 @@ class Retention:
                     self._note(problems[path])
                 self._noted.update(problems)
 
-        everywhere(prune, self._mesh.world.group)
+        on_every_rank(prune, self._mesh.world.group)
 
     def hint(self) -> str:
         """What to do where no finite step has followed the newest checkpoint; empty if one has."""

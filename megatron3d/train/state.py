@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron3d.checkpoint.load import agreed_index, load_tensors, read_document
 from megatron3d.checkpoint.save import save_checkpoint
-from megatron3d.checkpoint.store import everywhere, from_first, gathered
+from megatron3d.checkpoint.store import from_first, gathered, on_every_rank
 from megatron3d.config.batch_size import iterations_for_samples
 from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import to_dict
@@ -24,7 +24,7 @@ from megatron3d.optim.schedule import ScheduleSettings, reconcile, schedule_diff
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.freeze import is_frozen
 from megatron3d.train.compare import CONTENT_DOCUMENT, SavedRun, compare_resumed, compare_weights, read_saved_run
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.source import Source, sources
 from megatron3d.zero.replicas import require_equal_replicas
 
@@ -75,7 +75,7 @@ class Restored:
 
 
 def save(
-    parts: Parts,
+    parts: TrainingSetup,
     progress: Progress,
     schedule: ScheduleSettings,
     content: Content | None = None,
@@ -98,7 +98,7 @@ def save(
         )
 
 
-def check_replicas(parts: Parts, step: int) -> None:
+def check_replicas(parts: TrainingSetup, step: int) -> None:
     """Compare everything that several ranks hold, after a step; collective over all ranks.
 
     Raises:
@@ -108,13 +108,13 @@ def check_replicas(parts: Parts, step: int) -> None:
         _check_replicas(parts, step)
 
 
-def _check_replicas(parts: Parts, step: int) -> None:
+def _check_replicas(parts: TrainingSetup, step: int) -> None:
     states = _flat_views(parts, with_optimizer=True, with_copies=True)
     require_equal_replicas(parts.engine.units, states, parts.mesh, step=step, others=parts.states.replicated())
 
 
 def _documents(
-    parts: Parts, progress: Progress, schedule: ScheduleSettings, *, evaluation_due: bool
+    parts: TrainingSetup, progress: Progress, schedule: ScheduleSettings, *, evaluation_due: bool
 ) -> dict[str, dict[str, Any]]:
     """What is stored beside the tensors."""
     config = parts.config
@@ -130,12 +130,12 @@ def _documents(
     return {"run": to_dict(config), "state": state}
 
 
-def _agreed_step_count(parts: Parts) -> int:
+def _agreed_step_count(parts: TrainingSetup) -> int:
     """Updates made so far; a rank whose stages are all frozen has not counted them."""
     return max(gathered(step_count(parts.optimizer), parts.mesh.world.group))
 
 
-def _save(parts: Parts, step: int, documents: dict[str, dict[str, Any]]) -> Path:
+def _save(parts: TrainingSetup, step: int, documents: dict[str, dict[str, Any]]) -> Path:
     options, mesh = parts.config.checkpoint, parts.mesh
     assert options.save is not None, "a run without --save saves nothing"
     with_optimizer = not options.no_save_optim
@@ -151,7 +151,7 @@ def _save(parts: Parts, step: int, documents: dict[str, dict[str, Any]]) -> Path
     )
 
 
-def restore(parts: Parts, content: Content | None = None) -> Restored:
+def restore(parts: TrainingSetup, content: Content | None = None) -> Restored:
     """Start from the checkpoint that the options and directories give (`train/source.py`), or from the beginning.
 
     Rank 0 decides which; collective over all ranks. `content` is what the run reads; None does not compare it.
@@ -185,18 +185,18 @@ def restore(parts: Parts, content: Content | None = None) -> Restored:
     return Restored(Progress(), settings_from_config(parts.config.optim, parts.config.train))
 
 
-def _restore_from(source: Source, parts: Parts, content: Content | None) -> Restored:
+def _restore_from(source: Source, parts: TrainingSetup, content: Content | None) -> Restored:
     options, group = parts.config.checkpoint, parts.mesh.world.group
     directory = source.directory
     agreed_index(directory, group)
-    saved = everywhere(lambda: read_saved_run(directory), group)
+    saved = on_every_rank(lambda: read_saved_run(directory), group)
     _check_architecture(saved, parts.config.model.architecture)
     if source.weights_only:
         lines = compare_weights(saved, parts.config, content)
         _load(directory, parts, saved.config, with_optimizer=False)
         flags = settings_from_config(parts.config.optim, parts.config.train)
         return Restored(Progress(), flags, directory, why=source.why, lines=tuple(lines))
-    state = everywhere(lambda: read_document(directory, "state"), group)
+    state = on_every_rank(lambda: read_document(directory, "state"), group)
     if state.get("weights_only"):
         raise MisfitError(
             f"{directory} holds weights alone, without steps or optimizer; start from them with --finetune"
@@ -240,7 +240,7 @@ def _no_load_line(directory: Path, *, has_begun: bool) -> str:
     return "the optimizer starts anew (--no-load-optim)"
 
 
-def _changed_freezing(parts: Parts, saved: RunConfig) -> list[str]:
+def _changed_freezing(parts: TrainingSetup, saved: RunConfig) -> list[str]:
     """Lines about the optimizer state of parameters that train in one of the two runs alone; collective."""
     before, now = saved.train.freeze_params, parts.config.train.freeze_params
     held = gathered([*parts.engine.weight_views(with_copies=False)] if before != now else [], parts.mesh.world.group)
@@ -260,7 +260,7 @@ def _changed_freezing(parts: Parts, saved: RunConfig) -> list[str]:
     return lines
 
 
-def _load(directory: Path, parts: Parts, saved: RunConfig, *, with_optimizer: bool) -> None:
+def _load(directory: Path, parts: TrainingSetup, saved: RunConfig, *, with_optimizer: bool) -> None:
     """Fill weights, and optimizer state if asked. All weights that are stored must have a place in the model; of
     parameters that were frozen in the `saved` run there is no optimizer state."""
     frozen = saved.train.freeze_params
@@ -275,7 +275,7 @@ def _load(directory: Path, parts: Parts, saved: RunConfig, *, with_optimizer: bo
     parts.engine.publish()
 
 
-def _schedule(saved: ScheduleSettings, parts: Parts) -> tuple[ScheduleSettings, list[str]]:
+def _schedule(saved: ScheduleSettings, parts: TrainingSetup) -> tuple[ScheduleSettings, list[str]]:
     """The schedule to follow, and lines about how that of the checkpoint differs from the flags'."""
     options, flags = parts.config.checkpoint, settings_from_config(parts.config.optim, parts.config.train)
     chosen = reconcile(
@@ -290,7 +290,7 @@ def _schedule(saved: ScheduleSettings, parts: Parts) -> tuple[ScheduleSettings, 
     return chosen, [f"changed: {one}{by}" for one in schedule_differences(saved, flags)]
 
 
-def _delay_lines(parts: Parts, *, was_due: bool) -> list[str]:
+def _delay_lines(parts: TrainingSetup, *, was_due: bool) -> list[str]:
     """What becomes of a delayed update where only one of the two runs has `--offload-delayed-update`."""
     delays = parts.config.parallel.offload_delayed_update
     if delays == was_due:
@@ -324,12 +324,12 @@ def _check_optimizer(state: Mapping[str, Any], wanted: str, source: Path) -> Non
         )
 
 
-def _views(parts: Parts, *, with_optimizer: bool, with_copies: bool) -> dict[str, ShardView]:
+def _views(parts: TrainingSetup, *, with_optimizer: bool, with_copies: bool) -> dict[str, ShardView]:
     views = _flat_views(parts, with_optimizer=with_optimizer, with_copies=with_copies)
     return views | {f"model/{name}": view for name, view in parts.states.views().items()}
 
 
-def _flat_views(parts: Parts, *, with_optimizer: bool, with_copies: bool) -> dict[str, ShardView]:
+def _flat_views(parts: TrainingSetup, *, with_optimizer: bool, with_copies: bool) -> dict[str, ShardView]:
     """What lies in the flat buffers of the units."""
     views = {f"model/{name}": view for name, view in parts.engine.weight_views(with_copies=with_copies).items()}
     if with_optimizer:
@@ -341,7 +341,7 @@ def _flat_views(parts: Parts, *, with_optimizer: bool, with_copies: bool) -> dic
     return views
 
 
-def _old_views(parts: Parts, with_optimizer: bool) -> dict[str, ShardView]:
+def _old_views(parts: TrainingSetup, with_optimizer: bool) -> dict[str, ShardView]:
     """The weights that the layers compute with while a delayed update is due: part of the optimizer's state."""
     old = parts.engine.old_weight_views(with_copies=False) if with_optimizer else {}
     return {f"{OLD}/{name}": view for name, view in old.items()}

@@ -28,7 +28,7 @@ from megatron3d.optim.build import set_rates
 from megatron3d.optim.clip import clip_factor
 from megatron3d.pipeline.run import Backward, Recorder, run
 from megatron3d.train.dropout import first_samples, with_dropout
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class StepResult:
 
 
 def train_step(
-    parts: Parts,
+    parts: TrainingSetup,
     batch: Samples | GroupedSamples,
     rates: Rates,
     *,
@@ -105,7 +105,7 @@ def train_step(
     return StepResult(loss, losses, grad_norm, skipped, int(votes))
 
 
-def global_counts(parts: Parts, batch: Samples | GroupedSamples) -> dict[str, int]:
+def global_counts(parts: TrainingSetup, batch: Samples | GroupedSamples) -> dict[str, int]:
     """What each loss counts in the global batch (at least 1, so that a batch without any has a loss of 0)."""
     totals = all_reduce(counts_of(parts.model.losses, batch).to(parts.model.device), parts.mesh.batch).tolist()
     return {spec.name: max(1, total) for spec, total in zip(parts.model.losses, totals, strict=True)}
@@ -132,7 +132,7 @@ def objective(losses: Sequence[LossSpec], means: Mapping[str, float]) -> float:
 
 
 def forward_backward(
-    parts: Parts,
+    parts: TrainingSetup,
     batch: Samples | GroupedSamples,
     counts: Mapping[str, int],
     *,
@@ -177,7 +177,7 @@ def micro_batches(
     return [MicroBatch(**part.model_inputs(), losses=losses) for part in batch.to(device).split(size)]
 
 
-def _finite_or_raise(parts: Parts, losses: Mapping[str, float], loss: float, grad_norm: float) -> bool:
+def _finite_or_raise(parts: TrainingSetup, losses: Mapping[str, float], loss: float, grad_norm: float) -> bool:
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return True
     optim = parts.config.optim

@@ -25,7 +25,7 @@ from megatron3d.comm.collectives import (
     start_reduce_scatter_into,
 )
 from megatron3d.comm.mesh import Axis
-from megatron3d.offload.home import StateHome
+from megatron3d.offload.backing import StateBacking
 from megatron3d.offload.stream import Waitable
 from megatron3d.zero.flat import Span
 from megatron3d.zero.kinds import KindAxes
@@ -63,10 +63,10 @@ class Transit:
 
 
 @dataclass(frozen=True)
-class WeightHome:
+class WeightBacking:
     """The place of one unit's shard in a home of weights."""
 
-    home: StateHome
+    home: StateBacking
     unit: str
 
     def start_fetch(self, into: Tensor) -> Waitable:
@@ -102,7 +102,7 @@ class WeightBuffer:
         is_lent: bool,
         transit: Transit,
         keeps_master: bool = True,
-        home: WeightHome | None = None,
+        home: WeightBacking | None = None,
     ) -> None:
         """Args: `initial` is fp32 and 1-D, `own` this rank's part of it, and `is_lent` frees `whole` between uses.
         Without `keeps_master` the master weights are elsewhere; with a `home`, so is the shard of lent weights."""

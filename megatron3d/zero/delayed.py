@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron3d.comm.device import HostCopies, empty_on_host
-from megatron3d.offload.home import Fields
+from megatron3d.offload.backing import Fields
 from megatron3d.zero.buffers import size_bytes
 from megatron3d.zero.offload import MASTER
 from megatron3d.zero.offload_step import OffloadedStates

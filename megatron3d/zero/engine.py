@@ -21,10 +21,10 @@ from megatron3d.params.grads import GradSink
 from megatron3d.params.module import Declared
 from megatron3d.zero.buffers import Transit, size_bytes
 from megatron3d.zero.delayed import DelayedUpdate
-from megatron3d.zero.lending import Lending, Places
+from megatron3d.zero.full_parameters import FullParameters
+from megatron3d.zero.gatherer import Places, UnitGatherer
 from megatron3d.zero.offload_step import OffloadedStates
 from megatron3d.zero.unit import FlatUnit, Piece, UnitOptions, WeightUnit
-from megatron3d.zero.whole import WholeParameters
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,17 @@ class ZeroEngine:
             kind = FlatUnit if unit.trains else WeightUnit
             self.units[name] = kind(name, unit.declared, mesh, options, tied=tied, transit=self.transit)
         self.trained = {name: unit for name, unit in self.units.items() if isinstance(unit, FlatUnit)}
-        self.whole = WholeParameters(self.trained, mesh, options)
+        self.whole = FullParameters(self.trained, mesh, options)
         for unit in self.trained.values():
             unit.bind(sink)
-        self.lending = Lending(
+        self.gatherer = UnitGatherer(
             {name: unit.weights for name, unit in self.units.items()},
             places or {},
-            takes_back=options.policy.shard_params,
+            releases=options.policy.shard_params,
             prefetch=options.prefetch,
         )
         if gate is not None:
-            gate.bind(self.lending)
+            gate.bind(self.gatherer)
         self._away: OffloadedStates | None = None
         self._delayed: DelayedUpdate | None = None
         if options.offload.states is not None:
@@ -112,14 +112,14 @@ class ZeroEngine:
 
     def before_backward(self, stage: int) -> None:
         """A backward of a stage, or its weight-gradient half, begins."""
-        self.lending.begin_backward()
+        self.gatherer.begin_backward()
         for name, unit in self._units_of(stage):
             used_once = len(self.parameters[name].stages) == 1
             unit.expect_in_backward(self.parameters[name].contributions if used_once else 0)
 
     def after_backward(self, stage: int) -> None:
         """It is over: reduce what it brought where gradients are sharded, free what it borrowed."""
-        self.lending.end_backward(stage)
+        self.gatherer.end_backward(stage)
         if self.options.policy.shard_grads:
             for _, unit in self._units_of(stage):
                 unit.start_reduce()

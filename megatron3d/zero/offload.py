@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron3d.offload.home import StateHome
+from megatron3d.offload.backing import StateBacking
 from megatron3d.offload.record import Record, record_of
 
 MASTER = "master"  # the field of master weights; the others have the names of the optimizer's states
@@ -26,8 +26,8 @@ class Offload:
         delays_update: whether a step runs beside the next forward and backward.
     """
 
-    states: StateHome | None = None
-    weights: StateHome | None = None
+    states: StateBacking | None = None
+    weights: StateBacking | None = None
     state_kinds: StateKinds = ()
     delays_update: bool = False
 

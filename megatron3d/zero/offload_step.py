@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron3d.comm.device import HostCopies, empty_on_host
-from megatron3d.offload.home import NUM_SLOTS, Fields
+from megatron3d.offload.backing import NUM_SLOTS, Fields
 from megatron3d.offload.stream import Waitable
 from megatron3d.zero.buffers import size_bytes
 from megatron3d.zero.offload import MASTER, Offload
@@ -58,7 +58,7 @@ class OffloadedStates:
     def visit(
         self, work: Callable[[str, Fields], None], *, start_ahead: Callable[[str, int], Waitable] | None = None
     ) -> None:
-        """Call `work` with every unit's record in turn; see `StateHome.visit`.
+        """Call `work` with every unit's record in turn; see `StateBacking.visit`.
 
         Raises:
             StorageError: a file could not be read or written, or is damaged.

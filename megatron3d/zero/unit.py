@@ -25,7 +25,7 @@ from megatron3d.params.boxes import ShardView
 from megatron3d.params.grads import GradSink
 from megatron3d.params.init import initial_shard
 from megatron3d.params.module import Declared
-from megatron3d.zero.buffers import GradBuffer, Transit, WeightBuffer, WeightHome
+from megatron3d.zero.buffers import GradBuffer, Transit, WeightBacking, WeightBuffer
 from megatron3d.zero.flat import Slot, Span, flat_layout, kind_of
 from megatron3d.zero.kinds import kind_axes
 from megatron3d.zero.offload import MASTER, Offload, states_record, weights_record
@@ -117,7 +117,7 @@ class WeightUnit:
             is_lent=options.policy.shard_params,
             transit=transit,
             keeps_master=self._keeps_master_on_device(initial),
-            home=None if offload.weights is None else WeightHome(offload.weights, self.name),
+            home=None if offload.weights is None else WeightBacking(offload.weights, self.name),
         )
         for slot in self.layout.slots:
             one, view = self._by_name[slot.spec.name], self.weights.whole[slot.span.slice].view(slot.shape)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron3d.zero.lending import Places
+from megatron3d.zero.gatherer import Places
 from megatron3d.zero.policy import Policy
 
 

@@ -22,7 +22,7 @@ from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.models.stage import MicroBatch
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.pipeline.run import Wire, run
-from megatron3d.train.parts import Model
+from megatron3d.train.setup import Model
 
 
 @dataclass(frozen=True)

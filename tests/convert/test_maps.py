@@ -17,10 +17,10 @@ from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.convert.families import FAMILIES, family_of
 from megatron3d.convert.family import HfConfig
-from megatron3d.convert.rows import Row, convert
+from megatron3d.convert.rows import TensorRule, convert
 from megatron3d.errors import ConfigError
 from megatron3d.models.zoo import BUILDERS
-from megatron3d.train.parts import build_model
+from megatron3d.train.setup import build_model
 
 
 @st.composite
@@ -103,13 +103,13 @@ def test_the_shape_of_a_model_comes_back_from_its_config_json(model: ModelConfig
 
 
 def test_a_fused_tensor_is_cut_where_its_parts_meet() -> None:
-    row = Row("qkv", ("q", "k", "v"), (4, 3), sizes=(2, 1, 1))
+    row = TensorRule("qkv", ("q", "k", "v"), (4, 3), sizes=(2, 1, 1))
     parts = row.to_theirs(torch.arange(12.0).view(4, 3))
     assert [parts[name].tolist() for name in "qkv"] == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8]], [[9, 10, 11]]]
 
 
 def test_a_transposed_tensor_lies_the_other_way() -> None:
-    row = Row("up", ("c_fc",), (2, 3), transposed=True)
+    row = TensorRule("up", ("c_fc",), (2, 3), transposed=True)
     assert row.shapes_there() == {"c_fc": (3, 2)}
     there = row.to_theirs(torch.arange(6.0).view(2, 3))["c_fc"]
     assert there.tolist() == [[0, 3], [1, 4], [2, 5]] and there.is_contiguous()

@@ -26,7 +26,7 @@ from megatron3d.errors import CheckpointError, ConfigError, DataError, Megatron3
 from megatron3d.models.bert import build_bert_stage
 from megatron3d.train import state
 from megatron3d.train.launch import Guard
-from megatron3d.train.parts import Parts, build_parts
+from megatron3d.train.setup import TrainingSetup, build_parts
 from tests.convert.theirs import CLASSES, POSITIONS, VOCAB, build, saved
 from tools import convert_checkpoint, embed_text
 
@@ -262,7 +262,7 @@ def test_training_starts_from_imported_weights_with_finetune_alone(run: Run, tmp
     checkpoint = find_checkpoint(tmp_path / "save")
     words = f"--config {checkpoint / 'run.json'} --load {tmp_path / 'save'} --train-iters 4 --lr 1e-3 --mock-data"
 
-    def parts_of(*more: str) -> Parts:
+    def parts_of(*more: str) -> TrainingSetup:
         args = parse_args([*words.split(), *more], program="t", description="t", architecture="bert")
         return build_parts(resolve(args, 1), make_mesh(Layout()), torch.device("cpu"), build_bert_stage)
 

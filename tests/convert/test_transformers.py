@@ -25,7 +25,7 @@ from megatron3d.data.loader import GlobalBatches
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.optim.schedule import settings_from_config
 from megatron3d.train import state
-from megatron3d.train.parts import build_parts
+from megatron3d.train.setup import build_parts
 from megatron3d.train.step import train_step
 from tests.convert.ours import Batch, Said, said
 from tests.convert.theirs import CLASSES, MODELS, VOCAB, build, saved

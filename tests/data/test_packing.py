@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron3d.data.packing import EpochPlan, Pieces, cut_pieces, pack
+from megatron3d.data.packing import EpochPlan, SentenceSpans, cut_pieces, pack
 from tests.data.chances import is_plausible
 
 documents_of_sentences = st.lists(st.lists(st.integers(0, 25), max_size=12), min_size=1, max_size=8)
@@ -22,8 +22,8 @@ def row_of(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.concatenate([[0], np.cumsum([len(document) for document in documents])]).astype(np.int64)
 
 
-def equal_pieces(num_documents: int, sentences: int, tokens: int) -> Pieces:
-    return Pieces(*row_of([[tokens] * sentences] * num_documents))
+def equal_pieces(num_documents: int, sentences: int, tokens: int) -> SentenceSpans:
+    return SentenceSpans(*row_of([[tokens] * sentences] * num_documents))
 
 
 @settings(max_examples=200, deadline=None)

@@ -24,7 +24,7 @@ from megatron3d.inference.load import generation_config, load_model
 from megatron3d.inference.sampling import SamplingOptions
 from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.train import state
-from megatron3d.train.parts import Model, build_parts
+from megatron3d.train.setup import Model, build_parts
 from tests.dist.pool import Pool
 from tests.inference.trained import EOD, MODELS, POSITIONS, TEXTS, VOCAB_SIZE, config_of, ids
 

@@ -20,7 +20,7 @@ from megatron3d.data.tokenizer import ByteTokenizer
 from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.optim.schedule import settings_from_config
 from megatron3d.train import state
-from megatron3d.train.parts import build_parts
+from megatron3d.train.setup import build_parts
 from megatron3d.train.step import Rates, train_step
 from megatron3d.train.vocabulary import open_vocabulary
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron3d.offload.backing import NUM_SLOTS, Fields, FileBacking, HostBacking, StateBacking
 from megatron3d.offload.file_store import FileStore
-from megatron3d.offload.home import NUM_SLOTS, Fields, FileHome, HostHome, StateHome
 from megatron3d.offload.record import FIELD_ALIGNMENT_BYTES, record_of
 
 CPU = torch.device("cpu")
@@ -20,17 +20,17 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8]
 
 
 @pytest.fixture(params=["host", "files"])
-def home(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StateHome]:
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StateBacking]:
     """A home of each kind with five units of different sizes."""
     if request.param == "host":
-        yield filled(HostHome(CPU))
+        yield filled(HostBacking(CPU))
     else:
         store = FileStore(tmp_path, "rank00000")
-        yield filled(FileHome(store, CPU))
+        yield filled(FileBacking(store, CPU))
         store.close()
 
 
-def filled(home: StateHome) -> StateHome:
+def filled(home: StateBacking) -> StateBacking:
     """Add the units."""
     for number, name in enumerate(UNITS):
         size = 1000 * (number + 1) + number
@@ -51,7 +51,7 @@ def test_the_fields_of_a_record_are_aligned_and_do_not_overlap(kinds: list[tuple
         assert bool((views[f.name].view(torch.uint8) == number + 1).all())
 
 
-def test_every_visit_finds_what_the_one_before_left(home: StateHome) -> None:
+def test_every_visit_finds_what_the_one_before_left(home: StateBacking) -> None:
     def count(name: str, fields: Fields) -> None:
         fields["master"] += 1.0 + UNITS.index(name)
         fields["exp_avg"] += 2.0
@@ -64,7 +64,7 @@ def test_every_visit_finds_what_the_one_before_left(home: StateHome) -> None:
             assert bool((opened[name]["exp_avg"] == 6.0).all())
 
 
-def test_what_is_written_while_it_is_open_is_found_by_the_next_visit(home: StateHome) -> None:
+def test_what_is_written_while_it_is_open_is_found_by_the_next_visit(home: StateBacking) -> None:
     with home.opened(UNITS, writes=True) as opened:
         for number, name in enumerate(UNITS):
             opened[name]["master"].fill_(float(number))
@@ -73,7 +73,7 @@ def test_what_is_written_while_it_is_open_is_found_by_the_next_visit(home: State
     assert found == {"layers.0": 1.0, "layers.1": 2.0}
 
 
-def test_what_runs_ahead_is_waited_for_before_the_work_in_the_slot_it_was_given(home: StateHome) -> None:
+def test_what_runs_ahead_is_waited_for_before_the_work_in_the_slot_it_was_given(home: StateBacking) -> None:
     slots: dict[int, str] = {}
 
     class Arrival:
@@ -89,7 +89,7 @@ def test_what_runs_ahead_is_waited_for_before_the_work_in_the_slot_it_was_given(
     assert set(slots) == set(range(NUM_SLOTS))
 
 
-def test_records_of_one_field_are_stored_and_fetched_whole(home: StateHome) -> None:
+def test_records_of_one_field_are_stored_and_fetched_whole(home: StateBacking) -> None:
     values = torch.randn(777).bfloat16()
     home.add("weights", record_of([("weights", torch.bfloat16, 777)]))
     home.start_store("weights", values).wait()
@@ -99,9 +99,9 @@ def test_records_of_one_field_are_stored_and_fetched_whole(home: StateHome) -> N
 
 
 def test_files_take_host_memory_for_three_units_of_the_largest_size(tmp_path: Path) -> None:
-    home = filled(FileHome(FileStore(tmp_path, "rank00000"), CPU))
+    home = filled(FileBacking(FileStore(tmp_path, "rank00000"), CPU))
     home.visit(UNITS, lambda name, fields: None)
     largest = max(record.num_bytes for record in home._records.values())
     assert (home.host_bytes, NUM_SLOTS) == (NUM_SLOTS * largest, 3)
     assert home.file_bytes >= sum(record.num_bytes for record in home._records.values())
-    assert (filled(HostHome(CPU)).file_bytes, filled(HostHome(CPU)).host_bytes > 0) == (0, True)
+    assert (filled(HostBacking(CPU)).file_bytes, filled(HostBacking(CPU)).host_bytes > 0) == (0, True)

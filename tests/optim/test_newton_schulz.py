@@ -14,7 +14,7 @@ from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.build import build_optimizer, set_rates, state_bytes
 from megatron3d.optim.muon import Muon
 from megatron3d.optim.newton_schulz import COEFFICIENTS, orthogonalize, update_scale
-from megatron3d.params.portion import Portion
+from megatron3d.params.owned_slice import OwnedSlice
 from megatron3d.params.spec import Init, ParamSpec
 
 # Rounding of fp32, through a slope of up to 485 at singular values near 0.
@@ -75,23 +75,24 @@ class Alone:
 
     def __init__(self, parameters: Sequence[nn.Parameter], specs: Sequence[ParamSpec]) -> None:
         self._portions = [
-            Portion(spec, 1, 0, 0, spec.numel, parameter, 0) for parameter, spec in zip(parameters, specs, strict=True)
+            OwnedSlice(spec, 1, 0, 0, spec.numel, parameter, 0)
+            for parameter, spec in zip(parameters, specs, strict=True)
         ]
 
-    def portions(self) -> Sequence[Portion]:
+    def owned_slices(self) -> Sequence[OwnedSlice]:
         return self._portions
 
     def add_up(self, shares: Sequence[Tensor]) -> list[Tensor]:
         return list(shares)
 
-    def map_whole(
+    def map_full(
         self,
-        portions: Sequence[Portion],
+        owned_slices: Sequence[OwnedSlice],
         values: Sequence[Tensor],
         function: Callable[[ParamSpec, Tensor], Tensor],
     ) -> None:
-        for portion, value in zip(portions, values, strict=True):
-            value.copy_(function(portion.spec, value.view(portion.spec.shape)).flatten())
+        for owned, value in zip(owned_slices, values, strict=True):
+            value.copy_(function(owned.spec, value.view(owned.spec.shape)).flatten())
 
 
 def test_a_whole_muon_equals_torch_with_its_choices() -> None:

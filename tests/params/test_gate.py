@@ -10,21 +10,21 @@ from megatron3d.params.gate import WeightGate
 
 
 class Book:
-    """A lender that writes down what it is asked."""
+    """A gatherer that writes down what it is asked."""
 
-    def __init__(self, *, takes_back: bool = True) -> None:
-        self.takes_back = takes_back
+    def __init__(self, *, releases: bool = True) -> None:
+        self.releases = releases
         self.entries: list[str] = []
 
-    def borrow(self, place: str, *, backward: bool) -> None:
+    def gather_weights(self, place: str, *, backward: bool) -> None:
         self.entries.append(f"{'b' if backward else 'f'}+{place}")
 
-    def give_back(self, place: str, *, backward: bool) -> None:
+    def release_weights(self, place: str, *, backward: bool) -> None:
         self.entries.append(f"{'b' if backward else 'f'}-{place}")
 
 
-def bound(*, takes_back: bool = True) -> tuple[WeightGate, Book]:
-    gate, book = WeightGate(), Book(takes_back=takes_back)
+def bound(*, releases: bool = True) -> tuple[WeightGate, Book]:
+    gate, book = WeightGate(), Book(releases=releases)
     gate.bind(book)
     return gate, book
 
@@ -81,7 +81,7 @@ def test_a_place_without_an_input_is_asked_for_again_in_the_backward_and_left_to
 
 
 def test_a_lender_that_keeps_the_weights_is_only_asked_before_a_forward() -> None:
-    gate, book = bound(takes_back=False)
+    gate, book = bound(releases=False)
     x = torch.ones(1, requires_grad=True)
     opened = gate.open("one", x)
     assert opened is x and gate.close("one", x) is x

@@ -20,7 +20,7 @@ from megatron3d.data.build import BertData, GPTData, build_bert_data, build_gpt_
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.params.boxes import Box
-from megatron3d.train.parts import Parts, build_parts
+from megatron3d.train.setup import TrainingSetup, build_parts
 from megatron3d.train.step import Rates, forward_backward, global_counts, train_step
 from tests.parity.penalised import build_penalised_stage
 
@@ -143,7 +143,7 @@ def config_of(case: Case) -> RunConfig:
     return resolve(words, case.layout.world_size)
 
 
-def parts_of(case: Case, mesh: Mesh) -> Parts:
+def parts_of(case: Case, mesh: Mesh) -> TrainingSetup:
     """The parts of a case on a live mesh."""
     config = config_of(case)
     builder = BUILT_BY_TESTS.get(case.model, BUILDERS[config.model.architecture])
@@ -159,7 +159,7 @@ def data_of(config: RunConfig) -> GPTData | BertData:
     return build_gpt_data(config.data, seq_length=model.seq_length, vocab_size=VOCAB_SIZE, eod_token=0)
 
 
-def trace(parts: Parts, *, num_steps: int = NUM_STEPS, first_step: int = 0, rates: Rates = RATES) -> Trace:
+def trace(parts: TrainingSetup, *, num_steps: int = NUM_STEPS, first_step: int = 0, rates: Rates = RATES) -> Trace:
     """Train for some steps on mock data at a constant rate."""
     config, readers = parts.config, parts.mesh.batch
     data = data_of(config)

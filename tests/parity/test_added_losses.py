@@ -31,7 +31,7 @@ from megatron3d.train import state
 from megatron3d.train.evaluate import Evaluation, evaluate
 from megatron3d.train.launch import Guard
 from megatron3d.train.loop import open_streams, train
-from megatron3d.train.parts import Parts, build_model
+from megatron3d.train.setup import TrainingSetup, build_model
 from megatron3d.train.step import forward_backward, global_counts, micro_batches, train_step
 from tests.dist.pool import Pool
 from tests.parity import penalised
@@ -118,7 +118,7 @@ def first_batch() -> GPTBatch:
     return replace(batch, loss_mask_BS=(batch.tokens_BS % 3 > 0).float())
 
 
-def by_a_step(parts: Parts) -> dict[str, Tensor]:
+def by_a_step(parts: TrainingSetup) -> dict[str, Tensor]:
     """The gradients of the same batch as a training step has them, without the loss scale."""
     batch = first_batch()
     forward_backward(parts, batch, global_counts(parts, batch), step=0)

@@ -23,7 +23,7 @@ from megatron3d.models.bert import build_bert_stage
 from megatron3d.models.stage import MicroBatch, Stage
 from megatron3d.params.module import materialize_all
 from megatron3d.train.evaluate import Evaluation, evaluate
-from megatron3d.train.parts import build_model
+from megatron3d.train.setup import build_model
 from megatron3d.train.step import micro_batches, train_step
 from tests.dist.pool import Pool
 from tests.models.asking import asking_for_losses

@@ -23,12 +23,12 @@ from megatron3d.optim.schedule import settings_from_config
 from megatron3d.params.boxes import Box, ShardView
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import Init
-from megatron3d.planner.memory import ModelParts, declared_state_bytes
+from megatron3d.planner.memory import RankModel, declared_state_bytes
 from megatron3d.tasks.glue.average import AVERAGE, WeightAverage, declare_averages
 from megatron3d.tensor.context import LayerContext
 from megatron3d.train import state
 from megatron3d.train.evaluate import evaluate
-from megatron3d.train.parts import Parts, build_parts
+from megatron3d.train.setup import TrainingSetup, build_parts
 from megatron3d.train.state import Progress
 from megatron3d.train.step import train_step
 from tests.dist.pool import Pool
@@ -103,13 +103,13 @@ def build_damped_stage(config: ModelConfig, train: TrainConfig, part: StagePart,
     return stage
 
 
-def damped_parts(case: Case, mesh: Mesh) -> Parts:
+def damped_parts(case: Case, mesh: Mesh) -> TrainingSetup:
     """The parts of a case with the model above."""
     return build_parts(config_of(case), mesh, torch.device("cpu"), build_damped_stage)
 
 
 def train_on(
-    parts: Parts, average: WeightAverage, *, first_step: int, num_steps: int, formula: Formula | None = None
+    parts: TrainingSetup, average: WeightAverage, *, first_step: int, num_steps: int, formula: Formula | None = None
 ) -> tuple[list[float], list[float]]:
     """Losses and norms of some steps; between two of them an evaluation, which must count nothing."""
     data, readers, size = data_of(parts.config), parts.mesh.batch, 8
@@ -127,7 +127,7 @@ def train_on(
     return losses, norms
 
 
-def stored(parts: Parts) -> dict[str, list[tuple[Box, Tensor]]]:
+def stored(parts: TrainingSetup) -> dict[str, list[tuple[Box, Tensor]]]:
     """What a checkpoint would hold of this rank: weights, state of modules, averages."""
     with parts.engine.states_opened(parts.optimizer, writes=False):
         views = parts.engine.weight_views() | parts.states.views() | parts.engine.beside_views()
@@ -141,7 +141,7 @@ class Formula:
     rounding, as that of a key's bias is, the update is rounding of the size of the rate.
     """
 
-    def __init__(self, parts: Parts, num_steps: int) -> None:
+    def __init__(self, parts: TrainingSetup, num_steps: int) -> None:
         self.parts, self.num_steps = parts, num_steps
         self.means = self._copies(parts.engine.beside_views if num_steps else parts.engine.weight_views)
 
@@ -189,9 +189,9 @@ def in_two_runs(first: Case, second: Case, directory: str) -> TwoRuns:
     return TwoRuns(end, Trace([], [], saved), Trace([], [], loaded))
 
 
-def check_bytes(parts: Parts) -> None:
+def check_bytes(parts: TrainingSetup) -> None:
     """The ledger's bytes of declared state are those that are allocated."""
-    held = ModelParts(parts.model.stages, {name: unit.layout for name, unit in parts.engine.units.items()})
+    held = RankModel(parts.model.stages, {name: unit.layout for name, unit in parts.engine.units.items()})
     predicted = declared_state_bytes(parts.config, held)
     allocated = parts.states.size_bytes + parts.engine.state_bytes().beside
     assert predicted.declared + predicted.host == allocated > 0, f"predicted {predicted}, allocated {allocated}"
@@ -235,12 +235,12 @@ def alone() -> tuple[Trace, dict[str, Tensor], list[dict[str, Tensor]]]:
     return trace, assemble([trace], shapes_of(parts)), weights
 
 
-def whole_weights(parts: Parts) -> dict[str, Tensor]:
+def whole_weights(parts: TrainingSetup) -> dict[str, Tensor]:
     """A copy of all weights of a run in one process."""
     return {name: view.data.view(view.full_shape).clone() for name, view in parts.engine.weight_views().items()}
 
 
-def shapes_of(parts: Parts) -> dict[str, tuple[int, ...]]:
+def shapes_of(parts: TrainingSetup) -> dict[str, tuple[int, ...]]:
     """Full shapes of everything stored."""
     views = parts.engine.weight_views() | parts.states.views() | parts.engine.beside_views()
     return {name: view.full_shape for name, view in views.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.zero.unit import FlatUnit
 from tests.dist.pool import Pool
 from tests.parity.runs import Case, parts_of, trace
@@ -26,7 +26,7 @@ NUM_RACES = 20
 SLOWEST_S = 2e-3
 
 
-def put_off_updates(parts: Parts) -> None:
+def put_off_updates(parts: TrainingSetup) -> None:
     """Make each update after the backward of the step that follows it."""
     engine, units = parts.engine, parts.engine.units.values()
     finish_reduce, step = engine.finish_reduce, engine.step
@@ -80,7 +80,7 @@ def _restless_threads() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def _dawdling(parts: Parts, generator: random.Random) -> Parts:
+def _dawdling(parts: TrainingSetup, generator: random.Random) -> TrainingSetup:
     """Let the thread of the update sleep before it steps each unit, for as long as chance has it, often not at all."""
     naps = (0.0, 0.0, SLOWEST_S / 8, SLOWEST_S)
     parts.optimizer.register_step_pre_hook(lambda *_: time.sleep(generator.choice(naps)))
@@ -118,12 +118,12 @@ def test_old_weights_are_the_same_from_within_an_evaluation_and_however_often_th
     assert _layers(parts) == shown
 
 
-def _old_weights(parts: Parts) -> dict[str, list[float]]:
+def _old_weights(parts: TrainingSetup) -> dict[str, list[float]]:
     with parts.engine.states_opened(parts.optimizer, writes=False):
         return {name: view.data.tolist() for name, view in parts.engine.old_weight_views().items()}
 
 
-def _layers(parts: Parts) -> dict[str, list[float]]:
+def _layers(parts: TrainingSetup) -> dict[str, list[float]]:
     """What the layers of one process hold, without the padding of the vocabulary, by name."""
     parts.engine.finish_publish()
     return {

@@ -24,8 +24,8 @@ from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.linear import ColumnParallelLinear
 from megatron3d.train import state
-from megatron3d.train.parts import Parts
 from megatron3d.train.reports import frozen_parameters
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.state import Progress
 from tests.dist.pool import Pool
 from tests.parity.compare import LOSS_TOLERANCE, NORM_TOLERANCE, check_against_one_process, relative
@@ -142,7 +142,7 @@ def test_a_linear_layer_keeps_its_input_only_for_the_product_of_a_weight_that_tr
         assert name in frozen or torch.allclose(parameter.grad, expected[name])
 
 
-def weights_of(parts: Parts) -> dict[str, Tensor]:
+def weights_of(parts: TrainingSetup) -> dict[str, Tensor]:
     """A copy of all weights of a run in one process."""
     return {name: view.data.view(view.full_shape).clone() for name, view in parts.engine.weight_views().items()}
 

@@ -20,7 +20,7 @@ from megatron3d.comm.mesh import Mesh, make_mesh
 from megatron3d.errors import MisfitError
 from megatron3d.optim.schedule import settings_from_config
 from megatron3d.train import state
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.step import Rates
 from tests.dist.pool import Pool
 from tests.parity.compare import LOSS_TOLERANCE, relative
@@ -77,11 +77,11 @@ BATCHES = [
 ]
 
 
-def build(name: str, case: Case, mesh: Mesh, extra: str = "") -> Parts:
+def build(name: str, case: Case, mesh: Mesh, extra: str = "") -> TrainingSetup:
     return parts_of(Case(case.model, case.layout, f"{case.options} {CHOICES[name].options} {extra}"), mesh)
 
 
-def train(name: str, parts: Parts, steps: range) -> list[float]:
+def train(name: str, parts: TrainingSetup, steps: range) -> list[float]:
     """Losses of some steps."""
     rates = Rates(lr=CHOICES[name].lr, weight_decay=0.1)
     return trace(parts, num_steps=len(steps), first_step=steps.start, rates=rates).losses

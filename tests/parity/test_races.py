@@ -20,10 +20,10 @@ from megatron3d.data.loader import GlobalBatches
 from megatron3d.errors import NumericsError
 from megatron3d.pipeline import run as pipeline_run
 from megatron3d.train.evaluate import evaluate
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.step import train_step
 from megatron3d.zero.engine import ZeroEngine
-from megatron3d.zero.lending import Lending
+from megatron3d.zero.gatherer import UnitGatherer
 from tests.dist.poison import Detector
 from tests.dist.pool import Pool
 from tests.parity.runs import RATES, Case, data_of, parts_of
@@ -140,7 +140,7 @@ def _restless_threads() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def numbers_of(parts: Parts) -> list[float]:
+def numbers_of(parts: TrainingSetup) -> list[float]:
     """Train with what lies between steps in real runs: a look at the weights, a change of them, and an evaluation."""
     config, readers, engine = parts.config, parts.mesh.batch, parts.engine
     data, size = data_of(config), config.train.global_batch_size
@@ -160,7 +160,7 @@ def numbers_of(parts: Parts) -> list[float]:
     return [*numbers, sum_of_weights(parts)]
 
 
-def halve_weights(parts: Parts) -> None:
+def halve_weights(parts: TrainingSetup) -> None:
     """Change the weights of a model in training, as recalled and averaged ones do."""
     with parts.engine.states_opened(parts.optimizer, writes=True):
         for view in parts.engine.weight_views().values():
@@ -168,7 +168,7 @@ def halve_weights(parts: Parts) -> None:
     parts.engine.publish()
 
 
-def sum_of_weights(parts: Parts) -> float:
+def sum_of_weights(parts: TrainingSetup) -> float:
     """A sum over what this rank owns of the master weights."""
     with parts.engine.states_opened(parts.optimizer, writes=False):
         return sum(float(view.data.double().abs().sum()) for view in parts.engine.weight_views().values())
@@ -197,13 +197,13 @@ def test_nothing_is_read_or_written_while_it_is_under_way_at_any_layout(pool: Po
 
 @contextmanager
 def _a_gate_that_does_not_wait() -> Iterator[None]:
-    real = Lending.borrow
+    real = UnitGatherer.gather_weights
 
-    def borrow(self: Lending, place: str, *, backward: bool) -> None:
+    def gather_weights(self: UnitGatherer, place: str, *, backward: bool) -> None:
         with mock.patch.object(self._weights["layers.2"], "finish_gather", lambda: None):
             real(self, place, backward=backward)
 
-    with mock.patch.object(Lending, "borrow", borrow):
+    with mock.patch.object(UnitGatherer, "gather_weights", gather_weights):
         yield
 
 

@@ -12,7 +12,7 @@ from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.errors import NumericsError
 from megatron3d.train import state
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 from tests.dist.pool import Pool
 from tests.parity.runs import Case, parts_of, trace
 
@@ -59,7 +59,7 @@ def test_replicas_are_equal_to_the_last_bit_after_steps(pool: Pool, size: int) -
     pool.run(size, _checked, [case for case in HEALTHY if case.layout.world_size == size])
 
 
-def _values(parts: Parts, flip: Flip) -> Tensor:
+def _values(parts: TrainingSetup, flip: Flip) -> Tensor:
     engine = parts.engine
     if flip.kind == "model":
         return engine.weight_views()[flip.parameter].data

@@ -22,7 +22,7 @@ from megatron3d.inference.sampling import SamplingOptions
 from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.models.stage import MicroBatch, Stage
 from megatron3d.params.module import materialize_all
-from megatron3d.train.parts import Model, build_model
+from megatron3d.train.setup import Model, build_model
 from tests.models.asking import asking_for_losses
 
 transformers = pytest.importorskip("transformers")

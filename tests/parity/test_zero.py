@@ -21,7 +21,7 @@ from megatron3d.optim.schedule import settings_from_config
 from megatron3d.params.boxes import Box
 from megatron3d.train import state
 from megatron3d.train.evaluate import evaluate
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.state import Progress
 from tests.dist.pool import Pool
 from tests.parity.compare import check_against_one_process, reference, relative
@@ -140,7 +140,7 @@ def move_on(rank: int, world_size: int, directory: str) -> list[dict[str, list[t
     return found
 
 
-def held(parts: Parts) -> dict[str, list[tuple[Box, Tensor]]]:
+def held(parts: TrainingSetup) -> dict[str, list[tuple[Box, Tensor]]]:
     """Master weights and both moments that this rank owns."""
     engine, optimizer = parts.engine, parts.optimizer
     views = {f"weights/{name}": view for name, view in engine.weight_views().items()}

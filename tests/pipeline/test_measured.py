@@ -55,7 +55,7 @@ class LogicalClock:
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
 
-    def moment(self) -> float:
+    def mark(self) -> float:
         return self.now
 
     def settle(self) -> None:
@@ -265,7 +265,7 @@ class _Counter:
     def __init__(self) -> None:
         self.now = 0.0
 
-    def moment(self) -> float:
+    def mark(self) -> float:
         self.now += 1.0
         return self.now
 

@@ -23,8 +23,8 @@ from megatron3d.data.loader import GlobalBatches
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.optim.build import state_bytes
 from megatron3d.planner.layout import layout_of
-from megatron3d.planner.memory import StateBytes, shard_size
-from megatron3d.train.parts import Parts, build_parts
+from megatron3d.planner.memory import StateForecast, shard_size
+from megatron3d.train.setup import TrainingSetup, build_parts
 from megatron3d.train.step import Rates, train_step
 
 COMMON = "--train-iters 3 --lr 1e-3 --mock-data --num-workers 0 --device cpu"
@@ -45,7 +45,7 @@ class Held:
 
     pp_rank: int
     shard_rank: int
-    state: StateBytes
+    state: StateForecast
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,13 @@ def _held_by(config: RunConfig) -> Held:
     return held_of(parts)
 
 
-def parts_of(config: RunConfig) -> Parts:
+def parts_of(config: RunConfig) -> TrainingSetup:
     """Build this rank."""
     mesh = make_mesh(layout_of(config.parallel, query_groups=config.model.num_query_groups))
     return build_parts(config, mesh, torch.device("cpu"), BUILDERS[config.model.architecture])
 
 
-def batches_of(config: RunConfig, parts: Parts, number: int) -> list[Samples]:
+def batches_of(config: RunConfig, parts: TrainingSetup, number: int) -> list[Samples]:
     """This rank's part of the first global batches."""
     model, size, readers = config.model, config.train.global_batch_size, parts.mesh.batch
     sizes = {"seq_length": model.seq_length, "vocab_size": model.vocab_size}
@@ -151,10 +151,10 @@ def batches_of(config: RunConfig, parts: Parts, number: int) -> list[Samples]:
         return [batches.read(step * size, size, readers.rank, readers.size) for step in range(number)]
 
 
-def held_of(parts: Parts) -> Held:
+def held_of(parts: TrainingSetup) -> Held:
     """What the engine and the optimizer say they hold."""
     found = parts.engine.state_bytes()
-    state = StateBytes(
+    state = StateForecast(
         weights=found.weights,
         gradients=found.gradients,
         master_weights=found.master_weights,

@@ -17,8 +17,8 @@ from megatron3d.planner.ledger import activation_bytes
 from megatron3d.planner.memory import part_of
 from megatron3d.planner.stage_run import message_bytes, message_shape
 from megatron3d.train.dropout import with_dropout
-from megatron3d.train.parts import Parts
 from megatron3d.train.plan import plan_of
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.step import micro_batches
 from tests.dist.pool import Pool
 from tests.planner.measured import allocations_of, batches_of, config_of, parts_of
@@ -94,7 +94,7 @@ def _tables(config: RunConfig) -> int:
     return 4 * model.seq_length * model.kv_channels if is_kept else 0
 
 
-def _saved(parts: Parts, stage: Stage, x: Tensor | None, micro: MicroBatch) -> int:
+def _saved(parts: TrainingSetup, stage: Stage, x: Tensor | None, micro: MicroBatch) -> int:
     """Bytes of all memory that tensors saved for the backward lie in, but for weights, input and samples."""
     given = [one for one in vars(micro).values() if isinstance(one, Tensor)] + ([] if x is None else [x])
     weights = [unit.weights.whole for unit in parts.engine.units.values()]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron3d.config.run import RunConfig
 from megatron3d.models.flops import num_parameters
 from megatron3d.planner.ledger import ledger_of
-from megatron3d.planner.memory import StateBytes, parts_of_rank, shard_size, state_bytes
+from megatron3d.planner.memory import StateForecast, parts_of_rank, shard_size, state_bytes
 from megatron3d.train.plan import plan_of
 from tests.dist.pool import Pool
 from tests.planner.measured import Held, config_of, hold_all
@@ -61,7 +61,7 @@ OFFLOADED = (
 )
 
 
-def predicted(config: RunConfig, found: list[Held]) -> list[StateBytes]:
+def predicted(config: RunConfig, found: list[Held]) -> list[StateForecast]:
     """The formula for each of the ranks that `found` was measured on."""
     plan = plan_of(config)
     units = {rank: parts_of_rank(config, plan, rank).units.values() for rank in {held.pp_rank for held in found}}
@@ -98,7 +98,7 @@ def test_state_is_what_is_allocated_at_every_stage_precision_and_layout(pool: Po
         cases += [("gpt", f"{TINY} {one.replace('PLACE', place)} {directory}") for one in OFFLOADED]
     held = [one.state for found in check(pool, 4, cases) for one in found]
     # The comparison is of something: every kind of state is there somewhere.
-    assert all(any(getattr(state, one.name) for state in held) for one in fields(StateBytes))
+    assert all(any(getattr(state, one.name) for state in held) for one in fields(StateForecast))
 
 
 # Bytes of each parameter with Adam: those that every rank has, and those that N ranks share out.

@@ -15,7 +15,7 @@ from megatron3d.planner import stage_run
 from megatron3d.planner.kernel_scratch import cpu_scratch
 from megatron3d.planner.kernels_without_memory import CpuKernels, GpuKernels
 from megatron3d.planner.ledger import activation_bytes
-from megatron3d.planner.recording import Event, Kind, Recorder
+from megatron3d.planner.recording import Event, Kind, StorageRecorder
 from megatron3d.planner.replay import condensed, left_of
 from megatron3d.planner.stage_records import StageRecords
 from megatron3d.planner.stage_run import StageRun
@@ -90,7 +90,7 @@ def test_attention_of_a_gpu_keeps_what_that_of_a_cpu_does(shapes: Shapes, masked
         return torch.empty(192, samples, heads, size, device="meta", dtype=torch.bfloat16).permute(1, 2, 0, 3)
 
     def record(kernels: Registry) -> tuple[list[Event], list[Event]]:
-        recorder = Recorder(cpu_scratch)
+        recorder = StorageRecorder(cpu_scratch)
         qkv = [tensor(count).requires_grad_() for count in (heads, groups, groups)]
         mask = torch.empty(samples, 1, 192, 192, device="meta", dtype=torch.bool) if masked else None
         gradient = torch.empty_like(qkv[0])

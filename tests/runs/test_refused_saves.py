@@ -15,7 +15,7 @@ import torch
 from megatron3d.checkpoint import publish
 from megatron3d.checkpoint.directory import find_checkpoint, list_checkpoints, step_of, verify
 from megatron3d.train import loop
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 from tests.dist.pool import Pool
 from tests.runs.harness import MOCK, Ended, exit_status, losses, on_rank, run, run_ok, steps, words
 
@@ -46,7 +46,7 @@ def run_with(rank: int, world_size: int, argv: Sequence[str], change: Change) ->
     """Body of a rank: the script, with one element changed after a step."""
 
     def changed(train_step: Callable[..., Any]) -> Callable[..., Any]:
-        def step_and_change(parts: Parts, *args: Any, step: int, **kwargs: Any) -> Any:
+        def step_and_change(parts: TrainingSetup, *args: Any, step: int, **kwargs: Any) -> Any:
             found = train_step(parts, *args, step=step, **kwargs)
             if (rank, step + 1) == (change.rank, change.step):
                 engine = parts.engine

@@ -20,7 +20,7 @@ from megatron3d.config.cli import parse_args
 from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.tasks.glue import weights
 from megatron3d.tasks.glue.tasks import find_task
-from megatron3d.train.parts import build_parts
+from megatron3d.train.setup import build_parts
 from megatron3d.train.vocabulary import open_vocabulary
 
 POSITIONS, MAX_LENGTH = 24, 20

@@ -12,13 +12,13 @@ import pytest
 from numpy.typing import NDArray
 
 from megatron3d.serve.batcher import Batcher, BatchOptions
-from megatron3d.serve.classifier import TokenRow
+from megatron3d.serve.classifier import EncodedSample
 from megatron3d.serve.requests import RequestError
 
 
-def row(number: int) -> TokenRow:
+def row(number: int) -> EncodedSample:
     """A row that is known by its one token."""
-    return TokenRow([number], 1)
+    return EncodedSample([number], 1)
 
 
 class Model:
@@ -29,7 +29,7 @@ class Model:
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(self, rows: Sequence[TokenRow]) -> NDArray[np.float32]:
+    def __call__(self, rows: Sequence[EncodedSample]) -> NDArray[np.float32]:
         """Token ids as outputs [B, 1]; a token below 0 fails."""
         self.batches.append([row.ids[0] for row in rows])
         assert self.gate.wait(30)

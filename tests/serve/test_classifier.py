@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 from megatron3d.data.tokenizer import ByteTokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError
-from megatron3d.serve.classifier import Classifier, TokenRow, open_classifier, probabilities
+from megatron3d.serve.classifier import Classifier, EncodedSample, open_classifier, probabilities
 from megatron3d.serve.description import from_metadata, to_metadata
 from megatron3d.serve.digest import DIGEST_BYTES, append_digest
 from megatron3d.serve.packed_tokenizer import from_text, pack
 from megatron3d.serve.requests import RequestError, Sample
-from megatron3d.serve.trained import Wishes, load_classifier, open_trained
+from megatron3d.serve.trained import ServeOverrides, load_classifier, open_trained
 from megatron3d.tasks.glue.encode import encode
-from megatron3d.tasks.glue.read import Rows
+from megatron3d.tasks.glue.read import SampleTable
 from tests.serve.conftest import Exported
 from tests.serve.small import MAX_LENGTH, WORDS
 
@@ -58,7 +58,7 @@ def test_texts_become_the_ids_and_types_of_fine_tuning(
 ) -> None:
     classifier = opened("pairs")
     firsts, seconds = zip(*texts)
-    rows = Rows(Path("train.tsv"), (firsts, seconds) if is_pair else (firsts,), None)
+    rows = SampleTable(Path("train.tsv"), (firsts, seconds) if is_pair else (firsts,), None)
     trained = encode(rows, classifier.tokenizer, max_length=MAX_LENGTH)
     samples = [Sample(a, b if is_pair else None) for a, b in texts]
     served = classifier.encode(samples, truncate=True)
@@ -86,9 +86,12 @@ def test_padding_beside_longer_texts_changes_no_output(opened: Callable[[str], C
 def test_outputs_of_pairs_are_those_of_torch_on_a_batch_of_fine_tuning(
     opened: Callable[[str], Classifier], exported: Get
 ) -> None:
-    classifier, model = opened("pairs"), load_classifier(open_trained(exported("pairs").checkpoint, None, Wishes()))
+    classifier, model = (
+        opened("pairs"),
+        load_classifier(open_trained(exported("pairs").checkpoint, None, ServeOverrides())),
+    )
     texts = (("good film", "good film", "it was dull and long ."), ("bad plot", "good plot", "why ?"))
-    batch = encode(Rows(Path("dev.tsv"), texts, None), classifier.tokenizer, max_length=MAX_LENGTH).batch(
+    batch = encode(SampleTable(Path("dev.tsv"), texts, None), classifier.tokenizer, max_length=MAX_LENGTH).batch(
         np.arange(3), np.ones(3, dtype=np.float32), MAX_LENGTH
     )
     assert batch.token_types_BS.any() and batch.padding_mask_BS is not None
@@ -99,7 +102,7 @@ def test_outputs_of_pairs_are_those_of_torch_on_a_batch_of_fine_tuning(
 
 
 def test_answers_are_the_softmax_and_its_largest_label(opened: Callable[[str], Classifier]) -> None:
-    classifier, row = opened("single"), TokenRow([2, 3], 2)
+    classifier, row = opened("single"), EncodedSample([2, 3], 2)
     answer = classifier.answer(np.array([1.0, 3.0], dtype=np.float32), row)
     positive = 1 / (1 + np.exp(-2.0))
     assert answer == {
@@ -110,14 +113,14 @@ def test_answers_are_the_softmax_and_its_largest_label(opened: Callable[[str], C
 
 
 def test_values_of_a_regression_stay_in_its_range(opened: Callable[[str], Classifier]) -> None:
-    classifier, row = opened("regression"), TokenRow([2, 3], 2)
+    classifier, row = opened("regression"), EncodedSample([2, 3], 2)
     found = [classifier.answer(np.array([value], dtype=np.float32), row)["value"] for value in (-1.0, 2.5, 7.0)]
     assert found == [0.0, 2.5, 5.0]
 
 
 def test_outputs_that_are_not_finite_are_an_error_and_no_answer(opened: Callable[[str], Classifier]) -> None:
     with pytest.raises(DataError, match="outputs are not finite"):
-        opened("single").answer(np.array([0.0, np.nan], dtype=np.float32), TokenRow([2, 3], 2))
+        opened("single").answer(np.array([0.0, np.nan], dtype=np.float32), EncodedSample([2, 3], 2))
 
 
 def test_a_text_may_fill_the_model_and_one_word_more_is_refused_or_cut(opened: Callable[[str], Classifier]) -> None:

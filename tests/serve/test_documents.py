@@ -18,7 +18,7 @@ from megatron3d.convert.task_document import read_task_document
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.errors import CheckpointError, DataError, Megatron3dError
 from megatron3d.params.boxes import Box, ShardView
-from megatron3d.serve.description import Description, from_metadata, to_metadata
+from megatron3d.serve.description import ClassifierDescription, from_metadata, to_metadata
 from megatron3d.serve.packed_tokenizer import pack
 from megatron3d.tasks.glue.tasks import find_task
 from megatron3d.tasks.glue.weights import task_document
@@ -26,7 +26,7 @@ from tests.files.mutations import mutated_bytes, mutated_values
 from tests.serve.small import write_vocabulary
 
 DOCUMENT = task_document(find_task("sst-2"), max_length=20, metrics={"accuracy": 0.5})
-DESCRIPTION = Description("sst-2", ("bad", "good"), False, None, 1, 20)
+DESCRIPTION = ClassifierDescription("sst-2", ("bad", "good"), False, None, 1, 20)
 
 
 def saved(root: Path, document: dict[str, Any]) -> Path:

@@ -24,7 +24,7 @@ from megatron3d.serve.classifier import open_classifier, open_session
 from megatron3d.serve.description import INPUTS, OUTPUT, from_metadata
 from megatron3d.serve.onnx_file import Agreement, require_exporter, set_aside
 from megatron3d.serve.requests import Sample
-from megatron3d.serve.trained import Wishes, open_trained
+from megatron3d.serve.trained import ServeOverrides, open_trained
 from megatron3d.tasks.glue import weights
 from megatron3d.train.launch import Guard
 from tests.convert.ours import Batch, said
@@ -239,12 +239,12 @@ def test_a_model_without_a_classifier_is_refused_with_the_way_to_one(
 ) -> None:
     weights.save(parts_of(Case(model, Layout()), make_mesh(Layout())), tmp_path, 1, {})
     with pytest.raises(CheckpointError, match=rf"holds a {said_kind} without a classifier; fine-tune one with tools/"):
-        open_trained(tmp_path, None, Wishes())
+        open_trained(tmp_path, None, ServeOverrides())
 
 
 def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=str(tmp_path)):
-        open_trained(tmp_path, None, Wishes())
+        open_trained(tmp_path, None, ServeOverrides())
 
 
 def test_weights_that_do_not_fit_into_one_file_are_refused_before_they_are_read(
@@ -252,7 +252,7 @@ def test_weights_that_do_not_fit_into_one_file_are_refused_before_they_are_read(
 ) -> None:
     monkeypatch.setattr(trained, "MAX_WEIGHT_BYTES", 1000)
     with pytest.raises(ConfigError, match="bytes of fp32 weights, and one ONNX file holds 1000"):
-        open_trained(exported("single").checkpoint, None, Wishes())
+        open_trained(exported("single").checkpoint, None, ServeOverrides())
 
 
 def test_checkpoints_that_moved_take_the_vocabulary_beside_them(exported: Get, tmp_path: Path) -> None:
@@ -261,12 +261,12 @@ def test_checkpoints_that_moved_take_the_vocabulary_beside_them(exported: Get, t
     beside = moved / "tokenizer" / "vocab.txt"
     beside.write_text("\n".join([*SPECIAL, *reversed(WORDS)]) + "\n")
     with pytest.raises(ConfigError, match=r"other content than that with which .* by --override-tokenizer"):
-        open_trained(moved, None, Wishes())
-    taken = open_trained(moved, None, Wishes(override_tokenizer=True))
+        open_trained(moved, None, ServeOverrides())
+    taken = open_trained(moved, None, ServeOverrides(override_tokenizer=True))
     assert taken.tokenizer.files == {"vocab.txt": beside.read_bytes()}
     other = tmp_path / "other.txt"
     other.write_text("\n".join([*SPECIAL, "other"]) + "\n")
-    wished = open_trained(moved, None, Wishes(vocab_file=str(other), override_tokenizer=True))
+    wished = open_trained(moved, None, ServeOverrides(vocab_file=str(other), override_tokenizer=True))
     assert wished.tokenizer.files == {"other.txt": other.read_bytes()}
 
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron3d.serve.description import Description
-from megatron3d.serve.requests import Asked, Limits, RequestError, Sample, parse
+from megatron3d.serve.description import ClassifierDescription
+from megatron3d.serve.requests import Asked, RequestError, RequestLimits, Sample, parse
 
-EITHER = Description("imported", ("a", "b"), False, None, None, 20)
+EITHER = ClassifierDescription("imported", ("a", "b"), False, None, None, 20)
 SINGLE, PAIRS = replace(EITHER, task="sst-2", num_texts=1), replace(EITHER, task="mrpc", num_texts=2)
-LIMITS = Limits(max_body_bytes=200, max_texts=3)
+LIMITS = RequestLimits(max_body_bytes=200, max_texts=3)
 
 BAD = [
     ("", 400, "the body is empty"),

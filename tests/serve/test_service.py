@@ -20,7 +20,7 @@ import torch
 from megatron3d.errors import ConfigError
 from megatron3d.serve.classifier import open_classifier, probabilities
 from megatron3d.serve.requests import Sample
-from megatron3d.serve.trained import Wishes, load_classifier, open_trained
+from megatron3d.serve.trained import ServeOverrides, load_classifier, open_trained
 from tests.serve.conftest import Exported
 from tests.serve.small import MAX_LENGTH, WORDS
 from tests.serve.started import ROOT, Started, command, start
@@ -51,7 +51,7 @@ def message_of(response: httpx.Response) -> str:
 
 def torch_scores(one: Exported, texts: list[str]) -> np.ndarray:
     """Probabilities [N, C] by torch, from the checkpoint, without ONNX and without a batch."""
-    model = load_classifier(open_trained(one.checkpoint, None, Wishes()))
+    model = load_classifier(open_trained(one.checkpoint, None, ServeOverrides()))
     rows = open_classifier(one.path, threads=1).encode([Sample(text) for text in texts], truncate=False)
     found = []
     with torch.no_grad():

@@ -14,7 +14,7 @@ from megatron3d.data.tokenizer import Tokenizer, build_tokenizer
 from megatron3d.errors import DataError
 from megatron3d.tasks.glue.encode import cut, encode, hide_tokens
 from megatron3d.tasks.glue.order import PlannedStep, evaluation_batches, padded_share, training_steps
-from megatron3d.tasks.glue.read import Rows
+from megatron3d.tasks.glue.read import SampleTable
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
 CLS, SEP, PAD, MASK = 2, 3, 0, 4
@@ -27,8 +27,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return build_tokenizer("BertWordPieceLowerCase", vocab_file=str(path))
 
 
-def rows(*texts: tuple[str, ...], labels: tuple | None = None) -> Rows:
-    return Rows(Path("x.tsv"), texts, labels)
+def rows(*texts: tuple[str, ...], labels: tuple | None = None) -> SampleTable:
+    return SampleTable(Path("x.tsv"), texts, labels)
 
 
 def test_pairs_have_their_segments_and_padding(tokenizer: Tokenizer) -> None:

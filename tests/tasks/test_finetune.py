@@ -24,7 +24,7 @@ from megatron3d.tasks.glue.order import training_steps
 from megatron3d.tasks.glue.read import read_rows
 from megatron3d.tasks.glue.tasks import GLUE_TASKS
 from megatron3d.tasks.glue.weights import remember
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 from tests.dist.pool import Pool
 from tests.runs.harness import ROOT, losses, on_rank, records, run, steps, words
 from tests.tasks.small import (
@@ -345,7 +345,7 @@ def test_the_saved_average_is_that_of_the_weights_after_each_step(
     name, seen = "layers.1.mlp.up.weight", []
     start, add = WeightAverage.__init__, WeightAverage.add
 
-    def watched_start(self: WeightAverage, parts: Parts, decay: float) -> None:
+    def watched_start(self: WeightAverage, parts: TrainingSetup, decay: float) -> None:
         start(self, parts, decay)
         seen.append(remember(parts)[name])
 

@@ -11,7 +11,7 @@ import pytest
 
 from megatron3d.checkpoint.directory import list_checkpoints, step_of
 from megatron3d.tasks.glue import finetune
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 from tests.dist.pool import Pool
 from tests.runs.harness import Ended, on_rank, run, words
 from tests.tasks.small import SCRIPT, USUAL, bert, tool, write_hf, write_task
@@ -32,7 +32,7 @@ def run_with(rank: int, world_size: int, argv: list[str], step: int, at_rank: in
     """Body of a rank: the tool, with one weight changed on one rank after a step."""
 
     def changed(train_step: Callable[..., Any]) -> Callable[..., Any]:
-        def step_and_change(parts: Parts, *args: Any, **kwargs: Any) -> Any:
+        def step_and_change(parts: TrainingSetup, *args: Any, **kwargs: Any) -> Any:
             found = train_step(parts, *args, **kwargs)
             if kwargs["step"] + 1 == step and rank == at_rank:
                 parts.engine.weight_views()[QUERY].data[0] = value

@@ -14,7 +14,7 @@ from megatron3d.data.loader import GlobalBatches
 from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.tasks.glue import weights
 from megatron3d.tasks.glue.average import WeightAverage, with_averages
-from megatron3d.train.parts import Parts, build_parts
+from megatron3d.train.setup import TrainingSetup, build_parts
 from megatron3d.train.step import train_step
 from tests.dist.poison import Detector
 from tests.dist.pool import Pool
@@ -35,7 +35,7 @@ def recalled_wrongly(rank: int, world_size: int, options: str) -> tuple[list[str
         return _wrong(parts), detector.problems
 
 
-def _wrong(parts: Parts) -> list[str]:
+def _wrong(parts: TrainingSetup) -> list[str]:
     config, readers = parts.config, parts.mesh.batch
     data, size = data_of(config), config.train.global_batch_size
     average, start, wrong = WeightAverage(parts, 0.9), weights.remember(parts), []

@@ -32,7 +32,7 @@ from megatron3d.config.run import RunConfig
 from megatron3d.data.batch import BertBatch, GPTBatch, Samples
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.planner.kernels_without_memory import GpuKernels
-from megatron3d.train import parts as parts_of_a_run
+from megatron3d.train import setup as parts_of_a_run
 from megatron3d.train import step as steps
 from tests.planner.measured import config_of
 

@@ -7,7 +7,7 @@ import pytest
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.optim.schedule import settings_from_config
-from megatron3d.train.outlook import Outlook
+from megatron3d.train.inert_options import InertOptions
 from megatron3d.train.state import Progress, last_step
 
 SHAPE = (
@@ -22,7 +22,7 @@ def lines(options: str, *, step: int = 0, valid: bool = True, test: bool = True,
     config = resolve(parse_args(words, program="pretrain_gpt.py", description="", say=lambda line: None), world_size)
     progress = Progress(step, step * 8, step, step * 8)
     schedule = settings_from_config(config.optim, config.train)
-    return Outlook(config, progress, last_step(config, progress), schedule, valid, test).lines()
+    return InertOptions(config, progress, last_step(config, progress), schedule, valid, test).lines()
 
 
 @pytest.mark.parametrize(

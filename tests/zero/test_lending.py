@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.params.gate import Place
-from megatron3d.zero.lending import Lending
+from megatron3d.params.gate import WeightUse
+from megatron3d.zero.gatherer import UnitGatherer
 from tests.dist.pool import Pool
 from tests.parity.runs import Case, parts_of, trace
 
@@ -44,41 +44,41 @@ class Model:
 
     def __init__(self, num_layers: int, prefetch: int) -> None:
         self.layers = [f"l{i}" for i in range(num_layers)]
-        places = {"embedding": Place(("word", "rest"), ("rest",))}
-        places |= {name: Place((name,), (name,)) for name in self.layers}
-        places["head"] = Place(("norm", "word"), ("norm", "word"))
+        places = {"embedding": WeightUse(("word", "rest"), ("rest",))}
+        places |= {name: WeightUse((name,), (name,)) for name in self.layers}
+        places["head"] = WeightUse(("norm", "word"), ("norm", "word"))
         self.places, self.there, self.log = places, set[str](), list[str]()
         units = ["word", "rest", *self.layers, "norm"]
         self.weights = {name: Weights(name, self.there, self.log) for name in units}
-        self.lending = Lending(self.weights, {0: places}, takes_back=True, prefetch=prefetch)
+        self.gatherer = UnitGatherer(self.weights, {0: places}, releases=True, prefetch=prefetch)
         self.most = 0
 
     def use(self, place: str, *, backward: bool, inside: Callable[[], None] = lambda: None) -> None:
-        self.lending.borrow(place, backward=backward)
+        self.gatherer.gather_weights(place, backward=backward)
         self.most = max(self.most, len(self.there))
         inside()
         units = self.places[place].backward if backward else self.places[place].forward
         assert all(self.weights[name].arrived for name in units), f"{place} reads what is not there"
-        self.lending.give_back(place, backward=backward)
+        self.gatherer.release_weights(place, backward=backward)
 
     def forward(self) -> None:
         for place in self.places:
             self.use(place, backward=False)
 
     def backward(self, recomputes: bool = False) -> None:
-        self.lending.begin_backward()
+        self.gatherer.begin_backward()
         for place in reversed(self.places):
             if recomputes and place in self.layers:
                 # A recomputation opens the place and stops before it closes it.
                 def again(place: str = place) -> None:
-                    self.lending.borrow(place, backward=False)
+                    self.gatherer.gather_weights(place, backward=False)
 
                 self.use(place, backward=True, inside=again)
             elif place == "embedding":
-                self.lending.borrow(place, backward=True)  # nothing tells that its backward is over
+                self.gatherer.gather_weights(place, backward=True)  # nothing tells that its backward is over
             else:
                 self.use(place, backward=True)
-        self.lending.end_backward(0)
+        self.gatherer.end_backward(0)
 
 
 @given(st.integers(1, 6), st.integers(0, 4), st.booleans())
@@ -132,10 +132,10 @@ def test_a_group_of_recomputed_layers_keeps_the_one_whose_backward_runs() -> Non
     def run_the_group_again() -> None:
         for layer in ("l0", "l1"):
             model.use(layer, backward=False)
-        model.lending.borrow("l2", backward=False)
+        model.gatherer.gather_weights("l2", backward=False)
         assert {"l1", "l2"} <= model.there, "what the backward needs now and next stays"
 
-    model.lending.begin_backward()
+    model.gatherer.begin_backward()
     model.use("l2", backward=True, inside=run_the_group_again)
     model.use("l1", backward=True)
     model.use("l0", backward=True)

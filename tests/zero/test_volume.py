@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron3d.params.gate import Place
+from megatron3d.params.gate import WeightUse
 from megatron3d.zero.policy import POLICIES
 from megatron3d.zero.volume import gathered_elements, pipeline_cost, step_volume
 
@@ -23,8 +23,8 @@ def test_volumes_are_those_of_the_paper(micros: int, psi: int) -> None:
 
 def test_what_places_read_is_counted_once_a_direction() -> None:
     places = {
-        0: {"embedding": Place(("word", "rest"), ("rest",)), "l": Place(("l",), ("l",))},
-        3: {"head": Place(("norm", "word"), ("norm", "word"))},
+        0: {"embedding": WeightUse(("word", "rest"), ("rest",)), "l": WeightUse(("l",), ("l",))},
+        3: {"head": WeightUse(("norm", "word"), ("norm", "word"))},
     }
     lengths = {"word": 1000, "rest": 100, "l": 10, "norm": 1}
     assert gathered_elements(places, lengths) == (1000 + 2 * 100) + 2 * 10 + 2 * (1 + 1000)

@@ -21,7 +21,7 @@ from megatron3d.params.grads import GradSink
 from megatron3d.params.init import initial_full
 from megatron3d.params.spec import Init, ParamSpec
 from megatron3d.zero.engine import ZeroEngine
-from megatron3d.zero.whole import deal
+from megatron3d.zero.full_parameters import assign_owners
 from tests.dist.pool import Pool
 from tests.optim.formulas import Whole
 from tests.zero.test_engine import Boxes, backward, boxes_of, put_together
@@ -204,13 +204,13 @@ def test_matrices_are_dealt_so_that_no_rank_has_more_than_one_matrix_above_the_m
         ParamSpec(f"p{i}", (rows, columns), Init("zeros"), True, tp_dim=None if alike else 0)
         for i, (rows, columns, alike) in enumerate(sizes)
     ]
-    desks = deal(specs, shard=shard, tp=tp)
+    owners = assign_owners(specs, shard=shard, tp=tp)
     work = [spec.numel * min(spec.shape) for spec in specs]
     load = dict.fromkeys([(s, t) for s in range(shard) for t in range(tp)], 0)
-    for spec, desk, amount in zip(specs, desks, work, strict=True):
-        assert (desk.tp_rank is None) == spec.is_replicated
-        for t in range(tp) if desk.tp_rank is None else (desk.tp_rank,):
-            load[desk.shard_rank, t] += amount
+    for spec, owner, amount in zip(specs, owners, work, strict=True):
+        assert (owner.tp_rank is None) == spec.is_replicated
+        for t in range(tp) if owner.tp_rank is None else (owner.tp_rank,):
+            load[owner.shard_rank, t] += amount
     if not any(spec.is_replicated for spec in specs):
         assert max(load.values()) <= sum(work) / len(load) + max(work)
-    assert desks == deal(specs, shard=shard, tp=tp), "every rank deals alike"
+    assert owners == assign_owners(specs, shard=shard, tp=tp), "every rank deals alike"

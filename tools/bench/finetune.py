@@ -34,7 +34,7 @@ from megatron3d.tasks.glue.encode import Encoded
 from megatron3d.tasks.glue.job import Job, settle
 from megatron3d.tasks.glue.order import padded_share, training_steps
 from megatron3d.tasks.glue.weights import fill
-from megatron3d.train.parts import build_parts
+from megatron3d.train.setup import build_parts
 from megatron3d.train.step import Rates, train_step
 
 SEED = 1234

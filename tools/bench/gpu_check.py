@@ -42,7 +42,7 @@ from megatron3d.config.run import RunConfig
 from megatron3d.data.batch import GPTBatch
 from megatron3d.models.flops import flops_per_step
 from megatron3d.models.gpt import build_gpt_stage
-from megatron3d.train.parts import Parts, build_parts
+from megatron3d.train.setup import TrainingSetup, build_parts
 from megatron3d.train.step import Rates, train_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +131,7 @@ def _show(finding: Finding) -> None:
 
 def _model(
     flags: str, device: torch.device, shape: Shape, *, dropout: float = 0.0, more: str = ""
-) -> tuple[RunConfig, Parts]:
+) -> tuple[RunConfig, TrainingSetup]:
     argv = (
         f"{flags} --seq-length {shape.seq} --max-position-embeddings {shape.seq} "
         f"--micro-batch-size {shape.micro_batch} --global-batch-size {shape.micro_batch * shape.num_microbatches} "
@@ -296,7 +296,7 @@ def _utilisation(check: Check, name: str, flags: str, shape: Shape, *, dropout: 
         yield _profile(check, name, best, lambda: _seconds(check, parts, batch, 9))
 
 
-def _seconds(check: Check, parts: Parts, batch: GPTBatch, step: int) -> float:
+def _seconds(check: Check, parts: TrainingSetup, batch: GPTBatch, step: int) -> float:
     synchronize(check.device)
     began_s = time.perf_counter()
     train_step(parts, batch, Rates(1e-4, 0.01), step=step)

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from megatron3d.comm.device import empty_on_host
+from megatron3d.offload.backing import FileBacking, HostBacking, StateBacking
 from megatron3d.offload.block_file import CHUNK_BYTES
 from megatron3d.offload.file_store import FileStore
-from megatron3d.offload.home import FileHome, HostHome, StateHome
 from megatron3d.offload.record import record_of
 
 CPU = torch.device("cpu")
@@ -81,8 +81,8 @@ def _dd(operands: str, megabytes: int) -> None:
 
 def _updates(root: Path, megabytes: int) -> dict[str, Callable[[], object]]:
     store = FileStore(root, "states")
-    homes = {"in memory": HostHome(CPU), f"in files ({'direct' if store.file.is_direct else 'buffered'})": None}
-    homes = {name: home or FileHome(store, CPU) for name, home in homes.items()}
+    homes = {"in memory": HostBacking(CPU), f"in files ({'direct' if store.file.is_direct else 'buffered'})": None}
+    homes = {name: home or FileBacking(store, CPU) for name, home in homes.items()}
     numel = megabytes * 10**6 // (12 * NUM_UNITS)
     gradient = torch.randn(numel)
     for home in homes.values():
@@ -94,7 +94,7 @@ def _updates(root: Path, megabytes: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def _update(home: StateHome, gradient: torch.Tensor) -> None:
+def _update(home: StateBacking, gradient: torch.Tensor) -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([parameter], fused=True)
     step = torch.zeros(())

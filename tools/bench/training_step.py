@@ -23,7 +23,7 @@ from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.data.batch import GPTBatch
 from megatron3d.models.gpt import build_gpt_stage
-from megatron3d.train.parts import build_parts
+from megatron3d.train.setup import build_parts
 from megatron3d.train.step import Rates, train_step
 
 VOCAB_SIZE = 50257

@@ -17,7 +17,7 @@ from typing import Any
 from megatron3d.config.derive import resolve_model
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.convert.family import Family, HfConfig, activation_there, option_misfits
-from megatron3d.convert.rows import Piece, Row, linear_rows, norm_rows, qkv_sizes, table_row
+from megatron3d.convert.rows import Component, TensorRule, linear_rows, norm_rows, qkv_sizes, table_row
 
 _PLAIN = ("gelu", "gelu_tanh", "relu", "squared_relu", "silu")
 
@@ -107,7 +107,7 @@ def _misfits(names: _Names, model: ModelConfig) -> list[str]:
     return option_misfits(model, expected)
 
 
-def _rows(names: _Names, model: ModelConfig, num_classes: int) -> list[Row]:
+def _rows(names: _Names, model: ModelConfig, num_classes: int) -> list[TensorRule]:
     hidden = model.hidden_size
     embeddings = "bert.embeddings"
     rows = [
@@ -127,14 +127,14 @@ def _rows(names: _Names, model: ModelConfig, num_classes: int) -> list[Row]:
     return rows + linear_rows("head.classifier", ["classifier"], (num_classes, hidden), piece="classes")
 
 
-def _token_types(model: ModelConfig, theirs: str) -> Row:
+def _token_types(model: ModelConfig, theirs: str) -> TensorRule:
     """A model of ours without segments is there one whose segments add nothing."""
     if model.num_token_types:
         return table_row("embedding.token_type", theirs, model.num_token_types, model.hidden_size)
-    return Row(None, (f"{theirs}.weight",), (2, model.hidden_size))
+    return TensorRule(None, (f"{theirs}.weight",), (2, model.hidden_size))
 
 
-def _layer_rows(names: _Names, model: ModelConfig, ours: str, theirs: str) -> list[Row]:
+def _layer_rows(names: _Names, model: ModelConfig, ours: str, theirs: str) -> list[TensorRule]:
     hidden, inner = model.hidden_size, model.ffn_hidden_size
     sizes = qkv_sizes(model)
     parts = [f"{theirs}.attention.self.{one}" for one in ("query", "key", "value")]
@@ -148,17 +148,17 @@ def _layer_rows(names: _Names, model: ModelConfig, ours: str, theirs: str) -> li
     ]
 
 
-def _token_head(model: ModelConfig) -> list[Row]:
+def _token_head(model: ModelConfig) -> list[TensorRule]:
     hidden, there = model.hidden_size, "cls.predictions"
     rows = linear_rows("head.transform", [f"{there}.transform.dense"], (hidden, hidden), piece="tokens")
     rows += norm_rows("head.transform_norm", f"{there}.transform.LayerNorm", hidden, piece="tokens")
     if not model.untie_embeddings_and_output_weights:
-        return [*rows, Row("head.output_bias", (f"{there}.bias",), (model.vocab_size,), piece="tokens")]
+        return [*rows, TensorRule("head.output_bias", (f"{there}.bias",), (model.vocab_size,), piece="tokens")]
     # With a table of its own the decoder also has a bias of its own, and the other is not used.
     return [
         *rows,
         table_row("head.output", f"{there}.decoder", model.vocab_size, hidden, piece="tokens"),
-        Row("head.output_bias", (f"{there}.decoder.bias",), (model.vocab_size,), piece="tokens"),
+        TensorRule("head.output_bias", (f"{there}.decoder.bias",), (model.vocab_size,), piece="tokens"),
     ]
 
 
@@ -167,7 +167,7 @@ def _copies(model: ModelConfig) -> Mapping[str, str]:
     return {"cls.predictions.bias": "cls.predictions.decoder.bias"} if untied else {}
 
 
-def _class_name(names: _Names, pieces: frozenset[Piece]) -> str:
+def _class_name(names: _Names, pieces: frozenset[Component]) -> str:
     if "classes" in pieces:
         return f"{names.classes}ForSequenceClassification"
     if "tokens" in pieces:

@@ -12,7 +12,7 @@ from typing import Any
 from megatron3d.config.derive import resolve_model
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.convert.family import Family, HfConfig, activation_there, option_misfits
-from megatron3d.convert.rows import Piece, Row, linear_rows, norm_rows, qkv_sizes, table_row
+from megatron3d.convert.rows import Component, TensorRule, linear_rows, norm_rows, qkv_sizes, table_row
 
 _PLAIN = ("gelu", "gelu_tanh", "relu", "squared_relu", "silu")
 
@@ -74,7 +74,7 @@ def _misfits(model: ModelConfig) -> list[str]:
     return option_misfits(model, expected)
 
 
-def _rows(model: ModelConfig, num_classes: int) -> list[Row]:
+def _rows(model: ModelConfig, num_classes: int) -> list[TensorRule]:
     hidden, inner = model.hidden_size, model.ffn_hidden_size
     rows = [
         table_row("embedding.word", "transformer.wte", model.vocab_size, hidden),
@@ -96,11 +96,11 @@ def _rows(model: ModelConfig, num_classes: int) -> list[Row]:
     return rows
 
 
-def _linear(ours: str, theirs: str, shape: tuple[int, int]) -> list[Row]:
+def _linear(ours: str, theirs: str, shape: tuple[int, int]) -> list[TensorRule]:
     return linear_rows(ours, [theirs], shape, transposed=True)
 
 
-def _class_name(pieces: frozenset[Piece]) -> str:
+def _class_name(pieces: frozenset[Component]) -> str:
     return "GPT2LMHeadModel"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from megatron3d.config.derive import resolve_model
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.convert.family import Family, HfConfig, gate_there, gated, option_misfits
-from megatron3d.convert.rows import Piece, Row, linear_rows, norm_rows, qkv_sizes, table_row
+from megatron3d.convert.rows import Component, TensorRule, linear_rows, norm_rows, qkv_sizes, table_row
 from megatron3d.errors import CheckpointError
 
 
@@ -98,7 +98,7 @@ def _misfits(model: ModelConfig) -> list[str]:
     return option_misfits(model, expected)
 
 
-def _rows(model: ModelConfig, num_classes: int) -> list[Row]:
+def _rows(model: ModelConfig, num_classes: int) -> list[TensorRule]:
     hidden = model.hidden_size
     rows = [table_row("embedding.word", "model.embed_tokens", model.vocab_size, hidden)]
     for layer in range(model.num_layers):
@@ -109,7 +109,7 @@ def _rows(model: ModelConfig, num_classes: int) -> list[Row]:
     return rows
 
 
-def _layer_rows(model: ModelConfig, ours: str, theirs: str) -> list[Row]:
+def _layer_rows(model: ModelConfig, ours: str, theirs: str) -> list[TensorRule]:
     hidden, inner, sizes = model.hidden_size, model.ffn_hidden_size, qkv_sizes(model)
     qkv = [f"{theirs}.self_attn.{one}_proj" for one in "qkv"]
     gate_up = [f"{theirs}.mlp.{one}_proj" for one in ("gate", "up")]
@@ -124,7 +124,7 @@ def _layer_rows(model: ModelConfig, ours: str, theirs: str) -> list[Row]:
     ]
 
 
-def _class_name(pieces: frozenset[Piece]) -> str:
+def _class_name(pieces: frozenset[Component]) -> str:
     return "LlamaForCausalLM"
 
 

@@ -78,7 +78,7 @@ class EncodedBatch:
 
 
 @dataclass(frozen=True)
-class Progress:
+class PreprocessProgress:
     """How far preprocessing has come. `input_share` is the part of the input files that was read, 0 to 1."""
 
     num_documents: int
@@ -116,8 +116,8 @@ def preprocess(
     *,
     request: EncodeRequest,
     workers: int,
-    report: Callable[[Progress], None],
-) -> Progress:
+    report: Callable[[PreprocessProgress], None],
+) -> PreprocessProgress:
     """Encode all documents of `files` into the `.bin/.idx` of `output_prefix`, one pair a key; the final progress.
 
     With `request.splitting` each sentence is a sequence; a text that is a list is taken as sentences already. An empty
@@ -143,7 +143,7 @@ def preprocess(
         language_rules(request.splitting.language)
     total_bytes = max(1, sum(file.stat().st_size for file in files))
     start_s = time.monotonic()
-    progress = Progress(0, 0, 0, 0, 0, 0.0, 0.0)
+    progress = PreprocessProgress(0, 0, 0, 0, 0, 0.0, 0.0)
     batches = read_batches(files, request.json_keys)
     with ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
@@ -155,7 +155,7 @@ def preprocess(
             for place, (writer, encoded) in enumerate(zip(writers, batch.keys)):
                 writer.add_documents(encoded.tokens, encoded.sequence_lengths, encoded.sequences_per_document)
                 num_tokens[place] += len(encoded.tokens)
-            progress = Progress(
+            progress = PreprocessProgress(
                 progress.num_documents + batch.num_documents,
                 progress.num_empty + int(sum((encoded.sequences_per_document == 0).sum() for encoded in batch.keys)),
                 progress.num_sequences + sum(len(encoded.sequence_lengths) for encoded in batch.keys),

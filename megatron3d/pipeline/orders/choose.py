@@ -41,7 +41,7 @@ class Considered:
 
 
 @dataclass(frozen=True)
-class Choice:
+class OrderChoice:
     """The order to train with, and all that were considered, in the order of the table of orders."""
 
     name: str
@@ -55,7 +55,7 @@ def choose(
     virtuals: Sequence[int],
     costs_of: Callable[[int], Costs],
     fits: Callable[[Timeline], bool],
-) -> Choice:
+) -> OrderChoice:
     """The shortest order among those that fit; of equally short ones, the one with the fewest live activations.
 
     Args:
@@ -84,7 +84,7 @@ def choose(
     if not left:
         raise ScheduleError(_nothing_fits(considered))
     best = min(left, key=lambda one: (float(f"{one.span:.{_SAME_SPAN_DIGITS}g}"), one.peak))
-    return Choice(best.name, best.virtual, tuple(considered))
+    return OrderChoice(best.name, best.virtual, tuple(considered))
 
 
 def _takes(name: str, virtual: int) -> bool:

@@ -22,7 +22,7 @@ from megatron3d.models.stage import Stage, StagePart
 from megatron3d.params.module import declared_parameters
 from megatron3d.tasks.glue import weights
 from megatron3d.tensor.context import LayerContext
-from megatron3d.train.parts import Parts, StageBuilder
+from megatron3d.train.setup import StageBuilder, TrainingSetup
 
 AVERAGE = "average"
 
@@ -48,7 +48,7 @@ def with_averages(builder: StageBuilder) -> StageBuilder:
 class WeightAverage:
     """The exponential moving average of this rank's master weights."""
 
-    def __init__(self, parts: Parts, decay: float, *, num_steps: int = 0) -> None:
+    def __init__(self, parts: TrainingSetup, decay: float, *, num_steps: int = 0) -> None:
         """Start at the weights that are in the model, or go on with the average that a checkpoint has.
 
         Args:

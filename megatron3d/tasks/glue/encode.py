@@ -21,7 +21,7 @@ from megatron3d.data.order import derive_seed
 from megatron3d.data.text_pair import cut, with_special_tokens
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import DataError
-from megatron3d.tasks.glue.read import Rows
+from megatron3d.tasks.glue.read import SampleTable
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Encoded:
         )
 
 
-def encode(rows: Rows, tokenizer: Tokenizer, *, max_length: int) -> Encoded:
+def encode(rows: SampleTable, tokenizer: Tokenizer, *, max_length: int) -> Encoded:
     """All samples of a file as ids, none longer than `max_length` with its special tokens.
 
     Raises:

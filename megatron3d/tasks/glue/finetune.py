@@ -27,7 +27,7 @@ from megatron3d.optim.schedule import ScheduleSettings, settings_from_config
 from megatron3d.tasks.glue import weights
 from megatron3d.tasks.glue.average import WeightAverage
 from megatron3d.tasks.glue.encode import Encoded, hide_tokens
-from megatron3d.tasks.glue.kept import Kept, kept_before
+from megatron3d.tasks.glue.existing import ExistingClassifier, find_existing
 from megatron3d.tasks.glue.metrics import mean_of
 from megatron3d.tasks.glue.order import PlannedStep, training_steps
 from megatron3d.tasks.glue.pace import Pace
@@ -36,7 +36,7 @@ from megatron3d.tasks.glue.reports import TaskReports
 from megatron3d.tasks.glue.tasks import Task
 from megatron3d.train.deferred_failure import DeferredFailure
 from megatron3d.train.launch import Guard
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.state import Progress
 from megatron3d.train.step import Rates, StepResult, train_step
 from megatron3d.train.stopping import stop_if_asked
@@ -56,7 +56,7 @@ class TaskData:
 
 
 @dataclass(frozen=True)
-class Measured:
+class DevResult:
     """What a measurement on the dev files found: metrics by name (with the ending of their file), and mean loss."""
 
     metrics: Mapping[str, float]
@@ -78,7 +78,7 @@ class Finetuned:
     """What a fine-tuning gave: the best measurement, the epoch it was made in or after (0 is before the first), the
     step, the samples and time of the training steps alone, and the checkpoint of the best weights if there is one."""
 
-    best: Measured
+    best: DevResult
     epoch: int
     step: int
     samples: int
@@ -87,7 +87,7 @@ class Finetuned:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class FinetuneSettings:
     """How to go about it.
 
     Attributes:
@@ -116,13 +116,15 @@ class Wishes:
     renew_hold: Callable[[], str | None]
 
 
-def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say: Callable[[str], None]) -> Finetuned:
+def finetune(
+    parts: TrainingSetup, data: TaskData, settings: FinetuneSettings, *, guard: Guard, say: Callable[[str], None]
+) -> Finetuned:
     """Train for the epochs that are wished for and leave the best weights in the model; collective over all ranks.
 
     Args:
         parts: the rank's model, with the weights to start from in place, and its optimizer.
         data: the encoded files.
-        wishes: how.
+        settings: how.
         guard: learns the step, for reports of how the run ended, and knows whether the run was asked to stop.
         say: takes lines for people; silent on all ranks but one.
 
@@ -132,25 +134,25 @@ def finetune(parts: Parts, data: TaskData, wishes: Wishes, *, guard: Guard, say:
     """
     if data.train is None:
         give_up = partial(stop_if_asked, guard, parts.mesh, when="while measuring", outcome="start again")
-        found = measure_dev(parts, data.dev, wishes, say, give_up)
+        found = measure_dev(parts, data.dev, settings, say, give_up)
         say(_line("as loaded", found))
         return Finetuned(found, 0, 0, 0, 0.0, None)
     guard.step = 0
     kept = None
-    if wishes.save is not None:
-        names = (f"{name}{ending}" for ending in data.dev for name in wishes.task.metrics)
-        kept = kept_before(wishes.save, wishes.task, names, data.dev_digests, group=parts.mesh.world.group)
+    if settings.save is not None:
+        names = (f"{name}{ending}" for ending in data.dev for name in settings.task.metrics)
+        kept = find_existing(settings.save, settings.task, names, data.dev_digests, group=parts.mesh.world.group)
     with ExitStack() as exits:
         reports = exits.enter_context(TaskReports(parts))
-        loop = _Loop(parts, data.train, data, wishes, reports, guard, kept=kept)
+        loop = _Loop(parts, data.train, data, settings, reports, guard, kept=kept)
         try:
-            for epoch in range(wishes.epochs):
+            for epoch in range(settings.epochs):
                 loop.train_epoch(epoch)
         except Exception as error:
             error.add_note(f"on {parts.mesh}, after step {loop.progress.step}")
             raise
         loop.take_back_best()
-    assert loop.best is not None, f"{wishes.epochs} epochs end with a measurement each"
+    assert loop.best is not None, f"{settings.epochs} epochs end with a measurement each"
     return loop.best
 
 
@@ -159,21 +161,21 @@ class _Loop:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: TrainingSetup,
         train: Encoded,
         data: TaskData,
-        wishes: Wishes,
+        settings: FinetuneSettings,
         reports: TaskReports,
         guard: Guard,
         *,
-        kept: Kept | None,
+        kept: ExistingClassifier | None,
     ) -> None:
-        self.parts, self.samples, self.data, self.wishes = parts, train, data, wishes
+        self.parts, self.samples, self.data, self.settings = parts, train, data, settings
         self.reports, self.guard, self.kept = reports, guard, kept
         self.schedule: ScheduleSettings = settings_from_config(parts.config.optim, parts.config.train)
         self.progress = Progress()
         self.failure = DeferredFailure(parts.mesh)
-        self.average = None if wishes.ema_decay is None else WeightAverage(parts, wishes.ema_decay)
+        self.average = None if settings.ema_decay is None else WeightAverage(parts, settings.ema_decay)
         self.best: Finetuned | None = None
         self.saved: Path | None = None
         self.best_weights: Mapping[str, Tensor] = {}
@@ -182,13 +184,13 @@ class _Loop:
     def train_epoch(self, epoch: int) -> None:
         """Train and measure: after the epoch, and within it as often as is wished for."""
         config, samples = self.parts.config, self.samples
-        if self.wishes.token_dropout > 0:
-            samples = hide_tokens(samples, self.wishes.token_dropout, seed=config.data.seed, epoch=epoch)
+        if self.settings.token_dropout > 0:
+            samples = hide_tokens(samples, self.settings.token_dropout, seed=config.data.seed, epoch=epoch)
         steps = training_steps(
             samples.lengths_N,
             step_size=config.train.global_batch_size,
-            group_size=self.wishes.group_size,
-            multiple=self.wishes.multiple,
+            group_size=self.settings.group_size,
+            multiple=self.settings.multiple,
             seed=config.data.seed,
             epoch=epoch,
         )
@@ -219,12 +221,12 @@ class _Loop:
     def _kept(self) -> str:
         if self.saved is not None:
             return f"the best weights so far are saved at {self.saved}"
-        if self.wishes.save is not None and self.best is not None and self.kept is not None:
+        if self.settings.save is not None and self.best is not None and self.kept is not None:
             return f"no weights are saved, as {self.kept.directory} of an earlier run is better"
         return "no weights are saved"
 
     def _is_time_to_measure(self) -> bool:
-        interval = self.wishes.eval_interval
+        interval = self.settings.eval_interval
         return interval is not None and self.progress.step % interval == 0
 
     def _rates(self) -> Rates:
@@ -247,7 +249,7 @@ class _Loop:
         self.failure.raise_on_all_ranks(self._kept())
 
     def _measure_and_keep(self, epoch: int, when: str) -> None:
-        found = measure_dev(self.parts, self.data.dev, self.wishes, self.reports.note, self._stop_if_asked)
+        found = measure_dev(self.parts, self.data.dev, self.settings, self.reports.note, self._stop_if_asked)
         self.failure.keep(lambda: self.reports.measured(self.progress.step, found.loss, found.metrics))
         self.reports.note(_line(f"after {when}", found))
         step, samples = self.progress.step, self.progress.consumed_samples
@@ -262,11 +264,11 @@ class _Loop:
         self.best = Finetuned(found, epoch + 1, step, samples, self.train_s, None)
         stays = self.average is None and step == self.parts.config.train.train_iters
         self.best_weights = {} if stays else weights.remember(self.parts)
-        if self.wishes.save is not None:
-            self._save(self.wishes.save, step, found)
+        if self.settings.save is not None:
+            self._save(self.settings.save, step, found)
             self.best = replace(self.best, saved=self.saved)
 
-    def _save(self, save: Path, step: int, found: Measured) -> None:
+    def _save(self, save: Path, step: int, found: DevResult) -> None:
         """Save the weights, unless an earlier run left better ones."""
         kept = self.kept
         if kept is not None and found.score < kept.score:
@@ -275,7 +277,7 @@ class _Loop:
                 f"{found.score:.4f}; give another --save to keep this one"
             )
             return
-        if made_again := self.wishes.renew_hold():
+        if made_again := self.settings.renew_hold():
             self.reports.note(made_again)
         self.saved = weights.save(self.parts, save, step, self._document(found.metrics))
         self.reports.note(f"saved {self.saved}, the best so far")
@@ -287,8 +289,8 @@ class _Loop:
             weights.recall(self.parts, self.best_weights)
 
     def _document(self, metrics: Mapping[str, float]) -> dict[str, Any]:
-        about = {"max_length": self.wishes.max_length, "dev_digests": self.data.dev_digests}
-        return weights.task_document(self.wishes.task, metrics=metrics, **about)
+        about = {"max_length": self.settings.max_length, "dev_digests": self.data.dev_digests}
+        return weights.task_document(self.settings.task, metrics=metrics, **about)
 
 
 def grouped(samples: Encoded, planned: PlannedStep) -> GroupedSamples:
@@ -298,17 +300,17 @@ def grouped(samples: Encoded, planned: PlannedStep) -> GroupedSamples:
 
 
 def measure_dev(
-    parts: Parts,
+    parts: TrainingSetup,
     dev: Mapping[str, Encoded],
-    wishes: Wishes,
+    settings: FinetuneSettings,
     say: Callable[[str], None],
     before_batch: Callable[[], None],
-) -> Measured:
+) -> DevResult:
     """The metrics on all dev files with the weights that are in the model; collective over all ranks.
 
     `before_batch` is called before each batch and may raise to give up.
     """
-    task = wishes.task
+    task = settings.task
     metrics: dict[str, float] = {}
     losses: list[tuple[float, int]] = []
     for ending, samples in dev.items():
@@ -318,19 +320,19 @@ def measure_dev(
             parts,
             samples,
             num_outputs=task.num_outputs,
-            multiple=wishes.multiple,
+            multiple=settings.multiple,
             pace=pace,
             before_batch=before_batch,
         )
         metrics |= {f"{n}{ending}": v for n, v in metrics_of(found_NC, samples.labels_N, task).items()}
         losses.append((mean_loss(found_NC, samples.labels_N), len(samples)))
-    return Measured(metrics, _mean(losses))
+    return DevResult(metrics, _mean(losses))
 
 
 def _mean(losses: Sequence[tuple[float, int]]) -> float:
     return math.fsum(loss * count for loss, count in losses) / sum(count for _, count in losses)
 
 
-def _line(when: str, found: Measured) -> str:
+def _line(when: str, found: DevResult) -> str:
     told = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
     return f"dev {when}: {told}, loss {found.loss:.4f}"

@@ -26,7 +26,7 @@ from megatron3d.tasks.glue.finetune import TaskData
 from megatron3d.tasks.glue.metrics import require_libraries
 from megatron3d.tasks.glue.options import columns_of
 from megatron3d.tasks.glue.order import num_steps
-from megatron3d.tasks.glue.read import Rows, distinct_labels, read_rows
+from megatron3d.tasks.glue.read import SampleTable, distinct_labels, read_rows
 from megatron3d.tasks.glue.tasks import CUSTOM, Task, custom_task, find_task
 from megatron3d.tasks.glue.vocabulary import choose_tokenizer
 from megatron3d.tasks.glue.weights import Origin, new_prefixes, open_checkpoint, open_hf
@@ -36,7 +36,7 @@ from megatron3d.tasks.glue.weights import Origin, new_prefixes, open_checkpoint,
 class Job:
     """A fine-tuning that is settled: the run for each seed, what goes into it, and `save`, where all of it is kept.
 
-    `multiple`, `group_size`, `token_dropout`, `ema_decay` and `eval_interval` are those of `finetune.Wishes`.
+    `multiple`, `group_size`, `token_dropout`, `ema_decay` and `eval_interval` are those of `finetune.FinetuneSettings`.
     """
 
     task: Task
@@ -225,9 +225,9 @@ def _max_length(wanted: int, origin: Origin, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class _Files:
-    train: Rows | None
-    dev: dict[str, Rows]
-    test: dict[str, Rows]
+    train: SampleTable | None
+    dev: dict[str, SampleTable]
+    test: dict[str, SampleTable]
 
 
 def _read(args: argparse.Namespace, task: Task, folder: Path) -> _Files:

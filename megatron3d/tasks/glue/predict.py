@@ -23,12 +23,12 @@ from megatron3d.tasks.glue.metrics import measure
 from megatron3d.tasks.glue.order import PlannedBatch, evaluation_batches
 from megatron3d.tasks.glue.pace import Pace
 from megatron3d.tasks.glue.tasks import Task
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.step import micro_batches
 
 
 def scores(
-    parts: Parts,
+    parts: TrainingSetup,
     samples: Encoded,
     *,
     num_outputs: int,
@@ -61,7 +61,7 @@ def scores(
     return all_reduce(found_NC, mesh.world).cpu()
 
 
-def _outputs(parts: Parts, samples: Encoded, part: PlannedBatch) -> Tensor | None:
+def _outputs(parts: TrainingSetup, samples: Encoded, part: PlannedBatch) -> Tensor | None:
     """The scores of one rank's rows, where this rank is the one to report them."""
     model, size = parts.model, parts.config.train.micro_batch_size
     asked = samples.without_labels().batch(part.indices_R, part.weights_R, part.length)

@@ -24,7 +24,7 @@ _MANY_LABELS = 20  # more than this many, and hardly a row like another: values,
 
 
 @dataclass(frozen=True)
-class Rows:
+class SampleTable:
     """The samples of one file.
 
     Attributes:
@@ -48,7 +48,7 @@ class Rows:
         return hashlib.sha256(json.dumps([self.texts, self.labels]).encode()).hexdigest()[:16]
 
 
-def read_rows(path: Path, task: Task, *, labelled: bool, skip_bad_rows: bool = False) -> Rows:
+def read_rows(path: Path, task: Task, *, labelled: bool, skip_bad_rows: bool = False) -> SampleTable:
     """Read one file of a task.
 
     A row without a label is nothing to learn from, and a row with an empty text is mostly damage: both are refused in
@@ -79,7 +79,7 @@ def read_rows(path: Path, task: Task, *, labelled: bool, skip_bad_rows: bool = F
         raise DataError(f"{path} has no rows below its header; give a file with samples")
     texts = tuple(zip(*(texts for texts, _ in kept)))
     labels = cast("tuple[int, ...] | tuple[float, ...]", tuple(label for _, label in kept)) if labelled else None
-    return Rows(path, texts, labels, tuple(problems))
+    return SampleTable(path, texts, labels, tuple(problems))
 
 
 def distinct_labels(path: Path, column: str) -> tuple[str, ...]:

@@ -17,9 +17,9 @@ from megatron3d.config.serialize import to_dict
 from megatron3d.models.flops import flops_per_step
 from megatron3d.tasks.glue.order import PlannedStep, padded_share
 from megatron3d.train.dropout import dropout_note
-from megatron3d.train.parts import Parts
 from megatron3d.train.progress import ProgressReporter, StepReport
 from megatron3d.train.reports import devices_of, start_record, step_record
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.state import Progress, last_step
 from megatron3d.train.step import Rates, StepResult
 from megatron3d.train.trackers import Trackers
@@ -28,7 +28,7 @@ from megatron3d.train.trackers import Trackers
 class TaskReports:
     """A context manager; every rank makes one, and those of ranks above 0 write nothing."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: TrainingSetup) -> None:
         self.parts = parts
         self._exits = ExitStack()
         self._trackers = Trackers(parts.config.train)

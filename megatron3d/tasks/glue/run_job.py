@@ -14,7 +14,7 @@ from megatron3d.comm.mesh import Mesh
 from megatron3d.config.run import RunConfig
 from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.tasks.glue.average import with_averages
-from megatron3d.tasks.glue.finetune import Finetuned, Wishes, finetune
+from megatron3d.tasks.glue.finetune import Finetuned, FinetuneSettings, finetune
 from megatron3d.tasks.glue.job import Job
 from megatron3d.tasks.glue.metrics import over_seeds
 from megatron3d.tasks.glue.pace import Pace
@@ -22,7 +22,7 @@ from megatron3d.tasks.glue.predict import scores, write_predictions
 from megatron3d.tasks.glue.weights import fill, keep_tokenizer
 from megatron3d.train.held import held_directory
 from megatron3d.train.launch import Guard
-from megatron3d.train.parts import Parts, StageBuilder, build_parts
+from megatron3d.train.setup import StageBuilder, TrainingSetup, build_parts
 from megatron3d.train.stopping import stop_if_asked, stop_while_starting
 
 
@@ -40,7 +40,7 @@ def one_seed(
         parts = build_parts(run, mesh, device, builder)
         fill(parts, job.origin, job.task)
         stop_while_starting(guard, mesh)
-        wishes = Wishes(
+        settings = FinetuneSettings(
             task=job.task,
             epochs=job.epochs,
             max_length=run.model.seq_length,
@@ -52,7 +52,7 @@ def one_seed(
             save=save,
             renew_hold=renew,
         )
-        found = finetune(parts, job.data, wishes, guard=guard, say=log)
+        found = finetune(parts, job.data, settings, guard=guard, say=log)
         files = _predict(parts, job, run, guard, saved=found.saved, log=log)
     return _result_of(run, found) | ({"predictions": files} if files else {})
 
@@ -66,7 +66,7 @@ def summary(job: Job, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _predict(
-    parts: Parts, job: Job, run: RunConfig, guard: Guard, *, saved: Path | None, log: Callable[[str], None]
+    parts: TrainingSetup, job: Job, run: RunConfig, guard: Guard, *, saved: Path | None, log: Callable[[str], None]
 ) -> list[str]:
     """Write the predictions of all test files, with the weights that were `saved`; returns their paths."""
     written = []

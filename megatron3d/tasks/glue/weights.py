@@ -19,7 +19,7 @@ from megatron3d.checkpoint.directory import find_checkpoint, was_saved_to
 from megatron3d.checkpoint.index import read_index
 from megatron3d.checkpoint.load import load_tensors, tensor_shapes
 from megatron3d.checkpoint.save import save_checkpoint
-from megatron3d.checkpoint.store import everywhere
+from megatron3d.checkpoint.store import on_every_rank
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import ModelConfig
@@ -33,7 +33,7 @@ from megatron3d.data.hf_description import companion_files, tokenizer_files
 from megatron3d.errors import DataError, MisfitError
 from megatron3d.tasks.glue.tasks import Task
 from megatron3d.train.compare import CONTENT_DOCUMENT, read_saved_run
-from megatron3d.train.parts import Parts
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.zero.replicas import require_equal_replicas
 
 _CLASSIFIER, _POOLER = "head.classifier.", "head.pooler."
@@ -139,7 +139,7 @@ def new_prefixes(origin: Origin, task: Task) -> tuple[str, ...]:
     return classifier if f"{_POOLER}weight" in origin.names else (*classifier, _POOLER)
 
 
-def fill(parts: Parts, origin: Origin, task: Task) -> None:
+def fill(parts: TrainingSetup, origin: Origin, task: Task) -> None:
     """Put the origin's weights into the model; collective over all ranks.
 
     Raises:
@@ -161,13 +161,13 @@ def fill(parts: Parts, origin: Origin, task: Task) -> None:
     parts.engine.publish()
 
 
-def remember(parts: Parts) -> dict[str, Tensor]:
+def remember(parts: TrainingSetup) -> dict[str, Tensor]:
     """A copy of this rank's master weights and of the state of its modules."""
     with parts.engine.states_opened(parts.optimizer, writes=False):
         return {name: view.data.clone() for name, view in parts.model_views().items()}
 
 
-def recall(parts: Parts, weights: Mapping[str, Tensor]) -> None:
+def recall(parts: TrainingSetup, weights: Mapping[str, Tensor]) -> None:
     """Put remembered weights into the model, by name, and leave those that have none; collective over all ranks."""
     with parts.engine.states_opened(parts.optimizer, writes=True):
         views = parts.model_views()
@@ -204,7 +204,7 @@ def task_document(
     }
 
 
-def save(parts: Parts, root: Path, step: int, document: Mapping[str, Any]) -> Path:
+def save(parts: TrainingSetup, root: Path, step: int, document: Mapping[str, Any]) -> Path:
     """Write the classifier without its optimizer, and keep it alone in `root`; collective over all ranks.
 
     Raises:
@@ -244,7 +244,7 @@ def keep_tokenizer(data: DataConfig, model: ModelConfig, save: Path, mesh: Mesh)
             _require_no_other_tokenizer(save, files)
             write_files(folder, files)
 
-    everywhere(copy, mesh.world.group)
+    on_every_rank(copy, mesh.world.group)
     return named_in(data, folder)
 
 

@@ -3,7 +3,7 @@
 A parameter is cut over the tensor axis of its kind, and its flattened shard over the ranks that share ZeRO's state
 out. A sum over a parameter is therefore a sum over both axes. A whole matrix is put together on one of these ranks by
 two exchanges (first the parts of each shard, then the shards), worked on there, and its parts go back the same way; the
-matrices of a step are dealt out so that all ranks have about equally much to do. Ranks that hold the same part
+matrices of a step are assigned so that all ranks have about equally much to do. Ranks that hold the same part
 (stage 0, replicas) repeat each other's work, bit for bit.
 
 A step so sends and receives on each rank at most four times what the rank holds, in the dtype of the values.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce, all_to_all
 from megatron3d.comm.mesh import Axis, Mesh
-from megatron3d.params.portion import Portion
+from megatron3d.params.owned_slice import OwnedSlice
 from megatron3d.params.spec import ParamSpec
 from megatron3d.zero.flat import Slot
 from megatron3d.zero.kinds import KINDS, KindAxes, kind_axes
@@ -29,7 +29,7 @@ from megatron3d.zero.unit import FlatUnit, UnitOptions
 
 
 @dataclass(frozen=True)
-class Desk:
+class Owner:
     """Where a matrix is worked on: positions on the axis that shares state out and on the tensor axis.
 
     `tp_rank` is None for a matrix that the tensor ranks hold alike: each of them works on its own copy.
@@ -39,33 +39,33 @@ class Desk:
     tp_rank: int | None
 
 
-def deal(specs: Sequence[ParamSpec], *, shard: int, tp: int) -> list[Desk]:
-    """Deal matrices out over `shard` x `tp` ranks, the largest first, each to the rank with the least work so far.
+def assign_owners(specs: Sequence[ParamSpec], *, shard: int, tp: int) -> list[Owner]:
+    """Assign matrices to `shard` x `tp` ranks, the largest first, each to the rank with the least work so far.
 
     The work is that of products of a matrix with its own transpose: rows x columns x the smaller of the two.
     """
     work = [spec.numel * min(spec.shape) for spec in specs]
     load = dict.fromkeys([(s, t) for s in range(shard) for t in range(tp)], 0)
-    desks: dict[int, Desk] = {}
+    owners: dict[int, Owner] = {}
     for number in sorted(range(len(specs)), key=lambda n: -work[n]):
         shard_rank, tp_rank = min(load, key=lambda place: load[place])
         everywhere = specs[number].is_replicated
-        desks[number] = Desk(shard_rank, None if everywhere else tp_rank)
+        owners[number] = Owner(shard_rank, None if everywhere else tp_rank)
         for t in range(tp) if everywhere else (tp_rank,):
             load[shard_rank, t] += work[number]
-    return [desks[number] for number in range(len(specs))]
+    return [owners[number] for number in range(len(specs))]
 
 
 @dataclass(frozen=True)
 class _Place:
     """A parameter of a unit, and which range of its flattened local shard each sharing rank holds."""
 
-    portion: Portion
+    owned: OwnedSlice
     ranges: tuple[slice, ...]
 
 
-class WholeParameters:
-    """The parameters of some units, for optimizers that need them whole: `megatron3d.params.portion.Whole`."""
+class FullParameters:
+    """The parameters of some units, for optimizers that need them whole: `params.owned_slice.FullAccess`."""
 
     def __init__(self, units: Mapping[str, FlatUnit], mesh: Mesh, options: UnitOptions) -> None:
         """Args: `units` in the order that all ranks which share them have, their mesh and options."""
@@ -83,52 +83,52 @@ class WholeParameters:
         finally:
             self._stepped = before
 
-    def portions(self) -> list[Portion]:
+    def owned_slices(self) -> list[OwnedSlice]:
         """This rank's part of every parameter of the units that are stepped."""
-        return [place.portion for name in self._stepped for place in self._places[name]]
+        return [place.owned for name in self._stepped for place in self._places[name]]
 
     def add_up(self, shares: Sequence[Tensor]) -> list[Tensor]:
         """Add up over the ranks that share state out and the tensor ranks; the results are where `shares` are."""
-        sums, portions = list(shares), self.portions()
-        for axes, numbers in self._by_kind(portions):
+        sums, owned_slices = list(shares), self.owned_slices()
+        for axes, numbers in self._by_kind(owned_slices):
             own = torch.cat([shares[number].flatten() for number in numbers])
             totals = all_reduce(all_reduce(own.to(self._device), axes.shard), axes.tensor).to(own.device)
             for number, total in zip(numbers, totals.split([shares[n].numel() for n in numbers]), strict=True):
                 sums[number] = total.view_as(shares[number])
         return sums
 
-    def _by_kind(self, portions: Sequence[Portion]) -> Iterator[tuple[KindAxes, list[int]]]:
-        """The kinds that occur, in an order that all ranks share: the axes of each and the numbers of its portions."""
+    def _by_kind(self, owned_slices: Sequence[OwnedSlice]) -> Iterator[tuple[KindAxes, list[int]]]:
+        """The kinds that occur, in an order that all ranks share: the axes of each and the numbers of its slices."""
         for kind, axes in self._axes.items():
-            numbers = [number for number, portion in enumerate(portions) if portion.spec.kind == kind]
+            numbers = [number for number, owned in enumerate(owned_slices) if owned.spec.kind == kind]
             if numbers:
                 yield axes, numbers
 
-    def map_whole(
+    def map_full(
         self,
-        portions: Sequence[Portion],
+        owned_slices: Sequence[OwnedSlice],
         values: Sequence[Tensor],
         function: Callable[[ParamSpec, Tensor], Tensor],
     ) -> None:
         """Put each whole tensor together on one rank, apply the function there, and bring the parts back."""
-        for axes, numbers in self._by_kind(portions):
-            self._map_kind(axes, [portions[n] for n in numbers], [values[n] for n in numbers], function)
+        for axes, numbers in self._by_kind(owned_slices):
+            self._map_kind(axes, [owned_slices[n] for n in numbers], [values[n] for n in numbers], function)
 
     def _map_kind(
         self,
         axes: KindAxes,
-        portions: Sequence[Portion],
+        owned_slices: Sequence[OwnedSlice],
         values: Sequence[Tensor],
         function: Callable[[ParamSpec, Tensor], Tensor],
     ) -> None:
-        by_name = {place.portion.spec.name: place for name in self._stepped for place in self._places[name]}
-        places = [by_name[portion.spec.name] for portion in portions]
-        desks = deal([portion.spec for portion in portions], shard=axes.shard.size, tp=axes.tensor.size)
+        by_name = {place.owned.spec.name: place for name in self._stepped for place in self._places[name]}
+        places = [by_name[owned.spec.name] for owned in owned_slices]
+        owners = assign_owners([owned.spec for owned in owned_slices], shard=axes.shard.size, tp=axes.tensor.size)
         there = [value.to(self._device) for value in values]
-        routes = _Routes(places, desks, axes.shard, axes.tensor, there[0])
+        routes = _Routes(places, owners, axes.shard, axes.tensor, there[0])
         wholes = routes.wholes_of(routes.shards_of(there))
         for number, whole in wholes.items():
-            whole.copy_(function(portions[number].spec, whole))
+            whole.copy_(function(owned_slices[number].spec, whole))
         for value, part in zip(values, routes.parts_of(routes.shards_back(wholes)), strict=True):
             if value.data_ptr() != part.data_ptr():
                 value.copy_(part)
@@ -139,7 +139,7 @@ def _place(unit: FlatUnit, slot: Slot) -> _Place:
     spans = [slot.span.intersect(unit.layout.slice_of(rank, axis.size)) for rank in range(axis.size)]
     own = spans[axis.rank]
     piece = unit.piece_of(own) if own.length else None
-    portion = Portion(
+    owned = OwnedSlice(
         spec=slot.spec,
         tp=unit.axes.tensor.size,
         tp_rank=unit.axes.tensor.rank,
@@ -148,34 +148,34 @@ def _place(unit: FlatUnit, slot: Slot) -> _Place:
         piece=None if piece is None else piece.parameter,
         offset=0 if piece is None else own.start - piece.span.start,
     )
-    return _Place(portion, tuple(span.shifted(-start).slice for span in spans))
+    return _Place(owned, tuple(span.shifted(-start).slice for span in spans))
 
 
 @dataclass(frozen=True)
 class _Routes:
-    """The ways of some matrices to their desks and back; `like` has the dtype and device of what travels.
+    """The ways of some matrices to their owners and back; `like` has the dtype and device of what travels.
 
     A part is what a rank holds of a shard, a shard is flattened and what a tensor rank holds of a whole matrix. The
     results are by number in `places`. On axes of one rank everything is a view of what came in.
     """
 
     places: list[_Place]
-    desks: list[Desk]
+    owners: list[Owner]
     shard: Axis
     tp: Axis
     like: Tensor
 
     def _at_shard_rank(self, rank: int) -> list[int]:
-        return [number for number, desk in enumerate(self.desks) if desk.shard_rank == rank]
+        return [number for number, owner in enumerate(self.owners) if owner.shard_rank == rank]
 
     def _at_tp_rank(self, rank: int) -> list[int]:
-        return [number for number in self._at_shard_rank(self.shard.rank) if self.desks[number].tp_rank == rank]
+        return [number for number in self._at_shard_rank(self.shard.rank) if self.owners[number].tp_rank == rank]
 
     def _local_shape(self, number: int) -> tuple[int, ...]:
-        return self.places[number].portion.spec.local_shape(self.tp.size)
+        return self.places[number].owned.spec.local_shape(self.tp.size)
 
     def shards_of(self, values: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Parts to shards, on the sharing rank of their desks."""
+        """Parts to shards, on the sharing rank of their owners."""
         mine = self._at_shard_rank(self.shard.rank)
         outgoing = [[values[number] for number in self._at_shard_rank(to)] for to in range(self.shard.size)]
         lengths = [[_length(self.places[number].ranges[at]) for number in mine] for at in range(self.shard.size)]
@@ -183,7 +183,7 @@ class _Routes:
         return {number: _joined([parts[i] for parts in arrived]) for i, number in enumerate(mine)}
 
     def parts_of(self, shards: Mapping[int, Tensor]) -> list[Tensor]:
-        """Shards on the sharing rank of their desks to parts."""
+        """Shards on the sharing rank of their owners to parts."""
         mine, rank = self._at_shard_rank(self.shard.rank), self.shard.rank
         outgoing = [[shards[n][self.places[n].ranges[to]] for n in mine] for to in range(self.shard.size)]
         sources = [self._at_shard_rank(source) for source in range(self.shard.size)]
@@ -193,20 +193,20 @@ class _Routes:
         return [parts[number] for number in range(len(self.places))]
 
     def wholes_of(self, shards: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Shards to whole matrices, on the tensor rank of their desks."""
-        wholes = {n: shards[n].view(self._local_shape(n)) for n in shards if self.desks[n].tp_rank is None}
+        """Shards to whole matrices, on the tensor rank of their owners."""
+        wholes = {n: shards[n].view(self._local_shape(n)) for n in shards if self.owners[n].tp_rank is None}
         mine = self._at_tp_rank(self.tp.rank)
         outgoing = [[shards[number] for number in self._at_tp_rank(to)] for to in range(self.tp.size)]
         lengths = [[prod(self._local_shape(number)) for number in mine]] * self.tp.size
         arrived = _exchange(outgoing, lengths, self.tp, self.like)
         for i, number in enumerate(mine):
-            spec, shape = self.places[number].portion.spec, self._local_shape(number)
+            spec, shape = self.places[number].owned.spec, self._local_shape(number)
             wholes[number] = _assembled(spec, [got[i].view(shape) for got in arrived])
         return wholes
 
     def shards_back(self, wholes: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Whole matrices on the tensor rank of their desks to shards."""
-        shards = {n: wholes[n].flatten() for n in wholes if self.desks[n].tp_rank is None}
+        """Whole matrices on the tensor rank of their owners to shards."""
+        shards = {n: wholes[n].flatten() for n in wholes if self.owners[n].tp_rank is None}
         mine = self._at_tp_rank(self.tp.rank)
         outgoing = [[self._shard_for(to, number, wholes[number]) for number in mine] for to in range(self.tp.size)]
         sources = [self._at_tp_rank(source) for source in range(self.tp.size)]
@@ -219,7 +219,7 @@ class _Routes:
     def _shard_for(self, tp_rank: int, number: int, whole: Tensor) -> Tensor:
         if self.tp.size == 1:
             return whole.flatten()
-        return self.places[number].portion.spec.take(whole, self.tp.size, tp_rank).flatten()
+        return self.places[number].owned.spec.take(whole, self.tp.size, tp_rank).flatten()
 
 
 def _length(within: slice) -> int:

@@ -17,7 +17,7 @@ from megatron3d.train.state import Progress
 
 
 @dataclass(frozen=True)
-class Outlook:
+class InertOptions:
     """A run as it starts: where it stands, the number of its last step, its schedule, and which splits have data."""
 
     config: RunConfig

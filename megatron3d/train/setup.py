@@ -43,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Row:
+class LoweredSchedule:
     """A schedule and this rank's row of actions."""
 
     schedule: Schedule
@@ -51,26 +51,26 @@ class Row:
 
 
 @dataclass
-class Rows:
+class LoweredSchedules:
     """This rank's rows by number of micro-batches, lowered when first asked for."""
 
     plan: PipelinePlan
     rank: int
-    known: dict[tuple[bool, int], Row] = field(default_factory=dict)
+    known: dict[tuple[bool, int], LoweredSchedule] = field(default_factory=dict)
 
-    def training(self, num_microbatches: int) -> Row:
+    def training(self, num_microbatches: int) -> LoweredSchedule:
         """The row of a training step."""
         return self._row(True, num_microbatches)
 
-    def forward_only(self, num_microbatches: int) -> Row:
+    def forward_only(self, num_microbatches: int) -> LoweredSchedule:
         """The row of an evaluation or of generation."""
         return self._row(False, num_microbatches)
 
-    def _row(self, trains: bool, num_microbatches: int) -> Row:
+    def _row(self, trains: bool, num_microbatches: int) -> LoweredSchedule:
         key = (trains, num_microbatches)
         if key not in self.known:
             schedule = self.plan.training(num_microbatches) if trains else self.plan.forward_only(num_microbatches)
-            self.known[key] = Row(schedule, lower(schedule)[self.rank])
+            self.known[key] = LoweredSchedule(schedule, lower(schedule)[self.rank])
         return self.known[key]
 
 
@@ -84,7 +84,7 @@ class Model:
     stages: dict[int, Stage]
     sink: GradSink
     gate: WeightGate
-    rows: Rows
+    rows: LoweredSchedules
 
     @property
     def losses(self) -> tuple[LossSpec, ...]:
@@ -105,7 +105,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainingSetup:
     """Everything one rank trains with."""
 
     config: RunConfig
@@ -142,7 +142,7 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
         for stage in plan.stages_of(mesh.pp.rank)
     }
     _share_tied_table(list(stages.values()))
-    return Model(mesh, device, DTYPES[config.optim.precision], stages, sink, gate, Rows(plan, mesh.pp.rank))
+    return Model(mesh, device, DTYPES[config.optim.precision], stages, sink, gate, LoweredSchedules(plan, mesh.pp.rank))
 
 
 def _share_tied_table(stages: list[Stage]) -> None:
@@ -153,7 +153,7 @@ def _share_tied_table(stages: list[Stage]) -> None:
         last.embedding.word = first.embedding.word
 
 
-def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: StageBuilder) -> Parts:
+def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: StageBuilder) -> TrainingSetup:
     """Build model, flat units, optimizer and loss scaler of this rank, with the initial weights in place.
 
     Raises:
@@ -181,7 +181,7 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
         config.optim, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.whole
     )
     states = ModuleStates(model.stages.values(), mesh, device, seed=config.data.seed)
-    return Parts(config, model, engine, optimizer, build_scaler(config.optim), states)
+    return TrainingSetup(config, model, engine, optimizer, build_scaler(config.optim), states)
 
 
 def unit_parameters(stages: dict[int, Stage]) -> dict[str, UnitParameters]:

@@ -13,7 +13,7 @@ from megatron3d.params.spec import ParamSpec
 
 
 @dataclass(frozen=True)
-class Portion:
+class OwnedSlice:
     """A contiguous range of one parameter's local shard, and where it lies in the flat tensor an optimizer updates.
 
     Every rank that shares a unit lists the same parameters in the same order, also those of which it holds nothing.
@@ -56,35 +56,35 @@ class Portion:
         return self.spec.boxes(self.tp, self.tp_rank, self.start, self.stop)
 
 
-class Whole(Protocol):
+class FullAccess(Protocol):
     """What optimizers that need whole parameters ask of the ranks that share them, and all that they know of ranks.
 
-    Every method but `portions` communicates, so all ranks that share the parameters call it together, also those that
-    hold nothing. An optimizer asks for `portions` afresh at each step: a run may step unit by unit.
+    Every method but `owned_slices` communicates, so all ranks that share the parameters call it together, also those
+    that hold nothing. An optimizer asks for `owned_slices` afresh at each step: a run may step unit by unit.
     """
 
-    def portions(self) -> Sequence[Portion]:
+    def owned_slices(self) -> Sequence[OwnedSlice]:
         """The parameters of this step, in an order that the ranks share."""
         ...
 
     def add_up(self, shares: Sequence[Tensor]) -> list[Tensor]:
-        """For each of `portions()` the sum of a tensor over all ranks that hold different elements of the parameter.
+        """For each of `owned_slices()` the sum of a tensor over all ranks that hold different elements of it.
 
         Args:
             shares: this rank's summands, of one dtype and device.
         """
         ...
 
-    def map_whole(
+    def map_full(
         self,
-        portions: Sequence[Portion],
+        owned_slices: Sequence[OwnedSlice],
         values: Sequence[Tensor],
         function: Callable[[ParamSpec, Tensor], Tensor],
     ) -> None:
         """Replace tensors that have the shapes of whole parameters by a function of them, computed on one rank each.
 
         Args:
-            portions: some of `portions()`, the same on all ranks; matrices without padding.
+            owned_slices: some of `owned_slices()`, the same on all ranks; matrices without padding.
             values: for each, the elements held, one-dimensional and empty where none are; overwritten.
             function: from spec and whole tensor to a tensor of the same shape.
         """

@@ -22,16 +22,16 @@ from megatron3d.tasks.glue.weights import task_identity
 
 
 @dataclass(frozen=True)
-class Kept:
+class ExistingClassifier:
     """A classifier of the same task, and the mean of its metrics on the dev files it was measured with."""
 
     directory: Path
     score: float
 
 
-def kept_before(
+def find_existing(
     save: Path, task: Task, metrics: Iterable[str], dev_digests: Mapping[str, str], *, group: ProcessGroup | None
-) -> Kept | None:
+) -> ExistingClassifier | None:
     """What --save holds, as rank 0 sees it; None if nothing was ever saved there. Collective over `group`.
 
     Args:
@@ -48,7 +48,7 @@ def kept_before(
     """
     names = set(metrics)
 
-    def look() -> Kept | None:
+    def look() -> ExistingClassifier | None:
         if not was_saved_to(save):
             return None
         directory = find_checkpoint(save)
@@ -66,6 +66,6 @@ def kept_before(
                 f"--save {save} is in use: {directory} holds a classifier of {task.name} measured on other dev files, "
                 "so that it is unknown which of the two is better; give another --save"
             )
-        return Kept(directory, mean_of(document["metrics"]))
+        return ExistingClassifier(directory, mean_of(document["metrics"]))
 
     return from_first(look, group)

@@ -59,7 +59,7 @@ class _ThenCopy:
         self._copies.start(self._into, self._staging).wait()
 
 
-class StateHome(Protocol):
+class StateBacking(Protocol):
     """What both homes do. Names are those of units; every record starts as zeros."""
 
     @property
@@ -110,7 +110,7 @@ class StateHome(Protocol):
 NUM_SLOTS = num_slots(READ_AHEAD)
 
 
-class HostHome:
+class HostBacking:
     """Records in host memory, pinned where the device is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
@@ -133,7 +133,7 @@ class HostHome:
         *,
         start_ahead: Callable[[str, int], Waitable] | None = None,
     ) -> None:
-        """Call `work` with each unit's fields in order; see `StateHome`."""
+        """Call `work` with each unit's fields in order; see `StateBacking`."""
         done = _Done()
         stream(
             names,
@@ -159,7 +159,7 @@ class HostHome:
         return self._copies.start(held, source)
 
 
-class FileHome:
+class FileBacking:
     """Records in a `FileStore`; `NUM_SLOTS` staging buffers of the largest record's size are all it has on the host."""
 
     def __init__(self, store: FileStore, device: torch.device) -> None:

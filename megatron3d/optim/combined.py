@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-class Several(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """One optimizer whose groups and states are those of others, which make its steps."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -15,30 +15,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron3d.params.gate import Place
+from megatron3d.params.gate import WeightUse
 from megatron3d.zero.buffers import WeightBuffer
 
-Places = Mapping[int, Mapping[str, Place]]  # by stage, in the order of its forward
+Places = Mapping[int, Mapping[str, WeightUse]]  # by stage, in the order of its forward
 
 
-class Lending:
-    """The lender of one rank's weights.
+class UnitGatherer:
+    """The gatherer of one rank's weights.
 
     Args:
         weights: buffers by unit.
         places: what each stage of this rank uses where.
-        takes_back: whether weights are freed after use.
+        releases: whether weights are freed after use.
         prefetch: number of places whose gathers are started ahead.
     """
 
-    def __init__(self, weights: Mapping[str, WeightBuffer], places: Places, *, takes_back: bool, prefetch: int) -> None:
-        self.takes_back = takes_back
+    def __init__(self, weights: Mapping[str, WeightBuffer], places: Places, *, releases: bool, prefetch: int) -> None:
+        self.releases = releases
         self._weights, self._places, self._prefetch = dict(weights), places, prefetch
         self._where = {name: (stage, i) for stage, known in places.items() for i, name in enumerate(known)}
         self._kept: set[str] = set()
         self._is_in_backward = False
 
-    def borrow(self, place: str, *, backward: bool) -> None:
+    def gather_weights(self, place: str, *, backward: bool) -> None:
         """Bring the weights of a place here, and start bringing those of the next ones."""
         stage, index = self._where[place]
         here, *ahead = self._next_places(stage, index, backward=backward)
@@ -50,7 +50,7 @@ class Lending:
         for name in here.backward if backward else here.forward:
             self._weights[name].finish_gather()
 
-    def give_back(self, place: str, *, backward: bool) -> None:
+    def release_weights(self, place: str, *, backward: bool) -> None:
         """Free the weights of a place, but for those that a backward under way still needs."""
         stage, _ = self._where[place]
         there = self._places[stage][place]
@@ -72,7 +72,7 @@ class Lending:
             for name in place.forward:
                 self._weights[name].free()
 
-    def _next_places(self, stage: int, index: int, *, backward: bool) -> list[Place]:
+    def _next_places(self, stage: int, index: int, *, backward: bool) -> list[WeightUse]:
         """The place itself and the next `prefetch` ones in the order in which they are used."""
         known = list(self._places[stage].values())
         if backward:
