@@ -28,6 +28,7 @@ from megatron3d.checkpoint.shard_file import check_entry, open_shard, read_box, 
 from megatron3d.errors import CheckpointError, InUseError
 from megatron3d.files.fields import Fields
 from megatron3d.files.json_text import parse_object
+from megatron3d.files.regular import read_regular
 
 LATEST_NAME = "latest"
 LATEST_ASIDE = ".tmp-latest"
@@ -82,7 +83,7 @@ def latest_checkpoint(root: Path) -> Path | None:
         CheckpointError: `latest` names something that is not there.
     """
     try:
-        name = (root / LATEST_NAME).read_text(encoding="utf-8").strip()
+        name = read_regular(root / LATEST_NAME).decode().strip()
     except (FileNotFoundError, NotADirectoryError):
         return published_without_latest(root)
     except (OSError, UnicodeDecodeError) as error:
@@ -99,7 +100,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 def published_without_latest(root: Path) -> Path | None:
     """The first checkpoint of a run that was killed after it took its name and before `latest` named it."""
     try:
-        name = (root / LATEST_ASIDE).read_text(encoding="utf-8").strip()
+        name = read_regular(root / LATEST_ASIDE).decode().strip()
     except (OSError, UnicodeDecodeError):
         return None
     return _whole(root, name) if _NAME.fullmatch(name) else None
@@ -183,7 +184,7 @@ def _document_problems(directory: Path, index: Index, level: Level) -> list[str]
     problems = []
     for name, stored in index.documents.items():
         try:
-            data = (directory / name).read_bytes()
+            data = read_regular(directory / name)
         except OSError as error:
             problems.append(f"checkpoint file {directory / name} is missing ({error.strerror})")
             continue

@@ -20,6 +20,7 @@ from megatron3d.checkpoint.coverage import cover_problem
 from megatron3d.errors import CheckpointError
 from megatron3d.files.fields import Fields
 from megatron3d.files.json_text import parse_object
+from megatron3d.files.regular import read_regular
 from megatron3d.params.boxes import Box
 
 INDEX_NAME = "index.json"
@@ -174,7 +175,7 @@ def parse_index(directory: Path) -> Index:
     """
     path = directory / INDEX_NAME
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode()
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory} is not a checkpoint: it has no {INDEX_NAME}; give the directory that --save wrote"

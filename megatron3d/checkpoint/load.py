@@ -17,6 +17,7 @@ from megatron3d.checkpoint.index import INDEX_NAME, Index, read_index
 from megatron3d.checkpoint.shard_file import open_shard, read_box
 from megatron3d.errors import CheckpointError, MisfitError
 from megatron3d.files.json_text import parse_object
+from megatron3d.files.regular import read_regular
 from megatron3d.params.boxes import ShardView
 
 # Options that set the number of rows of a parameter, by its name without prefix.
@@ -83,7 +84,7 @@ def agreed_index(directory: Path, group: store.ProcessGroup | None) -> Index:
 def _sight(directory: Path) -> tuple[str, str]:
     """(digest, words) of what this rank sees in a checkpoint's place."""
     try:
-        digest = hashlib.sha256((directory / INDEX_NAME).read_bytes()).hexdigest()
+        digest = hashlib.sha256(read_regular(directory / INDEX_NAME)).hexdigest()
         return digest, f"{directory} at step {read_index(directory).step}, digest {digest[:8]}"
     except FileNotFoundError:
         return "absent", f"no checkpoint {directory}"
@@ -187,7 +188,7 @@ def read_document(directory: Path, name: str) -> dict[str, Any]:
     if file not in index.documents:
         raise CheckpointError(f"checkpoint {directory} has no {file}; it has {', '.join(sorted(index.documents))}")
     try:
-        data = (directory / file).read_bytes()
+        data = read_regular(directory / file)
     except OSError as error:
         raise CheckpointError(f"checkpoint file {directory / file} cannot be read ({error.strerror})") from error
     if zlib.crc32(data) != index.documents[file].crc32:

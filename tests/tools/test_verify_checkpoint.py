@@ -139,3 +139,23 @@ def test_nothing_is_changed(run: Run, root: Path) -> None:
     assert run(root, "--all")[0] == 0
     os.chmod(root, 0o755)
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in root.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("latest", "latest cannot be read (.*not a regular file"),
+        ("iter_0000030/index.json", "latest names 'iter_0000030', which is not a checkpoint"),
+        ("iter_0000030/run.json", "run.json is missing (it is not a regular file"),
+        (f"iter_0000030/{SHARD}", f"{SHARD} is damaged: 0 bytes"),
+    ],
+)
+def test_a_pipe_in_the_place_of_a_file_is_a_problem_and_nobody_waits_for_its_writer(
+    root: Path, run: Run, name: str, sentence: str
+) -> None:
+    (root / name).unlink()
+    os.mkfifo(root / name)
+    code, out, err = run(root)
+    assert code == 4
+    said = "\n".join([*out, err])
+    assert re.search(re.escape(sentence).replace(r"\.\*", ".*"), said), said
