@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron3d.config.tool_parser import ToolParser
 from megatron3d.errors import ConfigError
 from megatron3d.process.command import run_command
 
@@ -199,7 +200,7 @@ def verdict(outcome: Outcome, *, limit_s: float) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description="Run the commands of the documentation.", allow_abbrev=False)
+    p = ToolParser(description="Run the commands of the documentation.")
     p.add_argument("--pages", nargs="+", metavar="FILE", help="default: README.md, docs/*.md and examples/*.sh")
     p.add_argument("--limit-s", type=float, default=600.0, metavar="S", help="longest time of a block (default 600)")
     p.add_argument("--list", action="store_true", help="run nothing; say what would run and what is left out")

@@ -12,12 +12,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from megatron3d.config.tool_parser import ToolParser
+
 DTYPE_NAMES = ("float32", "bfloat16", "float16")  # as in convert.export, which imports torch
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description="Between Hugging Face's directories and checkpoints.", allow_abbrev=False)
+    p = ToolParser(description="Between Hugging Face's directories and checkpoints.")
     kinds = p.add_subparsers(dest="action", required=True)
     take = kinds.add_parser("hf-import", help="a Hugging Face directory into a checkpoint", allow_abbrev=False)
     take.add_argument("--hf", required=True, metavar="DIR", help="config.json, weights and tokenizer")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron3d.config.tokenizer_copy import beside_checkpoint
+from megatron3d.config.tool_parser import ToolParser
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.storage.atomic import atomic_path
@@ -29,7 +30,7 @@ POOLING_NAMES = ("mean", "cls", "pooler")  # as in inference.embed, which import
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description="Texts to vectors with a BERT.", allow_abbrev=False)
+    p = ToolParser(description="Texts to vectors with a BERT.")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--load", metavar="DIR", help="directory of checkpoints, or one of them")
     source.add_argument("--hf", metavar="DIR", help="a Hugging Face directory: config.json, weights, tokenizer")

@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron3d.config.tool_parser import ToolParser
 from megatron3d.errors import ConfigError
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description="Export a classifier to one ONNX file.", allow_abbrev=False)
+    p = ToolParser(description="Export a classifier to one ONNX file.")
     p.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one of them; any layout")
     p.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default the latest)")
     p.add_argument("--output", required=True, metavar="FILE", help="the file to write, such as model.onnx")

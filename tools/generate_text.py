@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron3d.config.tokenizer_copy import TOKENIZER_FOLDER, beside_checkpoint
+from megatron3d.config.tool_parser import ToolParser
 from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.data.tokenizer_interface import Tokenizer
@@ -29,7 +30,7 @@ from megatron3d.files.text import TextError, read_lines
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description="Go on from a prompt with a trained GPT.", allow_abbrev=False)
+    p = ToolParser(description="Go on from a prompt with a trained GPT.")
     p.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one of them")
     p.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default the latest)")
     p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron3d.config.tool_parser import ToolParser
 from megatron3d.data.indexed import IndexedDataset
 from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
@@ -24,7 +25,7 @@ IDS_PER_READ = 1 << 22
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description="Show what is in a token file.", allow_abbrev=False)
+    p = ToolParser(description="Show what is in a token file.")
     p.add_argument("prefix", help="prefix of the .bin/.idx pair")
     p.add_argument("--document", type=int, default=0, metavar="I", help="which document to show (default 0)")
     p.add_argument("--num-tokens", type=int, default=64, metavar="N", help="tokens of it to show (default 64)")

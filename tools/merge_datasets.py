@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron3d.config.tool_parser import ToolParser
 from megatron3d.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.process.command import run_command
@@ -19,7 +20,7 @@ from megatron3d.process.command import run_command
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description="Join token files into one.", allow_abbrev=False)
+    p = ToolParser(description="Join token files into one.")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", type=Path, metavar="DIR", help="all .bin/.idx pairs of this directory, by name")
     source.add_argument("--inputs", nargs="+", metavar="PREFIX", help="prefixes of .bin/.idx pairs, in this order")

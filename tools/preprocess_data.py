@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from megatron3d.config.tool_parser import ToolParser
 from megatron3d.data.prepare.corpus import FORMATS, find_inputs
 from megatron3d.data.prepare.preprocess import (
     EncodeRequest,
@@ -29,7 +30,7 @@ from megatron3d.process.command import run_command
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description="Make token files from text.", allow_abbrev=False)
+    p = ToolParser(description="Make token files from text.")
     data = p.add_argument_group("input and output")
     data.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"paths or globs of {FORMATS} files")
     data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys to read (default text)")

@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron3d.config.tool_parser import ToolParser
 from megatron3d.errors import ConfigError, Megatron3dError, install_extra
 from megatron3d.serve.batcher import BatchOptions
 from megatron3d.serve.classifier import open_classifier
@@ -32,7 +33,7 @@ _SHORTEST_BODY = 64  # bytes; less has no room for a text
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     limits, batching = RequestLimits(), BatchOptions()
-    p = argparse.ArgumentParser(description="Serve a classifier over HTTP on a CPU.", allow_abbrev=False)
+    p = ToolParser(description="Serve a classifier over HTTP on a CPU.")
     p.add_argument("--model", required=True, metavar="FILE", help="an ONNX file of tools/export_onnx.py")
     p.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone; there is no password")
     p.add_argument("--port", type=int, default=8000, help="default 8000; 0 is any free one")

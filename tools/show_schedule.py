@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron3d.config.tool_parser import ToolParser
 from megatron3d.errors import Megatron3dError
 from megatron3d.pipeline.draw.compare import compare, comparison_headline, render_table, stage_costs
 from megatron3d.pipeline.draw.compare_png import draw_comparison_png
@@ -28,7 +29,7 @@ _VIRTUAL_OF_A_COMPARISON = 2
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description="Show or compare pipeline schedules.", allow_abbrev=False)
+    p = ToolParser(description="Show or compare pipeline schedules.")
     p.add_argument(
         "--pipeline-schedule",
         metavar="NAME",

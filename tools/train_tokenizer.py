@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron3d.config.tool_parser import ToolParser
 from megatron3d.data.prepare.corpus import FORMATS, find_inputs
 from megatron3d.data.prepare.train_bpe import train_byte_level_bpe, write_tokenizer
 from megatron3d.data.prepare.train_word_pieces import train_word_pieces, write_word_pieces
@@ -29,7 +30,7 @@ from megatron3d.process.command import run_command
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description="Train a tokenizer.", allow_abbrev=False)
+    p = ToolParser(description="Train a tokenizer.")
     p.add_argument("--kind", choices=("bpe", "word-pieces"), default="bpe", help="byte-level BPE (default), or BERT's")
     p.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"paths or globs of {FORMATS} files")
     p.add_argument("--json-key", default="text", metavar="KEY", help="key of the text (default text)")

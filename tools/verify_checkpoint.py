@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron3d.config.tool_parser import ToolParser
 from megatron3d.errors import CheckpointError, ConfigError, Megatron3dError
 
 _PROGRESS_INTERVAL_S = 2.0
@@ -28,7 +29,7 @@ _CHECKED = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description="Verify checkpoints; exit code 0 if whole, 4 if not.", allow_abbrev=False)
+    p = ToolParser(description="Verify checkpoints; exit code 0 if whole, 4 if not.")
     p.add_argument("directory", type=Path, metavar="DIR", help="directory of checkpoints (its latest), or one of them")
     p.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step instead of the latest")
     p.add_argument("--all", action="store_true", help="every checkpoint in DIR, and what `latest` names")
