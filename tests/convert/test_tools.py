@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -187,7 +188,17 @@ def _cut(hf: Path) -> None:
 
 def _pickle_that_runs_code(hf: Path) -> None:
     (hf / "model.safetensors").unlink()
-    torch.save({"a": Path("x")}, hf / "pytorch_model.bin")
+    torch.save({"a": _MakesDirectory(str(hf / "code ran"))}, hf / "pytorch_model.bin")
+
+
+class _MakesDirectory:
+    """Its pickle is a call."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (self.path,)
 
 
 BAD_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -230,7 +241,7 @@ def test_a_bad_directory_is_refused_with_file_and_reason(run: Run, hf: Path, tmp
     spoil(hf)
     with pytest.raises(CheckpointError, match=words):
         run(convert_checkpoint, "hf-import", "--hf", hf, "--save", tmp_path / "save")
-    assert not (tmp_path / "save").exists()
+    assert not (tmp_path / "save").exists() and not (hf / "code ran").exists()
 
 
 def test_nothing_is_written_over(run: Run, hf: Path, tmp_path: Path) -> None:

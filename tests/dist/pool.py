@@ -50,14 +50,14 @@ class _Worker:
         """Where the process is now, as Python sees it, or why that is not known."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGUSR1)
-        deadline = time.monotonic() + 1.0
+        deadline = time.monotonic() + 5.0
         while time.monotonic() < deadline:
             # A process that is still starting has made no file yet.
             text = self.stack_file.read_text() if self.stack_file.exists() else ""
             if text.endswith("\n"):
                 return text.partition(f'  File "{worker.__file__}"')[0].rstrip()
             time.sleep(0.01)
-        return "(it gave no stack within 1 s)"
+        return "(it gave no stack within 5 s)"
 
     def kill(self) -> None:
         """End the process now, whatever it is doing."""

@@ -208,7 +208,7 @@ def test_no_gradient_buffer_or_graph_is_made(checkpoint: Checkpoint) -> None:
 
 def test_a_layout_that_does_not_fit_names_every_problem(checkpoint: Checkpoint) -> None:
     stored = from_dict(read_document(checkpoint("llama"), "run"))
-    parallel = ParallelConfig(tensor_model_parallel_size=4, pipeline_model_parallel_size=8)
+    parallel = ParallelConfig(tensor_model_parallel_size=3, pipeline_model_parallel_size=8)
     with pytest.raises(ConfigError) as caught:
         generation_config(stored, parallel, world_size=3, bf16=False)
     for part in ("--num-query-groups 2", "--num-layers 4 can fill", "A world of 3 ranks"):

@@ -33,8 +33,9 @@ WRONG_OPTIONS = {
         ("--num-attention-heads 4 is not a multiple of --tensor-model-parallel-size 3", "use"),
     ),
     "groups that tensor parallelism does not divide": (
-        "--tensor-model-parallel-size 4 --group-query-attention --num-query-groups 2", 4,
-        ("--num-query-groups 2 is not a multiple of --tensor-model-parallel-size 4", "use"),
+        "--tensor-model-parallel-size 4 --hidden-size 48 --num-attention-heads 12 --group-query-attention "
+        "--num-query-groups 3", 4,
+        ("--num-query-groups 3 does not divide --tensor-model-parallel-size 4, nor does that divide it", "use"),
     ),
     "an FFN that tensor parallelism does not divide": (
         "--tensor-model-parallel-size 4 --ffn-hidden-size 90", 4,
