@@ -58,6 +58,7 @@ def test_an_input_that_is_named_twice_is_merged_once_and_reported(
     assert "2 inputs, 3 documents" in said
 
 
+@pytest.mark.heavy
 def test_merged_bytes_are_those_of_megatron_core(tmp_path: Path, merge: ModuleType) -> None:
     theirs = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="needs megatron-core")
     inputs = [tmp_path / "a", tmp_path / "b"]

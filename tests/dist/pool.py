@@ -79,7 +79,7 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory(prefix="megatron3d-pool-")
 
     def run(
-        self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120, **kwargs: Any
+        self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240, **kwargs: Any
     ) -> list[Any]:
         """Call `function(rank, world_size, *args, **kwargs)` on every rank and return the results in rank order.
 

@@ -111,6 +111,7 @@ def test_what_a_block_leaves_running_is_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), [("docs/memory.md", "estimate.py"), ("docs/pipeline.md", "--compare")])
+@pytest.mark.heavy
 def test_figures_under_a_command_are_those_it_prints(page: str, command: str, tmp_path: Path) -> None:
     (block,) = [b for b in page_blocks(ROOT, page) if command in b.text]
     outcome = run_block(block, ROOT, tmp_path / "variables", limit_s=120)

@@ -32,6 +32,7 @@ def test_without_a_gpu_one_line_says_why_nothing_is_checked(findings) -> None:
 
 
 @pytest.mark.parametrize("part", ["mfu", "zero"])
+@pytest.mark.heavy
 def test_a_part_runs_on_a_cpu_and_fails_nowhere(findings, part: str) -> None:
     found = findings("--device", "cpu", "--tiny", "--steps", "2", "--part", part)
     assert len(found) > 1 and all(one["part"] == part for one in found)

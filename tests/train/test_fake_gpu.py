@@ -53,6 +53,7 @@ def check(cases: tuple[tuple[str, str, str], ...]) -> None:
         assert outcome["weights_on"] == ["fakegpu"], case
 
 
+@pytest.mark.heavy
 def test_a_step_on_a_fake_gpu_mixes_no_devices_and_reads_nothing_within_a_micro_batch() -> None:
     check(FEW)
 

@@ -71,6 +71,7 @@ def test_auto_takes_the_shortest_order_of_all_that_fit() -> None:
         assert span <= simulate(other.training(8)).span / other.virtual
 
 
+@pytest.mark.heavy
 def test_auto_under_a_memory_limit_takes_what_fits() -> None:
     large = MODEL.replace("--seq-length 64", "--seq-length 512").replace("--micro-batch-size 1", "--micro-batch-size 2")
     large = large.replace("--global-batch-size 8", "--global-batch-size 64")
