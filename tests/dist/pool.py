@@ -51,12 +51,14 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGUSR1)
         deadline = time.monotonic() + 5.0
+        before = ""
         while time.monotonic() < deadline:
-            # A process that is still starting has made no file yet.
+            # A process that is still starting has made no file yet; one that writes has not written all of it.
             text = self.stack_file.read_text() if self.stack_file.exists() else ""
-            if text.endswith("\n"):
+            if text.endswith("\n") and "  File " in text and text == before:
                 return text.partition(f'  File "{worker.__file__}"')[0].rstrip()
-            time.sleep(0.01)
+            before = text
+            time.sleep(0.05)
         return "(it gave no stack within 5 s)"
 
     def kill(self) -> None:
