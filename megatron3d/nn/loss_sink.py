@@ -30,7 +30,7 @@ class LossSpec:
 
     Attributes:
         name: in log lines, metrics and curves, as `NAME_loss` where a model has several.
-        summed: what is summed, in words.
+        summed: description of what is summed.
         counted: what divides the sum: the key of one of the counts of a batch (`data.batch.Samples.counts`).
         weight: factor of the mean in the objective.
         accuracy: the name under which an evaluation reports the share of hits, of the same count; None measures none.

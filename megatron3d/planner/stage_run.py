@@ -168,7 +168,7 @@ class StageRun:
 
 
 def _arrivals(recorder: StorageRecorder, unit: str, buffer: Tensor) -> tuple[Callable[[], Tensor], Callable[[], None]]:
-    """How to come by the buffer of a parameter of a unit, and what to call when a gradient has been added to it."""
+    """The getter of a parameter's buffer, and the callback for when a gradient has been added to it."""
 
     def buffer_of() -> Tensor:
         recorder.mark(Kind.ARRIVE, unit)

@@ -30,7 +30,7 @@ from megatron3d.zero.unit import FlatUnit, UnitOptions
 
 @dataclass(frozen=True)
 class Owner:
-    """Where a matrix is worked on: positions on the axis that shares state out and on the tensor axis.
+    """Where a matrix is worked on: positions on the axis that shards state and on the tensor axis.
 
     `tp_rank` is None for a matrix that the tensor ranks hold alike: each of them works on its own copy.
     """
@@ -88,7 +88,7 @@ class FullParameters:
         return [place.owned for name in self._stepped for place in self._places[name]]
 
     def add_up(self, shares: Sequence[Tensor]) -> list[Tensor]:
-        """Add up over the ranks that share state out and the tensor ranks; the results are where `shares` are."""
+        """Sum over the ranks that shard state and the tensor ranks; the results are where `shares` are."""
         sums, owned_slices = list(shares), self.owned_slices()
         for axes, numbers in self._by_kind(owned_slices):
             own = torch.cat([shares[number].flatten() for number in numbers])

@@ -41,7 +41,7 @@ class UnitOptions:
     """What all units of a rank share.
 
     Attributes:
-        policy: what the ranks that sum a gradient share out.
+        policy: what the ranks that sum a gradient shard.
         param_dtype: dtype of weights and compute.
         grad_dtype: dtype in which gradients are accumulated and reduced.
         device: where the buffers are.

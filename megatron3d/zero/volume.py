@@ -24,7 +24,7 @@ from megatron3d.zero.policy import Policy
 
 @dataclass(frozen=True)
 class StepVolume:
-    """Collectives over the ranks that share state out, in one step of one rank: how often the whole of its gradients
+    """Collectives over the ranks that shard state, in one step of one rank: how often the whole of its gradients
     is reduced and its weights are gathered, and the bytes of the whole tensors."""
 
     reductions: int

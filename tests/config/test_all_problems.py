@@ -146,7 +146,7 @@ MISTAKES: tuple[tuple[dict[str, str | None], str], ...] = (
     ({"keep-last": "2"}, "--keep-last 2 needs --save"),
     ({"finetune": ""}, "--finetune takes the weights"),
     ({"offload-dir": "d"}, "--offload-dir d is not used"),
-    ({"zero-shard-size": "1"}, "--zero-shard-size 1 shares nothing out"),
+    ({"zero-shard-size": "1"}, "--zero-shard-size 1 shards nothing"),
     ({"optimizer": "adamm"}, "--optimizer adamm is not one of its choices"),
     ({"rotary-percent": "1.5"}, "--rotary-percent 1.5 is outside its range"),
     ({"weight-decay-incr-style": "linear"}, "--weight-decay-incr-style linear needs"),

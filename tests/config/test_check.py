@@ -114,7 +114,7 @@ def test_resolving_twice_is_resolving_once() -> None:
         ),
         ("--tensor-model-parallel-size 4", 2, "start 4 ranks"),
         ("--zero-stage 2 --zero-shard-size 4", 6, "--zero-shard-size 4 does not divide the 6 data-parallel ranks"),
-        ("--zero-shard-size 2", 2, "--zero-shard-size 2 shares nothing out with --zero-stage 0"),
+        ("--zero-shard-size 2", 2, "--zero-shard-size 2 shards nothing with --zero-stage 0"),
         ("--zero-stage 1 --zero-shard-size 0", 2, "it must be at least 1"),
         ("--context-parallel-size 2", 2, "--context-parallel-size 2 is not in this version"),
         ("--expert-model-parallel-size 2", 2, "--expert-model-parallel-size 2 is not in this version"),

@@ -87,7 +87,7 @@ def check(pool: Pool, world_size: int, cases: list[tuple[str, str]]) -> list[lis
 def test_state_is_what_is_allocated_at_every_stage_precision_and_layout(pool: Pool, tmp_path: Path) -> None:
     cases = [("gpt", f"{TINY} --zero-stage {stage} {precision}") for stage, precision in product(range(4), PRECISIONS)]
     for number, (layout, stage) in enumerate(product(LAYOUTS_OF_4[1:], range(4))):
-        if stage or "shard-size" not in layout:  # which shares nothing out at stage 0
+        if stage or "shard-size" not in layout:  # which shards nothing at stage 0
             cases += [("gpt", f"{TINY} {layout} --zero-stage {stage} {PRECISIONS[(number + stage) % 3]}")]
     cases += [("gpt", f"{TINY} {more}") for more in MORE_OF_4]
     cases += [
@@ -102,7 +102,7 @@ def test_state_is_what_is_allocated_at_every_stage_precision_and_layout(pool: Po
     assert all(any(getattr(state, kind) for state in held) for kind in kinds)
 
 
-# Bytes of each parameter with Adam: those that every rank has, and those that N ranks share out.
+# Bytes of each parameter with Adam: those that every rank has, and those that N ranks shard.
 FORMULAS = {
     ("--bf16 --grad-reduce-in-bf16", 1): (4, 16),
     ("--bf16 --grad-reduce-in-bf16", 2): (2, 18),

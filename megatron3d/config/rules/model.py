@@ -178,19 +178,19 @@ def unsupported_parallelism_rule(given: RunConfig, run: RunConfig) -> Iterator[s
 
 
 def zero_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
-    """Groups that share state out are equal parts of the ranks that sum gradients, and there is something to share."""
+    """Ranks that shard state form equal groups of the ranks that sum gradients, and there is state to shard."""
     size, dp = run.parallel.zero_shard_size, run.parallel.data_parallel_size * run.parallel.context_parallel_size
     if size is None:
         return
     if run.parallel.zero_stage == 0:
         yield (
-            f"--zero-shard-size {size} shares nothing out with --zero-stage 0; give --zero-stage 1, 2 or 3, or leave "
+            f"--zero-shard-size {size} shards nothing with --zero-stage 0; give --zero-stage 1, 2 or 3, or leave "
             "it out."
         )
     if dp % size:
         yield (
             f"--zero-shard-size {size} does not divide the {dp} data-parallel ranks; use {_divisors_text(dp)}, or "
-            "leave it out to share out over all of them."
+            "leave it out to shard over all of them."
         )
 
 

@@ -92,7 +92,7 @@ class ParallelConfig:
     zero_stage: int = option(
         0,
         "--zero-stage",
-        "What the data-parallel ranks share out: 0 nothing, 1 the optimizer state, 2 also gradients, 3 also weights.",
+        "What the data-parallel ranks shard: 0 nothing, 1 the optimizer state, 2 also gradients, 3 also weights.",
         choices=(0, 1, 2, 3),
     )
     zero_shard_size: int | None = option(
