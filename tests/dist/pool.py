@@ -12,6 +12,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import sys
 import tempfile
@@ -34,6 +35,9 @@ WORKER_ENVIRONMENT = {
 }
 GRACE_S = 0.1  # How long the other ranks get, after one has failed, to say that they failed too.
 FINISH_TIMEOUT_S = 30.0
+STACK_TIMEOUT_S = 30.0
+# A thread's stack, innermost frame first, down to the worker's own frame, which only the main thread has.
+_STACK = re.compile(rf'^[^\n]*thread 0x.*\n(?:  File .*\n)*?(?=  File "{re.escape(worker.__file__)}")', re.M | re.I)
 
 
 class RankError(AssertionError):
@@ -47,19 +51,19 @@ class _Worker:
     stack_file: Path
 
     def stack(self) -> str:
-        """Where the process is now, as Python sees it, or why that is not known."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGUSR1)
-        deadline = time.monotonic() + 5.0
-        before = ""
+        """Where the process's main thread is now, as Python sees it, or why that is not known."""
+        deadline = time.monotonic() + STACK_TIMEOUT_S
         while time.monotonic() < deadline:
-            # A process that is still starting has made no file yet; one that writes has not written all of it.
+            # The file has its first line once the handler stands. The system may have any thread handle the signal, and
+            # one that is not Python's writes nothing of its own, so all threads are written and the signal is repeated.
             text = self.stack_file.read_text() if self.stack_file.exists() else ""
-            if text.endswith("\n") and "  File " in text and text == before:
-                return text.partition(f'  File "{worker.__file__}"')[0].rstrip()
-            before = text
+            if found := _STACK.search(text):
+                return found[0].rstrip()
+            if text:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.process.pid, signal.SIGUSR1)
             time.sleep(0.05)
-        return "(it gave no stack within 5 s)"
+        return f"(it gave no stack within {STACK_TIMEOUT_S:g} s)"
 
     def kill(self) -> None:
         """End the process now, whatever it is doing."""

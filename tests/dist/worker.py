@@ -58,7 +58,8 @@ def serve(connection: Connection, store_port: int, stack_file: str) -> None:
     gc.freeze()  # What torch's import made stays; looking through it again would cost 50 ms a body.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pool's to handle: it takes the workers down.
     with open(stack_file, "w") as stacks:
-        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        print("SIGUSR1 writes the stacks below", file=stacks, flush=True)
         store = dist.TCPStore("127.0.0.1", store_port, is_master=False, timeout=timedelta(seconds=60))
         try:
             while True:

@@ -213,10 +213,10 @@ def test_a_large_head_takes_layers_off_the_last_stage():
 
 
 def test_a_thousand_layers_are_split_in_time():
-    start = time.perf_counter()
+    start = time.process_time()
     split = split_by_costs([1.0 + (layer % 7) / 10 for layer in range(1000)], 0.1, 5.0, 64)
     assert sum(map(len, split)) == 1000
-    assert time.perf_counter() - start < 10, "dynamic programming over a thousand layers takes about a second"
+    assert time.process_time() - start < 10, "dynamic programming over a thousand layers takes about a second"
 
 
 @pytest.mark.parametrize(
