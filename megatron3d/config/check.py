@@ -11,10 +11,9 @@ from dataclasses import replace
 from megatron3d.config.derive import derive
 from megatron3d.config.rules.bounds import single_option_problems, with_defaults_where_wrong, wrong_options
 from megatron3d.config.rules.doubt import NO_DOUBT, Doubt
-from megatron3d.config.rules.model import MODEL_RULES
-from megatron3d.config.rules.offload import OFFLOAD_RULES
-from megatron3d.config.rules.run import RUN_RULES, required_problems
-from megatron3d.config.rules.tokens import TOKEN_RULES
+from megatron3d.config.rules.model import model_and_layout_problems
+from megatron3d.config.rules.offload import offload_problems
+from megatron3d.config.rules.run import required_problems, run_problems
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
@@ -30,9 +29,12 @@ def check(config: RunConfig, world_size: int, *, doubt: Doubt = NO_DOUBT) -> lis
     doubt = doubt.with_unread(wrong_options(config))
     given = with_defaults_where_wrong(config)
     run = derive(given, world_size)
-    problems = [*required_problems(config)]
-    for rule in (*MODEL_RULES, *OFFLOAD_RULES, *RUN_RULES, *TOKEN_RULES):
-        problems += rule(given, run)
+    problems = [
+        *required_problems(config),
+        *model_and_layout_problems(given, run),
+        *offload_problems(run.parallel, run.optim),
+        *run_problems(given, run),
+    ]
     return [*single_option_problems(config), *(problem for problem in problems if not doubt.explains(problem))]
 
 
@@ -41,7 +43,7 @@ def model_problems(model: ModelConfig) -> list[str]:
     wanted = RunConfig(model=model, train=TrainConfig(micro_batch_size=1))
     given = with_defaults_where_wrong(wanted)
     run = derive(given, 1)
-    return [*single_option_problems(wanted), *(problem for rule in MODEL_RULES for problem in rule(given, run))]
+    return [*single_option_problems(wanted), *model_and_layout_problems(given, run)]
 
 
 def resolve(config: RunConfig, world_size: int) -> RunConfig:

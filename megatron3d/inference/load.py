@@ -16,7 +16,7 @@ from megatron3d.checkpoint.load import load_tensors
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.derive import derive
 from megatron3d.config.rules.bounds import single_option_problems, with_defaults_where_wrong
-from megatron3d.config.rules.model import MODEL_RULES
+from megatron3d.config.rules.model import model_and_layout_problems
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.config.sections.train import TrainConfig
@@ -49,7 +49,7 @@ def generation_config(stored: RunConfig, parallel: ParallelConfig, *, world_size
     )
     given = with_defaults_where_wrong(wanted)
     run = derive(given, world_size)
-    problems = [*single_option_problems(wanted), *(problem for rule in MODEL_RULES for problem in rule(given, run))]
+    problems = [*single_option_problems(wanted), *model_and_layout_problems(given, run)]
     if problems:
         raise ConfigError("\n".join(problems))
     return run

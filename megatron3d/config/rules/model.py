@@ -1,7 +1,7 @@
 """What must hold between the options of the model and of the layout.
 
-Each rule yields sentences. `given` is what the user said (values outside their own range set back to the default),
-`run` the same with all derived values.
+Each rule takes the sections it needs and yields sentences. A section named `given` is as the user gave it (values
+outside their own range set back to the default); one named by what it is has the derived values too, where it matters.
 """
 
 from __future__ import annotations
@@ -10,16 +10,29 @@ import math
 from collections.abc import Callable, Iterator
 
 from megatron3d.config.derive import model_parallel_size
-from megatron3d.config.rules.pipeline import PIPELINE_RULES
+from megatron3d.config.rules.pipeline import pipeline_problems
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 
 
-def attention_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def model_and_layout_problems(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """What no model can be, or cannot be cut into, whichever the run."""
+    yield from attention_rule(given.model, run.model)
+    yield from activation_rule(given.model, run.model)
+    yield from positions_rule(run.model)
+    yield from architecture_rule(given.model, run.model)
+    yield from world_size_rule(run.parallel)
+    yield from tensor_parallel_rule(run.model, run.parallel)
+    yield from pipeline_problems(given.parallel, run.parallel, run.model.num_layers)
+    yield from unsupported_parallelism_rule(run.parallel)
+    yield from zero_rule(run.parallel)
+
+
+def attention_rule(given: ModelConfig, model: ModelConfig) -> Iterator[str]:
     """Heads share the hidden size, groups share the heads, and rotations work on pairs."""
-    model = run.model
     hidden, heads, groups = model.hidden_size, model.num_attention_heads, model.num_query_groups
-    if hidden and heads and given.model.kv_channels is None and hidden % heads:
+    if hidden and heads and given.kv_channels is None and hidden % heads:
         below = hidden // heads * heads
         sizes = f"{below} or {below + heads}" if below else str(heads)
         yield (
@@ -40,28 +53,27 @@ def attention_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
             )
 
 
-def activation_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def activation_rule(given: ModelConfig, model: ModelConfig) -> Iterator[str]:
     """One activation, in an MLP of some width."""
-    model = given.model
     wanted = {
-        "--swiglu": ("swiglu", model.swiglu),
-        "--squared-relu": ("squared_relu", model.squared_relu),
-        "--openai-gelu": ("gelu_tanh", model.openai_gelu),
-        f"--activation {model.activation}": (model.activation, model.activation is not None),
+        "--swiglu": ("swiglu", given.swiglu),
+        "--squared-relu": ("squared_relu", given.squared_relu),
+        "--openai-gelu": ("gelu_tanh", given.openai_gelu),
+        f"--activation {given.activation}": (given.activation, given.activation is not None),
     }
     asked = {flag: activation for flag, (activation, is_given) in wanted.items() if is_given}
     if len(set(asked.values())) > 1:
         yield f"{' and '.join(asked)} ask for different activations; give only one of them."
-    if run.model.ffn_hidden_size == 0:
+    if model.ffn_hidden_size == 0:
         yield (
-            f"--hidden-size {model.hidden_size} with {run.model.activation} gives an MLP of width 0; give "
+            f"--hidden-size {model.hidden_size} with {model.activation} gives an MLP of width 0; give "
             "--ffn-hidden-size."
         )
 
 
-def positions_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def positions_rule(model: ModelConfig) -> Iterator[str]:
     """A sample fits into the positions."""
-    length, positions = run.model.seq_length, run.model.max_position_embeddings
+    length, positions = model.seq_length, model.max_position_embeddings
     if length and positions and length > positions:
         yield (
             f"--seq-length {length} is longer than --max-position-embeddings {positions}; use --seq-length {positions} "
@@ -69,11 +81,10 @@ def positions_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         )
 
 
-def architecture_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def architecture_rule(given: ModelConfig, model: ModelConfig) -> Iterator[str]:
     """Options that belong to one architecture stand with that one."""
-    model = given.model
     if model.architecture == "bert":
-        if run.model.has_binary_head and run.model.num_token_types == 1:
+        if model.has_binary_head and model.num_token_types == 1:
             yield (
                 "--num-token-types 1 cannot tell the two sentences of a sample apart; use 2, 0 for no table at all, or "
                 "--bert-no-binary-head."
@@ -87,17 +98,16 @@ def architecture_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
     used = {
         "--norm-position post": model.norm_position == "post",
         "--bert-no-binary-head": not model.bert_binary_head,
-        f"--num-token-types {model.num_token_types}": bool(model.num_token_types),
+        f"--num-token-types {given.num_token_types}": bool(given.num_token_types),
     }
     for words in (words for words, is_used in used.items() if is_used):
         yield f"{words} means nothing to a GPT; leave it out, or use pretrain_bert.py."
 
 
-def world_size_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def world_size_rule(parallel: ParallelConfig) -> Iterator[str]:
     """The ranks factor into tensor x pipeline x context x data."""
-    size, world = model_parallel_size(run.parallel), run.parallel.world_size
+    size, world = model_parallel_size(parallel), parallel.world_size
     if world % size:
-        parallel = run.parallel
         tp, pp, cp = (
             parallel.tensor_model_parallel_size,
             parallel.pipeline_model_parallel_size,
@@ -113,12 +123,14 @@ def world_size_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         )
 
 
-def tensor_parallel_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def tensor_parallel_rule(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     """Each tensor-parallel rank gets the same number of heads, groups, FFN columns and, if so asked, positions; or an
     equal part of one group's key and value heads."""
-    model, tp = run.model, run.parallel.tensor_model_parallel_size
-    possible = _divisors_text(max(1, _common_size(run)), fits=lambda size: _fits_query_groups(model, size))
-    for option, value in _sizes_cut_by_tensor_parallelism(run).items():
+    tp = parallel.tensor_model_parallel_size
+    sizes = _sizes_cut_by_tensor_parallelism(model, parallel)
+    common = math.gcd(*(value for value in sizes.values() if value))
+    possible = _divisors_text(max(1, common), fits=lambda size: _fits_query_groups(model, size))
+    for option, value in sizes.items():
         if value and value % tp:
             yield (
                 f"{option} {value} is not a multiple of --tensor-model-parallel-size {tp}, which cuts it; use "
@@ -146,25 +158,18 @@ def _fits_query_groups(model: ModelConfig, tp: int) -> bool:
     return tp % groups == 0 and head % (tp // groups) == 0
 
 
-def _sizes_cut_by_tensor_parallelism(run: RunConfig) -> dict[str, int | None]:
-    model: ModelConfig = run.model
+def _sizes_cut_by_tensor_parallelism(model: ModelConfig, parallel: ParallelConfig) -> dict[str, int | None]:
     sizes: dict[str, int | None] = {
         "--num-attention-heads": model.num_attention_heads,
         "--ffn-hidden-size": model.ffn_hidden_size,
     }
-    if run.parallel.sequence_parallel:
+    if parallel.sequence_parallel:
         sizes["--seq-length (with --sequence-parallel)"] = model.seq_length
     return sizes
 
 
-def _common_size(run: RunConfig) -> int:
-    """The number among whose divisors the possible tensor-parallel sizes are."""
-    return math.gcd(*(value for value in _sizes_cut_by_tensor_parallelism(run).values() if value))
-
-
-def unsupported_parallelism_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def unsupported_parallelism_rule(parallel: ParallelConfig) -> Iterator[str]:
     """Degrees of parallelism that are known by name and not in this version."""
-    parallel = given.parallel
     if parallel.context_parallel_size > 1:
         yield (
             f"--context-parallel-size {parallel.context_parallel_size} is not in this version; use 1, and "
@@ -177,12 +182,12 @@ def unsupported_parallelism_rule(given: RunConfig, run: RunConfig) -> Iterator[s
         )
 
 
-def zero_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def zero_rule(parallel: ParallelConfig) -> Iterator[str]:
     """Ranks that shard state form equal groups of the ranks that sum gradients, and there is state to shard."""
-    size, dp = run.parallel.zero_shard_size, run.parallel.data_parallel_size * run.parallel.context_parallel_size
+    size, dp = parallel.zero_shard_size, parallel.data_parallel_size * parallel.context_parallel_size
     if size is None:
         return
-    if run.parallel.zero_stage == 0:
+    if parallel.zero_stage == 0:
         yield (
             f"--zero-shard-size {size} shards nothing with --zero-stage 0; give --zero-stage 1, 2 or 3, or leave "
             "it out."
@@ -200,16 +205,3 @@ def _divisors_text(number: int, *, fits: Callable[[int], bool] = lambda divisor:
     if len(divisors) > 8:
         divisors = [*divisors[:7], f"another divisor of {number}"]
     return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"
-
-
-MODEL_RULES = (
-    attention_rule,
-    activation_rule,
-    positions_rule,
-    architecture_rule,
-    world_size_rule,
-    tensor_parallel_rule,
-    *PIPELINE_RULES,
-    unsupported_parallelism_rule,
-    zero_rule,
-)

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 
 # Optimizers whose update of an element needs that element alone: the others exchange parts of whole matrices between
 # the ranks in every step, which a GPU's collectives cannot do in host memory.
 ELEMENTWISE_OPTIMIZERS = ("adam", "adamw", "sgd", "lion")
 
 
-def offload_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def offload_problems(parallel: ParallelConfig, optim: OptimConfig) -> Iterator[str]:
+    """What does not go together in moving state off the device."""
+    yield from offload_rule(parallel, optim)
+    yield from offload_directory_rule(parallel)
+
+
+def offload_rule(parallel: ParallelConfig, optim: OptimConfig) -> Iterator[str]:
     """Weights go where their state goes; files have a directory; the optimizer can step on the host."""
-    parallel, optimizer = run.parallel, run.optim.optimizer
+    optimizer = optim.optimizer
     states, params = parallel.offload_optimizer, parallel.offload_params
     if states != "none" and optimizer not in ELEMENTWISE_OPTIMIZERS:
         yield (
             f"--offload-optimizer {states} does not go with --optimizer {optimizer}, which works on whole parameters "
             f"across ranks; use --optimizer {', '.join(ELEMENTWISE_OPTIMIZERS)}, or --offload-optimizer none."
         )
-    if states != "none" and run.optim.optimizer_implementation != "torch":
+    if states != "none" and optim.optimizer_implementation != "torch":
         yield (
-            f"--optimizer-implementation {run.optim.optimizer_implementation} updates on a GPU and --offload-optimizer "
+            f"--optimizer-implementation {optim.optimizer_implementation} updates on a GPU and --offload-optimizer "
             f"{states} on the host; use --optimizer-implementation torch, or --offload-optimizer none."
         )
     if params != "none" and parallel.zero_stage != 3:
@@ -39,9 +46,8 @@ def offload_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         yield "--offload-delayed-update delays the update of offloaded state; give --offload-optimizer cpu or nvme."
 
 
-def offload_directory_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def offload_directory_rule(parallel: ParallelConfig) -> Iterator[str]:
     """A directory where there are files, and files where there is a directory."""
-    parallel = run.parallel
     uses_files = "nvme" in (parallel.offload_optimizer, parallel.offload_params)
     if uses_files and parallel.offload_dir is None:
         flag = "--offload-optimizer" if parallel.offload_optimizer == "nvme" else "--offload-params"
@@ -51,6 +57,3 @@ def offload_directory_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
             f"--offload-dir {parallel.offload_dir} is not used, as nothing is offloaded to files; give "
             "--offload-optimizer nvme, or leave it out."
         )
-
-
-OFFLOAD_RULES = (offload_rule, offload_directory_rule)

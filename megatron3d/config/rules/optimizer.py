@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.optim import OptimConfig
 
 _ADAM = ("adam", "adamw")
 
 
-def decoupling_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def decoupling_rule(optim: OptimConfig) -> Iterator[str]:
     """Only Adam has two ways of decaying weights, and AdamW is one of them."""
-    optim = run.optim
     if not optim.decoupled_weight_decay and optim.optimizer != "adam":
         yield (
             f"--no-decoupled-weight-decay adds the decay to the gradient of Adam, and --optimizer {optim.optimizer} "
@@ -19,9 +18,8 @@ def decoupling_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         )
 
 
-def moments_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def moments_rule(optim: OptimConfig) -> Iterator[str]:
     """A moment that is to be kept in bf16 exists, and whoever keeps it can."""
-    optim = run.optim
     scalar = optim.muon_scalar_optimizer if optim.optimizer == "muon" else optim.optimizer
     for flag, dtype, owners in (
         ("--exp-avg-dtype", optim.exp_avg_dtype, (*_ADAM, "lamb", "lion")),
@@ -39,16 +37,12 @@ def moments_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
             )
 
 
-def implementation_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def implementation_rule(optim: OptimConfig, device: str | None) -> Iterator[str]:
     """Other implementations exist for Adam, and on GPUs."""
-    optim = run.optim
     if optim.optimizer_implementation == "torch":
         return
     chosen = f"--optimizer-implementation {optim.optimizer_implementation}"
     if optim.optimizer not in _ADAM:
         yield f"{chosen} is an Adam, and --optimizer is {optim.optimizer}; use torch, or --optimizer adam."
-    if run.parallel.device == "cpu":
+    if device == "cpu":
         yield f"{chosen} runs on GPUs only, and --device is cpu; use torch, or --device cuda."
-
-
-OPTIMIZER_RULES = (decoupling_rule, moments_rule, implementation_rule)

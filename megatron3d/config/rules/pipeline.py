@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.parallel import PIPELINE_SCHEDULES
+from megatron3d.config.sections.parallel import PIPELINE_SCHEDULES, ParallelConfig
 
 
-def schedule_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def pipeline_problems(given: ParallelConfig, parallel: ParallelConfig, layers: int | None) -> Iterator[str]:
+    """What does not go together in the cut along the depth of so many layers, if that number is known."""
+    yield from schedule_rule(given, parallel)
+    yield from virtual_stages_rule(given, layers)
+    yield from split_rule(given)
+    yield from stages_filled_rule(parallel, layers)
+
+
+def schedule_rule(given: ParallelConfig, parallel: ParallelConfig) -> Iterator[str]:
     """The order of work is known, and only what takes a group size or a memory limit is given one."""
-    parallel = run.parallel
     order = parallel.pipeline_schedule
     if order is not None and ":" not in order and order not in PIPELINE_SCHEDULES:
         yield (
@@ -21,22 +27,21 @@ def schedule_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
             "module:function for an order of your own."
         )
     group = parallel.microbatch_group_size_per_virtual_pipeline_stage
-    named = given.parallel.pipeline_schedule
+    named = given.pipeline_schedule
     if group is not None and named not in ("interleaved", None):
         yield (
             f"--microbatch-group-size-per-virtual-pipeline-stage {group} is for --pipeline-schedule interleaved, but "
             f"the schedule is {named}; drop one of the two."
         )
-    if given.parallel.pipeline_memory_limit_gb is not None and order != "auto":
+    if given.pipeline_memory_limit_gb is not None and order != "auto":
         yield (
-            f"--pipeline-memory-limit-gb {given.parallel.pipeline_memory_limit_gb:g} is for --pipeline-schedule auto, "
+            f"--pipeline-memory-limit-gb {given.pipeline_memory_limit_gb:g} is for --pipeline-schedule auto, "
             f"which chooses by it, but the schedule is {order}; drop one of the two."
         )
 
 
-def virtual_stages_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def virtual_stages_rule(parallel: ParallelConfig, layers: int | None) -> Iterator[str]:
     """The number of stages per rank is said once, and its layers divide."""
-    parallel, layers = given.parallel, run.model.num_layers
     ranks, each = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
     asked = {
         "--num-layers-per-virtual-pipeline-stage": each,
@@ -53,9 +58,8 @@ def virtual_stages_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         )
 
 
-def split_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def split_rule(parallel: ParallelConfig) -> Iterator[str]:
     """Layers go to stages by one rule: written out, by cost, or evenly with what the ends are given."""
-    parallel = given.parallel
     ways = {
         "--pipeline-model-parallel-layout": parallel.pipeline_model_parallel_layout,
         "--pipeline-split-costs": parallel.pipeline_split_costs,
@@ -69,13 +73,12 @@ def split_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
     chosen = [option for option, value in ways.items() if value is not None]
     if chosen and (others := [*chosen[1:], *(option for option, value in ends.items() if value is not None)]):
         yield f"{chosen[0]} and {' and '.join(others)} both say how layers are split; give only one of them."
-    yield from _end_stage_problems(given)
+    yield from _end_stage_problems(parallel)
 
 
-def stages_filled_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def stages_filled_rule(parallel: ParallelConfig, layers: int | None) -> Iterator[str]:
     """Every stage of an even split gets a layer."""
-    parallel = run.parallel
-    layers, stages = run.model.num_layers, parallel.pipeline_model_parallel_size * (parallel.virtual_stages or 1)
+    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_stages or 1)
     if not layers or parallel.pipeline_model_parallel_layout or parallel.pipeline_split_costs:
         return
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
@@ -105,9 +108,8 @@ def stages_filled_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         )
 
 
-def _end_stage_problems(given: RunConfig) -> Iterator[str]:
+def _end_stage_problems(parallel: ParallelConfig) -> Iterator[str]:
     """An end of the pipeline is fixed or worked out, not both."""
-    parallel = given.parallel
     ends = (
         (
             "first",
@@ -123,6 +125,3 @@ def _end_stage_problems(given: RunConfig) -> Iterator[str]:
                 f"--decoder-{end}-pipeline-num-layers {fixed} already fixes what --account-for-{part}-in-pipeline-"
                 "split would work out; give only one of the two."
             )
-
-
-PIPELINE_RULES = (schedule_rule, virtual_stages_rule, split_rule, stages_filled_rule)

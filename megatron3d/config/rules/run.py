@@ -1,7 +1,7 @@
 """What must hold between the options of training, the optimizer, the data and the checkpoints.
 
-Each rule yields sentences. `given` is what the user said (values outside their own range set back to the default),
-`run` the same with all derived values.
+Each rule takes the sections it needs and yields sentences. A section named `given` is as the user gave it (values
+outside their own range set back to the default); one named by what it is has the derived values too, where it matters.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ from collections.abc import Iterator
 from megatron3d.config.batch_size import batch_size_at, parse_step_schedule
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.options import BY_NAME
-from megatron3d.config.rules.optimizer import OPTIMIZER_RULES
+from megatron3d.config.rules.optimizer import decoupling_rule, implementation_rule, moments_rule
 from megatron3d.config.rules.tokenizer import tokenizer_rule
+from megatron3d.config.rules.tokens import accumulation_rule, tokens_rule
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.checkpoint import CheckpointConfig
+from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import ConfigError
 
 _REQUIRED = "num_layers hidden_size num_attention_heads seq_length micro_batch_size lr"
@@ -32,9 +38,28 @@ def required_problems(config: RunConfig) -> Iterator[str]:
         yield "--train-iters is missing, and so is --train-samples: the run has no length; give one of them."
 
 
-def length_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def run_problems(given: RunConfig, run: RunConfig) -> Iterator[str]:
+    """What does not go together in the training of a model."""
+    train, optim, seq_length = given.train, given.optim, given.model.seq_length
+    yield from length_rule(train, optim)
+    yield from steps_rule(run.train, run.parallel.data_parallel_size)
+    yield from batch_rule(train, run.parallel, seq_length)
+    yield from learning_rate_rule(run.optim, by_samples=run.train.train_samples is not None)
+    yield from weight_decay_rule(optim)
+    yield from precision_rule(optim)
+    yield from decoupling_rule(optim)
+    yield from moments_rule(optim)
+    yield from implementation_rule(optim, run.parallel.device)
+    yield from recompute_rule(train, run.train)
+    yield from data_rule(run.data)
+    yield from tokenizer_rule(given.data, run.data, given.model.vocab_size)
+    yield from checkpoint_rule(given.checkpoint)
+    yield from tokens_rule(train, optim, seq_length)
+    yield from accumulation_rule(train, run.parallel)
+
+
+def length_rule(train: TrainConfig, optim: OptimConfig) -> Iterator[str]:
     """Iterations and samples exclude each other, in the length of the run and of its schedules."""
-    train = given.train
     if train.train_iters is not None and train.train_samples is not None:
         yield (
             f"--train-iters {train.train_iters} and --train-samples {train.train_samples} both set the length of the "
@@ -53,7 +78,7 @@ def length_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
     mine, other = ("samples", "iters") if by_samples else ("iters", "samples")
     for kind in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
         option = BY_NAME[f"{kind}_{other}"]
-        value = option.value_in(given)
+        value = vars(optim)[option.name]
         if value:
             yield (
                 f"{option.spelling} {value} counts {'iterations' if other == 'iters' else other}, but the run is given "
@@ -61,12 +86,11 @@ def length_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
             )
 
 
-def steps_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def steps_rule(train: TrainConfig, data_parallel_size: int) -> Iterator[str]:
     """The run can make a step, and what it is to skip are iterations."""
-    train, dp = run.train, run.parallel.data_parallel_size
     if train.train_samples is not None and train.train_iters is None and train.global_batch_size:
         try:
-            first = batch_size_at(train, 0, dp)
+            first = batch_size_at(train, 0, data_parallel_size)
         except (ValueError, ZeroDivisionError):
             first = 0  # a malformed ramp, which has its own sentence
         if train.train_samples < first:
@@ -82,9 +106,8 @@ def steps_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         )
 
 
-def learning_rate_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def learning_rate_rule(optim: OptimConfig, *, by_samples: bool) -> Iterator[str]:
     """The learning rate rises and falls within its bounds and its length."""
-    optim = run.optim
     if optim.lr is not None and optim.min_lr > optim.lr:
         yield (
             f"--min-lr {optim.min_lr:g} is above --lr {optim.lr:g}, from which the rate decays; use --min-lr up to "
@@ -95,7 +118,7 @@ def learning_rate_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
             f"--lr-warmup-init {optim.lr_warmup_init:g} is above --lr {optim.lr:g}, to which it rises; use a value "
             f"up to {optim.lr:g}."
         )
-    unit = "samples" if run.train.train_samples is not None else "iters"
+    unit = "samples" if by_samples else "iters"
     warmup = optim.lr_warmup_samples if unit == "samples" else optim.lr_warmup_iters
     decay = optim.lr_decay_samples if unit == "samples" else optim.lr_decay_iters
     if warmup and optim.lr_warmup_fraction is not None:
@@ -108,23 +131,22 @@ def learning_rate_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
             f"--lr-warmup-{unit} {warmup} is not shorter than the decay of {decay} {unit} (--lr-decay-{unit} or "
             f"--train-{unit}); use a warm-up under {decay}, or a longer decay."
         )
-    yield from _wsd_problems(run, unit, decay)
+    yield from _wsd_problems(optim, unit, decay)
 
 
-def _wsd_problems(run: RunConfig, unit: str, decay: int | None) -> Iterator[str]:
-    last_phase = run.optim.lr_wsd_decay_samples if unit == "samples" else run.optim.lr_wsd_decay_iters
-    if run.optim.lr_decay_style == "WSD" and last_phase is None:
+def _wsd_problems(optim: OptimConfig, unit: str, decay: int | None) -> Iterator[str]:
+    last_phase = optim.lr_wsd_decay_samples if unit == "samples" else optim.lr_wsd_decay_iters
+    if optim.lr_decay_style == "WSD" and last_phase is None:
         tenth = f", such as {max(1, decay // 10)}" if decay else ""
         yield f"--lr-decay-style WSD needs the length of its last phase; give --lr-wsd-decay-{unit}{tenth}."
-    if run.optim.lr_decay_style == "WSD" and last_phase and decay and last_phase > decay:
+    if optim.lr_decay_style == "WSD" and last_phase and decay and last_phase > decay:
         yield (
             f"--lr-wsd-decay-{unit} {last_phase} is longer than the whole decay of {decay} {unit}; use at most {decay}."
         )
 
 
-def weight_decay_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def weight_decay_rule(optim: OptimConfig) -> Iterator[str]:
     """A weight-decay schedule has both ends and rises; a constant decay has none."""
-    optim = given.optim
     start, end = optim.start_weight_decay, optim.end_weight_decay
     if optim.weight_decay_incr_style == "constant" and (start is not None or end is not None):
         yield (
@@ -140,9 +162,8 @@ def weight_decay_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         yield f"--start-weight-decay {start:g} is above --end-weight-decay {end:g}; the decay rises, so swap them."
 
 
-def precision_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def precision_rule(optim: OptimConfig) -> Iterator[str]:
     """One compute precision, and a loss scale that can move."""
-    optim = given.optim
     if optim.bf16 and optim.fp16:
         yield "--bf16 and --fp16 are both given, but the layers compute in one precision; give only one of them."
     if optim.min_loss_scale > optim.initial_loss_scale:
@@ -152,18 +173,18 @@ def precision_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         )
 
 
-def batch_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def batch_rule(train: TrainConfig, parallel: ParallelConfig, seq_length: int | None) -> Iterator[str]:
     """Every global batch splits into whole microbatches on every data-parallel rank."""
-    micro = run.train.micro_batch_size
+    micro = train.micro_batch_size
     if not micro:
         return
     # Ranks that do not factor have no data-parallel size; a multiple of the micro-batch is needed at any.
-    factors = run.parallel.world_size % model_parallel_size(run.parallel) == 0
-    dp = run.parallel.data_parallel_size if factors else 1
-    batch = given.train.global_batch_size
+    factors = parallel.world_size % model_parallel_size(parallel) == 0
+    dp = parallel.data_parallel_size if factors else 1
+    batch = train.global_batch_size
     if batch and batch % (micro * dp):
         yield _batch_sentence(batch, micro, dp, f" x data-parallel {dp} = {micro * dp}" if factors else "")
-    yield from _ramp_problems(given, micro * dp, batch or micro * dp)
+    yield from _ramp_problems(train, seq_length, micro * dp, batch or micro * dp)
 
 
 def _batch_sentence(batch: int, micro: int, dp: int, product: str) -> str:
@@ -177,9 +198,8 @@ def _batch_sentence(batch: int, micro: int, dp: int, product: str) -> str:
     return f"--global-batch-size {batch} is not a multiple of micro-batch {micro}{product}; use {sizes}{other}."
 
 
-def _ramp_problems(given: RunConfig, at_once: int, batch: int) -> Iterator[str]:
+def _ramp_problems(train: TrainConfig, seq_length: int | None, at_once: int, batch: int) -> Iterator[str]:
     """A ramp of batch sizes, by either option, takes only sizes that split."""
-    train = given.train
     if train.rampup_batch_size and train.step_batch_size_schedule:
         yield (
             f"--rampup-batch-size {' '.join(train.rampup_batch_size)} and --step-batch-size-schedule "
@@ -187,9 +207,9 @@ def _ramp_problems(given: RunConfig, at_once: int, batch: int) -> Iterator[str]:
         )
     if train.rampup_batch_size:
         yield from _rampup_problems(train.rampup_batch_size, at_once, batch)
-    if train.step_batch_size_schedule and given.model.seq_length:
+    if train.step_batch_size_schedule and seq_length:
         try:
-            levels = parse_step_schedule(train.step_batch_size_schedule, given.model.seq_length)
+            levels = parse_step_schedule(train.step_batch_size_schedule, seq_length)
         except ConfigError as error:
             yield str(error)
             return
@@ -228,32 +248,30 @@ def _rampup_problems(words: tuple[str, ...], at_once: int, batch: int) -> Iterat
         )
 
 
-def recompute_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def recompute_rule(given: TrainConfig, train: TrainConfig) -> Iterator[str]:
     """Method and number of layers belong to full recomputation."""
-    train = given.train
-    granularity = run.train.recompute_granularity
-    if train.recompute_activations and train.recompute_granularity == "full":
+    granularity = train.recompute_granularity
+    if given.recompute_activations and given.recompute_granularity == "full":
         yield (
             "--recompute-activations asks for selective recomputation and --recompute-granularity for full; "
             "give only one of them."
         )
-    if train.recompute_method is not None and granularity == "selective":
+    if given.recompute_method is not None and granularity == "selective":
         yield (
-            f"--recompute-method {train.recompute_method} needs --recompute-granularity full, not selective; change "
+            f"--recompute-method {given.recompute_method} needs --recompute-granularity full, not selective; change "
             "one or drop it."
         )
-    if train.recompute_num_layers is not None and granularity != "full":
+    if given.recompute_num_layers is not None and granularity != "full":
         yield (
-            f"--recompute-num-layers {train.recompute_num_layers} has no meaning without --recompute-granularity full; "
+            f"--recompute-num-layers {given.recompute_num_layers} has no meaning without --recompute-granularity full; "
             "give that, or drop it."
         )
-    if run.train.recompute_method == "block" and granularity == "full" and train.recompute_num_layers is None:
+    if train.recompute_method == "block" and granularity == "full" and given.recompute_num_layers is None:
         yield "--recompute-method block needs --recompute-num-layers, the layers of each stage to recompute; give it."
 
 
-def data_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def data_rule(data: DataConfig) -> Iterator[str]:
     """There is exactly one source of training tokens, and a split with something to train on."""
-    data = given.data
     sources = {
         "--data-path": data.data_path,
         "--train-data-path, --valid-data-path or --test-data-path": data.train_data_path
@@ -269,7 +287,7 @@ def data_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
         yield f"{' and '.join(named)} are different sources of data; give only one of them."
     elif "--train" in named[0] and not data.train_data_path:
         yield "--valid-data-path or --test-data-path is given without --train-data-path; give the training data too."
-    yield from _split_problems(run.data.split)
+    yield from _split_problems(data.split)
 
 
 def _split_problems(split: str) -> Iterator[str]:
@@ -283,12 +301,11 @@ def _split_problems(split: str) -> Iterator[str]:
         yield f"--split {split} leaves nothing to train on; give training, the first share, more than 0."
 
 
-def checkpoint_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def checkpoint_rule(checkpoint: CheckpointConfig) -> Iterator[str]:
     """What is saved has a place, and what is loaded has one too."""
-    checkpoint = given.checkpoint
     if checkpoint.save is None:
         for name in ("keep_last", "save_retain_interval"):
-            option, value = BY_NAME[name].spelling, BY_NAME[name].value_in(given)
+            option, value = BY_NAME[name].spelling, vars(checkpoint)[name]
             if value is not None:
                 yield f"{option} {value} needs --save, the directory of checkpoints; give it, or drop {option}."
     retain, interval = checkpoint.save_retain_interval, checkpoint.save_interval
@@ -321,18 +338,3 @@ def checkpoint_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
 def _directories_of(load: str) -> tuple[str, str]:
     """What --load may name: a directory of checkpoints, or one of them in such a directory."""
     return os.path.realpath(load), os.path.dirname(os.path.realpath(load))
-
-
-RUN_RULES = (
-    length_rule,
-    steps_rule,
-    batch_rule,
-    learning_rate_rule,
-    weight_decay_rule,
-    precision_rule,
-    *OPTIMIZER_RULES,
-    recompute_rule,
-    data_rule,
-    tokenizer_rule,
-    checkpoint_rule,
-)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 
 from megatron3d.config.options import BY_NAME
-from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.data import DataConfig
 
 _FILES = ("vocab_file", "merge_file", "tokenizer_model")
 _FILES_OF_KIND = {
@@ -24,38 +24,37 @@ _FILES_OF_KIND = {
 }
 
 
-def tokenizer_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def tokenizer_rule(given: DataConfig, data: DataConfig, vocab_size: int | None) -> Iterator[str]:
     """The vocabulary comes from somewhere, and the options name one tokenizer."""
-    data = run.data
     if data.tokenizer_type is None and data.tokenizer_model is not None:
         yield (
             f"--tokenizer-model {data.tokenizer_model} is given without --tokenizer-type, so it is not known how to "
             "read it; give --tokenizer-type, for a directory of Hugging Face HuggingFaceTokenizer."
         )
-    elif data.tokenizer_type is None and given.model.vocab_size is None:
+    elif data.tokenizer_type is None and vocab_size is None:
         yield (
             "The size of the vocabulary is unknown; name the tokenizer by --tokenizer-type with its files, or give "
             "--vocab-size."
         )
     for name in _FILES_OF_KIND.get(data.tokenizer_type or "", ()):
-        option = BY_NAME[name]
-        if option.value_in(run) is None:
-            yield f"--tokenizer-type {data.tokenizer_type} reads {option.spelling}, which is not given; name the file."
-    yield from _second_tokenizer(given, run)
-    if data.tokenizer_type == "NullTokenizer" and given.model.vocab_size is None:
+        if vars(data)[name] is None:
+            flag = BY_NAME[name].spelling
+            yield f"--tokenizer-type {data.tokenizer_type} reads {flag}, which is not given; name the file."
+    yield from _second_tokenizer(given, data)
+    if data.tokenizer_type == "NullTokenizer" and vocab_size is None:
         yield "--tokenizer-type NullTokenizer needs --vocab-size, the number of token ids in the data; give it."
 
 
-def _second_tokenizer(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def _second_tokenizer(given: DataConfig, data: DataConfig) -> Iterator[str]:
     """Files of another kind than the one that is used. Kinds without files have no second tokenizer beside them."""
-    kind = run.data.tokenizer_type or ""
-    used = {name: vars(run.data)[name] for name in _FILES_OF_KIND.get(kind, ()) if vars(run.data)[name]}
+    kind = data.tokenizer_type or ""
+    used = {name: vars(data)[name] for name in _FILES_OF_KIND.get(kind, ()) if vars(data)[name]}
     if not used:
         return
     chosen = " ".join(f"{BY_NAME[name].spelling} {value}" for name, value in used.items())
-    chosen = f"--tokenizer-type {kind} {chosen}" if given.data.tokenizer_type else f"{chosen} (a {kind})"
+    chosen = f"--tokenizer-type {kind} {chosen}" if given.tokenizer_type else f"{chosen} (a {kind})"
     for name in _FILES:
-        value = vars(run.data)[name]
+        value = vars(data)[name]
         if value and name not in used and not (kind == "HuggingFaceTokenizer" and _lies_in(value, used)):
             yield (
                 f"{chosen} and {BY_NAME[name].spelling} {value} name two tokenizers, of which one can be used; "

@@ -8,40 +8,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron3d.config.derive import model_parallel_size
-from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.train import TrainConfig
 
 
-def tokens_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def tokens_rule(train: TrainConfig, optim: OptimConfig, seq_length: int | None) -> Iterator[str]:
     """Tokens are samples of --seq-length: they go with a run in samples, and say what samples say."""
-    train, optim = given.train, given.optim
     for name, tokens in (("decay", optim.lr_decay_tokens), ("warmup", optim.lr_warmup_tokens)):
         if tokens is not None and train.train_iters is not None:
             yield (
                 f"--lr-{name}-tokens {tokens} counts tokens, but the run is given by --train-iters; use "
                 f"--lr-{name}-iters, or --train-tokens."
             )
-    length = given.model.seq_length
-    if not length:
+    if not seq_length:
         return
     for name, tokens, samples in (
         ("decay", optim.lr_decay_tokens, optim.lr_decay_samples),
         ("warmup", optim.lr_warmup_tokens, optim.lr_warmup_samples),
     ):
-        if tokens is not None and samples and samples != max(1, round(tokens / length)):
+        if tokens is not None and samples and samples != max(1, round(tokens / seq_length)):
             yield (
-                f"--lr-{name}-tokens {tokens} and --lr-{name}-samples {samples} (of {length} tokens) differ; give "
+                f"--lr-{name}-tokens {tokens} and --lr-{name}-samples {samples} (of {seq_length} tokens) differ; give "
                 "only one of them."
             )
 
 
-def accumulation_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def accumulation_rule(train: TrainConfig, parallel: ParallelConfig) -> Iterator[str]:
     """Accumulation steps say the global batch, which is not said otherwise."""
-    train, dp = given.train, run.parallel.data_parallel_size
+    dp = parallel.data_parallel_size
     steps, micro, batch = train.gradient_accumulation_steps, train.micro_batch_size, train.global_batch_size
     if steps is None:
         return
     # Ranks that do not factor have no data-parallel size, but some whole size would have to fit.
-    if run.parallel.world_size % model_parallel_size(run.parallel) and micro and batch:
+    if parallel.world_size % model_parallel_size(parallel) and micro and batch:
         dp = max(1, batch // (micro * steps))
     if train.rampup_batch_size or train.step_batch_size_schedule:
         yield (
@@ -53,6 +53,3 @@ def accumulation_rule(given: RunConfig, run: RunConfig) -> Iterator[str]:
             f"--global-batch-size {batch} is not micro-batch {micro} x data-parallel {dp} x "
             f"--gradient-accumulation-steps {steps} = {micro * dp * steps}; give only one of the two options."
         )
-
-
-TOKEN_RULES = (tokens_rule, accumulation_rule)
