@@ -10,5 +10,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["megatron3d", "megatron3d.*"]), *find_packages("kernels")],
     package_dir={"megatron3d": "megatron3d", "megatron3d_kernels": "kernels/megatron3d_kernels"},
-    package_data={"megatron3d": ["py.typed"], "megatron3d_kernels": ["py.typed"]},
+    package_data={"megatron3d": ["py.typed", "config/foreign/*.toml"], "megatron3d_kernels": ["py.typed"]},
 )

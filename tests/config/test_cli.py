@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from megatron3d.config.cli import parse_args
-from megatron3d.config.foreign.megatron import ACCEPTED, REFUSED, SYNONYMS, accepted, refused
+from megatron3d.config.foreign.megatron import MEGATRON
 from megatron3d.config.options import BY_SPELLING, OPTIONS
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
@@ -252,13 +252,13 @@ def test_a_refused_flag_is_accepted_at_the_value_that_asks_for_what_is_done_anyw
 
 
 def test_each_foreign_flag_has_one_fate_and_is_none_of_our_options() -> None:
-    listed = [flag for row in ACCEPTED for words in (row.switches, row.valued, row.lists) for flag in words.split()]
-    listed += [flag for row in REFUSED for flag in row.flags.split()]
-    listed += list(SYNONYMS)
+    listed = [flag for row in MEGATRON.accepted for flag in (*row.switches, *row.valued, *row.lists)]
+    listed += [flag for row in MEGATRON.refused for flag in row.flags]
+    listed += list(MEGATRON.synonyms)
     assert len(listed) == len(set(listed))
     for flag in listed:
-        fates = [flag in BY_SPELLING, flag in SYNONYMS, accepted(flag) is not None, refused(flag) is not None]
-        assert sum(fates) == 1, flag
+        is_accepted, is_refused = MEGATRON.reason_and_arity(flag) is not None, MEGATRON.instead_of(flag) is not None
+        assert sum([flag in BY_SPELLING, flag in MEGATRON.synonyms, is_accepted, is_refused]) == 1, flag
 
 
 def test_choices_and_numbers_are_checked_with_the_value_named() -> None:

@@ -11,7 +11,7 @@ from megatron3d.config.check import check
 from megatron3d.config.cli import read_command, settle
 from megatron3d.config.foreign.flags import contradictions, judge, option_meant
 from megatron3d.config.foreign.forks import FORK_ACCEPTED, FORK_REFUSED, FORK_SYNONYMS, fork_accepted, fork_refused
-from megatron3d.config.foreign.megatron import REFUSED, SYNONYMS, accepted, refused
+from megatron3d.config.foreign.megatron import MEGATRON
 from megatron3d.config.foreign.names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
 from megatron3d.config.options import BY_SPELLING
 from megatron3d.config.run import RunConfig
@@ -94,14 +94,15 @@ def test_epochs_of_megatron_are_refused_with_what_gives_the_length_here() -> Non
 
 
 def test_the_tables_of_names_lead_to_flags_that_exist_and_hide_none() -> None:
-    known = {*BY_SPELLING, *SYNONYMS}
+    known = {*BY_SPELLING, *MEGATRON.synonyms}
     assert {flag for flag in OPTION_BY_FOREIGN_NAME.values() if flag not in known} == set()
     names = [*OPTION_BY_FOREIGN_NAME, *ADVICE_BY_FOREIGN_NAME]
     assert len(names) == len(set(names))
     assert not set(names) & {plain_name(flag) for flag in known}
-    refused_by_name = {flag for row in REFUSED for flag in row.flags.split()}
+    refused_by_name = {flag for row in MEGATRON.refused for flag in row.flags}
     for flag in (f"--{name}" for name in names):
-        assert accepted(flag) is None and fork_accepted(flag) is None and fork_refused(flag) is None, flag
+        assert MEGATRON.reason_and_arity(flag) is None, flag
+        assert fork_accepted(flag) is None and fork_refused(flag) is None, flag
         assert flag not in refused_by_name
 
 
@@ -111,8 +112,8 @@ def test_each_flag_of_the_forks_has_one_fate() -> None:
     listed += list(FORK_SYNONYMS)
     assert len(listed) == len(set(listed))
     for flag in listed:
-        megatron = (flag in BY_SPELLING, flag in SYNONYMS, accepted(flag) is not None, refused(flag) is not None)
-        assert not any(megatron), flag
+        assert flag not in BY_SPELLING and flag not in MEGATRON.synonyms, flag
+        assert MEGATRON.reason_and_arity(flag) is None and MEGATRON.instead_of(flag) is None, flag
 
 
 # --- Megatron-DeepSpeed -----------------------------------------------------------------------------------------------

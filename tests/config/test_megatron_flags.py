@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from megatron3d.config.check import check
 from megatron3d.config.cli import parse_args
-from megatron3d.config.foreign.megatron_accepted import ACCEPTED, Accepted
+from megatron3d.config.foreign.flag_table import Accepted, read_flag_table
+from megatron3d.config.foreign.megatron import MEGATRON
 from megatron3d.config.options import BY_SPELLING
 from megatron3d.errors import ConfigError
 
@@ -42,7 +44,33 @@ LOSES_NOTHING = {
     "--disable-log-loss-scale-to-tensorboard": "report",
     "--one-logger-entity": "report",  # of a service to which nothing is sent
 }
-ROWS = {flag: row for row in ACCEPTED for text in (row.switches, row.valued, row.lists) for flag in text.split()}
+ROWS = {flag: row for row in MEGATRON.accepted for flag in (*row.switches, *row.valued, *row.lists)}
+
+THEIRS = Path(__file__).with_name("megatron_lm_flags.txt").read_text().splitlines()
+
+# A table in which nothing is wrong, for one thing at a time to be broken.
+TABLE = """
+[source]
+repository = "https://somewhere"
+file = "arguments.py"
+version = "1"
+commit = "abc"
+date = 2026-01-01
+[[synonym]]
+flag = "--same"
+sets = { "model.num_layers" = 2 }
+[harmless_values]
+"--other" = "0"
+[[accepted]]
+kind = "how"
+reason = "it is done in another way"
+switches = ["--one"]
+lists = ["--some"]
+[[refused]]
+instead = "leave it out"
+flags = ["--other"]
+prefixes = ["--family-"]
+"""
 
 
 def parse(words: str) -> list[str]:
@@ -57,11 +85,55 @@ def test_a_flag_that_sounds_like_something_to_count_on_is_accepted_for_a_stated_
     assert ROWS[flag].kind == LOSES_NOTHING.get(flag), f"who gives {flag} counts on it: build it, or refuse it"
 
 
+def test_every_flag_of_the_version_that_the_table_follows_is_an_option_or_has_a_row() -> None:
+    source = MEGATRON.source
+    title, *flags = THEIRS
+    assert title == f"# Flags of Megatron-LM {source.version}, commit {source.commit} ({source.date})."
+    assert len(flags) > 800 and "--num-layers" in flags
+    known = {*BY_SPELLING, *MEGATRON.synonyms, "--help"}
+    without_row = [flag for flag in flags if flag not in known and not MEGATRON.reason_and_arity(flag)]
+    assert [flag for flag in without_row if not MEGATRON.instead_of(flag)] == []
+
+
+def test_a_table_is_read_with_the_number_of_values_of_each_flag(tmp_path: Path) -> None:
+    (file := tmp_path / "flags.toml").write_text(TABLE)
+    table = read_flag_table(file)
+    assert dict(table.synonyms["--same"]) == {("model", "num_layers"): 2}
+    assert table.reason_and_arity("--some") == ("it is done in another way", "*")
+    assert (table.instead_of("--family-name"), table.instead_of("--one")) == ("leave it out", None)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "problem"),
+    [
+        ('version = "1"\n', "", "a row of source has no version"),
+        ("2026-01-01", '"today"', "date = 'today' does not belong into a row of source"),
+        ("model.num_layers", "model.depth", "--same sets model.depth, which is no option"),
+        (
+            'num_layers" = 2',
+            'num_layers" = 2.5',
+            "--same sets model.num_layers: --num-layers 2.5 is not a whole number",
+        ),
+        ('"how"', '"so"', "kind 'so' of 'it is done in another way' is not one of how, done, report"),
+        ('["--one"]', '["--other"]', "--other is listed 2 times"),
+        ('["--one"]', '["--one --two"]', "'--one --two' is not a flag"),
+        ("switches =", "switch =", "switch = ['--one'] does not belong into a row of accepted"),
+        ("[harmless_values]", "[harmless]", "its parts are accepted, harmless, refused"),
+    ],
+)
+def test_a_broken_table_is_refused_with_what_is_wrong(tmp_path: Path, right: str, wrong: str, problem: str) -> None:
+    assert right in TABLE
+    (file := tmp_path / "flags.toml").write_text(TABLE.replace(right, wrong))
+    with pytest.raises(ValueError, match=r"flags\.toml cannot be used") as refused:
+        read_flag_table(file)
+    assert problem in str(refused.value)
+
+
 def test_no_reason_is_stated_for_a_flag_that_is_gone() -> None:
     assert LOSES_NOTHING.keys() <= ROWS.keys()
 
 
-@pytest.mark.parametrize("row", ACCEPTED, ids=lambda row: row.reason[:40])
+@pytest.mark.parametrize("row", MEGATRON.accepted, ids=lambda row: row.reason[:40])
 def test_options_that_a_sentence_names_exist(row: Accepted) -> None:
     named = [word.rstrip(".,;)") for word in row.reason.split() if word.startswith("--")]
     assert [word for word in named if word not in BY_SPELLING] == []
@@ -77,7 +149,9 @@ def test_the_special_tokens_of_preprocessing_are_accepted_in_training() -> None:
         parse("--tokenizer-hf-no-use-fast")
 
 
-@pytest.mark.parametrize("row", [row for row in ACCEPTED if row.kind == "report"], ids=lambda row: row.reason[:40])
+@pytest.mark.parametrize(
+    "row", [row for row in MEGATRON.accepted if row.kind == "report"], ids=lambda row: row.reason[:40]
+)
 def test_a_flag_that_asks_for_a_report_says_what_is_reported(row: Accepted) -> None:
     """No sentence stands for a whole list of unlike flags: it names where to look, or what there is."""
     sources = ("--metrics-file", "--profile-pipeline", "TensorBoard", "run.json", "line", "norm", "rates", "energy")

@@ -1,6 +1,6 @@
 """The fate of words that are no option of ours: what they set, what is said of them, and which are mistakes.
 
-A flag of Megatron-LM or one of its forks has its fate in a table (`megatron.py`, `forks.py`). Any other word
+A flag of Megatron-LM or one of its forks has its fate in a table (`megatron_flags.toml`, `forks.py`). Any other word
 is unknown; the hint at it comes from the names of other frameworks (`names.py`) or a near-identical spelling.
 """
 
@@ -22,8 +22,7 @@ from megatron3d.config.foreign.forks import (
     fork_accepted,
     fork_refused,
 )
-from megatron3d.config.foreign.megatron import HARMLESS_VALUES, SYNONYMS, accepted, refused
-from megatron3d.config.foreign.megatron_accepted import ACCEPTED
+from megatron3d.config.foreign.megatron import MEGATRON
 from megatron3d.config.foreign.names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
 from megatron3d.config.options import BY_KEY, BY_SPELLING, Settings
 from megatron3d.config.words import GivenFlag, stray_sentence
@@ -31,8 +30,8 @@ from megatron3d.config.words import GivenFlag, stray_sentence
 # Flags of this program that are no option of a run.
 OWN_FLAGS = ("--config", "--preset", "--deepspeed_config", "--deepspeed-config", "--help")
 
-_ALL_SYNONYMS: Mapping[str, Mapping[tuple[str, str], Any]] = {**SYNONYMS, **FORK_SYNONYMS}
-_ALL_HARMLESS = {**HARMLESS_VALUES, **FORK_HARMLESS_VALUES, "--num-experts": "1", "--remote-device": "none"}
+_ALL_SYNONYMS: Mapping[str, Mapping[tuple[str, str], Any]] = {**MEGATRON.synonyms, **FORK_SYNONYMS}
+_ALL_HARMLESS = {**MEGATRON.harmless_values, **FORK_HARMLESS_VALUES, "--num-experts": "1", "--remote-device": "none"}
 
 # Flags whose value an option of ours takes: the value's key, and what else the flag sets.
 _VALUED_SYNONYMS: Mapping[str, tuple[tuple[str, str], Mapping[tuple[str, str], Any]]] = {
@@ -112,8 +111,8 @@ def option_meant(flag: str) -> str | None:
 
 def _known_flags() -> Iterable[str]:
     """Every flag that can be given, ours last, so that of two equal names ours is the one suggested."""
-    for row in ACCEPTED:
-        yield from (*row.switches.split(), *row.valued.split(), *row.lists.split())
+    for row in MEGATRON.accepted:
+        yield from (*row.switches, *row.valued, *row.lists)
     for _, names in FORK_ACCEPTED:
         yield from (name.rstrip("=") for name in names.split())
     yield from (*_ALL_SYNONYMS, *_VALUED_SYNONYMS, *ZERO_BUBBLE_SWITCHES, *ZERO_BUBBLE_VALUED, *OWN_FLAGS, *BY_SPELLING)
@@ -138,7 +137,7 @@ def _judge_valued(flag: GivenFlag, verdict: Verdict) -> None:
 
 
 def _judge_other(flag: GivenFlag, verdict: Verdict, is_dense: bool) -> None:
-    without_effect = accepted(flag.name) or fork_accepted(flag.name)
+    without_effect = MEGATRON.reason_and_arity(flag.name) or fork_accepted(flag.name)
     if without_effect is not None:
         reason, arity = without_effect
         own_values = flag.values if arity == "*" else flag.values[: int(arity)]
@@ -157,7 +156,7 @@ def _is_harmless(flag: GivenFlag) -> bool:
 
 
 def _refuse(flag: GivenFlag, verdict: Verdict) -> None:
-    instead, name = refused(flag.name) or fork_refused(flag.name), plain_name(flag.name)
+    instead, name = MEGATRON.instead_of(flag.name) or fork_refused(flag.name), plain_name(flag.name)
     # A name of another framework may begin like a family of Megatron-LM's flags: --block-size, and --block-data-path.
     is_elsewhere = name in OPTION_BY_FOREIGN_NAME or name in ADVICE_BY_FOREIGN_NAME
     if instead is not None and not is_elsewhere:
