@@ -72,22 +72,23 @@ class Ledger:
         }
 
 
-def ledger_of(config: RunConfig, plan: PipelinePlan, *, device_type: str) -> tuple[Ledger, ...]:
+def ledger_of(records: StageRecords, plan: PipelinePlan) -> tuple[Ledger, ...]:
     """The ledger of every pipeline rank of a resolved run with its vocabulary settled.
 
     Args:
-        config: the run.
-        plan: how it is cut along its depth.
-        device_type: "cpu" or "cuda", whose kernels keep different things.
+        records: what the stages of the run allocate, on its device; plans of one run can share them, which is most of
+            the time that a ledger takes.
+        plan: how the run is cut along its depth.
 
     Raises:
         ConfigError: --freeze-params names nothing or everything.
     """
+    config = records.config
     if config.train.freeze_params:
         builder = BUILDERS[config.model.architecture]
         require_sensible(config.train.freeze_params, whole_stage(config, builder).parameters_by_name())
     schedule = plan.training(first_microbatches(config))
-    rows, records = lower(schedule), StageRecords(config, device_type)
+    rows = lower(schedule)
     return tuple(
         ledger_of_rank(plan, (schedule, rows[rank]), parts_of_rank(config, plan, rank), rank, records)
         for rank in range(plan.num_ranks)

@@ -36,16 +36,19 @@ class StageSteps:
 
 @dataclass
 class StageRecords:
-    """The stages of a resolved run on "cpu" or "cuda", each kind recorded when first asked for."""
+    """The stages of a resolved run on "cpu" or "cuda", each kind recorded when first asked for, whatever the plan."""
 
     config: RunConfig
     device_type: str
     _known: dict[tuple[object, ...], tuple[Sequence[_Unit], StageSteps]] = field(default_factory=dict)
+    _with_frozen: dict[tuple[StagePart, bool], StageSteps] = field(default_factory=dict)
 
     def of(self, part: StagePart, *, splits: bool = False) -> StageSteps:
         """The record of a stage; `splits` defers weight gradients."""
         if self.config.train.freeze_params:  # by names, so that no two layers need be alike
-            return _closed(_recorded(self.config, self.device_type, part, splits=splits))
+            if (part, splits) not in self._with_frozen:
+                self._with_frozen[part, splits] = _closed(_recorded(self.config, self.device_type, part, splits=splits))
+            return self._with_frozen[part, splits]
         units, kinds = _units(self.config.train, len(part.layers))
         shown = _shown(kinds)
         chosen = sorted(set(shown))

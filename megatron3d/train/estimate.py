@@ -19,6 +19,7 @@ from megatron3d.models.zoo import TITLES
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.planner.ledger import Ledger, ledger_of, worst
 from megatron3d.planner.memory import least_state_bytes
+from megatron3d.planner.stage_records import StageRecords
 from megatron3d.train.plan import plan_of
 from megatron3d.train.progress import format_bytes, format_count
 from megatron3d.train.vocabulary import open_vocabulary
@@ -58,7 +59,7 @@ def estimate_of(config: RunConfig) -> Estimate:
         ScheduleError: the order of work does not take these stages.
     """
     plan = plan_of(config)
-    return Estimate(config, plan, ledger_of(config, plan, device_type=likely_device_type(config.parallel.device)))
+    return Estimate(config, plan, ledger_of(StageRecords(config, likely_device_type(config.parallel.device)), plan))
 
 
 def describe(found: Estimate) -> str:

@@ -18,6 +18,7 @@ from megatron3d.pipeline.split.costs import split_by_costs, stage_loads
 from megatron3d.pipeline.split.layout import expand_layout, split_by_layout
 from megatron3d.pipeline.split.stages import split_layers
 from megatron3d.planner.ledger import first_microbatches, ledger_of, worst
+from megatron3d.planner.stage_records import StageRecords
 
 GIB = 2**30
 # Numbers of stages per rank that the automatic choice looks at; more make messages small and gain little.
@@ -94,14 +95,14 @@ def _choose(config: RunConfig, virtual: int | None) -> OrderChoice:
     ranks, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers
     virtuals = [virtual] if virtual is not None else [v for v in AUTO_VIRTUAL_STAGES if v == 1 or ranks * v <= layers]
     limit_gb = config.parallel.pipeline_memory_limit_gb
+    records = StageRecords(config, likely_device_type(config.parallel.device))
 
     def fits(timeline: Timeline) -> bool:
         if limit_gb is None:
             return True
         schedule = timeline.schedule
         plan = _plan(config, schedule.name, schedule.num_stages // ranks)
-        device_type = likely_device_type(config.parallel.device)
-        return worst(ledger_of(config, plan, device_type=device_type)).peak <= limit_gb * GIB
+        return worst(ledger_of(records, plan)).peak <= limit_gb * GIB
 
     def costs_of(virtual: int) -> Costs:
         layer, head = forward_flops_by_layer(config.model)

@@ -14,6 +14,7 @@ from megatron3d.config.run import RunConfig
 from megatron3d.models.flops import num_parameters
 from megatron3d.planner.ledger import ledger_of
 from megatron3d.planner.memory import StateForecast, parts_of_rank, shard_size, state_bytes
+from megatron3d.planner.stage_records import StageRecords
 from megatron3d.train.plan import plan_of
 from tests.dist.pool import Pool
 from tests.planner.measured import Held, config_of, hold_all
@@ -163,7 +164,7 @@ def test_shards_together_hold_what_one_rank_would(
 def test_the_ledger_names_the_state_of_the_rank_that_holds_most() -> None:
     config = config_of(f"{TINY} {PP} 2 --zero-stage 1", 4)
     plan = plan_of(config)
-    for one in ledger_of(config, plan, device_type="cpu"):
+    for one in ledger_of(StageRecords(config, "cpu"), plan):
         units = parts_of_rank(config, plan, one.pp_rank).units.values()
         shards = [state_bytes(config, units, shard_rank=rank).on_device for rank in range(2)]
         assert one.state.on_device == max(shards) > min(shards)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from megatron3d.planner.ledger import ledger_of
+from megatron3d.planner.stage_records import StageRecords
 from megatron3d.train.plan import plan_of
 from tests.dist.pool import Pool
 from tests.planner.measured import Measured, config_of, measure_all
@@ -78,7 +79,7 @@ def test_the_predicted_peak_is_the_measured_one(
 ) -> None:
     kind, flags = ALL[world_size][name]
     config = config_of(flags, world_size, architecture=kind)
-    ledgers = ledger_of(config, plan_of(config), device_type="cpu")
+    ledgers = ledger_of(StageRecords(config, "cpu"), plan_of(config))
     pairs = [(ledgers[one.held.pp_rank], one) for one in measured[name]]
     predicted, one = max(pairs, key=lambda pair: abs(pair[0].peak / pair[1].peak - 1))
     figures = (predicted.state.on_device, predicted.activations, predicted.buffers)

@@ -12,6 +12,7 @@ from megatron3d.errors import ConfigError, ScheduleError
 from megatron3d.pipeline.orders.named import ORDERS
 from megatron3d.pipeline.simulate import simulate
 from megatron3d.planner.ledger import ledger_of, worst
+from megatron3d.planner.stage_records import StageRecords
 from megatron3d.train.plan import GIB, plan_of
 
 MODEL = (
@@ -78,13 +79,13 @@ def test_auto_under_a_memory_limit_takes_what_fits() -> None:
     peaks = {}
     for order in ("gpipe", "1f1b"):
         config = config_of(f"--pipeline-schedule {order}", model=large)
-        peaks[order] = worst(ledger_of(config, plan_of(config), device_type="cpu")).peak / GIB
+        peaks[order] = worst(ledger_of(StageRecords(config, "cpu"), plan_of(config))).peak / GIB
     assert peaks["1f1b"] < 0.6 * peaks["gpipe"]
     limit = 1.05 * peaks["1f1b"]
     config = config_of(f"--pipeline-schedule auto --pipeline-memory-limit-gb {limit}", model=large)
     tight = plan_of(config)
     assert "over the memory limit" in tight.why
-    assert worst(ledger_of(config, tight, device_type="cpu")).peak / GIB <= limit
+    assert worst(ledger_of(StageRecords(config, "cpu"), tight)).peak / GIB <= limit
     with pytest.raises(ScheduleError, match="fits the memory limit"):
         plan_of(config_of("--pipeline-schedule auto --pipeline-memory-limit-gb 0.001", model=large))
 
