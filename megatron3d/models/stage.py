@@ -25,7 +25,7 @@ from megatron3d.params.freeze import freeze
 from megatron3d.params.gate import WeightGate, WeightUse
 from megatron3d.params.module import Declared, declared_parameters
 from megatron3d.params.spec import ParamSpec
-from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.context import LayerContext, unsharded_context
 
 FROZEN = ".frozen"  # ends the name of a unit whose parameters do not train
 
@@ -194,6 +194,9 @@ class Stage(nn.Module):
         return LayerInputs(rotary, micro.attention_mask_BST, micro.cache, micro.dropout, micro.losses)
 
 
+StageBuilder = Callable[[ModelConfig, TrainConfig, StagePart, LayerContext], Stage]
+
+
 def assemble_stage(
     config: ModelConfig,
     train: TrainConfig,
@@ -232,6 +235,11 @@ def assemble_stage(
     stage = Stage(config, part, StageModules(embedding, blocks, head, groups, context.gate, losses))
     freeze(stage, train.freeze_params)
     return stage
+
+
+def whole_stage(model: ModelConfig, train: TrainConfig, build: StageBuilder) -> Stage:
+    """The whole of a resolved model as one stage on the meta device, not cut in any direction."""
+    return build(model, train, StagePart(range(model.num_layers), True, True), unsharded_context())
 
 
 def unit_of(spec: ParamSpec) -> str:

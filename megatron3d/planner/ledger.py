@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron3d.config.run import RunConfig
-from megatron3d.models.stage import StagePart
+from megatron3d.models.stage import StagePart, whole_stage
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.params.freeze import require_sensible
 from megatron3d.pipeline.lower import lower
@@ -24,7 +24,6 @@ from megatron3d.planner.memory import (
     part_of,
     parts_of_rank,
     shard_size,
-    whole_stage,
 )
 from megatron3d.planner.replay import MemoryUse, left_of
 from megatron3d.planner.sharing import SharedUnit, SharingPlan
@@ -85,8 +84,8 @@ def ledger_of(records: StageRecords, plan: PipelinePlan) -> tuple[Ledger, ...]:
     """
     config = records.config
     if config.train.freeze_params:
-        builder = BUILDERS[config.model.architecture]
-        require_sensible(config.train.freeze_params, whole_stage(config, builder).parameters_by_name())
+        whole = whole_stage(config.model, config.train, BUILDERS[config.model.architecture])
+        require_sensible(config.train.freeze_params, whole.parameters_by_name())
     schedule = plan.training(first_microbatches(config))
     rows = lower(schedule)
     return tuple(

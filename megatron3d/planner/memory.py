@@ -30,7 +30,7 @@ from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.models.stage import Stage, StagePart, unit_of
-from megatron3d.models.zoo import BUILDERS, StageBuilder
+from megatron3d.models.zoo import BUILDERS
 from megatron3d.offload.block_file import round_up
 from megatron3d.offload.record import FIELD_ALIGNMENT_BYTES
 from megatron3d.optim.build import kind
@@ -110,12 +110,6 @@ def parts_of_rank(config: RunConfig, plan: PipelinePlan, pp_rank: int) -> RankMo
 def _flat_layout(specs: Sequence[ParamSpec], layout: Layout) -> FlatLayout:
     axes = KINDS[kind_of(specs)]
     return flat_layout(specs, tp=layout.size(axes.tensor), num_ranks=layout.size(axes.grad))
-
-
-def whole_stage(config: RunConfig, build: StageBuilder) -> Stage:
-    """The whole model of a run as one stage on the meta device, not cut in any direction."""
-    alone = LayerContext(Axis("tp", 1, 0, (0,), None, Meter()), False, GradSink())
-    return build(config.model, config.train, StagePart(range(config.model.num_layers), True, True), alone)
 
 
 def part_of(plan: PipelinePlan, stage: int) -> StagePart:

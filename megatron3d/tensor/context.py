@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron3d.comm import typed
 from megatron3d.comm.collectives import own_part
 from megatron3d.comm.mesh import Axis
+from megatron3d.comm.meter import Meter
 from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 
@@ -57,3 +58,8 @@ class LayerContext:
         """Key and value heads, [..., D] of type R on `kv`, from the part of each that every rank of it has, [..., d] of
         type V: each rank uses its copy, so the backward sums the gradients and cuts them again."""
         return part_SBd if self.kv is None else typed.all_gather(part_SBd, self.kv, dst="R", dim=-1)
+
+
+def unsharded_context() -> LayerContext:
+    """The context of a model that is only described: all of it on one rank."""
+    return LayerContext(Axis("tp", 1, 0, (0,), None, Meter()), False, GradSink())

@@ -14,7 +14,7 @@ from megatron3d.config.placeholders import with_placeholders
 from megatron3d.config.presets import PRESETS, Preset
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
-from megatron3d.models.flops import num_parameters
+from megatron3d.models.counts import num_parameters
 from megatron3d.models.zoo import TITLES
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.planner.ledger import Ledger, ledger_of, worst

@@ -105,8 +105,8 @@ def _choose(config: RunConfig, virtual: int | None) -> OrderChoice:
         return worst(ledger_of(records, plan)).peak <= limit_gb * GIB
 
     def costs_of(virtual: int) -> Costs:
-        layer, head = forward_flops_by_layer(config.model)
-        loads = stage_loads(split_of(config, ranks * virtual), [layer] * layers, 0.0, head)
+        costs, head = forward_flops_by_layer(config.model)
+        loads = stage_loads(split_of(config, ranks * virtual), costs, 0.0, head)
         mean = sum(loads) / ranks
         # A stage without any layer still takes some time.
         return Costs(stage_factors=tuple(max(load / mean, 1e-3) for load in loads))
@@ -126,8 +126,8 @@ def _layer_costs(config: RunConfig, wish: str) -> tuple[float, ...]:
     """The cost of the embedding, of each layer, and of the output layer with the loss."""
     num_layers = config.model.num_layers
     if wish == "formula":
-        layer, head = forward_flops_by_layer(config.model)
-        return (0.0, *[layer] * num_layers, head)
+        layers, head = forward_flops_by_layer(config.model)
+        return (0.0, *layers, head)
     try:
         costs = tuple(float(word) for word in wish.split(","))
     except ValueError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.comm.device import device_name, peak_memory_bytes
 from megatron3d.config.serialize import to_dict
-from megatron3d.models.flops import flops_per_step, num_parameters, peak_tflops
+from megatron3d.models.flops import flops_per_step, peak_tflops
 from megatron3d.models.zoo import TITLES
 from megatron3d.optim.build import state_bytes
 from megatron3d.pipeline.simulate import simulate
@@ -227,7 +227,7 @@ def start_record(parts: TrainingSetup, *, predicted: Mapping[str, int] | None = 
     degrees = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "zero": config.parallel.zero_stage}
     return StartRecord(
         model=TITLES[config.model.architecture],
-        parameters=num_parameters(config.model),
+        parameters=_num_parameters(parts, parts.engine.units),
         layout=degrees,
         bytes_per_rank=_largest(on_device | offloaded, parts),
         predicted_bytes_per_rank=dict(predicted or {}),
@@ -257,10 +257,15 @@ def frozen_parameters(parts: TrainingSetup) -> str | None:
     patterns, engine = parts.config.train.freeze_params, parts.engine
     if not patterns:
         return None
-    slots = [slot for name, unit in engine.units.items() if name not in engine.trained for slot in unit.layout.slots]
-    held = sum(slot.spec.numel for slot in slots if not slot.spec.tied_copy)
-    count = int(all_reduce(torch.tensor(held, device=parts.model.device), parts.mesh.pp))
+    count = _num_parameters(parts, engine.units.keys() - engine.trained.keys())
     return f"{format_count(count)} parameters are frozen (--freeze-params {' '.join(patterns)})"
+
+
+def _num_parameters(parts: TrainingSetup, units: Iterable[str]) -> int:
+    """Parameters of these units of every rank of the pipeline, a tied table counted once; collective over it."""
+    specs = [slot.spec for name in units for slot in parts.engine.units[name].layout.slots]
+    held = sum(spec.numel for spec in specs if not spec.tied_copy)
+    return int(all_reduce(torch.tensor(held, device=parts.model.device), parts.mesh.pp))
 
 
 def sharing_cost(parts: TrainingSetup) -> str | None:

@@ -6,7 +6,7 @@ Nothing here decides anything: the config says what, the mesh says where, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,9 +14,7 @@ from megatron3d_kernels.registry import Registry
 
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.model import ModelConfig
-from megatron3d.config.sections.train import TrainConfig
-from megatron3d.models.stage import MicroBatch, Stage, StagePart
+from megatron3d.models.stage import MicroBatch, Stage, StageBuilder, whole_stage
 from megatron3d.nn.loss_sink import LossSpec
 from megatron3d.optim.build import build_optimizer
 from megatron3d.optim.scaler import LossScaler, build_scaler
@@ -28,7 +26,7 @@ from megatron3d.pipeline.lower import lower
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.run import Wire
 from megatron3d.pipeline.schedule import Action, Schedule
-from megatron3d.planner.memory import part_of, whole_stage
+from megatron3d.planner.memory import part_of
 from megatron3d.tensor.context import LayerContext
 from megatron3d.train.module_states import ModuleStates
 from megatron3d.train.offload import offload_of
@@ -36,8 +34,6 @@ from megatron3d.train.plan import plan_of
 from megatron3d.zero.engine import UnitParameters, ZeroEngine
 from megatron3d.zero.policy import policy_of
 from megatron3d.zero.unit import UnitOptions
-
-StageBuilder = Callable[[ModelConfig, TrainConfig, StagePart, LayerContext], Stage]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -161,7 +157,8 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
         ScheduleError: the order of work is not known or does not take the stages it is given.
     """
     if config.train.freeze_params:
-        require_sensible(config.train.freeze_params, whole_stage(config, builder).parameters_by_name())
+        whole = whole_stage(config.model, config.train, builder)
+        require_sensible(config.train.freeze_params, whole.parameters_by_name())
     model = build_model(config, mesh, device, builder)
     reduces_in_bf16 = config.parallel.grad_reduce_in_bf16
     options = UnitOptions(

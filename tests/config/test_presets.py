@@ -10,7 +10,7 @@ from megatron3d.config.check import check
 from megatron3d.config.cli import parse_args
 from megatron3d.config.presets import PRESETS
 from megatron3d.errors import ConfigError
-from megatron3d.models.flops import num_parameters
+from megatron3d.models.counts import num_parameters
 
 # A printed count is right to half a unit of its last digit; beyond that, counts agree to 1 %.
 RELATIVE_TOLERANCE = 0.01

@@ -12,7 +12,7 @@ import pytest
 from megatron3d.config.cli import parse_args
 from megatron3d.config.presets import PRESETS
 from megatron3d.errors import ConfigError
-from megatron3d.models.flops import num_parameters
+from megatron3d.models.counts import num_parameters
 from megatron3d.planner.memory import least_state_bytes, parts_of_rank, shard_size, state_bytes
 from megatron3d.train.estimate import SETTINGS, Limits, Setting, estimate_of, family_of, largest, settled
 from megatron3d.train.plan import GIB, plan_of

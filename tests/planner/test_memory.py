@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron3d.config.run import RunConfig
-from megatron3d.models.flops import num_parameters
+from megatron3d.models.counts import num_parameters
 from megatron3d.planner.ledger import ledger_of
 from megatron3d.planner.memory import StateForecast, parts_of_rank, shard_size, state_bytes
 from megatron3d.planner.stage_records import StageRecords
