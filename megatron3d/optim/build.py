@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.update_rules import UPDATE_RULES
 from megatron3d.errors import ConfigError
 from megatron3d.optim.adafactor import Adafactor
 from megatron3d.optim.adam import AdamOfMoments
@@ -27,7 +28,8 @@ from megatron3d.optim.muon import Muon
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.owned_slice import FullAccess
 
-_STATES = {"adam": ("exp_avg", "exp_avg_sq"), "lamb": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
+_ELEMENTWISE = {"lion": Lion}
+_OVER_FULL_PARAMETERS = {"lamb": Lamb, "adafactor": Adafactor}
 
 
 def kind(config: OptimConfig) -> str:
@@ -41,11 +43,10 @@ def kind(config: OptimConfig) -> str:
 
 def state_names(config: OptimConfig) -> tuple[str, ...]:
     """The states with an element for each element of a parameter, by torch's names; a parameter may lack some."""
-    if config.optimizer == "sgd":
-        return ("momentum_buffer",) if config.sgd_momentum else ()
-    if config.optimizer == "muon":
-        return ("momentum_buffer", *_STATES[config.muon_scalar_optimizer])
-    return _STATES.get(kind(config), ())
+    if config.optimizer == "sgd" and not config.sgd_momentum:
+        return ()
+    beside = UPDATE_RULES[config.muon_scalar_optimizer].states if config.optimizer == "muon" else ()
+    return (*UPDATE_RULES[config.optimizer].states, *beside)
 
 
 def other_state_views(optimizer: torch.optim.Optimizer, *, with_copies: bool) -> dict[str, ShardView]:
@@ -75,16 +76,14 @@ def build_optimizer(
         return _adam(groups, config)
     if config.optimizer == "sgd":
         return _sgd(groups, config)
-    if config.optimizer == "lion":
-        return Lion(groups, config)
+    if config.optimizer in _ELEMENTWISE:
+        return _ELEMENTWISE[config.optimizer](groups, config)
     if whole is None:
         raise ConfigError(
             f"--optimizer {config.optimizer} needs to know whole parameters, which are not given here; use adam"
         )
-    if config.optimizer == "lamb":
-        return Lamb(groups, config, whole)
-    if config.optimizer == "adafactor":
-        return Adafactor(groups, config, whole)
+    if config.optimizer in _OVER_FULL_PARAMETERS:
+        return _OVER_FULL_PARAMETERS[config.optimizer](groups, config, whole)
     return _muon(listed, config, whole)
 
 

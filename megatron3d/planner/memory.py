@@ -29,11 +29,11 @@ from megatron3d.comm.meter import Meter
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.update_rules import UPDATE_RULES
 from megatron3d.models.stage import Stage, StagePart, unit_of
 from megatron3d.models.zoo import BUILDERS
 from megatron3d.offload.block_file import round_up
 from megatron3d.offload.record import FIELD_ALIGNMENT_BYTES
-from megatron3d.optim.build import kind
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import declared_states, stateful_modules
 from megatron3d.params.spec import ParamKind, ParamSpec
@@ -174,7 +174,7 @@ def fullest_state(config: RunConfig, units: Iterable[FlatLayout]) -> StateForeca
     limit = None
     if config.optim.optimizer not in ("adafactor", "muon"):
         elements = sum(_own_span(config.parallel, layout, 0).length for layout in layouts if layout.trains)
-        limit = elements * _element_bytes(config.optim, kind(config.optim))
+        limit = elements * _element_bytes(config.optim, config.optim.optimizer)
     for rank in range(1, ranks):
         if best.moments == limit:
             break
@@ -194,7 +194,7 @@ def least_state_bytes(config: RunConfig, num_parameters: int) -> int:
     if config.train.freeze_params:
         return _weight_bytes(config, held, own)
     has_moments = parallel.offload_optimizer == "none" and optimizer not in ("adafactor", "muon")
-    moments = own * _element_bytes(config.optim, kind(config.optim)) if has_moments else 0
+    moments = own * _element_bytes(config.optim, optimizer) if has_moments else 0
     return _on_device(config, held, own).on_device + moments
 
 
@@ -234,7 +234,7 @@ def moment_bytes(optim: OptimConfig, layout: FlatLayout, own: Span, *, tp: int) 
         return FP32 * sum(piece.length for piece in inside) + others * _element_bytes(
             optim, optim.muon_scalar_optimizer
         )
-    return sum(piece.length for piece in pieces) * _element_bytes(optim, kind(optim))
+    return sum(piece.length for piece in pieces) * _element_bytes(optim, optim.optimizer)
 
 
 def _factors(slot: Slot, held: Span) -> int:
@@ -246,10 +246,15 @@ def _factors(slot: Slot, held: Span) -> int:
 
 def _element_bytes(optim: OptimConfig, optimizer: str) -> int:
     """Bytes of optimizer state for every element."""
-    first, second = BYTES[optim.exp_avg_dtype], BYTES[optim.exp_avg_sq_dtype]
-    if optimizer == "sgd":
-        return FP32 if optim.sgd_momentum else 0
-    return first if optimizer == "lion" else first + second
+    return sum(_state_sizes(optim, optimizer))
+
+
+def _state_sizes(optim: OptimConfig, optimizer: str) -> tuple[int, ...]:
+    """Bytes of each of an element's states."""
+    if optimizer == "sgd" and not optim.sgd_momentum:
+        return ()
+    sizes = {"exp_avg": BYTES[optim.exp_avg_dtype], "exp_avg_sq": BYTES[optim.exp_avg_sq_dtype]}
+    return tuple(sizes.get(state, FP32) for state in UPDATE_RULES[optimizer].states)
 
 
 def _states_elsewhere(config: RunConfig, own: Span) -> StateForecast:
@@ -270,9 +275,8 @@ def _record(place: str, size: int) -> StateForecast:
 
 def _record_bytes(optim: OptimConfig, length: int) -> int:
     """A record: master weights and each moment one after another, each at a multiple of the alignment."""
-    moments = {"sgd": (FP32,) if optim.sgd_momentum else (), "lion": (BYTES[optim.exp_avg_dtype],)}
     position = 0
-    for size in (FP32, *moments.get(kind(optim), (BYTES[optim.exp_avg_dtype], BYTES[optim.exp_avg_sq_dtype]))):
+    for size in (FP32, *_state_sizes(optim, optim.optimizer)):
         position = -(-position // FIELD_ALIGNMENT_BYTES) * FIELD_ALIGNMENT_BYTES + length * size
     return position
 

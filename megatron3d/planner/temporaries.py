@@ -7,14 +7,12 @@ from math import prod
 
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.update_rules import UPDATE_RULES
 from megatron3d.optim.flat import CHUNK_CPU, CHUNK_DEVICE
 from megatron3d.planner.memory import shard_size
 from megatron3d.planner.sizes import BYTES, FP32
 from megatron3d.zero.flat import FlatLayout, Slot
 from megatron3d.zero.policy import policy_of
-
-# fp32 numbers that an elementwise update holds beside its chunk: widened moments, a direction, a denominator.
-_CHUNK_NUMBERS = {"lion": 1, "lamb": 2}
 
 
 def publish_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_type: str) -> int:
@@ -39,7 +37,7 @@ def update_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_t
         return max([_orthogonal(optim, slot) for slot in matrices], default=0)
     if optim.optimizer == "adafactor":
         return max([FP32 * prod(slot.shape) for layout in layouts for slot in layout.slots], default=0)
-    return widened + chunk * _CHUNK_NUMBERS.get(optim.optimizer, 0)
+    return widened + chunk * UPDATE_RULES[optim.optimizer].scratch_numbers
 
 
 def _largest_piece(layout: FlatLayout) -> int:

@@ -6,10 +6,7 @@ from collections.abc import Iterator
 
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.config.sections.parallel import ParallelConfig
-
-# Optimizers whose update of an element needs that element alone: the others exchange parts of whole matrices between
-# the ranks in every step, which a GPU's collectives cannot do in host memory.
-ELEMENTWISE_OPTIMIZERS = ("adam", "adamw", "sgd", "lion")
+from megatron3d.config.update_rules import elementwise_optimizers
 
 
 def offload_problems(parallel: ParallelConfig, optim: OptimConfig) -> Iterator[str]:
@@ -22,10 +19,10 @@ def offload_rule(parallel: ParallelConfig, optim: OptimConfig) -> Iterator[str]:
     """Weights go where their state goes; files have a directory; the optimizer can step on the host."""
     optimizer = optim.optimizer
     states, params = parallel.offload_optimizer, parallel.offload_params
-    if states != "none" and optimizer not in ELEMENTWISE_OPTIMIZERS:
+    if states != "none" and optimizer not in elementwise_optimizers():
         yield (
             f"--offload-optimizer {states} does not go with --optimizer {optimizer}, which works on whole parameters "
-            f"across ranks; use --optimizer {', '.join(ELEMENTWISE_OPTIMIZERS)}, or --offload-optimizer none."
+            f"across ranks; use --optimizer {', '.join(elementwise_optimizers())}, or --offload-optimizer none."
         )
     if states != "none" and optim.optimizer_implementation != "torch":
         yield (

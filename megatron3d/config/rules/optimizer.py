@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.update_rules import optimizers_with
 
 _ADAM = ("adam", "adamw")
 
@@ -22,8 +23,8 @@ def moments_rule(optim: OptimConfig) -> Iterator[str]:
     """A moment that is to be kept in bf16 exists, and whoever keeps it can."""
     scalar = optim.muon_scalar_optimizer if optim.optimizer == "muon" else optim.optimizer
     for flag, dtype, owners in (
-        ("--exp-avg-dtype", optim.exp_avg_dtype, (*_ADAM, "lamb", "lion")),
-        ("--exp-avg-sq-dtype", optim.exp_avg_sq_dtype, (*_ADAM, "lamb")),
+        ("--exp-avg-dtype", optim.exp_avg_dtype, optimizers_with("exp_avg")),
+        ("--exp-avg-sq-dtype", optim.exp_avg_sq_dtype, optimizers_with("exp_avg_sq")),
     ):
         if dtype != "fp32" and scalar not in owners:
             yield (

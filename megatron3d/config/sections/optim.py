@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron3d.config.fields import off_switch, option, switch
+from megatron3d.config.update_rules import UPDATE_RULES
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class OptimConfig:
         "adam",
         "--optimizer",
         "The update rule; adam is AdamW (decoupled decay).",
-        choices=("adam", "adamw", "sgd", "lion", "adafactor", "lamb", "muon"),
+        choices=tuple(UPDATE_RULES),
     )
     optimizer_implementation: str = option(
         "torch",
