@@ -31,8 +31,8 @@ def main(guard: Guard) -> None:
         print(as_table(config))
 
     # The rest needs torch, whose import takes seconds: a mistake above is answered without it.
-    from megatron3d.data.build import build_bert_data
-    from megatron3d.models.bert import build_bert_stage
+    from megatron3d.data.build import build_data
+    from megatron3d.models.zoo import architecture_of
     from megatron3d.train.joining import joined
     from megatron3d.train.loop import open_streams, train
     from megatron3d.train.setup import build_parts
@@ -41,19 +41,14 @@ def main(guard: Guard) -> None:
     # Where it runs. From here on a stop that a signal asks for is made by every rank at the same point.
     with joined(config, guard, save=config.checkpoint.save) as (mesh, device):
         # Which sentences, and which of their tokens are masked: a function of the sample's number on every rank.
-        data = build_bert_data(
-            config.data,
-            seq_length=config.model.seq_length,
-            tokenizer=vocabulary.tokenizer,
-            vocab_size=config.model.vocab_size,
-            binary_head=config.model.has_binary_head,
-        )
+        given = {"tokenizer": vocabulary.tokenizer, "eod_token": vocabulary.eod_token}
+        data = build_data(config.data, config.model, **given)
         if is_first:
             print("\n".join(data.notes), end="\n" if data.notes else "")
         stop_while_starting(guard, mesh)
 
         # Which layers: this rank's stage, its flat buffers, its part of the optimizer.
-        parts = build_parts(config, mesh, device, build_bert_stage)
+        parts = build_parts(config, mesh, device, architecture_of(config.model).build_stage)
 
         # Steps, evaluations and checkpoints, from the latest checkpoint to the end.
         with open_streams(data, config.data) as streams:

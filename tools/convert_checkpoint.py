@@ -63,7 +63,7 @@ from megatron3d.convert.export import DTYPES, ExportOptions, export_model
 from megatron3d.convert.hf import HfModel, read_model, save_model
 from megatron3d.convert.tokenizer_choice import with_given
 from megatron3d.data.hf_tokenizer import reading_note
-from megatron3d.models.zoo import BUILDERS
+from megatron3d.models.zoo import architecture_of
 from megatron3d.params.init import initial_shard
 from megatron3d.train.launch import Guard, guarded
 from megatron3d.train.setup import build_model
@@ -78,7 +78,7 @@ def import_model(args: argparse.Namespace) -> None:
         print(f"random weights, seed {args.seed}: {', '.join(sorted(new)) or 'none, nothing was missing'}")
     directory = save_model(found, Path(args.save))
     count = sum(tensor.numel() for tensor in found.tensors.values())
-    print(f"{directory}: {found.model.architecture.upper()} of {count} parameters ({', '.join(sorted(found.pieces))})")
+    print(f"{directory}: {found.model.traits.title} of {count} parameters ({', '.join(sorted(found.pieces))})")
     if found.left_out:
         print(f"left out, as there is no such head here: {', '.join(found.left_out)}")
     if found.data.tokenizer_type is not None:
@@ -93,7 +93,7 @@ def import_model(args: argparse.Namespace) -> None:
 def new_tensors(found: HfModel, seed: int) -> dict[str, Tensor]:
     """Initial values of the parameters that training needs and the directory lacks."""
     run = derive(RunConfig(model=found.model, train=TrainConfig(micro_batch_size=1)), 1)
-    builder = BUILDERS[found.model.architecture]
+    builder = architecture_of(found.model).build_stage
     stages = build_model(run, make_mesh(Layout()), torch.device("cpu"), builder).stages.values()
     declared = {name: one for stage in stages for name, one in stage.parameters_by_name().items()}
     missing = {name: one.spec for name, one in declared.items() if name not in found.tensors}

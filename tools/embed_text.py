@@ -77,6 +77,7 @@ from megatron3d.data.content import require_same_tokenizer
 from megatron3d.files.text import TextError, read_lines
 from megatron3d.inference.embed import EmbedOptions, embed, load_encoder
 from megatron3d.inference.load import generation_config
+from megatron3d.models.zoo import architecture_of
 from megatron3d.train.compare import SavedRun, read_saved_run
 from megatron3d.train.joining import joined
 from megatron3d.train.launch import Guard, guarded
@@ -118,10 +119,8 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
     texts = read_texts(args.input, args.text)
     saved, weights, names = open_source(args)
     stored = saved.config
-    if stored.model.architecture != "bert":
-        raise ConfigError(
-            f"{args.load or args.hf} holds a {stored.model.architecture.upper()}; vectors come from a BERT"
-        )
+    if architecture_of(stored.model).build_encoder is None:
+        raise ConfigError(f"{args.load or args.hf} holds a {stored.model.traits.title}; vectors come from a BERT")
     if args.pooling == "pooler" and "head.pooler.weight" not in names:
         raise ConfigError(f"--pooling pooler: {args.load or args.hf} has no pooler; use --pooling mean or cls")
     parallel = ParallelConfig(

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from megatron3d.config.architectures import ARCHITECTURES, traits_of
 from megatron3d.config.cli import parse_args, read_command, settle
 from megatron3d.config.placeholders import with_placeholders
 from megatron3d.config.presets import PRESETS, Preset
@@ -23,7 +24,6 @@ from megatron3d.errors import ConfigError, Megatron3dError
 
 PROGRAM = "estimate.py"
 DESCRIPTION = "Tell how much memory a run will take on each rank."
-DEFAULT_FAMILIES = {"gpt": "gpt3,megatron", "bert": "bert,megatron-bert"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags that are this tool's own."""
     p = _Parser(prog=PROGRAM, description=DESCRIPTION, allow_abbrev=False, add_help=False)
     p.add_argument("--world-size", default="1", metavar="N", help="ranks (default 1); with --largest also N,N,...")
-    p.add_argument("--architecture", choices=("gpt", "bert"), help="default: the preset's, or gpt")
+    p.add_argument("--architecture", choices=tuple(ARCHITECTURES), help="default: the preset's, or gpt")
     p.add_argument("--largest", action="store_true", help="find the largest preset for each ZeRO stage and offload")
     p.add_argument("--memory-gb", type=float, metavar="X", help="with --largest: GiB of a rank's device")
     p.add_argument("--host-memory-gb", type=float, metavar="X", help="with --largest: GiB of host memory for a rank")
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(describe(estimate_of(open_vocabulary(run)[0])))
             return 0
         architecture = args.architecture or "gpt"
-        family = family_of(args.family or DEFAULT_FAMILIES[architecture], architecture)
+        family = family_of(args.family or ",".join(traits_of(architecture).presets), architecture)
         host = None if args.host_memory_gb is None else int(args.host_memory_gb * GIB)
         limits = Limits(int(args.memory_gb * GIB), host)
 

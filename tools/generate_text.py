@@ -150,9 +150,9 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         device=args.device,
     )
-    if stored.model.architecture != "gpt":
+    if not stored.model.is_causal:
         raise ConfigError(
-            f"--load {args.load} holds a {stored.model.architecture.upper()}, which predicts masked tokens and goes on "
+            f"--load {args.load} holds a {stored.model.traits.title}, which predicts masked tokens and goes on "
             "with no text; give the checkpoint of a GPT."
         )
     config = generation_config(stored, parallel, world_size=world_size, bf16=args.bf16)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron3d.config.architectures import traits_of
 from megatron3d.config.options import BY_KEY, Settings
 from megatron3d.config.resume import EFFECTS, Effect
 from megatron3d.config.run import RunConfig
@@ -53,8 +54,8 @@ def with_checkpoint_args(settings: Settings, say: Callable[[str], None]) -> dict
     wanted, found = settings["model", "architecture"], stored.model.architecture
     if wanted != found:
         raise MisfitError(
-            f"--use-checkpoint-args: {directory} holds a {found.upper()}, not a {wanted.upper()}; "
-            f"use pretrain_{found}.py"
+            f"--use-checkpoint-args: {directory} holds a {traits_of(found).title}, not a {traits_of(wanted).title}; "
+            f"use {traits_of(found).script}"
         )
     for key in _CONTAINED:
         changed.pop(key, None)

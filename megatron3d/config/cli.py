@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron3d.config.architectures import traits_of
 from megatron3d.config.check import check
 from megatron3d.config.checkpoint_args import with_checkpoint_args
 from megatron3d.config.derive import TOKENIZER_ALIASES, derive
@@ -285,8 +286,8 @@ def _problems_between(
     asked = settings["model", "architecture"]
     if asked != architecture:
         problems.append(
-            f"{program} trains a {architecture.upper()}, but --preset, --config or --architecture asks for a "
-            f"{asked.upper()}; use pretrain_{asked}.py."
+            f"{program} trains a {traits_of(architecture).title}, but --preset, --config or --architecture asks for a "
+            f"{traits_of(asked).title}; use {traits_of(asked).script}."
         )
     stages = settings.get(("parallel", "pipeline_model_parallel_size"), 1)
     if stages > 1 and any(flag.name == "--no-pipeline-parallel" for flag in foreign):

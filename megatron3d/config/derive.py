@@ -55,7 +55,7 @@ def _activation_by_switch(model: ModelConfig) -> str:
         return "swiglu"
     if model.squared_relu:
         return "squared_relu"
-    return "gelu" if model.architecture == "bert" and not model.openai_gelu else "gelu_tanh"
+    return "gelu_tanh" if model.openai_gelu else model.traits.activation
 
 
 def _num_token_types(model: ModelConfig) -> int:

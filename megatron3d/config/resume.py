@@ -147,9 +147,13 @@ def _has(section: str, name: str, *values: Any) -> Callable[[RunConfig], bool]:
     return lambda run: getattr(getattr(run, section), name) in values
 
 
-_IS_ROTARY, _IS_BERT = _has("model", "position_embedding_type", "rope"), _has("model", "architecture", "bert")
+_IS_ROTARY = _has("model", "position_embedding_type", "rope")
 _USES_ADAM = _has("optim", "optimizer", "adam", "adamw", "lamb", "muon")
 _IS_FP16 = _has("optim", "fp16", True)
+
+
+def _masks_sentences(run: RunConfig) -> bool:
+    return run.model.traits.samples == "sentences"
 
 
 def _depends_on_eod(run: RunConfig) -> bool:
@@ -167,11 +171,11 @@ _RELEVANT: Mapping[Key, Callable[[RunConfig], bool]] = MappingProxyType(
         ("model", "max_position_embeddings"): _has("model", "position_embedding_type", "learned_absolute"),
         **{("model", name): _IS_ROTARY for name in ("rotary_base", "rotary_percent", "rotary_interleaved")},
         ("model", "add_qkv_bias"): _has("model", "add_bias_linear", False),
-        ("model", "bert_binary_head"): _IS_BERT,
+        ("model", "bert_binary_head"): lambda run: "bert_binary_head" in run.model.traits.own_options,
         ("data", "eod_token"): _depends_on_eod,
         ("data", "split"): lambda run: bool(run.data.data_path or run.data.data_args_path),
         **{
-            ("data", name): _IS_BERT
+            ("data", name): _masks_sentences
             for name in ("mask_prob", "mask_max_ngram", "mask_whole_words", "short_seq_prob", "bert_sentence_task")
         },
         **{("optim", name): _USES_ADAM for name in ("adam_beta1", "adam_beta2", "adam_eps", "exp_avg_sq_dtype")},

@@ -175,7 +175,7 @@ def _special_ids(run: RunConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
 
     A text begins with the token that the tokenizer has for it, if it has one that is none of its ends.
     """
-    if run.model.architecture != "gpt" or _is_as_imported(kept):
+    if not run.model.is_causal or _is_as_imported(kept):
         return {}
     assert run.model.vocab_size is not None, "a checkpoint's run has its vocabulary settled"
     tokenizer = tokenizer_of(run.data, run.model.vocab_size)

@@ -21,7 +21,13 @@ def family_of(model: ModelConfig) -> Family:
     Raises:
         ConfigError: there is none, with what stands in the way of the nearest.
     """
-    misfits = {kind: family.misfits(model) for kind, family in FAMILIES.items()}
+    known = model.traits.hf_families
+    if not known:
+        raise ConfigError(
+            f"no model of Hugging Face's is known to compute what a {model.traits.title} computes, so it cannot be "
+            "exported; its architecture would name one in hf_families"
+        )
+    misfits = {kind: FAMILIES[kind].misfits(model) for kind in known}
     nearest = min(misfits, key=lambda kind: len(misfits[kind]))
     if misfits[nearest]:
         raise ConfigError(

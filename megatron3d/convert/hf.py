@@ -105,7 +105,7 @@ def read_model(directory: Path, *, with_tokenizer: bool = True) -> HfModel:
         left_out = _left_out(family, rows, names)
         tensors = {row.ours: row.to_ours(names.read) for row in rows if row.ours is not None}
     pieces: frozenset[Component] = frozenset(row.piece for row in rows)
-    if model.architecture == "bert":
+    if "bert_binary_head" in model.traits.own_options:
         model = replace(model, bert_binary_head="pooler" in pieces)
     data = data_of(directory, model, with_tokenizer=with_tokenizer)
     return HfModel(directory, model, data, tensors, pieces, left_out, config.values)

@@ -83,7 +83,7 @@ def _of_sentencepiece(path: Path, model: ModelConfig) -> ExportedTokenizer:
     found = read_sentencepiece(path)
     names = {part: found.names.get(part) for part in ("eos_token", "bos_token", "pad_token", "unk_token")}
     notes = []
-    if model.architecture == "bert":
+    if model.traits.samples == "sentences":
         notes.append("the exported tokenizer puts no [CLS] and [SEP] around a text; put their ids there yourself")
     names |= {part: found.names.get(part) for part in ("cls_token", "sep_token", "mask_token")}
     library = as_tokenizer_json(found)

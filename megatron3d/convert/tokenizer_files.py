@@ -78,7 +78,7 @@ def data_of(directory: Path, model: ModelConfig, *, with_tokenizer: bool = True)
         DataError: the description cannot be taken, see `described_tokenizer`.
         CheckpointError: the tokenizer has more tokens than the model.
     """
-    ends = [id for id in end_token_ids(directory) if id < model.vocab_size] if model.architecture == "gpt" else []
+    ends = [id for id in end_token_ids(directory) if id < model.vocab_size] if model.is_causal else []
     if not (with_tokenizer and has_vocabulary(directory)):
         return DataConfig(eod_token=ends[0] if ends else None)
     tokenizer = described_tokenizer(directory)

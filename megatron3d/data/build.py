@@ -1,7 +1,7 @@
 """From the data options to the three streams of a run: training, validation, test.
 
-`build_gpt_data` and `build_bert_data` differ in the samples they make of a corpus; which corpora and documents belong
-to which split is the same for both.
+`build_data` makes those that a model learns from: `build_gpt_data` and `build_bert_data` differ in the samples they
+make of a corpus; which corpora and documents belong to which split is the same for both.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.data.bert import MIN_SEQ_LENGTH, BertForm, BertReader, BertSample, BertSamples
 from megatron3d.data.blend import Blend, Corpus, integer_weights, parse_data_path, words_of_file
 from megatron3d.data.gpt import DocumentRules, GPTReader, GPTSamples
@@ -68,6 +69,19 @@ class _Share:
     dataset: IndexedDataset
     documents: range
     seed: int
+
+
+def build_data(
+    data: DataConfig, model: ModelConfig, *, tokenizer: Tokenizer | None, eod_token: int | None
+) -> GPTData | BertData:
+    """The streams of the samples that a model learns from; the arguments and errors are those of the functions below.
+
+    `model` has its vocabulary settled.
+    """
+    sizes = {"seq_length": model.seq_length, "vocab_size": model.vocab_size}
+    if model.traits.samples == "sentences":
+        return build_bert_data(data, **sizes, tokenizer=tokenizer, binary_head=model.has_binary_head)
+    return build_gpt_data(data, **sizes, eod_token=eod_token)
 
 
 def build_gpt_data(data: DataConfig, *, seq_length: int, vocab_size: int, eod_token: int | None) -> GPTData:

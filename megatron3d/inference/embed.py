@@ -24,10 +24,11 @@ from megatron3d.comm.collectives import all_reduce
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.run import RunConfig
 from megatron3d.convert.hf import fill_views
-from megatron3d.errors import CheckpointError, NumericsError
+from megatron3d.errors import CheckpointError, ConfigError, NumericsError
 from megatron3d.inference.load import allocate_model, load_model
-from megatron3d.models.bert_encoder import EncoderHead, build_bert_encoder_stage
+from megatron3d.models.bert_encoder import EncoderHead
 from megatron3d.models.stage import MicroBatch
+from megatron3d.models.zoo import architecture_of
 from megatron3d.pipeline.run import run
 from megatron3d.train.setup import Model
 
@@ -65,8 +66,12 @@ def load_encoder(
 
     Raises:
         CheckpointError: weights are missing or damaged.
+        ConfigError: the model gives no vectors.
     """
-    builder = partial(build_bert_encoder_stage, with_pooler=pooling == "pooler")
+    build = architecture_of(config.model).build_encoder
+    if build is None:
+        raise ConfigError(f"a {config.model.traits.title} gives no vectors; they come from a BERT")
+    builder = partial(build, with_pooler=pooling == "pooler")
     if isinstance(weights, Path):
         return load_model(config, mesh, device, weights, builder=builder)
     model, views = allocate_model(config, mesh, device, builder)

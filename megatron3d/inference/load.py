@@ -21,11 +21,12 @@ from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import ConfigError
-from megatron3d.models.gpt import build_gpt_stage
+from megatron3d.models.stage import StageBuilder
+from megatron3d.models.zoo import architecture_of
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.module import Declared, declared_states
 from megatron3d.train.module_states import ModuleStates
-from megatron3d.train.setup import Model, StageBuilder, build_model
+from megatron3d.train.setup import Model, build_model
 
 
 def generation_config(stored: RunConfig, parallel: ParallelConfig, *, world_size: int, bf16: bool) -> RunConfig:
@@ -56,7 +57,7 @@ def generation_config(stored: RunConfig, parallel: ParallelConfig, *, world_size
 
 
 def load_model(
-    config: RunConfig, mesh: Mesh, device: torch.device, directory: Path, *, builder: StageBuilder = build_gpt_stage
+    config: RunConfig, mesh: Mesh, device: torch.device, directory: Path, *, builder: StageBuilder | None = None
 ) -> Model:
     """This rank's stages with the weights of a checkpoint; collective over all ranks.
 
@@ -65,12 +66,12 @@ def load_model(
         mesh: the live layout.
         device: where the weights go.
         directory: the checkpoint itself (see `checkpoint.directory.find_checkpoint`).
-        builder: makes the stages; heads that it does not declare are not read.
+        builder: makes the stages, by default those of pretraining; heads that it does not declare are not read.
 
     Raises:
         CheckpointError: it is damaged or holds another model.
     """
-    model, views = allocate_model(config, mesh, device, builder)
+    model, views = allocate_model(config, mesh, device, builder or architecture_of(config.model).build_stage)
     load_tensors(
         directory,
         {f"model/{name}": view for name, view in views.items()},
@@ -108,7 +109,7 @@ def without_sequence_parallelism(model: Model, config: RunConfig) -> tuple[Model
     if not config.parallel.sequence_parallel:
         return model, config
     config = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
-    twin = build_model(config, model.mesh, model.device, build_gpt_stage)
+    twin = build_model(config, model.mesh, model.device, architecture_of(config.model).build_stage)
     for number, stage in twin.stages.items():
         trained = model.stages[number].parameters_by_name()
         for name, declared in stage.parameters_by_name().items():

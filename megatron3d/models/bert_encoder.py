@@ -47,7 +47,7 @@ class EncoderHead(nn.Module):
 
 
 def build_bert_encoder_stage(
-    config: ModelConfig, train: TrainConfig, part: StagePart, context: LayerContext, *, with_pooler: bool = False
+    config: ModelConfig, train: TrainConfig, part: StagePart, context: LayerContext, *, with_pooler: bool
 ) -> Stage:
     """Build one stage of an encoder on the meta device.
 

@@ -9,7 +9,7 @@ from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.stage import whole_stage
-from megatron3d.models.zoo import BUILDERS
+from megatron3d.models.zoo import architecture_of
 from megatron3d.params.spec import ParamSpec
 
 
@@ -43,5 +43,5 @@ def with_all_sizes(model: ModelConfig) -> ModelConfig:
 @lru_cache(maxsize=64)  # a model of a hundred layers takes a tenth of a second, and reports ask after every step
 def declared_specs(model: ModelConfig) -> tuple[ParamSpec, ...]:
     """Every parameter that the layers of a resolved model declare, each once."""
-    stage = whole_stage(model, TrainConfig(), BUILDERS[model.architecture])
+    stage = whole_stage(model, TrainConfig(), architecture_of(model).build_stage)
     return tuple(declared.spec for declared in stage.parameters_by_name().values())

@@ -88,6 +88,6 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
 
 def _output_weights(model: ModelConfig) -> float:
     """Matrix weights of the output layer, by the share of tokens that it sees."""
-    if model.architecture == "bert":
+    if model.traits.samples == "sentences":
         return _MASKED_SHARE * (model.hidden_size + model.vocab_size) * model.hidden_size
     return model.vocab_size * model.hidden_size

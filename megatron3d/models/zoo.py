@@ -1,13 +1,80 @@
-"""The models by the name of their architecture: what they are called and who builds their stages."""
+"""The models by the name of their architecture: one record for each, from which everything that differs is read.
+
+A decoder is added with its module, a record here and its traits in `config/architectures.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
+from megatron3d.config.architectures import ARCHITECTURES, ModelTraits
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
+from megatron3d.errors import ConfigError
 from megatron3d.models.bert import build_bert_stage
+from megatron3d.models.bert_classifier import build_bert_classifier_stage
+from megatron3d.models.bert_encoder import build_bert_encoder_stage
 from megatron3d.models.gpt import build_gpt_stage
-from megatron3d.models.stage import StageBuilder
+from megatron3d.models.stage import Stage, StageBuilder, StagePart
+from megatron3d.tensor.context import LayerContext
 
-TITLES: Mapping[str, str] = MappingProxyType({"gpt": "GPT", "bert": "BERT"})
-BUILDERS: Mapping[str, StageBuilder] = MappingProxyType({"gpt": build_gpt_stage, "bert": build_bert_stage})
+
+class ClassifierBuilder(Protocol):
+    """Builds one stage of a model that scores whole texts."""
+
+    def __call__(
+        self, config: ModelConfig, train: TrainConfig, part: StagePart, context: LayerContext, *, num_outputs: int
+    ) -> Stage:
+        """As `StageBuilder`; `num_outputs` is the number of classes, or 1 for a regression."""
+        ...
+
+
+class EncoderBuilder(Protocol):
+    """Builds one stage of a model that gives a vector for each token."""
+
+    def __call__(
+        self, config: ModelConfig, train: TrainConfig, part: StagePart, context: LayerContext, *, with_pooler: bool
+    ) -> Stage:
+        """As `StageBuilder`; `with_pooler` gives the last stage the pooler too."""
+        ...
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family of models.
+
+    Attributes:
+        traits: what options, samples and reports must know of it.
+        build_stage: makes the stages of pretraining, which declare its parameters and its losses.
+        build_classifier: makes those that score whole texts, of the same encoder; None where it learns no tasks.
+        build_encoder: makes those that give a vector for each token, which end in an `EncoderHead`; None where it gives
+            none.
+    """
+
+    traits: ModelTraits
+    build_stage: StageBuilder
+    build_classifier: ClassifierBuilder | None = None
+    build_encoder: EncoderBuilder | None = None
+
+
+ZOO: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "gpt": Architecture(ARCHITECTURES["gpt"], build_gpt_stage),
+        "bert": Architecture(
+            ARCHITECTURES["bert"], build_bert_stage, build_bert_classifier_stage, build_bert_encoder_stage
+        ),
+    }
+)
+
+
+def architecture_of(model: ModelConfig) -> Architecture:
+    """The record of a model's architecture.
+
+    Raises: ConfigError if there is none of that name.
+    """
+    if model.architecture not in ZOO:
+        raise ConfigError(f"--architecture {model.architecture} is not known; use one of: {', '.join(ZOO)}.")
+    return ZOO[model.architecture]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron3d.config.run import RunConfig
 from megatron3d.models.stage import StagePart, whole_stage
-from megatron3d.models.zoo import BUILDERS
+from megatron3d.models.zoo import architecture_of
 from megatron3d.params.freeze import require_sensible
 from megatron3d.pipeline.lower import lower
 from megatron3d.pipeline.plan import PipelinePlan
@@ -84,7 +84,7 @@ def ledger_of(records: StageRecords, plan: PipelinePlan) -> tuple[Ledger, ...]:
     """
     config = records.config
     if config.train.freeze_params:
-        whole = whole_stage(config.model, config.train, BUILDERS[config.model.architecture])
+        whole = whole_stage(config.model, config.train, architecture_of(config.model).build_stage)
         require_sensible(config.train.freeze_params, whole.parameters_by_name())
     schedule = plan.training(first_microbatches(config))
     rows = lower(schedule)

@@ -31,7 +31,7 @@ from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.config.update_rules import UPDATE_RULES
 from megatron3d.models.stage import Stage, StagePart, unit_of
-from megatron3d.models.zoo import BUILDERS
+from megatron3d.models.zoo import architecture_of
 from megatron3d.offload.block_file import round_up
 from megatron3d.offload.record import FIELD_ALIGNMENT_BYTES
 from megatron3d.params.grads import GradSink
@@ -94,7 +94,7 @@ def parts_of_rank(config: RunConfig, plan: PipelinePlan, pp_rank: int) -> RankMo
     tp, kv = (Axis(name, layout.size(name), 0, layout.ranks_along(name, 0), None, Meter()) for name in ("tp", "kv"))
     sequence_parallel = config.parallel.sequence_parallel and tp.size > 1
     context = LayerContext(tp, sequence_parallel, GradSink(), kv=kv if kv.size > 1 else None)
-    build = BUILDERS[config.model.architecture]
+    build = architecture_of(config.model).build_stage
     stages = {
         number: build(config.model, config.train, part_of(plan, number), context) for number in plan.stages_of(pp_rank)
     }

@@ -20,7 +20,7 @@ from megatron3d.comm.meter import Meter
 from megatron3d.comm.shape_only import ShapeOnlyGroup
 from megatron3d.config.run import RunConfig
 from megatron3d.models.stage import MicroBatch, Stage, StagePart
-from megatron3d.models.zoo import BUILDERS
+from megatron3d.models.zoo import architecture_of
 from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.loss_sink import LossSink, LossSpec
 from megatron3d.params.gate import WeightGate
@@ -109,7 +109,7 @@ class StageRun:
         model = config.model
         if not self._on_cpu:  # fused kernels draw what they drop, and keep no mask of it
             model = replace(model, attention_dropout=0.0)
-        return BUILDERS[model.architecture](model, config.train, part, context)
+        return architecture_of(model).build_stage(model, config.train, part, context)
 
     def _axis(self, name: str, ranks: tuple[int, ...], rank: int) -> Axis:
         """An axis of ranks of which this one alone is there."""
@@ -144,12 +144,12 @@ class StageRun:
         """Samples of the run's shapes, with every field that its model or its options ask for."""
         model, data = self.config.model, self.config.data
         samples, length = self.config.train.micro_batch_size, model.seq_length
-        is_bert = model.architecture == "bert"
+        masks_sentences = model.traits.samples == "sentences"
 
         def numbers(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.int64, device=device)
 
-        mask_rows = 1 if is_bert else length if data.reset_attention_mask else 0
+        mask_rows = 1 if masks_sentences else length if data.reset_attention_mask else 0
         gradients = {spec.name: 1.0 for spec in losses}
         drops = max(model.hidden_dropout, model.attention_dropout) > 0
         return MicroBatch(
@@ -212,7 +212,7 @@ def _weight_gradients(recorder: StorageRecorder, works: Sequence[Callable[[], No
 
 
 def num_predicted(config: RunConfig) -> int:
-    """Masked tokens of a micro-batch of a BERT, an expected number."""
+    """Masked tokens of a micro-batch of sentences, an expected number."""
     return max(1, round(config.train.micro_batch_size * config.model.seq_length * config.data.mask_prob))
 
 

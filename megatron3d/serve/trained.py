@@ -29,8 +29,8 @@ from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.inference.load import generation_config, load_model
-from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.models.stage import MicroBatch, Stage
+from megatron3d.models.zoo import architecture_of
 from megatron3d.serve.description import ClassifierDescription
 from megatron3d.serve.packed_tokenizer import PackedTokenizer, pack
 from megatron3d.train.compare import SavedRun, read_saved_run
@@ -94,9 +94,9 @@ def open_trained(root: Path, step: int | None, overrides: ServeOverrides) -> Tra
     saved = read_saved_run(directory)
     stored = saved.config
     shapes = {name: shape for name, shape in tensor_shapes(directory).items() if name.startswith("model/")}
-    if stored.model.architecture != "bert" or _CLASSIFIER not in shapes:
+    if architecture_of(stored.model).build_classifier is None or _CLASSIFIER not in shapes:
         raise CheckpointError(
-            f"--load {directory} holds a {stored.model.architecture.upper()} without a classifier; fine-tune one with "
+            f"--load {directory} holds a {stored.model.traits.title} without a classifier; fine-tune one with "
             "tools/finetune_glue.py, or import one with tools/convert_checkpoint.py"
         )
     size = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -117,7 +117,9 @@ def load_classifier(trained: Trained) -> ExportedClassifier:
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
-    builder = partial(build_bert_classifier_stage, num_outputs=trained.description.num_outputs)
+    build = architecture_of(trained.config.model).build_classifier
+    assert build is not None, "open_trained takes no other architecture"
+    builder = partial(build, num_outputs=trained.description.num_outputs)
     model = load_model(trained.config, make_mesh(Layout()), torch.device("cpu"), trained.directory, builder=builder)
     return ExportedClassifier(model.stages[0]).eval()
 

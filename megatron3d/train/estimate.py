@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron3d.comm.device import likely_device_type
+from megatron3d.config.architectures import traits_of
 from megatron3d.config.check import resolve
 from megatron3d.config.placeholders import with_placeholders
 from megatron3d.config.presets import PRESETS, Preset
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.counts import num_parameters
-from megatron3d.models.zoo import TITLES
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.planner.ledger import Ledger, ledger_of, worst
 from megatron3d.planner.memory import least_state_bytes
@@ -75,7 +75,7 @@ def describe(found: Estimate) -> str:
     top = found.worst
     return "\n".join(
         [
-            f"{TITLES[config.model.architecture]}: {num_parameters(config.model):,} parameters on {layout}, ZeRO "
+            f"{config.model.traits.title}: {num_parameters(config.model):,} parameters on {layout}, ZeRO "
             f"stage {parallel.zero_stage}, {config.optim.precision}, schedule {found.plan.order}, on {device_type}",
             *_table(["pp rank", *COLUMNS], [[str(one.pp_rank), *_sizes(one)] for one in found.ledgers]),
             f"pipeline rank {top.pp_rank} needs most: {format_bytes(top.peak)} on its device",
@@ -159,8 +159,8 @@ def family_of(names: str, architecture: str) -> tuple[Preset, ...]:
         if not word or not any(name.startswith(word) for name in known):
             families = sorted({name.rsplit("-", 1)[0] for name in known})
             raise ConfigError(
-                f"--family {names}: '{word}' begins the name of no {TITLES[architecture]} among the presets; use one "
-                f"or more of {', '.join(families)}, or another --architecture."
+                f"--family {names}: '{word}' begins the name of no {traits_of(architecture).title} among the presets; "
+                f"use one or more of {', '.join(families)}, or another --architecture."
             )
     found = [preset for name, preset in known.items() if name.startswith(tuple(names.split(",")))]
     return tuple(sorted(found, key=lambda preset: num_parameters(preset.model_config())))

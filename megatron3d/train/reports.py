@@ -17,7 +17,6 @@ from megatron3d.comm.collectives import all_reduce
 from megatron3d.comm.device import device_name, peak_memory_bytes
 from megatron3d.config.serialize import to_dict
 from megatron3d.models.flops import flops_per_step, peak_tflops
-from megatron3d.models.zoo import TITLES
 from megatron3d.optim.build import state_bytes
 from megatron3d.pipeline.simulate import simulate
 from megatron3d.pipeline.split.stages import describe
@@ -226,7 +225,7 @@ def start_record(parts: TrainingSetup, *, predicted: Mapping[str, int] | None = 
     row = parts.model.rows.training(first_microbatches(config))
     degrees = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "zero": config.parallel.zero_stage}
     return StartRecord(
-        model=TITLES[config.model.architecture],
+        model=config.model.traits.title,
         parameters=_num_parameters(parts, parts.engine.units),
         layout=degrees,
         bytes_per_rank=_largest(on_device | offloaded, parts),

@@ -16,6 +16,7 @@ from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.checkpoint.store import from_first, gathered, on_every_rank
 from megatron3d.config.batch_size import iterations_for_samples
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.serialize import to_dict
 from megatron3d.data.content import Content
 from megatron3d.errors import CheckpointError, MisfitError
@@ -190,7 +191,7 @@ def _restore_from(source: Source, parts: TrainingSetup, content: Content | None)
     directory = source.directory
     agreed_index(directory, group)
     saved = on_every_rank(lambda: read_saved_run(directory), group)
-    _check_architecture(saved, parts.config.model.architecture)
+    _check_architecture(saved, parts.config.model)
     if source.weights_only:
         lines = compare_weights(saved, parts.config, content)
         _load(directory, parts, saved.config, with_optimizer=False)
@@ -306,12 +307,12 @@ def _delay_lines(parts: TrainingSetup, *, was_due: bool) -> list[str]:
     ]
 
 
-def _check_architecture(saved: SavedRun, wanted: str) -> None:
+def _check_architecture(saved: SavedRun, model: ModelConfig) -> None:
     """Every tensor of a GPT has a namesake of its shape in a BERT, so names alone would not tell."""
-    found = saved.config.model.architecture
-    if found != wanted:
+    if saved.config.model.architecture != model.architecture:
+        found, wanted = saved.config.model.traits, model.traits
         raise MisfitError(
-            f"{saved.directory} holds a {found.upper()}, not a {wanted.upper()}; resume it with pretrain_{found}.py"
+            f"{saved.directory} holds a {found.title}, not a {wanted.title}; resume it with {found.script}"
         )
 
 

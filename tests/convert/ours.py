@@ -20,7 +20,7 @@ from megatron3d.inference.embed import EmbedOptions, embed, load_encoder
 from megatron3d.inference.load import generation_config, load_model
 from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.models.stage import MicroBatch
-from megatron3d.models.zoo import BUILDERS
+from megatron3d.models.zoo import architecture_of
 from megatron3d.pipeline.run import Wire, run
 from megatron3d.train.setup import Model
 
@@ -56,7 +56,7 @@ def said(rank: int, world_size: int, checkpoint: Path, layout: Layout, batch: Ba
     """What the model of a checkpoint says of a batch, on the ranks of the last stage."""
     config, mesh = config_at(layout, checkpoint), make_mesh(layout)
     classes = tensor_shapes(checkpoint).get("model/head.classifier.weight")
-    builder = BUILDERS[config.model.architecture]
+    builder = architecture_of(config.model).build_stage
     if classes is not None:
         builder = partial(build_bert_classifier_stage, num_outputs=classes[0])
     with torch.no_grad():

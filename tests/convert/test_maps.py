@@ -19,7 +19,7 @@ from megatron3d.convert.families import FAMILIES, family_of
 from megatron3d.convert.family import HfConfig
 from megatron3d.convert.rows import TensorRule, convert
 from megatron3d.errors import ConfigError
-from megatron3d.models.zoo import BUILDERS
+from megatron3d.models.zoo import architecture_of
 from megatron3d.train.setup import build_model
 
 
@@ -53,7 +53,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
 def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Full shapes of all parameters of the model that is built for training."""
     run = derive(RunConfig(model=model, train=TrainConfig(micro_batch_size=1)), 1)
-    built = build_model(run, make_mesh(Layout()), torch.device("cpu"), BUILDERS[model.architecture])
+    built = build_model(run, make_mesh(Layout()), torch.device("cpu"), architecture_of(model).build_stage)
     return {name: one.spec.shape for name, one in built.stages[0].parameters_by_name().items()}
 
 

@@ -22,7 +22,7 @@ from megatron3d.config.cli import parse_args
 from megatron3d.convert.export import export_model
 from megatron3d.convert.hf import read_model, save_model
 from megatron3d.data.loader import GlobalBatches
-from megatron3d.models.zoo import BUILDERS
+from megatron3d.models.zoo import architecture_of
 from megatron3d.optim.schedule import settings_from_config
 from megatron3d.train import state
 from megatron3d.train.setup import build_parts
@@ -165,7 +165,8 @@ def train_and_save(rank: int, world_size: int, model: str, save: str) -> None:
     words += " --micro-batch-size 2 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
     args = parse_args(words.split(), program="test", description="test", architecture="bert" if is_bert else "gpt")
     config = resolve(args, world_size)
-    parts = build_parts(config, make_mesh(Layout(tp=2, pp=2)), torch.device("cpu"), BUILDERS[config.model.architecture])
+    builder = architecture_of(config.model).build_stage
+    parts = build_parts(config, make_mesh(Layout(tp=2, pp=2)), torch.device("cpu"), builder)
     data, progress = data_of(config), state.Progress()
     with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
         for step in range(3):

@@ -16,9 +16,9 @@ from megatron3d.comm.mesh import Mesh, make_mesh
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.config.run import RunConfig
-from megatron3d.data.build import BertData, GPTData, build_bert_data, build_gpt_data
+from megatron3d.data.build import BertData, GPTData, build_data
 from megatron3d.data.loader import GlobalBatches
-from megatron3d.models.zoo import BUILDERS
+from megatron3d.models.zoo import architecture_of
 from megatron3d.params.boxes import Box
 from megatron3d.train.setup import TrainingSetup, build_parts
 from megatron3d.train.step import Rates, forward_backward, global_counts, train_step
@@ -146,17 +146,13 @@ def config_of(case: Case) -> RunConfig:
 def parts_of(case: Case, mesh: Mesh) -> TrainingSetup:
     """The parts of a case on a live mesh."""
     config = config_of(case)
-    builder = BUILT_BY_TESTS.get(case.model, BUILDERS[config.model.architecture])
+    builder = BUILT_BY_TESTS.get(case.model, architecture_of(config.model).build_stage)
     return build_parts(config, mesh, torch.device("cpu"), builder)
 
 
 def data_of(config: RunConfig) -> GPTData | BertData:
     """The mock data of a case's model."""
-    model = config.model
-    if model.architecture == "bert":
-        sizes = {"seq_length": model.seq_length, "vocab_size": VOCAB_SIZE}
-        return build_bert_data(config.data, **sizes, tokenizer=None, binary_head=model.has_binary_head)
-    return build_gpt_data(config.data, seq_length=model.seq_length, vocab_size=VOCAB_SIZE, eod_token=0)
+    return build_data(config.data, config.model, tokenizer=None, eod_token=0)
 
 
 def trace(parts: TrainingSetup, *, num_steps: int = NUM_STEPS, first_step: int = 0, rates: Rates = RATES) -> Trace:

@@ -18,9 +18,9 @@ from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.config.run import RunConfig
 from megatron3d.data.batch import Samples
-from megatron3d.data.build import build_bert_data, build_gpt_data
+from megatron3d.data.build import build_data
 from megatron3d.data.loader import GlobalBatches
-from megatron3d.models.zoo import BUILDERS
+from megatron3d.models.zoo import architecture_of
 from megatron3d.optim.build import state_bytes
 from megatron3d.planner.layout import layout_of
 from megatron3d.planner.memory import StateForecast, shard_size
@@ -136,17 +136,13 @@ def _held_by(config: RunConfig) -> Held:
 def parts_of(config: RunConfig) -> TrainingSetup:
     """Build this rank."""
     mesh = make_mesh(layout_of(config.parallel, query_groups=config.model.num_query_groups))
-    return build_parts(config, mesh, torch.device("cpu"), BUILDERS[config.model.architecture])
+    return build_parts(config, mesh, torch.device("cpu"), architecture_of(config.model).build_stage)
 
 
 def batches_of(config: RunConfig, parts: TrainingSetup, number: int) -> list[Samples]:
     """This rank's part of the first global batches."""
     model, size, readers = config.model, config.train.global_batch_size, parts.mesh.batch
-    sizes = {"seq_length": model.seq_length, "vocab_size": model.vocab_size}
-    if model.architecture == "bert":
-        data = build_bert_data(config.data, **sizes, tokenizer=None, binary_head=model.has_binary_head)
-    else:
-        data = build_gpt_data(config.data, **sizes, eod_token=0)
+    data = build_data(config.data, model, tokenizer=None, eod_token=0)
     with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
         return [batches.read(step * size, size, readers.rank, readers.size) for step in range(number)]
 

@@ -30,7 +30,7 @@ from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.run import RunConfig
 from megatron3d.data.batch import BertBatch, GPTBatch, Samples
-from megatron3d.models.zoo import BUILDERS
+from megatron3d.models.zoo import architecture_of
 from megatron3d.planner.kernels_without_memory import GpuKernels
 from megatron3d.train import setup as parts_of_a_run
 from megatron3d.train import step as steps
@@ -127,7 +127,8 @@ def _outcome(architecture: str, implementation: str, flags: str) -> dict[str, ob
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             device = torch.device(NAME, 0)
-            parts = parts_of_a_run.build_parts(config, make_mesh(Layout()), device, BUILDERS[architecture])
+            builder = architecture_of(config.model).build_stage
+            parts = parts_of_a_run.build_parts(config, make_mesh(Layout()), device, builder)
             with traffic:
                 steps.train_step(parts, _batch(config), steps.Rates(1e-4, 0.01), step=0)
                 parts.engine.finish_update()

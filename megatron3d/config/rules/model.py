@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from megatron3d.config.architectures import ARCHITECTURES
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.rules.pipeline import pipeline_problems
 from megatron3d.config.run import RunConfig
@@ -83,25 +84,27 @@ def positions_rule(model: ModelConfig) -> Iterator[str]:
 
 def architecture_rule(given: ModelConfig, model: ModelConfig) -> Iterator[str]:
     """Options that belong to one architecture stand with that one."""
-    if model.architecture == "bert":
-        if model.has_binary_head and model.num_token_types == 1:
-            yield (
-                "--num-token-types 1 cannot tell the two sentences of a sample apart; use 2, 0 for no table at all, or "
-                "--bert-no-binary-head."
-            )
-        if model.norm_position == "post" and model.apply_residual_connection_post_layernorm:
-            yield (
-                "--apply-residual-connection-post-layernorm is about norms before each half of a block; leave it out, "
-                "or use --norm-position pre."
-            )
-        return
+    traits = model.traits
     used = {
-        "--norm-position post": model.norm_position == "post",
-        "--bert-no-binary-head": not model.bert_binary_head,
-        f"--num-token-types {given.num_token_types}": bool(given.num_token_types),
+        "norm_position": ("--norm-position post", model.norm_position == "post"),
+        "bert_binary_head": ("--bert-no-binary-head", not model.bert_binary_head),
+        "num_token_types": (f"--num-token-types {given.num_token_types}", bool(given.num_token_types)),
     }
-    for words in (words for words, is_used in used.items() if is_used):
-        yield f"{words} means nothing to a GPT; leave it out, or use pretrain_bert.py."
+    for name, (words, is_used) in used.items():
+        if is_used and name not in traits.own_options:
+            owner = next(other for other in ARCHITECTURES.values() if name in other.own_options)
+            yield f"{words} means nothing to a {traits.title}; leave it out, or use {owner.script}."
+    if model.has_binary_head and model.num_token_types == 1:
+        yield (
+            "--num-token-types 1 cannot tell the two sentences of a sample apart; use 2, 0 for no table at all, or "
+            "--bert-no-binary-head."
+        )
+    is_post = "norm_position" in traits.own_options and model.norm_position == "post"
+    if is_post and model.apply_residual_connection_post_layernorm:
+        yield (
+            "--apply-residual-connection-post-layernorm is about norms before each half of a block; leave it out, "
+            "or use --norm-position pre."
+        )
 
 
 def world_size_rule(parallel: ParallelConfig) -> Iterator[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron3d.config.architectures import ARCHITECTURES, ModelTraits, traits_of
 from megatron3d.config.fields import off_switch, option, switch
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu", "reglu")
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
-ARCHITECTURES = ("gpt", "bert")
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class ModelConfig:
     """The model. Fields that default to None are derived by `resolve` from the others; layers read resolved ones."""
 
     architecture: str = option(
-        "gpt", "--architecture", "What is trained; every training script knows its own.", choices=ARCHITECTURES
+        "gpt", "--architecture", "What is trained; every training script knows its own.", choices=tuple(ARCHITECTURES)
     )
     num_layers: int = option(None, "--num-layers", "Transformer layers.", also=("--encoder-num-layers",))
     hidden_size: int = option(None, "--hidden-size", "Width of the residual stream, H.")
@@ -102,14 +102,19 @@ class ModelConfig:
     )
 
     @property
+    def traits(self) -> ModelTraits:
+        """What is known of the architecture besides its layers."""
+        return traits_of(self.architecture)
+
+    @property
     def is_causal(self) -> bool:
         """Whether a token attends to those before it alone, where no mask says otherwise."""
-        return self.architecture == "gpt"
+        return self.traits.is_causal
 
     @property
     def has_binary_head(self) -> bool:
         """Whether the model also scores a pair of sentences."""
-        return self.architecture == "bert" and self.bert_binary_head
+        return "bert_binary_head" in self.traits.own_options and self.bert_binary_head
 
     @property
     def is_gated(self) -> bool:

@@ -93,7 +93,6 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
 
 def _misfits(names: _Names, model: ModelConfig) -> list[str]:
     expected = {
-        "architecture": "bert",
         "norm_position": names.norm_position,
         "normalization": "LayerNorm",
         "position_embedding_type": "learned_absolute",

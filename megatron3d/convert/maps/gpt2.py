@@ -61,7 +61,6 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
 
 def _misfits(model: ModelConfig) -> list[str]:
     expected = {
-        "architecture": "gpt",
         "normalization": "LayerNorm",
         "position_embedding_type": "learned_absolute",
         "activation": _PLAIN,

@@ -85,7 +85,6 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
 
 def _misfits(model: ModelConfig) -> list[str]:
     expected = {
-        "architecture": "gpt",
         "normalization": "RMSNorm",
         "position_embedding_type": "rope",
         "rotary_percent": 1.0,

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
-from megatron3d.models.stage import Stage, StagePart
+from megatron3d.models.stage import Stage, StageBuilder, StagePart
 from megatron3d.params.module import declared_parameters
 from megatron3d.tasks.glue import weights
 from megatron3d.tensor.context import LayerContext
-from megatron3d.train.setup import StageBuilder, TrainingSetup
+from megatron3d.train.setup import TrainingSetup
 
 AVERAGE = "average"
 

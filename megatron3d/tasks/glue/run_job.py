@@ -12,7 +12,8 @@ import torch
 
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.run import RunConfig
-from megatron3d.models.bert_classifier import build_bert_classifier_stage
+from megatron3d.models.stage import StageBuilder
+from megatron3d.models.zoo import architecture_of
 from megatron3d.tasks.glue.average import with_averages
 from megatron3d.tasks.glue.finetune import Finetuned, FinetuneSettings, finetune
 from megatron3d.tasks.glue.job import Job
@@ -22,7 +23,7 @@ from megatron3d.tasks.glue.predict import scores, write_predictions
 from megatron3d.tasks.glue.weights import fill, keep_tokenizer
 from megatron3d.train.held import held_directory
 from megatron3d.train.launch import Guard
-from megatron3d.train.setup import StageBuilder, TrainingSetup, build_parts
+from megatron3d.train.setup import TrainingSetup, build_parts
 from megatron3d.train.stopping import stop_if_asked, stop_while_starting
 
 
@@ -34,7 +35,9 @@ def one_seed(
     with held_directory(save, mesh) as renew:
         if save is not None:
             run = replace(run, data=keep_tokenizer(run.data, run.model, save, mesh))
-        builder: StageBuilder = partial(build_bert_classifier_stage, num_outputs=job.task.num_outputs)
+        build = architecture_of(run.model).build_classifier
+        assert build is not None, "an origin of another architecture is refused"
+        builder: StageBuilder = partial(build, num_outputs=job.task.num_outputs)
         if job.ema_decay is not None:
             builder = with_averages(builder)
         parts = build_parts(run, mesh, device, builder)

@@ -31,6 +31,7 @@ from megatron3d.convert.tokenizer_files import files_of, named_in, write_files
 from megatron3d.data.content import Content, tokenizer_content
 from megatron3d.data.hf_description import companion_files, tokenizer_files
 from megatron3d.errors import DataError, MisfitError
+from megatron3d.models.zoo import architecture_of
 from megatron3d.tasks.glue.tasks import Task
 from megatron3d.train.compare import CONTENT_DOCUMENT, read_saved_run
 from megatron3d.train.setup import TrainingSetup
@@ -126,9 +127,9 @@ def open_checkpoint(load: str, step: int | None) -> Origin:
 
 
 def _require_bert(source: str, model: ModelConfig) -> None:
-    if model.architecture != "bert":
+    if architecture_of(model).build_classifier is None:
         raise MisfitError(
-            f"{source} holds a {model.architecture.upper()}, and the tasks are learned by a BERT; give a checkpoint of "
+            f"{source} holds a {model.traits.title}, and the tasks are learned by a BERT; give a checkpoint of "
             "pretrain_bert.py with --load, or a Hugging Face directory of a BERT with --hf"
         )
 

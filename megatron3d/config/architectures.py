@@ -1,0 +1,73 @@
+"""The architectures by name, with what options, samples and reports must know of each; nothing here needs torch.
+
+`models/zoo.py` has the layers that go with each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from megatron3d.errors import ConfigError
+
+SampleKind = Literal["tokens", "sentences"]
+
+_SCRIPTS: Mapping[SampleKind, str] = MappingProxyType({"tokens": "pretrain_gpt.py", "sentences": "pretrain_bert.py"})
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """What is known of an architecture besides its layers. The defaults are those of a decoder.
+
+    Attributes:
+        title: what reports and messages call it.
+        samples: what it learns from: "tokens", rows of tokens of which each is predicted from those before it, or
+            "sentences", pairs of sentences with masked tokens.
+        is_causal: whether a token attends to those before it alone, where no mask says otherwise.
+        activation: that of its MLP by default.
+        own_options: fields of `ModelConfig` that have a meaning here and in no architecture that does not name them.
+        hf_families: which of Hugging Face's models, by `model_type`, compute the same with the right options.
+        presets: how the names of its published models begin that tools/estimate.py compares by default.
+    """
+
+    title: str
+    samples: SampleKind = "tokens"
+    is_causal: bool = True
+    activation: str = "gelu_tanh"
+    own_options: frozenset[str] = frozenset()
+    hf_families: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ()
+
+    @property
+    def script(self) -> str:
+        """The program that trains it."""
+        return _SCRIPTS[self.samples]
+
+
+ARCHITECTURES: Mapping[str, ModelTraits] = MappingProxyType(
+    {
+        "gpt": ModelTraits("GPT", hf_families=("gpt2", "llama"), presets=("gpt3", "megatron")),
+        "bert": ModelTraits(
+            "BERT",
+            samples="sentences",
+            is_causal=False,
+            activation="gelu",
+            own_options=frozenset({"norm_position", "bert_binary_head", "num_token_types"}),
+            hf_families=("bert", "megatron-bert"),
+            presets=("bert", "megatron-bert"),
+        ),
+    }
+)
+SPECIAL_OPTIONS: frozenset[str] = frozenset().union(*(traits.own_options for traits in ARCHITECTURES.values()))
+
+
+def traits_of(architecture: str) -> ModelTraits:
+    """What is known of an architecture.
+
+    Raises: ConfigError if there is none of that name.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(f"--architecture {architecture} is not known; use one of: {', '.join(ARCHITECTURES)}.")
+    return ARCHITECTURES[architecture]
