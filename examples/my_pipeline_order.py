@@ -10,12 +10,13 @@ from megatron3d.pipeline.schedule import Op, Schedule, Step
 
 
 def last_in_first_out(num_ranks: int, num_microbatches: int, virtual: int) -> Schedule:
-    """Stage s lives on rank s modulo num_ranks; every rank does all its forwards, then undoes them in reverse."""
-    places = tuple(stage % num_ranks for stage in range(num_ranks * virtual))
+    """Stage s is on rank s modulo num_ranks; every rank does all its forwards, then undoes them in reverse."""
+    stage_to_rank = tuple(stage % num_ranks for stage in range(num_ranks * virtual))
     rows = []
     for rank in range(num_ranks):
-        visits = [(stage, mb) for stage in range(rank, len(places), num_ranks) for mb in range(num_microbatches)]
-        forwards = [Step(Op.F, stage, mb) for stage, mb in visits]
-        backwards = [Step(Op.B, stage, mb) for stage, mb in reversed(visits)]
+        stages = range(rank, len(stage_to_rank), num_ranks)
+        order = [(stage, microbatch) for stage in stages for microbatch in range(num_microbatches)]
+        forwards = [Step(Op.F, stage, microbatch) for stage, microbatch in order]
+        backwards = [Step(Op.B, stage, microbatch) for stage, microbatch in reversed(order)]
         rows.append((*forwards, *backwards))
-    return Schedule("last in, first out", len(places), num_microbatches, tuple(rows), places)
+    return Schedule("last in, first out", len(stage_to_rank), num_microbatches, tuple(rows), stage_to_rank)

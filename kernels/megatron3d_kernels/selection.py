@@ -22,7 +22,13 @@ Implementation = TypeVar("Implementation")
 REFERENCE = "reference"
 TRITON_NAME = "triton"
 IMPLEMENTATIONS = (REFERENCE, TRITON_NAME)
-KERNEL_NAMES = ("layer_norm", "rms_norm", "gated_activation", "rotary", "cross_entropy")
+KERNEL_NAMES = (
+    "layer_norm",
+    "rms_norm",
+    "gated_activation",
+    "rotary",
+    "cross_entropy",
+)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHOWN_DTYPES = (*TRITON_DTYPES, torch.float64)
 SHOWN_DEVICES = ("cpu", "cuda")

@@ -35,7 +35,7 @@ class Adafactor(FlatOptimizer):
     """Adafactor over pieces, with `row_var`, `col_var` of a piece's matrices and `variance` of its vectors."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, whole: FullAccess) -> None:
-        self.config, self.whole = config, whole
+        self.whole = whole
         self._held = [owned for owned in whole.owned_slices() if owned.piece is not None]
         self._state_at: dict[str, dict[str, slice]] = {}
         self._state_size: dict[nn.Parameter, dict[str, int]] = {}
@@ -46,7 +46,7 @@ class Adafactor(FlatOptimizer):
             for name, size in _state_sizes(owned).items():
                 start = sizes.get(name, 0)
                 places[name], sizes[name] = slice(start, start + size), start + size
-        super().__init__(groups)
+        super().__init__(groups, config)
 
     def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The factors of all matrices of a piece one after another, and the moments of its vectors."""

@@ -8,7 +8,6 @@ Source: Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019 (AdamW), alg
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +20,6 @@ from megatron3d.optim.moments import MOMENT_DTYPES, read_moment, write_moment
 
 class AdamOfMoments(FlatOptimizer):
     """Adam whose moments have the dtypes of `--exp-avg-dtype` and `--exp-avg-sq-dtype`."""
-
-    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
-        self.config = config
-        super().__init__(groups)
 
     def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Both moments."""

@@ -9,7 +9,7 @@ Source: Loshchilov and Hutter 2019 (AdamW), algorithm 2, for Adam; the others na
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,13 +22,16 @@ from megatron3d.optim.adafactor import Adafactor
 from megatron3d.optim.adam import AdamOfMoments
 from megatron3d.optim.combined import CombinedOptimizer
 from megatron3d.optim.external import external_adam
+from megatron3d.optim.flat import FlatOptimizer
 from megatron3d.optim.lamb import Lamb
 from megatron3d.optim.lion import Lion
 from megatron3d.optim.muon import Muon
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.owned_slice import FullAccess
 
-_ELEMENTWISE = {"lion": Lion}
+_ELEMENTWISE: Mapping[str, type[FlatOptimizer]] = {
+    "lion": Lion,
+}
 _OVER_FULL_PARAMETERS = {"lamb": Lamb, "adafactor": Adafactor}
 
 
@@ -112,7 +115,13 @@ def _adam(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opti
 
 
 def _sgd(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.SGD(
+        groups,
+        lr=0.0,
+        momentum=config.sgd_momentum,
+        weight_decay=0.0,
+        fused=True,
+    )
     _allocate(optimizer, state_names(config), counts=False)
     return optimizer
 

@@ -14,15 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron3d.config.sections.optim import OptimConfig
+
 # On the CPU a chunk of a few tensors stays in the cache over the passes of an update; on a GPU launches count.
 CHUNK_CPU = 1 << 16
 CHUNK_DEVICE = 1 << 26
 
 
 class FlatOptimizer(torch.optim.Optimizer):
-    """Parameters in groups with "lr", "weight_decay" and "decays"; a step counter for each parameter."""
+    """Parameters in groups with "lr", "weight_decay" and "decays"; a step counter for each parameter.
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
+    `config` has the coefficients; a subclass says what state it keeps and how it updates.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        self.config = config
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
         for group in self.param_groups:
             for parameter in group["params"]:

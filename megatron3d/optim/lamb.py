@@ -30,8 +30,8 @@ class Lamb(FlatOptimizer):
     """LAMB with moments in the dtypes of `--exp-avg-dtype` and `--exp-avg-sq-dtype`."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, whole: FullAccess) -> None:
-        self.config, self.whole = config, whole
-        super().__init__(groups)
+        self.whole = whole
+        super().__init__(groups, config)
 
     def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Both moments."""

@@ -11,22 +11,16 @@ Source: Chen et al. 2023 (Symbolic Discovery of Optimization Algorithms), algori
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.flat import Due, FlatOptimizer, chunks
 from megatron3d.optim.moments import MOMENT_DTYPES, read_moment, write_moment
 
 
 class Lion(FlatOptimizer):
     """Lion with its moment in the dtype of `--exp-avg-dtype`."""
-
-    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
-        self.config = config
-        super().__init__(groups)
 
     def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The momentum."""

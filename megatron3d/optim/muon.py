@@ -30,8 +30,8 @@ class Muon(FlatOptimizer):
     """Muon over pieces that hold hidden matrices and nothing else."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, whole: FullAccess) -> None:
-        self.config, self.whole = config, whole
-        super().__init__(groups)
+        self.whole = whole
+        super().__init__(groups, config)
 
     def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The momentum, fp32."""

@@ -9,23 +9,17 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from typing import Any
 
 import torch
 import triton
-from megatron3d_kernels import (
-    GATED_ACTIVATIONS,
-    Registry,
-    cross_entropy,
-    gated_activation,
-    layer_norm,
-    rms_norm,
-    rotary,
-)
+from megatron3d_kernels import GATED_ACTIVATIONS, KERNEL_NAMES, Registry
 from megatron3d_kernels.launch import TRITON, TritonSupport
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+MODULES = [import_module(f"megatron3d_kernels.{name}") for name in KERNEL_NAMES]
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 
 
@@ -85,9 +79,10 @@ def use_all_kernels(registry: Registry, dtype: torch.dtype, width: int) -> None:
 if __name__ == "__main__":
     assert not TRITON.interpreted, "run this without TRITON_INTERPRET"
     compilations = Compilations(GPUTarget("cuda", int(sys.argv[1]), 32))
-    for module in (cross_entropy, gated_activation, layer_norm, rms_norm, rotary):
-        module.launch = compilations.launch
+    for module in MODULES:
+        vars(module)["launch"] = compilations.launch
     everywhere = Registry("triton", support=TritonSupport(installed=True, interpreted=True, detail="compiled only"))
     use_all_kernels(everywhere, torch.bfloat16, 96)
     use_all_kernels(everywhere, torch.float16, 2)
-    json.dump(compilations.outcomes, sys.stdout)
+    kernels = [f"{m.__name__}.{name}" for m in MODULES for name in vars(m) if name.endswith("_kernel")]
+    json.dump({"kernels": kernels, "outcomes": compilations.outcomes}, sys.stdout)

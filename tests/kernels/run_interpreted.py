@@ -1,4 +1,4 @@
-"""Run all kernel cases on Triton in this process's interpreter and print {case: dtype: "" or what went wrong} as JSON.
+"""Run kernel cases (all, or those named) on Triton in this process's interpreter and print what went wrong as JSON.
 
 A program of its own, started with TRITON_INTERPRET=1: Triton reads that when it is imported, and the tests of other
 rooms, in the process that runs pytest, shall not depend on it.
@@ -28,4 +28,6 @@ def outcome(case: str, dtype: str) -> str:
 if __name__ == "__main__":
     # Fewer programs than rows, so that the few rows an interpreter can bear make a program loop over several.
     layer_norm.BACKWARD_PROGRAMS = rms_norm.BACKWARD_PROGRAMS = 4
-    json.dump({f"{case}-{dtype}": outcome(case, dtype) for case in CASES for dtype in DTYPES}, sys.stdout)
+    json.dump(
+        {f"{case}-{dtype}": outcome(case, dtype) for case in sys.argv[1:] or CASES for dtype in DTYPES}, sys.stdout
+    )

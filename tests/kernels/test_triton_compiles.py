@@ -23,7 +23,8 @@ def test_every_kernel_compiles_for_nvidia_gpus(architecture: str, tmp_path: Path
     command = [sys.executable, "-m", "tests.kernels.run_compiled", architecture]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    outcomes: dict[str, str] = json.loads(done.stdout)
-    kernels = {label.split(" ")[0] for label in outcomes}
-    assert len(kernels) == 10, kernels
+    printed = json.loads(done.stdout)
+    outcomes: dict[str, str] = printed["outcomes"]
+    assert {label.split(" ")[0] for label in outcomes} == {*printed["kernels"]}
+    assert len(printed["kernels"]) >= 10
     assert not {label: problem for label, problem in outcomes.items() if problem}
