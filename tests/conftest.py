@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,13 @@ from tests.dist.pool import Pool
 # A shell that starts the suite in the background has SIGINT ignored, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Ranks side by side on few cores wake each other all the time. By default Linux lets the one that was woken take the
+# core from the one that woke it, often while a gloo thread of that one holds a lock, on which its other gloo thread
+# then spins until the time slice ends: three times the CPU seconds of a tensor-parallel test. Batch processes, and so
+# all processes and threads that tests start, take a core only when it is free or at the end of a slice.
+if sys.platform == "linux":
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 # Examples are not timed: how long one takes depends on what else runs on the machine.
 settings.register_profile("untimed", deadline=None)

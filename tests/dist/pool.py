@@ -77,7 +77,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "megatron3d.models.gpt", "megatron3d.train.loop"])
+        self._context.set_forkserver_preload(["torch", "megatron3d.train.loop", "pytest"])
         self._workers: list[_Worker] = []
         self._store: dist.TCPStore | None = None
         self._calls = 0
@@ -105,7 +105,7 @@ class Pool:
             self._start(world_size)
             self._calls += 1
             for rank in range(world_size):
-                task = worker.Task(self._calls, rank, world_size, 0.9 * timeout_s, tuple(sys.path), body)
+                task = worker.Task(self._calls, rank, world_size, 0.8 * timeout_s, tuple(sys.path), body)
                 self._send(rank, pickle.dumps(task))
             answers = self._gather(world_size, deadline, timeout_s)
             self._finish(world_size)

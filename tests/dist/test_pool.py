@@ -116,8 +116,9 @@ def test_a_hanging_rank_is_a_timeout_error_with_its_stack(pool: Pool) -> None:
 
 
 def test_a_collective_that_waits_forever_is_named(pool: Pool) -> None:
+    pool.run(2, _sum_of_ranks, 0)
     with pytest.raises(RankError, match=r"rank 0(.|\n)*in barrier\n(.|\n)*in _only_rank_0_enters_barrier"):
-        pool.run(2, _only_rank_0_enters_barrier, timeout_s=1)
+        pool.run(2, _only_rank_0_enters_barrier, timeout_s=2)
 
 
 def _only_rank_0_enters_barrier(rank: int, world_size: int) -> None:
