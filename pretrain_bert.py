@@ -23,7 +23,7 @@ def main(guard: Guard) -> None:
         sys.argv[1:],
         program="pretrain_bert.py",
         description="Pretrain a BERT.",
-        say=print if is_first else silent,
+        log=print if is_first else silent,
         architecture="bert",
     )
     config, vocabulary = settle_run(command, guard.launch.world_size)

@@ -20,7 +20,7 @@ def main(guard: Guard) -> None:
     is_first = guard.launch.rank == 0
     guard.save = save_directory(sys.argv[1:])
     command = read_command(
-        sys.argv[1:], program="pretrain_gpt.py", description="Pretrain a GPT.", say=print if is_first else silent
+        sys.argv[1:], program="pretrain_gpt.py", description="Pretrain a GPT.", log=print if is_first else silent
     )
     config, vocabulary = settle_run(command, guard.launch.world_size)
     if is_first:

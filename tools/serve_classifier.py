@@ -90,12 +90,12 @@ def main() -> None:
         classifier,
         RequestLimits(args.max_body_bytes, args.max_texts, args.truncate),
         BatchOptions(args.max_batch, args.max_wait_ms / 1e3, args.max_waiting),
-        say=say,
+        log=log,
     )
-    serve(service, bound, ListenAddress(args.host, args.port, args.log_interval), say=say)
+    serve(service, bound, ListenAddress(args.host, args.port, args.log_interval), log=log)
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """A line of the log."""
     print(line, file=sys.stderr, flush=True)
 
@@ -104,5 +104,5 @@ if __name__ == "__main__":
     try:
         main()
     except Megatron3dError as error:
-        say(f"error: {error}")
+        log(f"error: {error}")
         sys.exit(error.exit_code)

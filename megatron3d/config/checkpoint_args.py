@@ -38,8 +38,8 @@ OVERRIDDEN = (
 _CONTAINED = tuple(("model", name) for name in ("swiglu", "squared_relu", "openai_gelu", "group_query_attention"))
 
 
-def with_checkpoint_args(settings: Settings, say: Callable[[str], None]) -> dict[tuple[str, str], Any]:
-    """The settings with those of the checkpoint, if `--use-checkpoint-args` is among them; `say` takes what changes.
+def with_checkpoint_args(settings: Settings, log: Callable[[str], None]) -> dict[tuple[str, str], Any]:
+    """The settings with those of the checkpoint, if `--use-checkpoint-args` is among them; `log` takes what changes.
 
     Raises: CheckpointError if --load names no whole checkpoint; ConfigError if it is of another version.
     """
@@ -48,7 +48,7 @@ def with_checkpoint_args(settings: Settings, say: Callable[[str], None]) -> dict
         return changed
     directory = _directory(settings)
     if directory is None:
-        say("--use-checkpoint-args: there is no checkpoint yet, so the flags describe the model.")
+        log("--use-checkpoint-args: there is no checkpoint yet, so the flags describe the model.")
         return changed
     stored = from_dict(_read_run(directory))
     wanted, found = settings["model", "architecture"], stored.model.architecture
@@ -60,23 +60,23 @@ def with_checkpoint_args(settings: Settings, say: Callable[[str], None]) -> dict
     for key in _CONTAINED:
         changed.pop(key, None)
     for key in OVERRIDDEN:
-        _override(changed, key, stored, say)
+        _override(changed, key, stored, log)
     if not any(settings.get(("data", name)) for name in _TOKENIZER):
         data = beside_checkpoint(stored.data, directory)
         changed.update({("data", name): getattr(data, name) for name in (*_TOKENIZER, *_OF_TOKENIZER)})
     changed.setdefault(("data", "eod_token"), stored.data.eod_token)
     changed.setdefault(("model", "seq_length"), stored.model.seq_length)
-    say(f"--use-checkpoint-args: the model's options are those of {directory}")
+    log(f"--use-checkpoint-args: the model's options are those of {directory}")
     return changed
 
 
 def _override(
-    changed: dict[tuple[str, str], Any], key: tuple[str, str], stored: RunConfig, say: Callable[[str], None]
+    changed: dict[tuple[str, str], Any], key: tuple[str, str], stored: RunConfig, log: Callable[[str], None]
 ) -> None:
     option, value = BY_KEY[key], getattr(getattr(stored, key[0]), key[1])
     given = changed.get(key, value)
     if given != value:
-        say(f"{option.spelling} {given} is overridden by the checkpoint's {value} (--use-checkpoint-args)")
+        log(f"{option.spelling} {given} is overridden by the checkpoint's {value} (--use-checkpoint-args)")
     changed[key] = value
 
 

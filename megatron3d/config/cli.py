@@ -15,6 +15,7 @@ from typing import Any
 from megatron3d.config.architectures import traits_of
 from megatron3d.config.check import check
 from megatron3d.config.checkpoint_args import with_checkpoint_args
+from megatron3d.config.command_line import GivenFlag, split_command_line, stray_sentence
 from megatron3d.config.derive import TOKENIZER_ALIASES, derive
 from megatron3d.config.files import FileSettings, read_config_file
 from megatron3d.config.foreign.deepspeed_file import DeepSpeedFile, read_deepspeed_file
@@ -26,7 +27,6 @@ from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, Option, Set
 from megatron3d.config.presets import PRESETS
 from megatron3d.config.rules.doubt import NO_DOUBT, Doubt
 from megatron3d.config.run import RunConfig
-from megatron3d.config.words import GivenFlag, split_words, stray_sentence
 from megatron3d.errors import CheckpointError, ConfigError
 
 _TOKENIZER_FILES = (("data", "vocab_file"), ("data", "merge_file"), ("data", "tokenizer_model"))
@@ -58,14 +58,14 @@ def parse_args(
     *,
     program: str,
     description: str,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     architecture: str = "gpt",
 ) -> RunConfig:
     """The run a command line asks for, whether or not its values fit together; the arguments are `read_command`'s.
 
     Raises: ConfigError with every unknown, refused or malformed word of the command line and its files.
     """
-    command = read_command(argv, program=program, description=description, say=say, architecture=architecture)
+    command = read_command(argv, program=program, description=description, log=log, architecture=architecture)
     if command.problems:
         raise ConfigError("\n".join(command.problems))
     return command.run
@@ -94,11 +94,11 @@ def save_directory(argv: Sequence[str]) -> str | None:
 
     None where there is none, it has no value, or `--help` is all that is wanted.
     """
-    flags, _ = split_words(argv)
+    flags, _ = split_command_line(argv)
     if any(flag.name in ("--help", "-h") for flag in flags):
         return None
-    words = _read_words(flags)
-    return {**_config_file(words).settings, **words.settings}.get(("checkpoint", "save"))
+    found = _sorted_flags(flags)
+    return {**_config_file(found).settings, **found.settings}.get(("checkpoint", "save"))
 
 
 def read_command(
@@ -106,46 +106,46 @@ def read_command(
     *,
     program: str,
     description: str,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     architecture: str = "gpt",
 ) -> Command:
     """What a command line asks for and what is wrong with its words; `--help` prints and exits.
 
-    `argv` is without the program's name. `say` takes the lines about flags that have no effect here; by default they
+    `argv` is without the program's name. `log` takes the lines about flags that have no effect here; by default they
     go to stderr (pass a function that keeps silent on all ranks but one). `architecture` is what the program trains: a
     preset, file or flag that names another is a problem.
 
     Raises: CheckpointError if `--use-checkpoint-args` finds no checkpoint to take options from.
     """
-    flags, stray = split_words(argv)
+    flags, stray = split_command_line(argv)
     if any(flag.name in ("--help", "-h") for flag in flags):
         sys.stdout.write(help_text(program, description))
         raise SystemExit(0)
-    words = _read_words(flags)
-    words.problems[:0] = [stray_sentence(word, "the first flag") for word in stray]
-    config_file = _config_file(words)
-    engine_file = read_deepspeed_file(words.files["deepspeed_config"]) if "deepspeed_config" in words.files else None
-    by_flag, by_file = judge(words.foreign), judge(config_file.foreign)
+    found = _sorted_flags(flags)
+    found.problems[:0] = [stray_sentence(word, "the first flag") for word in stray]
+    config_file = _config_file(found)
+    engine_file = read_deepspeed_file(found.files["deepspeed_config"]) if "deepspeed_config" in found.files else None
+    by_flag, by_file = judge(found.foreign), judge(config_file.foreign)
     settings: dict[tuple[str, str], Any] = {("model", "architecture"): architecture}
-    settings.update(_preset_settings(words.files.get("preset") or config_file.preset, words.problems))
-    of_file, of_flags = {**by_file.settings, **config_file.settings}, by_flag.settings | words.settings
+    settings.update(_preset_settings(found.files.get("preset") or config_file.preset, found.problems))
+    of_file, of_flags = {**by_file.settings, **config_file.settings}, by_flag.settings | found.settings
     settings.update(_without_other_tokenizer(of_file, of_flags))
     settings.update(of_flags)
-    lines = _judged(words, by_flag, by_file, config_file)
+    lines = _judged(found, by_flag, by_file, config_file)
     if engine_file is not None:
-        path = words.files["deepspeed_config"]
-        words.problems += engine_file.problems + engine_file.contradictions(path, settings)
+        path = found.files["deepspeed_config"]
+        found.problems += engine_file.problems + engine_file.contradictions(path, settings)
         lines += [*engine_file.lines, *engine_file.lines_of_defaults(path, settings)]
         settings.update(engine_file.settings(settings))
-    settings = _with_checkpoint_args(settings, words, lines)
-    lines += _zero_bubble(by_flag, settings, words.problems)
-    words.problems += contradictions(words.foreign, words.settings)
-    words.problems += _problems_between(program, architecture, words.foreign, settings)
-    lines += _lines_of_run(settings, words.unread)
+    settings = _with_checkpoint_args(settings, found, lines)
+    lines += _zero_bubble(by_flag, settings, found.problems)
+    found.problems += contradictions(found.foreign, found.settings)
+    found.problems += _problems_between(program, architecture, found.foreign, settings)
+    lines += _lines_of_run(settings, found.unread)
     for line in lines:
-        (_to_stderr if say is None else say)(line)
-    doubt = _doubt(words, by_flag, by_file, config_file, engine_file, settings)
-    return Command(build_run_config(settings), tuple(dict.fromkeys(words.problems)), doubt)
+        (_to_stderr if log is None else log)(line)
+    doubt = _doubt(found, by_flag, by_file, config_file, engine_file, settings)
+    return Command(build_run_config(settings), tuple(dict.fromkeys(found.problems)), doubt)
 
 
 def _without_other_tokenizer(of_file: Settings, of_flags: Settings) -> Settings:
@@ -164,7 +164,7 @@ def _to_stderr(line: str) -> None:
 
 
 @dataclass
-class _Words:
+class _SortedFlags:
     """The flags of a command line, sorted: our options, the files to read, and what is no option of ours."""
 
     settings: dict[tuple[str, str], Any] = field(default_factory=dict)
@@ -174,57 +174,57 @@ class _Words:
     unread: set[str] = field(default_factory=set)
 
 
-def _read_words(flags: Iterable[GivenFlag]) -> _Words:
-    words = _Words()
+def _sorted_flags(flags: Iterable[GivenFlag]) -> _SortedFlags:
+    found = _SortedFlags()
     for flag in flags:
         if flag.name in _FILE_FLAGS:
-            _read_file_flag(flag, words)
+            _read_file_flag(flag, found)
         elif flag.name == "--deepspeed" and flag.values and flag.values[0].endswith(".json"):
             # Hugging Face's Trainer takes the file by this flag.
-            _read_file_flag(GivenFlag("--deepspeed_config", flag.values), words)
+            _read_file_flag(GivenFlag("--deepspeed_config", flag.values), found)
         elif flag.name in BY_SPELLING:
-            _read_option(flag, BY_SPELLING[flag.name], words)
+            _read_option(flag, BY_SPELLING[flag.name], found)
         else:
-            words.foreign.append(flag)
-    return words
+            found.foreign.append(flag)
+    return found
 
 
-def _read_file_flag(flag: GivenFlag, words: _Words) -> None:
+def _read_file_flag(flag: GivenFlag, found: _SortedFlags) -> None:
     if not flag.values:
-        words.problems.append(f"{flag.name} has no value after it; give the name of a preset or the path of a file.")
+        found.problems.append(f"{flag.name} has no value after it; give the name of a preset or the path of a file.")
         return
-    words.files[_FILE_FLAGS[flag.name]] = flag.values[0]
-    words.problems += [stray_sentence(word, flag.name) for word in flag.values[1:]]
+    found.files[_FILE_FLAGS[flag.name]] = flag.values[0]
+    found.problems += [stray_sentence(word, flag.name) for word in flag.values[1:]]
 
 
-def _read_option(flag: GivenFlag, option: Option, words: _Words) -> None:
+def _read_option(flag: GivenFlag, option: Option, found: _SortedFlags) -> None:
     """Set one option by its flag, or note why not."""
     kind = option.flag.kind
     if kind in ("on", "off"):
         if flag.has_equals:
-            words.problems.append(f"{flag.name}={flag.values[0]} gives a value to a switch; write {flag.name} alone.")
+            found.problems.append(f"{flag.name}={flag.values[0]} gives a value to a switch; write {flag.name} alone.")
         else:
-            words.problems += [stray_sentence(word, flag.name) for word in flag.values]
-        words.settings[option.key] = kind == "on"
+            found.problems += [stray_sentence(word, flag.name) for word in flag.values]
+        found.settings[option.key] = kind == "on"
         return
     if not flag.values:
-        words.problems.append(f"{flag.name} has no value after it; give one ({metavar(option)}): {option.flag.help}")
-        words.unread.add(option.name)
+        found.problems.append(f"{flag.name} has no value after it; give one ({metavar(option)}): {option.flag.help}")
+        found.unread.add(option.name)
         return
     if kind != "list":
-        words.problems += [stray_sentence(word, flag.name) for word in flag.values[1:]]
+        found.problems += [stray_sentence(word, flag.name) for word in flag.values[1:]]
     try:
-        words.settings[option.key] = option.convert(flag.values if kind == "list" else flag.values[0])
+        found.settings[option.key] = option.convert(flag.values if kind == "list" else flag.values[0])
     except ValueError as error:
-        words.problems.append(str(error))
-        words.unread.add(option.name)
+        found.problems.append(str(error))
+        found.unread.add(option.name)
 
 
-def _config_file(words: _Words) -> FileSettings:
-    if "config" not in words.files:
+def _config_file(found: _SortedFlags) -> FileSettings:
+    if "config" not in found.files:
         return FileSettings({}, None, (), ())
     try:
-        return read_config_file(words.files["config"])
+        return read_config_file(found.files["config"])
     except ConfigError as error:
         return FileSettings({}, None, (), (str(error),), is_read=False)
 
@@ -242,17 +242,17 @@ def _preset_settings(name: str | None, problems: list[str]) -> Settings:
     }
 
 
-def _judged(words: _Words, by_flag: Verdict, by_file: Verdict, config_file: FileSettings) -> list[str]:
+def _judged(found: _SortedFlags, by_flag: Verdict, by_file: Verdict, config_file: FileSettings) -> list[str]:
     """Add the problems of files and foreign words; returns the lines about words without effect."""
-    path = words.files.get("config")
-    words.problems += config_file.problems
-    words.problems += by_flag.problems
-    words.problems += [f"{path}: {problem}" for problem in by_file.problems]
+    path = found.files.get("config")
+    found.problems += config_file.problems
+    found.problems += by_flag.problems
+    found.problems += [f"{path}: {problem}" for problem in by_file.problems]
     return [*by_flag.lines, *by_file.lines]
 
 
 def _with_checkpoint_args(
-    settings: dict[tuple[str, str], Any], words: _Words, lines: list[str]
+    settings: dict[tuple[str, str], Any], found: _SortedFlags, lines: list[str]
 ) -> dict[tuple[str, str], Any]:
     """The settings with those of a checkpoint, where they are asked for.
 
@@ -261,10 +261,10 @@ def _with_checkpoint_args(
     try:
         return with_checkpoint_args(settings, lines.append)
     except CheckpointError as error:
-        if not words.problems:
+        if not found.problems:
             raise
-        words.problems.append(str(error))
-        words.unread.update(option.name for option in OPTIONS if option.section == "model")
+        found.problems.append(str(error))
+        found.unread.update(option.name for option in OPTIONS if option.section == "model")
         return settings
 
 
@@ -307,18 +307,18 @@ def _lines_of_run(settings: Settings, unread: set[str]) -> list[str]:
 
 
 def _doubt(
-    words: _Words,
+    found: _SortedFlags,
     by_flag: Verdict,
     by_file: Verdict,
     config_file: FileSettings,
     engine_file: DeepSpeedFile | None,
     settings: Settings,
 ) -> Doubt:
-    unread = words.unread | by_flag.meant | by_file.meant | config_file.unread
+    unread = found.unread | by_flag.meant | by_file.meant | config_file.unread
     perhaps: set[str] = set() if config_file.is_read else set(BY_NAME)
     if engine_file is not None and not engine_file.is_read:
         perhaps |= OPTIONS_OF_DEEPSPEED
-    if (words.files.get("preset") or config_file.preset) not in (None, *PRESETS):
+    if (found.files.get("preset") or config_file.preset) not in (None, *PRESETS):
         perhaps |= {option.name for option in OPTIONS if option.section == "model"}
     given = frozenset(name for _, name in settings)
     return Doubt(frozenset(unread) - given, frozenset(perhaps) - given)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron3d.config.command_line import GivenFlag
 from megatron3d.config.options import BY_NAME, BY_SPELLING, DERIVED_NAMES, SECTIONS, Option
-from megatron3d.config.words import GivenFlag
 from megatron3d.errors import ConfigError
 from megatron3d.files.json_text import parse_object
 from megatron3d.files.text import read_text

@@ -57,7 +57,7 @@ def parse_data_path(words: Sequence[str], flag: str) -> tuple[Corpus, ...]:
     return corpora
 
 
-def words_of_file(path: str) -> tuple[tuple[str, ...], str]:
+def read_data_args_file(path: str) -> tuple[tuple[str, ...], str]:
     """The words of `--data-args-path`, and the flag to name in messages. Raises: DataError if it cannot be read."""
     flag = f"--data-args-path {path}"
     if not Path(path).is_file():

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.data.bert import MIN_SEQ_LENGTH, BertForm, BertReader, BertSample, BertSamples
-from megatron3d.data.blend import Blend, Corpus, integer_weights, parse_data_path, words_of_file
+from megatron3d.data.blend import Blend, Corpus, integer_weights, parse_data_path, read_data_args_file
 from megatron3d.data.gpt import DocumentRules, GPTReader, GPTSamples
 from megatron3d.data.indexed import IndexedDataset
 from megatron3d.data.masking import BertVocabulary, MaskingRules
@@ -231,7 +231,7 @@ def _shares_by_split(data: DataConfig) -> dict[str, list[_Share]]:
     shares: dict[str, list[_Share]] = {split: [] for split in SPLIT_NAMES}
     words, flag = data.data_path, "--data-path"
     if data.data_args_path is not None:
-        words, flag = words_of_file(data.data_args_path)
+        words, flag = read_data_args_file(data.data_args_path)
     for place, corpus in enumerate(parse_data_path(words, flag) if words else ()):
         dataset = IndexedDataset(corpus.prefix)
         for split, documents in zip(SPLIT_NAMES, split_documents(dataset.num_documents, data.split)):

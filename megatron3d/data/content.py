@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron3d.config.resume import Difference, Effect
 from megatron3d.config.sections.data import DataConfig
-from megatron3d.data.blend import Corpus, parse_data_path, words_of_file
+from megatron3d.data.blend import Corpus, parse_data_path, read_data_args_file
 from megatron3d.data.hf_description import described_files
 from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import SENTENCEPIECE_KINDS
@@ -250,7 +250,7 @@ def _same_corpora(saved: Sequence[CorpusContent], now: Sequence[CorpusContent]) 
 def _corpora(data: DataConfig) -> dict[str, tuple[Corpus, ...]]:
     words, flag = data.data_path, "--data-path"
     if data.data_args_path is not None:
-        words, flag = words_of_file(data.data_args_path)
+        words, flag = read_data_args_file(data.data_args_path)
     by_part = {
         "all": (words, flag),
         "train": (data.train_data_path, "--train-data-path"),

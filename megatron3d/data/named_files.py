@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron3d.config.derive import TOKENIZER_ALIASES
 from megatron3d.config.sections.data import DataConfig
-from megatron3d.data.blend import parse_data_path, words_of_file
+from megatron3d.data.blend import parse_data_path, read_data_args_file
 from megatron3d.data.indexed import check_files_exist
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, existing_file, unknown_kind
 from megatron3d.errors import ConfigError, DataError
@@ -49,7 +49,7 @@ def _of_corpora(data: DataConfig) -> Iterator[ConfigError | DataError]:
     given = [(vars(data)[name], f"--{name.replace('_', '-')}") for name in _PREFIXES]
     if data.data_args_path is not None:
         try:
-            given.append(words_of_file(data.data_args_path))
+            given.append(read_data_args_file(data.data_args_path))
         except DataError as error:
             yield error
     for words, flag in given:

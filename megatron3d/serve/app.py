@@ -45,7 +45,7 @@ class Service:
     """A classifier behind HTTP; `app` is the ASGI application, `counts` what it has done."""
 
     def __init__(
-        self, classifier: Classifier, limits: RequestLimits, batching: BatchOptions, *, say: Callable[[str], None]
+        self, classifier: Classifier, limits: RequestLimits, batching: BatchOptions, *, log: Callable[[str], None]
     ) -> None:
         """Prepare to serve.
 
@@ -53,9 +53,9 @@ class Service:
             classifier: the model.
             limits: of one request.
             batching: how requests share batches.
-            say: takes a line about a failure inside the service.
+            log: takes a line about a failure inside the service.
         """
-        self.classifier, self.limits, self.counts, self.say = classifier, limits, Counts(), say
+        self.classifier, self.limits, self.counts, self.log = classifier, limits, Counts(), log
         self.batcher = Batcher(classifier.logits_by_length, batching)
         self.app = Starlette(
             routes=[
@@ -155,7 +155,7 @@ class Service:
 
     async def _failed(self, request: Request, error: Exception) -> JSONResponse:
         self.counts.failed += 1
-        self.say(f"{request.method} {request.url.path} failed: {type(error).__name__}: {error}")
+        self.log(f"{request.method} {request.url.path} failed: {type(error).__name__}: {error}")
         return _problem(500, f"the service failed ({type(error).__name__}); its log says more", {})
 
 

@@ -65,7 +65,7 @@ def server_config(service: Service, *, header_timeout_s: float = _HEADER_TIMEOUT
     )
 
 
-def serve(service: Service, bound: socket.socket, place: ListenAddress, *, say: Callable[[str], None]) -> None:
+def serve(service: Service, bound: socket.socket, place: ListenAddress, *, log: Callable[[str], None]) -> None:
     """Serve until a signal asks for the end; called on the main thread."""
     server = uvicorn.Server(server_config(service))
 
@@ -77,9 +77,9 @@ def serve(service: Service, bound: socket.socket, place: ListenAddress, *, say: 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     host = f"[{place.host}]" if ":" in place.host else place.host
-    say(f"serving on http://{host}:{bound.getsockname()[1]}")
-    asyncio.run(_serve(server, service, bound, place.log_interval_s, say))
-    say(f"stopped; {_totals(service)}")
+    log(f"serving on http://{host}:{bound.getsockname()[1]}")
+    asyncio.run(_serve(server, service, bound, place.log_interval_s, log))
+    log(f"stopped; {_totals(service)}")
 
 
 async def _serve(
@@ -87,15 +87,15 @@ async def _serve(
     service: Service,
     bound: socket.socket,
     log_interval_s: float,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
-    log = asyncio.create_task(_log(service, log_interval_s, say)) if log_interval_s else None
+    reports = asyncio.create_task(_report(service, log_interval_s, log)) if log_interval_s else None
     await server.serve(sockets=[bound])
-    if log is not None:
-        log.cancel()
+    if reports is not None:
+        reports.cancel()
 
 
-async def _log(service: Service, interval_s: float, say: Callable[[str], None]) -> None:
+async def _report(service: Service, interval_s: float, log: Callable[[str], None]) -> None:
     """A line for each interval in which something was asked."""
     while True:
         before, began_s = replace(service.counts), time.monotonic()
@@ -108,7 +108,7 @@ async def _log(service: Service, interval_s: float, say: Callable[[str], None]) 
             continue
         mean_ms = 1e3 * (now.elapsed_s - before.elapsed_s) / max(1, answered)
         per_batch = samples / max(1, service.batcher.counts.batches - batches)
-        say(
+        log(
             f"{answered / elapsed_s:.1f} requests/s, {samples / elapsed_s:.1f} texts/s, {per_batch:.1f} texts a batch, "
             f"{mean_ms:.1f} ms a request; {refused} refused, {failed} failed"
         )

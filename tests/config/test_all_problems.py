@@ -29,7 +29,7 @@ BASE = {
 
 def answer(words: list[str], world_size: int = 1) -> list[str]:
     """The sentences that a command is refused with; none if it is not."""
-    command = read_command(words, program="pretrain_gpt.py", description="Pretrain a GPT.", say=lambda line: None)
+    command = read_command(words, program="pretrain_gpt.py", description="Pretrain a GPT.", log=lambda line: None)
     try:
         settle(command, world_size)
     except ConfigError as error:

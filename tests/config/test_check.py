@@ -31,7 +31,7 @@ BASE = {
 def run_with(change: str = "", drop: str = "") -> RunConfig:
     """A small valid run with some flags changed or added, and some dropped."""
     words = [word for flag, value in BASE.items() if flag not in drop.split() for word in (flag, value) if word]
-    return parse_args([*words, *change.split()], program="t", description="t", say=print)
+    return parse_args([*words, *change.split()], program="t", description="t", log=print)
 
 
 def problems_of(change: str = "", *, world: int = 1, drop: str = "") -> list[str]:

@@ -20,7 +20,7 @@ from tests.files.mutations import DEEP, mutated_bytes
 def parse(line: str, said: list[str] | None = None) -> RunConfig:
     """The run of a command line written as in a shell, without quotes."""
     lines: list[str] = [] if said is None else said
-    return parse_args(line.split(), program="pretrain_gpt.py", description="Pretrain a GPT.", say=lines.append)
+    return parse_args(line.split(), program="pretrain_gpt.py", description="Pretrain a GPT.", log=lines.append)
 
 
 def problems_of(line: str) -> list[str]:
@@ -186,7 +186,7 @@ def test_a_number_of_hundreds_of_digits_is_refused() -> None:
 def test_a_changed_config_file_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "run.json").write_bytes(data)
     with contextlib.suppress(ConfigError):
-        parse_args(["--config", str(tmp_path / "run.json")], program="p", description="d", say=lambda line: None)
+        parse_args(["--config", str(tmp_path / "run.json")], program="p", description="d", log=lambda line: None)
 
 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:

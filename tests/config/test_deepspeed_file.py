@@ -25,7 +25,7 @@ def run_of(file: Path, content: Any, flags: str = "", *, world: int = 2, said: l
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     lines: list[str] = [] if said is None else said
     words = f"{BASE} --deepspeed --deepspeed_config {file} {flags}".split()
-    return settle(read_command(words, program="pretrain_gpt.py", description="t", say=lines.append), world)
+    return settle(read_command(words, program="pretrain_gpt.py", description="t", log=lines.append), world)
 
 
 def _warmup(**params: Any) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def test_trackers_of_the_file_are_used_or_reported(file: Path) -> None:
 def test_a_missing_file_is_an_error_beside_the_others(tmp_path: Path) -> None:
     words = f"{BASE} --deepspeed_config {tmp_path}/none.json --bf16 --fp16".split()
     with pytest.raises(ConfigError) as raised:
-        settle(read_command(words, program="pretrain_gpt.py", description="t", say=lambda line: None), 1)
+        settle(read_command(words, program="pretrain_gpt.py", description="t", log=lambda line: None), 1)
     missing, precision = str(raised.value).split("\n")  # --lr and the batch may be in the file
     assert "none.json cannot be read (No such file or directory)" in missing
     assert precision.startswith("--bf16 and --fp16")
@@ -237,5 +237,5 @@ def test_a_missing_file_is_an_error_beside_the_others(tmp_path: Path) -> None:
 def test_hugging_faces_spelling_with_the_file_behind_the_switch_works(file: Path) -> None:
     file.write_text(json.dumps({"train_micro_batch_size_per_gpu": 3}))
     words = f"{BASE} --lr 1e-3 --deepspeed {file}".split()
-    command = read_command(words, program="pretrain_gpt.py", description="t", say=lambda line: None)
+    command = read_command(words, program="pretrain_gpt.py", description="t", log=lambda line: None)
     assert settle(command, 1).train.micro_batch_size == 3

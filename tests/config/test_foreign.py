@@ -9,13 +9,13 @@ import pytest
 
 from megatron3d.config.check import check
 from megatron3d.config.cli import read_command, settle
+from megatron3d.config.command_line import GivenFlag, split_command_line
 from megatron3d.config.foreign.flags import contradictions, judge, option_meant
 from megatron3d.config.foreign.forks import FORK_ACCEPTED, FORK_REFUSED, FORK_SYNONYMS, fork_accepted, fork_refused
 from megatron3d.config.foreign.megatron import MEGATRON
 from megatron3d.config.foreign.names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
 from megatron3d.config.options import BY_SPELLING
 from megatron3d.config.run import RunConfig
-from megatron3d.config.words import GivenFlag, split_words
 from megatron3d.errors import ConfigError
 from megatron3d.pipeline.orders.named import ORDERS
 
@@ -27,7 +27,7 @@ BASE = (
 
 def run_of(flags: str, *, world: int = 1, said: list[str] | None = None) -> RunConfig:
     lines: list[str] = [] if said is None else said
-    command = read_command(f"{BASE} {flags}".split(), program="pretrain_gpt.py", description="t", say=lines.append)
+    command = read_command(f"{BASE} {flags}".split(), program="pretrain_gpt.py", description="t", log=lines.append)
     return settle(command, world)
 
 
@@ -144,7 +144,7 @@ def test_names_of_a_hugging_face_tokenizer() -> None:
 def test_a_length_in_tokens_ends_with_the_step_that_megatron_deepspeed_ends_with(tokens: int, batch: str) -> None:
     flags = f"--train-tokens {tokens} {batch}"
     command = read_command(
-        f"{BASE.replace('--train-iters 5', '')} {flags}".split(), program="t", description="t", say=lambda line: None
+        f"{BASE.replace('--train-iters 5', '')} {flags}".split(), program="t", description="t", log=lambda line: None
     )
     train = settle(command, 1).train
     consumed = 0
@@ -156,11 +156,11 @@ def test_a_length_in_tokens_ends_with_the_step_that_megatron_deepspeed_ends_with
 def test_tokens_and_samples_end_with_what_is_reached_first_and_schedules_follow() -> None:
     base = BASE.replace("--train-iters 5", "")
     words = f"{base} --train-tokens 6400 --train-samples 150 --lr-decay-tokens 3200 --lr-warmup-tokens 320".split()
-    run = settle(read_command(words, program="t", description="t", say=print), 1)
+    run = settle(read_command(words, program="t", description="t", log=print), 1)
     assert (run.train.train_samples, run.optim.lr_decay_samples, run.optim.lr_warmup_samples) == (150, 100, 10)
-    assert settle(read_command(words, program="t", description="t", say=print), 1) == run
+    assert settle(read_command(words, program="t", description="t", log=print), 1) == run
     shorter = [word if word != "6400" else "3200" for word in words]
-    assert settle(read_command(shorter, program="t", description="t", say=print), 1).train.train_samples == 112
+    assert settle(read_command(shorter, program="t", description="t", log=print), 1).train.train_samples == 112
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_two_tokenizers_under_two_names_are_refused() -> None:
     (problem, *_) = problems_of("--tokenizer-name-or-path a --tokenizer-type ByteTokenizer")
     assert problem.startswith("--tokenizer-name-or-path a means --tokenizer-type HuggingFaceTokenizer, but --tokenizer")
     words = ["--tokenizer-name-or-path", "a", "--tokenizer-type", "PretrainedFromHF", "--tokenizer-model", "a"]
-    assert list(contradictions(split_words(words)[0], {("data", "tokenizer_type"): "PretrainedFromHF"})) == []
+    assert list(contradictions(split_command_line(words)[0], {("data", "tokenizer_type"): "PretrainedFromHF"})) == []
 
 
 TWO_TOKENIZERS = {
@@ -310,4 +310,4 @@ def run_of_words(words: str) -> RunConfig:
     """The run of a command that needs nothing but a tokenizer."""
     base = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --micro-batch-size 2 --lr 1e-3"
     argv = f"{base} --train-iters 5 --mock-data {words}".split()
-    return read_command(argv, program="pretrain_gpt.py", description="t", say=lambda line: None).run
+    return read_command(argv, program="pretrain_gpt.py", description="t", log=lambda line: None).run

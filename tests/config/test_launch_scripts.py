@@ -169,7 +169,7 @@ def parse(text: str, said: list[str] | None = None, architecture: str = "gpt") -
     lines: list[str] = [] if said is None else said
     program = f"pretrain_{architecture}.py"
     return parse_args(
-        shlex.split(text), program=program, description="Pretrain.", say=lines.append, architecture=architecture
+        shlex.split(text), program=program, description="Pretrain.", log=lines.append, architecture=architecture
     )
 
 

@@ -76,7 +76,7 @@ prefixes = ["--family-"]
 def parse(words: str) -> list[str]:
     """The lines that a command line gets."""
     said: list[str] = []
-    parse_args(f"{SHAPE} {words}".split(), program="pretrain_gpt.py", description="", say=said.append)
+    parse_args(f"{SHAPE} {words}".split(), program="pretrain_gpt.py", description="", log=said.append)
     return said
 
 
@@ -212,7 +212,7 @@ def test_a_flag_that_somebody_counts_on_is_refused_by_name(flag: str, instead: s
 def test_values_that_cannot_work_are_refused(words: str, problem: str) -> None:
     try:
         config = parse_args(
-            f"{SHAPE} {words}".split(), program="pretrain_gpt.py", description="", say=lambda line: None
+            f"{SHAPE} {words}".split(), program="pretrain_gpt.py", description="", log=lambda line: None
         )
         problems = check(config, 1)
     except ConfigError as error:

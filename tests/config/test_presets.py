@@ -52,7 +52,7 @@ def test_released_weights_have_exactly_these_counts() -> None:
 def test_a_preset_needs_only_batch_rate_length_and_data(name: str) -> None:
     line = f"--preset {name} --micro-batch-size 1 --lr 1e-4 --train-iters 10 --mock-data"
     architecture = PRESETS[name].model.get("architecture", "gpt")
-    config = parse_args(line.split(), program="t", description="t", say=print, architecture=architecture)
+    config = parse_args(line.split(), program="t", description="t", log=print, architecture=architecture)
     assert check(config, 1) == []
     assert config.model == PRESETS[name].model_config()
 
@@ -75,4 +75,4 @@ def test_both_sizes_of_bert_and_the_three_of_megatron_are_there() -> None:
 @pytest.mark.parametrize(("name", "architecture"), [("bert-base", "gpt"), ("gpt2-124m", "bert")])
 def test_a_preset_of_another_architecture_names_the_script_to_use(name: str, architecture: str) -> None:
     with pytest.raises(ConfigError, match=f"use pretrain_{PRESETS[name].model.get('architecture', 'gpt')}.py"):
-        parse_args(["--preset", name], program="t", description="t", say=print, architecture=architecture)
+        parse_args(["--preset", name], program="t", description="t", log=print, architecture=architecture)

@@ -20,7 +20,7 @@ ALL_FIELDS = {(section, field.name) for section, kind in SECTIONS.items() for fi
 
 def resolved(options: str = "", *, architecture: str = "gpt", base: str = MOCK) -> RunConfig:
     argv = f"{base} {options}".split()
-    run = parse_args(argv, program="p", description="d", say=lambda line: None, architecture=architecture)
+    run = parse_args(argv, program="p", description="d", log=lambda line: None, architecture=architecture)
     return resolve(run, 1)
 
 

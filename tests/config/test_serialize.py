@@ -32,7 +32,7 @@ SMALL = (
 
 
 def parse(line: str) -> RunConfig:
-    return parse_args(line.split(), program="t", description="t", say=print)
+    return parse_args(line.split(), program="t", description="t", log=print)
 
 
 def values_of(option: Option) -> st.SearchStrategy[Any]:

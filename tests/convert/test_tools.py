@@ -291,7 +291,7 @@ def test_a_moved_import_gives_its_own_copy_of_the_tokenizer_to_training(run: Run
     run(convert_checkpoint, "hf-import", "--hf", hf, "--save", tmp_path / "first")
     (tmp_path / "first").rename(tmp_path / "moved")
     words = f"--use-checkpoint-args --finetune --load {tmp_path / 'moved'} --lr 1e-3 --train-iters 4 --mock-data"
-    data = parse_args(words.split(), program="t", description="t", architecture="bert", say=lambda line: None).data
+    data = parse_args(words.split(), program="t", description="t", architecture="bert", log=lambda line: None).data
     assert data.tokenizer_model == str(tmp_path / "moved" / "tokenizer")
 
 

@@ -21,7 +21,7 @@ RUN = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16
 
 def run_of(options: str, said: list[str] | None = None) -> RunConfig:
     lines: list[str] = [] if said is None else said
-    return parse_args(shlex.split(RUN + options), program="pretrain_gpt.py", description="", say=lines.append)
+    return parse_args(shlex.split(RUN + options), program="pretrain_gpt.py", description="", log=lines.append)
 
 
 @pytest.mark.parametrize(

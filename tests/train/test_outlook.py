@@ -19,7 +19,7 @@ SHAPE = (
 def lines(options: str, *, step: int = 0, valid: bool = True, test: bool = True, world_size: int = 1) -> list[str]:
     """What is said of a run with these options that starts after `step` steps of 8 samples."""
     words = f"{SHAPE} {options}".split()
-    config = resolve(parse_args(words, program="pretrain_gpt.py", description="", say=lambda line: None), world_size)
+    config = resolve(parse_args(words, program="pretrain_gpt.py", description="", log=lambda line: None), world_size)
     progress = Progress(step, step * 8, step, step * 8)
     schedule = settings_from_config(config.optim, config.train)
     return InertOptions(config, progress, last_step(config, progress), schedule, valid, test).lines()

@@ -20,7 +20,7 @@ SHAPE = (
 def answer(words: str, kind: type[Exception]) -> list[str]:
     """The sentences that a command is refused with."""
     command = read_command(
-        f"{SHAPE} {words}".split(), program="pretrain_gpt.py", description="t", say=lambda line: None
+        f"{SHAPE} {words}".split(), program="pretrain_gpt.py", description="t", log=lambda line: None
     )
     with pytest.raises(kind) as raised:
         settle_run(command, 1)
@@ -71,5 +71,5 @@ def test_files_that_are_not_used_may_be_missing_and_a_first_start_has_nothing_to
     write_documents(tmp_path / "a", [[1, 2]])
     words = f"{SHAPE} --data-path {tmp_path}/a --vocab-size 9 --tokenizer-type NullTokenizer --vocab-file no/vocab"
     words += f" --save {tmp_path}/save --load {tmp_path}/save"
-    command = read_command(words.split(), program="pretrain_gpt.py", description="t", say=lambda line: None)
+    command = read_command(words.split(), program="pretrain_gpt.py", description="t", log=lambda line: None)
     assert settle_run(command, 1)[0].model.vocab_size == 10

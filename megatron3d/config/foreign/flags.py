@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from megatron3d.config.command_line import GivenFlag, stray_sentence
 from megatron3d.config.derive import TOKENIZER_ALIASES
 from megatron3d.config.foreign.forks import (
     FORK_ACCEPTED,
@@ -25,7 +26,6 @@ from megatron3d.config.foreign.forks import (
 from megatron3d.config.foreign.megatron import MEGATRON
 from megatron3d.config.foreign.names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
 from megatron3d.config.options import BY_KEY, BY_SPELLING, Settings
-from megatron3d.config.words import GivenFlag, stray_sentence
 
 # Flags of this program that are no option of a run.
 OWN_FLAGS = ("--config", "--preset", "--deepspeed_config", "--deepspeed-config", "--help")

@@ -13,12 +13,12 @@ from difflib import get_close_matches
 
 from megatron3d.config.check import check
 from megatron3d.config.cli import Command, read_command
+from megatron3d.config.command_line import split_command_line
 from megatron3d.config.foreign.flags import judge
 from megatron3d.config.foreign.names import plain_name
 from megatron3d.config.options import BY_SPELLING, OPTIONS
 from megatron3d.config.rules.doubt import Doubt
 from megatron3d.config.run import RunConfig
-from megatron3d.config.words import split_words
 from megatron3d.errors import ConfigError
 from megatron3d.tasks.glue.options import INSTEAD, UNREAD, option_problems, task_parser, unread_problems
 
@@ -57,7 +57,7 @@ def read_task_command(argv: Sequence[str], world_size: int, *, log: Callable[[st
         [word for word in other_words if word not in UNREAD],
         program="finetune_glue.py",
         description="Fine-tune a BERT.",
-        say=log,
+        log=log,
         architecture="bert",
     )
     own = [problem for problem in option_problems(args, command.run) if not any(flag in problem for flag in unreadable)]
@@ -89,7 +89,7 @@ def _without_misspelt(words: Sequence[str], own_names: Sequence[str]) -> tuple[l
     """
     own = {plain_name(name): f"--{name.replace('_', '-')}" for name in own_names} | _ELSEWHERE
     problems = []
-    for flag in split_words(words)[0]:
+    for flag in split_command_line(words)[0]:
         nearest = get_close_matches(plain_name(flag.name), own, n=1, cutoff=_NEAR)
         if nearest and flag.name not in BY_SPELLING and judge([flag]).problems:
             problems.append(f"{flag.text} is unknown; did you mean {own[nearest[0]]}?")
@@ -99,7 +99,7 @@ def _without_misspelt(words: Sequence[str], own_names: Sequence[str]) -> tuple[l
 
 def _without(words: Sequence[str], name: str) -> list[str]:
     """The words without a flag and its values."""
-    flags, stray = split_words(words)
+    flags, stray = split_command_line(words)
     left = list(stray)
     for flag in flags:
         if flag.name != name:

@@ -117,7 +117,7 @@ class FinetuneSettings:
 
 
 def finetune(
-    parts: TrainingSetup, data: TaskData, settings: FinetuneSettings, *, guard: Guard, say: Callable[[str], None]
+    parts: TrainingSetup, data: TaskData, settings: FinetuneSettings, *, guard: Guard, log: Callable[[str], None]
 ) -> Finetuned:
     """Train for the epochs that are wished for and leave the best weights in the model; collective over all ranks.
 
@@ -126,7 +126,7 @@ def finetune(
         data: the encoded files.
         settings: how.
         guard: learns the step, for reports of how the run ended, and knows whether the run was asked to stop.
-        say: takes lines for people; silent on all ranks but one.
+        log: takes lines for people; silent on all ranks but one.
 
     Raises:
         NumericsError: a loss, a gradient or a weight is not finite; what was saved before stands.
@@ -134,8 +134,8 @@ def finetune(
     """
     if data.train is None:
         give_up = partial(stop_if_asked, guard, parts.mesh, when="while measuring", outcome="start again")
-        found = measure_dev(parts, data.dev, settings, say, give_up)
-        say(_line("as loaded", found))
+        found = measure_dev(parts, data.dev, settings, log, give_up)
+        log(_line("as loaded", found))
         return Finetuned(found, 0, 0, 0, 0.0, None)
     guard.step = 0
     kept = None
@@ -303,7 +303,7 @@ def measure_dev(
     parts: TrainingSetup,
     dev: Mapping[str, Encoded],
     settings: FinetuneSettings,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     before_batch: Callable[[], None],
 ) -> DevResult:
     """The metrics on all dev files with the weights that are in the model; collective over all ranks.
@@ -315,7 +315,7 @@ def measure_dev(
     losses: list[tuple[float, int]] = []
     for ending, samples in dev.items():
         assert samples.labels_N is not None, f"dev file {ending!r} was read without labels"
-        pace = Pace(f"measuring dev{ending}", samples.lengths_N, say)
+        pace = Pace(f"measuring dev{ending}", samples.lengths_N, log)
         found_NC = scores(
             parts,
             samples,
@@ -334,5 +334,5 @@ def _mean(losses: Sequence[tuple[float, int]]) -> float:
 
 
 def _line(when: str, found: DevResult) -> str:
-    told = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
-    return f"dev {when}: {told}, loss {found.loss:.4f}"
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+    return f"dev {when}: {metrics}, loss {found.loss:.4f}"

@@ -23,25 +23,25 @@ class Pace:
         self,
         name: str,
         lengths_N: NDArray[np.int64],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`name` is what is done to which file, `lengths_N` the tokens of its samples; `say` takes the lines."""
+        """`name` is what is done to which file, `lengths_N` the tokens of its samples; `log` takes the lines."""
         self._name, self._num_samples, self._num_tokens = name, len(lengths_N), int(lengths_N.sum())
-        self._say, self._clock = say, clock
-        self._began_s = self._told_s = clock()
+        self._log, self._clock = log, clock
+        self._began_s = self._logged_s = clock()
         self._samples = self._tokens = 0
 
     def done(self, samples: int, *, tokens: int) -> None:
         """These are done too."""
         self._samples, self._tokens = self._samples + samples, self._tokens + tokens
         now_s = self._clock()
-        if now_s - self._told_s < _EVERY_S or self._samples >= self._num_samples:
+        if now_s - self._logged_s < _EVERY_S or self._samples >= self._num_samples:
             return
-        self._told_s, elapsed_s = now_s, now_s - self._began_s
+        self._logged_s, elapsed_s = now_s, now_s - self._began_s
         left_s = elapsed_s * max(0, self._num_tokens - self._tokens) / self._tokens
-        self._say(
+        self._log(
             f"{self._name}: {self._samples} of {self._num_samples} samples, {self._samples / elapsed_s:.0f} samples/s, "
             f"{format_duration(left_s)} left"
         )

@@ -55,7 +55,7 @@ def one_seed(
             save=save,
             renew_hold=renew,
         )
-        found = finetune(parts, job.data, settings, guard=guard, say=log)
+        found = finetune(parts, job.data, settings, guard=guard, log=log)
         files = _predict(parts, job, run, guard, saved=found.saved, log=log)
     return _result_of(run, found) | ({"predictions": files} if files else {})
 

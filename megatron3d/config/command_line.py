@@ -23,7 +23,7 @@ class GivenFlag:
         return " ".join((self.name, *self.values))
 
 
-def split_words(argv: Iterable[str]) -> tuple[tuple[GivenFlag, ...], tuple[str, ...]]:
+def split_command_line(argv: Iterable[str]) -> tuple[tuple[GivenFlag, ...], tuple[str, ...]]:
     """The flags of a command line with their values, and the words before the first flag.
 
     A word is a flag if it begins with a hyphen and is neither a number nor a hyphen alone.
