@@ -172,17 +172,17 @@ def import_cycles(sources: list[Source]) -> list[str]:
     found: dict[frozenset[str], str] = {}
     finished: set[str] = set()
 
-    def visit(module: str, chain: list[str]) -> None:
+    def follow(module: str, chain: list[str]) -> None:
         if module in chain:
             cycle = chain[chain.index(module) :]
             found.setdefault(frozenset(cycle), " -> ".join([*cycle, module]))
         elif module not in finished:
             for target in graph[module]:
-                visit(target, [*chain, module])
+                follow(target, [*chain, module])
             finished.add(module)
 
     for module in graph:
-        visit(module, [])
+        follow(module, [])
     return sorted(found.values())
 
 

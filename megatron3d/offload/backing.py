@@ -1,9 +1,9 @@
 """Where the offloaded state of the units lives: in host memory, or in files with a few staging buffers on the host.
 
-A home keeps one record of bytes for each unit. `visit` works on the units one after another: each is on the host while
-it is worked on and is kept as it was left. `opened` gives all of them at once, for checkpoints: of a home in files
-these are mappings, which take no memory of the process. `start_fetch` and `start_store` move a whole record from and
-to the device.
+A backing keeps one record of bytes for each unit. `for_each` works on the units one after another: each is on the host
+while it is worked on and is kept as it was left. `opened` gives all of them at once, for checkpoints: of a backing in
+files these are mappings, which take no memory of the process. `start_fetch` and `start_store` move a whole record from
+and to the device.
 
 Source: Ren et al. 2021 (ZeRO-Offload), section 3; Rajbhandari et al. 2021 (ZeRO-Infinity), section 5.
 """
@@ -60,7 +60,7 @@ class _ThenCopy:
 
 
 class StateBacking(Protocol):
-    """What both homes do. Names are those of units; every record starts as zeros."""
+    """What both backings do. Names are those of units; every record starts as zeros."""
 
     @property
     def host_bytes(self) -> int:
@@ -77,10 +77,10 @@ class StateBacking(Protocol):
         ...
 
     def prepare(self) -> None:
-        """Take what visits need beside the records, once all units are added; the first visit would."""
+        """Allocate what `for_each` needs beside the records, once all units are added; its first call would."""
         ...
 
-    def visit(
+    def for_each(
         self,
         names: Sequence[str],
         work: Callable[[str, Fields], None],
@@ -119,14 +119,14 @@ class HostBacking:
         self.host_bytes = self.file_bytes = 0
 
     def prepare(self) -> None:
-        """Nothing: visits work in the records themselves."""
+        """Nothing: `for_each` works in the records themselves."""
 
     def add(self, name: str, record: Record) -> None:
         """Take room for a unit, filled with zeros."""
         self._fields[name] = record.views(empty_on_host(record.num_bytes, self._device).zero_())
         self.host_bytes += record.num_bytes
 
-    def visit(
+    def for_each(
         self,
         names: Sequence[str],
         work: Callable[[str, Fields], None],
@@ -192,7 +192,7 @@ class FileBacking:
         self._store.reserve(name, record.num_bytes)
         self._records[name] = record
 
-    def visit(
+    def for_each(
         self,
         names: Sequence[str],
         work: Callable[[str, Fields], None],

@@ -34,9 +34,9 @@ EPS2 = 1e-3
 class Adafactor(FlatOptimizer):
     """Adafactor over pieces, with `row_var`, `col_var` of a piece's matrices and `variance` of its vectors."""
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, whole: FullAccess) -> None:
-        self.whole = whole
-        self._held = [owned for owned in whole.owned_slices() if owned.piece is not None]
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, full: FullAccess) -> None:
+        self.full = full
+        self._held = [owned for owned in full.owned_slices() if owned.piece is not None]
         self._state_at: dict[str, dict[str, slice]] = {}
         self._state_size: dict[nn.Parameter, dict[str, int]] = {}
         for owned in self._held:
@@ -74,7 +74,7 @@ class Adafactor(FlatOptimizer):
     def update(self, due: Sequence[Due]) -> None:
         """Sums over rows, columns and parameters; directions in place of the gradients; their norms; one step."""
         by_piece = {one.parameter: one for one in due}
-        owned_slices = self.whole.owned_slices()
+        owned_slices = self.full.owned_slices()
         if not owned_slices:
             return
         device = due[0].value.device if due else None
@@ -83,7 +83,7 @@ class Adafactor(FlatOptimizer):
         for owned, own in zip(owned_slices, sums, strict=True):
             if owned.piece is not None and owned.counts:
                 _fill_sums(own, owned, by_piece[owned.piece])
-        sums = self.whole.add_up(sums)
+        sums = self.full.sum_over_ranks(sums)
         squares = torch.zeros(len(owned_slices), dtype=torch.float64, device=device)
         for number, (owned, own) in enumerate(zip(owned_slices, sums, strict=True)):
             if owned.piece is not None:
@@ -92,7 +92,7 @@ class Adafactor(FlatOptimizer):
                 if owned.counts:
                     squares[number] = squared_norm(one.grad[owned.within])
         weights = torch.stack([own[-1] for own in sums]).tolist()
-        norms = torch.stack(self.whole.add_up([*squares])).tolist()
+        norms = torch.stack(self.full.sum_over_ranks([*squares])).tolist()
         for owned, weight, square in zip(owned_slices, weights, norms, strict=True):
             if owned.piece is not None:
                 _apply(owned, by_piece[owned.piece], weight, square)

@@ -61,17 +61,17 @@ def other_state_views(optimizer: torch.optim.Optimizer, *, with_copies: bool) ->
 
 
 def build_optimizer(
-    config: OptimConfig, pieces: Iterable[tuple[nn.Parameter, bool]], whole: FullAccess | None = None
+    config: OptimConfig, pieces: Iterable[tuple[nn.Parameter, bool]], full: FullAccess | None = None
 ) -> torch.optim.Optimizer:
     """An optimizer with its state allocated, so that a checkpoint can be loaded into it before the first step.
 
     Args:
         config: kind and coefficients.
         pieces: (parameter, whether weight decay applies); parameters are one-dimensional fp32.
-        whole: which parameters the pieces hold, for lamb, adafactor and muon; others do not ask.
+        full: which parameters the pieces hold, for lamb, adafactor and muon; others do not ask.
 
     Raises:
-        ConfigError: an implementation that is not here, or a `whole` that is needed and missing.
+        ConfigError: an implementation that is not here, or a `full` that is needed and missing.
     """
     listed = list(pieces)
     groups = _groups(listed)
@@ -81,13 +81,13 @@ def build_optimizer(
         return _sgd(groups, config)
     if config.optimizer in _ELEMENTWISE:
         return _ELEMENTWISE[config.optimizer](groups, config)
-    if whole is None:
+    if full is None:
         raise ConfigError(
             f"--optimizer {config.optimizer} needs to know whole parameters, which are not given here; use adam"
         )
     if config.optimizer in _OVER_FULL_PARAMETERS:
-        return _OVER_FULL_PARAMETERS[config.optimizer](groups, config, whole)
-    return _muon(listed, config, whole)
+        return _OVER_FULL_PARAMETERS[config.optimizer](groups, config, full)
+    return _muon(listed, config, full)
 
 
 def _groups(pieces: list[tuple[nn.Parameter, bool]]) -> list[dict[str, Any]]:
@@ -126,12 +126,12 @@ def _sgd(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optim
     return optimizer
 
 
-def _muon(pieces: list[tuple[nn.Parameter, bool]], config: OptimConfig, whole: FullAccess) -> torch.optim.Optimizer:
-    matrices = {p.piece for p in whole.owned_slices() if p.piece is not None and p.spec.is_hidden_matrix}
+def _muon(pieces: list[tuple[nn.Parameter, bool]], config: OptimConfig, full: FullAccess) -> torch.optim.Optimizer:
+    matrices = {p.piece for p in full.owned_slices() if p.piece is not None and p.spec.is_hidden_matrix}
     hidden = [(piece, decays) for piece, decays in pieces if piece in matrices]
     others = _groups([(piece, decays) for piece, decays in pieces if piece not in matrices])
     scalar = Lion(others, config) if config.muon_scalar_optimizer == "lion" else _adam(others, config)
-    return CombinedOptimizer([Muon(_groups(hidden), config, whole), scalar])
+    return CombinedOptimizer([Muon(_groups(hidden), config, full), scalar])
 
 
 def _allocate(optimizer: torch.optim.Optimizer, names: tuple[str, ...], *, counts: bool) -> None:

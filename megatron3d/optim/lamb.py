@@ -29,8 +29,8 @@ from megatron3d.params.owned_slice import FullAccess
 class Lamb(FlatOptimizer):
     """LAMB with moments in the dtypes of `--exp-avg-dtype` and `--exp-avg-sq-dtype`."""
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, whole: FullAccess) -> None:
-        self.whole = whole
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, full: FullAccess) -> None:
+        self.full = full
         super().__init__(groups, config)
 
     def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -43,7 +43,7 @@ class Lamb(FlatOptimizer):
             for chunk in chunks(one.value):
                 self._to_direction(one, chunk)
         by_piece = {one.parameter: one for one in due}
-        held = [(p, by_piece[p.piece]) for p in self.whole.owned_slices() if p.piece is not None]
+        held = [(p, by_piece[p.piece]) for p in self.full.owned_slices() if p.piece is not None]
         for (owned, one), ratio in zip(held, self._trust_ratios(by_piece), strict=True):
             one.value[owned.within].add_(one.grad[owned.within], alpha=-one.lr * ratio)
 
@@ -61,14 +61,14 @@ class Lamb(FlatOptimizer):
 
     def _trust_ratios(self, by_piece: dict[nn.Parameter, Due]) -> list[float]:
         """|w| / |r| of each parameter of which this rank holds a part."""
-        owned_slices = self.whole.owned_slices()
+        owned_slices = self.full.owned_slices()
         device = next(iter(by_piece)).device if by_piece else None
         squares = torch.zeros(len(owned_slices), 2, dtype=torch.float64, device=device)
         for row, owned in zip(squares, owned_slices, strict=True):
             if owned.piece is not None and owned.counts and owned.spec.decays:
                 one = by_piece[owned.piece]
                 row[0], row[1] = (squared_norm(x[owned.within]) for x in (one.value, one.grad))
-        sums = torch.stack(self.whole.add_up([*squares])).tolist() if owned_slices else []
+        sums = torch.stack(self.full.sum_over_ranks([*squares])).tolist() if owned_slices else []
         return [_ratio(*row) for row, owned in zip(sums, owned_slices, strict=True) if owned.piece is not None]
 
 

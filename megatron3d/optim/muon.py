@@ -29,8 +29,8 @@ PRODUCT_DTYPES = {"low": torch.bfloat16, "medium": torch.bfloat16, "high": torch
 class Muon(FlatOptimizer):
     """Muon over pieces that hold hidden matrices and nothing else."""
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, whole: FullAccess) -> None:
-        self.whole = whole
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, full: FullAccess) -> None:
+        self.full = full
         super().__init__(groups, config)
 
     def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -43,10 +43,10 @@ class Muon(FlatOptimizer):
             for chunk in chunks(one.value):
                 self._to_momentum(one, chunk)
         grads = {one.parameter: one.grad for one in due}
-        owned_slices = [owned for owned in self.whole.owned_slices() if owned.spec.is_hidden_matrix]
+        owned_slices = [owned for owned in self.full.owned_slices() if owned.spec.is_hidden_matrix]
         nothing = torch.zeros(0)
         values = [nothing if p.piece is None else grads[p.piece][p.within] for p in owned_slices]
-        self.whole.map_full(owned_slices, values, self.orthogonal)
+        self.full.map_full(owned_slices, values, self.orthogonal)
         for one in due:
             one.value.mul_(1.0 - one.lr * one.weight_decay).add_(one.grad, alpha=-one.lr)
 

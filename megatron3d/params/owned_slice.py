@@ -1,4 +1,4 @@
-"""Portion: what one rank updates of one parameter, for optimizers that must know where a parameter begins and ends."""
+"""OwnedSlice: what one rank updates of one parameter, for optimizers that must know where it begins and ends."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class FullAccess(Protocol):
         """The parameters of this step, in an order that the ranks share."""
         ...
 
-    def add_up(self, shares: Sequence[Tensor]) -> list[Tensor]:
+    def sum_over_ranks(self, shares: Sequence[Tensor]) -> list[Tensor]:
         """For each of `owned_slices()` the sum of a tensor over all ranks that hold different elements of it.
 
         Args:

@@ -24,7 +24,7 @@ class SharedUnit:
     """Bytes of one unit that come and go: its whole gradients and its whole weights, 0 where they stay.
 
     `scatter` is what a reduction takes for itself until it is waited for, as gloo's do; `gather` is the same of a
-    gather, which is over long before anybody waits for it. `is_fetched` says that the weights come from a home off
+    gather, which is over long before anybody waits for it. `is_fetched` says that the weights come from a backing off
     the device first, and are gathered only when waited for.
     """
 

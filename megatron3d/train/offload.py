@@ -1,4 +1,4 @@
-"""From the options to the homes of offloaded state on this rank."""
+"""From the options to the backings of offloaded state on this rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron3d.zero.offload import Offload, state_kinds
 
 
 def offload_of(config: RunConfig, *, rank: int, device: torch.device) -> Offload:
-    """What lives off the device, with empty homes.
+    """What lives off the device, with empty backings.
 
     Raises:
         StorageError: files cannot be made under --offload-dir.
@@ -27,14 +27,14 @@ def offload_of(config: RunConfig, *, rank: int, device: torch.device) -> Offload
     # What an optimizer keeps, and in which dtypes, only it knows: so one is asked that has next to nothing to keep.
     probe = build_optimizer(config.optim, [(nn.Parameter(torch.empty(0)), True)])
     return Offload(
-        states=_home(parallel.offload_optimizer, parallel, f"rank{rank:05d}-states", device),
-        weights=_home(parallel.offload_params, parallel, f"rank{rank:05d}-weights", device),
+        states=_backing(parallel.offload_optimizer, parallel, f"rank{rank:05d}-states", device),
+        weights=_backing(parallel.offload_params, parallel, f"rank{rank:05d}-weights", device),
         state_kinds=state_kinds(probe),
         delays_update=parallel.offload_delayed_update,
     )
 
 
-def _home(place: str, parallel: ParallelConfig, label: str, device: torch.device) -> StateBacking | None:
+def _backing(place: str, parallel: ParallelConfig, label: str, device: torch.device) -> StateBacking | None:
     if place == "none":
         return None
     if place == "cpu":

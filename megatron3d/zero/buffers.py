@@ -41,7 +41,7 @@ def size_bytes(tensor: Tensor | None) -> int:
 
 
 class Transit:
-    """What is lent or on its way in all units of a rank: bytes of transient buffers now and at most, and reductions."""
+    """What is gathered or on its way in all units of a rank: transient bytes now and at most, and reductions."""
 
     def __init__(self) -> None:
         self.held_bytes = 0
@@ -64,31 +64,31 @@ class Transit:
 
 @dataclass(frozen=True)
 class WeightBacking:
-    """The place of one unit's shard in a home of weights."""
+    """Where a backing of weights keeps one unit's shard."""
 
-    home: StateBacking
+    backing: StateBacking
     unit: str
 
     def start_fetch(self, into: Tensor) -> Waitable:
         """Start copying the shard to the device."""
-        return self.home.start_fetch(self.unit, into)
+        return self.backing.start_fetch(self.unit, into)
 
     def start_store(self, shard: Tensor) -> Waitable:
         """Start replacing the shard by one on the device."""
-        return self.home.start_store(self.unit, shard)
+        return self.backing.start_store(self.unit, shard)
 
     @contextmanager
     def opened(self, *, writes: bool) -> Iterator[Tensor]:
         """The shard where it is, for the length of the block; `writes` keeps changes."""
-        with self.home.opened([self.unit], writes=writes) as records:
+        with self.backing.opened([self.unit], writes=writes) as records:
             (shard,) = records[self.unit].values()
             yield shard
 
 
 class WeightBuffer:
-    """The weights that layers read (`whole`, of which parameters are views) and the part this rank owns (`shard`).
+    """The weights that layers read (`full`, of which parameters are views) and the part this rank owns (`shard`).
 
-    Where parameters are sharded, `whole` has memory only between `start_gather` and `free`. Its storage then grows and
+    Where parameters are sharded, `full` has memory only between `start_gather` and `free`. Its storage then grows and
     shrinks beneath the views, so modules and autograd keep the tensors they know.
     """
 
@@ -99,39 +99,41 @@ class WeightBuffer:
         axis: Axis,
         *,
         dtype: torch.dtype,
-        is_lent: bool,
+        is_sharded: bool,
         transit: Transit,
         keeps_master: bool = True,
-        home: WeightBacking | None = None,
+        backing: WeightBacking | None = None,
     ) -> None:
-        """Args: `initial` is fp32 and 1-D, `own` this rank's part of it, and `is_lent` frees `whole` between uses.
-        Without `keeps_master` the master weights are elsewhere; with a `home`, so is the shard of lent weights."""
-        self.whole = initial.to(dtype)
-        self.is_lent, self._axis, self._transit = is_lent, axis, transit
+        """Args: `initial` is fp32 and 1-D, `own` this rank's part of it, and `is_sharded` frees `full` between uses.
+        Without `keeps_master` the master weights are elsewhere; with a `backing`, so is the shard of the weights."""
+        self.full = initial.to(dtype)
+        self.is_sharded, self._axis, self._transit = is_sharded, axis, transit
         # Gathers write through an alias that has a version counter of its own: autograd would take the return of the
         # same values for a change of what it saved.
-        self._alias = self.whole.data
+        self._alias = self.full.data
         part = self._alias[own.slice]
-        self._home, self._own_part = home, part
-        self.shard = part.clone() if is_lent and home is None else part
+        self._backing, self._own_part = backing, part
+        self.shard = part.clone() if is_sharded and backing is None else part
         self.master: Tensor | None = None
         if keeps_master:
             self.master = self.shard if dtype == torch.float32 else initial[own.slice].clone()
-        if home is not None:
-            assert is_lent and not keeps_master, "weights with a home are lent, and their master is elsewhere too"
-            home.start_store(part).wait()
+        if backing is not None:
+            assert is_sharded and not keeps_master, (
+                "weights with a backing are sharded, and their master is elsewhere too"
+            )
+            backing.start_store(part).wait()
         self._is_here = True
         self._fetching: Waitable | None = None
         self._gathering: Pending | None = None
-        if is_lent:
-            transit.take(size_bytes(self.whole))
+        if is_sharded:
+            transit.take(size_bytes(self.full))
 
     @property
     def persistent_bytes(self) -> int:
         """Bytes that are held from step to step, without separate master weights."""
-        if self._home is not None:
+        if self._backing is not None:
             return 0
-        return size_bytes(self.shard if self.is_lent else self.whole)
+        return size_bytes(self.shard if self.is_sharded else self.full)
 
     @property
     def separate_master_bytes(self) -> int:
@@ -139,20 +141,20 @@ class WeightBuffer:
         return 0 if self.master is self.shard else size_bytes(self.master)
 
     def start_publish(self) -> None:
-        """Bring the updated master weights into the shard, and start bringing all shards into `whole` if it stays."""
+        """Bring the updated master weights into the shard, and start bringing all shards into `full` if it stays."""
         self.finish_gather()
         if self.master is not None and self.master is not self.shard:
             self.shard.copy_(self.master)
-        if not self.is_lent:
+        if not self.is_sharded:
             self._gathering = start_all_gather_into(self._alias, self.shard, self._axis)
 
     def set_shard(self, values: Tensor) -> None:
         """Replace this rank's part by values that are on the host; `start_publish` then brings it to the others."""
         self.finish_gather()
-        if self._home is None:
+        if self._backing is None:
             self.shard.copy_(values)
         else:
-            self._home.start_store(values.to(self.whole.dtype).to(self.whole.device)).wait()
+            self._backing.start_store(values.to(self.full.dtype).to(self.full.device)).wait()
 
     def exchange_shard(self, values: Tensor) -> None:
         """Exchange this rank's part and `values`, which are on the host and of its dtype; see `set_shard`."""
@@ -165,25 +167,25 @@ class WeightBuffer:
     @contextmanager
     def shard_opened(self, *, writes: bool = False) -> Iterator[Tensor]:
         """This rank's part, wherever it lives, for the length of the block; `writes` keeps changes."""
-        if self._home is None:
+        if self._backing is None:
             yield self.shard
         else:
-            with self._home.opened(writes=writes) as shard:
+            with self._backing.opened(writes=writes) as shard:
                 yield shard
 
     def start_gather(self) -> None:
         """Start bringing the weights here; nothing where they are here or on their way."""
         if not self._is_here:
             self._is_here = True
-            self.whole.untyped_storage().resize_(size_bytes(self.whole))
-            self._transit.take(size_bytes(self.whole))
-            if self._home is None:
+            self.full.untyped_storage().resize_(size_bytes(self.full))
+            self._transit.take(size_bytes(self.full))
+            if self._backing is None:
                 self._gathering = start_all_gather_into(self._alias, self.shard, self._axis)
             else:
-                self._fetching = self._home.start_fetch(self._own_part)
+                self._fetching = self._backing.start_fetch(self._own_part)
 
     def finish_gather(self) -> None:
-        """Wait until the weights may be read; weights that came from their home are gathered now."""
+        """Wait until the weights may be read; weights that came from the backing are gathered now."""
         if self._fetching is not None:
             self._fetching.wait()
             self._fetching = None
@@ -193,12 +195,12 @@ class WeightBuffer:
             self._gathering = None
 
     def free(self) -> None:
-        """Give the memory of lent weights back; nothing where they stay or are gone."""
-        if self.is_lent and self._is_here:
+        """Release the gathered weights; nothing where they stay or are gone."""
+        if self.is_sharded and self._is_here:
             self.finish_gather()
             self._is_here = False
-            self.whole.untyped_storage().resize_(0)
-            self._transit.take(-size_bytes(self.whole))
+            self.full.untyped_storage().resize_(0)
+            self._transit.take(-size_bytes(self.full))
 
 
 class GradBuffer:
@@ -256,20 +258,20 @@ class GradBuffer:
     def start_scatter(self) -> None:
         """Start the reduction of what has arrived, to the owners; nothing where nothing has or a resident buffer's
         only reduction has begun. Where every rank owns all, it is the sum over the replicas that starts."""
-        whole = self._arriving
-        if whole is None or self._is_scattered:
+        unit_grads = self._arriving
+        if unit_grads is None or self._is_scattered:
             return
         self.finish_scatter()
         if self.is_resident and self._axes.shard.size == 1:
-            self._flying = start_all_reduce(whole, self._axes.replica)
+            self._flying = start_all_reduce(unit_grads, self._axes.replica)
             self._is_summed = True
         else:
-            landing = whole[self._own_span.slice] if self._landing is None else self._landing
-            self._flying = start_reduce_scatter_into(landing, whole, self._axes.shard)
+            landing = unit_grads[self._own_span.slice] if self._landing is None else self._landing
+            self._flying = start_reduce_scatter_into(landing, unit_grads, self._axes.shard)
         if self.is_resident:
             self._is_scattered = True
         else:
-            self._leaving, self._arriving = whole, None
+            self._leaving, self._arriving = unit_grads, None
             self._transit.depart(self)
 
     def finish_scatter(self) -> None:

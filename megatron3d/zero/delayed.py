@@ -71,7 +71,7 @@ class DelayedUpdate:
             self._states.update(optimizer, name, fields, self._gradients[name])
             self._waiting[name].copy_(fields[MASTER])
 
-        self._running = self._thread.submit(self._states.visit, work)
+        self._running = self._thread.submit(self._states.for_each, work)
 
     def join(self) -> None:
         """Wait for the thread: what was the thread's is the caller's from here on.

@@ -82,7 +82,7 @@ class ZeroEngine:
             kind = FlatUnit if unit.trains else WeightUnit
             self.units[name] = kind(name, unit.declared, mesh, options, tied=tied, transit=self.transit)
         self.trained = {name: unit for name, unit in self.units.items() if isinstance(unit, FlatUnit)}
-        self.whole = FullParameters(self.trained, mesh, options)
+        self.full_parameters = FullParameters(self.trained, mesh, options)
         for unit in self.trained.values():
             unit.bind(sink)
         self.gatherer = UnitGatherer(
@@ -323,14 +323,14 @@ class ZeroEngine:
         """Bytes of weights, gradients and separate master weights, as allocated from step to step, and of what is
         offloaded."""
         units, trained, offload = self.units.values(), self.trained.values(), self.options.offload
-        homes = [home for home in (offload.states, offload.weights) if home is not None]
+        backings = [backing for backing in (offload.states, offload.weights) if backing is not None]
         return StateBytes(
             weights=sum(unit.weights.persistent_bytes for unit in units),
             gradients=sum(unit.grads.persistent_bytes for unit in trained),
             master_weights=sum(unit.weights.separate_master_bytes for unit in trained),
             beside=sum(size_bytes(one) for unit in units for one in unit.beside.values()),
             transient_peak=self.transit.peak_bytes,
-            host=sum(home.host_bytes for home in homes)
+            host=sum(backing.host_bytes for backing in backings)
             + sum(one.buffer_bytes for one in (self._away, self._delayed) if one is not None),
-            files=sum(home.file_bytes for home in homes),
+            files=sum(backing.file_bytes for backing in backings),
         )

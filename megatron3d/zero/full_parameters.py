@@ -1,4 +1,4 @@
-"""WholeParameters: norms of whole parameters, and functions of whole matrices, where each rank holds only a part.
+"""FullParameters: norms of whole parameters, and functions of whole matrices, where each rank holds only a part.
 
 A parameter is cut over the tensor axis of its kind, and its flattened shard over the ranks that share ZeRO's state
 out. A sum over a parameter is therefore a sum over both axes. A whole matrix is put together on one of these ranks by
@@ -87,7 +87,7 @@ class FullParameters:
         """This rank's part of every parameter of the units that are stepped."""
         return [place.owned for name in self._stepped for place in self._places[name]]
 
-    def add_up(self, shares: Sequence[Tensor]) -> list[Tensor]:
+    def sum_over_ranks(self, shares: Sequence[Tensor]) -> list[Tensor]:
         """Sum over the ranks that shard state and the tensor ranks; the results are where `shares` are."""
         sums, owned_slices = list(shares), self.owned_slices()
         for axes, numbers in self._by_kind(owned_slices):
@@ -126,10 +126,10 @@ class FullParameters:
         owners = assign_owners([owned.spec for owned in owned_slices], shard=axes.shard.size, tp=axes.tensor.size)
         there = [value.to(self._device) for value in values]
         routes = _Routes(places, owners, axes.shard, axes.tensor, there[0])
-        wholes = routes.wholes_of(routes.shards_of(there))
-        for number, whole in wholes.items():
-            whole.copy_(function(owned_slices[number].spec, whole))
-        for value, part in zip(values, routes.parts_of(routes.shards_back(wholes)), strict=True):
+        full_tensors = routes.wholes_of(routes.shards_of(there))
+        for number, full in full_tensors.items():
+            full.copy_(function(owned_slices[number].spec, full))
+        for value, part in zip(values, routes.parts_of(routes.shards_back(full_tensors)), strict=True):
             if value.data_ptr() != part.data_ptr():
                 value.copy_(part)
 
@@ -194,21 +194,23 @@ class _Routes:
 
     def wholes_of(self, shards: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Shards to whole matrices, on the tensor rank of their owners."""
-        wholes = {n: shards[n].view(self._local_shape(n)) for n in shards if self.owners[n].tp_rank is None}
+        full_tensors = {n: shards[n].view(self._local_shape(n)) for n in shards if self.owners[n].tp_rank is None}
         mine = self._at_tp_rank(self.tp.rank)
         outgoing = [[shards[number] for number in self._at_tp_rank(to)] for to in range(self.tp.size)]
         lengths = [[prod(self._local_shape(number)) for number in mine]] * self.tp.size
         arrived = _exchange(outgoing, lengths, self.tp, self.like)
         for i, number in enumerate(mine):
             spec, shape = self.places[number].owned.spec, self._local_shape(number)
-            wholes[number] = _assembled(spec, [got[i].view(shape) for got in arrived])
-        return wholes
+            full_tensors[number] = _assembled(spec, [got[i].view(shape) for got in arrived])
+        return full_tensors
 
-    def shards_back(self, wholes: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def shards_back(self, full_tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Whole matrices on the tensor rank of their owners to shards."""
-        shards = {n: wholes[n].flatten() for n in wholes if self.owners[n].tp_rank is None}
+        shards = {n: full_tensors[n].flatten() for n in full_tensors if self.owners[n].tp_rank is None}
         mine = self._at_tp_rank(self.tp.rank)
-        outgoing = [[self._shard_for(to, number, wholes[number]) for number in mine] for to in range(self.tp.size)]
+        outgoing = [
+            [self._shard_for(to, number, full_tensors[number]) for number in mine] for to in range(self.tp.size)
+        ]
         sources = [self._at_tp_rank(source) for source in range(self.tp.size)]
         lengths = [[prod(self._local_shape(number)) for number in numbers] for numbers in sources]
         arrived = _exchange(outgoing, lengths, self.tp, self.like)
@@ -216,10 +218,10 @@ class _Routes:
             shards |= dict(zip(numbers, got, strict=True))
         return shards
 
-    def _shard_for(self, tp_rank: int, number: int, whole: Tensor) -> Tensor:
+    def _shard_for(self, tp_rank: int, number: int, full: Tensor) -> Tensor:
         if self.tp.size == 1:
-            return whole.flatten()
-        return self.places[number].owned.spec.take(whole, self.tp.size, tp_rank).flatten()
+            return full.flatten()
+        return self.places[number].owned.spec.take(full, self.tp.size, tp_rank).flatten()
 
 
 def _length(within: slice) -> int:
@@ -235,13 +237,13 @@ def _assembled(spec: ParamSpec, shards: list[Tensor]) -> Tensor:
     if len(shards) == 1:
         return shards[0]
     assert spec.tp_dim is not None, f"{spec.name} is not cut over the tensor ranks"
-    whole = shards[0].new_empty(spec.shape)
+    full = shards[0].new_empty(spec.shape)
     for tp_rank, shard in enumerate(shards):
         at = 0
         for low, high in spec.cuts(len(shards), tp_rank):
-            whole.narrow(spec.tp_dim, low, high - low).copy_(shard.narrow(spec.tp_dim, at, high - low))
+            full.narrow(spec.tp_dim, low, high - low).copy_(shard.narrow(spec.tp_dim, at, high - low))
             at += high - low
-    return whole
+    return full
 
 
 def _exchange(outgoing: list[list[Tensor]], lengths: list[list[int]], axis: Axis, like: Tensor) -> list[list[Tensor]]:

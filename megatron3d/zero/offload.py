@@ -10,7 +10,7 @@ from megatron3d.offload.backing import StateBacking
 from megatron3d.offload.record import Record, record_of
 
 MASTER = "master"  # the field of master weights; the others have the names of the optimizer's states
-WEIGHTS = "weights"  # the one field of a record of shared-out weights
+WEIGHTS = "weights"  # the one field of a record of sharded weights
 
 StateKinds = tuple[tuple[str, torch.dtype], ...]
 
@@ -20,8 +20,8 @@ class Offload:
     """Where state lives that is not on the device.
 
     Attributes:
-        states: home of master weights and optimizer state; None keeps them on the device.
-        weights: home of the parts of the weights that stage 3 shares out; None keeps them on the device.
+        states: backing of master weights and optimizer state; None keeps them on the device.
+        weights: backing of the weights that stage 3 shards; None keeps them on the device.
         state_kinds: name and dtype of what the optimizer keeps for every element.
         delays_update: whether a step runs beside the next forward and backward.
     """

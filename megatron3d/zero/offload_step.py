@@ -31,15 +31,15 @@ class OffloadedStates:
     """The states of all units of a rank, which `FlatUnit` has put into `offload.states`."""
 
     def __init__(self, units: Mapping[str, FlatUnit], offload: Offload, device: torch.device) -> None:
-        assert offload.states is not None, "states that stay on the device have no home"
-        self._home, self._kinds = offload.states, offload.state_kinds
+        assert offload.states is not None, "states that stay on the device have no backing"
+        self._backing, self._kinds = offload.states, offload.state_kinds
         self._units = dict(units)
-        self._home.prepare()
+        self._backing.prepare()
         self._gradients = _LandedGradients(self._units, device)
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of host memory that are held beside the home's."""
+        """Bytes of host memory that are held beside the backing's."""
         return self._gradients.buffer_bytes
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -53,17 +53,17 @@ class OffloadedStates:
             self.update(optimizer, name, fields, self._gradients.landed(name))
             self._units[name].weights.set_shard(fields[MASTER])
 
-        self.visit(work, start_ahead=self._gradients.start)
+        self.for_each(work, start_ahead=self._gradients.start)
 
-    def visit(
+    def for_each(
         self, work: Callable[[str, Fields], None], *, start_ahead: Callable[[str, int], Waitable] | None = None
     ) -> None:
-        """Call `work` with every unit's record in turn; see `StateBacking.visit`.
+        """Call `work` with every unit's record in turn; see `StateBacking.for_each`.
 
         Raises:
             StorageError: a file could not be read or written, or is damaged.
         """
-        self._home.visit(list(self._units), work, start_ahead=start_ahead)
+        self._backing.for_each(list(self._units), work, start_ahead=start_ahead)
 
     def update(self, optimizer: torch.optim.Optimizer, name: str, fields: Fields, gradients: Tensor) -> None:
         """Update one unit's record by its gradients, which are on the host."""
@@ -72,13 +72,13 @@ class OffloadedStates:
 
     def bring_weights(self) -> None:
         """Bring the master weights of every unit to the device as they are."""
-        self.visit(lambda name, fields: self._units[name].weights.set_shard(fields[MASTER]))
+        self.for_each(lambda name, fields: self._units[name].weights.set_shard(fields[MASTER]))
 
     @contextmanager
     def opened(self, optimizer: torch.optim.Optimizer, *, writes: bool) -> Iterator[None]:
         """Attach units and optimizer to all records at once, for a checkpoint to read or, with `writes`, to fill."""
         with ExitStack() as stack:
-            records = stack.enter_context(self._home.opened(list(self._units), writes=writes))
+            records = stack.enter_context(self._backing.opened(list(self._units), writes=writes))
             for name, fields in records.items():
                 stack.enter_context(self._attached(optimizer, name, fields))
                 self._units[name].weights.master = fields[MASTER]

@@ -88,8 +88,8 @@ def require_equal_replicas(
 def _weights(units: Mapping[str, WeightUnit]) -> Iterator[_Held]:
     """The weights that the layers read, where they stay from step to step."""
     for unit in units.values():
-        for slot in unit.layout.slots if not unit.weights.is_lent else ():
-            data = unit.weights.whole[slot.span.slice]
+        for slot in unit.layout.slots if not unit.weights.is_sharded else ():
+            data = unit.weights.full[slot.span.slice]
             yield _Held(f"weights/{slot.spec.name}", unit, slot.spec.is_replicated, unit.axes.grad, data)
 
 
@@ -100,7 +100,7 @@ def _states(units: Mapping[str, WeightUnit], states: Mapping[str, ShardView]) ->
     for name, view in states.items():
         kind, _, parameter = name.partition("/")
         unit, spec = at[parameter]
-        if kind == "model" and unit.stores_layer_weights and not unit.weights.is_lent:
+        if kind == "model" and unit.stores_layer_weights and not unit.weights.is_sharded:
             continue
         yield _Held(name, unit, spec.is_replicated, unit.axes.replica, view.data)
 

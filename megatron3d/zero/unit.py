@@ -114,13 +114,13 @@ class WeightUnit:
             self.own,
             self.axes.shard,
             dtype=options.param_dtype,
-            is_lent=options.policy.shard_params,
+            is_sharded=options.policy.shard_params,
             transit=transit,
             keeps_master=self._keeps_master_on_device(initial),
-            home=None if offload.weights is None else WeightBacking(offload.weights, self.name),
+            backing=None if offload.weights is None else WeightBacking(offload.weights, self.name),
         )
         for slot in self.layout.slots:
-            one, view = self._by_name[slot.spec.name], self.weights.whole[slot.span.slice].view(slot.shape)
+            one, view = self._by_name[slot.spec.name], self.weights.full[slot.span.slice].view(slot.shape)
             one.owner.register_parameter(one.attribute, nn.Parameter(view, requires_grad=slot.spec.trains))
         self.weights.free()
 

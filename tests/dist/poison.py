@@ -267,9 +267,9 @@ def _slow(detector: Detector, real: Callable[..., None]) -> Callable[..., None]:
 
 def _poison_gathered(real: Callable[[WeightBuffer], None]) -> Callable[[WeightBuffer], None]:
     def start_gather(self: WeightBuffer) -> None:
-        if self.whole.untyped_storage().nbytes() == 0:
-            self.whole.untyped_storage().resize_(size_bytes(self.whole))
-            poison(self.whole)
+        if self.full.untyped_storage().nbytes() == 0:
+            self.full.untyped_storage().resize_(size_bytes(self.full))
+            poison(self.full)
         real(self)
 
     return start_gather
@@ -277,9 +277,9 @@ def _poison_gathered(real: Callable[[WeightBuffer], None]) -> Callable[[WeightBu
 
 def _poison_freed(real: Callable[[WeightBuffer], None]) -> Callable[[WeightBuffer], None]:
     def free(self: WeightBuffer) -> None:
-        if self.is_lent and _is_there(self.whole):
+        if self.is_sharded and _is_there(self.full):
             self.finish_gather()
-            poison(self.whole)
+            poison(self.full)
         real(self)
 
     return free

@@ -26,7 +26,7 @@ from tests.dist.pool import Pool
 from tests.models.asking import asking_for_losses
 from tests.nn import dense
 from tests.nn.dense import model_config
-from tests.tensor.whole import assert_gradients_equal, fill
+from tests.tensor.full import assert_gradients_equal, fill
 
 S, B, VOCAB, LAYERS = 8, 2, 13, 3
 CPU = torch.device("cpu")

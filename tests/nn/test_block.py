@@ -24,7 +24,7 @@ from megatron3d.tensor.context import LayerContext
 from tests.dist.pool import Pool
 from tests.nn import dense
 from tests.nn.dense import model_config
-from tests.tensor.whole import assert_gradients_equal, fill, numbered
+from tests.tensor.full import assert_gradients_equal, fill, numbered
 
 S, B = 8, 2
 # The rotary table is fp32 (2^-24 of each cosine), which softmax and weights enlarge; all else is fp64 on both sides.

@@ -20,7 +20,7 @@ from megatron3d.params.grads import GradSink
 from megatron3d.tensor.context import LayerContext
 from tests.dist.pool import Pool
 from tests.nn.dense import model_config
-from tests.tensor.whole import fill, numbered
+from tests.tensor.full import fill, numbered
 
 S, B, H, N, D = 8, 4, 16, 4, 4
 ONES = torch.ones(S, B, H)

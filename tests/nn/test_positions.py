@@ -13,7 +13,7 @@ from megatron3d.params.grads import GradSink
 from megatron3d.tensor.context import LayerContext
 from tests.dist.pool import Pool
 from tests.nn.dense import model_config
-from tests.tensor.whole import assert_gradients_equal, fill, numbered
+from tests.tensor.full import assert_gradients_equal, fill, numbered
 
 CONFIG = model_config(max_position_embeddings=10)
 IDS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 0, 1, 2]])

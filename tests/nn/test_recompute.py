@@ -19,7 +19,7 @@ from megatron3d.params.module import declared_parameters
 from megatron3d.tensor.context import LayerContext
 from tests.dist.pool import Pool
 from tests.nn.dense import model_config
-from tests.tensor.whole import fill, numbered
+from tests.tensor.full import fill, numbered
 
 NUM_LAYERS = 4
 CONFIG = model_config(num_layers=NUM_LAYERS, hidden_dropout=0.2, attention_dropout=0.3)

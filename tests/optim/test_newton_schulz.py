@@ -82,7 +82,7 @@ class Alone:
     def owned_slices(self) -> Sequence[OwnedSlice]:
         return self._portions
 
-    def add_up(self, shares: Sequence[Tensor]) -> list[Tensor]:
+    def sum_over_ranks(self, shares: Sequence[Tensor]) -> list[Tensor]:
         return list(shares)
 
     def map_full(

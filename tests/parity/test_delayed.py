@@ -127,7 +127,7 @@ def _layers(parts: TrainingSetup) -> dict[str, list[float]]:
     """What the layers of one process hold, without the padding of the vocabulary, by name."""
     parts.engine.finish_publish()
     return {
-        slot.spec.name: unit.view(slot, span, unit.weights.whole[span.slice]).data.tolist()
+        slot.spec.name: unit.view(slot, span, unit.weights.full[span.slice]).data.tolist()
         for unit in parts.engine.units.values()
         for slot, span in unit.held_slots()
     }

@@ -1,7 +1,8 @@
 """Every optimizer trains, comes to the same losses at every layout, and goes on from a checkpoint of any other.
 
 Runs of ten steps of the tiny models in fp32, against one process. The updates themselves are compared with formulas in
-`tests/zero/test_whole.py`; here the model's gradients differ in their last bits between layouts, as real ones do.
+`tests/zero/test_full_parameters.py`; here the model's gradients differ in their last bits between layouts, as real
+ones do.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def _values(parts: TrainingSetup, flip: Flip) -> Tensor:
         return engine.state_views(parts.optimizer, flip.kind)[flip.parameter].data
     slots = {slot.spec.name: (unit, slot) for unit in engine.units.values() for slot in unit.layout.slots}
     unit, slot = slots[flip.parameter]
-    return unit.weights.whole[slot.span.slice]
+    return unit.weights.full[slot.span.slice]
 
 
 def _message_after(rank: int, world_size: int, case: Case, flip: Flip) -> str:

@@ -79,8 +79,8 @@ def test_with_one_stage_per_rank_they_are_1f1b_and_gpipe(p, m):
 def test_breadth_first_visits_each_stage_once_forward_and_once_backward_and_holds_everything(p, m, virtual):
     schedule = breadth_first(p, m, virtual)
     for row in schedule.rows:
-        visits = [key for key, _ in groupby((step.op, step.stage) for step in row)]
-        assert len(visits) == len(set(visits)) == 2 * virtual
+        runs = [key for key, _ in groupby((step.op, step.stage) for step in row)]
+        assert len(runs) == len(set(runs)) == 2 * virtual
     assert simulate(schedule).peak_live_activations == (m * virtual,) * p
 
 

@@ -97,7 +97,7 @@ def _tables(config: RunConfig) -> int:
 def _saved(parts: TrainingSetup, stage: Stage, x: Tensor | None, micro: MicroBatch) -> int:
     """Bytes of all memory that tensors saved for the backward lie in, but for weights, input and samples."""
     given = [one for one in vars(micro).values() if isinstance(one, Tensor)] + ([] if x is None else [x])
-    weights = [unit.weights.whole for unit in parts.engine.units.values()]
+    weights = [unit.weights.full for unit in parts.engine.units.values()]
     theirs = {one.untyped_storage().data_ptr() for one in (*given, *weights)}
     saved: list[Tensor] = []
 

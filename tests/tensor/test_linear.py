@@ -18,7 +18,7 @@ from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.linear import ColumnParallelLinear, RowParallelLinear
 from tests.dist.pool import Pool
-from tests.tensor.whole import assert_gradients_equal, fill, numbered
+from tests.tensor.full import assert_gradients_equal, fill, numbered
 
 S, B, INPUT = 8, 3, 12
 PARTS = (16, 4, 4)  # query, key and value of a grouped attention: unequal parts

@@ -16,7 +16,7 @@ from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.embedding import VocabParallelEmbedding, padded_vocab_size
 from megatron3d.tensor.loss import vocab_parallel_cross_entropy
 from tests.dist.pool import Pool
-from tests.tensor.whole import assert_gradients_equal, fill, numbered
+from tests.tensor.full import assert_gradients_equal, fill, numbered
 
 S, B, H = 8, 3, 6
 VOCAB, PADDED = 10, 16  # on four ranks: 4, 4, 2 and 0 valid rows

@@ -134,7 +134,7 @@ def _outcome(architecture: str, implementation: str, flags: str) -> dict[str, ob
                 parts.engine.finish_update()
     finally:
         steps.run = run
-    devices = {one.device.type for unit in parts.engine.units.values() for one in [unit.weights.whole]}
+    devices = {one.device.type for unit in parts.engine.units.values() for one in [unit.weights.full]}
     return {"inside": traffic.inside, "outside": traffic.outside, "weights_on": sorted(devices)}
 
 

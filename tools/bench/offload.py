@@ -81,20 +81,22 @@ def _dd(operands: str, megabytes: int) -> None:
 
 def _updates(root: Path, megabytes: int) -> dict[str, Callable[[], object]]:
     store = FileStore(root, "states")
-    homes = {"in memory": HostBacking(CPU), f"in files ({'direct' if store.file.is_direct else 'buffered'})": None}
-    homes = {name: home or FileBacking(store, CPU) for name, home in homes.items()}
+    backings = {"in memory": HostBacking(CPU), f"in files ({'direct' if store.file.is_direct else 'buffered'})": None}
+    backings = {name: backing or FileBacking(store, CPU) for name, backing in backings.items()}
     numel = megabytes * 10**6 // (12 * NUM_UNITS)
     gradient = torch.randn(numel)
-    for home in homes.values():
+    for backing in backings.values():
         for unit in range(NUM_UNITS):
-            home.add(str(unit), record_of((name, torch.float32, numel) for name in ("master", "exp_avg", "exp_avg_sq")))
+            backing.add(
+                str(unit), record_of((name, torch.float32, numel) for name in ("master", "exp_avg", "exp_avg_sq"))
+            )
     return {
-        f"AdamW over states {name} (bytes held)": lambda home=home: _update(home, gradient)
-        for name, home in homes.items()
+        f"AdamW over states {name} (bytes held)": lambda backing=backing: _update(backing, gradient)
+        for name, backing in backings.items()
     }
 
 
-def _update(home: StateBacking, gradient: torch.Tensor) -> None:
+def _update(backing: StateBacking, gradient: torch.Tensor) -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([parameter], fused=True)
     step = torch.zeros(())
@@ -106,7 +108,7 @@ def _update(home: StateBacking, gradient: torch.Tensor) -> None:
         optimizer.step()
         parameter.grad = None
 
-    home.visit([str(unit) for unit in range(NUM_UNITS)], work)
+    backing.for_each([str(unit) for unit in range(NUM_UNITS)], work)
 
 
 if __name__ == "__main__":

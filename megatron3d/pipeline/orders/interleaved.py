@@ -33,11 +33,11 @@ def interleaved(num_ranks: int, num_microbatches: int, virtual: int = 1, *, grou
     """
     require_sizes("interleaved", num_ranks, num_microbatches, virtual)
     groups = _groups(num_ranks, num_microbatches, num_ranks if group_size is None else group_size)
-    visits = [(turn, mb) for group in groups for turn in range(virtual) for mb in group]
+    order = [(turn, mb) for group in groups for turn in range(virtual) for mb in group]
     rows = []
     for rank in range(num_ranks):
-        forwards = [Step(Op.F, turn * num_ranks + rank, mb) for turn, mb in visits]
-        backwards = [Step(Op.B, (virtual - 1 - turn) * num_ranks + rank, mb) for turn, mb in visits]
+        forwards = [Step(Op.F, turn * num_ranks + rank, mb) for turn, mb in order]
+        backwards = [Step(Op.B, (virtual - 1 - turn) * num_ranks + rank, mb) for turn, mb in order]
         warm_up = (num_ranks - 1 - rank) * (2 if virtual > 1 else 1) + (virtual - 1) * len(groups[0])
         row = forwards[:warm_up]
         for forward, backward in zip(forwards[warm_up:], backwards):

@@ -1,4 +1,4 @@
-"""Both homes keep what is left in them, at every visit, for every view, and files need three units of host memory."""
+"""Both backings keep what is left in them, pass after pass, for every view; files need three units of host memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8]
 
 
 @pytest.fixture(params=["host", "files"])
-def home(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StateBacking]:
-    """A home of each kind with five units of different sizes."""
+def backing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StateBacking]:
+    """A backing of each kind with five units of different sizes."""
     if request.param == "host":
         yield filled(HostBacking(CPU))
     else:
@@ -30,12 +30,12 @@ def home(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StateBackin
         store.close()
 
 
-def filled(home: StateBacking) -> StateBacking:
+def filled(backing: StateBacking) -> StateBacking:
     """Add the units."""
     for number, name in enumerate(UNITS):
         size = 1000 * (number + 1) + number
-        home.add(name, record_of([("master", torch.float32, size), ("exp_avg", torch.bfloat16, size)]))
-    return home
+        backing.add(name, record_of([("master", torch.float32, size), ("exp_avg", torch.bfloat16, size)]))
+    return backing
 
 
 @given(st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 300)), max_size=6))
@@ -51,29 +51,29 @@ def test_the_fields_of_a_record_are_aligned_and_do_not_overlap(kinds: list[tuple
         assert bool((views[f.name].view(torch.uint8) == number + 1).all())
 
 
-def test_every_visit_finds_what_the_one_before_left(home: StateBacking) -> None:
+def test_every_pass_finds_what_the_one_before_left(backing: StateBacking) -> None:
     def count(name: str, fields: Fields) -> None:
         fields["master"] += 1.0 + UNITS.index(name)
         fields["exp_avg"] += 2.0
 
     for _ in range(3):
-        home.visit(UNITS, count)
-    with home.opened(UNITS, writes=False) as opened:
+        backing.for_each(UNITS, count)
+    with backing.opened(UNITS, writes=False) as opened:
         for number, name in enumerate(UNITS):
             assert bool((opened[name]["master"] == 3.0 * (1.0 + number)).all())
             assert bool((opened[name]["exp_avg"] == 6.0).all())
 
 
-def test_what_is_written_while_it_is_open_is_found_by_the_next_visit(home: StateBacking) -> None:
-    with home.opened(UNITS, writes=True) as opened:
+def test_what_is_written_while_it_is_open_is_found_by_the_next_pass(backing: StateBacking) -> None:
+    with backing.opened(UNITS, writes=True) as opened:
         for number, name in enumerate(UNITS):
             opened[name]["master"].fill_(float(number))
     found = {}
-    home.visit(UNITS[1:3], lambda name, fields: found.update({name: float(fields["master"].mean())}))
+    backing.for_each(UNITS[1:3], lambda name, fields: found.update({name: float(fields["master"].mean())}))
     assert found == {"layers.0": 1.0, "layers.1": 2.0}
 
 
-def test_what_runs_ahead_is_waited_for_before_the_work_in_the_slot_it_was_given(home: StateBacking) -> None:
+def test_what_runs_ahead_is_waited_for_before_the_work_in_the_slot_it_was_given(backing: StateBacking) -> None:
     slots: dict[int, str] = {}
 
     class Arrival:
@@ -84,24 +84,24 @@ def test_what_runs_ahead_is_waited_for_before_the_work_in_the_slot_it_was_given(
             slots[self.slot] = self.name
 
     seen = []
-    home.visit(UNITS, lambda name, fields: seen.append(name in slots.values()), start_ahead=Arrival)
+    backing.for_each(UNITS, lambda name, fields: seen.append(name in slots.values()), start_ahead=Arrival)
     assert seen == [True] * len(UNITS)
     assert set(slots) == set(range(NUM_SLOTS))
 
 
-def test_records_of_one_field_are_stored_and_fetched_whole(home: StateBacking) -> None:
+def test_records_of_one_field_are_stored_and_fetched_whole(backing: StateBacking) -> None:
     values = torch.randn(777).bfloat16()
-    home.add("weights", record_of([("weights", torch.bfloat16, 777)]))
-    home.start_store("weights", values).wait()
+    backing.add("weights", record_of([("weights", torch.bfloat16, 777)]))
+    backing.start_store("weights", values).wait()
     found = torch.zeros(777, dtype=torch.bfloat16)
-    home.start_fetch("weights", found).wait()
+    backing.start_fetch("weights", found).wait()
     assert torch.equal(found, values)
 
 
 def test_files_take_host_memory_for_three_units_of_the_largest_size(tmp_path: Path) -> None:
-    home = filled(FileBacking(FileStore(tmp_path, "rank00000"), CPU))
-    home.visit(UNITS, lambda name, fields: None)
-    largest = max(record.num_bytes for record in home._records.values())
-    assert (home.host_bytes, NUM_SLOTS) == (NUM_SLOTS * largest, 3)
-    assert home.file_bytes >= sum(record.num_bytes for record in home._records.values())
+    backing = filled(FileBacking(FileStore(tmp_path, "rank00000"), CPU))
+    backing.for_each(UNITS, lambda name, fields: None)
+    largest = max(record.num_bytes for record in backing._records.values())
+    assert (backing.host_bytes, NUM_SLOTS) == (NUM_SLOTS * largest, 3)
+    assert backing.file_bytes >= sum(record.num_bytes for record in backing._records.values())
     assert (filled(HostBacking(CPU)).file_bytes, filled(HostBacking(CPU)).host_bytes > 0) == (0, True)

@@ -72,7 +72,9 @@ def train(mesh: Mesh, zero_stage: int, config: OptimConfig, *, by_unit: bool = F
     """What this rank holds after some steps: weights and every state, by kind."""
     sink = GradSink()
     engine, declared = engine_of(Setting(mesh.layout, zero_stage), mesh, sink)
-    optimizer = build_optimizer(config, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.whole)
+    optimizer = build_optimizer(
+        config, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.full_parameters
+    )
     for step in range(NUM_STEPS):
         engine.begin_step(NUM_MICROBATCHES)
         backward(engine, declared, mesh, sink, step)
@@ -95,7 +97,7 @@ def train(mesh: Mesh, zero_stage: int, config: OptimConfig, *, by_unit: bool = F
 
 def step_by_unit(engine: ZeroEngine, optimizer: torch.optim.Optimizer) -> None:
     for name, unit in engine.units.items():
-        with engine.whole.only(name), unit.gradients_attached(unit.own_grads):
+        with engine.full_parameters.only(name), unit.gradients_attached(unit.own_grads):
             optimizer.step()
     engine.publish()
 
@@ -168,7 +170,9 @@ def _traffic(rank: int, world_size: int, config: OptimConfig) -> dict[Any, Any]:
     mesh = make_mesh(Layout(tp=2, dp=2))
     sink = GradSink()
     engine, declared = engine_of(Setting(mesh.layout, 1), mesh, sink)
-    optimizer = build_optimizer(config, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.whole)
+    optimizer = build_optimizer(
+        config, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.full_parameters
+    )
     engine.begin_step(NUM_MICROBATCHES)
     backward(engine, declared, mesh, sink, 0)
     engine.finish_reduce()
