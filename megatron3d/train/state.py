@@ -244,8 +244,8 @@ def _no_load_line(directory: Path, *, has_begun: bool) -> str:
 def _changed_freezing(parts: TrainingSetup, saved: RunConfig) -> list[str]:
     """Lines about the optimizer state of parameters that train in one of the two runs alone; collective."""
     before, now = saved.train.freeze_params, parts.config.train.freeze_params
-    held = gathered([*parts.engine.weight_views(with_copies=False)] if before != now else [], parts.mesh.world.group)
-    names = set().union(*held)
+    slots = [slot for unit in parts.engine.units.values() for slot in unit.layout.slots] if before != now else []
+    names = set().union(*gathered([slot.spec.name for slot in slots], parts.mesh.world.group))
     thawed = sum(is_frozen(name, before) and not is_frozen(name, now) for name in names)
     frozen = sum(is_frozen(name, now) and not is_frozen(name, before) for name in names)
     lines = []

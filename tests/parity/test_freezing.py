@@ -36,7 +36,8 @@ transformers = pytest.importorskip("transformers")
 
 SP = "--sequence-parallel"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-AWAY = "--offload-optimizer cpu --offload-params cpu"
+AWAY_STATES = "--offload-optimizer cpu"
+AWAY = f"{AWAY_STATES} --offload-params cpu"
 CASES = [
     Case("gpt2-mixed", Layout(tp=2), SP),
     Case("gpt2-begun", Layout(tp=2), ""),
@@ -164,7 +165,7 @@ MOVES = [
     Case("gpt2-begun", Layout(pp=2), ""),
     Case("gpt2-begun", Layout(dp=2), "--zero-stage 1"),
     Case("gpt2-begun", Layout(dp=2), f"--zero-stage 3 {AWAY}"),
-    Case("gpt2", Layout(dp=2), "--zero-stage 2"),
+    Case("gpt2", Layout(dp=2), f"--zero-stage 2 {AWAY_STATES}"),
 ]
 STEPS_EACH = 2
 
