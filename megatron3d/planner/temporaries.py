@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import product
 from math import prod
 
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.config.update_rules import UPDATE_RULES
 from megatron3d.optim.flat import CHUNK_CPU, CHUNK_DEVICE
+from megatron3d.params.spec import ParamKind
+from megatron3d.planner.layout import layout_of
 from megatron3d.planner.memory import shard_size
 from megatron3d.planner.sizes import BYTES, FP32
 from megatron3d.zero.flat import FlatLayout, Slot
+from megatron3d.zero.full_parameters import assign_owners
+from megatron3d.zero.kinds import KINDS
 from megatron3d.zero.policy import policy_of
 
 
@@ -25,16 +30,15 @@ def publish_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_
 def update_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_type: str) -> int:
     """Bytes that an update takes at most at once, beside the state; torch's fused ones take none.
 
-    Elementwise updates work on chunks; Adafactor on one matrix; Muon on one whole matrix, with a momentum of the size
-    of it, two factors in the dtype of its products and their two Gram matrices.
+    Elementwise updates work on chunks; Adafactor on one matrix; Muon on one whole matrix at a time of all those that a
+    rank owns.
     """
     optim, layouts = config.optim, [layout for layout in units if layout.trains]
     largest = max((_largest_piece(layout) for layout in layouts), default=0)
     chunk = min(CHUNK_CPU if device_type == "cpu" else CHUNK_DEVICE, largest) * FP32
     widened = chunk * ((optim.exp_avg_dtype == "bf16") + (optim.exp_avg_sq_dtype == "bf16"))
-    matrices = [slot for layout in layouts for slot in layout.slots if slot.spec.is_hidden_matrix]
     if optim.optimizer == "muon":
-        return max([_orthogonal(optim, slot) for slot in matrices], default=0)
+        return max(_full_matrices(config, [one for one in layouts if one.kind == kind], kind) for kind in KINDS)
     if optim.optimizer == "adafactor":
         return max([FP32 * prod(slot.shape) for layout in layouts for slot in layout.slots], default=0)
     return widened + chunk * UPDATE_RULES[optim.optimizer].scratch_numbers
@@ -44,7 +48,54 @@ def _largest_piece(layout: FlatLayout) -> int:
     return layout.length
 
 
+def _full_matrices(config: RunConfig, layouts: Sequence[FlatLayout], kind: ParamKind) -> int:
+    """The most that `FullParameters.map_full` and Muon's function of a matrix take on any rank that shares these."""
+    parallel = config.parallel
+    num_shards, tp = shard_size(parallel, kind), layout_of(parallel).size(KINDS[kind].tensor)
+    placed = [(layout, slot) for layout in layouts for slot in layout.slots if slot.spec.is_hidden_matrix]
+    owners = assign_owners([slot.spec for _, slot in placed], shard=num_shards, tp=tp)
+    found = [0]
+    for shard_rank, tp_rank in product(range(num_shards), range(tp)):
+        owns = [layout.slice_of(shard_rank, num_shards) for layout, _ in placed]
+        held = sum(slot.span.intersect(own).length for (_, slot), own in zip(placed, owns, strict=True))
+        fetched = [
+            (slot, owner) for (_, slot), owner in zip(placed, owners, strict=True) if owner.shard_rank == shard_rank
+        ]
+        cut = sum(prod(slot.shape) for slot, owner in fetched if owner.tp_rank is not None)
+        equal = sum(prod(slot.shape) for slot, owner in fetched if owner.tp_rank is None)
+        mine = [slot for slot, owner in fetched if owner.tp_rank in (tp_rank, None)]
+        full = sum(slot.spec.numel for slot in mine if not slot.spec.is_replicated)
+        exchanged = _exchange_elements(held, cut=cut, equal=equal, full=full, num_shards=num_shards, tp=tp)
+        stays = (full if tp > 1 else cut if num_shards > 1 else 0) + (equal if num_shards > 1 else 0)
+        work = max([_orthogonal(config.optim, slot) for slot in mine], default=0)
+        found += [FP32 * exchanged, FP32 * stays + work]
+    return max(found)
+
+
+def _exchange_elements(held: int, *, cut: int, equal: int, full: int, num_shards: int, tp: int) -> int:
+    """The most elements at once in the exchanges of `FullParameters`: what is sent and what arrives, beside what both
+    are made of.
+
+    Args:
+        held: elements of this rank's parts.
+        cut, equal: of the shards that it fetches of matrices that the tensor ranks shard, and hold alike.
+        full: of the full matrices that it owns and the tensor ranks shard.
+        num_shards, tp: ranks of the two axes.
+    """
+    shards = cut + equal
+    moments = [0]
+    if num_shards > 1:
+        moments += [held + shards, 2 * shards]
+        moments += [2 * shards + held + (full if tp > 1 else 0)]  # the way back
+    if tp > 1:
+        fetched = shards if num_shards > 1 else 0
+        moments += [fetched + cut + full, fetched + 2 * full]
+        moments += [3 * full + cut + (equal if num_shards > 1 else 0)]  # the way back
+    return max(moments)
+
+
 def _orthogonal(optim: OptimConfig, slot: Slot) -> int:
+    """A momentum of the size of the matrix, two factors in the dtype of its products, their two Gram matrices."""
     rows, columns = slot.spec.shape
     small = min(rows, columns)
     product = FP32 if optim.muon_fp32_matmul_prec == "high" else 2

@@ -16,6 +16,7 @@ from tests.planner.models import BERT, DROPOUT, FULL, GPT, LLAMA, NO_DROPOUT, SE
 
 TOLERANCE = 0.05
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+FROZEN = "--freeze-params embedding.* *.attention.* *.mlp.up.weight *.mlp_norm.bias"
 MORE = "--global-batch-size 8"  # micro-batches than the two of the models' own
 Case = tuple[str, str]
 
@@ -31,6 +32,9 @@ ONE: dict[str, Case] = {
     "bert": ("bert", BERT),
     "bert bf16": ("bert", f"{BERT} --bf16"),
     "bert full": ("bert", f"{BERT} {FULL}"),
+    "gpt 1p": ("gpt", f"{GPT} {NO_DROPOUT} --apply-layernorm-1p"),
+    "gpt frozen": ("gpt", f"{GPT} {NO_DROPOUT} {FROZEN}"),
+    "gpt begun full": ("gpt", f"{GPT} {NO_DROPOUT} {FULL} --freeze-params embedding.* layers.[01].*"),
     "wide": ("gpt", WIDE),
     "wide bf16 gradients in bf16": ("gpt", f"{WIDE} --bf16 --grad-reduce-in-bf16"),
     "wide bf16 offload": ("gpt", f"{WIDE} --bf16 --offload-optimizer cpu"),
@@ -48,6 +52,9 @@ TWO: dict[str, Case] = {
     "bert pp": ("bert", f"{BERT} {PP} 2"),
     "llama pp interleaved": ("gpt", f"{LLAMA} {PP} 2 --num-layers-per-virtual-pipeline-stage 1"),
     "llama pp zb-h1": ("gpt", f"{LLAMA} {PP} 2 --pipeline-schedule zb-h1 {MORE}"),
+    "gpt frozen pp zb-h1": ("gpt", f"{GPT} {NO_DROPOUT} {PP} 2 --pipeline-schedule zb-h1 {MORE} {FROZEN}"),
+    "wide muon tp": ("gpt", f"{WIDE} {TP} 2 --optimizer muon"),
+    "wide muon zero 2": ("gpt", f"{WIDE} --zero-stage 2 --optimizer muon"),
     "gpt dropout zero 2": ("gpt", f"{GPT} {DROPOUT} {MORE} --zero-stage 2"),
     **{f"llama full zero {stage}": ("gpt", f"{LLAMA} {FULL} {MORE} --zero-stage {stage}") for stage in (1, 2, 3)},
     **{f"wide zero {stage}": ("gpt", f"{WIDE} --zero-stage {stage}") for stage in (1, 2, 3)},
