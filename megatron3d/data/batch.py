@@ -56,6 +56,12 @@ class Samples:
     def model_inputs(self) -> dict[str, Any]:
         """What the model is told of the samples, by the names of `models.stage.MicroBatch`."""
 
+    def label_index(self) -> Tensor | None:
+        """Which of the tokens, in the order of [S, B] flattened, have a label that counts, int64 [P]; None where the
+        model computes the losses of all. Its length depends on values, so ask it of samples on the host.
+        """
+        return None
+
     def _tensors(self) -> dict[str, Tensor]:
         """The fields that are present."""
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -150,6 +156,11 @@ class BertBatch(Batch):
             "sentence_labels_B": self.sentence_labels_B,
             "attention_mask_BST": self.padding_mask_BS.unsqueeze(1),
         }
+
+    def label_index(self) -> Tensor:
+        """The masked tokens, some 15 % of all; where there are none the first token, whose loss has a weight of 0."""
+        index_P = self.loss_mask_BS.t().flatten().nonzero().flatten()
+        return index_P if len(index_P) else index_P.new_zeros(1)  # kernels on a GPU cannot be started for no rows
 
     def sentence_count(self) -> Tensor:
         """How many sentence labels count, as an int64 scalar: B, or 0 without the sentence head."""

@@ -155,14 +155,12 @@ class BertHead(ParallelModule):
 
     def _token_loss(self, x_SBH: Tensor, micro: MicroBatch, table: VocabParallelEmbedding, losses: LossSink) -> Tensor:
         """Summed loss of the masked tokens; the others, some 85 %, never reach the vocabulary."""
+        index_P = micro.label_index_P
         assert micro.loss_mask_BS is not None and micro.labels_BS is not None, "there is nothing to predict"
-        mask_N = micro.loss_mask_BS.t().flatten()
-        index_P = mask_N.nonzero().flatten()
-        if not len(index_P):
-            index_P = index_P.new_zeros(1)  # a token of weight 0: kernels on a GPU cannot be started for no rows
+        assert index_P is not None, "a batch says which of its tokens have a label"
         x_PH = whole_sequence(x_SBH, self.context).flatten(0, 1).index_select(0, index_P)
         logits_PV = self.token_logits(x_PH, table)
-        labels_P, mask_P = micro.labels_BS.t().flatten()[index_P], mask_N[index_P]
+        labels_P, mask_P = (x_BS.t().flatten()[index_P] for x_BS in (micro.labels_BS, micro.loss_mask_BS))
         vocabulary = {"table": table, "context": self.context}
         if losses.counts_hits:
             hits = masked_hits(logits_PV, labels_P, mask_P, **vocabulary)

@@ -38,6 +38,8 @@ class MicroBatch:
         tokens_BS: token ids, int64, the whole sequence.
         labels_BS: the token to predict at each position, int64; None asks the last stage for logits.
         loss_mask_BS: weight of each position's loss, fp32.
+        label_index_P: the positions that are predicted, as numbers in [S, B] flattened, int64, in models that predict
+            few of them.
         position_ids_BS: positions, int64; None is 0 .. S-1.
         attention_mask_BST: True where position S may attend to position T, [B, S or 1, T]; None is the model's own
             attention, causal in a GPT and to every position in a BERT.
@@ -53,6 +55,7 @@ class MicroBatch:
     tokens_BS: Tensor
     labels_BS: Tensor | None = None
     loss_mask_BS: Tensor | None = None
+    label_index_P: Tensor | None = None
     position_ids_BS: Tensor | None = None
     attention_mask_BST: Tensor | None = None
     token_types_BS: Tensor | None = None

@@ -69,12 +69,11 @@ class StorageRecorder(TorchDispatchMode):
     Args:
         scratch: bytes that the kernel of an operation takes within the call, from the operation, its arguments and its
             results.
-        num_nonzero: how many elements `nonzero` finds, which depends on values.
     """
 
-    def __init__(self, scratch: Callable[[Any, tuple[Any, ...], Any], int], *, num_nonzero: int = 0) -> None:
+    def __init__(self, scratch: Callable[[Any, tuple[Any, ...], Any], int]) -> None:
         super().__init__()
-        self._scratch, self._num_nonzero = scratch, num_nonzero
+        self._scratch = scratch
         self._events: list[Event] = []
         self._known: dict[int, weakref.ref[Any]] = {}
         self._num_taken = 0
@@ -85,10 +84,7 @@ class StorageRecorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation and note the storages that it makes."""
-        if func is torch.ops.aten.nonzero.default:
-            out = args[0].new_empty((self._num_nonzero, args[0].dim()), dtype=torch.int64)
-        else:
-            out = func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor, replaces=args[0] if self._in_backward and func in _BY_THE_ENGINE else None)

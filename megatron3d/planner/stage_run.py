@@ -80,7 +80,7 @@ class StageRun:
         """Build a stage and run it; `splits` defers weight gradients, as schedules with split backwards do."""
         sink, gate = GradSink(), WeightGate()
         stage = self._stage(part, sink, gate)
-        recorder = StorageRecorder(cpu_scratch if self._on_cpu else no_scratch, num_nonzero=num_predicted(self.config))
+        recorder = StorageRecorder(cpu_scratch if self._on_cpu else no_scratch)
         gate.bind(_RecordingLender(recorder))
         device = self.without_memory
         self._materialize(stage, sink, recorder, device)
@@ -156,6 +156,7 @@ class StageRun:
             tokens_BS=numbers(samples, length),
             labels_BS=numbers(samples, length),
             loss_mask_BS=torch.empty(samples, length, device=device),
+            label_index_P=numbers(num_predicted(self.config)) if masks_sentences else None,
             position_ids_BS=numbers(samples, length) if data.reset_position_ids else None,
             attention_mask_BST=(
                 torch.empty(samples, mask_rows, length, dtype=torch.bool, device=device) if mask_rows else None

@@ -173,8 +173,17 @@ def forward_backward(
 def micro_batches(
     batch: Samples | GroupedSamples, size: int, *, device: torch.device, losses: LossSink | None = None
 ) -> list[MicroBatch]:
-    """Cut a rank's batch into micro-batches on the device, without dropout; `losses` takes those of all of them."""
-    return [MicroBatch(**part.model_inputs(), losses=losses) for part in batch.to(device).split(size)]
+    """Cut a rank's batch, on the host, into micro-batches on the device, without dropout; `losses` takes those of all
+    of them."""
+    indices = [part.label_index() for part in batch.split(size)]  # before the batch moves: nothing waits for a device
+    return [
+        MicroBatch(
+            **part.model_inputs(),
+            label_index_P=None if index_P is None else index_P.to(device, non_blocking=True),
+            losses=losses,
+        )
+        for part, index_P in zip(batch.to(device).split(size), indices, strict=True)
+    ]
 
 
 def _finite_or_raise(parts: TrainingSetup, losses: Mapping[str, float], loss: float, grad_norm: float) -> bool:

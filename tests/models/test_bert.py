@@ -14,6 +14,7 @@ from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.derive import resolve_model
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
+from megatron3d.data.batch import BertBatch
 from megatron3d.models import bert
 from megatron3d.models.bert import build_bert_stage
 from megatron3d.models.losses import masked_loss_sum
@@ -59,18 +60,12 @@ def micro_of(**changes: Any) -> MicroBatch:
     """Three samples, two of them padded; half of the real tokens are to be predicted."""
     generator = torch.Generator().manual_seed(3)
     tokens, labels = torch.randint(0, VOCAB, (2, B, S), generator=generator)
+    pairs = torch.tensor([0, 1, 1])
     real = torch.arange(S) < torch.tensor([[8], [6], [3]])
     masked = (torch.rand(B, S, generator=generator) < 0.5) & real
     types = ((torch.arange(S) > 2) & real).long()
-    given = {
-        "tokens_BS": tokens,
-        "labels_BS": labels,
-        "loss_mask_BS": masked.float(),
-        "attention_mask_BST": real.unsqueeze(1),
-        "token_types_BS": types,
-        "sentence_labels_B": torch.tensor([0, 1, 1]),
-    }
-    return MicroBatch(**{**given, **changes})
+    batch = BertBatch(tokens, labels, changes.get("loss_mask_BS", masked.float()), types, real, pairs)
+    return MicroBatch(**batch.model_inputs() | {"label_index_P": batch.label_index()} | changes)
 
 
 def dense_outputs(config: ModelConfig, weights: dict[str, Tensor], micro: MicroBatch) -> tuple[Tensor, Tensor | None]:
