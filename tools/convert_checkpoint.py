@@ -54,9 +54,7 @@ from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.checkpoint.load import read_document
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.derive import derive
-from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.placeholders import untrained_run
 from megatron3d.config.serialize import from_dict
 from megatron3d.config.tokenizer_copy import beside_checkpoint
 from megatron3d.convert.export import DTYPES, ExportOptions, export_model
@@ -92,7 +90,7 @@ def import_model(args: argparse.Namespace) -> None:
 
 def new_tensors(found: HfModel, seed: int) -> dict[str, Tensor]:
     """Initial values of the parameters that training needs and the directory lacks."""
-    run = derive(RunConfig(model=found.model, train=TrainConfig(micro_batch_size=1)), 1)
+    run = untrained_run(found.model)
     builder = architecture_of(found.model).build_stage
     stages = build_model(run, make_mesh(Layout()), torch.device("cpu"), builder).stages.values()
     declared = {name: one for stage in stages for name, one in stage.parameters_by_name().items()}

@@ -69,8 +69,9 @@ from torch import Tensor
 from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.checkpoint.load import tensor_shapes
 from megatron3d.comm.agree import digest_of
+from megatron3d.config.placeholders import untrained_run
 from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.parallel import GivenParallel
 from megatron3d.convert.hf import digest_of_tensors, read_model
 from megatron3d.convert.tokenizer_choice import with_given
 from megatron3d.data.content import require_same_tokenizer
@@ -123,7 +124,7 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
         raise ConfigError(f"{args.load or args.hf} holds a {stored.model.traits.title}; vectors come from a BERT")
     if args.pooling == "pooler" and "head.pooler.weight" not in names:
         raise ConfigError(f"--pooling pooler: {args.load or args.hf} has no pooler; use --pooling mean or cls")
-    parallel = ParallelConfig(
+    parallel = GivenParallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         device=args.device,
@@ -142,7 +143,7 @@ def open_source(args: argparse.Namespace) -> tuple[SavedRun, Path | Mapping[str,
     """The run that a model belongs to, its weights, and their names."""
     if args.hf is not None:
         found = read_model(Path(args.hf), with_tokenizer=args.tokenizer_type is None)
-        run = SavedRun(found.directory, RunConfig(model=found.model, data=found.data), None)
+        run = SavedRun(found.directory, untrained_run(found.model, found.data), None)
         return run, found.tensors, frozenset(found.tensors)
     directory = find_checkpoint(Path(args.load), args.ckpt_step)
     names = frozenset(name.removeprefix("model/") for name in tensor_shapes(directory))

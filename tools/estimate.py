@@ -19,7 +19,7 @@ from megatron3d.config.architectures import ARCHITECTURES, traits_of
 from megatron3d.config.cli import parse_args, read_command, settle
 from megatron3d.config.placeholders import with_placeholders
 from megatron3d.config.presets import PRESETS, Preset
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import DraftRun, GivenRun
 from megatron3d.errors import ConfigError, Megatron3dError
 
 PROGRAM = "estimate.py"
@@ -62,7 +62,7 @@ def world_sizes_of(args: argparse.Namespace) -> list[int]:
     return sizes
 
 
-def run_to_estimate(args: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
+def run_to_estimate(args: argparse.Namespace, rest: Sequence[str]) -> DraftRun:
     """The one run that is asked about, with every derived value but a tokenizer's.
 
     Raises: ConfigError with all problems of its options.
@@ -90,7 +90,7 @@ def check_search(args: argparse.Namespace, rest: Sequence[str]) -> None:
     parse_with(args, rest)
 
 
-def parse_with(args: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
+def parse_with(args: argparse.Namespace, rest: Sequence[str]) -> GivenRun:
     """The run of the other options. Raises: ConfigError for words that are none."""
     return parse_args(rest, program=PROGRAM, description=DESCRIPTION, architecture=args.architecture or "gpt")
 
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         host = None if args.host_memory_gb is None else int(args.host_memory_gb * GIB)
         limits = Limits(int(args.memory_gb * GIB), host)
 
-        def parse(preset: Preset) -> RunConfig:
+        def parse(preset: Preset) -> GivenRun:
             return parse_with(args, ["--preset", preset.name, *rest])
 
         print(describe_largest(parse, family, world_sizes_of(args), limits))

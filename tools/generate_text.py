@@ -81,7 +81,7 @@ if __name__ == "__main__":
 from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.comm.agree import digest_of
 from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.parallel import GivenParallel
 from megatron3d.convert.tokenizer_choice import with_given
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.hf_description import end_token_ids
@@ -145,7 +145,7 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
     directory = find_checkpoint(Path(args.load), args.ckpt_step)
     saved = read_saved_run(directory)
     stored = saved.config
-    parallel = ParallelConfig(
+    parallel = GivenParallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         device=args.device,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from decimal import Decimal, InvalidOperation
 from itertools import pairwise
 
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.sections.train import DraftTrain, TrainConfig
 from megatron3d.errors import ConfigError
 
 Level = tuple[int, int]
@@ -19,11 +19,15 @@ Level = tuple[int, int]
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-def batch_size_levels(train: TrainConfig, data_parallel_size: int) -> tuple[Level, ...]:
-    """(first consumed sample, global batch size) of each level, from 0 on and in rising order of samples."""
-    full = train.global_batch_size or train.micro_batch_size * data_parallel_size
+def batch_size_levels(train: DraftTrain, data_parallel_size: int) -> tuple[Level, ...]:
+    """(first consumed sample, global batch size) of each level, from 0 on and in rising order of samples.
+
+    The global batch size must be known.
+    """
     if train.batch_size_steps:
         return train.batch_size_steps
+    full = train.global_batch_size
+    assert full is not None, "levels are asked for where the global batch size is derived"
     if not train.rampup_batch_size:
         return ((0, full),)
     start, increment, ramp_samples = (int(word) for word in train.rampup_batch_size)
@@ -35,7 +39,7 @@ def batch_size_levels(train: TrainConfig, data_parallel_size: int) -> tuple[Leve
     return (*levels, (ramp_samples, full))
 
 
-def batch_size_at(train: TrainConfig, consumed_samples: int, data_parallel_size: int) -> int:
+def batch_size_at(train: DraftTrain, consumed_samples: int, data_parallel_size: int) -> int:
     """Samples of the optimizer step that starts after `consumed_samples`."""
     size = 0
     for first_sample, level_size in batch_size_levels(train, data_parallel_size):
@@ -60,7 +64,7 @@ def num_microbatches(train: TrainConfig, consumed_samples: int, data_parallel_si
     return size // samples_at_once
 
 
-def iterations_for_samples(train: TrainConfig, samples: int, data_parallel_size: int, *, consumed: int = 0) -> int:
+def iterations_for_samples(train: DraftTrain, samples: int, data_parallel_size: int, *, consumed: int = 0) -> int:
     """Whole optimizer steps that fit into `samples`; the last incomplete batch is left out, as in Megatron-LM.
 
     With `consumed` of the samples used already, whatever the batches were, the steps that are left.
@@ -77,7 +81,7 @@ def iterations_for_samples(train: TrainConfig, samples: int, data_parallel_size:
     return iterations
 
 
-def samples_for_iterations(train: TrainConfig, iterations: int, data_parallel_size: int) -> int:
+def samples_for_iterations(train: DraftTrain, iterations: int, data_parallel_size: int) -> int:
     """Samples that the first `iterations` steps consume."""
     consumed = 0
     for size, last_sample in _spans(train, data_parallel_size, end=None):
@@ -120,7 +124,7 @@ def _parse_pair(pair: str, text: str, seq_length: int) -> Level:
     return level
 
 
-def _spans(train: TrainConfig, data_parallel_size: int, *, end: int | None) -> list[tuple[int, int | None]]:
+def _spans(train: DraftTrain, data_parallel_size: int, *, end: int | None) -> list[tuple[int, int | None]]:
     """(batch size, first consumed sample of the next level) for each level; `end` closes the last one."""
     levels = batch_size_levels(train, data_parallel_size)
     ends = [first_sample for first_sample, _ in levels[1:]]

@@ -1,26 +1,26 @@
 """Whether a run can work, said before any process group or device exists: all problems at once, each with its fix.
 
-`check` collects sentences, `resolve` raises them or returns the run with every derived value filled in, and
-`with_vocab_size` adds what is known only once the tokenizer is open.
+`check` collects sentences, `checked` raises them or returns the run with every derived value filled in, and
+`with_vocab_size` adds what is known only once the tokenizer is open. `resolve` is for runs that give --vocab-size.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron3d.config.derive import derive
+from megatron3d.config.derive import complete, derive
 from megatron3d.config.rules.bounds import single_option_problems, with_defaults_where_wrong, wrong_options
 from megatron3d.config.rules.doubt import NO_DOUBT, Doubt
 from megatron3d.config.rules.model import model_and_layout_problems
 from megatron3d.config.rules.offload import offload_problems
 from megatron3d.config.rules.run import required_problems, run_problems
-from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.model import ModelConfig
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.run import DraftRun, GivenRun, RunConfig
+from megatron3d.config.sections.model import GivenModel
+from megatron3d.config.sections.train import GivenTrain
 from megatron3d.errors import ConfigError
 
 
-def check(config: RunConfig, world_size: int, *, doubt: Doubt = NO_DOUBT) -> list[str]:
+def check(config: GivenRun, world_size: int, *, doubt: Doubt = NO_DOUBT) -> list[str]:
     """A sentence for each problem of this run on `world_size` ranks; an empty list if it can work.
 
     Values that are outside their own range are reported and then taken as not given, so that one mistake does not
@@ -38,18 +38,24 @@ def check(config: RunConfig, world_size: int, *, doubt: Doubt = NO_DOUBT) -> lis
     return [*single_option_problems(config), *(problem for problem in problems if not doubt.explains(problem))]
 
 
-def model_problems(model: ModelConfig) -> list[str]:
+def model_problems(model: GivenModel) -> list[str]:
     """A sentence for each reason why no model can have this shape, in whichever run; an empty list if one can."""
-    wanted = RunConfig(model=model, train=TrainConfig(micro_batch_size=1))
+    wanted = GivenRun(model=model, train=GivenTrain(micro_batch_size=1))
     given = with_defaults_where_wrong(wanted)
     run = derive(given, 1)
     return [*single_option_problems(wanted), *model_and_layout_problems(given, run)]
 
 
-def resolve(config: RunConfig, world_size: int) -> RunConfig:
+def resolve(config: GivenRun, world_size: int) -> RunConfig:
     """The run with all derived values (FFN width, layout, batch, decay length ...); resolving twice is once.
 
-    `model.vocab_size` stays None where only the tokenizer knows it: see `with_vocab_size`.
+    Raises: ConfigError with all problems, one a line; or if the size of the vocabulary is known to the tokenizer alone.
+    """
+    return complete(checked(config, world_size))
+
+
+def checked(config: GivenRun, world_size: int) -> DraftRun:
+    """The run with all derived values but, where only the tokenizer knows it, the size of the vocabulary.
 
     Raises: ConfigError with all problems, one a line.
     """
@@ -59,8 +65,8 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     return derive(config, world_size)
 
 
-def with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
-    """The run with its vocabulary settled, once the tokenizer says it has `vocab_size` ids; settling twice is once.
+def with_vocab_size(config: DraftRun, vocab_size: int) -> RunConfig:
+    """The resolved run, once the tokenizer says it has `vocab_size` ids; settling twice is once.
 
     A larger `--vocab-size` is kept (rows for tokens to come). NullTokenizer is made from `--vocab-size` and has one id
     more, for the end of a document: unless `--eod-token` names one of the former, the run gets that id.
@@ -82,8 +88,10 @@ def with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
         raise ConfigError(
             f"--eod-token {eod} is not in the vocabulary of {settled} ids; use an id from 0 to {settled - 1}."
         )
-    return replace(
-        config,
-        model=replace(config.model, vocab_size=settled),
-        data=replace(config.data, eod_token=eod),
+    return complete(
+        replace(
+            config,
+            model=replace(config.model, vocab_size=settled),
+            data=replace(config.data, eod_token=eod),
+        )
     )

@@ -23,10 +23,10 @@ from megatron3d.config.foreign.deepspeed_keys import OPTIONS_OF_DEEPSPEED
 from megatron3d.config.foreign.flags import Verdict, contradictions, judge
 from megatron3d.config.foreign.forks import zero_bubble_settings
 from megatron3d.config.help_text import help_text, metavar
-from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, Option, Settings, build_run_config
+from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, Option, Settings, given_run
 from megatron3d.config.presets import PRESETS
 from megatron3d.config.rules.doubt import NO_DOUBT, Doubt
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import DraftRun, GivenRun
 from megatron3d.errors import CheckpointError, ConfigError
 
 _TOKENIZER_FILES = (("data", "vocab_file"), ("data", "merge_file"), ("data", "tokenizer_model"))
@@ -48,7 +48,7 @@ class Command:
         doubt: the options that `problems` are about.
     """
 
-    run: RunConfig
+    run: GivenRun
     problems: tuple[str, ...] = ()
     doubt: Doubt = NO_DOUBT
 
@@ -60,7 +60,7 @@ def parse_args(
     description: str,
     log: Callable[[str], None] | None = None,
     architecture: str = "gpt",
-) -> RunConfig:
+) -> GivenRun:
     """The run a command line asks for, whether or not its values fit together; the arguments are `read_command`'s.
 
     Raises: ConfigError with every unknown, refused or malformed word of the command line and its files.
@@ -71,7 +71,7 @@ def parse_args(
     return command.run
 
 
-def settle(command: Command, world_size: int, *, more: Iterable[str] = ()) -> RunConfig:
+def settle(command: Command, world_size: int, *, more: Iterable[str] = ()) -> DraftRun:
     """The command's run on `world_size` ranks with all derived values.
 
     Args:
@@ -145,7 +145,7 @@ def read_command(
     for line in lines:
         (_to_stderr if log is None else log)(line)
     doubt = _doubt(found, by_flag, by_file, config_file, engine_file, settings)
-    return Command(build_run_config(settings), tuple(dict.fromkeys(found.problems)), doubt)
+    return Command(given_run(settings), tuple(dict.fromkeys(found.problems)), doubt)
 
 
 def _without_other_tokenizer(of_file: Settings, of_flags: Settings) -> Settings:

@@ -1,41 +1,80 @@
-"""The values that follow from others: what a default of None means once the rest of the run is known.
+"""The values that follow from others: what an option that was not given is once the rest of the run is known.
 
 Nothing here judges: where values do not fit together the result is of no use, and `check.py` says why.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 from megatron3d.config.batch_size import iterations_for_samples, parse_step_schedule, samples_for_iterations
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import DraftRun, GivenRun, RunConfig
 from megatron3d.config.sections.data import DataConfig
-from megatron3d.config.sections.model import GATED_ACTIVATIONS, ModelConfig
-from megatron3d.config.sections.optim import OptimConfig
-from megatron3d.config.sections.parallel import ParallelConfig
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.sections.model import GATED_ACTIVATIONS, GivenModel, ModelConfig
+from megatron3d.config.sections.optim import GivenOptim, OptimConfig
+from megatron3d.config.sections.parallel import GivenParallel, ParallelConfig
+from megatron3d.config.sections.train import DraftTrain, GivenTrain, TrainConfig
 from megatron3d.errors import ConfigError
+
+_Section = TypeVar("_Section", ModelConfig, OptimConfig, TrainConfig)
 
 # Names that Megatron-DeepSpeed has for kinds of ours.
 TOKENIZER_ALIASES = {"PretrainedFromHF": "HuggingFaceTokenizer", "HFTokenizer": "HuggingFaceTokenizer"}
 
 
-def derive(config: RunConfig, world_size: int) -> RunConfig:
+def derive(given: GivenRun, world_size: int) -> DraftRun:
     """The run on `world_size` ranks with all derivable values filled in; what cannot be derived stays None."""
-    parallel = _derive_pipeline(_derive_parallel(config.parallel, world_size), config.model.num_layers)
-    train = _derive_train(config, parallel.data_parallel_size)
-    return replace(
-        config,
-        model=resolve_model(config.model),
+    parallel = _derive_pipeline(_derive_parallel(given.parallel, world_size), given.model.num_layers)
+    train = _derive_train(given.train, given.model.seq_length, parallel.data_parallel_size)
+    return DraftRun(
+        model=derive_model(given.model),
         parallel=parallel,
         train=train,
-        optim=_derive_optim(config.optim, train, config.model.seq_length),
-        data=_derive_data(config.data),
+        optim=_derive_optim(given.optim, train, given.model.seq_length),
+        data=_derive_data(given.data),
+        checkpoint=given.checkpoint,
     )
 
 
-def resolve_model(model: ModelConfig) -> ModelConfig:
-    """The model with activation, head size, groups, FFN width and positions filled in; resolving twice is once."""
+def complete(draft: DraftRun) -> RunConfig:
+    """The run of a draft that lacks nothing.
+
+    Raises: ConfigError naming the options whose values are missing.
+    """
+    return RunConfig(
+        model=_narrowed(draft.model, ModelConfig),
+        parallel=draft.parallel,
+        optim=_narrowed(draft.optim, OptimConfig),
+        data=draft.data,
+        train=_narrowed(draft.train, TrainConfig),
+        checkpoint=draft.checkpoint,
+    )
+
+
+def resolve_model(model: GivenModel) -> ModelConfig:
+    """The model with activation, head size, groups, FFN width and positions filled in; resolving twice is once.
+
+    Raises: ConfigError naming the sizes that are missing.
+    """
+    return _narrowed(derive_model(model), ModelConfig)
+
+
+def _narrowed(section: Any, kind: type[_Section]) -> _Section:
+    """The section as its resolved type, in which fewer fields may be None.
+
+    Raises: ConfigError naming the options that are None and must not be.
+    """
+    values = vars(section)
+    missing = [one.name for one in fields(kind) if values[one.name] is None and not str(one.type).endswith("| None")]
+    if missing:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise ConfigError(f"{flags} {'has' if len(missing) == 1 else 'have'} no value; give {flags}.")
+    return kind(**values)
+
+
+def derive_model(model: GivenModel) -> GivenModel:
+    """The model with what follows from the values that are given; what does not stays None."""
     activation = model.activation or _activation_by_switch(model)
     hidden, heads = model.hidden_size, model.num_attention_heads
     groups = model.num_query_groups or (1 if model.group_query_attention else heads)
@@ -50,7 +89,7 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
     )
 
 
-def _activation_by_switch(model: ModelConfig) -> str:
+def _activation_by_switch(model: GivenModel) -> str:
     if model.swiglu:
         return "swiglu"
     if model.squared_relu:
@@ -58,7 +97,7 @@ def _activation_by_switch(model: ModelConfig) -> str:
     return "gelu_tanh" if model.openai_gelu else model.traits.activation
 
 
-def _num_token_types(model: ModelConfig) -> int:
+def _num_token_types(model: GivenModel) -> int:
     """Two segments where there are two sentences, as in Megatron-LM; a GPT has none."""
     if model.num_token_types is not None:
         return model.num_token_types
@@ -73,19 +112,21 @@ def _ffn_hidden_size(hidden_size: int, activation: str) -> int:
     return 8 * hidden_size // 192 * 64 if activation in GATED_ACTIVATIONS else 4 * hidden_size
 
 
-def model_parallel_size(parallel: ParallelConfig) -> int:
+def model_parallel_size(parallel: GivenParallel) -> int:
     """Ranks that hold one copy of the model together."""
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
-def _derive_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfig:
+def _derive_parallel(parallel: GivenParallel, world_size: int) -> ParallelConfig:
     stage = 1 if parallel.use_distributed_optimizer and parallel.zero_stage == 0 else parallel.zero_stage
-    return replace(
-        parallel,
-        world_size=world_size,
-        data_parallel_size=max(1, world_size // model_parallel_size(parallel)),
-        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
-        zero_stage=stage,
+    return ParallelConfig(
+        **{
+            **vars(parallel),
+            "world_size": world_size,
+            "data_parallel_size": max(1, world_size // model_parallel_size(parallel)),
+            "sequence_parallel": parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+            "zero_stage": stage,
+        }
     )
 
 
@@ -102,17 +143,17 @@ def _derive_pipeline(parallel: ParallelConfig, num_layers: int | None) -> Parall
     return replace(parallel, virtual_stages=virtual, pipeline_schedule=order)
 
 
-def _derive_train(config: RunConfig, data_parallel_size: int) -> TrainConfig:
-    train = _derive_recomputation(config.train)
-    steps = _step_levels(train.step_batch_size_schedule, config.model.seq_length)
+def _derive_train(given: GivenTrain, seq_length: int | None, data_parallel_size: int) -> DraftTrain:
+    train = _derive_recomputation(given)
+    steps = _step_levels(train.step_batch_size_schedule, seq_length)
     batch = steps[-1][1] if steps else train.global_batch_size
     if batch is None and train.micro_batch_size:
         batch = train.micro_batch_size * data_parallel_size * (train.gradient_accumulation_steps or 1)
-    train = replace(train, global_batch_size=batch, batch_size_steps=steps)
-    return replace(train, train_samples=_train_samples(train, config.model.seq_length, data_parallel_size))
+    draft = DraftTrain(**{**vars(train), "global_batch_size": batch, "batch_size_steps": steps})
+    return replace(draft, train_samples=_train_samples(draft, seq_length, data_parallel_size))
 
 
-def _train_samples(train: TrainConfig, seq_length: int | None, data_parallel_size: int) -> int | None:
+def _train_samples(train: DraftTrain, seq_length: int | None, data_parallel_size: int) -> int | None:
     """The length in samples: of --train-samples and --train-tokens what is reached first.
 
     The step that reaches the tokens is made whole, so they end with a batch.
@@ -128,7 +169,7 @@ def _train_samples(train: TrainConfig, seq_length: int | None, data_parallel_siz
     return reached if train.train_samples is None else min(reached, train.train_samples)
 
 
-def _can_count(train: TrainConfig) -> bool:
+def _can_count(train: GivenTrain) -> bool:
     """Whether a ramp is three numbers, as `check.py` wants it."""
     ramp = train.rampup_batch_size
     return not ramp or (len(ramp) == 3 and all(word.isdecimal() and int(word) > 0 for word in ramp))
@@ -144,7 +185,7 @@ def _step_levels(schedule: str | None, seq_length: int | None) -> tuple[tuple[in
         return ()
 
 
-def _derive_recomputation(train: TrainConfig) -> TrainConfig:
+def _derive_recomputation(train: GivenTrain) -> GivenTrain:
     granularity, method, layers = train.recompute_granularity, train.recompute_method, train.recompute_num_layers
     if granularity is None and train.recompute_activations:
         granularity = "selective"
@@ -156,7 +197,7 @@ def _derive_recomputation(train: TrainConfig) -> TrainConfig:
     return replace(train, recompute_granularity=granularity, recompute_method=method, recompute_num_layers=layers)
 
 
-def _derive_optim(optim: OptimConfig, train: TrainConfig, seq_length: int | None) -> OptimConfig:
+def _derive_optim(optim: GivenOptim, train: GivenTrain, seq_length: int | None) -> GivenOptim:
     """Decay and warm-up in the unit of the run; tokens become samples, rounded to the nearest."""
     decay, warmup = optim.lr_decay_samples, optim.lr_warmup_samples
     if seq_length and optim.lr_decay_tokens is not None:

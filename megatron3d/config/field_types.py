@@ -41,12 +41,12 @@ _TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
 
 
 def wanted_type(field: dataclasses.Field[Any], value: Any) -> str | None:
-    """What the value of a section's field must be, as a phrase, if it is not that; null where null is its default.
+    """What the value of a section's field must be, as a phrase, if it is not that.
 
     Lists must have become tuples already.
     """
     annotation = str(field.type).removesuffix(" | None")
-    if value is None and (field.default is None or annotation != str(field.type)):
+    if value is None and annotation != str(field.type):
         return None
     is_one, name = _TYPES[annotation]
     return None if is_one(value) else name

@@ -1,7 +1,7 @@
 """Every option of a run by its section, name and spellings: the one place that reads the fields' declarations.
 
 The command line, config files, presets, checks and `run.json` all look options up here, so a field declared in a
-section's dataclass is known to all of them at once. A field without a flag is derived: `resolve` fills it.
+section's dataclass is known to all of them at once. A field that a given section does not have is derived.
 """
 
 from __future__ import annotations
@@ -13,16 +13,28 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron3d.config.fields import Flag
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import GivenRun
 from megatron3d.config.sections.checkpoint import CheckpointConfig
 from megatron3d.config.sections.data import DataConfig
-from megatron3d.config.sections.model import ModelConfig
-from megatron3d.config.sections.optim import OptimConfig
-from megatron3d.config.sections.parallel import ParallelConfig
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.sections.model import GivenModel, ModelConfig
+from megatron3d.config.sections.optim import GivenOptim, OptimConfig
+from megatron3d.config.sections.parallel import GivenParallel, ParallelConfig
+from megatron3d.config.sections.train import GivenTrain, TrainConfig
 
 _MOST = 2**63 - 1  # of steps, samples and sizes, which travel in int64
 
+# The sections as they are given: every field is an option.
+GIVEN: Mapping[str, type] = MappingProxyType(
+    {
+        "model": GivenModel,
+        "parallel": GivenParallel,
+        "train": GivenTrain,
+        "optim": GivenOptim,
+        "data": DataConfig,
+        "checkpoint": CheckpointConfig,
+    }
+)
+# The same resolved, as `run.json` stores them.
 SECTIONS: Mapping[str, type] = MappingProxyType(
     {
         "model": ModelConfig,
@@ -58,7 +70,7 @@ class Option:
         """The flag our messages use."""
         return self.flag.spellings[0]
 
-    def value_in(self, config: RunConfig) -> Any:
+    def value_in(self, config: GivenRun) -> Any:
         """This option's value in a run."""
         return getattr(getattr(config, self.section), self.name)
 
@@ -121,9 +133,8 @@ def _number(given: Any) -> int | float | None:
 def _declared_options() -> tuple[Option, ...]:
     return tuple(
         Option(section, field.name, str(field.type).removesuffix(" | None"), field.default, field.metadata["flag"])
-        for section, config_class in SECTIONS.items()
+        for section, config_class in GIVEN.items()
         for field in dataclasses.fields(config_class)
-        if "flag" in field.metadata
     )
 
 
@@ -137,14 +148,14 @@ DERIVED_NAMES: frozenset[str] = frozenset(
     field.name
     for config_class in SECTIONS.values()
     for field in dataclasses.fields(config_class)
-    if "flag" not in field.metadata
+    if field.name not in BY_NAME
 )
 
 
-def build_run_config(settings: Settings) -> RunConfig:
+def given_run(settings: Settings) -> GivenRun:
     """A run with these settings and the defaults of everything else."""
     sections = {
         section: config_class(**{name: value for (where, name), value in settings.items() if where == section})
-        for section, config_class in SECTIONS.items()
+        for section, config_class in GIVEN.items()
     }
-    return RunConfig(**sections)
+    return GivenRun(**sections)

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.derive import resolve_model
+from megatron3d.config.sections.model import GivenModel, ModelConfig
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One published model: the fields of `ModelConfig` it sets and its printed number of parameters."""
+    """One published model: the options of the model that it sets and its printed number of parameters."""
 
     name: str
     model: Mapping[str, Any]
@@ -32,8 +33,8 @@ class Preset:
     source: str
 
     def model_config(self) -> ModelConfig:
-        """The model with all other options at their defaults; not yet resolved."""
-        return ModelConfig(**self.model)
+        """The model with all other options at their defaults."""
+        return resolve_model(GivenModel(**self.model))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
-from megatron3d.config.derive import resolve_model
 from megatron3d.config.options import BY_KEY, SECTIONS
 from megatron3d.config.run import RunConfig
 
@@ -208,7 +207,6 @@ class Difference:
 
 def differences(saved: RunConfig, now: RunConfig) -> list[Difference]:
     """The options in which two resolved runs differ, but for the free ones and those compared elsewhere."""
-    saved, now = _resolved(saved), _resolved(now)
     found = [
         Difference(effect, _label(key), _shown(key, _value(saved, key)), _shown(key, _value(now, key)))
         for key, effect in _compared()
@@ -223,11 +221,6 @@ def _compared() -> Iterator[tuple[Key, Effect]]:
         for key, effect in EFFECTS.items():
             if key[0] == section and effect is not Effect.FREE and key not in COMPARED_ELSEWHERE:
                 yield key, effect
-
-
-def _resolved(run: RunConfig) -> RunConfig:
-    """The run with the derived values of its model, which a checkpoint of an imported model may lack."""
-    return RunConfig(resolve_model(run.model), run.parallel, run.optim, run.data, run.train, run.checkpoint)
 
 
 def _is_relevant(key: Key, run: RunConfig) -> bool:

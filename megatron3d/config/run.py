@@ -1,4 +1,8 @@
-"""One run, whole: the config sections together."""
+"""One run, whole: the config sections together, as they are given, on the way, and resolved.
+
+Each type is a case of the one before it with fewer values that may be None, so that what takes a given run takes a
+resolved one too: resolving twice is once.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,39 @@ from dataclasses import dataclass, field
 
 from megatron3d.config.sections.checkpoint import CheckpointConfig
 from megatron3d.config.sections.data import DataConfig
-from megatron3d.config.sections.model import ModelConfig
-from megatron3d.config.sections.optim import OptimConfig
-from megatron3d.config.sections.parallel import ParallelConfig
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.sections.model import GivenModel, ModelConfig
+from megatron3d.config.sections.optim import GivenOptim, OptimConfig
+from megatron3d.config.sections.parallel import GivenParallel, ParallelConfig
+from megatron3d.config.sections.train import DraftTrain, GivenTrain, TrainConfig
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything a user decided. Functions take the smallest section they need, not this."""
+class GivenRun:
+    """What the user gave, by command line, files and presets. None means that an option was not given."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: GivenModel = field(default_factory=GivenModel)
+    parallel: GivenParallel = field(default_factory=GivenParallel)
+    optim: GivenOptim = field(default_factory=GivenOptim)
     data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: GivenTrain = field(default_factory=GivenTrain)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(frozen=True)
+class DraftRun(GivenRun):
+    """What was given and what follows from it on a number of ranks. What cannot be derived is None.
+
+    The rules judge it, complete or not; of one that they accept, at most the size of the vocabulary is open.
+    """
+
+    parallel: ParallelConfig = field(kw_only=True)
+    train: DraftTrain = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class RunConfig(DraftRun):
+    """Everything that is decided for a run. Functions take the smallest section they need, not this."""
+
+    model: ModelConfig = field(kw_only=True)
+    optim: OptimConfig = field(kw_only=True)
+    train: TrainConfig = field(kw_only=True)

@@ -5,28 +5,47 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
+from megatron3d.config.derive import complete, derive_model
 from megatron3d.config.field_types import wanted_type
-from megatron3d.config.options import BY_KEY, SECTIONS
-from megatron3d.config.run import RunConfig
+from megatron3d.config.options import BY_KEY, GIVEN, SECTIONS
+from megatron3d.config.run import DraftRun, RunConfig
+from megatron3d.config.sections.model import GivenModel
+from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.train import DraftTrain
 from megatron3d.errors import ConfigError
 
+# What is read of each section before it is known to be complete.
+_STORED: Mapping[str, type] = MappingProxyType({**GIVEN, "parallel": ParallelConfig, "train": DraftTrain})
 
-def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """The run as nested dicts of plain JSON values, every field of every section; `from_dict` takes it back exactly."""
+
+def to_dict(config: DraftRun) -> dict[str, dict[str, Any]]:
+    """The run as nested dicts of plain JSON values, every field of every section; `from_dict` takes it back exactly.
+
+    A draft is what is stored beside weights that are imported: of no run, and so without a learning rate.
+    """
     return {section: _section_to_dict(getattr(config, section)) for section in SECTIONS}
 
 
 def from_dict(stored: Mapping[str, Any]) -> RunConfig:
     """The run that `to_dict` gave. Fields that the stored run does not know yet take their defaults.
 
-    Raises: ConfigError naming sections or fields that do not exist, or that are of another type than they should be.
+    Weights that are imported were stored without a learning rate; here it is 0.
+
+    Raises: ConfigError naming sections or fields that do not exist, that are of another type than they should be, or
+        without which there is no run.
     """
     unknown = [section for section in stored if section not in SECTIONS]
     if unknown:
         raise ConfigError(f"The stored run has the unknown section {unknown[0]}; sections are {', '.join(SECTIONS)}.")
-    return RunConfig(**{section: _section_from_dict(section, values) for section, values in stored.items()})
+    draft = DraftRun(**{section: _section_from_dict(section, stored.get(section, {})) for section in SECTIONS})
+    optim = draft.optim if draft.optim.lr is not None else dataclasses.replace(draft.optim, lr=0.0)
+    try:
+        return complete(dataclasses.replace(draft, model=_filled(draft.model), optim=optim))
+    except ConfigError as error:
+        raise ConfigError(f"The stored run is damaged or written by another program: {error}") from error
 
 
 def to_json(config: RunConfig) -> str:
@@ -58,8 +77,15 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
+def _filled(model: GivenModel) -> GivenModel:
+    """The model with what follows where nothing is stored: runs of earlier versions and imports may lack it."""
+    derived = vars(derive_model(model))
+    return dataclasses.replace(model, **{name: derived[name] for name, value in vars(model).items() if value is None})
+
+
 def _section_from_dict(section: str, values: Any) -> Any:
-    config_class = SECTIONS[section]
+    """The section as far as it is stored."""
+    config_class = _STORED[section]
     names = {field.name for field in dataclasses.fields(config_class)}
     if not isinstance(values, Mapping):
         raise ConfigError(f"The section {section} of the stored run is a {type(values).__name__}, not an object.")
@@ -88,7 +114,7 @@ def _rows(config: RunConfig, section: str) -> Iterator[tuple[str, str]]:
         option = BY_KEY.get((section, field.name))
         if option is None and value != ():
             yield field.name, str(value)
-        elif option is not None and value != field.default:
+        elif option is not None and value != option.default:
             unit = f" {option.flag.unit}" if option.flag.unit else ""
             yield field.name, _shown(value) + unit
     if section == "optim":

@@ -23,10 +23,10 @@ from megatron3d.checkpoint.directory import list_checkpoints, step_of
 from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.config.check import model_problems
 from megatron3d.config.derive import derive
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import GivenRun
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import ModelConfig
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.sections.train import GivenTrain
 from megatron3d.config.serialize import to_dict
 from megatron3d.config.tokenizer_copy import TOKENIZER_FOLDER
 from megatron3d.convert.directory import CONFIG_NAME, StoredWeight, open_weights, read_config
@@ -242,7 +242,7 @@ def save_model(found: HfModel, save: Path) -> Path:
     has_tokenizer = found.data.tokenizer_type is not None
     copy_tokenizer(found.directory, folder, with_tokenizer=has_tokenizer)
     data = named_in(found.data, folder) if has_tokenizer else found.data
-    run = derive(RunConfig(model=found.model, data=data, train=TrainConfig(micro_batch_size=1)), 1)
+    run = derive(GivenRun(model=found.model, data=data, train=GivenTrain(micro_batch_size=1)), 1)
     views = {
         f"model/{name}": ShardView(
             tuple(tensor.shape), (Box((0,) * tensor.dim(), tuple(tensor.shape)),), tensor.flatten()

@@ -14,12 +14,12 @@ from torch import nn
 
 from megatron3d.checkpoint.load import load_tensors
 from megatron3d.comm.mesh import Mesh
-from megatron3d.config.derive import derive
+from megatron3d.config.derive import complete, derive
 from megatron3d.config.rules.bounds import single_option_problems, with_defaults_where_wrong
 from megatron3d.config.rules.model import model_and_layout_problems
-from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.parallel import ParallelConfig
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.run import GivenRun, RunConfig
+from megatron3d.config.sections.parallel import GivenParallel
+from megatron3d.config.sections.train import GivenTrain
 from megatron3d.errors import ConfigError
 from megatron3d.models.stage import StageBuilder
 from megatron3d.models.zoo import architecture_of
@@ -29,31 +29,31 @@ from megatron3d.train.module_states import ModuleStates
 from megatron3d.train.setup import Model, build_model
 
 
-def generation_config(stored: RunConfig, parallel: ParallelConfig, *, world_size: int, bf16: bool) -> RunConfig:
+def generation_config(stored: RunConfig, parallel: GivenParallel, *, world_size: int, bf16: bool) -> RunConfig:
     """The run of a checkpoint as it is used for generation: its model at another layout and precision.
 
     Args:
         stored: the run that wrote the checkpoint.
-        parallel: the layout wanted; its derived fields are filled here.
+        parallel: the layout wanted.
         world_size: number of ranks.
         bf16: compute in bf16 instead of fp32.
 
     Raises:
         ConfigError: the model cannot be cut that way, with all problems.
     """
-    wanted = RunConfig(
+    wanted = GivenRun(
         model=stored.model,
         parallel=parallel,
         optim=replace(stored.optim, bf16=bf16, fp16=False),
         data=stored.data,
-        train=TrainConfig(micro_batch_size=1),
+        train=GivenTrain(micro_batch_size=1),
     )
     given = with_defaults_where_wrong(wanted)
     run = derive(given, world_size)
     problems = [*single_option_problems(wanted), *model_and_layout_problems(given, run)]
     if problems:
         raise ConfigError("\n".join(problems))
-    return run
+    return complete(run)
 
 
 def load_model(

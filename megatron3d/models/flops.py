@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 
 from megatron3d.config.sections.model import ModelConfig
-from megatron3d.models.counts import declared_specs, with_all_sizes
+from megatron3d.models.counts import declared_specs
 
 _FORWARD_AND_BACKWARD = 3
 _MASKED_SHARE = 0.15
@@ -47,20 +47,13 @@ _PEAKS: tuple[tuple[frozenset[str], float, float, bool], ...] = (
 
 
 def flops_per_token(model: ModelConfig) -> float:
-    """Floating-point operations of one token's forward and backward pass in a sequence of `seq_length`.
-
-    Raises: ConfigError if the vocabulary or another size is not known.
-    """
+    """Floating-point operations of one token's forward and backward pass in a sequence of `seq_length`."""
     layers, output = forward_flops_by_layer(model)
     return _FORWARD_AND_BACKWARD * (sum(layers) + output)
 
 
 def forward_flops_by_layer(model: ModelConfig) -> tuple[tuple[float, ...], float]:
-    """Operations of one token's forward through each layer, and through the output layer; the embedding costs none.
-
-    Raises: ConfigError if the vocabulary or another size is not known.
-    """
-    model = with_all_sizes(model)
+    """Operations of one token's forward through each layer, and through the output layer; the embedding costs none."""
     layers = [4.0 * model.num_attention_heads * model.kv_channels * model.seq_length] * model.num_layers
     for spec in declared_specs(model):
         place, _, rest = spec.name.partition(".")

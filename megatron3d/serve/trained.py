@@ -19,7 +19,7 @@ from megatron3d.checkpoint.load import read_document, tensor_shapes
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.parallel import GivenParallel
 from megatron3d.config.tokenizer_copy import beside_checkpoint
 from megatron3d.convert.family import HfConfig
 from megatron3d.convert.hf import HF_DOCUMENT
@@ -105,7 +105,7 @@ def open_trained(root: Path, step: int | None, overrides: ServeOverrides) -> Tra
             f"--load {directory} has {size} bytes of fp32 weights, and one ONNX file holds {MAX_WEIGHT_BYTES}; "
             "export a smaller model"
         )
-    config = generation_config(stored, ParallelConfig(device="cpu"), world_size=1, bf16=False)
+    config = generation_config(stored, GivenParallel(device="cpu"), world_size=1, bf16=False)
     found = _described(directory, config, shapes[_CLASSIFIER][0])
     description = _as_wished(found, overrides, config.model.max_position_embeddings)
     return Trained(directory, config, description, found.labels, _tokenizer(saved, config, overrides))

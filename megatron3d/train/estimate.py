@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from megatron3d.comm.device import likely_device_type
 from megatron3d.config.architectures import traits_of
-from megatron3d.config.check import resolve
+from megatron3d.config.check import checked
 from megatron3d.config.placeholders import with_placeholders
 from megatron3d.config.presets import PRESETS, Preset
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import GivenRun, RunConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.counts import num_parameters
 from megatron3d.pipeline.plan import PipelinePlan
@@ -41,14 +41,14 @@ class Estimate:
         return worst(self.ledgers)
 
 
-def settled(words: RunConfig, world_size: int) -> RunConfig:
+def settled(given: GivenRun, world_size: int) -> RunConfig:
     """The run on so many ranks with every derived value.
 
     Raises:
         ConfigError: the options do not go together.
         DataError: a file of the tokenizer is missing or damaged.
     """
-    return open_vocabulary(resolve(with_placeholders(words), world_size))[0]
+    return open_vocabulary(checked(with_placeholders(given), world_size))[0]
 
 
 def estimate_of(config: RunConfig) -> Estimate:
@@ -113,17 +113,17 @@ class Setting:
             return "-"
         return f"optimizer to {self.optimizer}" + (f", weights to {self.params}" if self.params != "none" else "")
 
-    def of(self, words: RunConfig) -> RunConfig:
+    def of(self, given: GivenRun) -> GivenRun:
         """The run with this setting."""
         uses_files = "nvme" in (self.optimizer, self.params)
         parallel = replace(
-            words.parallel,
+            given.parallel,
             zero_stage=self.zero_stage,
             offload_optimizer=self.optimizer,
             offload_params=self.params,
-            offload_dir=(words.parallel.offload_dir or ".") if uses_files else None,
+            offload_dir=(given.parallel.offload_dir or ".") if uses_files else None,
         )
-        return replace(words, parallel=parallel)
+        return replace(given, parallel=parallel)
 
 
 SETTINGS = tuple(
@@ -167,16 +167,16 @@ def family_of(names: str, architecture: str) -> tuple[Preset, ...]:
 
 
 def largest(
-    words: Sequence[RunConfig], setting: Setting, world_size: int, limits: Limits
+    given: Sequence[GivenRun], setting: Setting, world_size: int, limits: Limits
 ) -> tuple[int | None, list[str]]:
     """Which of several runs, smallest first, is the largest that stays within the limits.
 
     Runs whose sizes do not go with the layout are passed over; the second value says why, a sentence for each.
     """
     problems: list[str] = []
-    for position in reversed(range(len(words))):
+    for position in reversed(range(len(given))):
         try:
-            config = settled(setting.of(words[position]), world_size)
+            config = settled(setting.of(given[position]), world_size)
         except ConfigError as error:
             problems.append(str(error))
             continue
@@ -188,7 +188,7 @@ def largest(
 
 
 def describe_largest(
-    parse: Callable[[Preset], RunConfig], family: Sequence[Preset], world_sizes: Sequence[int], limits: Limits
+    parse: Callable[[Preset], GivenRun], family: Sequence[Preset], world_sizes: Sequence[int], limits: Limits
 ) -> str:
     """A table of the largest preset of a family for each setting and number of ranks.
 
@@ -197,13 +197,13 @@ def describe_largest(
     Raises:
         ConfigError: no preset goes with the options on some number of ranks.
     """
-    words = [parse(preset) for preset in family]
+    given = [parse(preset) for preset in family]
     rows, left_out = [], dict[str, None]()
     for setting in SETTINGS:
         row = [str(setting.zero_stage), str(setting)]
         for world_size in world_sizes:
-            position, problems = largest(words, setting, world_size, limits)
-            if len(problems) == len(words):
+            position, problems = largest(given, setting, world_size, limits)
+            if len(problems) == len(given):
                 raise ConfigError(problems[-1])
             left_out |= dict.fromkeys(problems)
             row.append("none" if position is None else _named(family[position]))

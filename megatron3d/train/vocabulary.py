@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron3d.config.check import with_vocab_size
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import DraftRun, RunConfig
 from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
+from megatron3d.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Vocabulary:
     eod_token: int | None
 
 
-def open_vocabulary(config: RunConfig) -> tuple[RunConfig, Vocabulary]:
-    """Build the tokenizer and put its vocabulary size into the config.
+def open_vocabulary(config: DraftRun) -> tuple[RunConfig, Vocabulary]:
+    """Build the tokenizer and resolve the run with the size of its vocabulary.
 
     Raises:
         ConfigError: the tokenizer does not fit --vocab-size, or neither is given.
@@ -34,6 +35,11 @@ def open_vocabulary(config: RunConfig) -> tuple[RunConfig, Vocabulary]:
         ).build()
     eod = data.eod_token if tokenizer is None or data.eod_token is not None else tokenizer.eod
     size = config.model.vocab_size if tokenizer is None else tokenizer.vocab_size
+    if size is None:
+        raise ConfigError(
+            "The size of the vocabulary is unknown; name the tokenizer by --tokenizer-type with its files, or give "
+            "--vocab-size."
+        )
     # The end of a document is settled too, so that checkpoints say which token it was.
     settled = with_vocab_size(replace(config, data=replace(data, eod_token=eod)), size)
     return settled, Vocabulary(tokenizer, eod)

@@ -14,7 +14,9 @@ from megatron3d.config.batch_size import (
     parse_step_schedule,
     samples_for_iterations,
 )
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.derive import derive
+from megatron3d.config.run import GivenRun
+from megatron3d.config.sections.train import GivenTrain, TrainConfig
 from megatron3d.errors import ConfigError
 
 
@@ -115,7 +117,8 @@ def test_samples_for_iterations_sums_the_sizes(case: tuple[TrainConfig, int], it
 
 
 def test_the_default_batch_is_one_micro_batch_per_rank() -> None:
-    train = TrainConfig(micro_batch_size=3)
+    draft = derive(GivenRun(train=GivenTrain(micro_batch_size=3)), 4).train
+    train = TrainConfig(micro_batch_size=3, global_batch_size=draft.global_batch_size)
     assert batch_size_at(train, 10, 4) == 12
     assert num_microbatches(train, 10, 4) == 1
 

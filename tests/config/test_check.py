@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from megatron3d.config.check import check, resolve, with_vocab_size
 from megatron3d.config.cli import parse_args
-from megatron3d.config.derive import resolve_model
-from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.derive import derive, derive_model
+from megatron3d.config.run import DraftRun, GivenRun
+from megatron3d.config.sections.model import GivenModel
 from megatron3d.errors import ConfigError
 from megatron3d.optim.schedule import settings_from_config
 from megatron3d.pipeline.split.stages import split_layers
@@ -28,10 +28,15 @@ BASE = {
 }
 
 
-def run_with(change: str = "", drop: str = "") -> RunConfig:
+def run_with(change: str = "", drop: str = "") -> GivenRun:
     """A small valid run with some flags changed or added, and some dropped."""
     words = [word for flag, value in BASE.items() if flag not in drop.split() for word in (flag, value) if word]
     return parse_args([*words, *change.split()], program="t", description="t", log=print)
+
+
+def draft_with(change: str = "", drop: str = "") -> DraftRun:
+    """The same on one rank, derived and not judged."""
+    return derive(run_with(change, drop), 1)
 
 
 def problems_of(change: str = "", *, world: int = 1, drop: str = "") -> list[str]:
@@ -246,7 +251,7 @@ def test_all_problems_are_collected_and_raised_together() -> None:
 
 
 def test_nothing_given_is_all_missing_and_nothing_else() -> None:
-    problems = check(RunConfig(), 1)
+    problems = check(GivenRun(), 1)
     assert len(problems) == 9
     assert all("missing" in p or "unknown" in p or "No data" in p for p in problems)
 
@@ -268,7 +273,7 @@ def test_activation_and_ffn_width_are_derived(flags: str, expected: tuple[str, i
 
 @given(st.integers(24, 40000))
 def test_gated_ffn_width_is_megatrons(hidden_size: int) -> None:
-    model = resolve_model(ModelConfig(hidden_size=hidden_size, swiglu=True))
+    model = derive_model(GivenModel(hidden_size=hidden_size, swiglu=True))
     assert model.ffn_hidden_size == int((hidden_size * 4 * 2 / 3) / 64) * 64
 
 
@@ -298,23 +303,23 @@ def test_uneven_pipelines_and_few_microbatches_are_no_problem() -> None:
 
 def test_a_smaller_vocabulary_flag_than_the_tokenizers_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--vocab-size 1000 is smaller than the 1001 ids .* use --vocab-size 1001"):
-        with_vocab_size(run_with("--tokenizer-type ByteTokenizer"), 1001)
+        with_vocab_size(draft_with("--tokenizer-type ByteTokenizer"), 1001)
 
 
 def test_the_vocabulary_is_the_tokenizers_or_a_larger_flag() -> None:
-    assert with_vocab_size(run_with(), 300).model.vocab_size == 1000
-    assert with_vocab_size(run_with("--tokenizer-type ByteTokenizer", "--vocab-size"), 300).model.vocab_size == 300
+    assert with_vocab_size(draft_with(), 300).model.vocab_size == 1000
+    assert with_vocab_size(draft_with("--tokenizer-type ByteTokenizer", "--vocab-size"), 300).model.vocab_size == 300
 
 
 def test_the_null_tokenizers_extra_id_is_counted_once() -> None:
-    once = with_vocab_size(run_with("--tokenizer-type NullTokenizer"), 1001)
+    once = with_vocab_size(draft_with("--tokenizer-type NullTokenizer"), 1001)
     assert (once.model.vocab_size, once.data.eod_token) == (1001, 1000)
     assert with_vocab_size(once, 1002) == once
 
 
 def test_an_end_of_document_id_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(ConfigError, match="--eod-token 5000 is not in the vocabulary of 1000 ids"):
-        with_vocab_size(run_with("--eod-token 5000"), 300)
+        with_vocab_size(draft_with("--eod-token 5000"), 300)
 
 
 @settings(max_examples=60, deadline=None)

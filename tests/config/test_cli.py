@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from megatron3d.config.cli import parse_args
 from megatron3d.config.foreign.megatron import MEGATRON
 from megatron3d.config.options import BY_SPELLING, OPTIONS
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import GivenRun
 from megatron3d.errors import ConfigError
 from tests.files.mutations import DEEP, mutated_bytes
 
 
-def parse(line: str, said: list[str] | None = None) -> RunConfig:
+def parse(line: str, said: list[str] | None = None) -> GivenRun:
     """The run of a command line written as in a shell, without quotes."""
     lines: list[str] = [] if said is None else said
     return parse_args(line.split(), program="pretrain_gpt.py", description="Pretrain a GPT.", log=lines.append)
@@ -44,7 +44,7 @@ def test_every_kind_of_flag_sets_its_field() -> None:
 
 
 def test_no_words_give_the_defaults() -> None:
-    assert parse("") == RunConfig()
+    assert parse("") == GivenRun()
 
 
 def test_no_spelling_belongs_to_two_options() -> None:

@@ -11,7 +11,7 @@ import pytest
 from megatron3d.config.cli import read_command, settle
 from megatron3d.config.foreign.deepspeed_file import read_deepspeed_file
 from megatron3d.config.foreign.deepspeed_keys import DIRECT, REFUSED, SWITCHED_OFF, WITHOUT_EFFECT
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import DraftRun
 from megatron3d.errors import ConfigError
 
 BASE = (
@@ -20,7 +20,7 @@ BASE = (
 )
 
 
-def run_of(file: Path, content: Any, flags: str = "", *, world: int = 2, said: list[str] | None = None) -> RunConfig:
+def run_of(file: Path, content: Any, flags: str = "", *, world: int = 2, said: list[str] | None = None) -> DraftRun:
     """The resolved run of the base command with a file of this content."""
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     lines: list[str] = [] if said is None else said

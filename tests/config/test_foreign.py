@@ -15,7 +15,7 @@ from megatron3d.config.foreign.forks import FORK_ACCEPTED, FORK_REFUSED, FORK_SY
 from megatron3d.config.foreign.megatron import MEGATRON
 from megatron3d.config.foreign.names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
 from megatron3d.config.options import BY_SPELLING
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import DraftRun, GivenRun
 from megatron3d.errors import ConfigError
 from megatron3d.pipeline.orders.named import ORDERS
 
@@ -25,7 +25,7 @@ BASE = (
 )
 
 
-def run_of(flags: str, *, world: int = 1, said: list[str] | None = None) -> RunConfig:
+def run_of(flags: str, *, world: int = 1, said: list[str] | None = None) -> DraftRun:
     lines: list[str] = [] if said is None else said
     command = read_command(f"{BASE} {flags}".split(), program="pretrain_gpt.py", description="t", log=lines.append)
     return settle(command, world)
@@ -306,7 +306,7 @@ def test_a_tokenizer_of_another_kind_on_the_command_line_takes_the_place_of_the_
     assert (same.data.tokenizer_model, same.data.vocab_file) == ("d", "d/vocab.txt") and check(same, 1) == []
 
 
-def run_of_words(words: str) -> RunConfig:
+def run_of_words(words: str) -> GivenRun:
     """The run of a command that needs nothing but a tokenizer."""
     base = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --micro-batch-size 2 --lr 1e-3"
     argv = f"{base} --train-iters 5 --mock-data {words}".split()

@@ -6,9 +6,9 @@ import shlex
 
 import pytest
 
-from megatron3d.config.check import check, resolve
+from megatron3d.config.check import check, checked
 from megatron3d.config.cli import parse_args
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import GivenRun
 from megatron3d.errors import ConfigError
 
 GPT_345M = """
@@ -165,7 +165,7 @@ SCRIPTS = {
 }
 
 
-def parse(text: str, said: list[str] | None = None, architecture: str = "gpt") -> RunConfig:
+def parse(text: str, said: list[str] | None = None, architecture: str = "gpt") -> GivenRun:
     lines: list[str] = [] if said is None else said
     program = f"pretrain_{architecture}.py"
     return parse_args(
@@ -192,7 +192,7 @@ def test_each_flag_without_meaning_gets_one_line() -> None:
 
 def test_values_of_the_345m_script_arrive() -> None:
     text, world_size = SCRIPTS["gpt_345m_tp_sp_pp"]
-    run = resolve(parse(text), world_size)
+    run = checked(parse(text), world_size)
     assert (run.parallel.data_parallel_size, run.parallel.sequence_parallel) == (2, True)
     assert (run.model.ffn_hidden_size, run.model.kv_channels, run.model.activation) == (4096, 64, "gelu_tanh")
     assert run.data.tokenizer_type == "GPT2BPETokenizer"
@@ -201,7 +201,7 @@ def test_values_of_the_345m_script_arrive() -> None:
 
 def test_values_of_the_bert_scripts_arrive() -> None:
     new, old = (
-        resolve(parse(SCRIPTS[n][0], architecture="bert"), SCRIPTS[n][1]) for n in ("bert_340m", "bert_of_2019")
+        checked(parse(SCRIPTS[n][0], architecture="bert"), SCRIPTS[n][1]) for n in ("bert_340m", "bert_of_2019")
     )
     assert (new.model.activation, new.model.norm_position, new.model.num_token_types) == ("gelu", "pre", 2)
     assert new.model.has_binary_head and new.data.tokenizer_type == "BertWordPieceLowerCase"
@@ -223,7 +223,7 @@ def test_options_of_a_bert_are_refused_for_a_gpt(words: str, sentence: str) -> N
 
 def test_values_of_the_llama_script_arrive() -> None:
     text, world_size = SCRIPTS["llama_8b"]
-    run = resolve(parse(text), world_size)
+    run = checked(parse(text), world_size)
     assert (run.model.num_query_groups, run.model.activation, run.parallel.zero_stage) == (8, "swiglu", 1)
     assert (run.data.split, run.optim.lr_decay_samples, run.train.global_batch_size) == ("99,1,0", 1949218748, 128)
 

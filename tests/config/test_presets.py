@@ -8,6 +8,7 @@ import pytest
 
 from megatron3d.config.check import check
 from megatron3d.config.cli import parse_args
+from megatron3d.config.derive import resolve_model
 from megatron3d.config.presets import PRESETS
 from megatron3d.errors import ConfigError
 from megatron3d.models.counts import num_parameters
@@ -54,7 +55,7 @@ def test_a_preset_needs_only_batch_rate_length_and_data(name: str) -> None:
     architecture = PRESETS[name].model.get("architecture", "gpt")
     config = parse_args(line.split(), program="t", description="t", log=print, architecture=architecture)
     assert check(config, 1) == []
-    assert config.model == PRESETS[name].model_config()
+    assert resolve_model(config.model) == PRESETS[name].model_config()
 
 
 def test_all_sizes_of_gpt3_and_of_the_sc21_table_are_there() -> None:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.config.field_types import wanted_type
-from megatron3d.config.options import OPTIONS, SECTIONS, Option, build_run_config
-from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.options import OPTIONS, SECTIONS, Option, Settings
+from megatron3d.config.run import GivenRun, RunConfig
+from megatron3d.config.sections.parallel import GivenParallel
 from megatron3d.config.serialize import as_table, from_dict, to_dict, to_json
 from megatron3d.errors import ConfigError
 from megatron3d.inference.load import generation_config
@@ -31,7 +31,7 @@ SMALL = (
 )
 
 
-def parse(line: str) -> RunConfig:
+def parse(line: str) -> GivenRun:
     return parse_args(line.split(), program="t", description="t", log=print)
 
 
@@ -50,7 +50,22 @@ def values_of(option: Option) -> st.SearchStrategy[Any]:
     return kinds[option.type_name]
 
 
-runs = st.fixed_dictionaries({}, optional={option.key: values_of(option) for option in OPTIONS}).map(build_run_config)
+def run_of(values: Settings) -> RunConfig:
+    """A run with any values, whether or not they fit together."""
+    of = {section: {name: value for (where, name), value in values.items() if where == section} for section in SECTIONS}
+    return RunConfig(**{section: config_class(**of[section]) for section, config_class in SECTIONS.items()})
+
+
+REQUIRED = {
+    (section, field.name)
+    for section, config_class in SECTIONS.items()
+    for field in dataclasses.fields(config_class)
+    if field.default is dataclasses.MISSING
+}
+runs = st.fixed_dictionaries(
+    {option.key: values_of(option) for option in OPTIONS if option.key in REQUIRED},
+    optional={option.key: values_of(option) for option in OPTIONS if option.key not in REQUIRED},
+).map(run_of)
 
 
 @given(runs)
@@ -59,7 +74,7 @@ def test_a_run_survives_json(config: RunConfig) -> None:
 
 
 def test_every_field_of_every_section_is_stored() -> None:
-    stored = to_dict(RunConfig())
+    stored = to_dict(resolve(parse(SMALL), 2))
     assert list(stored) == [*SECTIONS]
     for section, config_class in SECTIONS.items():
         assert list(stored[section]) == [field.name for field in dataclasses.fields(config_class)]
@@ -79,7 +94,25 @@ def test_run_json_as_a_config_file_repeats_the_run(tmp_path: Path) -> None:
 
 
 def test_fields_of_an_older_run_take_their_defaults() -> None:
-    assert from_dict({"model": {"num_layers": 3}}) == build_run_config({("model", "num_layers"): 3})
+    run = resolve(parse(SMALL), 2)
+    stored = to_dict(run)
+    del stored["checkpoint"], stored["data"]["short_seq_prob"], stored["optim"]["muon_momentum"]
+    del stored["model"]["num_token_types"], stored["train"]["batch_size_steps"]
+    assert from_dict(stored) == dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size_steps=()))
+
+
+def test_imported_weights_have_no_learning_rate() -> None:
+    run = resolve(parse(SMALL), 2)
+    stored = to_dict(run)
+    stored["optim"]["lr"] = None
+    assert from_dict(stored) == dataclasses.replace(run, optim=dataclasses.replace(run.optim, lr=0.0))
+
+
+def test_a_stored_run_without_a_size_that_nothing_gives_is_refused() -> None:
+    stored = to_dict(resolve(parse(SMALL), 2))
+    stored["model"]["hidden_size"] = None
+    with pytest.raises(ConfigError, match="damaged or written by another program: --hidden-size"):
+        from_dict(stored)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +126,8 @@ def test_unknown_names_are_refused(stored: dict[str, Any], named: str) -> None:
 
 def test_infinite_numbers_cannot_be_stored() -> None:
     with pytest.raises(ValueError):
-        to_json(build_run_config({("optim", "lr"): float("inf")}))
+        run = resolve(parse(SMALL), 2)
+        to_json(dataclasses.replace(run, optim=dataclasses.replace(run.optim, lr=float("inf"))))
 
 
 def test_the_table_shows_what_differs_and_what_is_derived() -> None:
@@ -112,7 +146,8 @@ def test_every_field_has_a_type_that_stored_values_are_compared_with() -> None:
     for config_class in SECTIONS.values():
         for field in dataclasses.fields(config_class):
             assert wanted_type(field, object()) is not None
-            assert wanted_type(field, field.default) is None, field.name
+            if field.default is not dataclasses.MISSING:
+                assert wanted_type(field, field.default) is None, field.name
 
 
 @pytest.mark.parametrize(
@@ -140,4 +175,4 @@ def test_a_stored_value_of_another_type_is_named(stored: dict[str, Any], message
 @given(changed=mutated_values(to_dict(resolve(parse(SMALL), 2))))
 def test_a_changed_run_json_is_read_or_refused(changed: Any) -> None:
     with contextlib.suppress(ConfigError):
-        generation_config(from_dict(changed), ParallelConfig(device="cpu"), world_size=1, bf16=False)
+        generation_config(from_dict(changed), GivenParallel(device="cpu"), world_size=1, bf16=False)

@@ -14,7 +14,7 @@ from megatron3d.comm.collectives import all_gather
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import Mesh, make_mesh
 from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.parallel import GivenParallel
 from megatron3d.config.serialize import from_dict
 from megatron3d.inference.embed import EmbedOptions, embed, load_encoder
 from megatron3d.inference.load import generation_config, load_model
@@ -45,9 +45,7 @@ class Said:
 
 def config_at(layout: Layout, checkpoint: Path) -> RunConfig:
     """The run of a checkpoint at a layout."""
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, device="cpu"
-    )
+    parallel = GivenParallel(tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, device="cpu")
     stored = from_dict(read_document(checkpoint, "run"))
     return generation_config(stored, parallel, world_size=layout.world_size, bf16=False)
 

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.derive import derive, resolve_model
-from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.model import ModelConfig
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.derive import resolve_model
+from megatron3d.config.placeholders import untrained_run
+from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.convert.families import FAMILIES, family_of
 from megatron3d.convert.family import HfConfig
 from megatron3d.convert.rows import TensorRule, convert
@@ -47,12 +46,12 @@ def models(draw: st.DrawFn) -> ModelConfig:
         more |= {"activation": draw(st.sampled_from(["swiglu", "geglu", "reglu"]))}
         more |= {"add_bias_linear": draw(st.booleans()), "kv_channels": draw(st.sampled_from([4, 6]))}
         more |= {"num_query_groups": draw(st.sampled_from([g for g in (1, 2, 4) if heads % g == 0]))}
-    return resolve_model(ModelConfig(**sizes, **more))
+    return resolve_model(GivenModel(**sizes, **more))
 
 
 def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Full shapes of all parameters of the model that is built for training."""
-    run = derive(RunConfig(model=model, train=TrainConfig(micro_batch_size=1)), 1)
+    run = untrained_run(model)
     built = build_model(run, make_mesh(Layout()), torch.device("cpu"), architecture_of(model).build_stage)
     return {name: one.spec.shape for name, one in built.stages[0].parameters_by_name().items()}
 
@@ -129,6 +128,7 @@ def test_a_transposed_tensor_lies_the_other_way() -> None:
 def test_a_model_without_counterpart_is_refused_with_what_stands_in_the_way(
     options: dict[str, object], words: str
 ) -> None:
-    model = resolve_model(ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=2, seq_length=4, **options))
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 4, "vocab_size": 9}
+    model = resolve_model(GivenModel(**sizes, **options))
     with pytest.raises(ConfigError, match=words):
         family_of(model)

@@ -19,7 +19,6 @@ from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.checkpoint.load import read_document
 from megatron3d.comm.launch import Launch
 from megatron3d.config.sections.data import DataConfig
-from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.convert import sentencepiece_json
 from megatron3d.convert.hf import read_model, save_model
@@ -34,6 +33,7 @@ from megatron3d.train.launch import Guard
 from tests.data.corpora import SHARED, needs_shared
 from tests.data.hf_directories import TEXTS, Vocabularies, vocabularies  # noqa: F401
 from tests.data.test_hf_tokenizer import multilingual
+from tests.nn.dense import model_config
 from tools import convert_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -135,7 +135,7 @@ def export(kind: str, folder: Path, found: Vocabularies, architecture: str = "gp
     vocab_size = 5 + 256 + 7 if "cut off" in kind else 10 + 256 + len(_MERGED)  # others have their own number
     own = tokenizer_of(data, vocab_size)
     assert own is not None
-    model = ModelConfig(architecture=architecture, vocab_size=own.vocab_size, max_position_embeddings=64)
+    model = model_config(architecture=architecture, vocab_size=own.vocab_size, max_position_embeddings=64)
     directory = folder / "there"
     write_files(directory, exported_tokenizer(data, model).files)
     (directory / "config.json").write_text(json.dumps({"model_type": "gpt2" if architecture == "gpt" else "bert"}))
@@ -205,7 +205,7 @@ def test_ids_of_all_multilingual_text_are_those_of_the_training(
 def test_a_published_sentencepiece_model_is_read_in_every_script(tmp_path: Path) -> None:
     model = SHARED / "tokenizers/sentencepiece/test_model.model"
     data = DataConfig(tokenizer_type="Llama2Tokenizer", tokenizer_model=str(model))
-    exported = exported_tokenizer(data, ModelConfig(vocab_size=1000, max_position_embeddings=64))
+    exported = exported_tokenizer(data, model_config(vocab_size=1000, max_position_embeddings=64))
     write_files(tmp_path, exported.files)
     own = tokenizer_of(data, 1000)
     assert own is not None and (own.eod, own.bos) == (2, 1)
@@ -228,7 +228,7 @@ def test_a_special_token_that_is_the_text_of_another_is_refused(tmp_path: Path) 
     tokens = [*(bytes([byte]) for byte in range(256)), b"</", b"</s", b"</s>"]
     data = DataConfig(tokenizer_type="TikTokenizer", tokenizer_model=str(write_ranks(tmp_path / "r.json", tokens)))
     with pytest.raises(DataError, match=r"special token </s> is also the text of token 1258, .* \(--no-tokenizer\)"):
-        exported_tokenizer(data, ModelConfig(vocab_size=1259, max_position_embeddings=64))
+        exported_tokenizer(data, model_config(vocab_size=1259, max_position_embeddings=64))
 
 
 def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:

@@ -40,6 +40,7 @@ from tests.data.hf_directories import (
     make,
     vocabularies,  # noqa: F401
 )
+from tests.nn.dense import model_config
 from tools import convert_checkpoint, generate_text, preprocess_data
 
 transformers = pytest.importorskip("transformers")
@@ -163,7 +164,7 @@ def test_training_fine_tuning_serving_and_export_read_the_same_tokenizer(
     there = make(kind, tmp_path / "there", vocabularies)
     expected = TokenizerSpec("HuggingFaceTokenizer", tokenizer_model=str(there)).build()
     data = DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(there))
-    write_files(tmp_path / "copied", files_of(data, from_dict({}).model))
+    write_files(tmp_path / "copied", files_of(data, model_config()))
     copied = spec_of(named_in(data, tmp_path / "copied"))
     packed = from_text(pack(copied).to_text())
     for tokenizer in (copied.build(), packed.build()):

@@ -14,7 +14,7 @@ from megatron3d.checkpoint.load import read_document
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.parallel import GivenParallel
 from megatron3d.config.serialize import from_dict
 from megatron3d.errors import ConfigError, NumericsError
 from megatron3d.inference import forward
@@ -44,9 +44,7 @@ RESTS = [[*ids(text[len(prompt) :]), EOD] for text, prompt in zip(TEXTS, PROMPTS
 def opened(directory: Path, layout: Layout | None = None, *, bf16: bool = False) -> tuple[Model, RunConfig]:
     """The model of a checkpoint at a layout of all ranks there are."""
     layout = layout or Layout()
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, device="cpu"
-    )
+    parallel = GivenParallel(tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, device="cpu")
     stored = from_dict(read_document(directory, "run"))
     config = generation_config(stored, parallel, world_size=layout.world_size, bf16=bf16)
     return load_model(config, make_mesh(layout), torch.device("cpu"), directory), config
@@ -208,7 +206,7 @@ def test_no_gradient_buffer_or_graph_is_made(checkpoint: Checkpoint) -> None:
 
 def test_a_layout_that_does_not_fit_names_every_problem(checkpoint: Checkpoint) -> None:
     stored = from_dict(read_document(checkpoint("llama"), "run"))
-    parallel = ParallelConfig(tensor_model_parallel_size=3, pipeline_model_parallel_size=8)
+    parallel = GivenParallel(tensor_model_parallel_size=3, pipeline_model_parallel_size=8)
     with pytest.raises(ConfigError) as caught:
         generation_config(stored, parallel, world_size=3, bf16=False)
     for part in ("--num-query-groups 2", "--num-layers 4 can fill", "A world of 3 ranks"):

@@ -12,7 +12,7 @@ import torch
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.check import resolve
+from megatron3d.config.check import checked
 from megatron3d.config.cli import parse_args
 from megatron3d.config.run import RunConfig
 from megatron3d.data.batch import GPTBatch
@@ -55,7 +55,7 @@ def config_of(model: str, *options: str, world_size: int = 1) -> RunConfig:
         "--hidden-dropout 0 --attention-dropout 0 --make-vocab-size-divisible-by 8 --mock-data --device cpu "
         f"--tokenizer-type ByteTokenizer --seq-length {POSITIONS} {MODELS[model]}"
     ).split()
-    config = resolve(parse_args([*argv, *options], program="test", description="test"), world_size)
+    config = checked(parse_args([*argv, *options], program="test", description="test"), world_size)
     return open_vocabulary(config)[0]
 
 

@@ -53,7 +53,9 @@ def stages_of(config: ModelConfig, num_stages: int, context: LayerContext) -> li
     parts = [
         StagePart(layers, number == 0, number == num_stages - 1) for number, layers in enumerate(SPLITS[num_stages])
     ]
-    return [build_bert_stage(config, TrainConfig(), part, context) for part in parts]
+    return [
+        build_bert_stage(config, TrainConfig(micro_batch_size=1, global_batch_size=1), part, context) for part in parts
+    ]
 
 
 def micro_of(**changes: Any) -> MicroBatch:

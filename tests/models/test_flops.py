@@ -9,15 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron3d.config.derive import resolve_model
 from megatron3d.config.presets import PRESETS
-from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.counts import num_parameters
 from megatron3d.models.flops import flops_per_step, flops_per_token, peak_tflops
 
-GPT = ModelConfig(
+_GIVEN = GivenModel(
     num_layers=3, hidden_size=64, num_attention_heads=4, seq_length=16, max_position_embeddings=32, vocab_size=101
 )
+GPT = resolve_model(_GIVEN)
 LLAMA = dataclasses.replace(
     GPT,
     activation="swiglu",
@@ -29,7 +31,7 @@ LLAMA = dataclasses.replace(
     untie_embeddings_and_output_weights=True,
 )
 
-BERT = dataclasses.replace(GPT, architecture="bert", norm_position="post")
+BERT = resolve_model(dataclasses.replace(_GIVEN, architecture="bert", norm_position="post"))
 
 
 def unique_parameters(model: torch.nn.Module) -> int:
@@ -164,9 +166,8 @@ def test_operations_are_the_papers_equation_without_recomputation(
     layers: int, heads: int, head_size: int, length: int, vocab: int
 ) -> None:
     h = heads * head_size
-    model = ModelConfig(
-        num_layers=layers, hidden_size=h, num_attention_heads=heads, seq_length=length, vocab_size=vocab
-    )
+    sizes = {"num_layers": layers, "hidden_size": h, "num_attention_heads": heads}
+    model = resolve_model(GivenModel(**sizes, seq_length=length, vocab_size=vocab))
     # SC21 equation 3 is 96 B s l h^2 (1 + s/6h + V/16lh) with four passes; three passes, of which recomputation
     # never repeats the output layer, are 72 B s l h^2 (1 + s/6h + V/12lh).
     expected = 72 * layers * h * h * (1 + length / (6 * h) + vocab / (12 * layers * h))
@@ -192,7 +193,7 @@ def test_a_step_costs_its_tokens() -> None:
 
 def test_an_unknown_vocabulary_is_named() -> None:
     with pytest.raises(ConfigError, match="--vocab-size"):
-        num_parameters(dataclasses.replace(GPT, vocab_size=None))
+        resolve_model(dataclasses.replace(_GIVEN, vocab_size=None))
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,10 @@ def stages_of(config: ModelConfig, num_stages: int, context: LayerContext, **tra
     parts = [
         StagePart(layers, number == 0, number == num_stages - 1) for number, layers in enumerate(SPLITS[num_stages])
     ]
-    return [build_gpt_stage(config, TrainConfig(**train), part, context) for part in parts]
+    return [
+        build_gpt_stage(config, TrainConfig(micro_batch_size=1, global_batch_size=1, **train), part, context)
+        for part in parts
+    ]
 
 
 def micro_of(*, dropout: bool = False, labels: bool = True) -> MicroBatch:

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.derive import resolve_model
+from megatron3d.config.sections.model import GivenModel, ModelConfig
 
 Weights = Mapping[str, Tensor]
 
@@ -32,7 +33,7 @@ def model_config(**changes: object) -> ModelConfig:
         "make_vocab_size_divisible_by": 2,
     }
     rest = {"activation": "gelu_tanh", "hidden_dropout": 0.0, "attention_dropout": 0.0}
-    return ModelConfig(**{**sizes, **rest, **changes})
+    return resolve_model(GivenModel(**{**sizes, **rest, **changes}))
 
 
 def norm(x: Tensor, weights: Weights, name: str, config: ModelConfig) -> Tensor:

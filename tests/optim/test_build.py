@@ -13,8 +13,8 @@ from megatron3d.optim.build import build_optimizer, set_rates, set_step_count, s
 
 SHAPES, DECAYS = [(6, 5), (7,), (3, 4)], [True, False, True]
 RATES = [(0.1, 0.2), (0.05, 0.1), (0.02, 0.0), (0.2, 0.3)]  # (learning rate, weight decay) of each step
-ADAM = OptimConfig(optimizer="adam", adam_beta1=0.8, adam_beta2=0.95, adam_eps=1e-6)
-SGD = OptimConfig(optimizer="sgd", sgd_momentum=0.7)
+ADAM = OptimConfig(lr=1e-3, optimizer="adam", adam_beta1=0.8, adam_beta2=0.95, adam_eps=1e-6)
+SGD = OptimConfig(lr=1e-3, optimizer="sgd", sgd_momentum=0.7)
 
 
 def random(*shape: int, seed: int) -> Tensor:

@@ -75,8 +75,8 @@ def test_a_second_moment_with_coefficient_0999_follows_rising_and_falling_gradie
 
 @pytest.mark.parametrize("optimizer", ["adam", "lion"])
 def test_bf16_moments_cost_half_the_bytes_and_change_the_updates_little(optimizer: str) -> None:
-    wide = OptimConfig(optimizer=optimizer)
-    half = OptimConfig(optimizer=optimizer, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
+    wide = OptimConfig(lr=1e-3, optimizer=optimizer)
+    half = OptimConfig(lr=1e-3, optimizer=optimizer, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
     parts = [nn.Parameter(random(100_000, seed=1)) for _ in range(2)]
     optimizers = [build_optimizer(one, [(part, True)]) for one, part in zip((wide, half), parts, strict=True)]
     assert state_bytes(optimizers[1]) * 2 == state_bytes(optimizers[0]) == 100_000 * (8 if optimizer == "adam" else 4)
@@ -92,7 +92,7 @@ def test_bf16_moments_cost_half_the_bytes_and_change_the_updates_little(optimize
 
 
 def test_where_a_piece_is_cut_changes_no_bit_of_bf16_moments() -> None:
-    config = OptimConfig(exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
+    config = OptimConfig(lr=1e-3, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
     whole, cut = random(70_001, seed=3), random(70_001, seed=3)
     pieces = [[nn.Parameter(whole)], [nn.Parameter(cut[:333]), nn.Parameter(cut[333:])]]
     optimizers = [build_optimizer(config, [(one, True) for one in parts]) for parts in pieces]

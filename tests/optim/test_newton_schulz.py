@@ -98,6 +98,7 @@ class Alone:
 def test_a_whole_muon_equals_torch_with_its_choices() -> None:
     """torch's iteration is in bf16 with the coefficients "simple" and Nesterov's momentum."""
     config = OptimConfig(
+        lr=1e-3,
         optimizer="muon",
         muon_momentum=0.95,
         muon_nesterov=True,
@@ -129,7 +130,7 @@ def test_fused_parts_are_matrices_of_their_own_unless_told_otherwise() -> None:
     def orthogonal(config: OptimConfig) -> Tensor:
         return Muon([{"params": []}], config, Alone([], [])).orthogonal(spec, matrix)
 
-    split, fused = OptimConfig(optimizer="muon"), OptimConfig(optimizer="muon", muon_split_qkv=False)
+    split, fused = OptimConfig(lr=1e-3, optimizer="muon"), OptimConfig(lr=1e-3, optimizer="muon", muon_split_qkv=False)
     found, steps = orthogonal(split), {"coefficients": COEFFICIENTS["quintic"], "num_steps": 5, "dtype": torch.float32}
     for part, (low, high) in zip(found.split([4, 2, 2]), [(0, 4), (4, 6), (6, 8)], strict=True):
         torch.testing.assert_close(part, orthogonalize(matrix[low:high], **steps) * 6**0.5)
@@ -144,9 +145,9 @@ def test_muon_keeps_one_moment_of_hidden_matrices_and_two_of_everything_else() -
     ]
     parts = [nn.Parameter(torch.zeros(spec.numel)) for spec in specs]
     pieces = [(part, spec.decays) for part, spec in zip(parts, specs, strict=True)]
-    optimizer = build_optimizer(OptimConfig(optimizer="muon"), pieces, Alone(parts, specs))
+    optimizer = build_optimizer(OptimConfig(lr=1e-3, optimizer="muon"), pieces, Alone(parts, specs))
     names = [sorted(name for name in optimizer.state[part] if name != "step") for part in parts]
     assert names == [["momentum_buffer"], ["exp_avg", "exp_avg_sq"], ["exp_avg", "exp_avg_sq"]]
     assert state_bytes(optimizer) == 4 * (30 + 2 * 35 + 2 * 6)
-    adafactor = build_optimizer(OptimConfig(optimizer="adafactor"), pieces, Alone(parts, specs))
+    adafactor = build_optimizer(OptimConfig(lr=1e-3, optimizer="adafactor"), pieces, Alone(parts, specs))
     assert state_bytes(adafactor) == 4 * (6 + 5 + 7 + 5 + 6), "a number per row and column, and the vector"

@@ -10,7 +10,7 @@ from torch import nn
 
 from megatron3d.config.check import check
 from megatron3d.config.cli import parse_args
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import GivenRun
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.errors import ConfigError
 from megatron3d.optim.build import build_optimizer, kind
@@ -19,7 +19,7 @@ RUN = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16
 --lr 1e-3 --mock-data --vocab-size 64 """
 
 
-def run_of(options: str, said: list[str] | None = None) -> RunConfig:
+def run_of(options: str, said: list[str] | None = None) -> GivenRun:
     lines: list[str] = [] if said is None else said
     return parse_args(shlex.split(RUN + options), program="pretrain_gpt.py", description="", log=lines.append)
 
@@ -94,12 +94,12 @@ def test_a_muon_that_depends_on_the_layout_is_refused() -> None:
 
 
 def test_checkpoints_of_adam_and_adamw_are_one_kind_and_muons_differ_by_what_is_beside_them() -> None:
-    configs = [OptimConfig(optimizer=name) for name in ("adam", "adamw", "muon", "lion", "lamb")]
+    configs = [OptimConfig(lr=1e-3, optimizer=name) for name in ("adam", "adamw", "muon", "lion", "lamb")]
     assert [kind(config) for config in configs] == ["adam", "adam", "muon", "lion", "lamb"]
-    assert kind(OptimConfig(optimizer="muon", muon_scalar_optimizer="lion")) == "muon with lion"
+    assert kind(OptimConfig(lr=1e-3, optimizer="muon", muon_scalar_optimizer="lion")) == "muon with lion"
 
 
 @pytest.mark.parametrize("optimizer", ["lamb", "adafactor", "muon"])
 def test_an_optimizer_of_whole_parameters_is_not_built_without_them(optimizer: str) -> None:
     with pytest.raises(ConfigError, match=rf"--optimizer {optimizer} needs to know whole parameters"):
-        build_optimizer(OptimConfig(optimizer=optimizer), [(nn.Parameter(torch.ones(3)), True)])
+        build_optimizer(OptimConfig(lr=1e-3, optimizer=optimizer), [(nn.Parameter(torch.ones(3)), True)])

@@ -156,10 +156,10 @@ def test_damaged_state_is_refused(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("optim", "scale"),
     [
-        (OptimConfig(), 1.0),
-        (OptimConfig(bf16=True, loss_scale=128.0), 1.0),
-        (OptimConfig(fp16=True, loss_scale=128.0), 128.0),
-        (OptimConfig(fp16=True), 2.0**32),
+        (OptimConfig(lr=1e-3), 1.0),
+        (OptimConfig(lr=1e-3, bf16=True, loss_scale=128.0), 1.0),
+        (OptimConfig(lr=1e-3, fp16=True, loss_scale=128.0), 128.0),
+        (OptimConfig(lr=1e-3, fp16=True), 2.0**32),
     ],
 )
 def test_flags_choose_the_scaler(optim: OptimConfig, scale: float) -> None:
@@ -171,9 +171,9 @@ def test_flags_choose_the_scaler(optim: OptimConfig, scale: float) -> None:
 @pytest.mark.parametrize(
     ("optim", "words"),
     [
-        (OptimConfig(fp16=True, loss_scale=0.0), "--loss-scale"),
-        (OptimConfig(fp16=True, min_loss_scale=2.0, initial_loss_scale=1.0), "--initial-loss-scale"),
-        (OptimConfig(fp16=True, loss_scale_window=0, hysteresis=0), "--loss-scale-window(.|\n)*--hysteresis"),
+        (OptimConfig(lr=1e-3, fp16=True, loss_scale=0.0), "--loss-scale"),
+        (OptimConfig(lr=1e-3, fp16=True, min_loss_scale=2.0, initial_loss_scale=1.0), "--initial-loss-scale"),
+        (OptimConfig(lr=1e-3, fp16=True, loss_scale_window=0, hysteresis=0), "--loss-scale-window(.|\n)*--hysteresis"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(optim: OptimConfig, words: str) -> None:

@@ -120,7 +120,12 @@ def test_rates_equal_megatron_at_every_iteration_and_past_the_end(
             **bounds,
             **warmup,
         )
-        compare_every_step(megatron_scheduler, optim, TrainConfig(global_batch_size=GLOBAL_BATCH, train_iters=50), 56)
+        compare_every_step(
+            megatron_scheduler,
+            optim,
+            TrainConfig(micro_batch_size=1, global_batch_size=GLOBAL_BATCH, train_iters=50),
+            56,
+        )
 
 
 @pytest.mark.parametrize(("style", "last"), STYLES)
@@ -139,13 +144,16 @@ def test_rates_equal_megatron_when_the_options_count_samples(megatron_scheduler:
             **warmup,
         )
         compare_every_step(
-            megatron_scheduler, optim, TrainConfig(global_batch_size=GLOBAL_BATCH, train_samples=800), 40
+            megatron_scheduler,
+            optim,
+            TrainConfig(micro_batch_size=1, global_batch_size=GLOBAL_BATCH, train_samples=800),
+            40,
         )
 
 
 def test_first_step_uses_the_start_of_the_warmup_and_the_peak_comes_at_its_end() -> None:
     optim = OptimConfig(lr=1.0, lr_warmup_iters=4, lr_decay_style="linear", lr_warmup_init=0.2)
-    train = TrainConfig(global_batch_size=8, train_iters=10)
+    train = TrainConfig(micro_batch_size=1, global_batch_size=8, train_iters=10)
     rates = [lr_at(optim, train, iteration=k, consumed_samples=8 * k) for k in range(12)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.0, 0.0])
@@ -153,7 +161,7 @@ def test_first_step_uses_the_start_of_the_warmup_and_the_peak_comes_at_its_end()
 
 def test_warmup_by_iterations_does_not_stretch_while_the_batch_ramps_up() -> None:
     optim = OptimConfig(lr=1.0, lr_warmup_iters=4)
-    train = TrainConfig(global_batch_size=32, train_iters=10, rampup_batch_size=("8", "8", "96"))
+    train = TrainConfig(micro_batch_size=1, global_batch_size=32, train_iters=10, rampup_batch_size=("8", "8", "96"))
     assert lr_at(optim, train, iteration=4, consumed_samples=48) == 1.0
 
 
@@ -176,7 +184,7 @@ def test_rate_stays_between_its_limits_and_never_rises_after_the_warmup(
         lr_wsd_decay_iters=max(1, decay // 3),
         lr_warmup_fraction=warmup,
     )
-    plan = settings_from_config(optim, TrainConfig(global_batch_size=4, train_iters=decay))
+    plan = settings_from_config(optim, TrainConfig(micro_batch_size=1, global_batch_size=4, train_iters=decay))
     now = plan.lr_at(iteration=iteration, consumed_samples=4 * iteration)
     after = plan.lr_at(iteration=iteration + 1, consumed_samples=4 * iteration + 4)
     assert 0.0 <= now <= 1.0 + 1e-12
@@ -205,7 +213,7 @@ def test_rate_stays_between_its_limits_and_never_rises_after_the_warmup(
 def test_options_that_give_no_schedule_are_refused_by_name(change: dict[str, Any], words: str) -> None:
     optim = dataclasses.replace(OptimConfig(lr=1.0), **change)
     with pytest.raises(ConfigError, match=words):
-        settings_from_config(optim, TrainConfig(global_batch_size=8, train_iters=100))
+        settings_from_config(optim, TrainConfig(micro_batch_size=1, global_batch_size=8, train_iters=100))
 
 
 def test_settings_survive_json_exactly_and_a_missing_name_is_refused() -> None:
@@ -220,7 +228,9 @@ def test_settings_survive_json_exactly_and_a_missing_name_is_refused() -> None:
 def make_plan(train_iters: int = 100, batch: int = 8, **optim: Any) -> ScheduleSettings:
     """Settings of a cosine schedule with some options changed."""
     config = OptimConfig(**{"lr": 0.1, "lr_decay_style": "cosine", **optim})
-    return settings_from_config(config, TrainConfig(global_batch_size=batch, train_iters=train_iters))
+    return settings_from_config(
+        config, TrainConfig(micro_batch_size=1, global_batch_size=batch, train_iters=train_iters)
+    )
 
 
 def test_resume_with_another_schedule_names_options_values_and_the_two_flags() -> None:
@@ -242,7 +252,9 @@ def test_resume_with_another_schedule_names_options_values_and_the_two_flags() -
 
 
 def test_resume_from_iterations_to_samples_names_the_two_ways_of_counting() -> None:
-    by_samples = settings_from_config(OptimConfig(lr=0.1), TrainConfig(global_batch_size=8, train_samples=800))
+    by_samples = settings_from_config(
+        OptimConfig(lr=0.1), TrainConfig(micro_batch_size=1, global_batch_size=8, train_samples=800)
+    )
     with pytest.raises(ConfigError, match="--train-iters or --train-samples: checkpoint iterations, flags samples"):
         reconcile(make_plan(), by_samples, override=False, use_checkpoint=False)
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.derive import derive
-from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.model import ModelConfig
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.derive import resolve_model
+from megatron3d.config.placeholders import untrained_run
+from megatron3d.config.sections.model import GivenModel
 from megatron3d.data.batch import BertBatch
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.models.bert import build_bert_stage
@@ -167,7 +166,7 @@ def named_as_ours(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def ours_of(theirs: nn.Module) -> Stage:
     """Our model with the same weights."""
-    model = ModelConfig(
+    model = GivenModel(
         architecture="bert",
         num_layers=LAYERS,
         hidden_size=HIDDEN,
@@ -179,7 +178,7 @@ def ours_of(theirs: nn.Module) -> Stage:
         norm_position="post",
         norm_epsilon=theirs.config.layer_norm_eps,
     )
-    config = derive(RunConfig(model=model, train=TrainConfig(micro_batch_size=1)), 1)
+    config = untrained_run(resolve_model(model))
     stage = build_model(config, make_mesh(Layout()), torch.device("cpu"), build_bert_stage).stages[0]
     materialize_all(stage, seed=7, tp=1, tp_rank=0, device=torch.device("cpu"))
     weights, declared = named_as_ours(dict(theirs.named_parameters())), stage.parameters_by_name()

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.derive import derive
+from megatron3d.config.derive import resolve_model
+from megatron3d.config.placeholders import untrained_run
 from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.model import ModelConfig
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.sections.model import GivenModel
 from megatron3d.inference.generate import generate
 from megatron3d.inference.sampling import SamplingOptions
 from megatron3d.models.gpt import build_gpt_stage
@@ -32,7 +32,7 @@ VOCAB, HIDDEN, HEADS, GROUPS, LAYERS, POSITIONS, FFN = 67, 32, 4, 2, 3, 48, 56
 TOLERANCE = 1e-5
 
 
-def gpt2_like() -> tuple[nn.Module, ModelConfig]:
+def gpt2_like() -> tuple[nn.Module, GivenModel]:
     """transformers' model with random weights, and our config of the same model."""
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(
@@ -50,7 +50,7 @@ def gpt2_like() -> tuple[nn.Module, ModelConfig]:
             eos_token_id=None,
         )
     )
-    ours = ModelConfig(
+    ours = GivenModel(
         num_layers=LAYERS,
         hidden_size=HIDDEN,
         num_attention_heads=HEADS,
@@ -63,7 +63,7 @@ def gpt2_like() -> tuple[nn.Module, ModelConfig]:
     return theirs, ours
 
 
-def llama_like() -> tuple[nn.Module, ModelConfig]:
+def llama_like() -> tuple[nn.Module, GivenModel]:
     """The same for a Llama."""
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(
@@ -81,7 +81,7 @@ def llama_like() -> tuple[nn.Module, ModelConfig]:
             eos_token_id=None,
         )
     )
-    ours = ModelConfig(
+    ours = GivenModel(
         num_layers=LAYERS,
         hidden_size=HIDDEN,
         num_attention_heads=HEADS,
@@ -169,7 +169,7 @@ def both(name: str) -> tuple[nn.Module, Model, RunConfig]:
     """transformers' model and ours with the same weights."""
     theirs, model_config = MODELS[name]()
     shaken(theirs)
-    config = derive(RunConfig(model=model_config, train=TrainConfig(micro_batch_size=1)), 1)
+    config = untrained_run(resolve_model(model_config))
     ours = build_model(config, make_mesh(Layout()), torch.device("cpu"), build_gpt_stage)
     stage = ours.stages[0]
     materialize_all(stage, seed=7, tp=1, tp_rank=0, device=torch.device("cpu"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.check import resolve
+from megatron3d.config.check import checked
 from megatron3d.config.cli import parse_args
 from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.tasks.glue import weights
@@ -70,7 +70,7 @@ def write_checkpoint(rank: int, world_size: int, kind: Kind, layout: Layout, fol
     degrees = f"--tensor-model-parallel-size {layout.tp} --pipeline-model-parallel-size {layout.pp}"
     argv = [*f"{_SHAPE} {kind.options} {degrees} --zero-stage 1".split(), "--vocab-file", str(vocabulary)]
     words = parse_args(argv, program="test", description="test", architecture="bert")
-    config, _ = open_vocabulary(resolve(words, world_size))
+    config, _ = open_vocabulary(checked(words, world_size))
     builder = partial(build_bert_classifier_stage, num_outputs=task.num_outputs)
     parts = build_parts(config, make_mesh(layout), torch.device("cpu"), builder)
     with parts.engine.states_opened(parts.optimizer, writes=True):

@@ -96,7 +96,7 @@ def test_an_iteration_that_is_left_out_draws_nothing_by_megatrons_names() -> Non
 def test_after_a_resume_every_curve_has_each_point_once_over_steps_and_over_samples(tmp_path: Path) -> None:
     """The first run was killed after step 6, beyond its checkpoint of step 3."""
     for first, last, loss in ((1, 6, 1.0), (4, 7, 2.0)):
-        trackers = Trackers(TrainConfig(tensorboard_dir=str(tmp_path)))
+        trackers = Trackers(TrainConfig(micro_batch_size=1, global_batch_size=1, tensorboard_dir=str(tmp_path)))
         trackers.open(START, run={}, resumed_step=first - 1, resumed_samples=8 * (first - 1))
         for step in range(first, last + 1):
             trackers.step(full_step(step, loss))
@@ -129,7 +129,7 @@ def test_weights_and_biases_gets_megatrons_names_over_steps_and_none_over_sample
     module = ModuleType("wandb")
     module.init = lambda **_: Run()
     monkeypatch.setitem(sys.modules, "wandb", module)
-    trackers = Trackers(TrainConfig(wandb_project="p"))
+    trackers = Trackers(TrainConfig(micro_batch_size=1, global_batch_size=1, wandb_project="p"))
     trackers.open(START, run={}, resumed_step=0)
     trackers.step(full_step(1))
     trackers.evaluation(1, 3.0, {}, losses={"lm": 3.0}, consumed_samples=8)

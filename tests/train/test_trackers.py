@@ -43,7 +43,7 @@ def test_a_metrics_file_on_a_full_disk_is_reported_once_and_continues_where_ther
     tmp_path: Path,
 ) -> None:
     path, warnings = tmp_path / "m.jsonl", []
-    trackers = opened(TrainConfig(metrics_file=str(path)), warnings)
+    trackers = opened(TrainConfig(micro_batch_size=1, global_batch_size=1, metrics_file=str(path)), warnings)
     trackers.step(one_step(1))
     with file_size_limit(path.stat().st_size + 40):  # half a line fits
         for step in (2, 3, 4):
@@ -60,7 +60,7 @@ def test_a_metrics_file_on_a_full_disk_is_reported_once_and_continues_where_ther
 def test_a_metrics_file_that_is_full_at_the_start_begins_with_its_start_record_later(tmp_path: Path) -> None:
     path, warnings = tmp_path / "m.jsonl", []
     with file_size_limit(10):
-        trackers = opened(TrainConfig(metrics_file=str(path)), warnings)
+        trackers = opened(TrainConfig(micro_batch_size=1, global_batch_size=1, metrics_file=str(path)), warnings)
         trackers.step(one_step(1))
     trackers.step(one_step(2))
     trackers.close()
@@ -70,12 +70,14 @@ def test_a_metrics_file_that_is_full_at_the_start_begins_with_its_start_record_l
 
 def test_a_resume_on_a_full_disk_cuts_the_file_back_when_there_is_space(tmp_path: Path) -> None:
     path, warnings = tmp_path / "m.jsonl", []
-    trackers = opened(TrainConfig(metrics_file=str(path)), [])
+    trackers = opened(TrainConfig(micro_batch_size=1, global_batch_size=1, metrics_file=str(path)), [])
     for step in range(1, 6):
         trackers.step(one_step(step))
     trackers.close()
     with file_size_limit(60):
-        trackers = opened(TrainConfig(metrics_file=str(path)), warnings, resumed_step=3)
+        trackers = opened(
+            TrainConfig(micro_batch_size=1, global_batch_size=1, metrics_file=str(path)), warnings, resumed_step=3
+        )
         trackers.step(one_step(4))
     for step in (5, 6):
         trackers.step(one_step(step))
@@ -87,7 +89,7 @@ def test_a_resume_on_a_full_disk_cuts_the_file_back_when_there_is_space(tmp_path
 
 def test_a_metrics_file_that_is_removed_is_begun_again(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "m.jsonl"
-    trackers = opened(TrainConfig(metrics_file=str(path)), [])
+    trackers = opened(TrainConfig(micro_batch_size=1, global_batch_size=1, metrics_file=str(path)), [])
     trackers.step(one_step(1))
     path.unlink()
     path.parent.rmdir()
@@ -100,14 +102,18 @@ def test_a_metrics_file_that_is_removed_is_begun_again(tmp_path: Path) -> None:
 def test_a_path_that_can_never_be_written_is_refused_at_the_start(tmp_path: Path, kind: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrackerError, match=r"cannot be written: (Not a directory|File exists)"):
-        opened(TrainConfig(**{kind: str(tmp_path / "file" / "below")}), [])
+        opened(TrainConfig(micro_batch_size=1, global_batch_size=1, **{kind: str(tmp_path / "file" / "below")}), [])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_device_is_neither_read_back_nor_replaced(tmp_path: Path) -> None:
     warnings: list[str] = []
     for resumed_step in (0, 4):
-        trackers = opened(TrainConfig(metrics_file="/dev/full"), warnings, resumed_step=resumed_step)
+        trackers = opened(
+            TrainConfig(micro_batch_size=1, global_batch_size=1, metrics_file="/dev/full"),
+            warnings,
+            resumed_step=resumed_step,
+        )
         trackers.step(one_step(resumed_step + 1))
         trackers.close()
     assert [w for w in warnings if "No space left" in w] == warnings[::2]
@@ -160,7 +166,7 @@ def angry_wandb(monkeypatch: pytest.MonkeyPatch, init: Any) -> None:
 def test_whatever_wandb_raises_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     angry_wandb(monkeypatch, lambda **_: AngryRun())
     warnings: list[str] = []
-    trackers = opened(TrainConfig(wandb_project="p"), warnings)
+    trackers = opened(TrainConfig(micro_batch_size=1, global_batch_size=1, wandb_project="p"), warnings)
     for step in (1, 2):
         trackers.step(one_step(step))
     trackers.close()
@@ -175,9 +181,9 @@ def test_wandb_that_cannot_be_reached_ends_a_first_start_but_not_a_resume(monkey
 
     angry_wandb(monkeypatch, refuse)
     with pytest.raises(TrackerError, match=r"out of reach.*WANDB_MODE=offline"):
-        opened(TrainConfig(wandb_project="p"), [])
+        opened(TrainConfig(micro_batch_size=1, global_batch_size=1, wandb_project="p"), [])
     warnings: list[str] = []
-    trackers = opened(TrainConfig(wandb_project="p"), warnings, resumed_step=7)
+    trackers = opened(TrainConfig(micro_batch_size=1, global_batch_size=1, wandb_project="p"), warnings, resumed_step=7)
     trackers.step(one_step(8))
     trackers.close()
     assert "out of reach" in warnings[0] and len(warnings) == 2

@@ -43,7 +43,7 @@ from tests.zero.toy import (
 NUM_STEPS = 4
 LR, WEIGHT_DECAY, MAX_NORM = 0.05, 0.1, 3.0
 BF16, FP32 = torch.bfloat16, torch.float32
-ADAM = OptimConfig(optimizer="adam")
+ADAM = OptimConfig(lr=1e-3, optimizer="adam")
 # Fused and plain AdamW round differently: a few units in the last place of fp32 a step.
 RTOL, ATOL = 1e-5, 1e-6
 

@@ -39,15 +39,15 @@ from tests.zero.toy import (
 NUM_STEPS = 4
 LR, WEIGHT_DECAY = 0.02, 0.1
 CONFIGS = {
-    "lion": OptimConfig(optimizer="lion"),
-    "adam-l2": OptimConfig(optimizer="adam", decoupled_weight_decay=False),
-    "lamb": OptimConfig(optimizer="lamb"),
-    "adafactor": OptimConfig(optimizer="adafactor"),
-    "muon": OptimConfig(optimizer="muon"),
+    "lion": OptimConfig(lr=1e-3, optimizer="lion"),
+    "adam-l2": OptimConfig(lr=1e-3, optimizer="adam", decoupled_weight_decay=False),
+    "lamb": OptimConfig(lr=1e-3, optimizer="lamb"),
+    "adafactor": OptimConfig(lr=1e-3, optimizer="adafactor"),
+    "muon": OptimConfig(lr=1e-3, optimizer="muon"),
     "muon-variant": OptimConfig(
-        optimizer="muon", muon_nesterov=True, muon_split_qkv=False, muon_extra_scale_factor=0.2
+        lr=1e-3, optimizer="muon", muon_nesterov=True, muon_split_qkv=False, muon_extra_scale_factor=0.2
     ),
-    "muon-lion": OptimConfig(optimizer="muon", muon_scalar_optimizer="lion"),
+    "muon-lion": OptimConfig(lr=1e-3, optimizer="muon", muon_scalar_optimizer="lion"),
 }
 # fp32 against fp64. Newton-Schulz multiplies a small singular value by up to 485, and its rounding error with it.
 TOLERANCE = dict.fromkeys(CONFIGS, 2e-6) | {"muon": 2e-5, "muon-variant": 2e-5, "muon-lion": 2e-5}

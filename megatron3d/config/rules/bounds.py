@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron3d.config.options import BY_NAME, OPTIONS, SECTIONS, Option
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import GivenRun
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ BOUNDS: tuple[Bound, ...] = (
 )
 
 
-def single_option_problems(config: RunConfig) -> Iterator[str]:
+def single_option_problems(config: GivenRun) -> Iterator[str]:
     """Sentences about values outside their own range or choices."""
     for option, allowed in _violations(config):
         yield (
@@ -88,20 +88,20 @@ def single_option_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def wrong_options(config: RunConfig) -> frozenset[str]:
+def wrong_options(config: GivenRun) -> frozenset[str]:
     """The names of the options whose values are outside their own range or choices."""
     return frozenset(option.name for option, _ in _violations(config))
 
 
-def with_defaults_where_wrong(config: RunConfig) -> RunConfig:
+def with_defaults_where_wrong(config: GivenRun) -> GivenRun:
     """The run with each value outside its range or choices set back, so that the other rules can go on."""
     changes: dict[str, dict[str, object]] = {section: {} for section in SECTIONS}
     for option, _ in _violations(config):
         changes[option.section][option.name] = option.default
-    return RunConfig(**{section: replace(getattr(config, section), **changed) for section, changed in changes.items()})
+    return GivenRun(**{section: replace(getattr(config, section), **changed) for section, changed in changes.items()})
 
 
-def _violations(config: RunConfig) -> Iterator[tuple[Option, str]]:
+def _violations(config: GivenRun) -> Iterator[tuple[Option, str]]:
     """Each option whose own value is impossible, with what it must be."""
     for bound in BOUNDS:
         for name in bound.names.split():

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from megatron3d.config.architectures import ARCHITECTURES
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.rules.pipeline import pipeline_problems
-from megatron3d.config.run import RunConfig
-from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.run import DraftRun, GivenRun
+from megatron3d.config.sections.model import GivenModel
 from megatron3d.config.sections.parallel import ParallelConfig
 
 
-def model_and_layout_problems(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def model_and_layout_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     """What no model can be, or cannot be cut into, whichever the run."""
     yield from attention_rule(given.model, run.model)
     yield from activation_rule(given.model, run.model)
@@ -30,7 +30,7 @@ def model_and_layout_problems(given: RunConfig, run: RunConfig) -> Iterator[str]
     yield from zero_rule(run.parallel)
 
 
-def attention_rule(given: ModelConfig, model: ModelConfig) -> Iterator[str]:
+def attention_rule(given: GivenModel, model: GivenModel) -> Iterator[str]:
     """Heads share the hidden size, groups share the heads, and rotations work on pairs."""
     hidden, heads, groups = model.hidden_size, model.num_attention_heads, model.num_query_groups
     if hidden and heads and given.kv_channels is None and hidden % heads:
@@ -54,7 +54,7 @@ def attention_rule(given: ModelConfig, model: ModelConfig) -> Iterator[str]:
             )
 
 
-def activation_rule(given: ModelConfig, model: ModelConfig) -> Iterator[str]:
+def activation_rule(given: GivenModel, model: GivenModel) -> Iterator[str]:
     """One activation, in an MLP of some width."""
     wanted = {
         "--swiglu": ("swiglu", given.swiglu),
@@ -72,7 +72,7 @@ def activation_rule(given: ModelConfig, model: ModelConfig) -> Iterator[str]:
         )
 
 
-def positions_rule(model: ModelConfig) -> Iterator[str]:
+def positions_rule(model: GivenModel) -> Iterator[str]:
     """A sample fits into the positions."""
     length, positions = model.seq_length, model.max_position_embeddings
     if length and positions and length > positions:
@@ -82,7 +82,7 @@ def positions_rule(model: ModelConfig) -> Iterator[str]:
         )
 
 
-def architecture_rule(given: ModelConfig, model: ModelConfig) -> Iterator[str]:
+def architecture_rule(given: GivenModel, model: GivenModel) -> Iterator[str]:
     """Options that belong to one architecture stand with that one."""
     traits = model.traits
     used = {
@@ -126,7 +126,7 @@ def world_size_rule(parallel: ParallelConfig) -> Iterator[str]:
         )
 
 
-def tensor_parallel_rule(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+def tensor_parallel_rule(model: GivenModel, parallel: ParallelConfig) -> Iterator[str]:
     """Each tensor-parallel rank gets the same number of heads, groups, FFN columns and, if so asked, positions; or an
     equal part of one group's key and value heads."""
     tp = parallel.tensor_model_parallel_size
@@ -153,7 +153,7 @@ def tensor_parallel_rule(model: ModelConfig, parallel: ParallelConfig) -> Iterat
         )
 
 
-def _fits_query_groups(model: ModelConfig, tp: int) -> bool:
+def _fits_query_groups(model: GivenModel, tp: int) -> bool:
     """Whether every tensor-parallel rank gets whole key and value heads, or an equal part of one."""
     groups, head = model.num_query_groups, model.kv_channels
     if not groups or not head or groups % tp == 0:
@@ -161,7 +161,7 @@ def _fits_query_groups(model: ModelConfig, tp: int) -> bool:
     return tp % groups == 0 and head % (tp // groups) == 0
 
 
-def _sizes_cut_by_tensor_parallelism(model: ModelConfig, parallel: ParallelConfig) -> dict[str, int | None]:
+def _sizes_cut_by_tensor_parallelism(model: GivenModel, parallel: ParallelConfig) -> dict[str, int | None]:
     sizes: dict[str, int | None] = {
         "--num-attention-heads": model.num_attention_heads,
         "--ffn-hidden-size": model.ffn_hidden_size,

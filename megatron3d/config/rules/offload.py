@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron3d.config.sections.optim import OptimConfig
-from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.optim import GivenOptim
+from megatron3d.config.sections.parallel import GivenParallel
 from megatron3d.config.update_rules import elementwise_optimizers
 
 
-def offload_problems(parallel: ParallelConfig, optim: OptimConfig) -> Iterator[str]:
+def offload_problems(parallel: GivenParallel, optim: GivenOptim) -> Iterator[str]:
     """What does not go together in moving state off the device."""
     yield from offload_rule(parallel, optim)
     yield from offload_directory_rule(parallel)
 
 
-def offload_rule(parallel: ParallelConfig, optim: OptimConfig) -> Iterator[str]:
+def offload_rule(parallel: GivenParallel, optim: GivenOptim) -> Iterator[str]:
     """Weights go where their state goes; files have a directory; the optimizer can step on the host."""
     optimizer = optim.optimizer
     states, params = parallel.offload_optimizer, parallel.offload_params
@@ -43,7 +43,7 @@ def offload_rule(parallel: ParallelConfig, optim: OptimConfig) -> Iterator[str]:
         yield "--offload-delayed-update delays the update of offloaded state; give --offload-optimizer cpu or nvme."
 
 
-def offload_directory_rule(parallel: ParallelConfig) -> Iterator[str]:
+def offload_directory_rule(parallel: GivenParallel) -> Iterator[str]:
     """A directory where there are files, and files where there is a directory."""
     uses_files = "nvme" in (parallel.offload_optimizer, parallel.offload_params)
     if uses_files and parallel.offload_dir is None:

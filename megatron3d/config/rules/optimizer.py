@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.sections.optim import GivenOptim
 from megatron3d.config.update_rules import optimizers_with
 
 _ADAM = ("adam", "adamw")
 
 
-def decoupling_rule(optim: OptimConfig) -> Iterator[str]:
+def decoupling_rule(optim: GivenOptim) -> Iterator[str]:
     """Only Adam has two ways of decaying weights, and AdamW is one of them."""
     if not optim.decoupled_weight_decay and optim.optimizer != "adam":
         yield (
@@ -19,7 +19,7 @@ def decoupling_rule(optim: OptimConfig) -> Iterator[str]:
         )
 
 
-def moments_rule(optim: OptimConfig) -> Iterator[str]:
+def moments_rule(optim: GivenOptim) -> Iterator[str]:
     """A moment that is to be kept in bf16 exists, and whoever keeps it can."""
     scalar = optim.muon_scalar_optimizer if optim.optimizer == "muon" else optim.optimizer
     for flag, dtype, owners in (
@@ -38,7 +38,7 @@ def moments_rule(optim: OptimConfig) -> Iterator[str]:
             )
 
 
-def implementation_rule(optim: OptimConfig, device: str | None) -> Iterator[str]:
+def implementation_rule(optim: GivenOptim, device: str | None) -> Iterator[str]:
     """Other implementations exist for Adam, and on GPUs."""
     if optim.optimizer_implementation == "torch":
         return

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron3d.config.sections.parallel import PIPELINE_SCHEDULES, ParallelConfig
+from megatron3d.config.sections.parallel import PIPELINE_SCHEDULES, GivenParallel, ParallelConfig
 
 
-def pipeline_problems(given: ParallelConfig, parallel: ParallelConfig, layers: int | None) -> Iterator[str]:
+def pipeline_problems(given: GivenParallel, parallel: ParallelConfig, layers: int | None) -> Iterator[str]:
     """What does not go together in the cut along the depth of so many layers, if that number is known."""
     yield from schedule_rule(given, parallel)
     yield from virtual_stages_rule(given, layers)
@@ -18,7 +18,7 @@ def pipeline_problems(given: ParallelConfig, parallel: ParallelConfig, layers: i
     yield from stages_filled_rule(parallel, layers)
 
 
-def schedule_rule(given: ParallelConfig, parallel: ParallelConfig) -> Iterator[str]:
+def schedule_rule(given: GivenParallel, parallel: ParallelConfig) -> Iterator[str]:
     """The order of work is known, and only what takes a group size or a memory limit is given one."""
     order = parallel.pipeline_schedule
     if order is not None and ":" not in order and order not in PIPELINE_SCHEDULES:
@@ -40,7 +40,7 @@ def schedule_rule(given: ParallelConfig, parallel: ParallelConfig) -> Iterator[s
         )
 
 
-def virtual_stages_rule(parallel: ParallelConfig, layers: int | None) -> Iterator[str]:
+def virtual_stages_rule(parallel: GivenParallel, layers: int | None) -> Iterator[str]:
     """The number of stages per rank is said once, and its layers divide."""
     ranks, each = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
     asked = {
@@ -58,7 +58,7 @@ def virtual_stages_rule(parallel: ParallelConfig, layers: int | None) -> Iterato
         )
 
 
-def split_rule(parallel: ParallelConfig) -> Iterator[str]:
+def split_rule(parallel: GivenParallel) -> Iterator[str]:
     """Layers go to stages by one rule: written out, by cost, or evenly with what the ends are given."""
     ways = {
         "--pipeline-model-parallel-layout": parallel.pipeline_model_parallel_layout,
@@ -108,7 +108,7 @@ def stages_filled_rule(parallel: ParallelConfig, layers: int | None) -> Iterator
         )
 
 
-def _end_stage_problems(parallel: ParallelConfig) -> Iterator[str]:
+def _end_stage_problems(parallel: GivenParallel) -> Iterator[str]:
     """An end of the pipeline is fixed or worked out, not both."""
     ends = (
         (

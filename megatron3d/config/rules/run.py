@@ -15,18 +15,18 @@ from megatron3d.config.options import BY_NAME
 from megatron3d.config.rules.optimizer import decoupling_rule, implementation_rule, moments_rule
 from megatron3d.config.rules.tokenizer import tokenizer_rule
 from megatron3d.config.rules.tokens import accumulation_rule, tokens_rule
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import DraftRun, GivenRun
 from megatron3d.config.sections.checkpoint import CheckpointConfig
 from megatron3d.config.sections.data import DataConfig
-from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.sections.optim import GivenOptim
 from megatron3d.config.sections.parallel import ParallelConfig
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.sections.train import DraftTrain, GivenTrain
 from megatron3d.errors import ConfigError
 
 _REQUIRED = "num_layers hidden_size num_attention_heads seq_length micro_batch_size lr"
 
 
-def required_problems(config: RunConfig) -> Iterator[str]:
+def required_problems(config: GivenRun) -> Iterator[str]:
     """Options without which there is no run."""
     for name in _REQUIRED.split():
         option = BY_NAME[name]
@@ -38,7 +38,7 @@ def required_problems(config: RunConfig) -> Iterator[str]:
         yield "--train-iters is missing, and so is --train-samples: the run has no length; give one of them."
 
 
-def run_problems(given: RunConfig, run: RunConfig) -> Iterator[str]:
+def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     """What does not go together in the training of a model."""
     train, optim, seq_length = given.train, given.optim, given.model.seq_length
     yield from length_rule(train, optim)
@@ -58,7 +58,7 @@ def run_problems(given: RunConfig, run: RunConfig) -> Iterator[str]:
     yield from accumulation_rule(train, run.parallel)
 
 
-def length_rule(train: TrainConfig, optim: OptimConfig) -> Iterator[str]:
+def length_rule(train: GivenTrain, optim: GivenOptim) -> Iterator[str]:
     """Iterations and samples exclude each other, in the length of the run and of its schedules."""
     if train.train_iters is not None and train.train_samples is not None:
         yield (
@@ -86,7 +86,7 @@ def length_rule(train: TrainConfig, optim: OptimConfig) -> Iterator[str]:
             )
 
 
-def steps_rule(train: TrainConfig, data_parallel_size: int) -> Iterator[str]:
+def steps_rule(train: DraftTrain, data_parallel_size: int) -> Iterator[str]:
     """The run can make a step, and what it is to skip are iterations."""
     if train.train_samples is not None and train.train_iters is None and train.global_batch_size:
         try:
@@ -106,7 +106,7 @@ def steps_rule(train: TrainConfig, data_parallel_size: int) -> Iterator[str]:
         )
 
 
-def learning_rate_rule(optim: OptimConfig, *, by_samples: bool) -> Iterator[str]:
+def learning_rate_rule(optim: GivenOptim, *, by_samples: bool) -> Iterator[str]:
     """The learning rate rises and falls within its bounds and its length."""
     if optim.lr is not None and optim.min_lr > optim.lr:
         yield (
@@ -134,7 +134,7 @@ def learning_rate_rule(optim: OptimConfig, *, by_samples: bool) -> Iterator[str]
     yield from _wsd_problems(optim, unit, decay)
 
 
-def _wsd_problems(optim: OptimConfig, unit: str, decay: int | None) -> Iterator[str]:
+def _wsd_problems(optim: GivenOptim, unit: str, decay: int | None) -> Iterator[str]:
     last_phase = optim.lr_wsd_decay_samples if unit == "samples" else optim.lr_wsd_decay_iters
     if optim.lr_decay_style == "WSD" and last_phase is None:
         tenth = f", such as {max(1, decay // 10)}" if decay else ""
@@ -145,7 +145,7 @@ def _wsd_problems(optim: OptimConfig, unit: str, decay: int | None) -> Iterator[
         )
 
 
-def weight_decay_rule(optim: OptimConfig) -> Iterator[str]:
+def weight_decay_rule(optim: GivenOptim) -> Iterator[str]:
     """A weight-decay schedule has both ends and rises; a constant decay has none."""
     start, end = optim.start_weight_decay, optim.end_weight_decay
     if optim.weight_decay_incr_style == "constant" and (start is not None or end is not None):
@@ -162,7 +162,7 @@ def weight_decay_rule(optim: OptimConfig) -> Iterator[str]:
         yield f"--start-weight-decay {start:g} is above --end-weight-decay {end:g}; the decay rises, so swap them."
 
 
-def precision_rule(optim: OptimConfig) -> Iterator[str]:
+def precision_rule(optim: GivenOptim) -> Iterator[str]:
     """One compute precision, and a loss scale that can move."""
     if optim.bf16 and optim.fp16:
         yield "--bf16 and --fp16 are both given, but the layers compute in one precision; give only one of them."
@@ -173,7 +173,7 @@ def precision_rule(optim: OptimConfig) -> Iterator[str]:
         )
 
 
-def batch_rule(train: TrainConfig, parallel: ParallelConfig, seq_length: int | None) -> Iterator[str]:
+def batch_rule(train: GivenTrain, parallel: ParallelConfig, seq_length: int | None) -> Iterator[str]:
     """Every global batch splits into whole microbatches on every data-parallel rank."""
     micro = train.micro_batch_size
     if not micro:
@@ -198,7 +198,7 @@ def _batch_sentence(batch: int, micro: int, dp: int, product: str) -> str:
     return f"--global-batch-size {batch} is not a multiple of micro-batch {micro}{product}; use {sizes}{other}."
 
 
-def _ramp_problems(train: TrainConfig, seq_length: int | None, at_once: int, batch: int) -> Iterator[str]:
+def _ramp_problems(train: GivenTrain, seq_length: int | None, at_once: int, batch: int) -> Iterator[str]:
     """A ramp of batch sizes, by either option, takes only sizes that split."""
     if train.rampup_batch_size and train.step_batch_size_schedule:
         yield (
@@ -248,7 +248,7 @@ def _rampup_problems(words: tuple[str, ...], at_once: int, batch: int) -> Iterat
         )
 
 
-def recompute_rule(given: TrainConfig, train: TrainConfig) -> Iterator[str]:
+def recompute_rule(given: GivenTrain, train: GivenTrain) -> Iterator[str]:
     """Method and number of layers belong to full recomputation."""
     granularity = train.recompute_granularity
     if given.recompute_activations and given.recompute_granularity == "full":

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron3d.config.derive import model_parallel_size
-from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.sections.optim import GivenOptim
 from megatron3d.config.sections.parallel import ParallelConfig
-from megatron3d.config.sections.train import TrainConfig
+from megatron3d.config.sections.train import GivenTrain
 
 
-def tokens_rule(train: TrainConfig, optim: OptimConfig, seq_length: int | None) -> Iterator[str]:
+def tokens_rule(train: GivenTrain, optim: GivenOptim, seq_length: int | None) -> Iterator[str]:
     """Tokens are samples of --seq-length: they go with a run in samples, and say what samples say."""
     for name, tokens in (("decay", optim.lr_decay_tokens), ("warmup", optim.lr_warmup_tokens)):
         if tokens is not None and train.train_iters is not None:
@@ -34,7 +34,7 @@ def tokens_rule(train: TrainConfig, optim: OptimConfig, seq_length: int | None) 
             )
 
 
-def accumulation_rule(train: TrainConfig, parallel: ParallelConfig) -> Iterator[str]:
+def accumulation_rule(train: GivenTrain, parallel: ParallelConfig) -> Iterator[str]:
     """Accumulation steps say the global batch, which is not said otherwise."""
     dp = parallel.data_parallel_size
     steps, micro, batch = train.gradient_accumulation_steps, train.micro_batch_size, train.global_batch_size

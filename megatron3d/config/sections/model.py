@@ -1,8 +1,8 @@
-"""The shape of a transformer: what it computes, independent of how it is cut."""
+"""The shape of a transformer: what it computes, independent of how it is cut; as it is given, and resolved."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron3d.config.architectures import ARCHITECTURES, ModelTraits, traits_of
 from megatron3d.config.fields import off_switch, option, switch
@@ -12,37 +12,37 @@ GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The model. Fields that default to None are derived by `resolve` from the others; layers read resolved ones."""
+class GivenModel:
+    """The model as it is given. A field that is None is not given: it follows from the others, or the run lacks it."""
 
     architecture: str = option(
         "gpt", "--architecture", "What is trained; every training script knows its own.", choices=tuple(ARCHITECTURES)
     )
-    num_layers: int = option(None, "--num-layers", "Transformer layers.", also=("--encoder-num-layers",))
-    hidden_size: int = option(None, "--hidden-size", "Width of the residual stream, H.")
-    num_attention_heads: int = option(None, "--num-attention-heads", "Query heads, N.")
-    seq_length: int = option(
+    num_layers: int | None = option(None, "--num-layers", "Transformer layers.", also=("--encoder-num-layers",))
+    hidden_size: int | None = option(None, "--hidden-size", "Width of the residual stream, H.")
+    num_attention_heads: int | None = option(None, "--num-attention-heads", "Query heads, N.")
+    seq_length: int | None = option(
         None, "--seq-length", "Tokens of one training sample, S.", unit="tokens", also=("--encoder-seq-length",)
     )
-    max_position_embeddings: int = option(
+    max_position_embeddings: int | None = option(
         None, "--max-position-embeddings", "Longest sequence the positions cover; default --seq-length.", unit="tokens"
     )
-    ffn_hidden_size: int = option(
+    ffn_hidden_size: int | None = option(
         None,
         "--ffn-hidden-size",
         "Width inside the MLP, F; default 4H, or int(8H/3/64)*64 with a gated activation such as --swiglu.",
         also=("--intermediate-size",),
     )
-    kv_channels: int = option(None, "--kv-channels", "Size of one head, D; default H/N.")
+    kv_channels: int | None = option(None, "--kv-channels", "Size of one head, D; default H/N.")
     group_query_attention: bool = switch(
         "--group-query-attention", "Share each key and value head among several query heads."
     )
-    num_query_groups: int = option(
+    num_query_groups: int | None = option(
         None,
         "--num-query-groups",
         "Key and value heads; default N, or 1 (multi-query attention) with --group-query-attention.",
     )
-    vocab_size: int = option(
+    vocab_size: int | None = option(
         None, "--vocab-size", "Token ids in use, before padding; default the tokenizer's.", unit="tokens"
     )
     make_vocab_size_divisible_by: int = option(
@@ -74,7 +74,7 @@ class ModelConfig:
         "Norms before each half of a block, and one at the end (pre), or after each residual sum (post); BERT only.",
         choices=("pre", "post"),
     )
-    activation: str = option(
+    activation: str | None = option(
         None, "--activation", "MLP activation; default gelu_tanh, and gelu in a BERT.", choices=ACTIVATIONS
     )
     swiglu: bool = switch("--swiglu", "The same as --activation swiglu.")
@@ -95,7 +95,7 @@ class ModelConfig:
         "--apply-residual-connection-post-layernorm", "Take the residual from after the norm."
     )
     bert_binary_head: bool = off_switch("--bert-no-binary-head", "No second sentence and no sentence head.")
-    num_token_types: int = option(
+    num_token_types: int | None = option(
         None,
         "--num-token-types",
         "Rows of BERT's table of segments, 0 for none; default 2 with the sentence head and 0 without.",
@@ -115,6 +115,23 @@ class ModelConfig:
     def has_binary_head(self) -> bool:
         """Whether the model also scores a pair of sentences."""
         return "bert_binary_head" in self.traits.own_options and self.bert_binary_head
+
+
+@dataclass(frozen=True)
+class ModelConfig(GivenModel):
+    """The model, resolved: every size is known, and the layers read this one."""
+
+    num_layers: int = field(kw_only=True)
+    hidden_size: int = field(kw_only=True)
+    num_attention_heads: int = field(kw_only=True)
+    seq_length: int = field(kw_only=True)
+    max_position_embeddings: int = field(kw_only=True)
+    ffn_hidden_size: int = field(kw_only=True)
+    kv_channels: int = field(kw_only=True)
+    num_query_groups: int = field(kw_only=True)
+    vocab_size: int = field(kw_only=True)
+    activation: str = field(kw_only=True)
+    num_token_types: int = field(kw_only=True)
 
     @property
     def is_gated(self) -> bool:

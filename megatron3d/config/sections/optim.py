@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron3d.config.fields import off_switch, option, switch
 from megatron3d.config.update_rules import UPDATE_RULES
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """How weights are updated and in which precision. `precision` is derived: "fp32", "bf16" or "fp16"."""
+class GivenOptim:
+    """How weights are updated and in which precision, as it is given; `precision` follows from two switches."""
 
     optimizer: str = option(
         "adam",
@@ -24,7 +24,7 @@ class OptimConfig:
         "Whose fused Adam to use; the others must be installed.",
         choices=("torch", "apex", "transformer-engine"),
     )
-    lr: float = option(None, "--lr", "Peak learning rate.")
+    lr: float | None = option(None, "--lr", "Peak learning rate.")
     min_lr: float = option(0.0, "--min-lr", "Learning rate at the end of the decay.")
     lr_decay_style: str = option(
         "linear",
@@ -156,3 +156,10 @@ class OptimConfig:
     def precision(self) -> str:
         """ "fp32", "bf16" or "fp16": what the layers compute in."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+@dataclass(frozen=True)
+class OptimConfig(GivenOptim):
+    """How weights are updated, resolved: lengths are in the unit of the run, iterations or samples."""
+
+    lr: float = field(kw_only=True)

@@ -22,8 +22,8 @@ OFFLOAD_PLACES = ("none", "cpu", "nvme")
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
-    """The layout. `data_parallel_size` and `world_size` are derived by `resolve`; there are no flags for them."""
+class GivenParallel:
+    """The layout as it is given."""
 
     tensor_model_parallel_size: int = option(
         1,
@@ -136,6 +136,12 @@ class ParallelConfig:
     distributed_timeout_minutes: float = option(
         10.0, "--distributed-timeout-minutes", "A collective that takes longer ends the job.", unit="minutes"
     )
+
+
+@dataclass(frozen=True)
+class ParallelConfig(GivenParallel):
+    """The layout of a number of ranks."""
+
     data_parallel_size: int = 1
     world_size: int = 1
     virtual_stages: int | None = None

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron3d.config.fields import option, options, switch
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The run. Its length is given by train_iters, or by train_samples and train_tokens, of which the first to be
-    reached counts; `resolve` turns tokens into samples.
-
-    `batch_size_steps` is derived by `resolve` from --step-batch-size-schedule: pairs of a count of consumed samples
-    and the global batch size from there on.
+class GivenTrain:
+    """The run as it is given. Its length is train_iters, or train_samples and train_tokens, of which the first to be
+    reached counts.
     """
 
-    micro_batch_size: int = option(
+    micro_batch_size: int | None = option(
         None,
         "--micro-batch-size",
         "Samples of one forward of one data-parallel rank, B.",
         unit="samples",
         also=("--batch-size",),
     )
-    global_batch_size: int = option(
+    global_batch_size: int | None = option(
         None, "--global-batch-size", "Samples of one optimizer step; default micro-batch x DP.", unit="samples"
     )
     gradient_accumulation_steps: int | None = option(
@@ -115,8 +112,26 @@ class TrainConfig:
     profile_pipeline_step: int = option(
         3, "--profile-pipeline-step", "The step to record, counted from the start of this process.", unit="iterations"
     )
-    batch_size_steps: tuple[tuple[int, int], ...] = ()
 
     def skips(self, iteration: int) -> bool:
         """Whether --iterations-to-skip lists this iteration, counted from 0."""
         return any(int(word) == iteration for word in self.iterations_to_skip)
+
+
+@dataclass(frozen=True)
+class DraftTrain(GivenTrain):
+    """The run with what can be derived, which may still lack a batch size. Tokens have become samples.
+
+    `batch_size_steps` is --step-batch-size-schedule as pairs of a count of consumed samples and the global batch size
+    from there on.
+    """
+
+    batch_size_steps: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainConfig(DraftTrain):
+    """The run, resolved: its batches are known."""
+
+    micro_batch_size: int = field(kw_only=True)
+    global_batch_size: int = field(kw_only=True)

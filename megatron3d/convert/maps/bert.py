@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from megatron3d.config.derive import resolve_model
-from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.convert.family import Family, HfConfig, activation_there, option_misfits
 from megatron3d.convert.rows import Component, TensorRule, linear_rows, norm_rows, qkv_sizes, table_row
 
@@ -51,7 +51,7 @@ def _to_model(names: _Names, hf: HfConfig) -> ModelConfig:
     hf.expect("add_cross_attention", False, None)
     positions = hf.integer("max_position_embeddings", 512)
     return resolve_model(
-        ModelConfig(
+        GivenModel(
             architecture="bert",
             num_layers=hf.integer("num_hidden_layers", 12),
             hidden_size=hf.integer("hidden_size", 768),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron3d.config.derive import resolve_model
-from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.convert.family import Family, HfConfig, activation_there, option_misfits
 from megatron3d.convert.rows import Component, TensorRule, linear_rows, norm_rows, qkv_sizes, table_row
 
@@ -23,7 +23,7 @@ def _to_model(hf: HfConfig) -> ModelConfig:
     hf.expect("add_cross_attention", False)
     positions, hidden = hf.integer("n_positions", 1024), hf.integer("n_embd", 768)
     return resolve_model(
-        ModelConfig(
+        GivenModel(
             num_layers=hf.integer("n_layer", 12),
             hidden_size=hidden,
             num_attention_heads=hf.integer("n_head", 12),

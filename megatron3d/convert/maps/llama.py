@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron3d.config.derive import resolve_model
-from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.convert.family import Family, HfConfig, gate_there, gated, option_misfits
 from megatron3d.convert.rows import Component, TensorRule, linear_rows, norm_rows, qkv_sizes, table_row
 from megatron3d.errors import CheckpointError
@@ -25,7 +25,7 @@ def _to_model(hf: HfConfig) -> ModelConfig:
     hf.expect("attention_bias", bias)
     hidden = hf.integer("hidden_size")
     return resolve_model(
-        ModelConfig(
+        GivenModel(
             num_layers=hf.integer("num_hidden_layers"),
             hidden_size=hidden,
             num_attention_heads=heads,

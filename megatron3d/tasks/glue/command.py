@@ -18,7 +18,7 @@ from megatron3d.config.foreign.flags import judge
 from megatron3d.config.foreign.names import plain_name
 from megatron3d.config.options import BY_SPELLING, OPTIONS
 from megatron3d.config.rules.doubt import Doubt
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import GivenRun
 from megatron3d.errors import ConfigError
 from megatron3d.tasks.glue.options import INSTEAD, UNREAD, option_problems, task_parser, unread_problems
 
@@ -37,14 +37,14 @@ class TaskCommand:
     """What a command line asks for: the task's own options, and those of pretraining without what comes from files."""
 
     args: argparse.Namespace
-    run: RunConfig
+    run: GivenRun
 
 
 def read_task_command(argv: Sequence[str], world_size: int, *, log: Callable[[str], None]) -> TaskCommand:
     """Read the words behind the program's name; `--help` prints the options and exits.
 
     Args:
-        argv: the words.
+        argv: the given.
         world_size: ranks of the job.
         log: takes lines about options without effect.
 

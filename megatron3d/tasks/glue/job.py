@@ -15,8 +15,11 @@ from pathlib import Path
 from megatron3d.comm.device import likely_device_type
 from megatron3d.config.check import resolve
 from megatron3d.config.derive import model_parallel_size
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import GivenRun, RunConfig
+from megatron3d.config.sections.checkpoint import CheckpointConfig
 from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.parallel import GivenParallel, ParallelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.convert.hf import digest_of_tensors
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import ConfigError, DataError
@@ -74,13 +77,13 @@ def settle(command: TaskCommand, world_size: int) -> Job:
         ConfigError, DataError, CheckpointError: an option, a file or the weights cannot be used.
     """
     require_libraries()
-    args, words = command.args, command.run
-    origin = _origin(args, words)
+    args, given = command.args, command.run
+    origin = _origin(args, given.data.tokenizer_type, given.checkpoint)
     task, folder = _task_and_folder(args, origin)
     _check_classifier(args, origin, task)
-    multiple = _multiple(args, words)
+    multiple = _multiple(args, given.parallel)
     max_length = _max_length(args.max_seq_length, origin, multiple)
-    data_options, tokenizer = choose_tokenizer(words.data, origin, override=args.override_tokenizer)
+    data_options, tokenizer = choose_tokenizer(given.data, origin, override=args.override_tokenizer)
     rows = _read(args, task, folder)
     data = TaskData(
         train=encode(rows.train, tokenizer, max_length=max_length) if rows.train else None,
@@ -89,8 +92,8 @@ def settle(command: TaskCommand, world_size: int) -> Job:
         dev_digests={ending: one.digest() for ending, one in rows.dev.items()},
     )
     options = replace(data_options, train_data_path=(str(rows.train.path if rows.train else folder),))
-    seeds = args.seeds or (words.data.seed,)
-    runs = tuple(_run(args, words, origin, data, replace(options, seed=seed), world_size) for seed in seeds)
+    seeds = args.seeds or (given.data.seed,)
+    runs = tuple(_run(args, given, origin, data, replace(options, seed=seed), world_size) for seed in seeds)
     return Job(
         task=task,
         origin=origin,
@@ -103,14 +106,16 @@ def settle(command: TaskCommand, world_size: int) -> Job:
         ema_decay=args.ema_decay,
         eval_interval=args.eval_interval,
         predict=None if args.predict is None else _writable(Path(args.predict)),
-        save=words.checkpoint.save,
-        notes=(*_notes(rows, data, origin, task, max_length), *_without_effect(args, runs[0], task, data)),
+        save=given.checkpoint.save,
+        notes=(
+            *_notes(rows, data, origin, task, max_length),
+            *_without_effect(args, runs[0].train.train_iters, task, data),
+        ),
     )
 
 
-def _multiple(args: argparse.Namespace, words: RunConfig) -> int:
+def _multiple(args: argparse.Namespace, parallel: GivenParallel) -> int:
     """What the length of a batch is a multiple of: as asked for, and so that sequence parallelism can cut it."""
-    parallel = words.parallel
     padded = args.pad_to_multiple_of or (1 if likely_device_type(parallel.device) == "cpu" else 8)
     return lcm(padded, parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
 
@@ -136,9 +141,9 @@ def _token_dropout(args: argparse.Namespace, tokenizer: Tokenizer) -> float:
     return args.token_dropout
 
 
-def _check_micro_batches(run: RunConfig, group: int) -> None:
+def _check_micro_batches(train: TrainConfig, parallel: ParallelConfig, group: int) -> None:
     """Refuse micro-batches that do not lie within one group, on each rank."""
-    micro, dp = run.train.micro_batch_size, run.parallel.data_parallel_size
+    micro, dp = train.micro_batch_size, parallel.data_parallel_size
     if group % (micro * dp):
         ranks = f" on each of {dp} data-parallel ranks" if dp > 1 else ""
         raise ConfigError(
@@ -182,12 +187,12 @@ def _folder(given: Path, task: Task) -> Path:
     )
 
 
-def _origin(args: argparse.Namespace, words: RunConfig) -> Origin:
-    load = words.checkpoint.load
+def _origin(args: argparse.Namespace, tokenizer_type: str | None, checkpoint: CheckpointConfig) -> Origin:
+    load = checkpoint.load
     if load is None:
-        origin = open_hf(args.hf, needs_tokenizer=words.data.tokenizer_type is None)
+        origin = open_hf(args.hf, needs_tokenizer=tokenizer_type is None)
     else:
-        origin = open_checkpoint(load, words.checkpoint.ckpt_step)
+        origin = open_checkpoint(load, checkpoint.ckpt_step)
     if args.keep_classifier and origin.num_outputs is None:
         raise ConfigError(f"--keep-classifier: {origin.path} has no classifier; leave the option out.")
     return replace(origin, keeps_classifier=args.keep_classifier)
@@ -243,15 +248,15 @@ def _read(args: argparse.Namespace, task: Task, folder: Path) -> _Files:
 
 
 def _run(
-    args: argparse.Namespace, words: RunConfig, origin: Origin, data: TaskData, options: DataConfig, world_size: int
+    args: argparse.Namespace, given: GivenRun, origin: Origin, data: TaskData, options: DataConfig, world_size: int
 ) -> RunConfig:
     """The whole run of one seed."""
     rates = {"hidden_dropout": args.hidden_dropout, "attention_dropout": args.attention_dropout}
     model = replace(origin.model, seq_length=args.max_seq_length, **{n: v for n, v in rates.items() if v is not None})
-    train, optim, checkpoint = words.train, words.optim, words.checkpoint
-    dp = max(1, world_size // model_parallel_size(words.parallel))
+    train, optim, checkpoint = given.train, given.optim, given.checkpoint
+    dp = max(1, world_size // model_parallel_size(given.parallel))
     batch = train.global_batch_size or (train.micro_batch_size or 0) * dp or 32
-    stages = words.parallel.pipeline_model_parallel_size
+    stages = given.parallel.pipeline_model_parallel_size
     group = _group_size(args, batch)
     micro = train.micro_batch_size or max(1, group // (dp * stages if group % (dp * stages) == 0 else dp))
     num_train = len(data.train) if data.train else 1
@@ -273,9 +278,9 @@ def _run(
         train, global_batch_size=batch, micro_batch_size=micro, train_iters=iterations, metrics_file=metrics_file
     )
     run = resolve(
-        replace(words, model=model, train=train, optim=optim, data=options, checkpoint=checkpoint), world_size
+        replace(given, model=model, train=train, optim=optim, data=options, checkpoint=checkpoint), world_size
     )
-    _check_micro_batches(run, group)
+    _check_micro_batches(run.train, run.parallel, group)
     return run
 
 
@@ -292,10 +297,9 @@ def _notes(rows: _Files, data: TaskData, origin: Origin, task: Task, max_length:
     return tuple(notes)
 
 
-def _without_effect(args: argparse.Namespace, run: RunConfig, task: Task, data: TaskData) -> Iterator[str]:
+def _without_effect(args: argparse.Namespace, steps: int | None, task: Task, data: TaskData) -> Iterator[str]:
     """Lines about what is asked for and will not come."""
-    steps = run.train.train_iters
-    if args.eval_interval is not None and args.eval_interval >= steps:
+    if args.eval_interval is not None and steps is not None and args.eval_interval >= steps:
         yield f"--eval-interval {args.eval_interval} adds nothing: there are {steps} steps, measured after each epoch"
     missing = [name for name in task.test if name not in data.test] if args.predict is not None else []
     if missing:

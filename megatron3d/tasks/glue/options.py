@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 
 from megatron3d.config.options import OPTIONS
-from megatron3d.config.run import RunConfig
+from megatron3d.config.run import GivenRun
 from megatron3d.errors import ConfigError
 from megatron3d.tasks.glue.tasks import CUSTOM, GLUE_TASKS, METRICS, CustomColumns, custom_task, find_task
 
@@ -100,27 +100,27 @@ def task_parser() -> argparse.ArgumentParser:
     return p
 
 
-def option_problems(args: argparse.Namespace, words: RunConfig) -> list[str]:
+def option_problems(args: argparse.Namespace, given: GivenRun) -> list[str]:
     """Sentences about options of the model's shape, those that other options stand for here, and those without effect.
 
     Args:
         args: the task's own options.
-        words: the options of pretraining as they were given.
+        given: the options of pretraining as they were given.
     """
-    problems = [*_problems_of_numbers(args, words), *_problems_of_origin(args, words), *_problems_of_task(args)]
+    problems = [*_problems_of_numbers(args, given), *_problems_of_origin(args, given), *_problems_of_task(args)]
     for option in OPTIONS:
-        value = option.value_in(words)
+        value = option.value_in(given)
         if value == option.default or option.name == "architecture":
             continue
-        if words.checkpoint.use_checkpoint_args and option.section in ("model", "data"):
+        if given.checkpoint.use_checkpoint_args and option.section in ("model", "data"):
             continue  # perhaps the checkpoint's and not the user's: a config file may ask for that
-        given = f"{option.spelling} {value}"
+        words = f"{option.spelling} {value}"
         if option.name in INSTEAD:
-            problems.append(f"{given} is not for fine-tuning; {INSTEAD[option.name]}.")
+            problems.append(f"{words} is not for fine-tuning; {INSTEAD[option.name]}.")
         elif option.section == "model":
-            problems.append(f"{given}: the model comes with --load or --hf; leave the option out.")
+            problems.append(f"{words}: the model comes with --load or --hf; leave the option out.")
         elif option.section in _TAKEN and option.name not in _TAKEN[option.section]:
-            problems.append(f"{given} has no effect on fine-tuning; leave the option out.")
+            problems.append(f"{words} has no effect on fine-tuning; leave the option out.")
     return problems
 
 
@@ -129,13 +129,13 @@ def unread_problems(words: Sequence[str]) -> list[str]:
     return [f"{flag} is not for fine-tuning: {reason}." for flag, reason in UNREAD.items() if flag in words]
 
 
-def _problems_of_numbers(args: argparse.Namespace, words: RunConfig) -> list[str]:
+def _problems_of_numbers(args: argparse.Namespace, given: GivenRun) -> list[str]:
     problems = []
     if args.epochs < 0:
         problems.append(f"--epochs {args.epochs} is below 0; use 0 to measure only, or at least 1.")
-    if args.epochs == 0 and words.checkpoint.save is not None:
+    if args.epochs == 0 and given.checkpoint.save is not None:
         problems.append(
-            f"--save {words.checkpoint.save} keeps what was learned, and --epochs 0 learns nothing; leave one out."
+            f"--save {given.checkpoint.save} keeps what was learned, and --epochs 0 learns nothing; leave one out."
         )
     for name in ("length_group_size", "token_dropout", "ema_decay", "eval_interval") if args.epochs == 0 else ():
         if value := vars(args)[name]:
@@ -163,8 +163,8 @@ def _problems_of_numbers(args: argparse.Namespace, words: RunConfig) -> list[str
     return problems
 
 
-def _problems_of_origin(args: argparse.Namespace, words: RunConfig) -> Iterator[str]:
-    load = words.checkpoint.load
+def _problems_of_origin(args: argparse.Namespace, given: GivenRun) -> Iterator[str]:
+    load = given.checkpoint.load
     if (load is None) == (args.hf is None):
         state = "neither is given" if load is None else "both are given"
         yield f"--load CHECKPOINT or --hf DIRECTORY says which model is fine-tuned, and {state}; give one of them."
