@@ -4,7 +4,7 @@
 #
 # Ten minutes before the time limit Slurm sends SIGUSR1 to the tasks of the job step, which are the torchrun of each
 # node (not to this script: that would be --signal=B:USR1). torchrun hands it on and leaves the run 9 minutes to save;
-# the run tells how it ended in exit_status.json, and the job puts itself back into the queue. docs/stopping.md has more.
+# exit_status.json holds how the run ended, and the job puts itself back into the queue. docs/stopping.md has more.
 #SBATCH --job-name=gpt3-175b
 #SBATCH --nodes=128
 #SBATCH --ntasks-per-node=1

@@ -230,11 +230,11 @@ def length_limit(wanted: int | None, config: RunConfig) -> int:
 
 
 def write(job: Job, vectors_NH: Tensor) -> None:
-    """Write the vectors aside and rename. Raises: StorageError if the file system refuses."""
+    """Write the vectors to a temporary name and rename. Raises: StorageError if the file system refuses."""
     with (
         storage_errors("write --output", job.output, way_out="name another file"),
-        atomic_path(job.output) as aside,
-        open(aside, "wb") as file,
+        atomic_path(job.output) as temporary,
+        open(temporary, "wb") as file,
     ):
         if job.output.suffix == ".npy":
             np.save(file, vectors_NH.numpy())

@@ -48,7 +48,7 @@ if __name__ == "__main__":
 
 from megatron3d.serve.classifier import open_classifier
 from megatron3d.serve.description import to_metadata
-from megatron3d.serve.onnx_file import check, compare, require_exporter, set_aside, write
+from megatron3d.serve.onnx_file import check, compare, require_exporter, temporary_beside, write
 from megatron3d.serve.quantize import metrics, quantize
 from megatron3d.serve.trained import ServeOverrides, Trained, load_classifier, open_trained
 from megatron3d.tasks.glue.metrics import require_libraries
@@ -119,17 +119,17 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     trained = open_trained(Path(args.load), args.ckpt_step, overrides)
     data = measurement(args, trained)
     report: dict[str, Any] = {"output": str(output), "checkpoint": str(trained.directory)}
-    with set_aside(output) as aside:
+    with temporary_beside(output) as temporary:
         model, most = load_classifier(trained), trained.description.max_length
-        write(model, aside, to_metadata(trained.description, trained.tokenizer), max_length=most)
-        agreement = compare(model, aside, max_length=most)
+        write(model, temporary, to_metadata(trained.description, trained.tokenizer), max_length=most)
+        agreement = compare(model, temporary, max_length=most)
         check(agreement, output)
         report |= {"largest_difference": agreement.difference, "largest_output": agreement.largest}
-        report |= {"bytes": aside.stat().st_size} | _measured("metrics", aside, data)
+        report |= {"bytes": temporary.stat().st_size} | _measured("metrics", temporary, data)
         if args.int8:
-            with set_aside(aside) as smaller:
+            with temporary_beside(temporary) as smaller:
                 description = replace(trained.description, precision="int8")
-                quantize(aside, smaller, to_metadata(description, trained.tokenizer))
+                quantize(temporary, smaller, to_metadata(description, trained.tokenizer))
                 report |= {"int8_bytes": smaller.stat().st_size} | _measured("int8_metrics", smaller, data)
     return report
 
@@ -144,7 +144,7 @@ def _measured(key: str, path: Path, data: Measurement | None) -> dict[str, dict[
     return {key: found}
 
 
-def told(report: dict[str, Any]) -> str:
+def summary(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = [
         f"{report['output']}: {report['bytes'] / 1e6:.1f} MB in fp32; ONNX Runtime is at most "
@@ -168,7 +168,7 @@ def main(guard: Guard) -> None:
             f"the export runs in one process, not in {guard.launch.world_size}; start it without torchrun"
         )
     report = export(args)
-    print(told(report), file=sys.stderr)
+    print(summary(report), file=sys.stderr)
     print(json.dumps(report))
 
 

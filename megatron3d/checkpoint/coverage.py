@@ -15,9 +15,9 @@ def cover_problem(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
         if first == second:
             return f"its box of {first.size} at {first.offset} is there twice"
         return f"its boxes of {first.size} at {first.offset} and of {second.size} at {second.offset} overlap"
-    held, whole = sum(box.numel for box in boxes), prod(shape)
+    held, full = sum(box.numel for box in boxes), prod(shape)
     # Without an overlap and inside the tensor, boxes leave a gap exactly where they hold fewer elements.
-    return None if held == whole else f"its {len(boxes)} boxes hold {held} of its {whole} elements"
+    return None if held == full else f"its {len(boxes)} boxes hold {held} of its {full} elements"
 
 
 def _overlapping(boxes: Sequence[Box]) -> tuple[Box, Box] | None:

@@ -31,7 +31,7 @@ from megatron3d.files.json_text import parse_object
 from megatron3d.files.regular import read_regular
 
 LATEST_NAME = "latest"
-LATEST_ASIDE = ".tmp-latest"
+LATEST_TEMPORARY = ".tmp-latest"
 LOCK_NAME = ".lock"
 Level = Literal["sizes", "headers", "full"]
 _NAME = re.compile(r"(?:\.old-)?iter_(\d+)")
@@ -64,7 +64,7 @@ def list_checkpoints(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     names = {entry.name.removeprefix(".old-") for entry in root.iterdir() if _NAME.fullmatch(entry.name)}
-    found = [path for name in names if (path := _whole(root, name)) is not None]
+    found = [path for name in names if (path := _finished(root, name)) is not None]
     return sorted(found, key=step_of)
 
 
@@ -88,7 +88,7 @@ def latest_checkpoint(root: Path) -> Path | None:
         return published_without_latest(root)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{root / LATEST_NAME} cannot be read ({error}); name a step with --ckpt-step") from error
-    path = _whole(root, name) if _NAME.fullmatch(name) else None
+    path = _finished(root, name) if _NAME.fullmatch(name) else None
     if path is None:
         raise CheckpointError(
             f"{root / LATEST_NAME} names {name!r}, which is not a checkpoint in {root}; {_holds(root)}; "
@@ -100,17 +100,17 @@ def latest_checkpoint(root: Path) -> Path | None:
 def published_without_latest(root: Path) -> Path | None:
     """The first checkpoint of a run that was killed after it took its name and before `latest` named it."""
     try:
-        name = read_regular(root / LATEST_ASIDE).decode().strip()
+        name = read_regular(root / LATEST_TEMPORARY).decode().strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return _whole(root, name) if _NAME.fullmatch(name) else None
+    return _finished(root, name) if _NAME.fullmatch(name) else None
 
 
 def was_saved_to(root: Path) -> bool:
     """Whether a checkpoint was ever published in `root`, or is `root` itself, be it whole or not."""
     if not root.is_dir():
         return False
-    if any((root / name).exists() for name in (LATEST_NAME, LATEST_ASIDE, INDEX_NAME)):
+    if any((root / name).exists() for name in (LATEST_NAME, LATEST_TEMPORARY, INDEX_NAME)):
         return True
     return any(_NAME.fullmatch(entry.name) for entry in root.iterdir())
 
@@ -126,7 +126,7 @@ def find_checkpoint(root: Path, step: int | None = None) -> Path:
     if (root / INDEX_NAME).is_file() and (step is None or step == read_index(root).step):
         return root
     if step is not None:
-        path = _whole(root, checkpoint_name(step))
+        path = _finished(root, checkpoint_name(step))
         if path is None:
             raise CheckpointError(f"--ckpt-step {step}: --load {root} has no checkpoint of this step; {_holds(root)}")
         return path
@@ -139,7 +139,7 @@ def find_checkpoint(root: Path, step: int | None = None) -> Path:
     return path
 
 
-def _whole(root: Path, name: str) -> Path | None:
+def _finished(root: Path, name: str) -> Path | None:
     for candidate in (root / name, root / replaced_name(name)):
         if (candidate / INDEX_NAME).is_file():
             return candidate

@@ -28,7 +28,7 @@ FORMAT = "megatron3d-checkpoint"
 VERSION = 1
 # Names of files in a checkpoint: none leads out of its directory, none is hidden.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_LISTED = 5  # problems told in one message; a foreign index disagrees in every tensor
+_LISTED = 5  # problems listed in one message; a foreign index disagrees in every tensor
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -230,7 +230,7 @@ def _tensor_from_json(name: str, entry: Fields, files: Container[str]) -> Stored
     for one in entry.rows("boxes"):
         box, file = Box(one.integers("offset"), one.integers("size")), one.text("file")
         if not len(box.offset) == len(box.size) == len(shape) or any(
-            offset + size > whole for offset, size, whole in zip(box.offset, box.size, shape)
+            offset + size > full for offset, size, full in zip(box.offset, box.size, shape)
         ):
             raise ValueError(f"tensor {name} of shape {shape} has a box of {box.size} at {box.offset}, outside of it")
         if file not in files:

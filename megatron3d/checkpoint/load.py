@@ -26,7 +26,7 @@ _ROW_OPTIONS = {
     "head.output.weight": "--vocab-size",
     "embedding.position.weight": "--max-position-embeddings",
 }
-_LISTED = 5  # problems told in one message; a wrong model disagrees in every tensor
+_LISTED = 5  # problems listed in one message; a wrong model disagrees in every tensor
 
 
 def load_tensors(
@@ -73,9 +73,9 @@ def agreed_index(directory: Path, group: store.ProcessGroup | None) -> Index:
     """
     seen = store.gathered(_sight(directory), group)
     if len({digest for digest, _ in seen}) > 1:
-        told = "; ".join(f"rank {rank} sees {text}" for rank, (_, text) in enumerate(seen))
+        views = "; ".join(f"rank {rank} sees {text}" for rank, (_, text) in enumerate(seen))
         raise CheckpointError(
-            f"the ranks do not see the same checkpoint: {told}; nothing was loaded; the directory must lie on a file "
+            f"the ranks do not see the same checkpoint: {views}; nothing was loaded; the directory must lie on a file "
             "system that all nodes share and show the same files to all of them"
         )
     return store.on_every_rank(lambda: read_index(directory), group)

@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron3d.checkpoint.directory import (
-    LATEST_ASIDE,
     LATEST_NAME,
+    LATEST_TEMPORARY,
     list_checkpoints,
     published_without_latest,
     replaced_name,
@@ -50,7 +50,7 @@ def _clean_up(root: Path) -> None:
         if entry.name.startswith(".old-"):
             _settle_replacement(entry)
     for entry in list(root.iterdir()):
-        if entry.name == LATEST_ASIDE:
+        if entry.name == LATEST_TEMPORARY:
             _settle_latest(root)
         elif entry.name.startswith((".tmp-", ".gone-")):
             shutil.rmtree(entry, ignore_errors=True)  # `prune` reports what cannot be removed; a save is not held up
@@ -69,27 +69,27 @@ def _settle_replacement(replaced: Path) -> None:
 
 def _settle_latest(root: Path) -> None:
     # A run was killed while it published its first checkpoint: if that one has its name, `latest` shall name it.
-    aside = root / LATEST_ASIDE
+    temporary = root / LATEST_TEMPORARY
     if published_without_latest(root) is not None and not (root / LATEST_NAME).exists():
-        os.replace(aside, root / LATEST_NAME)
+        os.replace(temporary, root / LATEST_NAME)
     else:
-        aside.unlink()
+        temporary.unlink()
 
 
 def publish(temporary: Path, final: Path) -> None:
     """Give the finished checkpoint its name and make it the latest; an earlier one of the same step is replaced.
 
-    `latest` is written aside before anything moves, so that a full disk is met while nothing has changed yet.
+    `latest` is written under a temporary name before anything moves: a full disk is met while nothing has changed yet.
     """
     root, replaced = final.parent, final.with_name(replaced_name(final.name))
     with storage_errors(final):
         sync_directory(temporary)
-        write_file(root / LATEST_ASIDE, [f"{final.name}\n".encode()])
+        write_file(root / LATEST_TEMPORARY, [f"{final.name}\n".encode()])
         if final.exists():
             os.rename(final, replaced)
         os.rename(temporary, final)
         sync_directory(root)
-        os.replace(root / LATEST_ASIDE, root / LATEST_NAME)
+        os.replace(root / LATEST_TEMPORARY, root / LATEST_NAME)
         sync_directory(root)
         if replaced.exists():
             with suppress(OSError):

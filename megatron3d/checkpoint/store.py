@@ -204,7 +204,7 @@ def _check_agreement(plans: list[SavePlan]) -> None:
                 mine, theirs = _data_of(item), _data_of(first)
                 same = (mine.size, mine.properties.dtype) == (theirs.size, theirs.properties.dtype)
                 if not same or (key[1] is not None and mine.chunk.sizes != theirs.chunk.sizes):
-                    both = f"{_told(first)} and {_told(item)}"
+                    both = f"{_describe(first)} and {_describe(item)}"
                     raise ValueError(f"ranks {first_rank} and {rank} disagree about {item.index.fqn}: {both}")
 
 
@@ -229,7 +229,7 @@ def _tensor_of(value: Tensor | io.BytesIO) -> Tensor:
     return value
 
 
-def _told(item: WriteItem) -> str:
+def _describe(item: WriteItem) -> str:
     data = _data_of(item)
     box = f"a box of {tuple(data.chunk.sizes)} at {tuple(data.chunk.offsets)}"
     return f"{box} of {tuple(data.size)} {data.properties.dtype}"

@@ -2,7 +2,7 @@
 
 When torch's elastic agent gets a signal it passes it on to its processes, waits, and kills what is left. From torch
 2.13 on `--shutdown-timeout` says how long it waits; before, it is always 30 s, too short to save a large model.
-Where torch has the option this is `torchrun` itself; where it has not, the agent here waits as long as it is told.
+Where torch has the option this is `torchrun` itself; where it has not, the agent here waits as long as it is asked to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEFAULT_TIMEOUT_S = 30  # torch's own
 
 
 class PatientAgent(LocalElasticAgent):
-    """An agent that waits as long as it is told for processes that it passed a signal on to.
+    """An agent that waits a given time for processes that it passed a signal on to.
 
     Processes that it ends for another reason, because one of them failed, have torch's 30 s as before.
     """
@@ -43,7 +43,7 @@ class PatientAgent(LocalElasticAgent):
 
 
 def torch_has_timeout() -> bool:
-    """Whether the agent of the installed torch can be told how long to wait."""
+    """Whether the agent of the installed torch takes the time to wait as an option."""
     return "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}
 
 

@@ -50,9 +50,9 @@ def disagreements(values_by_rank: Sequence[Mapping[str, str]]) -> list[str]:
         for rank, values in enumerate(values_by_rank):
             ranks_of.setdefault(values.get(name, "nothing"), []).append(rank)
         if len(ranks_of) > 1:
-            told = "; ".join(f"{_ranks(ranks)} {value}" for value, ranks in ranks_of.items())
+            found = "; ".join(f"{_ranks(ranks)} {value}" for value, ranks in ranks_of.items())
             sentences.append(
-                f"The ranks do not agree on {name}: {told}. Give all of them the same command line and the same files."
+                f"The ranks do not agree on {name}: {found}. Give all of them the same command line and the same files."
             )
     return sentences
 

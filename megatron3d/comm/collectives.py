@@ -67,19 +67,21 @@ def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     """Concatenate every rank's `x` along dimension 0: [n, ...] becomes [n * size, ...]."""
     if axis.size == 1:
         return Pending(x)
-    whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    axis.meter.add(axis.name, "all_gather", _size_bytes(whole))
-    return Pending(whole, _gather_flat(whole, x.contiguous(), group=axis.group, async_op=True), axis, "all_gather")
+    gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    axis.meter.add(axis.name, "all_gather", _size_bytes(gathered))
+    return Pending(
+        gathered, _gather_flat(gathered, x.contiguous(), group=axis.group, async_op=True), axis, "all_gather"
+    )
 
 
-def start_all_gather_into(whole: Tensor, x: Tensor, axis: Axis) -> Pending:
+def start_all_gather_into(gathered: Tensor, x: Tensor, axis: Axis) -> Pending:
     """All-gather the one-dimensional `x` into the caller's buffer `whole`, of which `x` may be this rank's part."""
     if axis.size == 1:
-        if whole.data_ptr() != x.data_ptr():
-            whole.copy_(x)
-        return Pending(whole)
-    axis.meter.add(axis.name, "all_gather", _size_bytes(whole))
-    return Pending(whole, _gather_flat(whole, x, group=axis.group, async_op=True), axis, "all_gather")
+        if gathered.data_ptr() != x.data_ptr():
+            gathered.copy_(x)
+        return Pending(gathered)
+    axis.meter.add(axis.name, "all_gather", _size_bytes(gathered))
+    return Pending(gathered, _gather_flat(gathered, x, group=axis.group, async_op=True), axis, "all_gather")
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:

@@ -128,7 +128,7 @@ class HostCopies:
             event = self._stream.record_event()
         for tensor in (target, source):
             if tensor.device.type == "cuda":
-                tensor.record_stream(self._stream)  # its memory must not be lent again before the copy is made
+                tensor.record_stream(self._stream)  # its memory must not be reused before the copy is made
         return Copy(event)
 
 

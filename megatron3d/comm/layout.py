@@ -6,7 +6,7 @@ of their own over the same ranks: expert tensor fastest, then expert, expert dat
 stage's ranks, so ETP x EP x EDP = TP x CP x DP, and EP is not bounded by DP.
 
 `AXES` says what ranks do together. An axis is named by its use: who reads which samples (`batch`) is another question
-than who adds up gradients (`grad`). Nothing here knows of processes or devices; `mesh.py` turns a layout into groups.
+than who sums gradients (`grad`). Nothing here knows of processes or devices; `mesh.py` turns a layout into groups.
 
 Source: Liu et al. 2025 (MoE Parallel Folding) for the second grid.
 """

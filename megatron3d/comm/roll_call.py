@@ -23,7 +23,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from megatron3d.comm.meter import Meter
-from megatron3d.comm.waiting import in_words
+from megatron3d.comm.waiting import describe_collective
 
 POLL_S = 1.0
 ANSWER_S = 5.0  # a few polls, as a busy process may be late; other ranks time out at their own moments meanwhile
@@ -105,7 +105,10 @@ class RollCall:
 
     def _answer(self) -> None:
         names = self._meter.waiting_for if self._meter is not None else None
-        answer = {"waiting_for": None if names is None else in_words(names), "at": self._line_of_main_thread()}
+        answer = {
+            "waiting_for": None if names is None else describe_collective(names),
+            "at": self._line_of_main_thread(),
+        }
         self._store.set(f"answer/{self._rank}", json.dumps(answer))
 
     def _line_of_main_thread(self) -> str:

@@ -34,7 +34,7 @@ class CollectiveError(PeerError):
 
 
 class Waiting:
-    """A context manager around one blocking wait: while it lasts `meter.waiting_for` tells of it.
+    """A context manager around one blocking wait: while it lasts `meter.waiting_for` names it.
 
     An error that means that a peer is lost or silent becomes a `CollectiveError`; if it was silent, the stacks of all
     threads go to standard error first, while they still show the wait.
@@ -59,11 +59,11 @@ class Waiting:
         elif isinstance(error, Exception) and not isinstance(error, PeerError) and is_peer_failure(error):
             if is_timeout(error):
                 faulthandler.dump_traceback(file=_STDERR, all_threads=True)
-            waited_for = in_words(self._names)
+            waited_for = describe_collective(self._names)
             raise CollectiveError(f"{waited_for}: {first_line(error)}", waited_for=waited_for) from error
 
 
-def in_words(names: tuple[str, str, Sequence[int]]) -> str:
+def describe_collective(names: tuple[str, str, Sequence[int]]) -> str:
     """A collective with its axis and ranks: "all_reduce over dp (ranks 0, 1)"."""
     collective, axis, ranks = names
     listed = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")

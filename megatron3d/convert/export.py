@@ -43,7 +43,7 @@ _REWRITTEN = ("architectures", "dtype", "torch_dtype", "transformers_version", "
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export may be told: a dtype instead of the stored one, names of the classes, and where the tokenizer
+    """What an export may be given: a dtype instead of the stored one, names of the classes, and where the tokenizer
     lies (None takes that of the run, and `with_tokenizer` says whether to take any)."""
 
     dtype: torch.dtype | None = None

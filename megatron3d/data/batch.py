@@ -54,7 +54,7 @@ class Samples:
 
     @abstractmethod
     def model_inputs(self) -> dict[str, Any]:
-        """What the model is told of the samples, by the names of `models.stage.MicroBatch`."""
+        """What the model is given of the samples, by the names of `models.stage.MicroBatch`."""
 
     def label_index(self) -> Tensor | None:
         """Which of the tokens, in the order of [S, B] flattened, have a label that counts, int64 [P]; None where the
@@ -138,7 +138,7 @@ class BertBatch(Batch):
     tokens_BS: [CLS] A [SEP] B [SEP] and padding, with some tokens masked. labels_BS: the original token where
     loss_mask_BS is 1, and the padding id elsewhere. token_types_BS: int64, 1 on B and its [SEP], else 0.
     padding_mask_BS: bool, True where a real token stands and False on padding; nobody attends to padding.
-    sentence_labels_B: int64, 0 where B goes on from A and 1 where it does not; None without the sentence head.
+    sentence_labels_B: int64, 0 where B follows A and 1 where it does not; None without the sentence head.
     """
 
     token_types_BS: Tensor

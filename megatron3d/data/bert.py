@@ -1,4 +1,4 @@
-"""BERT samples of one corpus of sentences: [CLS] A [SEP] B [SEP], some tokens masked, and whether B goes on from A.
+"""BERT samples of one corpus of sentences: [CLS] A [SEP] B [SEP], some tokens masked, and whether B follows A.
 
     packing.py   which sentences sample k of an epoch shows: up to S - 3 tokens in a row of one document
     here         where A ends and B begins; what stands in B's place; how a sample is put together
@@ -53,7 +53,7 @@ class BertForm:
 class BertSample:
     """One sample, padded: int64 [S] tokens, labels and token_types, bool [S] predicted; T of the S tokens are real.
 
-    sentence_label: 0 where B goes on from A, 1 where it does not, None where there is no sentence task.
+    sentence_label: 0 where B follows A, 1 where it does not, None where there is no sentence task.
     """
 
     tokens: NDArray[np.int64]

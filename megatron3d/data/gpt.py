@@ -2,7 +2,7 @@
 
 The documents of a split are read as one long row of T tokens, in file order. An epoch cuts it into
 n = (T - 1) // S samples of S inputs each (the label of an input is the token after it, so neighbours share one token)
-and takes them in an order of its own. The T - 1 - n*S tokens that are left over are shared out by chance between the
+and takes them in an order of its own. The T - 1 - n*S tokens that are left over are distributed at random between the
 two ends, anew each epoch, so that samples begin elsewhere each time and no token is left out for good.
 
 Nothing is built, stored or waited for: sample k belongs to epoch k // n, the epoch's permutation is computed, and a

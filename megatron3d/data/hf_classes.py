@@ -117,8 +117,8 @@ def _llama(description: Description) -> tokenizers.Tokenizer:
 def merges_of(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     """All pairs of tokens that make a token, by the id of what they make, then by their lengths, then by their ids."""
     found = []
-    for whole, id in vocab.items():
-        pairs = ((whole[:cut], whole[cut:]) for cut in range(1, len(whole)))
+    for piece, id in vocab.items():
+        pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
         kept = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
         found += [(id, left, right) for left, right in sorted(kept, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))]
     found.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])))

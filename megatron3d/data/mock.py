@@ -61,7 +61,7 @@ class MockSamples:
 class MockBertSamples:
     """BERT samples of the same chain, A and B being neighbours on it; sample k is a function of seed, split and k.
 
-    With the task `next`, a B that does not go on from A comes from another walk. The order or origin of B can be told
+    With the task `next`, a B that does not follow A comes from another walk. The order or origin of B follows
     from the step between the end of the one and the beginning of the other, as long as neither is masked.
     """
 

@@ -105,7 +105,7 @@ class EpochPlan:
         """Decide how many blocks are cut. `short_share` is p, 0 to 1."""
         self._pieces, self._blocks, self._min_pieces, self._seed = pieces, blocks, min_pieces, seed
         can_be_cut = blocks.stops - blocks.firsts >= 2 * min_pieces
-        self._cuttable, self._whole = np.flatnonzero(can_be_cut), np.flatnonzero(~can_be_cut)
+        self._cuttable, self._uncut = np.flatnonzero(can_be_cut), np.flatnonzero(~can_be_cut)
         wanted = round(short_share * len(blocks) / (2 - short_share))
         self.num_cut = min(wanted, len(self._cuttable))
 
@@ -118,7 +118,7 @@ class EpochPlan:
         """The first piece, the piece after the last, and the document of sample `index` (0 to n - 1) of `epoch`."""
         place = Permutation(self.num_samples, derive_seed(self._seed, "order", epoch))[index]
         if place >= len(self._cuttable) + self.num_cut:
-            block = int(self._whole[place - len(self._cuttable) - self.num_cut])
+            block = int(self._uncut[place - len(self._cuttable) - self.num_cut])
         else:
             # the blocks that can be cut in a random order: the first k of them are cut, with two places each
             turn = place // 2 if place < 2 * self.num_cut else place - self.num_cut

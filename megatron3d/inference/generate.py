@@ -71,8 +71,8 @@ def generate(
     for first in range(0, len(own), batch_size):
         batch = _Batch(model, config.model, own[first : first + batch_size], use_cache=use_cache)
         done |= batch.complete(options, frozenset() if options.ignore_eod else ends)
-    everywhere = {number: tokens for part in gather_values(done, readers) for number, tokens in part.items()}
-    return [everywhere[number] for number in range(len(prompts))]
+    by_number = {number: tokens for part in gather_values(done, readers) for number, tokens in part.items()}
+    return [by_number[number] for number in range(len(prompts))]
 
 
 def new_token_limits(prompts: Sequence[Sequence[int]], config: ModelConfig, options: SamplingOptions) -> list[int]:

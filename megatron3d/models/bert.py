@@ -149,7 +149,7 @@ class BertHead(ParallelModule):
         return torch.tanh(self.pooler(first_position(x_SBH, self.context)))
 
     def pair_logits(self, pooled_BH: Tensor) -> Tensor:
-        """Scores [B, C]: class 0 says that the second sentence goes on from the first."""
+        """Scores [B, C]: class 0 says that the second sentence follows the first."""
         assert self.binary is not None, "a model without a binary head scores no pairs"
         return self.binary(pooled_BH)
 

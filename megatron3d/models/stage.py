@@ -43,7 +43,7 @@ class MicroBatch:
         position_ids_BS: positions, int64; None is 0 .. S-1.
         attention_mask_BST: True where position S may attend to position T, [B, S or 1, T]; None is the model's own
             attention, causal in a GPT and to every position in a BERT.
-        token_types_BS: the segment of each token, int64, where the model tells segments apart.
+        token_types_BS: the segment of each token, int64, where the model distinguishes segments.
         sentence_labels_B: the class of each sample, int64, for models that score sentences or pairs of them; fp32
             values for those that measure.
         sample_weights_B: weight of each sample's loss, fp32, in models that score samples alone; None weighs all alike.

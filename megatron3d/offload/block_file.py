@@ -39,7 +39,7 @@ def offload_errors(action: str, where: str) -> AbstractContextManager[None]:
     return storage_errors(
         action,
         where,
-        assurance="the checkpoints are untouched, the next start resumes from the last",
+        assurance="the checkpoints are untouched, the next run resumes from the last",
         way_out="give another --offload-dir",
     )
 

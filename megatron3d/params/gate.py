@@ -55,7 +55,7 @@ class WeightGate:
     def open(self, place: str, x: Tensor | None = None) -> Tensor | None:
         """Before the place: its weights may be read from here on. Returns `x`, the place's input.
 
-        None is the input of a place that takes no gradient (the embedding); then nothing tells the gatherer that its
+        None is the input of a place that takes no gradient (the embedding); then the gatherer is not informed that its
         backward is over, and the gatherer releases the weights at the end of the stage's backward.
         """
         if self._gatherer is None:

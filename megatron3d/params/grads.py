@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 @dataclass
 class _Destination:
-    """How to come by the buffer of one parameter, whom to tell of contributions, and whether those that autograd
-    brings in an input-gradient step wait for the weight-gradient step."""
+    """How to get the buffer of one parameter, what to call after each contribution, and whether those that autograd
+    brings in an input-gradient step are deferred to the weight-gradient step."""
 
     buffer_of: Callable[[], Tensor]
     on_arrival: Callable[[], None]
-    waits: bool
+    is_deferred: bool
 
 
 class GradSink:
@@ -41,17 +41,17 @@ class GradSink:
 
     def bind(self, parameter: nn.Parameter, buffer: Tensor, on_arrival: Callable[[], None]) -> None:
         """Send the gradient of `parameter` to `buffer` (same shape), and call `on_arrival` after each contribution."""
-        self._bind(parameter, _Destination(lambda: buffer, on_arrival, waits=False))
+        self._bind(parameter, _Destination(lambda: buffer, on_arrival, is_deferred=False))
 
     def bind_late(
         self, parameter: nn.Parameter, buffer_of: Callable[[], Tensor], on_arrival: Callable[[], None]
     ) -> None:
         """The same with a buffer that is asked for at each contribution, as it may come and go between them.
 
-        Within `defer` the gradients that autograd brings are put aside too, so that an input-gradient step needs no
+        Within `defer` the gradients that autograd brings are deferred too, so that an input-gradient step needs no
         buffer; they are those of norms and tables, small beside the activations that are kept as long.
         """
-        self._bind(parameter, _Destination(buffer_of, on_arrival, waits=True))
+        self._bind(parameter, _Destination(buffer_of, on_arrival, is_deferred=True))
 
     def _bind(self, parameter: nn.Parameter, destination: _Destination) -> None:
         self._destinations[parameter] = destination
@@ -81,7 +81,7 @@ class GradSink:
         if x is None and trained_bias is None:
             return
 
-        @torch.no_grad()  # put aside, it runs outside of the backward that asked for it
+        @torch.no_grad()  # deferred, it runs outside of the backward that asked for it
         def work() -> None:
             grad_TO = grad_out.reshape(-1, grad_out.shape[-1])
             if x is not None:
@@ -125,7 +125,7 @@ class GradSink:
 
     @contextmanager
     def defer(self) -> Iterator[list[Callable[[], None]]]:
-        """Within the context weight-gradient work is put aside; the list it yields holds that work, in order."""
+        """Within the context weight-gradient work is deferred; the list it yields holds that work, in order."""
         self._deferred, outer = [], self._deferred
         try:
             yield self._deferred
@@ -150,7 +150,7 @@ class GradSink:
     def _now_or_later(self, parameter: nn.Parameter, work: Callable[[], None]) -> None:
         """Do work that is small: at once, unless the parameter's buffer waits for the weight-gradient step."""
         destination = self._destinations.get(parameter)
-        if self._deferred is not None and destination is not None and destination.waits:
+        if self._deferred is not None and destination is not None and destination.is_deferred:
             self._deferred.append(work)
         else:
             work()

@@ -1,6 +1,6 @@
 """A timeline of a real run: when each step of a schedule started and ended on every rank, and who waited for what.
 
-`PipelineRecorder` is told by `run` what begins and ends. `gather` puts the ranks together into the same `Timeline` that
+`PipelineRecorder` gets from `run` what begins and ends. `gather` joins the ranks into the same `Timeline` that
 `simulate` gives, so that it is drawn alike and its bubble compares with the simulated one. A step's time is without its
 waiting for messages of the pipeline, and with everything else a stage does, such as collectives of tensor parallelism.
 

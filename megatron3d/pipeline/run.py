@@ -32,7 +32,7 @@ class StageForward(Protocol):
 
 
 class Recorder(Protocol):
-    """What the interpreter tells about its work, for a timeline of a real run; see `measured`."""
+    """What the interpreter reports of its work, for a timeline of a real run; see `measured`."""
 
     def start(self, schedule: Schedule) -> None:
         """The first action comes next."""
@@ -111,7 +111,7 @@ def run(
         micros: one value for each micro-batch, handed to the stages.
         wire: shapes, dtype and axis of the messages.
         backward: None runs forwards alone, without building a graph.
-        recorder: told when each step and each wait for a message begins and ends.
+        recorder: called when each step and each wait for a message begins and ends.
 
     Raises:
         ValueError: the number of micro-batches, or of shapes of their messages, is not the schedule's.

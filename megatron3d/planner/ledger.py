@@ -1,6 +1,6 @@
 """The memory ledger: what every rank of a run holds, by formula, before anything is allocated.
 
-`ledger_of` has the exact bytes of the state and an estimate of the highest moment of a training step: activations,
+`ledger_of` has the exact bytes of the state and an estimate of the peak of a training step: activations,
 gradients on their way, whole units under ZeRO, messages, temporaries. docs/memory.md has how near it comes.
 """
 
@@ -31,7 +31,7 @@ from megatron3d.planner.sizes import BYTES, FP32
 from megatron3d.planner.stage_records import StageRecords
 from megatron3d.planner.stage_run import message_bytes
 from megatron3d.planner.temporaries import publish_temporary, update_temporary
-from megatron3d.planner.timeline import RankStages, highest_moment
+from megatron3d.planner.timeline import RankStages, peak_use
 from megatron3d.zero.policy import policy_of
 
 
@@ -42,8 +42,8 @@ class Ledger:
     Attributes:
         pp_rank: position along the pipeline.
         state: exact, from step to step.
-        activations: kept for backwards at the highest moment of a step.
-        buffers: everything else that is there at that moment and not state.
+        activations: kept for backwards at the peak of a step.
+        buffers: everything else that is there then and not state.
     """
 
     pp_rank: int
@@ -53,7 +53,7 @@ class Ledger:
 
     @property
     def peak(self) -> int:
-        """Bytes on the device at the highest moment of a step."""
+        """Bytes on the device at the peak of a step."""
         return self.state.on_device + self.activations + self.buffers
 
     def rows(self) -> dict[str, int]:
@@ -84,8 +84,8 @@ def ledger_of(records: StageRecords, plan: PipelinePlan) -> tuple[Ledger, ...]:
     """
     config = records.config
     if config.train.freeze_params:
-        whole = whole_stage(config.model, config.train, architecture_of(config.model).build_stage)
-        require_sensible(config.train.freeze_params, whole.parameters_by_name())
+        full_model = whole_stage(config.model, config.train, architecture_of(config.model).build_stage)
+        require_sensible(config.train.freeze_params, full_model.parameters_by_name())
     schedule = plan.training(first_microbatches(config))
     rows = lower(schedule)
     return tuple(
@@ -118,16 +118,16 @@ def ledger_of_rank(
         message_bytes(config),
         sends_linger=device_type == "cpu",
     )
-    in_step = highest_moment(stages, *row)
+    in_step = peak_use(stages, *row)
     after = max(
         one(config, parts.units.values(), device_type=device_type) for one in (publish_temporary, update_temporary)
     )
-    moment = max(in_step, MemoryUse(work=after), key=lambda one: one.total)
-    return Ledger(pp_rank, state, moment.activations, moment.total - moment.activations)
+    peak = max(in_step, MemoryUse(work=after), key=lambda one: one.total)
+    return Ledger(pp_rank, state, peak.activations, peak.total - peak.activations)
 
 
 def sharing_of(config: RunConfig, parts: RankModel, *, device_type: str) -> Mapping[int, SharingPlan]:
-    """What each stage of a rank shares out for a while."""
+    """What each stage of a rank gathers for a while."""
     parallel, policy = config.parallel, policy_of(config.parallel.zero_stage)
     gradient, element = 2 if parallel.grad_reduce_in_bf16 else FP32, BYTES[config.optim.precision]
     copies = device_type == "cpu" and shard_size(parallel) > 1

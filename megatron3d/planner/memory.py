@@ -166,7 +166,7 @@ def declared_state_bytes(config: RunConfig, parts: RankModel) -> StateForecast:
 
 
 def fullest_state(config: RunConfig, units: Iterable[FlatLayout]) -> StateForecast:
-    """The state of the rank that holds most of those that share these units out."""
+    """The state of the rank that holds most of those that shard these units."""
     layouts, ranks = list(units), shard_size(config.parallel)
     best = state_bytes(config, layouts)
     if config.parallel.offload_optimizer != "none":

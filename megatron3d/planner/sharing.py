@@ -37,7 +37,7 @@ class SharedUnit:
 
 @dataclass(frozen=True)
 class SharingPlan:
-    """What a stage shares out, and how far ahead it gathers.
+    """What a stage shards, and how far ahead it gathers.
 
     Attributes:
         units: of the rank, by name.
@@ -77,7 +77,7 @@ class _Total:
         self.highest = max(self.highest, self.held_bytes)
 
     def touch(self, size_bytes: int) -> None:
-        """Take and give back at once."""
+        """Take and release at once."""
         self.highest = max(self.highest, self.held_bytes + size_bytes)
 
 
@@ -141,7 +141,7 @@ class Sharing:
 
     @property
     def waits_for_weights(self) -> bool:
-        """Whether gradients from autograd too are put aside in a split backward."""
+        """Whether gradients from autograd too are deferred in a split backward."""
         return self.plan.shard_gradients
 
     def _flying_bytes(self, name: str) -> int:
@@ -193,7 +193,7 @@ class Sharing:
             self._depart(unit)
 
     def end_backward(self) -> None:
-        """The backward is over: what has not left yet leaves, and what was borrowed is freed."""
+        """The backward is over: what has not left yet leaves, and what was gathered for it is freed."""
         for unit in [name for name in self.plan.units if name in self._arriving]:
             self._depart(unit)
         self._lending.end_backward(0)

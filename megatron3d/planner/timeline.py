@@ -35,7 +35,7 @@ class RankStages:
     sends_linger: bool
 
 
-def highest_moment(stages: RankStages, schedule: Schedule, actions: Sequence[Action]) -> MemoryUse:
+def peak_use(stages: RankStages, schedule: Schedule, actions: Sequence[Action]) -> MemoryUse:
     """The moment of a training step at which a rank holds most besides its state.
 
     Args:
@@ -104,9 +104,9 @@ class _RowWalk:
         self.now = self.now + MemoryUse(messages=messages * self.stages.message)
         self._look(self.now)
 
-    def _look(self, moment: MemoryUse) -> None:
-        if moment.total > self.peak.total:
-            self.peak = moment
+    def _look(self, now: MemoryUse) -> None:
+        if now.total > self.peak.total:
+            self.peak = now
 
     def _memory_of(self, step: Step) -> _Done:
         flight = Flight() if step.op is Op.F else self.flight

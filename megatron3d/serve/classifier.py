@@ -104,7 +104,7 @@ class Classifier:
         return found
 
     def answer(self, logits_C: NDArray[np.float32], row: EncodedSample) -> dict[str, Any]:
-        """What a client is told: the most probable label and the probability of each, or the value of a regression;
+        """What a client gets: the most probable label and the probability of each, or the value of a regression;
         `truncated` where the sample lost tokens.
 
         Raises:
@@ -115,12 +115,12 @@ class Classifier:
         description = self.description
         if description.is_regression:
             low, high = description.value_range or (-np.inf, np.inf)
-            told: dict[str, Any] = {"value": float(np.clip(logits_C[0], low, high))}
+            answer: dict[str, Any] = {"value": float(np.clip(logits_C[0], low, high))}
         else:
             scores_C = probabilities(logits_C)
             scores = dict(zip(description.labels, map(float, scores_C), strict=True))
-            told = {"label": description.labels[int(scores_C.argmax())], "scores": scores}
-        return told | ({"truncated": True} if row.is_cut else {})
+            answer = {"label": description.labels[int(scores_C.argmax())], "scores": scores}
+        return answer | ({"truncated": True} if row.is_cut else {})
 
 
 def probabilities(logits_C: NDArray[np.float32]) -> NDArray[np.float64]:

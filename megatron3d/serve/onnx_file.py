@@ -46,14 +46,14 @@ class Agreement:
 
 
 @contextmanager
-def set_aside(path: Path) -> Iterator[Path]:
+def temporary_beside(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; takes the name `path` if the block ends well, else is removed.
 
     Raises:
         StorageError: the file system refused.
     """
-    with storage_errors("write --output", path, way_out="give another path"), atomic_path(path) as aside:
-        yield aside
+    with storage_errors("write --output", path, way_out="give another path"), atomic_path(path) as temporary:
+        yield temporary
 
 
 def require_exporter() -> None:
@@ -75,7 +75,7 @@ def write(model: ExportedClassifier, path: Path, metadata: Mapping[str, str], *,
 
     Args:
         model: with weights that need no gradients.
-        path: written whole or not at all is the caller's care (`set_aside`).
+        path: written whole or not at all is the caller's care (`temporary_beside`).
         metadata: kept inside the file.
         max_length: longest S.
     """
@@ -146,7 +146,7 @@ def _larger(known: float, values: Tensor) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells of packages that a BERT has no use for; its errors are exceptions and still come out."""
+    """The exporter warns of packages that a BERT has no use for; its errors are exceptions and still come out."""
     exporter = logging.getLogger("torch.onnx")
     before = exporter.level
     exporter.setLevel(logging.ERROR)

@@ -48,7 +48,7 @@ def open_partial(path: Path) -> IO[bytes]:
     """A new file beside `path`, named by the stream's `name`, to be written and then renamed to `path`.
 
     The stream holds the kernel's lock on it, which ends with the last process that has it open. So what a killed run
-    left beside `path` can be told from what another one is writing now, and is removed here.
+    left beside `path` can be distinguished from what another one is writing now, and is removed here.
 
     Raises: OSError if the system refuses.
     """

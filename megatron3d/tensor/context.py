@@ -51,8 +51,8 @@ class LayerContext:
     def positions(self, x_SBH: Tensor) -> Tensor:
         """Where in the sequence the positions of this rank's residual stream [S, B, H] stand, int64 [S]."""
         count = x_SBH.shape[0]  # len() would be a fixed number in an exported graph, whose lengths are symbols
-        whole = count * self.tp.size if self.sequence_parallel else count
-        return self.local_sequence(torch.arange(whole, device=x_SBH.device))
+        full_length = count * self.tp.size if self.sequence_parallel else count
+        return self.local_sequence(torch.arange(full_length, device=x_SBH.device))
 
     def whole_heads(self, part_SBd: Tensor) -> Tensor:
         """Key and value heads, [..., D] of type R on `kv`, from the part of each that every rank of it has, [..., d] of

@@ -48,8 +48,8 @@ class _Linear(torch.autograd.Function):
         # Under sequence parallelism only the shard is kept, and nothing where no gradient of the weight is made of it.
         ctx.save_for_backward(x if weight.requires_grad else None)
         ctx.weight, ctx.bias, ctx.axis, ctx.sink, ctx.input_type = weight, bias, axis, sink, input_type
-        whole = start_all_gather(x, axis).wait() if input_type == "V" else x
-        return F.linear(whole, weight, bias)
+        gathered = start_all_gather(x, axis).wait() if input_type == "V" else x
+        return F.linear(gathered, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:

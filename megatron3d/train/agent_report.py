@@ -21,7 +21,7 @@ from megatron3d.errors import Megatron3dError, PeerError, StopRequested
 def report_to_agent(error: BaseException, where: str, file: Path | None) -> None:
     """Write the reason into the agent's file, if it has one; a file system that refuses is left alone.
 
-    A stop is no failure. Neither is it told that another rank was lost: the agent takes the earliest file for the
+    A stop is no failure. Nor is the loss of another rank reported: the agent takes the earliest file for the
     cause, and a process that was killed has left none.
     """
     if file is None or isinstance(error, StopRequested | PeerError):

@@ -1,7 +1,7 @@
 """Evaluation: mean losses over the first global batches of a stream, by a forward-only schedule.
 
 Every evaluation reads the same samples, so its numbers compare along a run and between runs. Where the model declares
-accuracies, it also tells which share of its predictions is right; and beside the share of right tokens what the best
+accuracies, it also reports which share of its predictions is right; and beside the share of right tokens what the best
 constant answer would reach on the same labels: the share of the most frequent one, the unigram baseline.
 """
 

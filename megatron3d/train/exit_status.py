@@ -121,7 +121,7 @@ def _place_unless_a_cause_is_there(beside: Path, path: Path) -> None:
 
 
 def _names_a_cause(path: Path) -> bool:
-    """Whether the file is there and tells of an earlier failure; of several lost peers the first is kept."""
+    """Whether the file is there and reports an earlier failure; of several lost peers the first is kept."""
     try:
         code = parse_object(path.read_bytes()).get("code")
     except (OSError, ValueError):

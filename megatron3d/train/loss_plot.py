@@ -125,7 +125,7 @@ def _draw_train(axes: Axes, train: list[tuple[int, float]]) -> None:
 
 
 def _draw_valid(axes: Axes, valid: list[tuple[int, float]]) -> None:
-    """The validation loss as a line with a point for each evaluation, few enough to be told apart."""
+    """The validation loss as a line with a point for each evaluation, few enough to be distinguished."""
     if not valid:
         return
     steps, losses = [s for s, _ in valid], [v for _, v in valid]

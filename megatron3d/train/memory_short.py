@@ -36,7 +36,7 @@ def memory_short(error: BaseException) -> MemoryShortError | None:
 
 
 def _amount(text: str) -> str:
-    """What was asked for and what there is, as far as the text tells."""
+    """What was asked for and what there is, as far as the text shows."""
     asked, has = _AMOUNT.search(text), _CAPACITY.search(text)
     size = _readable(asked[1] or asked[2]) if asked else None
     wanted = f": {size} more were asked for at once" if size else ""

@@ -126,7 +126,7 @@ class MetricsFile:
     def resume(self, step: int, record: StartRecord, *, evaluation_due: bool = False) -> None:
         """Continue after `step`: forget what was written beyond it, and note the layout of the run from here on.
 
-        `evaluation_due` tells that the evaluation after `step` will be made now; if it stands there already, it goes.
+        `evaluation_due` means that the evaluation after `step` will be made now; if it stands there already, it goes.
 
         A file that is missing or empty (the path is new) starts with a start record that says so by `from_step`.
 
@@ -151,9 +151,9 @@ class MetricsFile:
         try:
             records, damage = salvage(self.path)
             if damage:
-                aside = self.path.with_name(self.path.name + ".damaged")
-                shutil.copyfile(self.path, aside)
-                self._warn(f"{damage[0]}; it was left out, and the file as it was is kept as {aside}")
+                damaged = self.path.with_name(self.path.name + ".damaged")
+                shutil.copyfile(self.path, damaged)
+                self._warn(f"{damage[0]}; it was left out, and the file as it was is kept as {damaged}")
             kept = [r for r in records if r.get("step", 0) <= step and r.get("from_step", -1) < step]
             if not with_evaluation:
                 kept = [r for r in kept if r.get("step") != step or "valid_loss" not in r]

@@ -57,8 +57,10 @@ class ModuleStates:
 
     def replicated(self) -> list[tuple[Axis, dict[str, Tensor]]]:
         """The values that all ranks of an axis hold alike, for `require_equal_replicas`."""
-        whole = {name: value for name, value in self.values().items() if self._declared[name].spec.cut.is_replicated}
-        return [(self._mesh.grad, self.values()), (self._mesh.tp, whole)]
+        replicated = {
+            name: value for name, value in self.values().items() if self._declared[name].spec.cut.is_replicated
+        }
+        return [(self._mesh.grad, self.values()), (self._mesh.tp, replicated)]
 
     @torch.no_grad()
     def update(self) -> None:

@@ -122,19 +122,19 @@ def _reason(choice: OrderChoice) -> str:
     return f"the shortest of {len(choice.considered)} simulated{left_out}, bubble {chosen.bubble:.1%}"
 
 
-def _layer_costs(config: RunConfig, wish: str) -> tuple[float, ...]:
+def _layer_costs(config: RunConfig, given: str) -> tuple[float, ...]:
     """The cost of the embedding, of each layer, and of the output layer with the loss."""
     num_layers = config.model.num_layers
-    if wish == "formula":
+    if given == "formula":
         layers, head = forward_flops_by_layer(config.model)
         return (0.0, *layers, head)
     try:
-        costs = tuple(float(word) for word in wish.split(","))
+        costs = tuple(float(word) for word in given.split(","))
     except ValueError:
         costs = ()
     if len(costs) != num_layers + 2 or not all(0.0 <= cost < float("inf") for cost in costs):
         raise ConfigError(
-            f"--pipeline-split-costs {wish} is neither 'formula' nor {num_layers + 2} numbers of at least 0 "
+            f"--pipeline-split-costs {given} is neither 'formula' nor {num_layers + 2} numbers of at least 0 "
             f"separated by commas: the cost of the embedding, of each of the {num_layers} layers, and of the output "
             "layer"
         )

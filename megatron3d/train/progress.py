@@ -185,11 +185,11 @@ class ProgressReporter:
 
 def format_duration(seconds: float) -> str:
     """A duration in its two largest units: "45 s", "3 min 20 s", "2 h 13 min", "4 d 6 h"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60} s"
     minutes = round(seconds / 60)
     if minutes < 24 * 60:
         return f"{minutes // 60} h {minutes % 60} min"

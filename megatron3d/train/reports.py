@@ -1,4 +1,4 @@
-"""Reports: everything a run tells people while it goes: log lines, metrics file, TensorBoard, Weights & Biases.
+"""Reports: everything a run shows people while it runs: log lines, metrics file, TensorBoard, Weights & Biases.
 
 Only rank 0 writes. Collectives happen at the start alone, to find the rank that holds most.
 """
@@ -180,7 +180,7 @@ class Reports:
 
 
 def devices_of(parts: TrainingSetup) -> Devices:
-    """The devices of a run, with the peak that `--peak-tflops` gives or the name of the device tells."""
+    """The devices of a run, with the peak that `--peak-tflops` gives or the name of the device implies."""
     config = parts.config
     peak = config.train.peak_tflops or peak_tflops(device_name(parts.model.device), config.optim.precision)
     return Devices(parts.mesh.world.size, None if peak is None else peak * TERA)

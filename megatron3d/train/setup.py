@@ -157,8 +157,8 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
         ScheduleError: the order of work is not known or does not take the stages it is given.
     """
     if config.train.freeze_params:
-        whole = whole_stage(config.model, config.train, builder)
-        require_sensible(config.train.freeze_params, whole.parameters_by_name())
+        full_model = whole_stage(config.model, config.train, builder)
+        require_sensible(config.train.freeze_params, full_model.parameters_by_name())
     model = build_model(config, mesh, device, builder)
     reduces_in_bf16 = config.parallel.grad_reduce_in_bf16
     options = UnitOptions(

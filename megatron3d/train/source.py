@@ -26,7 +26,7 @@ from megatron3d.errors import CheckpointError
 class Source:
     """A checkpoint to start from: all of it (a resume) or its weights alone, and why this one.
 
-    `is_own` tells that it lies in --save and was not asked for by its step: what the same command may have written.
+    `is_own` means that it is in --save and was not asked for by its step: what the same command may have written.
     `damage` says what is wrong with `latest`, or with the step asked for, where this one was found without it.
     """
 

@@ -62,7 +62,7 @@ class Restored:
     """Where a run starts: its progress, the schedule it follows, and the checkpoint it came from, if any, and why.
 
     `damage` says what is wrong with the checkpoint that was asked for, where another was taken instead. `lines`
-    report what the run changes. `evaluation_due` tells that the run before was stopped within the evaluation
+    report what the run changes. `evaluation_due` means that the run before was stopped within the evaluation
     that follows this step.
     """
 

@@ -80,7 +80,7 @@ def train_step(
         rates: of this step.
         step: number of the step from 0, for the dropout streams.
         wants_stop: this rank's vote to stop after the step.
-        recorder: told what the pipeline does and when.
+        recorder: records what the pipeline does and when.
 
     Raises:
         NumericsError: loss or gradients are not finite and the run is not one that skips such steps.

@@ -1,4 +1,4 @@
-"""The ranks' common decision to stop: each has its own wish, and all act on it at the same point.
+"""The ranks' common decision to stop: each may have its own request, and all act on it at the same point.
 
 Signals do not reach all ranks at the same time. A rank that stopped alone would leave the others waiting for it, so
 every point at which a run may stop is a small reduction over all ranks.

@@ -2,7 +2,7 @@
 
 A tracker that fails while the run goes on is reported once on standard error; the next record is tried again, so it
 resumes when the disk has space or the service answers. At the end one line says what it missed. At the start the
-causes are told apart: a path that can never be written is the user's to mend and raises, a full disk does not.
+causes are distinguished: a path that can never be written is the user's to mend and raises, a full disk does not.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class ZeroEngine:
             unit.expect_in_backward(self.parameters[name].contributions if used_once else 0)
 
     def after_backward(self, stage: int) -> None:
-        """It is over: reduce what it brought where gradients are sharded, free what it borrowed."""
+        """It is over: reduce what it brought where gradients are sharded, free what was gathered for it."""
         self.gatherer.end_backward(stage)
         if self.options.policy.shard_grads:
             for _, unit in self._units_of(stage):

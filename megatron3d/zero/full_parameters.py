@@ -49,9 +49,9 @@ def assign_owners(specs: Sequence[ParamSpec], *, shard: int, tp: int) -> list[Ow
     owners: dict[int, Owner] = {}
     for number in sorted(range(len(specs)), key=lambda n: -work[n]):
         shard_rank, tp_rank = min(load, key=lambda place: load[place])
-        everywhere = specs[number].is_replicated
-        owners[number] = Owner(shard_rank, None if everywhere else tp_rank)
-        for t in range(tp) if everywhere else (tp_rank,):
+        is_replicated = specs[number].is_replicated
+        owners[number] = Owner(shard_rank, None if is_replicated else tp_rank)
+        for t in range(tp) if is_replicated else (tp_rank,):
             load[shard_rank, t] += work[number]
     return [owners[number] for number in range(len(specs))]
 

@@ -1,4 +1,4 @@
-"""What a ZeRO stage shares out over the data-parallel ranks: four rows, and no other test of the stage number.
+"""What a ZeRO stage shards over the data-parallel ranks: four rows, and no other test of the stage number.
 
 Source: Rajbhandari et al. 2020 (ZeRO), section 5.
 """

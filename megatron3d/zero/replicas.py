@@ -2,7 +2,7 @@
 
 What several ranks hold is meant to stay equal without ever being sent again: weights and optimizer state of
 data-parallel replicas, parameters that tensor parallelism does not cut, and the copies of a tied table. A flipped bit
-in one of them makes ranks train different models, and no loss tells. So each rank hashes its bits, and the ranks of
+in one of them makes ranks train different models, and no loss shows it. So each rank hashes its bits, and the ranks of
 each axis compare hashes: one small all-gather per axis.
 
 The hash is a sum of the elements' bits times odd weights, modulo 2**64. An odd weight has an inverse, so a change of a

@@ -76,7 +76,7 @@ def test_a_name_from_elsewhere_wins_over_a_family_of_refused_flags() -> None:
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        ("--dry-run", "tools/estimate.py tells the memory"),
+        ("--dry-run", "tools/estimate.py predicts the memory"),
         ("--dtype bf16", "write --bf16 or --fp16"),
         ("--data-parallel-size 8", "follows from the ranks"),
         ("--num-train-epochs 3", "--train-samples"),

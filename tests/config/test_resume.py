@@ -24,7 +24,7 @@ def resolved(options: str = "", *, architecture: str = "gpt", base: str = MOCK) 
     return resolve(run, 1)
 
 
-def told(saved: RunConfig, now: RunConfig) -> dict[str, Effect]:
+def differences_by_line(saved: RunConfig, now: RunConfig) -> dict[str, Effect]:
     return {str(one): one.effect for one in differences(saved, now)}
 
 
@@ -46,7 +46,10 @@ def test_no_field_has_two_effects() -> None:
 
 def test_equal_runs_do_not_differ_whatever_their_layout() -> None:
     assert (
-        told(resolved(), resolved("--micro-batch-size 4 --zero-stage 1 --log-interval 7 --recompute-activations")) == {}
+        differences_by_line(
+            resolved(), resolved("--micro-batch-size 4 --zero-stage 1 --log-interval 7 --recompute-activations")
+        )
+        == {}
     )
 
 
@@ -70,7 +73,7 @@ def test_equal_runs_do_not_differ_whatever_their_layout() -> None:
     ],
 )
 def test_a_changed_option_is_named_with_both_values(options: str, line: str, effect: Effect) -> None:
-    assert told(resolved(), resolved(options))[line] is effect
+    assert differences_by_line(resolved(), resolved(options))[line] is effect
 
 
 @pytest.mark.parametrize(
@@ -89,15 +92,15 @@ def test_a_changed_option_is_named_with_both_values(options: str, line: str, eff
 )
 def test_values_that_mean_the_same_or_nothing_are_no_difference(before: str, after: str) -> None:
     base = MOCK.replace("--mock-data", "") if "--data-path" in before else MOCK
-    assert told(resolved(before, base=base), resolved(after, base=base)) == {}
+    assert differences_by_line(resolved(before, base=base), resolved(after, base=base)) == {}
 
 
 def test_masking_counts_for_a_bert_alone() -> None:
     changed = "--mask-prob 0.3"
     bert = {"architecture": "bert"}
     saved, now = (resolved(options, **bert) for options in ("", changed))
-    assert told(saved, now) == {"--mask-prob: checkpoint 0.15, this run 0.3": Effect.SAMPLES}
-    assert told(resolved(), resolved(changed)) == {}
+    assert differences_by_line(saved, now) == {"--mask-prob: checkpoint 0.15, this run 0.3": Effect.SAMPLES}
+    assert differences_by_line(resolved(), resolved(changed)) == {}
 
 
 OFF_SWITCHES = [
@@ -113,8 +116,8 @@ def test_a_flag_that_switches_something_off_is_on_in_the_run_that_has_it(key: tu
     kind = "bert" if key[1] in ("bert_binary_head", "mask_whole_words") else "gpt"
     base = "--optimizer muon" if key[1].startswith("muon") else ""
     without, given = (resolved(f"{base} {more}", architecture=kind) for more in ("", spelling))
-    assert f"{spelling}: checkpoint off, this run on" in told(without, given)
-    assert f"{spelling}: checkpoint on, this run off" in told(given, without)
+    assert f"{spelling}: checkpoint off, this run on" in differences_by_line(without, given)
+    assert f"{spelling}: checkpoint on, this run off" in differences_by_line(given, without)
 
 
 def _another(value: Any, kind: str, choices: tuple[Any, ...]) -> Any:

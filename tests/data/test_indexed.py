@@ -274,7 +274,7 @@ def test_place_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 5), value=st.integers(-(2**31), 2**31 - 1))
 def test_a_length_or_offset_that_is_another_is_always_refused(prefix: Path, place: int, value: int) -> None:
-    """The six numbers of three sequences: each is told by the others, by the length of .bin or by the last bound."""
+    """The six numbers of three sequences: each follows from the others, by the length of .bin or by the last bound."""
     path = Path(f"{prefix}.idx")
     whole = path.read_bytes()
     start, form = (34 + 4 * place, "<i") if place < 3 else (46 + 8 * (place - 3), "<q")

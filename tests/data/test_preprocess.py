@@ -33,7 +33,7 @@ def tool() -> ModuleType:
 
 @pytest.fixture
 def run(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the tool with the byte tokenizer unless told otherwise; its exit code and what it printed."""
+    """Run the tool with the byte tokenizer by default; its exit code and what it printed."""
 
     def call(*words: object) -> tuple[int, str]:
         kind = () if "--tokenizer-type" in words else ("--tokenizer-type", "ByteTokenizer")

@@ -1,7 +1,7 @@
 """One pool of gloo worker processes for a whole test session: multi-process tests for 0.02 s each instead of seconds.
 
 `pool.run(world_size, body, ...)` runs a module-level function on every rank with torch.distributed initialised and
-gives back the results by rank. Processes are started when first needed, from a fork server that has torch already
+returns the results by rank. Processes are started when first needed, from a fork server that has torch already
 imported, and kept. A rank that raises, dies or hangs ends the call with an error that names it and shows its traceback
 or stack; all processes are then killed, and new ones start when next needed. `worker.py` is the other half.
 """

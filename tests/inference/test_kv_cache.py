@@ -1,4 +1,4 @@
-"""The cache gives back all that was written to it, layer by layer, and never moves."""
+"""The cache returns all that was written to it, layer by layer, and never moves."""
 
 from __future__ import annotations
 

@@ -81,8 +81,8 @@ if __name__ == "__main__":
     compilations = Compilations(GPUTarget("cuda", int(sys.argv[1]), 32))
     for module in MODULES:
         vars(module)["launch"] = compilations.launch
-    everywhere = Registry("triton", support=TritonSupport(installed=True, interpreted=True, detail="compiled only"))
-    use_all_kernels(everywhere, torch.bfloat16, 96)
-    use_all_kernels(everywhere, torch.float16, 2)
+    forced = Registry("triton", support=TritonSupport(installed=True, interpreted=True, detail="compiled only"))
+    use_all_kernels(forced, torch.bfloat16, 96)
+    use_all_kernels(forced, torch.float16, 2)
     kernels = [f"{m.__name__}.{name}" for m in MODULES for name in vars(m) if name.endswith("_kernel")]
     json.dump({"kernels": kernels, "outcomes": compilations.outcomes}, sys.stdout)

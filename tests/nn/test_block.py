@@ -33,7 +33,7 @@ RTOL, ATOL = 1e-6, 1e-6
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and what its attention is told of the positions."""
+    """A model, and what its attention gets of the positions."""
 
     name: str
     changes: dict[str, Any] = field(default_factory=dict)

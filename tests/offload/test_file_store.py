@@ -1,4 +1,4 @@
-"""The file store: what is written is read, what was damaged is told, what is full says so, and death leaves nothing."""
+"""The file store: what is written is read, what was damaged is reported, a full disk too, and death leaves nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> FileStore:
 
 
 def noise(num_bytes: int, seed: int) -> torch.Tensor:
-    """Random bytes, told apart by their seed."""
+    """Random bytes, different for each seed."""
     return torch.randint(256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
@@ -180,9 +180,9 @@ try:
 except StorageError as error:
     print(error)
 """
-    told = run_child(code)
-    assert "could not take 0.067 GB for the offload file" in told
-    assert "--offload-dir" in told and "checkpoints are untouched" in told
+    output = run_child(code)
+    assert "could not take 0.067 GB for the offload file" in output
+    assert "--offload-dir" in output and "checkpoints are untouched" in output
 
 
 def test_a_full_disk_says_to_free_space(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:

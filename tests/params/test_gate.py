@@ -1,4 +1,4 @@
-"""WeightGate: weights are asked for before each use and given back after it, forwards, backwards and recomputed."""
+"""WeightGate: weights are gathered before each use and released after it, forwards, backwards and recomputed."""
 
 from __future__ import annotations
 

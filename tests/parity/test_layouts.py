@@ -43,7 +43,7 @@ LAYOUTS = [
 def cases() -> list[Case]:
     """GPT-2-like tied and Llama-like untied nearly everywhere; the other two where the embedding's ends matter, which
     are two stages whatever else is cut, at most in two. Other orders than 1F1B are in test_schedules.py."""
-    everywhere = [
+    all_layouts = [
         Case(m, layout, options)
         for layout, options in LAYOUTS
         for m in ("gpt2", "llama")
@@ -60,7 +60,7 @@ def cases() -> list[Case]:
         Case("llama", Layout(tp=2, pp=2), f"--decoder-last-pipeline-num-layers 1 {SP}"),
         Case("gpt2-1p", Layout(tp=2, pp=2), SP),
     ]
-    return everywhere + ends + uneven
+    return all_layouts + ends + uneven
 
 
 SHORT = [

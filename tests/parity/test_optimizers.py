@@ -1,4 +1,4 @@
-"""Every optimizer trains, comes to the same losses at every layout, and goes on from a checkpoint of any other.
+"""Every optimizer trains, comes to the same losses at every layout, and resumes from a checkpoint of any other.
 
 Runs of ten steps of the tiny models in fp32, against one process. The updates themselves are compared with formulas in
 `tests/zero/test_full_parameters.py`; here the model's gradients differ in their last bits between layouts, as real

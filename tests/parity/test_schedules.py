@@ -28,7 +28,7 @@ def named(order: str, *options: str) -> str:
 
 def cases() -> list[Case]:
     """Every order at PP 2 and 4, and each with what it could upset: TP, SP, DP, ZeRO, recomputation, uneven stages."""
-    everywhere = [Case("llama-tied", Layout(pp=2), named(order)) for order in [*SINGLE, *DOUBLE, OWN]]
+    shallow = [Case("llama-tied", Layout(pp=2), named(order)) for order in [*SINGLE, *DOUBLE, OWN]]
     deep = [Case("gpt2-deep", Layout(pp=4), named(order)) for order in SINGLE + DOUBLE]
     mixed = [
         case
@@ -63,7 +63,7 @@ def cases() -> list[Case]:
             f"{VIRTUAL2} --microbatch-group-size-per-virtual-pipeline-stage 3 {SAME_MICRO_BATCHES}",
         ),
     ]
-    return everywhere + deep + mixed + big + sharded + odd
+    return shallow + deep + mixed + big + sharded + odd
 
 
 SHORT = [Case("llama-tied", Layout(pp=2), named(order)) for order in ("zb-h1", DOUBLE[0], "zb-v")]

@@ -51,7 +51,7 @@ def micros_of(number: int) -> list[Micro]:
 
 
 class ToyStage(nn.Module):
-    """A linear layer, whose gradient can be put aside, and a scale, whose gradient comes from autograd."""
+    """A linear layer, whose gradient can be deferred, and a scale, whose gradient comes from autograd."""
 
     def __init__(self, stage: int, num_stages: int, axis: Axis, sink: GradSink) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ def test_the_caller_s_gradient_mode_comes_back() -> None:
 
 
 def test_weight_gradients_are_computed_in_their_own_steps_and_not_with_the_input_gradients() -> None:
-    schedule = by_hand("put aside", (0,), 2, "F0.0 I0.0 F0.1 I0.1 W0.1 W0.0")
+    schedule = by_hand("deferred", (0,), 2, "F0.0 I0.0 F0.1 I0.1 W0.1 W0.0")
     sink, events = GradSink(), []
     stage = ToyStage(0, 1, axis_of_one(), sink)
     stage.register_forward_pre_hook(lambda module, args: events.append("forward"))

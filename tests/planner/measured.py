@@ -1,4 +1,4 @@
-"""One training step with every allocation seen: what torch's allocator was asked for and gave back, in order.
+"""One training step with every allocation seen: what torch's allocator was asked for and freed, in order.
 
 `torch.profiler` reports each allocation of the CPU allocator, temporaries inside operators included. The highest sum
 from the start of the step on, with the bytes of the state that was there before, is the measured peak.
@@ -57,7 +57,7 @@ class Measured:
 
 
 def allocations_of(action: Callable[[], object], *, leaves_nothing: bool = False) -> Allocations:
-    """Run `action` and follow the allocator of the CPU; `leaves_nothing` says that it gives back all it takes."""
+    """Run `action` and follow the allocator of the CPU; `leaves_nothing` says that it frees all it takes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         action()
     events = _allocations(recorded.profiler.kineto_results.experimental_event_tree())
@@ -77,7 +77,7 @@ def _allocations(events: Sequence[_ProfilerEvent]) -> Iterator[_ProfilerEvent]:
 
 
 def _changes(events: Sequence[_ProfilerEvent], *, leaves_nothing: bool) -> Iterator[int]:
-    """Bytes taken or given back, in order.
+    """Bytes allocated or freed, in order.
 
     Now and then a thread of gloo is the last to let go of a collective's copy, and does so unseen. That the copy is
     gone shows when its address is taken again, or at the end of what leaves nothing. Such a copy counts at the moment

@@ -76,7 +76,7 @@ def test_help_tells_both_kinds_of_flags(estimate) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "sentence"),
     [
         ("--preset gpt3-175b --world-size 8 --micro-batch-size 1 --tensor-model-parallel-size 3", "3"),
         ("--preset gpt3-175b --world-size many --micro-batch-size 1", "--world-size many is not a whole number"),
@@ -95,10 +95,10 @@ def test_help_tells_both_kinds_of_flags(estimate) -> None:
         ("--largest --memory-gb 80 --family gpt3 --micro-batch-size 1 --world-size 3 --zero-shard-size 2", "2"),
     ],
 )
-def test_what_cannot_be_estimated_is_told_with_the_code_of_wrong_usage(estimate, flags: str, told: str) -> None:
+def test_what_cannot_be_estimated_is_refused_with_the_code_of_wrong_usage(estimate, flags: str, sentence: str) -> None:
     code, out, err = estimate(flags)
     assert code == 2
-    assert told in err and out == ""
+    assert sentence in err and out == ""
 
 
 def _words(preset: str, flags: str = SMALL):

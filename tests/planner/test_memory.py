@@ -70,7 +70,7 @@ def predicted(config: RunConfig, found: list[Held]) -> list[StateForecast]:
 
 
 def check(pool: Pool, world_size: int, cases: list[tuple[str, str]]) -> list[list[Held]]:
-    """Fail with a line for each case whose formula is not what was allocated; give back the latter, rank by rank, of
+    """Fail with a line for each case whose formula is not what was allocated; return the latter, rank by rank, of
     each case."""
     by_case = [list(found) for found in zip(*pool.run(world_size, hold_all, cases, timeout_s=600), strict=True)]
     wrong = []

@@ -214,7 +214,7 @@ class Job:
         return [self.codes[rank] for rank in ranks]
 
     def wait_for_step(self, metrics: Path, step: int, *, timeout_s: float = 120.0) -> None:
-        """Return once the metrics file tells of this step."""
+        """Return once the metrics file has this step."""
         deadline = time.monotonic() + timeout_s
         while not metrics.exists() or metrics.read_text().count('"loss"') < step:
             assert time.monotonic() < deadline, f"no step {step} after {timeout_s} s; rank 0 said:\n{self.said(0)}"

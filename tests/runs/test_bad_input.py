@@ -221,8 +221,8 @@ def test_a_vocabulary_larger_than_the_checkpoints_is_refused(checkpoints: Path) 
     assert ended.code == 4
     ended.says("--vocab-size: checkpoint 101, this run 150", "Give the options of the checkpoint")
     assert "--fall-back" not in ended.err, "an earlier checkpoint has the same vocabulary"
-    told = run(words(MOCK, "--vocab-size 150 --fall-back-to-previous-checkpoint --load", checkpoints))
-    assert (told.code, told.err) == (4, ended.err)
+    again = run(words(MOCK, "--vocab-size 150 --fall-back-to-previous-checkpoint --load", checkpoints))
+    assert (again.code, again.err) == (4, ended.err)
 
 
 def test_another_model_is_refused_with_all_options_that_differ(checkpoints: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_changed_run_state_is_refused(checkpoints: Path) -> None:
 
 
 def _goes_on_from(checkpoints: Path, step: int) -> None:
-    """Fail unless the checkpoint of this step is the latest, whole, and a run goes on from it."""
+    """Fail unless the checkpoint of this step is the latest, whole, and a run resumes from it."""
     assert (checkpoints / "latest").read_text().strip() == f"iter_{step:07d}"
     assert verify(checkpoints / f"iter_{step:07d}") == []
     assert not list(checkpoints.glob(".tmp-*"))

@@ -87,7 +87,7 @@ def _stream(prefix: Path) -> SampleStream:
 
 
 def _tokens(stream: SampleStream, number: int) -> list[int]:
-    """Where in the row of all tokens a sample lies, from the place that `locate` tells."""
+    """Where in the row of all tokens a sample lies, from the place that `locate` returns."""
     words_of = stream.locate(number, 0).replace(",", "").split()
     document, token = int(words_of[words_of.index("document") + 1]), int(words_of[-1])
     start = document * 61 + token

@@ -87,7 +87,7 @@ def test_the_start_record_tells_what_is_on_the_device_the_host_and_in_files(tmp_
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "sentence"),
     [
         ("--offload-optimizer nvme", "--offload-optimizer nvme keeps state in files; say where with --offload-dir"),
         ("--offload-params cpu --zero-stage 3", "--offload-params cpu needs the larger optimizer state off the device"),
@@ -98,10 +98,10 @@ def test_the_start_record_tells_what_is_on_the_device_the_host_and_in_files(tmp_
         ("--offload-optimizer disk", "use one of: none, cpu, nvme"),
     ],
 )
-def test_options_that_do_not_fit_are_told_before_anything_starts(options: str, told: str) -> None:
+def test_options_that_do_not_fit_are_refused_before_anything_starts(options: str, sentence: str) -> None:
     ended = run(words(MOCK, options))
     assert ended.code == 2
-    ended.says(told)
+    ended.says(sentence)
 
 
 def test_an_offload_directory_that_cannot_be_written_ends_the_run_with_the_storage_code(tmp_path: Path) -> None:

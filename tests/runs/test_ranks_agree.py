@@ -186,6 +186,6 @@ def test_generation_does_not_mix_checkpoints_or_prompts(pool: Pool, places: Path
 def test_a_disagreement_names_the_ranks_of_each_value() -> None:
     values = [{"--lr": "1"}, {"--lr": "1"}, {"--lr": "2"}, {"--lr": "1"}, {}]
     (sentence,) = disagreements(values)
-    told = "ranks 0-1, 3 have 1; rank 2 has 2; rank 4 has nothing"
-    assert sentence.startswith(f"The ranks do not agree on --lr: {told}.")
+    values = "ranks 0-1, 3 have 1; rank 2 has 2; rank 4 has nothing"
+    assert sentence.startswith(f"The ranks do not agree on --lr: {values}.")
     assert disagreements([{"a": "1"}, {"a": "1"}]) == []

@@ -196,20 +196,20 @@ def test_an_overridden_schedule_is_reported_once(saved: Path) -> None:
 
 
 def test_another_weight_decay_is_reported_and_used(saved: Path, tmp_path: Path) -> None:
-    told, chosen, kept = (tmp_path / name for name in ("told", "chosen", "kept"))
-    ended = resumed(saved, "--weight-decay 0.3 --metrics-file", told, "--train-iters 9")
+    given, chosen, kept = (tmp_path / name for name in ("given", "chosen", "kept"))
+    ended = resumed(saved, "--weight-decay 0.3 --metrics-file", given, "--train-iters 9")
     assert ended.code == 0, ended.err
     assert [line for line in ended.log if "changed" in line] == ["changed: --weight-decay: checkpoint 0.01, flags 0.3"]
     override = "--weight-decay 0.3 --override-opt-param-scheduler --metrics-file"
     assert resumed(saved, override, chosen, "--train-iters 9").code == 0
     assert resumed(saved, "--metrics-file", kept, "--train-iters 9").code == 0
-    of = {path: [record["loss"] for record in steps(path)] for path in (told, chosen, kept)}
-    assert of[told] == of[chosen] != of[kept]
+    of = {path: [record["loss"] for record in steps(path)] for path in (given, chosen, kept)}
+    assert of[given] == of[chosen] != of[kept]
 
 
 @pytest.mark.parametrize("mode", ["", "--finetune", "--no-load-optim"])
 def test_a_weight_that_the_model_lacks_is_refused_on_all_ranks(saved: Path, pool: Pool, mode: str) -> None:
-    """The options agree, as if the comparison of options had a gap; the tensors tell."""
+    """The options agree, as if the comparison of options had a gap; the tensors do not."""
     argv = words(MOCK, "--train-iters 7 --num-layers 1 --load", saved, mode)
     for world_size in (1, 2):
         for ended in pool.run(world_size, _on_rank_without_comparing, argv):

@@ -233,7 +233,7 @@ def test_a_damaged_finetuning_falls_back_to_its_source_when_asked(six: Path, tmp
 
 
 def test_a_run_killed_between_the_names_of_its_first_save_is_resumed(tmp_path: Path) -> None:
-    """The checkpoint has its name and `latest` is still aside; so does the next save leave it."""
+    """The checkpoint has its name and `latest` still has its temporary name; so does the next save leave it."""
     again("--train-iters 3 --save", tmp_path)
     (tmp_path / "latest").rename(tmp_path / ".tmp-latest")
     assert started_from(again("--train-iters 3 --save", tmp_path)).startswith(f"{tmp_path}/iter_0000003")

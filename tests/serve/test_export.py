@@ -22,7 +22,7 @@ from megatron3d.errors import CheckpointError, ConfigError, DataError, Megatron3
 from megatron3d.serve import trained
 from megatron3d.serve.classifier import open_classifier, open_session
 from megatron3d.serve.description import INPUTS, OUTPUT, from_metadata
-from megatron3d.serve.onnx_file import Agreement, require_exporter, set_aside
+from megatron3d.serve.onnx_file import Agreement, require_exporter, temporary_beside
 from megatron3d.serve.requests import Sample
 from megatron3d.serve.trained import ServeOverrides, open_trained
 from megatron3d.tasks.glue import weights
@@ -83,7 +83,7 @@ def test_the_report_tells_the_difference_that_was_found(exported: Get) -> None:
     report = exported("single").report
     assert 0 < report["largest_difference"] <= TOLERANCE * max(1.0, report["largest_output"])
     assert report["bytes"] == exported("single").path.stat().st_size
-    assert "ONNX Runtime is at most" in export_onnx.told(report)
+    assert "ONNX Runtime is at most" in export_onnx.summary(report)
 
 
 def test_one_file_is_all_that_is_there_and_it_names_no_place_of_this_machine(exported: Get, tmp_path: Path) -> None:
@@ -139,11 +139,11 @@ def test_the_tolerance_is_1e_5_of_the_largest_output_or_of_1(difference: float, 
 
 def test_a_name_is_given_only_at_a_good_end(tmp_path: Path) -> None:
     path = tmp_path / "deeper" / "file"
-    with set_aside(path) as aside:
-        aside.write_text("first")
+    with temporary_beside(path) as temporary:
+        temporary.write_text("first")
         assert not path.exists()
-    with pytest.raises(ZeroDivisionError), set_aside(path) as aside:
-        aside.write_text("second")
+    with pytest.raises(ZeroDivisionError), temporary_beside(path) as temporary:
+        temporary.write_text("second")
         raise ZeroDivisionError
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
 

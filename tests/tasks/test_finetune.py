@@ -50,7 +50,7 @@ TP2, PP2, SP = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size
 
 
 @dataclass(frozen=True)
-class Told:
+class Outcome:
     """What a run left behind: its result, the loss of each step, and the lines of its predictions."""
 
     result: dict[str, Any]
@@ -76,7 +76,7 @@ def sts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_task("sts-b", tmp_path_factory.mktemp("glue") / "STS-B")
 
 
-def told(folder: Path, task: str, *options: str | Path, pool: Pool | None = None, world_size: int = 1) -> Told:
+def outcome_of(folder: Path, task: str, *options: str | Path, pool: Pool | None = None, world_size: int = 1) -> Outcome:
     """Run the tool in this process or on the pool, and read what it left."""
     here = folder / f"run{next(RUNS)}"
     argv = words(f"--task {task}", *options, "--metrics-file", here / "m.jsonl", "--predict", here)
@@ -85,10 +85,10 @@ def told(folder: Path, task: str, *options: str | Path, pool: Pool | None = None
     assert {one.code for one in ended} == {0}, ended[0].err
     assert all(not one.out for one in ended[1:]), "only rank 0 says the result"
     (file,) = here.glob("*.tsv")
-    return Told(result(ended[0]), losses(here / "m.jsonl"), file.read_text().splitlines())
+    return Outcome(result(ended[0]), losses(here / "m.jsonl"), file.read_text().splitlines())
 
 
-def assert_same(found: Told, expected: Told) -> None:
+def assert_same(found: Outcome, expected: Outcome) -> None:
     """Losses of steps and dev, metrics and predictions are alike, but for rounding."""
     assert found.losses == pytest.approx(expected.losses, rel=TOLERANCE)
     assert found.result["loss"] == pytest.approx(expected.result["loss"], rel=TOLERANCE)
@@ -102,9 +102,9 @@ def assert_same(found: Told, expected: Told) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory, hf: Path, sst: Path) -> Told:
+def one_process(tmp_path_factory: pytest.TempPathFactory, hf: Path, sst: Path) -> Outcome:
     """SST-2 in one process."""
-    return told(tmp_path_factory.mktemp("one"), "sst-2", "--data-dir", sst, "--hf", hf, USUAL)
+    return outcome_of(tmp_path_factory.mktemp("one"), "sst-2", "--data-dir", sst, "--hf", hf, USUAL)
 
 
 LAYOUTS = [
@@ -119,10 +119,10 @@ LAYOUTS = [
 @pytest.mark.parity
 @pytest.mark.parametrize(("world_size", "options"), LAYOUTS)
 def test_the_layout_changes_no_loss_metric_or_prediction(
-    pool: Pool, tmp_path: Path, hf: Path, sst: Path, one_process: Told, world_size: int, options: str
+    pool: Pool, tmp_path: Path, hf: Path, sst: Path, one_process: Outcome, world_size: int, options: str
 ) -> None:
     arguments = ("--data-dir", sst, "--hf", hf, USUAL, options)
-    assert_same(told(tmp_path, "sst-2", *arguments, pool=pool, world_size=world_size), one_process)
+    assert_same(outcome_of(tmp_path, "sst-2", *arguments, pool=pool, world_size=world_size), one_process)
 
 
 @pytest.mark.parity
@@ -134,24 +134,24 @@ def test_a_regression_is_the_same_at_tp2_pp2_with_sequences_cut_and_weights_shar
     With sequence parallelism batches have an even length and the last block computes all positions.
     """
     arguments = ("--data-dir", sts, "--hf", hf, USUAL, DROPOUT, "--length-group-size 4")
-    found = told(tmp_path, "sts-b", *arguments, f"{TP2} {PP2} {SP} --micro-batch-size 2", pool=pool, world_size=4)
-    assert_same(found, told(tmp_path, "sts-b", *arguments))
+    found = outcome_of(tmp_path, "sts-b", *arguments, f"{TP2} {PP2} {SP} --micro-batch-size 2", pool=pool, world_size=4)
+    assert_same(found, outcome_of(tmp_path, "sts-b", *arguments))
 
 
 def test_gradients_accumulated_over_micro_batches_are_those_of_one(
-    tmp_path: Path, hf: Path, sst: Path, one_process: Told
+    tmp_path: Path, hf: Path, sst: Path, one_process: Outcome
 ) -> None:
     assert len(one_process.losses) == 3 * -(-COUNTS["train"] // 8)
     for micro in (1, 4):
-        found = told(tmp_path, "sst-2", "--data-dir", sst, "--hf", hf, USUAL, f"--micro-batch-size {micro}")
+        found = outcome_of(tmp_path, "sst-2", "--data-dir", sst, "--hf", hf, USUAL, f"--micro-batch-size {micro}")
         assert_same(found, one_process)
 
 
 @pytest.fixture(scope="module")
-def one_process_in_groups(tmp_path_factory: pytest.TempPathFactory, hf: Path, sst: Path) -> Told:
+def one_process_in_groups(tmp_path_factory: pytest.TempPathFactory, hf: Path, sst: Path) -> Outcome:
     """SST-2 in one process, a step's samples in four groups of a length each."""
     folder = tmp_path_factory.mktemp("groups")
-    return told(folder, "sst-2", "--data-dir", sst, "--hf", hf, USUAL, "--length-group-size 2")
+    return outcome_of(folder, "sst-2", "--data-dir", sst, "--hf", hf, USUAL, "--length-group-size 2")
 
 
 GROUP_LAYOUTS = [
@@ -165,34 +165,34 @@ GROUP_LAYOUTS = [
 @pytest.mark.parity
 @pytest.mark.parametrize(("world_size", "options"), GROUP_LAYOUTS)
 def test_groups_of_several_lengths_in_a_step_are_the_same_at_any_layout(
-    pool: Pool, tmp_path: Path, hf: Path, sst: Path, one_process_in_groups: Told, world_size: int, options: str
+    pool: Pool, tmp_path: Path, hf: Path, sst: Path, one_process_in_groups: Outcome, world_size: int, options: str
 ) -> None:
     arguments = ("--data-dir", sst, "--hf", hf, USUAL, options, "--length-group-size 2")
-    assert_same(told(tmp_path, "sst-2", *arguments, pool=pool, world_size=world_size), one_process_in_groups)
+    assert_same(outcome_of(tmp_path, "sst-2", *arguments, pool=pool, world_size=world_size), one_process_in_groups)
 
 
 @pytest.mark.parity
 def test_the_same_tokens_are_hidden_at_any_layout_and_none_when_measuring(
-    pool: Pool, tmp_path: Path, hf: Path, sst: Path, one_process: Told
+    pool: Pool, tmp_path: Path, hf: Path, sst: Path, one_process: Outcome
 ) -> None:
     arguments = ("--data-dir", sst, "--hf", hf, USUAL, "--token-dropout 0.3")
-    hidden = told(tmp_path, "sst-2", *arguments)
+    hidden = outcome_of(tmp_path, "sst-2", *arguments)
     layout = f"{PP2} --micro-batch-size 2 --zero-stage 1"
-    assert_same(told(tmp_path, "sst-2", *arguments, layout, pool=pool, world_size=4), hidden)
+    assert_same(outcome_of(tmp_path, "sst-2", *arguments, layout, pool=pool, world_size=4), hidden)
     assert all(abs(here - there) > 1e-3 for here, there in zip(hidden.losses[:3], one_process.losses))
     still = ("--data-dir", sst, "--hf", hf, USUAL, "--lr 1e-9 --lr-warmup-fraction 0 --seed 3 --epochs 1")
-    seen, masked = (told(tmp_path, "sst-2", *still, f"--token-dropout {share}") for share in (0, 0.5))
+    seen, masked = (outcome_of(tmp_path, "sst-2", *still, f"--token-dropout {share}") for share in (0, 0.5))
     assert masked.result["loss"] == pytest.approx(seen.result["loss"], rel=1e-5)
     assert masked.losses != pytest.approx(seen.losses, rel=1e-3)
 
 
-def test_groups_make_other_steps_of_the_same_samples(one_process: Told, one_process_in_groups: Told) -> None:
+def test_groups_make_other_steps_of_the_same_samples(one_process: Outcome, one_process_in_groups: Outcome) -> None:
     assert len(one_process_in_groups.losses) == len(one_process.losses)
     assert one_process_in_groups.losses[1:] != pytest.approx(one_process.losses[1:], rel=1e-3)
 
 
-def test_length_of_batches_changes_nothing(tmp_path: Path, hf: Path, sst: Path, one_process: Told) -> None:
-    found = told(tmp_path, "sst-2", "--data-dir", sst, "--hf", hf, USUAL, "--pad-to-multiple-of 8")
+def test_length_of_batches_changes_nothing(tmp_path: Path, hf: Path, sst: Path, one_process: Outcome) -> None:
+    found = outcome_of(tmp_path, "sst-2", "--data-dir", sst, "--hf", hf, USUAL, "--pad-to-multiple-of 8")
     assert_same(found, one_process)
 
 
@@ -210,7 +210,7 @@ def test_losses_are_those_of_transformers_on_the_same_batches(tmp_path: Path, ta
     folder = write_hf(tmp_path / "hf", model)
     options = f"{USUAL} --lr-decay-style constant --lr-warmup-fraction 0 --weight-decay 0.01 --seed 5 --keep-classifier"
     options = f"{options} --length-group-size {group}"
-    found = told(tmp_path, task, "--data-dir", data, "--hf", folder, options)
+    found = outcome_of(tmp_path, task, "--data-dir", data, "--hf", folder, options)
 
     model.train()
     model.config.problem_type = "regression" if GLUE_TASKS[task].is_regression else "single_label_classification"
@@ -329,12 +329,12 @@ EMA = "--ema-decay 0.8 --eval-interval 5"
 @pytest.mark.parity
 @pytest.mark.parametrize("options", [f"{TP2} {PP2}", f"{TP2} --zero-stage 3", "--zero-stage 1 --micro-batch-size 2"])
 def test_averaged_weights_are_the_same_at_any_layout(
-    pool: Pool, tmp_path: Path, hf: Path, sst: Path, one_process: Told, options: str
+    pool: Pool, tmp_path: Path, hf: Path, sst: Path, one_process: Outcome, options: str
 ) -> None:
     arguments = ("--data-dir", sst, "--hf", hf, USUAL, EMA)
-    one = told(tmp_path, "sst-2", *arguments)
-    assert_same(told(tmp_path, "sst-2", *arguments, options, pool=pool, world_size=4), one)
-    assert one.losses == one_process.losses, "the training goes on from its own weights"
+    one = outcome_of(tmp_path, "sst-2", *arguments)
+    assert_same(outcome_of(tmp_path, "sst-2", *arguments, options, pool=pool, world_size=4), one)
+    assert one.losses == one_process.losses, "the training continues from its own weights"
     assert one.result["loss"] != pytest.approx(one_process.result["loss"], rel=1e-3)
 
 
@@ -405,8 +405,8 @@ def test_pretraining_at_one_layout_is_fine_tuned_at_another(
     argv = words(shape, options, TP2, "--vocab-file", vocabulary, "--save", tmp_path / "pretrained")
     assert {one.code for one in pool.run(2, on_rank, argv, ROOT / "pretrain_bert.py")} == {0}
     arguments = ("--data-dir", sst, "--load", tmp_path / "pretrained", USUAL)
-    one = told(tmp_path, "sst-2", *arguments, "--save", tmp_path / "tuned")
-    assert_same(told(tmp_path, "sst-2", *arguments, PP2, pool=pool, world_size=2), one)
+    one = outcome_of(tmp_path, "sst-2", *arguments, "--save", tmp_path / "tuned")
+    assert_same(outcome_of(tmp_path, "sst-2", *arguments, PP2, pool=pool, world_size=2), one)
     said = tool("--task sst-2", *arguments).err
     assert "with a new head.classifier" in said and new in said
     # What came from pretraining was trained on, not drawn anew: one small step changes it little.
@@ -436,13 +436,13 @@ def test_several_seeds_are_several_runs_and_their_mean(tmp_path: Path, hf: Path,
 
 def test_dropout_is_on_unless_switched_off_and_the_same_each_time(tmp_path: Path, hf: Path, sst: Path) -> None:
     short = ("--data-dir", sst, "--hf", hf, "--epochs 1 --lr 1e-3 --device cpu --max-seq-length 24")
-    first, second = (told(tmp_path, "sst-2", *short) for _ in range(2))
-    without = told(tmp_path, "sst-2", *short, "--hidden-dropout 0 --attention-dropout 0")
+    first, second = (outcome_of(tmp_path, "sst-2", *short) for _ in range(2))
+    without = outcome_of(tmp_path, "sst-2", *short, "--hidden-dropout 0 --attention-dropout 0")
     assert first.losses == second.losses and first.losses[0] != without.losses[0]
 
 
-def test_bf16_learns_nearly_the_same(tmp_path: Path, hf: Path, sst: Path, one_process: Told) -> None:
-    found = told(tmp_path, "sst-2", "--data-dir", sst, "--hf", hf, USUAL, "--bf16")
+def test_bf16_learns_nearly_the_same(tmp_path: Path, hf: Path, sst: Path, one_process: Outcome) -> None:
+    found = outcome_of(tmp_path, "sst-2", "--data-dir", sst, "--hf", hf, USUAL, "--bf16")
     assert found.losses == pytest.approx(one_process.losses, rel=0.1) and found.losses != one_process.losses
 
 

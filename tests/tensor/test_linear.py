@@ -154,7 +154,7 @@ def _deferred(rank: int, world_size: int, sequence_parallel: bool) -> None:
     at_once = {name: weight.grad for name, weight in weights.items()}
     with context.sink.defer() as work:
         assert torch.equal(backward(), grad_x), "the input gradient depends on when weight gradients are computed"
-        assert all(weight.grad is None for weight in weights.values()), "work was done instead of put aside"
+        assert all(weight.grad is None for weight in weights.values()), "work was done instead of deferred"
     assert len(work) == 2
     for item in work:
         item()

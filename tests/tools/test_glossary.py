@@ -1,8 +1,10 @@
-"""The glossary names what exists: its files, and the names of code beside them."""
+"""The glossary names what exists, files and the names of code beside them, and words it replaced do not return."""
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,3 +30,65 @@ def test_every_file_of_the_glossary_exists_and_defines_the_names_beside_it() -> 
     assert num_names > 15
     terms = [row.split("|")[1].strip() for row in ROWS]
     assert len(terms) == len({*terms}) + terms.count("term") - 1, "a term has one meaning"
+
+
+# Words that stood for a term of the field; the term is beside each.
+REPLACED = {
+    r"lend|lends|lent|lender|borrow|borrows|borrowed": "gather, release",
+    r"(give|gives|gave|given|giving) back": "release, free, return",
+    r"(put|puts) aside": "defer",
+    r"(share|shares|shared|sharing) out|dealt out": "shard, assign",
+    r"desk|desks": "owner",
+    r"wish|wishes": "option",
+    r"told|tells": "log, report, print, name",
+    r"goes on from|the next start": "resume, the next run",
+}
+# As names in code; in prose these are ordinary words.
+REPLACED_NAMES = {
+    "home": "backing, store",
+    "visit": "for_each",
+    "say": "log",
+    "told": "describe",
+    "everywhere": "what is everywhere",
+    "whole": "full, gathered",
+}
+MAY_BE_NAMED = {"tests/tools/test_glossary.py"}
+
+
+def project_texts() -> dict[str, str]:
+    """Every text that people write, by its path."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py", "*.md", "*.sh", "*.toml"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    return {name: (ROOT / name).read_text() for name in listed if name not in MAY_BE_NAMED and (ROOT / name).is_file()}
+
+
+def test_words_that_the_glossary_replaced_do_not_return() -> None:
+    texts = project_texts()
+    assert len(texts) > 300
+    found = [
+        f"{name}: {match[0]!r}; write {instead}"
+        for words, instead in REPLACED.items()
+        for name, text in texts.items()
+        for match in re.finditer(rf"\b({words})\b", text, re.IGNORECASE)
+    ]
+    assert found == []
+
+
+def test_names_that_the_glossary_replaced_do_not_return() -> None:
+    found = []
+    for path in sorted((ROOT / "megatron3d").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = _name_of(node)
+            if (word := name.strip("_").removesuffix("s")) in REPLACED_NAMES:
+                found.append(f"{path.relative_to(ROOT)}: {name}; write {REPLACED_NAMES[word]}")
+    assert found == []
+
+
+def _name_of(node: ast.AST) -> str:
+    """The name that a node defines, or nothing."""
+    match node:
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+            return name
+        case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+            return name
+    return ""

@@ -22,10 +22,10 @@ def test_the_version_stands_in_one_place_and_setuptools_reads_it_there() -> None
     assert "version" not in PYPROJECT["project"]
     assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "megatron3d.__version__"}
     assert f"## {megatron3d.__version__} " in (ROOT / "CHANGELOG.md").read_text()
-    told = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "setup.py", "--quiet", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert told.stdout.strip() == megatron3d.__version__, told.stderr
+    assert printed.stdout.strip() == megatron3d.__version__, printed.stderr
 
 
 def test_the_licence_file_is_the_licence_that_the_metadata_names() -> None:
@@ -58,11 +58,11 @@ def test_the_first_of_the_two_commands_installs_what_the_readme_uses() -> None:
 
 
 def test_every_page_gives_the_same_time_for_the_two_commands() -> None:
-    told = {
+    forms = {
         "README.md": r"first takes about (\d+) minutes on two cores.*?the second about (\d+)\.",
         "docs/benchmarks.md": r"quickstart\.sh` takes about (\d+) minutes.*?whole suite .*?about (\d+) minutes",
     }
-    pairs = {page: re.search(form, (ROOT / page).read_text(), re.DOTALL) for page, form in told.items()}
+    pairs = {page: re.search(form, (ROOT / page).read_text(), re.DOTALL) for page, form in forms.items()}
     assert all(pairs.values()), pairs
     ((first, second),) = {match.groups() for match in pairs.values() if match}
     assert f"about {first} minutes" in (ROOT / "tools/quickstart.sh").read_text()

@@ -1,4 +1,4 @@
-"""Exit codes and the file that tells them past the launcher."""
+"""Exit codes and the file that keeps them past the launcher."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_every_end_has_the_code_of_the_contract(error: BaseException | None, cod
 def test_the_file_tells_code_reason_rank_step_and_time(tmp_path: Path) -> None:
     status = status_of(DataError("A.bin is truncated."), rank=3, step=17)
     assert write_exit_status(tmp_path / "new", status) is None
-    told = json.loads((tmp_path / "new" / FILE_NAME).read_text())
-    assert abs(told.pop("time") - time.time()) < 60
-    assert told == {"code": 3, "reason": "DataError: A.bin is truncated.", "rank": 3, "step": 17}
+    status = json.loads((tmp_path / "new" / FILE_NAME).read_text())
+    assert abs(status.pop("time") - time.time()) < 60
+    assert status == {"code": 3, "reason": "DataError: A.bin is truncated.", "rank": 3, "step": 17}
     assert os.listdir(tmp_path / "new") == [FILE_NAME]
 
 

@@ -1,4 +1,4 @@
-"""Curves arrive in TensorBoard's event files and in Weights & Biases, and a refused write is told."""
+"""Curves arrive in TensorBoard's event files and in Weights & Biases, and a refused write is reported."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_wandb_gets_project_team_name_directory_configuration_and_points(
     calls: list[Any] = []
 
     class Run:
-        """Notes what it is told."""
+        """Notes what it is given."""
 
         def log(self, scalars: dict[str, float], step: int) -> None:
             """A point."""

@@ -75,7 +75,7 @@ class Model:
 
                 self.use(place, backward=True, inside=again)
             elif place == "embedding":
-                self.gatherer.gather_weights(place, backward=True)  # nothing tells that its backward is over
+                self.gatherer.gather_weights(place, backward=True)  # nothing shows that its backward is over
             else:
                 self.use(place, backward=True)
         self.gatherer.end_backward(0)

@@ -7,7 +7,7 @@ Trainer's own grouping by length, ours by `tasks/glue/order.py`), padded to thei
 linear decay. They take turns, so that a machine whose speed drifts is fair to both; the figure to quote is the median
 of the ratios of the rounds. One process, the same threads for both. Loading, tokenizing and start-up are not counted.
 The Trainer groups by length within a quarter of the samples, at most 50 batches: with fewer than 200 steps its groups
-are smaller, and its padding larger, than on a whole training file. The padding of both is told.
+are smaller, and its padding larger, than on a whole training file. The padding of both is printed.
 """
 
 from __future__ import annotations

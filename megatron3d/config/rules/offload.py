@@ -31,7 +31,7 @@ def offload_rule(parallel: GivenParallel, optim: GivenOptim) -> Iterator[str]:
         )
     if params != "none" and parallel.zero_stage != 3:
         yield (
-            f"--offload-params {params} moves weights that are shared out, which --zero-stage {parallel.zero_stage} "
+            f"--offload-params {params} moves sharded weights, which --zero-stage {parallel.zero_stage} "
             "does not; use --zero-stage 3, or leave it out."
         )
     if params != "none" and states == "none":

@@ -63,7 +63,7 @@ def find_inputs(patterns: Sequence[str], *, note: Callable[[str], None]) -> list
         if not found:
             raise DataError(f"--input {pattern} names no file; give paths or globs of {FORMATS} files.")
         for file in found:
-            status = os.stat(file)  # tells a file by any of its names, hard links too
+            status = os.stat(file)  # identifies a file by any of its names, hard links too
             first = files.setdefault((status.st_dev, status.st_ino), file)
             if first is not file:
                 spelled = f" (as {first})" if first != file else ""

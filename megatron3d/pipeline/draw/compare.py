@@ -98,7 +98,7 @@ def render_table(comparison: Comparison) -> str:
             str(contender.stages_per_rank),
             f"{contender.timeline.span:.6g}",
             f"{contender.timeline.bubble_fraction:.1%}",
-            _peaks_in_words(contender.peaks),
+            _peaks_text(contender.peaks),
         )
         for contender in comparison.contenders
     ]
@@ -122,7 +122,7 @@ def _table_line(row: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join([name.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:])), peaks])
 
 
-def _peaks_in_words(peaks: tuple[float, ...]) -> str:
+def _peaks_text(peaks: tuple[float, ...]) -> str:
     """Equal peaks once, otherwise from rank 0 on."""
     words = [f"{peak:.3g}" for peak in peaks]
     return f"{words[0]} on each" if len(set(words)) == 1 else " ".join(words)

@@ -52,7 +52,7 @@ def trace_events(measured: Measured) -> dict[str, Any]:
         words = f"{OP_WORDS[step.op]} {step.mb}"
         events.append(_slice(words, start, end, pid=rank, tid=_COMPUTE, cat="compute", args=args))
     for wait in measured.waits:
-        words, category, args = _wait_in_words(wait)
+        words, category, args = _describe_wait(wait)
         events.append(_slice(words, wait.start, wait.end, pid=wait.rank, tid=_WAITS, cat=category, args=args))
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
@@ -69,7 +69,7 @@ def _slice(words: str, start: float, end: float, **others: Any) -> dict[str, Any
     return {"ph": "X", "name": words, "ts": start * _MICROSECONDS, "dur": (end - start) * _MICROSECONDS, **others}
 
 
-def _wait_in_words(wait: TimedWait) -> tuple[str, str, dict[str, int]]:
+def _describe_wait(wait: TimedWait) -> tuple[str, str, dict[str, int]]:
     """Name, category and details of what is no step."""
     what = wait.what
     if isinstance(what, Reduce):

@@ -23,7 +23,7 @@ from megatron3d.storage.refusals import storage_errors
 
 Colour = tuple[float, float, float]
 
-# Told apart by colour-blind readers too, by hue and by lightness (after Okabe and Ito).
+# Distinct for colour-blind readers too, by hue and by lightness (after Okabe and Ito).
 OP_COLOURS = {Op.F: "#2F6DB5", Op.B: "#1B9E77", Op.I: "#56BFD6", Op.W: "#E8A33D"}
 IDLE_COLOUR = "#ECEEF1"
 INK = "#22262B"
@@ -64,7 +64,7 @@ def draw_png(timeline: Timeline, path: Path, *, title: str | None = None, unit: 
     timeline_rows(axes, timeline, inches_per_time=inches_per_time)
     _draw_numbers(axes, timeline, inches_per_time=inches_per_time)
     _draw_frame(axes, timeline)
-    _draw_words(axes, timeline, title=title or f"{schedule.name} pipeline schedule", unit=unit)
+    _draw_titles(axes, timeline, title=title or f"{schedule.name} pipeline schedule", unit=unit)
     write_figure(figure, path)
 
 
@@ -212,7 +212,7 @@ def _draw_frame(axes: Axes, timeline: Timeline) -> None:
         )
 
 
-def _draw_words(axes: Axes, timeline: Timeline, *, title: str, unit: str) -> None:
+def _draw_titles(axes: Axes, timeline: Timeline, *, title: str, unit: str) -> None:
     """Title, bubble, the heading of the right column, and the legend of the ops that occur."""
     schedule = timeline.schedule
     place = {"xycoords": "axes fraction", "textcoords": "offset points", "color": INK, "annotation_clip": False}

@@ -80,7 +80,7 @@ def _rank_table(timeline: Timeline) -> list[str]:
     peaks = zip(timeline.peak_live_activations, timeline.peak_in_ranks)
     several = timeline.schedule.num_stages != timeline.schedule.num_ranks
     live = [
-        f"{peak} live activations" + (f" (as {whole:.3g} of a whole rank)" if several else "") for peak, whole in peaks
+        f"{peak} live activations" + (f" (as {share:.3g} of a whole rank)" if several else "") for peak, share in peaks
     ]
     rows = list(zip(timeline.busy, timeline.idle, live))
     lines = []

@@ -44,7 +44,7 @@ def split_layers(
         return (range(num_layers),)
     rest = num_layers - (first or 0) - (last or 0)
     open_stages = [s for s in range(num_stages) if not (s == 0 and first) and not (s == num_stages - 1 and last)]
-    _check_rest(rest, len(open_stages), counted=count_embedding + count_loss, whole=(num_layers, num_stages))
+    _check_rest(rest, len(open_stages), counted=count_embedding + count_loss, totals=(num_layers, num_stages))
     counts = dict.fromkeys(range(num_stages), 0)
     counts.update(zip(open_stages, _near_even(rest + count_embedding + count_loss, open_stages, num_stages)))
     counts[0] += (first or 0) - count_embedding
@@ -73,8 +73,8 @@ def _contents(stage: int, split: tuple[range, ...]) -> str:
 def _near_even(num_layers: int, open_stages: list[int], num_stages: int) -> list[int]:
     """Counts for the open stages that differ by at most one; the module's first lines say who gets the extra ones."""
     base, extra = divmod(num_layers, len(open_stages)) if open_stages else (0, 0)
-    by_wish = sorted(open_stages, key=lambda stage: (stage in (0, num_stages - 1), stage))
-    larger = set(by_wish[:extra])
+    by_preference = sorted(open_stages, key=lambda stage: (stage in (0, num_stages - 1), stage))
+    larger = set(by_preference[:extra])
     return [base + (stage in larger) for stage in open_stages]
 
 
@@ -104,9 +104,9 @@ def _check_single(num_layers: int, first: int | None, last: int | None) -> None:
             )
 
 
-def _check_rest(rest: int, num_open: int, *, counted: int, whole: tuple[int, int]) -> None:
+def _check_rest(rest: int, num_open: int, *, counted: int, totals: tuple[int, int]) -> None:
     """What the fixed stages leave fits the others: nothing for none of them, else at least one for each."""
-    num_layers, num_stages = whole
+    num_layers, num_stages = totals
     if num_open == 0 and rest != 0:
         raise ConfigError(
             f"{_FIRST} and {_LAST} hold {num_layers - rest} layers on {num_stages} stages, but --num-layers is "

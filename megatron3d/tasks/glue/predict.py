@@ -43,7 +43,7 @@ def scores(
         samples: of one file.
         num_outputs: C.
         multiple: batches are padded to a multiple of this.
-        pace: told of every batch.
+        pace: counts every batch.
         before_batch: called before each on all ranks; may raise to give up, as nothing is under way then.
     """
     mesh, device = parts.mesh, parts.model.device

@@ -19,7 +19,7 @@ from megatron3d.errors import DataError
 from megatron3d.files.text import TextError, read_lines
 from megatron3d.tasks.glue.tasks import Task
 
-_SHOWN = 3  # bad rows told in one message
+_SHOWN = 3  # bad rows listed in one message
 _MANY_LABELS = 20  # more than this many, and hardly a row like another: values, or a column of texts
 
 
@@ -44,7 +44,7 @@ class SampleTable:
         return len(self.texts[0])
 
     def digest(self) -> str:
-        """A digest of texts and labels, by which a later run tells that its rows are the same."""
+        """A digest of texts and labels, by which a later run knows that its rows are the same."""
         return hashlib.sha256(json.dumps([self.texts, self.labels]).encode()).hexdigest()[:16]
 
 
@@ -74,7 +74,7 @@ def read_rows(path: Path, task: Task, *, labelled: bool, skip_bad_rows: bool = F
         except _BadRowError as problem:
             problems.append(f"{path} line {number}: {problem}")
     if problems and not (skip_bad_rows and labelled):
-        raise DataError(_told(problems, labelled))
+        raise DataError(_listed(problems, labelled))
     if not kept:
         raise DataError(f"{path} has no rows below its header; give a file with samples")
     texts = tuple(zip(*(texts for texts, _ in kept)))
@@ -193,7 +193,7 @@ def _position(path: Path, header: Sequence[str], column: str) -> int:
     return list(header).index(column)
 
 
-def _told(problems: list[str], labelled: bool) -> str:
+def _listed(problems: list[str], labelled: bool) -> str:
     more = f"; and {len(problems) - _SHOWN} more rows" if len(problems) > _SHOWN else ""
     way_out = "; or leave such rows out with --skip-bad-rows" if labelled else ""
     return f"{'; '.join(problems[:_SHOWN])}{more}{way_out}"

@@ -1,4 +1,4 @@
-"""What a fine-tuning tells while it goes: the log lines and the metrics file of pretraining, with true token counts.
+"""What a fine-tuning reports while it runs: the log lines and the metrics file of pretraining, with true token counts.
 
 Batches have different lengths, so rates count the tokens that were there and not the padding.
 """
