@@ -2,8 +2,9 @@
 
 A stage is recorded (`stage_run.py`) with at most three layers of each kind: the first, one that stands for all in the
 middle, and the last. The record is cut where the gate of the weights is passed, and the middle is repeated for the
-layers that were left out. Layers of a stage are alike but for whether and with which others they are recomputed; where
-some parameters are frozen, the whole stage is recorded.
+layers that were left out. Layers of a stage are alike but for whether and with which others they are recomputed, and
+which of their parameters are frozen. Where all before it is frozen, a layer with something that trains is the first of
+its kind, so that the layers into which a gradient goes are never mistaken for others.
 """
 
 from __future__ import annotations
@@ -15,13 +16,23 @@ from itertools import pairwise
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.stage import StagePart
+from megatron3d.models.zoo import architecture_of
 from megatron3d.nn.recompute import plan_recompute
 from megatron3d.planner.recording import Event, Kind
 from megatron3d.planner.replay import MemoryUse, Steps, Stretch, condensed, left_of
 from megatron3d.planner.stage_run import StageRun
+from megatron3d.tensor.context import unsharded_context
 
 MOST_ALIKE = 3  # layers of a kind that are recorded: a first, a middle, a last
 _Unit = tuple[int, ...]  # positions of layers that are recomputed as one, or of one layer
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What tells a unit from others: whether it is recomputed, and the names in each layer of what is frozen."""
+
+    recompute: bool
+    frozen: tuple[frozenset[str], ...]
 
 
 @dataclass(frozen=True)
@@ -41,20 +52,17 @@ class StageRecords:
     config: RunConfig
     device_type: str
     _known: dict[tuple[object, ...], tuple[Sequence[_Unit], StageSteps]] = field(default_factory=dict)
-    _with_frozen: dict[tuple[StagePart, bool], StageSteps] = field(default_factory=dict)
 
     def of(self, part: StagePart, *, splits: bool = False) -> StageSteps:
         """The record of a stage; `splits` defers weight gradients."""
-        if self.config.train.freeze_params:  # by names, so that no two layers need be alike
-            if (part, splits) not in self._with_frozen:
-                self._with_frozen[part, splits] = _closed(_recorded(self.config, self.device_type, part, splits=splits))
-            return self._with_frozen[part, splits]
-        units, kinds = _units(self.config.train, len(part.layers))
+        frozen, frozen_ends = self._frozen_of(part)
+        units = _units(self.config.train, len(part.layers))
+        kinds = [_Kind(recompute, tuple(frozen[position] for position in unit)) for unit, recompute in units.items()]
         shown = _shown(kinds)
         chosen = sorted(set(shown))
-        key = (part.is_first, part.is_last, tuple(kinds[i] for i in chosen), splits)
+        key = (part.is_first, part.is_last, frozen_ends, tuple(kinds[i] for i in chosen), splits)
         if key not in self._known:
-            self._known[key] = self._record(part, [units[i] for i in chosen], splits=splits)
+            self._known[key] = self._record(part, [kinds[i] for i in chosen], frozen_ends, splits=splits)
         recorded, record = self._known[key]
         instances = [
             (recorded[chosen.index(i)], tuple(part.layers[position] for position in unit))
@@ -62,15 +70,36 @@ class StageRecords:
         ]
         return _closed(_repeated(record, instances))
 
-    def _record(self, part: StagePart, units: Sequence[_Unit], *, splits: bool) -> tuple[list[_Unit], StageSteps]:
-        """Record a stage of these units alone."""
-        train = self.config.train
+    def _frozen_of(self, part: StagePart) -> tuple[list[frozenset[str]], frozenset[str]]:
+        """What is frozen of a stage: of each layer the names in it, and the full names outside of layers."""
+        if not self.config.train.freeze_params:
+            return [frozenset()] * len(part.layers), frozenset()
+        build = architecture_of(self.config.model).build_stage
+        stage = build(self.config.model, self.config.train, part, unsharded_context())
+        frozen: dict[str, set[str]] = {}
+        for name, declared in stage.parameters_by_name().items():
+            if not declared.spec.trains:
+                frozen.setdefault(_place_of(name), set()).add(name)
+        in_layers = [
+            frozenset(name.removeprefix(f"{place}.") for name in frozen.pop(place, ()))
+            for place in map(_place, part.layers)
+        ]
+        return in_layers, frozenset().union(*frozen.values())
+
+    def _record(
+        self, part: StagePart, kinds: Sequence[_Kind], frozen_ends: frozenset[str], *, splits: bool
+    ) -> tuple[list[_Unit], StageSteps]:
+        """Record a stage of units of these kinds alone."""
+        train, layers = self.config.train, [names for kind in kinds for names in kind.frozen]
         if train.recompute_method == "block":
-            train = replace(train, recompute_num_layers=min(MOST_ALIKE, train.recompute_num_layers or 1))
-        short = StagePart(range(sum(len(unit) for unit in units)), part.is_first, part.is_last)
-        found, _ = _units(train, len(short.layers))
-        assert [len(unit) for unit in found] == [len(unit) for unit in units], f"{found} are not like {units}"
-        return found, _recorded(replace(self.config, train=train), self.device_type, short, splits=splits)
+            train = replace(train, recompute_num_layers=max(1, sum(kind.recompute for kind in kinds)))
+        if train.freeze_params:
+            of_layers = [f"{_place(i)}.{name}" for i, names in enumerate(layers) for name in names]
+            train = replace(train, freeze_params=(*of_layers, *frozen_ends))
+        short = StagePart(range(len(layers)), part.is_first, part.is_last)
+        found = _units(train, len(layers))
+        assert [len(unit) for unit in found] == [len(kind.frozen) for kind in kinds], f"{found} are not like {kinds}"
+        return [*found], _recorded(replace(self.config, train=train), self.device_type, short, splits=splits)
 
 
 def _recorded(config: RunConfig, device_type: str, part: StagePart, *, splits: bool) -> StageSteps:
@@ -78,10 +107,9 @@ def _recorded(config: RunConfig, device_type: str, part: StagePart, *, splits: b
     return StageSteps(*(condensed(events) for events in (record.forward, record.backward, record.weights)))
 
 
-def _units(train: TrainConfig, num_layers: int) -> tuple[list[_Unit], list[tuple[bool, int]]]:
-    """Positions of the layers of a stage by what is repeated, and whether each is recomputed, with its size."""
-    units: list[_Unit] = []
-    kinds: list[tuple[bool, int]] = []
+def _units(train: TrainConfig, num_layers: int) -> dict[_Unit, bool]:
+    """Positions of the layers of a stage by what is repeated, and whether each is recomputed."""
+    units = {}
     for group in plan_recompute(
         num_layers,
         granularity=train.recompute_granularity,
@@ -89,12 +117,11 @@ def _units(train: TrainConfig, num_layers: int) -> tuple[list[_Unit], list[tuple
         layers_each=train.recompute_num_layers,
     ):
         for unit in [tuple(group.layers)] if group.recompute else [(i,) for i in group.layers]:
-            units.append(unit)
-            kinds.append((group.recompute, len(unit)))
-    return units, kinds
+            units[unit] = group.recompute
+    return units
 
 
-def _shown(kinds: Sequence[tuple[bool, int]]) -> list[int]:
+def _shown(kinds: Sequence[_Kind]) -> list[int]:
     """For each unit the one that is recorded in its place: itself at either end of those of its kind, else the second
     of them."""
     shown = []
@@ -120,29 +147,31 @@ def _repeated(record: StageSteps, instances: _Instances) -> StageSteps:
 
 
 def _with_repeats(events: Steps, instances: _Instances, cut: Kind) -> Steps:
-    """Cut events where the first layer of each unit is come to, and put the cuts together again."""
-    if not events or not instances:
-        return tuple(events)
-    inner = {_place(layer) for unit, _ in instances for layer in unit[1:]}
-    starts: dict[str, int] = {}
+    """Cut events where a layer of each unit is first come to, and put the cuts together again."""
+    unit_of = {_place(layer): unit for unit, _ in instances for layer in unit}
+    starts: dict[_Unit | str, int] = {}
     for position, event in enumerate(events):
-        if isinstance(event, Event) and event.kind is cut and event.name not in inner:
-            starts.setdefault(event.name, position)
+        if isinstance(event, Event) and event.kind is cut:
+            starts.setdefault(unit_of.get(_place_of(event.name), event.name), position)
+    seen = [(unit, layers) for unit, layers in instances if unit in starts]  # where all is frozen, some are not
+    if not seen:
+        return tuple(events)
     ends = dict(pairwise([*starts.values(), len(events)]))
-    names = [_place(unit[0]) for unit, _ in instances]
-    found = list(events[: starts[names[0]]])
-    for name, (unit, layers) in zip(names, instances, strict=True):
+    found = list(events[: starts[seen[0][0]]])
+    for unit, layers in seen:
         real = {_place(one): _place(layer) for one, layer in zip(unit, layers, strict=True)}
-        cut_out = events[starts[name] : ends[starts[name]]]
-        found += [_renamed(event, real) for event in cut_out]
-    return (*found, *events[ends[starts[names[-1]]] :])
+        found += [_renamed(event, real) for event in events[starts[unit] : ends[starts[unit]]]]
+    return (*found, *events[ends[starts[seen[-1][0]]] :])
 
 
 def _renamed(step: Event | Stretch, real: Mapping[str, str]) -> Event | Stretch:
-    """The step with the name of the layer that it stands for."""
-    if isinstance(step, Stretch) or real.get(step.name, step.name) == step.name:
+    """The step with the name of the layer, or of a unit of the layer, that it stands for."""
+    if isinstance(step, Stretch):
         return step
-    return Event(step.kind, name=real[step.name])
+    place = _place_of(step.name)
+    if real.get(place, place) == place:
+        return step
+    return Event(step.kind, name=real[place] + step.name.removeprefix(place))
 
 
 def _closed(record: StageSteps) -> StageSteps:
@@ -156,3 +185,9 @@ def _closed(record: StageSteps) -> StageSteps:
 
 def _place(layer: int) -> str:
     return f"layers.{layer}"
+
+
+def _place_of(name: str) -> str:
+    """The layer that a unit or a parameter belongs to, or, where it belongs to none, the first word of its name."""
+    words = name.split(".")
+    return ".".join(words[:2]) if words[0] == "layers" else words[0]

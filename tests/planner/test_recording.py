@@ -35,16 +35,21 @@ def left(events: Sequence[Event], kind: Kind) -> int:
 
 
 @pytest.mark.parametrize(
-    ("recompute", "splits"),
+    ("flags", "splits", "is_first"),
     [
-        ("", False),
-        ("", True),
-        (f"{FULL} uniform --recompute-num-layers 2", False),
-        (f"{FULL} block --recompute-num-layers 4", False),
+        ("", False, False),
+        ("", True, False),
+        (f"{FULL} uniform --recompute-num-layers 2", False, False),
+        (f"{FULL} block --recompute-num-layers 4", False, False),
+        ("--freeze-params *.attention.*", True, False),
+        ("--freeze-params embedding.* layers.[3-5].* head.norm.weight", True, True),
+        ("--freeze-params embedding.* layers.*", False, True),
+        (f"--freeze-params embedding.* layers.[3-7].* {FULL} uniform --recompute-num-layers 2", True, True),
+        (f"--freeze-params layers.[3-7].mlp.* {FULL} block --recompute-num-layers 6", False, True),
     ],
 )
-def test_one_layer_stands_for_all_in_the_middle(recompute: str, splits: bool) -> None:
-    config, part = config_of(f"{LLAMA} {DEEP} {recompute}", 1), StagePart(range(3, 10), False, True)
+def test_one_layer_stands_for_all_in_the_middle(flags: str, splits: bool, is_first: bool) -> None:
+    config, part = config_of(f"{LLAMA} {DEEP} {flags}", 1), StagePart(range(3, 10), is_first, True)
     short = StageRecords(config, "cpu").of(part, splits=splits)
     whole = StageRun(config, "cpu").record(part, splits=splits)
     assert (short.forward, short.backward) == (condensed(whole.forward), condensed(whole.backward))
