@@ -50,7 +50,9 @@ def pool() -> Iterator[Pool]:
 
 
 # What takes longest comes first, so that workers side by side (pytest-xdist, a file each) end at about the same time.
-LONG_FOLDERS = ("parity", "runs", "planner", "tasks", "serve", "pipeline", "checkpoint", "zero", "data")
+# Of the first, which are half of the suite, one only computes and the other mostly waits: their files alternate.
+MIXED_FOLDERS = ("parity", "runs")
+LONG_FOLDERS = (*MIXED_FOLDERS, "planner", "tasks", "serve", "pipeline", "checkpoint", "zero", "data")
 # What `--fast` leaves out unless it is marked `fast`: folders whose tests train models or serve them, and whatever asks
 # for one of the fixtures, which start processes. Single tests are marked `heavy`.
 HEAVY_FOLDERS = frozenset({"parity", "runs", "planner", "tasks", "serve", "inference"})
@@ -102,7 +104,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Order the tests, leave out those that `--fast` does not run, skip those marked `gpu` where there is no GPU."""
-    items.sort(key=_folder_number)
+    items.sort(key=_position)
     if config.option.fast:
         left_out = [item for item in items if not _is_fast(item)]
         config.hook.pytest_deselected(items=left_out)
@@ -115,9 +117,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-def _folder_number(item: pytest.Item) -> int:
+def _position(item: pytest.Item) -> tuple[int, str, str]:
+    """Sorts tests by folder; a name and a folder more where the files of several folders alternate, by their names."""
     folder = item.path.parent.name
-    return LONG_FOLDERS.index(folder) if folder in LONG_FOLDERS else len(LONG_FOLDERS)
+    if folder in MIXED_FOLDERS:
+        return 0, item.path.name, folder
+    return LONG_FOLDERS.index(folder) if folder in LONG_FOLDERS else len(LONG_FOLDERS), "", ""
 
 
 def _is_fast(item: pytest.Item) -> bool:
