@@ -22,8 +22,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # What a process owes its surroundings (streams, signals, the process that started it); knows nothing of the rest.
     "process": {"errors"},
     "kernels": set(),
-    # How text and JSON from outside are read. Below every room that opens a file, so that all cut lines alike.
-    "files": set(),
+    # How text, JSON and a user's own Python files are read. Below every room that opens a file, so that all cut lines
+    # alike.
+    "files": {"errors"},
     # How files reach the disk whole, and what a refusal means for the user. Below every room that writes one.
     "storage": {"errors"},
     "config": {"errors", "files"},
@@ -32,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tensor": {"errors", "comm", "params", "kernels"},
     "nn": {"errors", "tensor", "params", "kernels", "config"},
     "models": {"errors", "nn", "tensor", "params", "config"},
-    "pipeline": {"errors", "storage"},
+    # `files` loads an order of the user's own.
+    "pipeline": {"errors", "files", "storage"},
     "offload": {"errors", "storage", "comm", "params"},
     "zero": {"errors", "comm", "params", "offload"},
     "checkpoint": {"errors", "files", "storage", "comm", "params"},

@@ -38,6 +38,11 @@ def parser() -> argparse.ArgumentParser:
         "--labels", nargs="+", default=[], metavar="NAME", help="names of a classifier's classes, in order"
     )
     give.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    give.add_argument(
+        "--architecture",
+        metavar="FILE.py:NAME",
+        help="the checkpoint's architecture, where it is code of your own",
+    )
     give.add_argument("--vocab-file", metavar="FILE", help="where the tokenizer's files are now, if they were moved")
     give.add_argument("--merge-file", metavar="FILE")
     give.add_argument("--tokenizer-model", metavar="PATH")
@@ -103,11 +108,13 @@ def write_hf(args: argparse.Namespace) -> None:
     """Write a checkpoint as a Hugging Face directory, and say as what."""
     checkpoint = find_checkpoint(Path(args.load), args.ckpt_step)
     moved = {name: vars(args)[name] for name in ("vocab_file", "merge_file", "tokenizer_model")}
+    run = from_dict(read_document(checkpoint, "run"), architecture=args.architecture)
     options = ExportOptions(
         dtype=DTYPES.get(args.dtype),
         labels=tuple(args.labels),
-        data=with_given(beside_checkpoint(from_dict(read_document(checkpoint, "run")).data, checkpoint), moved),
+        data=with_given(beside_checkpoint(run.data, checkpoint), moved),
         with_tokenizer=not args.no_tokenizer,
+        architecture=args.architecture,
     )
     exported = export_model(checkpoint, Path(args.hf), options)
     files = ", ".join(exported.tokenizer_files) or "no tokenizer"

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron3d.config.architectures import ARCHITECTURES, traits_of
+from megatron3d.config.architectures import traits_of
 from megatron3d.config.cli import parse_args, read_command, settle
 from megatron3d.config.placeholders import with_placeholders
 from megatron3d.config.presets import PRESETS, Preset
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags that are this tool's own."""
     p = _Parser(prog=PROGRAM, description=DESCRIPTION, allow_abbrev=False, add_help=False)
     p.add_argument("--world-size", default="1", metavar="N", help="ranks (default 1); with --largest also N,N,...")
-    p.add_argument("--architecture", choices=tuple(ARCHITECTURES), help="default: the preset's, or gpt")
+    p.add_argument("--architecture", metavar="NAME", help="default: the preset's, or gpt")
     p.add_argument("--largest", action="store_true", help="find the largest preset for each ZeRO stage and offload")
     p.add_argument("--memory-gb", type=float, metavar="X", help="with --largest: GiB of a rank's device")
     p.add_argument("--host-memory-gb", type=float, metavar="X", help="with --largest: GiB of host memory for a rank")
@@ -87,6 +87,9 @@ def check_search(args: argparse.Namespace, rest: Sequence[str]) -> None:
     if "--preset" in rest:
         raise ConfigError("--preset names one model and --largest searches a family of them; use --family instead.")
     world_sizes_of(args)
+    traits = traits_of(args.architecture or "gpt")
+    if not traits.presets:
+        raise ConfigError(f"--largest compares published models, and none of them is a {traits.title}; leave it out.")
     parse_with(args, rest)
 
 

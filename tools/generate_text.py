@@ -39,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="one JSON object a line and prompt, with the token ids")
     _add_sampling(p.add_argument_group("which token comes next"))
     _add_tokenizer(p.add_argument_group("tokenizer, where it is not as or where run.json says"))
+    p.add_argument(
+        "--architecture",
+        metavar="FILE.py:NAME",
+        help="the checkpoint's architecture, where it is code of your own",
+    )
     run = p.add_argument_group("where it runs")
     run.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share a layer")
     run.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share depth")
@@ -143,7 +148,7 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
         raise ConfigError(f"--batch-size {args.batch_size} generates nothing; use at least 1")
     prompts = read_prompts(args.prompt, args.prompts_file)
     directory = find_checkpoint(Path(args.load), args.ckpt_step)
-    saved = read_saved_run(directory)
+    saved = read_saved_run(directory, architecture=args.architecture)
     stored = saved.config
     parallel = GivenParallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,

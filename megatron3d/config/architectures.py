@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from megatron3d.errors import ConfigError
+from megatron3d.files.user_code import is_user_code, load_user_object
 
 SampleKind = Literal["tokens", "sentences"]
 
@@ -46,6 +47,13 @@ class ModelTraits:
         return _SCRIPTS[self.samples]
 
 
+@dataclass(frozen=True)
+class DescribedArchitecture:
+    """What has the traits of an architecture; `models/zoo.Architecture` adds its layers."""
+
+    traits: ModelTraits
+
+
 ARCHITECTURES: Mapping[str, ModelTraits] = MappingProxyType(
     {
         "gpt": ModelTraits("GPT", hf_families=("gpt2", "llama"), presets=("gpt3", "megatron")),
@@ -64,10 +72,25 @@ SPECIAL_OPTIONS: frozenset[str] = frozenset().union(*(traits.own_options for tra
 
 
 def traits_of(architecture: str) -> ModelTraits:
-    """What is known of an architecture.
+    """What is known of an architecture; one of the user's own, `module:NAME` or `path/to/file.py:NAME`, runs its file.
 
     Raises: ConfigError if there is none of that name.
     """
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(f"--architecture {architecture} is not known; use one of: {', '.join(ARCHITECTURES)}.")
-    return ARCHITECTURES[architecture]
+    if architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture]
+    return load_architecture(architecture).traits
+
+
+def load_architecture(name: str) -> DescribedArchitecture:
+    """An architecture from a user's own file.
+
+    Raises: ConfigError if the file or module cannot be loaded, or has no architecture of that name.
+    """
+    if not is_user_code(name):
+        raise ConfigError(
+            f"--architecture {name} is not known; use one of: {', '.join(ARCHITECTURES)}, or path/to/file.py:NAME for "
+            "one of your own."
+        )
+    found = load_user_object("--architecture", name, "Architecture", lambda one: isinstance(one, DescribedArchitecture))
+    assert isinstance(found, DescribedArchitecture), f"{name} is a {type(found).__name__}"
+    return found

@@ -50,7 +50,7 @@ def with_checkpoint_args(settings: Settings, log: Callable[[str], None]) -> dict
     if directory is None:
         log("--use-checkpoint-args: there is no checkpoint yet, so the flags describe the model.")
         return changed
-    stored = from_dict(_read_run(directory))
+    stored = from_dict(_read_run(directory), architecture=settings["model", "architecture"])
     wanted, found = settings["model", "architecture"], stored.model.architecture
     if wanted != found:
         raise MisfitError(

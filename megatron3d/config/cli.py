@@ -113,7 +113,7 @@ def read_command(
 
     `argv` is without the program's name. `log` takes the lines about flags that have no effect here; by default they
     go to stderr (pass a function that keeps silent on all ranks but one). `architecture` is what the program trains: a
-    preset, file or flag that names another is a problem.
+    preset, file or flag that names one of another program is a problem.
 
     Raises: CheckpointError if `--use-checkpoint-args` finds no checkpoint to take options from.
     """
@@ -137,6 +137,7 @@ def read_command(
         found.problems += engine_file.problems + engine_file.contradictions(path, settings)
         lines += [*engine_file.lines, *engine_file.lines_of_defaults(path, settings)]
         settings.update(engine_file.settings(settings))
+    settings["model", "architecture"] = _known_architecture(settings, architecture, found)
     settings = _with_checkpoint_args(settings, found, lines)
     lines += _zero_bubble(by_flag, settings, found.problems)
     found.problems += contradictions(found.foreign, found.settings)
@@ -146,6 +147,18 @@ def read_command(
         (_to_stderr if log is None else log)(line)
     doubt = _doubt(found, by_flag, by_file, config_file, engine_file, settings)
     return Command(given_run(settings), tuple(dict.fromkeys(found.problems)), doubt)
+
+
+def _known_architecture(settings: Settings, by_default: str, found: _SortedFlags) -> str:
+    """The architecture that is asked for; where it cannot be had, that is a problem, and the program's own is taken."""
+    asked = settings["model", "architecture"]
+    try:
+        traits_of(asked)
+    except ConfigError as error:
+        found.problems.append(str(error))
+        found.unread.add("architecture")
+        return by_default
+    return asked
 
 
 def _without_other_tokenizer(of_file: Settings, of_flags: Settings) -> Settings:
@@ -284,7 +297,7 @@ def _problems_between(
     """What is wrong between the program, flags that are no option, and options."""
     problems = []
     asked = settings["model", "architecture"]
-    if asked != architecture:
+    if traits_of(asked).script != traits_of(architecture).script:
         problems.append(
             f"{program} trains a {traits_of(architecture).title}, but --preset, --config or --architecture asks for a "
             f"{traits_of(asked).title}; use {traits_of(asked).script}."

@@ -17,6 +17,7 @@ class Flag:
 
     `spellings[0]` is Megatron-LM's present name and the one our messages use; the rest are older spellings that are
     still accepted. `kind` is "value", "on" (presence means True), "off" (presence means False) or "list".
+    With `takes_code` a value may also name something in a user's own file, as `module:name` or `path/to/file.py:name`.
     """
 
     spellings: tuple[str, ...]
@@ -24,13 +25,22 @@ class Flag:
     kind: str = "value"
     unit: str = ""
     choices: tuple[Any, ...] = ()
+    takes_code: bool = False
 
 
 def option(
-    default: Any, spelling: str, help: str, *, unit: str = "", choices: tuple[Any, ...] = (), also: tuple[str, ...] = ()
+    default: Any,
+    spelling: str,
+    help: str,
+    *,
+    unit: str = "",
+    choices: tuple[Any, ...] = (),
+    also: tuple[str, ...] = (),
+    takes_code: bool = False,
 ) -> Any:
     """A field set by a flag with a value, such as `--num-layers 24`."""
-    return field(default=default, metadata={"flag": Flag((spelling, *also), help, "value", unit, choices)})
+    flag = Flag((spelling, *also), help, "value", unit, choices, takes_code)
+    return field(default=default, metadata={"flag": flag})
 
 
 def options(spelling: str, help: str, *, also: tuple[str, ...] = ()) -> Any:

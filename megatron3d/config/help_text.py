@@ -54,7 +54,10 @@ def metavar(option: Option) -> str:
     choices = option.flag.choices
     if option.flag.kind == "list":
         return "WORD ..."
-    return "{" + ",".join(str(choice) for choice in choices) + "}" if choices else _METAVARS[option.type_name]
+    if not choices:
+        return _METAVARS[option.type_name]
+    words = [*map(str, choices), *(["FILE.py:NAME"] if option.flag.takes_code else [])]
+    return "{" + ",".join(words) + "}"
 
 
 def _add(group: argparse._ArgumentGroup, option: Option) -> None:

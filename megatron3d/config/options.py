@@ -20,6 +20,7 @@ from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.config.sections.optim import GivenOptim, OptimConfig
 from megatron3d.config.sections.parallel import GivenParallel, ParallelConfig
 from megatron3d.config.sections.train import GivenTrain, TrainConfig
+from megatron3d.files.user_code import is_user_code
 
 _MOST = 2**63 - 1  # of steps, samples and sizes, which travel in int64
 
@@ -74,13 +75,18 @@ class Option:
         """This option's value in a run."""
         return getattr(getattr(config, self.section), self.name)
 
+    def allows(self, value: Any) -> bool:
+        """Whether a value is one of the choices, where there are any, or names code of the user's, where it may."""
+        choices, takes_code = self.flag.choices, self.flag.takes_code
+        return not choices or value in choices or (takes_code and is_user_code(value))
+
     def convert(self, given: Any) -> Any:
         """The field's value from a word of the command line or a value of a config file.
 
         Raises: ValueError with a sentence for the user if it is not of the field's type or not one of its choices.
         """
         value = self._typed(given)
-        if self.flag.choices and value not in self.flag.choices:
+        if not self.allows(value):
             same = [choice for choice in self.flag.choices if str(choice).lower() == str(value).lower()]
             if len(same) == 1:  # such as `--normalization rmsnorm` of Megatron-DeepSpeed
                 return same[0]

@@ -16,6 +16,7 @@ from megatron3d.config.sections.model import GivenModel
 from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.config.sections.train import DraftTrain
 from megatron3d.errors import ConfigError
+from megatron3d.files.user_code import is_user_code
 
 # What is read of each section before it is known to be complete.
 _STORED: Mapping[str, type] = MappingProxyType({**GIVEN, "parallel": ParallelConfig, "train": DraftTrain})
@@ -29,18 +30,25 @@ def to_dict(config: DraftRun) -> dict[str, dict[str, Any]]:
     return {section: _section_to_dict(getattr(config, section)) for section in SECTIONS}
 
 
-def from_dict(stored: Mapping[str, Any]) -> RunConfig:
+def from_dict(stored: Mapping[str, Any], *, architecture: str | None = None) -> RunConfig:
     """The run that `to_dict` gave. Fields that the stored run does not know yet take their defaults.
 
-    Weights that are imported were stored without a learning rate; here it is 0.
+    Weights that are imported were stored without a learning rate; here it is 0. `architecture` is the one that the user
+    names: an architecture in a file of theirs is code, which is not run because a stored run says so.
 
     Raises: ConfigError naming sections or fields that do not exist, that are of another type than they should be, or
-        without which there is no run.
+        without which there is no run; or an architecture that the user has not named.
     """
     unknown = [section for section in stored if section not in SECTIONS]
     if unknown:
         raise ConfigError(f"The stored run has the unknown section {unknown[0]}; sections are {', '.join(SECTIONS)}.")
     draft = DraftRun(**{section: _section_from_dict(section, stored.get(section, {})) for section in SECTIONS})
+    own = draft.model.architecture
+    if is_user_code(own) and own != architecture:
+        raise ConfigError(
+            f"The stored run has the architecture {own}, which is code that is run only where the command names it; "
+            f"read it, and give --architecture {own}, which pretrain_gpt.py, tools/generate_text.py and hf-export take."
+        )
     optim = draft.optim if draft.optim.lr is not None else dataclasses.replace(draft.optim, lr=0.0)
     try:
         return complete(dataclasses.replace(draft, model=_filled(draft.model), optim=optim))

@@ -43,13 +43,15 @@ _REWRITTEN = ("architectures", "dtype", "torch_dtype", "transformers_version", "
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export may be given: a dtype instead of the stored one, names of the classes, and where the tokenizer
-    lies (None takes that of the run, and `with_tokenizer` says whether to take any)."""
+    """What an export may be given: a dtype instead of the stored one, names of the classes, where the tokenizer lies
+    (None takes that of the run, and `with_tokenizer` says whether to take any), and an architecture of the user's own
+    that the checkpoint may have."""
 
     dtype: torch.dtype | None = None
     labels: Sequence[str] = ()
     data: DataConfig | None = None
     with_tokenizer: bool = True
+    architecture: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def export_model(checkpoint: Path, directory: Path, options: ExportOptions | Non
     """
     options = options or ExportOptions()
     check_writable(directory)
-    run = from_dict(read_document(checkpoint, "run"))
+    run = from_dict(read_document(checkpoint, "run"), architecture=options.architecture)
     if problems := model_problems(run.model):
         raise CheckpointError(f"{checkpoint / 'run.json'} describes a model that cannot be: {' '.join(problems)}")
     family = family_of(run.model)

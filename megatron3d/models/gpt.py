@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.losses import masked_loss_sum
-from megatron3d.models.stage import MicroBatch, Stage, StagePart, assemble_stage
+from megatron3d.models.stage import BlockBuilder, MicroBatch, Stage, StagePart, assemble_stage
 from megatron3d.models.vocabulary import TiedTable, vocabulary_table
+from megatron3d.nn.block import Block
 from megatron3d.nn.dropout import drop_hidden
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.loss_sink import LossSpec
@@ -79,7 +80,14 @@ class GPTHead(nn.Module):
         return micro.losses.end({"lm": masked_loss_sum(logits_SBV, labels_SB, mask_SB, table=table, context=context)})
 
 
-def build_gpt_stage(config: ModelConfig, train: TrainConfig, part: StagePart, context: LayerContext) -> Stage:
+def build_gpt_stage(
+    config: ModelConfig,
+    train: TrainConfig,
+    part: StagePart,
+    context: LayerContext,
+    *,
+    block: BlockBuilder = Block,
+) -> Stage:
     """Build one stage of a GPT on the meta device.
 
     Args:
@@ -87,6 +95,7 @@ def build_gpt_stage(config: ModelConfig, train: TrainConfig, part: StagePart, co
         train: says which activations are recomputed.
         part: the stage's share of the model.
         context: axis, sink and kernels of its layers.
+        block: makes its blocks.
     """
     embedding: nn.Module | None = None
     if part.is_first:
@@ -94,4 +103,4 @@ def build_gpt_stage(config: ModelConfig, train: TrainConfig, part: StagePart, co
     elif part.is_last and not config.untie_embeddings_and_output_weights:
         embedding = TiedTable(config, context)
     head = GPTHead(config, context) if part.is_last else None
-    return assemble_stage(config, train, part, context, embedding=embedding, head=head, losses=LOSSES)
+    return assemble_stage(config, train, part, context, embedding=embedding, head=head, losses=LOSSES, block=block)

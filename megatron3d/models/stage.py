@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -197,6 +198,14 @@ class Stage(nn.Module):
         return LayerInputs(rotary, micro.attention_mask_BST, micro.cache, micro.dropout, micro.losses)
 
 
+class BlockBuilder(Protocol):
+    """Makes the block of one layer: a module from ([S, B, H] of the residual stream, `LayerInputs`) to [S, B, H]."""
+
+    def __call__(self, config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool) -> nn.Module:
+        """`recompute_core` asks for attention that recomputes its core in the backward."""
+        ...
+
+
 StageBuilder = Callable[[ModelConfig, TrainConfig, StagePart, LayerContext], Stage]
 
 
@@ -209,26 +218,20 @@ def assemble_stage(
     embedding: nn.Module | None,
     head: nn.Module | None,
     losses: tuple[LossSpec, ...],
+    block: BlockBuilder = Block,
     reads_first_only: bool = False,
 ) -> Stage:
     """A stage with the blocks of its part between a model's own ends, recomputed as `train` says.
 
-    `losses` are all that the model declares, on every stage alike. `reads_first_only` says that the head reads the
-    first position alone: then the block before it computes no other, unless the sequence is cut over the ranks, where
-    that position would be the work of one of them.
+    `losses` are all that the model declares, on every stage alike. `block` makes its blocks. `reads_first_only` says
+    that the head reads the first position alone: then the block before it (a `Block`) computes no other, unless the
+    sequence is cut over the ranks, where that position would be the work of one of them.
     """
     selective = train.recompute_granularity == "selective"
-    last = part.layers[-1] if head is not None and reads_first_only and part.layers else None
-    blocks = {
-        layer: Block(
-            config,
-            context,
-            layer=layer,
-            recompute_core=selective,
-            first_only=layer == last and not context.sequence_parallel,
-        )
-        for layer in part.layers
-    }
+    blocks = {layer: block(config, context, layer=layer, recompute_core=selective) for layer in part.layers}
+    if head is not None and reads_first_only and part.layers and not context.sequence_parallel:
+        last = part.layers[-1]
+        blocks[last] = Block(config, context, layer=last, recompute_core=selective, first_only=True)
     groups = plan_recompute(
         len(part.layers),
         granularity=train.recompute_granularity,

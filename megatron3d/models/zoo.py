@@ -1,6 +1,7 @@
 """The models by the name of their architecture: one record for each, from which everything that differs is read.
 
-A decoder is added with its module, a record here and its traits in `config/architectures.py`.
+A decoder is added with its module, a record here and its traits in `config/architectures.py`; or from outside, with
+one file that has an `Architecture` (CONTRIBUTING.md).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
-from megatron3d.config.architectures import ARCHITECTURES, ModelTraits
+from megatron3d.config.architectures import ARCHITECTURES, DescribedArchitecture, load_architecture
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import ConfigError
@@ -43,7 +44,7 @@ class EncoderBuilder(Protocol):
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Architecture(DescribedArchitecture):
     """One family of models.
 
     Attributes:
@@ -54,7 +55,6 @@ class Architecture:
             none.
     """
 
-    traits: ModelTraits
     build_stage: StageBuilder
     build_classifier: ClassifierBuilder | None = None
     build_encoder: EncoderBuilder | None = None
@@ -71,10 +71,15 @@ ZOO: Mapping[str, Architecture] = MappingProxyType(
 
 
 def architecture_of(model: ModelConfig) -> Architecture:
-    """The record of a model's architecture.
+    """The record of a model's architecture: one of `ZOO`, or one from a user's own file.
 
     Raises: ConfigError if there is none of that name.
     """
-    if model.architecture not in ZOO:
-        raise ConfigError(f"--architecture {model.architecture} is not known; use one of: {', '.join(ZOO)}.")
-    return ZOO[model.architecture]
+    name = model.architecture
+    found = ZOO[name] if name in ZOO else load_architecture(name)
+    if not isinstance(found, Architecture):
+        raise ConfigError(
+            f"--architecture {name} is a {type(found).__name__}, which builds no layers; make it a "
+            "megatron3d.models.zoo.Architecture."
+        )
+    return found

@@ -40,17 +40,17 @@ class SavedRun:
     content: Content | None
 
 
-def read_saved_run(directory: Path) -> SavedRun:
-    """The run that wrote a checkpoint.
+def read_saved_run(directory: Path, *, architecture: str | None = None) -> SavedRun:
+    """The run that wrote a checkpoint; `architecture` is the one that the user names, see `from_dict`.
 
     Raises:
         CheckpointError: a document is missing or damaged.
-        ConfigError: it is of another version.
+        ConfigError: it is of another version, or of an architecture of a user's own that is not named.
     """
     content = None
     if f"{CONTENT_DOCUMENT}.json" in read_index(directory).documents:
         content = content_from_json(read_document(directory, CONTENT_DOCUMENT))
-    return SavedRun(directory, from_dict(read_document(directory, "run")), content)
+    return SavedRun(directory, from_dict(read_document(directory, "run"), architecture=architecture), content)
 
 
 def agreed_content(config: RunConfig, group: ProcessGroup | None) -> Content:

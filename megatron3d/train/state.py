@@ -190,7 +190,8 @@ def _restore_from(source: Source, parts: TrainingSetup, content: Content | None)
     options, group = parts.config.checkpoint, parts.mesh.world.group
     directory = source.directory
     agreed_index(directory, group)
-    saved = on_every_rank(lambda: read_saved_run(directory), group)
+    wanted = parts.config.model.architecture
+    saved = on_every_rank(lambda: read_saved_run(directory, architecture=wanted), group)
     _check_architecture(saved, parts.config.model)
     if source.weights_only:
         lines = compare_weights(saved, parts.config, content)

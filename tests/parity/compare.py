@@ -16,10 +16,10 @@ GRADIENT_TOLERANCE = 1e-5  # of the largest element of the same parameter's grad
 
 
 @functools.cache
-def reference(model: str) -> tuple[Trace, dict[str, tuple[int, ...]]]:
+def reference(model: str, options: str = "") -> tuple[Trace, dict[str, tuple[int, ...]]]:
     """One process's trace and the full shapes of its parameters; made once for all tests of a session."""
     torch.set_num_threads(1)
-    parts = parts_of(Case(model, Layout()), make_mesh(Layout()))
+    parts = parts_of(Case(model, Layout(), options), make_mesh(Layout()))
     shapes = {name: view.full_shape for name, view in parts.engine.weight_views().items()}
     return trace(parts), shapes
 
@@ -29,7 +29,7 @@ def relative(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
 
-def check_against_one_process(case: Case, traces: list[Trace], table: list[str]) -> None:
+def check_against_one_process(case: Case, traces: list[Trace], table: list[str], *, of_model: str = "") -> None:
     """Add the row of a case to the table, and fail if its losses, gradient norms or gradients are not those of one
     process, or if its ranks disagree about the loss.
 
@@ -37,8 +37,9 @@ def check_against_one_process(case: Case, traces: list[Trace], table: list[str])
         case: what was trained.
         traces: one of each rank.
         table: rows of the layout-parity table so far.
+        of_model: options that belong to the model, so that the one process takes them too.
     """
-    expected, shapes = reference(case.model)
+    expected, shapes = reference(case.model, of_model)
     loss, norm = relative(traces[0].losses, expected.losses), relative(traces[0].norms, expected.norms)
     shapes = {name: shape for name, shape in shapes.items() if name in expected.gradients}  # frozen ones have none
     assert set().union(*(one.gradients for one in traces)) == set(shapes), f"{case}: gradients of other parameters"

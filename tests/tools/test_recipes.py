@@ -19,6 +19,8 @@ from megatron3d.comm.layout import Layout
 from tests.dist.pool import Pool
 from tests.parity.compare import check_against_one_process
 from tests.parity.runs import Case, trace_cases
+from tests.runs import harness
+from tools import estimate
 from tools.check_docs import copy_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,3 +160,46 @@ def test_the_schedule_of_the_recipe_trains_as_one_process_does(pool: Pool, tmp_p
     case = Case("llama-tied", Layout(pp=2), f"--pipeline-schedule {name}")
     by_rank = pool.run(2, trace_cases, [case], timeout_s=120)
     check_against_one_process(case, [traces[0] for traces in by_rank], [])
+
+
+@pytest.mark.parity
+def test_the_model_of_the_recipe_trains_as_one_process_does(pool: Pool, tmp_path: Path) -> None:
+    file = steps_of("A model")[0]
+    apply(file, tmp_path)
+    architecture = f"--architecture {tmp_path / file.file}:PARALLEL"
+    case = Case("llama-tied", Layout(tp=2, pp=2), f"{architecture} --sequence-parallel")
+    by_rank = pool.run(4, trace_cases, [case], timeout_s=120)
+    traces = [traces[0] for traces in by_rank]
+    check_against_one_process(case, traces, [], of_model=architecture)
+    assert "layers.1.norm.weight" in traces[0].gradients and "layers.1.mlp_norm.weight" not in traces[0].gradients
+    assert traces[0].losses[-1] < traces[0].losses[0] - 0.3
+
+
+@pytest.mark.heavy
+def test_the_commands_of_the_recipe_for_a_model_estimate_train_resume_and_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, estimated, trained = steps_of("A model")
+    apply(file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert estimate.main(_words_of(estimated)[2:]) == 0
+    # Of H = 1024: 24 blocks of a norm (2H), 4 H x H matrices of attention and 8 of the MLP with their biases (4 + 5 H).
+    count = (50257 + 1024) * 1024 + 24 * (12 * 1024**2 + (2 + 4 + 5) * 1024) + 2 * 1024
+    assert f"parallel GPT: {count:,} parameters" in capsys.readouterr().out
+    words = [*_words_of(trained)[2:], "--device", "cpu", "--metrics-file", "metrics.jsonl"]
+    assert harness.run(words).code == 0
+    found = harness.losses(tmp_path / "metrics.jsonl")
+    assert len(found) == 10 and found[-1] < found[0] - 0.3
+    resumed = harness.run([*words, "--train-iters", "12", "--override-opt-param-scheduler"])
+    assert resumed.code == 0 and len(harness.losses(tmp_path / "metrics.jsonl")) == 12, resumed.err
+    prompt = ["--load", "out/my_model", "--tokenizer-type", "NullTokenizer", "--prompt", "7", "--device", "cpu"]
+    tool = ROOT / "tools/generate_text.py"
+    unnamed = harness.run(prompt, script=tool)
+    assert unnamed.code == 2
+    unnamed.says("my_model.py:PARALLEL, which is code that is run only where the command names it")
+    text = harness.run([*prompt, "--max-new-tokens", "3", "--architecture", "my_model.py:PARALLEL"], script=tool)
+    assert text.code == 0 and len(text.out.split()) == 4, text.err
+
+
+def _words_of(step: Step) -> list[str]:
+    return shlex.split(step.text.replace("\\\n", " "))

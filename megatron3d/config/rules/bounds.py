@@ -111,6 +111,6 @@ def _violations(config: GivenRun) -> Iterator[tuple[Option, str]]:
             if violation is not None:
                 yield option, violation
     for option in OPTIONS:
-        choices = option.flag.choices
-        if choices and option.value_in(config) not in (None, *choices):
-            yield option, f"one of {', '.join(str(choice) for choice in choices)}"
+        value = option.value_in(config)
+        if value is not None and not option.allows(value):
+            yield option, f"one of {', '.join(str(choice) for choice in option.flag.choices)}"

@@ -16,7 +16,11 @@ class GivenModel:
     """The model as it is given. A field that is None is not given: it follows from the others, or the run lacks it."""
 
     architecture: str = option(
-        "gpt", "--architecture", "What is trained; every training script knows its own.", choices=tuple(ARCHITECTURES)
+        "gpt",
+        "--architecture",
+        "What is trained; every training script knows its own. Or module:name of an Architecture of your own.",
+        choices=tuple(ARCHITECTURES),
+        takes_code=True,
     )
     num_layers: int | None = option(None, "--num-layers", "Transformer layers.", also=("--encoder-num-layers",))
     hidden_size: int | None = option(None, "--hidden-size", "Width of the residual stream, H.")

@@ -15,9 +15,10 @@ from difflib import get_close_matches
 from types import MappingProxyType
 
 from megatron3d.errors import ScheduleError
+from megatron3d.files.user_code import is_user_code
 from megatron3d.pipeline.orders.interleaved import breadth_first, interleaved
 from megatron3d.pipeline.orders.placement import require_sizes, round_robin, v_shape
-from megatron3d.pipeline.orders.user import build_user_schedule, is_user_order
+from megatron3d.pipeline.orders.user import build_user_schedule
 from megatron3d.pipeline.orders.v_shaped import dualpipe_v, zb_v
 from megatron3d.pipeline.orders.zero_bubble import zb_h1, zb_h2
 from megatron3d.pipeline.schedule import Op, Schedule, Step, check
@@ -135,7 +136,7 @@ def build_schedule(
             f"--microbatch-group-size-per-virtual-pipeline-stage {group_size} has no meaning for --pipeline-schedule "
             f"{name}; drop it, or use --pipeline-schedule interleaved"
         )
-    if is_user_order(name):
+    if is_user_code(name):
         require_sizes(name, num_ranks, num_microbatches, virtual)
         schedule = build_user_schedule(name, num_ranks=num_ranks, num_microbatches=num_microbatches, virtual=virtual)
     else:
@@ -155,7 +156,7 @@ def placement_of(name: str, *, num_ranks: int, virtual: int, num_microbatches: i
     Raises:
         ScheduleError: if no order has that name, or the order does not take these sizes.
     """
-    if is_user_order(name):
+    if is_user_code(name):
         count = 2 * num_ranks if num_microbatches is None else num_microbatches
         return build_schedule(name, num_ranks=num_ranks, num_microbatches=count, virtual=virtual).stage_to_rank
     order = _order(name)
@@ -169,7 +170,7 @@ def virtual_of(name: str) -> int | None:
     Raises:
         ScheduleError: if no order has that name.
     """
-    return None if is_user_order(name) else _order(name).virtual
+    return None if is_user_code(name) else _order(name).virtual
 
 
 def _order(name: str) -> Order:

@@ -7,20 +7,13 @@ other order; what goes wrong on the way is a sentence that names the option.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module, util
-from pathlib import Path
-from types import ModuleType
 from typing import cast
 
 from megatron3d.errors import ScheduleError
+from megatron3d.files.user_code import load_user_object
 from megatron3d.pipeline.schedule import Schedule
 
 UserOrder = Callable[[int, int, int], Schedule]
-
-
-def is_user_order(name: str) -> bool:
-    """Whether the name of an order points into a user's file: named orders have no colon."""
-    return ":" in name
 
 
 def build_user_schedule(name: str, *, num_ranks: int, num_microbatches: int, virtual: int) -> Schedule:
@@ -62,43 +55,5 @@ def load_user_order(name: str) -> UserOrder:
     Raises:
         ScheduleError: if the file or module cannot be loaded, or has no such function.
     """
-    place, _, function_name = name.rpartition(":")
-    if not place or not function_name:
-        raise ScheduleError(
-            f"--pipeline-schedule {name!r} names no function; write module:function or path/to/file.py:function"
-        )
-    module = _load_file(name, Path(place)) if place.endswith(".py") else _load_module(name, place)
-    function = vars(module).get(function_name)
-    if not callable(function):
-        own = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise ScheduleError(
-            f"--pipeline-schedule {name}: {place} has no function {function_name!r}; it has {', '.join(own) or 'none'}"
-        )
-    return cast(UserOrder, function)
-
-
-def _load_file(name: str, path: Path) -> ModuleType:
-    """Run the user's file as a module of its own, which nothing else can import by accident."""
-    if not path.is_file():
-        raise ScheduleError(f"--pipeline-schedule {name}: there is no file {path} in {Path.cwd()}; give its path")
-    spec = util.spec_from_file_location(f"user_order_{path.stem}", path)
-    assert spec is not None and spec.loader is not None, f"{path} ends in .py, which Python loads"
-    module = util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ScheduleError(
-            f"--pipeline-schedule {name}: {path} cannot be loaded: {type(error).__name__}: {error}; mend the file"
-        ) from error
-    return module
-
-
-def _load_module(name: str, place: str) -> ModuleType:
-    """Import the user's module."""
-    try:
-        return import_module(place)
-    except Exception as error:
-        raise ScheduleError(
-            f"--pipeline-schedule {name}: module {place!r} cannot be imported: {type(error).__name__}: {error}; put "
-            "its folder on PYTHONPATH, or give the path of the file, such as orders/mine.py:function"
-        ) from error
+    found = load_user_object("--pipeline-schedule", name, "function", callable, error=ScheduleError)
+    return cast(UserOrder, found)
