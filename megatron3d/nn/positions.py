@@ -13,22 +13,29 @@ from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
 
 
-class LearnedPositions(ParallelModule):
-    """A table [max_position_embeddings, H], added to the word embedding."""
+class _AddedTable(ParallelModule):
+    """A table [num_rows, H] whose rows are added to the word embedding; every tensor rank holds all of it."""
 
     weight: nn.Parameter
 
-    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+    def __init__(self, num_rows: int, config: ModelConfig, context: LayerContext) -> None:
         super().__init__(tp=context.tp.size)
         self.context = context
         self.declare(
             "weight",
-            (config.max_position_embeddings, config.hidden_size),
+            (num_rows, config.hidden_size),
             init=Init("normal", config.init_method_std),
             decays=True,
             tp_gradient=context.residual_gradient,
             is_table=True,
         )
+
+
+class LearnedPositions(_AddedTable):
+    """A table [max_position_embeddings, H], added to the word embedding."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        super().__init__(config.max_position_embeddings, config, context)
 
     def forward(self, length: int, position_ids_BS: Tensor | None) -> Tensor:
         """Embeddings [S, B or 1, H] of this rank's positions (S local under sequence parallelism).
@@ -42,25 +49,14 @@ class LearnedPositions(ParallelModule):
         return F.embedding(self.context.local_sequence(position_ids_BS.t()), self.weight)
 
 
-class TokenTypes(ParallelModule):
+class TokenTypes(_AddedTable):
     """A table [num_token_types, H] of segments (sentence A, sentence B), added to the word embedding.
 
     Source: Devlin et al. 2018 (BERT), section 3.
     """
 
-    weight: nn.Parameter
-
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
-        super().__init__(tp=context.tp.size)
-        self.context = context
-        self.declare(
-            "weight",
-            (config.num_token_types, config.hidden_size),
-            init=Init("normal", config.init_method_std),
-            decays=True,
-            tp_gradient=context.residual_gradient,
-            is_table=True,
-        )
+        super().__init__(config.num_token_types, config, context)
 
     def forward(self, token_types_BS: Tensor) -> Tensor:
         """Segments of the whole sequence, int64, to embeddings [S, B, H] (S local under sequence parallelism)."""
