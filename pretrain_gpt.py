@@ -10,19 +10,19 @@ import sys
 
 from megatron3d.config.cli import read_command, save_directory
 from megatron3d.config.serialize import as_table
-from megatron3d.train.launch import Guard, guarded
+from megatron3d.train.launch import RunContext, run_main
 from megatron3d.train.settle import settle_run
 
 
-def main(guard: Guard) -> None:
+def main(context: RunContext) -> None:
     """The story of a run."""
     # What the user wants: all problems are found here, before a process group or a device exists.
-    is_first = guard.launch.rank == 0
-    guard.save = save_directory(sys.argv[1:])
+    is_first = context.launch.rank == 0
+    context.save = save_directory(sys.argv[1:])
     command = read_command(
         sys.argv[1:], program="pretrain_gpt.py", description="Pretrain a GPT.", log=print if is_first else silent
     )
-    config, vocabulary = settle_run(command, guard.launch.world_size)
+    config, vocabulary = settle_run(command, context.launch.world_size)
     if is_first:
         print(as_table(config))
 
@@ -35,20 +35,20 @@ def main(guard: Guard) -> None:
     from megatron3d.train.stopping import stop_while_starting
 
     # Where it runs. From here on a stop that a signal asks for is made by every rank at the same point.
-    with joined(config, guard, save=config.checkpoint.save) as (mesh, device):
+    with joined(config, context, save=config.checkpoint.save) as (mesh, device):
         # Which tokens: every rank opens the same files and reads its own part.
         given = {"tokenizer": vocabulary.tokenizer, "eod_token": vocabulary.eod_token}
         data = build_data(config.data, config.model, **given)
         if is_first:
             print("\n".join(data.notes), end="\n" if data.notes else "")
-        stop_while_starting(guard, mesh)
+        stop_while_starting(context, mesh)
 
         # Which layers: this rank's stage, its flat buffers, its part of the optimizer.
         parts = build_parts(config, mesh, device, architecture_of(config.model).build_stage)
 
         # Steps, evaluations and checkpoints, from the latest checkpoint to the end.
         with open_streams(data, config.data) as streams:
-            train(parts, streams, guard)
+            train(parts, streams, context)
 
 
 def silent(line: str) -> None:
@@ -56,4 +56,4 @@ def silent(line: str) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main, stoppable=True)
+    run_main(main, stoppable=True)

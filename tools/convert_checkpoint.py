@@ -68,7 +68,7 @@ from megatron3d.convert.tokenizer_choice import with_given
 from megatron3d.data.hf_tokenizer import reading_note
 from megatron3d.models.zoo import architecture_of
 from megatron3d.params.init import initial_shard
-from megatron3d.train.launch import Guard, guarded
+from megatron3d.train.launch import RunContext, run_main
 from megatron3d.train.setup import build_model
 
 
@@ -123,11 +123,11 @@ def write_hf(args: argparse.Namespace) -> None:
         print(note)
 
 
-def main(guard: Guard) -> None:
+def main(context: RunContext) -> None:
     """Import or export, as the first word says."""
     args = parser().parse_args()
     {"hf-import": import_model, "hf-export": write_hf}[args.action](args)
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

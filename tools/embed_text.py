@@ -81,7 +81,7 @@ from megatron3d.inference.load import generation_config
 from megatron3d.models.zoo import architecture_of
 from megatron3d.train.compare import SavedRun, read_saved_run
 from megatron3d.train.joining import joined
-from megatron3d.train.launch import Guard, guarded
+from megatron3d.train.launch import RunContext, run_main
 
 _FORMATS = (".npy", ".jsonl")
 
@@ -243,11 +243,11 @@ def write(job: Job, vectors_NH: Tensor) -> None:
                 file.write((json.dumps({"text": text, "embedding": vector_H}, ensure_ascii=False) + "\n").encode())
 
 
-def main(guard: Guard) -> None:
+def main(context: RunContext) -> None:
     """Settle what is asked for, load the encoder, embed, write."""
     args = parser().parse_args()
-    job = settle(args, guard.launch.world_size)
-    with joined(job.config, guard, save=None, files=job.files()) as (mesh, device):
+    job = settle(args, context.launch.world_size)
+    with joined(job.config, context, save=None, files=job.files()) as (mesh, device):
         model = load_encoder(job.config, mesh, device, job.weights, pooling=job.options.pooling)
         began_s = time.monotonic()
         vectors_NH = embed(model, job.config, job.ids, job.options)
@@ -263,4 +263,4 @@ def main(guard: Guard) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

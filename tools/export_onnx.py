@@ -54,7 +54,7 @@ from megatron3d.serve.trained import ServeOverrides, Trained, load_classifier, o
 from megatron3d.tasks.glue.metrics import require_libraries
 from megatron3d.tasks.glue.read import SampleTable, read_rows
 from megatron3d.tasks.glue.tasks import CUSTOM, CustomColumns, Task, custom_task, find_task
-from megatron3d.train.launch import Guard, guarded
+from megatron3d.train.launch import RunContext, run_main
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,12 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(guard: Guard) -> None:
+def main(context: RunContext) -> None:
     """Export, tell people on standard error, and end with one JSON line on standard output."""
     args = parser().parse_args()
-    if guard.launch.world_size > 1:
+    if context.launch.world_size > 1:
         raise ConfigError(
-            f"the export runs in one process, not in {guard.launch.world_size}; start it without torchrun"
+            f"the export runs in one process, not in {context.launch.world_size}; start it without torchrun"
         )
     report = export(args)
     print(summary(report), file=sys.stderr)
@@ -173,4 +173,4 @@ def main(guard: Guard) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

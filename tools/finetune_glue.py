@@ -16,26 +16,26 @@ import sys
 
 from megatron3d.config.cli import save_directory
 from megatron3d.tasks.glue.command import read_task_command
-from megatron3d.train.launch import Guard, guarded
+from megatron3d.train.launch import RunContext, run_main
 
 
-def main(guard: Guard) -> None:
+def main(context: RunContext) -> None:
     """Settle what is asked for, fine-tune once for each seed, predict, and print the result."""
-    is_first = guard.launch.rank == 0
+    is_first = context.launch.rank == 0
     log = to_stderr if is_first else silent
-    guard.save = save_directory(sys.argv[1:])
-    command = read_task_command(sys.argv[1:], guard.launch.world_size, log=log)
+    context.save = save_directory(sys.argv[1:])
+    command = read_task_command(sys.argv[1:], context.launch.world_size, log=log)
 
     # The rest needs torch, whose import takes seconds: a mistake above is answered without it.
     from megatron3d.tasks.glue.job import settle
     from megatron3d.tasks.glue.run_job import one_seed, summary
     from megatron3d.train.joining import joined
 
-    job = settle(command, guard.launch.world_size)
+    job = settle(command, context.launch.world_size)
     for note in job.notes:
         log(note)
-    with joined(job.runs[0], guard, save=job.save, files=job.files()) as (mesh, device):
-        results = [one_seed(job, run, mesh, device, guard, log=log) for run in job.runs]
+    with joined(job.runs[0], context, save=job.save, files=job.files()) as (mesh, device):
+        results = [one_seed(job, run, mesh, device, context, log=log) for run in job.runs]
     if is_first:
         print(json.dumps(summary(job, results)))
 
@@ -50,4 +50,4 @@ def silent(line: str) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main, stoppable=True)
+    run_main(main, stoppable=True)

@@ -95,7 +95,7 @@ from megatron3d.inference.load import generation_config, load_model
 from megatron3d.inference.sampling import SamplingOptions
 from megatron3d.train.compare import SavedRun, read_saved_run
 from megatron3d.train.joining import joined
-from megatron3d.train.launch import Guard, guarded
+from megatron3d.train.launch import RunContext, run_main
 
 
 @dataclass(frozen=True)
@@ -294,11 +294,11 @@ def report(job: Job, new_ids: Sequence[Sequence[int]], *, as_json: bool, elapsed
     print(f"{num_new} new tokens in {elapsed_s:.2f} s, {num_new / elapsed_s:.1f} tokens/s", file=sys.stderr)
 
 
-def main(guard: Guard) -> None:
+def main(context: RunContext) -> None:
     """Settle what is asked for, load the weights, generate, print."""
     args = parser().parse_args()
-    job = settle(args, guard.launch.world_size)
-    with joined(job.config, guard, save=None, files=job.files()) as (mesh, device):
+    job = settle(args, context.launch.world_size)
+    with joined(job.config, context, save=None, files=job.files()) as (mesh, device):
         model = load_model(job.config, mesh, device, job.directory)
         began_s = time.monotonic()
         new_ids = generate(
@@ -315,4 +315,4 @@ def main(guard: Guard) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

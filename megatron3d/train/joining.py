@@ -20,13 +20,13 @@ from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError, Megatron3dError, PeerError, StopRequested
 from megatron3d.planner.layout import layout_of
 from megatron3d.train.exit_status import clear_exit_status
-from megatron3d.train.launch import Guard
+from megatron3d.train.launch import RunContext
 
 
 @contextmanager
 def joined(
     config: RunConfig,
-    guard: Guard,
+    context: RunContext,
     *,
     save: str | None,
     files: Mapping[str, str] = MappingProxyType({}),
@@ -34,12 +34,12 @@ def joined(
     """Pick the device, join the job, build the mesh of a resolved config, and leave the job at the end.
 
     The mesh is built once all ranks have the same options: with different layouts they would wait in groups that the
-    others do not have. Within the block a stop that is asked for only sets `guard.stop`, if `guarded` handles stops at
-    all; the block must look at it.
+    others do not have. Within the block a stop that is asked for only sets `context.stop`, if `run_main` handles stops
+    at all; the block must look at it.
 
     Args:
         config: the resolved run, whose layout and device are taken.
-        guard: learns `save`.
+        context: learns `save`.
         save: the --save directory, in which the exit status of an earlier run is removed.
         files: digests of what else each rank has read from files, by a name for people: prompts, a training file.
 
@@ -47,8 +47,8 @@ def joined(
         ConfigError: the device cannot be had, or the ranks do not agree on an option or on `files`.
         PeerError: instead of the error of a collective in the block that lost another rank.
     """
-    launch, parallel = guard.launch, config.parallel
-    guard.save = save
+    launch, parallel = context.launch, config.parallel
+    context.save = save
     if save and launch.rank == 0:
         clear_exit_status(save)
     device = pick_device(parallel.device, local_rank=launch.local_rank, local_world_size=launch.local_world_size)
@@ -61,7 +61,7 @@ def joined(
             roll = RollCall(store, rank=launch.rank, world_size=launch.world_size)
         require_agreement({**agreed_options(config), **files}, ConfigError)
         # Not before: while ranks wait for each other nothing looks at the flag, and there is nothing to save.
-        guard.stop.defer()
+        context.stop.defer()
         mesh = make_mesh(layout, timeout=timeout)
         if roll is not None:
             roll.watch(mesh.meter)

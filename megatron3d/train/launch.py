@@ -1,6 +1,6 @@
 """The outermost frame of every script: from any error to a sentence, a status file and an exit code.
 
-Whatever goes wrong inside `guarded` becomes one sentence on standard error, an `exit_status.json` beside the
+Whatever goes wrong inside `run_main` becomes one sentence on standard error, an `exit_status.json` beside the
 checkpoints, a word to the elastic agent if there is one, and the process's exit code (docs/stopping.md). A rank that
 fails ends its process at once, so that the launcher ends the others instead of letting them wait.
 
@@ -33,8 +33,8 @@ NO_STEP = "no step was made, so nothing is saved; start again"
 
 
 @dataclass
-class Guard:
-    """What the outermost frame must know of a run to report its end: filled in as the run finds out.
+class RunContext:
+    """What the outermost frame must know of a run to report its end: filled in while the run learns it.
 
     `save` is the --save directory, set as soon as it is known: a launcher that looks there for the exit status must
     not find that of an earlier run. `step` is the last step that is finished, None until it is known where the run
@@ -58,7 +58,7 @@ class Guard:
         return self.step
 
     def forced_end(self, code: int) -> None:
-        """Leave word beside the checkpoints that a second signal ends this process now, without a save."""
+        """Record beside the checkpoints that a second signal ends this process now, without a save."""
         if self.save:
             reason = f"forced to end by a second {signal.Signals(code - 128).name}, without a save"
             write_exit_status(self.save, ExitStatus(code, reason, self.launch.rank, self.last_step, time.time()))
@@ -70,50 +70,50 @@ class Guard:
         end_process(0 if self.launch.has_agent else code)
 
 
-def guarded(main: Callable[[Guard], None], *, stoppable: bool = False) -> None:
+def run_main(main: Callable[[RunContext], None], *, stoppable: bool = False) -> None:
     """Run `main` and end the process with the exit code of what happened (design of the codes: `errors.py`).
 
     An elastic agent takes every code but 0 for a failure, to be restarted if any restarts are left. A run that stopped
     because it was asked to therefore ends with 0 under an agent; `exit_status.json` has its own code in any case.
 
-    With `stoppable`, signals ask for a stop (see `signals.py`) and `main` looks at `guard.stop` once it has joined.
+    With `stoppable`, signals ask for a stop (see `signals.py`) and `main` looks at `context.stop` once it has joined.
     """
     with patient_streams():
         try:
-            guard = Guard(read_launch())
+            context = RunContext(read_launch())
         except ConfigError as error:
-            # Nobody knows which rank this is, so every one of them says it.
+            # No process knows its rank, so each of them prints it.
             print(f"error: {error}", file=sys.stderr)
             end_process(error.exit_code)
-        stop_without_agent(guard.launch, guard.stop)
+        stop_without_agent(context.launch, context.stop)
         try:
-            with guard.stop if stoppable else nullcontext():
-                main(guard)
+            with context.stop if stoppable else nullcontext():
+                main(context)
         except SystemExit as error:
-            if code := _report_exit(error, guard):
+            if code := _report_exit(error, context):
                 end_process(code)
             raise
         except (Exception, KeyboardInterrupt) as error:
-            code = _report(memory_short(error) or error, guard)
-            end_process(0 if guard.launch.has_agent and isinstance(error, StopRequested) else code)
-        if guard.save and guard.launch.rank == 0:
-            write_exit_status(guard.save, status_of(None, rank=0, step=guard.last_step))
+            code = _report(memory_short(error) or error, context)
+            end_process(0 if context.launch.has_agent and isinstance(error, StopRequested) else code)
+        if context.save and context.launch.rank == 0:
+            write_exit_status(context.save, status_of(None, rank=0, step=context.last_step))
 
 
-def _report_exit(error: SystemExit, guard: Guard) -> int:
+def _report_exit(error: SystemExit, context: RunContext) -> int:
     """Record that Python was asked to exit, by `--help` or by a package that ends processes; returns the code."""
-    code, launch = exit_code_of(error), guard.launch
+    code, launch = exit_code_of(error), context.launch
     if code:
         traceback.print_exception(error)
         print(f"error (on rank {launch.rank} of {launch.world_size}): SystemExit: {error}", file=sys.stderr)
-    if guard.save:
-        write_exit_status(guard.save, status_of(error, rank=launch.rank, step=guard.last_step))
+    if context.save:
+        write_exit_status(context.save, status_of(error, rank=launch.rank, step=context.last_step))
     return code
 
 
-def _report(error: BaseException, guard: Guard) -> int:
+def _report(error: BaseException, context: RunContext) -> int:
     """Write the sentence, the status file and the agent's file; returns the exit code."""
-    code, launch = exit_code_of(error), guard.launch
+    code, launch = exit_code_of(error), context.launch
     where = "; ".join(getattr(error, "__notes__", [])) or f"on rank {launch.rank} of {launch.world_size}"
     if isinstance(error, Megatron3dError) and not isinstance(error, PeerError):
         _print_for_the_machine(error, where, launch)
@@ -123,8 +123,8 @@ def _report(error: BaseException, guard: Guard) -> int:
         traceback.print_exception(error)
         print(f"error ({where}): {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
     # A directory that another run holds is not ours to leave word in.
-    if guard.save and not isinstance(error, InUseError):
-        refusal = write_exit_status(guard.save, status_of(error, rank=launch.rank, step=guard.last_step))
+    if context.save and not isinstance(error, InUseError):
+        refusal = write_exit_status(context.save, status_of(error, rank=launch.rank, step=context.last_step))
         if refusal:
             print(f"the exit status could not be written beside the checkpoints: {refusal}", file=sys.stderr)
     report_to_agent(error, where, launch.error_file)

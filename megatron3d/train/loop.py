@@ -29,7 +29,7 @@ from megatron3d.train.deferred_failure import DeferredFailure, PreparedBatches
 from megatron3d.train.evaluate import Evaluation, evaluate
 from megatron3d.train.held import held_directory
 from megatron3d.train.inert_options import InertOptions
-from megatron3d.train.launch import Guard
+from megatron3d.train.launch import RunContext
 from megatron3d.train.profile import recorder_of_step, write_recorded
 from megatron3d.train.reports import Reports
 from megatron3d.train.retention import Retention
@@ -69,13 +69,13 @@ def open_streams(data: GPTData | BertData, options: DataConfig) -> Iterator[Stre
                 one.close()
 
 
-def train(parts: TrainingSetup, streams: Streams, guard: Guard) -> Progress:
+def train(parts: TrainingSetup, streams: Streams, context: RunContext) -> Progress:
     """Train from wherever the checkpoints stand to the end, and return the progress made.
 
     Args:
         parts: the rank's model and optimizer, with the initial weights.
         streams: readers of the data.
-        guard: learns the step, for reports of how the run ended, and knows whether the run was asked to stop.
+        context: learns the step, for reports of how the run ended, and knows whether the run was asked to stop.
 
     Raises:
         StopRequested: the run was asked to stop; it has saved if it saves at all.
@@ -83,14 +83,14 @@ def train(parts: TrainingSetup, streams: Streams, guard: Guard) -> Progress:
     content = agreed_content(parts.config, parts.mesh.world.group)
     save = parts.config.checkpoint.save
     with held_directory(Path(save) if save else None, parts.mesh) as renew:
-        stop_while_starting(guard, parts.mesh)
+        stop_while_starting(context, parts.mesh)
         restored = state.restore(parts, content)
-        guard.step = restored.progress.step
-        stop_while_starting(guard, parts.mesh)
+        context.step = restored.progress.step
+        stop_while_starting(context, parts.mesh)
         with Reports(parts, restored) as reports:
             newest = restored.source if reports.resumed_in_place else None
             retention = Retention(parts.config.checkpoint, parts.mesh, newest=newest, note=reports.note)
-            loop = _Loop(parts, streams, reports, guard, retention, content, restored, renew)
+            loop = _Loop(parts, streams, reports, context, retention, content, restored, renew)
             try:
                 loop.run()
             except Exception as error:
@@ -114,7 +114,7 @@ class _Loop:
     parts: TrainingSetup
     streams: Streams
     reports: Reports
-    guard: Guard
+    context: RunContext
     retention: Retention
     content: Content
     restored: Restored
@@ -179,9 +179,9 @@ class _Loop:
             return self.failure.reason
         limit_min = self.parts.config.train.exit_duration_in_mins
         # The time limit of a job has no regard for how long the start takes.
-        if limit_min is not None and time.monotonic() - self.guard.launch.started_s > limit_min * 60.0:
-            return signal_reason(self.guard) or f"--exit-duration-in-mins {limit_min:g} is over"
-        return signal_reason(self.guard)
+        if limit_min is not None and time.monotonic() - self.context.launch.started_s > limit_min * 60.0:
+            return signal_reason(self.context) or f"--exit-duration-in-mins {limit_min:g} is over"
+        return signal_reason(self.context)
 
     def _prepare_next(self, consumed_samples: int, last: int) -> None:
         """Read the batch of the step after this one, so that this step's vote knows if it cannot be read.
@@ -217,7 +217,7 @@ class _Loop:
         )
         synchronize(self.parts.model.device)
         self.progress = before.after(size, skipped=result.skipped)
-        self.guard.step = self.progress.step
+        self.context.step = self.progress.step
         elapsed_s = time.monotonic() - began_s
         numbers = {"loss_scale": loss_scale, "batch_size": size, "elapsed_s": elapsed_s}
         self.failure.keep(lambda: self.reports.step(self.progress, result, rates, **numbers))
@@ -232,7 +232,7 @@ class _Loop:
     def _leave_out(self, batch_size: int, rates: Rates) -> int:
         """Let an iteration's samples count as consumed without training on them; nobody is asked whether to stop."""
         self.progress = self.progress.after(batch_size, skipped=True)
-        self.guard.step = self.progress.step
+        self.context.step = self.progress.step
         self.failure.keep(lambda: self.reports.left_out(self.progress, rates, batch_size=batch_size))
         return 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from megatron3d.comm.collectives import count_votes, gather_values
 from megatron3d.comm.mesh import Axis, Mesh
 from megatron3d.errors import StopRequested
-from megatron3d.train.launch import BEFORE_TRAINING, NO_STEP, Guard
+from megatron3d.train.launch import BEFORE_TRAINING, NO_STEP, RunContext
 
 
 def agreed_reason(reason: str | None, world: Axis) -> str | None:
@@ -22,30 +22,30 @@ def first_reason(reason: str | None, world: Axis) -> str | None:
     return next(filter(None, gather_values(reason, world)), None)
 
 
-def signal_reason(guard: Guard) -> str | None:
+def signal_reason(context: RunContext) -> str | None:
     """That a signal, or the loss of its agent, asked this rank to stop, if one did."""
-    return guard.stop.reason
+    return context.stop.reason
 
 
-def stop_if_asked(guard: Guard, mesh: Mesh, *, when: str, outcome: str) -> None:
+def stop_if_asked(context: RunContext, mesh: Mesh, *, when: str, outcome: str) -> None:
     """End the run if a signal asked any rank to stop; collective.
 
     Args:
-        guard: knows of signals to this rank.
+        context: knows of signals to this rank.
         mesh: the ranks that decide together.
         when: for the sentence, such as "before training".
         outcome: for the sentence: what is kept and what to do.
 
     Raises: StopRequested on all ranks.
     """
-    reason = agreed_reason(signal_reason(guard), mesh.world)
+    reason = agreed_reason(signal_reason(context), mesh.world)
     if reason is not None:
         raise StopRequested(f"stopped {when} because {reason}; {outcome}")
 
 
-def stop_while_starting(guard: Guard, mesh: Mesh) -> None:
+def stop_while_starting(context: RunContext, mesh: Mesh) -> None:
     """The same before the first step of a run.
 
     Raises: StopRequested on all ranks.
     """
-    stop_if_asked(guard, mesh, when=BEFORE_TRAINING, outcome=NO_STEP)
+    stop_if_asked(context, mesh, when=BEFORE_TRAINING, outcome=NO_STEP)

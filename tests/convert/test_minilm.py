@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from megatron3d.comm.launch import Launch
 from megatron3d.convert.export import export_model
 from megatron3d.convert.hf import read_model, save_model
-from megatron3d.train.launch import Guard
+from megatron3d.train.launch import RunContext
 from tools import embed_text
 
 transformers = pytest.importorskip("transformers")
@@ -49,7 +49,7 @@ def test_vectors_of_real_sentences_equal_those_of_transformers_mean_pooling(
     output = tmp_path / "vectors.npy"
     words = ["--hf", str(minilm), "--device", "cpu", "--normalize", "--output", str(output), "--text", *SENTENCES]
     monkeypatch.setattr(sys, "argv", ["embed_text.py", *words])
-    embed_text.main(Guard(Launch()))
+    embed_text.main(RunContext(Launch()))
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
     model = transformers.AutoModel.from_pretrained(minilm).eval()
     batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")

@@ -29,7 +29,7 @@ from megatron3d.convert.tokenizer_files import write_files
 from megatron3d.data.hf_tokenizer import described_tokenizer
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import DataError
-from megatron3d.train.launch import Guard
+from megatron3d.train.launch import RunContext
 from tests.data.corpora import SHARED, needs_shared
 from tests.data.hf_directories import TEXTS, Vocabularies, vocabularies  # noqa: F401
 from tests.data.test_hf_tokenizer import multilingual
@@ -233,7 +233,7 @@ def test_a_special_token_that_is_the_text_of_another_is_refused(tmp_path: Path) 
 
 def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
     monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, words)])
-    convert_checkpoint.main(Guard(Launch()))
+    convert_checkpoint.main(RunContext(Launch()))
     return capsys.readouterr().out
 
 

@@ -28,7 +28,7 @@ from megatron3d.data.indexed import IndexedDataset
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.serve.packed_tokenizer import from_text, pack
-from megatron3d.train.launch import Guard
+from megatron3d.train.launch import RunContext
 from tests.data.hf_directories import (
     END,
     GENERIC,
@@ -55,7 +55,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(tool: Any, *words: object) -> str:
         monkeypatch.setattr(sys, "argv", ["tool.py", *map(str, words)])
-        tool.main(Guard(Launch()))
+        tool.main(RunContext(Launch()))
         return capsys.readouterr().out
 
     return call

@@ -26,7 +26,7 @@ from megatron3d.convert.hf import read_model
 from megatron3d.errors import CheckpointError, ConfigError, DataError, Megatron3dError, MisfitError
 from megatron3d.models.bert import build_bert_stage
 from megatron3d.train import state
-from megatron3d.train.launch import Guard
+from megatron3d.train.launch import RunContext
 from megatron3d.train.setup import TrainingSetup, build_parts
 from tests.convert.theirs import CLASSES, POSITIONS, VOCAB, build, saved
 from tools import convert_checkpoint, embed_text
@@ -42,7 +42,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(tool: object, *words: object) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["tool.py", *map(str, words)])
-        tool.main(Guard(Launch()))
+        tool.main(RunContext(Launch()))
         return capsys.readouterr()
 
     return call

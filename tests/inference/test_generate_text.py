@@ -12,7 +12,7 @@ import pytest
 
 from megatron3d.comm.launch import Launch
 from megatron3d.errors import CheckpointError, ConfigError, DataError
-from megatron3d.train.launch import Guard
+from megatron3d.train.launch import RunContext
 from tests.inference.trained import EOD, TEXTS, ids
 from tools import generate_text
 
@@ -28,7 +28,7 @@ def run(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     def call(*words: str, model: str = "gpt2") -> tuple[str, str]:
         argv = ["generate_text.py", "--load", str(checkpoint(model)), "--device", "cpu", *words]
         monkeypatch.setattr(sys, "argv", argv)
-        generate_text.main(Guard(Launch()))
+        generate_text.main(RunContext(Launch()))
         return capsys.readouterr()
 
     return call

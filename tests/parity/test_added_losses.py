@@ -29,7 +29,7 @@ from megatron3d.optim.schedule import settings_from_config
 from megatron3d.params.module import materialize_all
 from megatron3d.train import state
 from megatron3d.train.evaluate import Evaluation, evaluate
-from megatron3d.train.launch import Guard
+from megatron3d.train.launch import RunContext
 from megatron3d.train.loop import open_streams, train
 from megatron3d.train.setup import TrainingSetup, build_model
 from megatron3d.train.step import forward_backward, global_counts, micro_batches, train_step
@@ -227,7 +227,7 @@ def test_a_run_reports_the_loss_by_name_and_resumes_bit_for_bit(
     def run(options: str) -> None:
         parts = parts_of(Case(MODEL, Layout(), f"{common} {options}"), make_mesh(Layout()))
         with open_streams(data_of(parts.config), parts.config.data) as streams:
-            train(parts, streams, Guard(Launch()))
+            train(parts, streams, RunContext(Launch()))
 
     run(f"--metrics-file {whole}")
     again = f"--metrics-file {metrics} --tensorboard-dir {events} --save {tmp_path}/save"

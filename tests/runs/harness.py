@@ -1,6 +1,6 @@
 """Whole runs of pretrain_gpt.py, three ways: in this process, on the ranks of the pool, and in processes that may die.
 
-All three go through the script's own `guarded(main)`, so exit codes, messages and files are those a user gets.
+All three go through the script's own `run_main(main)`, so exit codes, messages and files are those a user gets.
 Starting a process that has imported everything costs seconds; a `Launcher` does it once and forks the ranks of its
 jobs, without torchrun, so that the exit code of each rank can be seen.
 """

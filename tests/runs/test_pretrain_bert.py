@@ -9,7 +9,7 @@ import pytest
 
 from megatron3d.comm.launch import Launch
 from megatron3d.errors import ConfigError
-from megatron3d.train.launch import Guard
+from megatron3d.train.launch import RunContext
 from tests.dist.pool import Pool
 from tests.runs.harness import MOCK, ROOT, Ended, losses, on_rank, records, run, steps, words
 from tests.train.test_megatron_names import curves
@@ -106,7 +106,7 @@ def test_text_is_not_generated_from_a_bert(tmp_path: Path, monkeypatch: pytest.M
     bert(MOCK, "--save", tmp_path / "c")
     monkeypatch.setattr("sys.argv", ["generate_text.py", "--load", str(tmp_path / "c"), "--prompt", "a"])
     with pytest.raises(ConfigError, match="holds a BERT, which predicts masked tokens"):
-        generate_text.main(Guard(Launch(0, 1, 0, 1)))
+        generate_text.main(RunContext(Launch(0, 1, 0, 1)))
 
 
 def test_a_gpt_does_not_start_from_a_bert(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from megatron3d.serve.onnx_file import Agreement, require_exporter, temporary_be
 from megatron3d.serve.requests import Sample
 from megatron3d.serve.trained import ServeOverrides, open_trained
 from megatron3d.tasks.glue import weights
-from megatron3d.train.launch import Guard
+from megatron3d.train.launch import RunContext
 from tests.convert.ours import Batch, said
 from tests.dist.pool import Pool
 from tests.parity.runs import Case, parts_of
@@ -168,7 +168,7 @@ def test_int8_prints_what_it_costs_and_gives_nearly_the_same_outputs(
     monkeypatch.setattr(export_onnx, "write", lambda model, path, metadata, max_length: shutil.copy(one.path, path))
     words = ["--load", str(one.checkpoint), "--output", str(output), "--int8", "--dev-file", str(dev)]
     monkeypatch.setattr(sys, "argv", ["export_onnx.py", *words])
-    export_onnx.main(Guard(Launch()))
+    export_onnx.main(RunContext(Launch()))
     out, err = capsys.readouterr()
     report = json.loads(out)
     fp32, int8 = report["metrics"]["accuracy"], report["int8_metrics"]["accuracy"]
@@ -228,9 +228,9 @@ def test_output_and_processes_are_checked_first(exported: Get, monkeypatch: pyte
     words = ["export_onnx.py", "--load", str(exported("single").checkpoint), "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(ConfigError, match=r"is a directory; give the name of a file, such as .*model\.onnx"):
-        export_onnx.main(Guard(Launch()))
+        export_onnx.main(RunContext(Launch()))
     with pytest.raises(ConfigError, match="the export runs in one process, not in 2"):
-        export_onnx.main(Guard(Launch(world_size=2)))
+        export_onnx.main(RunContext(Launch(world_size=2)))
 
 
 @pytest.mark.parametrize(("model", "said_kind"), [("gpt2", "GPT"), ("bert", "BERT")])

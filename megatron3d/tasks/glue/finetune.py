@@ -35,7 +35,7 @@ from megatron3d.tasks.glue.predict import mean_loss, metrics_of, scores
 from megatron3d.tasks.glue.reports import TaskReports
 from megatron3d.tasks.glue.tasks import Task
 from megatron3d.train.deferred_failure import DeferredFailure
-from megatron3d.train.launch import Guard
+from megatron3d.train.launch import RunContext
 from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.state import Progress
 from megatron3d.train.step import Rates, StepResult, train_step
@@ -117,7 +117,7 @@ class FinetuneSettings:
 
 
 def finetune(
-    parts: TrainingSetup, data: TaskData, settings: FinetuneSettings, *, guard: Guard, log: Callable[[str], None]
+    parts: TrainingSetup, data: TaskData, settings: FinetuneSettings, *, context: RunContext, log: Callable[[str], None]
 ) -> Finetuned:
     """Train for the epochs that are wished for and leave the best weights in the model; collective over all ranks.
 
@@ -125,7 +125,7 @@ def finetune(
         parts: the rank's model, with the weights to start from in place, and its optimizer.
         data: the encoded files.
         settings: how.
-        guard: learns the step, for reports of how the run ended, and knows whether the run was asked to stop.
+        context: learns the step, for reports of how the run ended, and knows whether the run was asked to stop.
         log: takes lines for people; silent on all ranks but one.
 
     Raises:
@@ -133,18 +133,18 @@ def finetune(
         StopRequested: the run was asked to stop; the best weights that it had are saved, if it saves at all.
     """
     if data.train is None:
-        give_up = partial(stop_if_asked, guard, parts.mesh, when="while measuring", outcome="start again")
+        give_up = partial(stop_if_asked, context, parts.mesh, when="while measuring", outcome="start again")
         found = measure_dev(parts, data.dev, settings, log, give_up)
         log(_line("as loaded", found))
         return Finetuned(found, 0, 0, 0, 0.0, None)
-    guard.step = 0
+    context.step = 0
     kept = None
     if settings.save is not None:
         names = (f"{name}{ending}" for ending in data.dev for name in settings.task.metrics)
         kept = find_existing(settings.save, settings.task, names, data.dev_digests, group=parts.mesh.world.group)
     with ExitStack() as exits:
         reports = exits.enter_context(TaskReports(parts))
-        loop = _Loop(parts, data.train, data, settings, reports, guard, kept=kept)
+        loop = _Loop(parts, data.train, data, settings, reports, context, kept=kept)
         try:
             for epoch in range(settings.epochs):
                 loop.train_epoch(epoch)
@@ -166,12 +166,12 @@ class _Loop:
         data: TaskData,
         settings: FinetuneSettings,
         reports: TaskReports,
-        guard: Guard,
+        context: RunContext,
         *,
         kept: ExistingClassifier | None,
     ) -> None:
         self.parts, self.samples, self.data, self.settings = parts, train, data, settings
-        self.reports, self.guard, self.kept = reports, guard, kept
+        self.reports, self.context, self.kept = reports, context, kept
         self.schedule: ScheduleSettings = settings_from_config(parts.config.optim, parts.config.train)
         self.progress = Progress()
         self.failure = DeferredFailure(parts.mesh)
@@ -216,7 +216,9 @@ class _Loop:
     def _stop_if_asked(self) -> None:
         """Unlike a pretraining this keeps no optimizer state: what is saved are the best weights measured so far."""
         when = f"after step {self.progress.step}"
-        stop_if_asked(self.guard, self.parts.mesh, when=when, outcome=f"{self._kept()}; started again, it begins anew")
+        stop_if_asked(
+            self.context, self.parts.mesh, when=when, outcome=f"{self._kept()}; started again, it begins anew"
+        )
 
     def _kept(self) -> str:
         if self.saved is not None:
@@ -236,10 +238,10 @@ class _Loop:
     def _step(self, samples: Encoded, planned: PlannedStep, rates: Rates) -> StepResult:
         readers, before = self.parts.mesh.batch, self.progress
         mine = grouped(samples, planned.part(readers.rank, readers.size))
-        result = train_step(self.parts, mine, rates, step=before.step, wants_stop=bool(self.guard.stop))
+        result = train_step(self.parts, mine, rates, step=before.step, wants_stop=bool(self.context.stop))
         synchronize(self.parts.model.device)
         self.progress = before.after(planned.num_samples, skipped=result.skipped)
-        self.guard.step = self.progress.step
+        self.context.step = self.progress.step
         return result
 
     def _measure(self, epoch: int, when: str) -> None:

@@ -22,13 +22,13 @@ from megatron3d.tasks.glue.pace import Pace
 from megatron3d.tasks.glue.predict import scores, write_predictions
 from megatron3d.tasks.glue.weights import fill, keep_tokenizer
 from megatron3d.train.held import held_directory
-from megatron3d.train.launch import Guard
+from megatron3d.train.launch import RunContext
 from megatron3d.train.setup import TrainingSetup, build_parts
 from megatron3d.train.stopping import stop_if_asked, stop_while_starting
 
 
 def one_seed(
-    job: Job, run: RunConfig, mesh: Mesh, device: torch.device, guard: Guard, *, log: Callable[[str], None]
+    job: Job, run: RunConfig, mesh: Mesh, device: torch.device, context: RunContext, *, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """Fine-tune, and predict with the best weights; collective over all ranks. `log` takes lines for people."""
     save = None if run.checkpoint.save is None else Path(run.checkpoint.save)
@@ -42,7 +42,7 @@ def one_seed(
             builder = with_averages(builder)
         parts = build_parts(run, mesh, device, builder)
         fill(parts, job.origin, job.task)
-        stop_while_starting(guard, mesh)
+        stop_while_starting(context, mesh)
         settings = FinetuneSettings(
             task=job.task,
             epochs=job.epochs,
@@ -55,8 +55,8 @@ def one_seed(
             save=save,
             renew_hold=renew,
         )
-        found = finetune(parts, job.data, settings, guard=guard, log=log)
-        files = _predict(parts, job, run, guard, saved=found.saved, log=log)
+        found = finetune(parts, job.data, settings, context=context, log=log)
+        files = _predict(parts, job, run, context, saved=found.saved, log=log)
     return _result_of(run, found) | ({"predictions": files} if files else {})
 
 
@@ -69,12 +69,18 @@ def summary(job: Job, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _predict(
-    parts: TrainingSetup, job: Job, run: RunConfig, guard: Guard, *, saved: Path | None, log: Callable[[str], None]
+    parts: TrainingSetup,
+    job: Job,
+    run: RunConfig,
+    context: RunContext,
+    *,
+    saved: Path | None,
+    log: Callable[[str], None],
 ) -> list[str]:
     """Write the predictions of all test files, with the weights that were `saved`; returns their paths."""
     written = []
     weights = f"the best weights are saved at {saved}" if saved else "no weights are saved"
-    give_up = partial(stop_if_asked, guard, parts.mesh, when="while predicting", outcome=f"{weights}; start again")
+    give_up = partial(stop_if_asked, context, parts.mesh, when="while predicting", outcome=f"{weights}; start again")
     for name, samples in job.data.test.items():
         pace = Pace(f"predicting {name}", samples.lengths_N, log)
         found_NC = scores(
