@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron3d.models.stage import StagePart
+from megatron3d.nn import block
 from megatron3d.planner import stage_run
 from megatron3d.planner.kernel_scratch import cpu_scratch
 from megatron3d.planner.kernels_without_memory import CpuKernels, GpuKernels
@@ -19,6 +20,7 @@ from megatron3d.planner.recording import Event, Kind, StorageRecorder
 from megatron3d.planner.replay import condensed, left_of
 from megatron3d.planner.stage_records import StageRecords
 from megatron3d.planner.stage_run import StageRun
+from tests.parity.test_kinds import ExpertMLP
 from tests.planner.measured import config_of
 from tests.planner.models import BERT, DROPOUT, GPT, LLAMA, NO_DROPOUT, SELECTIVE
 
@@ -54,6 +56,17 @@ def test_one_layer_stands_for_all_in_the_middle(flags: str, splits: bool, is_fir
     whole = StageRun(config, "cpu").record(part, splits=splits)
     assert (short.forward, short.backward) == (condensed(whole.forward), condensed(whole.backward))
     assert short.weights[:-1] == condensed(whole.weights)
+
+
+@pytest.mark.parametrize("splits", [False, True], ids=["whole", "split"])
+def test_layers_with_units_of_two_kinds_are_repeated_too(monkeypatch: pytest.MonkeyPatch, splits: bool) -> None:
+    monkeypatch.setattr(block, "MLP", ExpertMLP)
+    config, part = config_of(f"{LLAMA} {DEEP}", 1), StagePart(range(3, 10), False, True)
+    short = StageRecords(config, "cpu").of(part, splits=splits)
+    whole = StageRun(config, "cpu").record(part, splits=splits)
+    assert short.backward == condensed(whole.backward) and short.weights[:-1] == condensed(whole.weights)
+    names = {one.name for one in (*short.backward, *short.weights) if isinstance(one, Event)}
+    assert {f"layers.{layer}{kind}" for layer in range(3, 10) for kind in ("", ".expert")} <= names
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
