@@ -1,7 +1,8 @@
 """Pretrain a GPT: `python pretrain_gpt.py ...` in one process, `torchrun ... pretrain_gpt.py ...` at any layout.
 
-The flags are Megatron-LM's (`--help` lists them). Copy this file to train something else: each line of `main` is one
-thing that a run does, and the function it calls is where to look.
+`--architecture path/to/file.py:NAME` trains a decoder of your own (CONTRIBUTING.md has the recipe). The flags are
+Megatron-LM's (`--help` lists them). Copy this file to change how a run goes: each line of `main` is one thing that a
+run does, and the function it calls is where to look.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def _outcome(architecture: str, implementation: str, flags: str) -> dict[str, ob
 def _batch(config: RunConfig) -> Samples:
     shape = config.train.global_batch_size, config.model.seq_length
     tokens, mask = torch.zeros(shape, dtype=torch.int64), torch.ones(shape)
-    if config.model.architecture == "gpt":
+    if config.model.traits.samples == "tokens":
         return GPTBatch(tokens, tokens.clone(), mask)
     pairs = torch.zeros(shape[0], dtype=torch.int64)
     return BertBatch(tokens, tokens.clone(), mask, tokens.clone(), mask.bool(), pairs)
