@@ -29,7 +29,7 @@ _Unit = tuple[int, ...]  # positions of layers that are recomputed as one, or of
 
 @dataclass(frozen=True)
 class _Kind:
-    """What tells a unit from others: whether it is recomputed, and the names in each layer of what is frozen."""
+    """How a unit differs from others: whether it is recomputed, and the names in each layer of what is frozen."""
 
     recompute: bool
     frozen: tuple[frozenset[str], ...]
