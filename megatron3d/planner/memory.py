@@ -133,7 +133,7 @@ def state_bytes(config: RunConfig, units: Iterable[FlatLayout], *, shard_rank: i
             total += StateForecast(weights=_weight_bytes(config, layout.length, own.length))
             total += _weights_elsewhere(config, own)
             continue
-        moments = moment_bytes(config.optim, layout, own, tp=parallel.tensor_model_parallel_size)
+        moments = moment_bytes(config.optim, layout, own)
         total += _on_device(config, layout.length, own.length) + _weights_elsewhere(config, own)
         total += (
             _states_elsewhere(config, own) if parallel.offload_optimizer != "none" else StateForecast(moments=moments)
@@ -222,7 +222,7 @@ def _weight_bytes(config: RunConfig, length: int, own: int) -> int:
     return (own if policy_of(parallel.zero_stage).shard_params else length) * BYTES[config.optim.precision]
 
 
-def moment_bytes(optim: OptimConfig, layout: FlatLayout, own: Span, *, tp: int) -> int:
+def moment_bytes(optim: OptimConfig, layout: FlatLayout, own: Span) -> int:
     """What the optimizer keeps of one unit on the device: of each piece of `own` that is updated alike."""
     pieces = [span for _, span in layout.optimizer_spans(own)]
     if optim.optimizer == "adafactor":
