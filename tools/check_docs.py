@@ -203,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     p = ToolParser(description="Run the commands of the documentation.")
     p.add_argument("--pages", nargs="+", metavar="FILE", help="default: README.md, docs/*.md and examples/*.sh")
     p.add_argument("--limit-s", type=float, default=600.0, metavar="S", help="longest time of a block (default 600)")
-    p.add_argument("--list", action="store_true", help="run nothing; say what would run and what is left out")
+    p.add_argument("--list", action="store_true", help="run nothing; print what would run and what is left out")
     return p
 
 

@@ -73,7 +73,7 @@ from megatron3d.train.setup import build_model
 
 
 def import_model(args: argparse.Namespace) -> None:
-    """Read a directory, complete it if so asked, write the checkpoint, and say what was found."""
+    """Read a directory, complete it if so asked, write the checkpoint, and print what was found."""
     found = read_model(Path(args.hf), with_tokenizer=not args.no_tokenizer)
     if args.new_heads:
         new = new_tensors(found, args.seed)
@@ -105,7 +105,7 @@ def new_tensors(found: HfModel, seed: int) -> dict[str, Tensor]:
 
 
 def write_hf(args: argparse.Namespace) -> None:
-    """Write a checkpoint as a Hugging Face directory, and say as what."""
+    """Write a checkpoint as a Hugging Face directory, and print as what."""
     checkpoint = find_checkpoint(Path(args.load), args.ckpt_step)
     moved = {name: vars(args)[name] for name in ("vocab_file", "merge_file", "tokenizer_model")}
     run = from_dict(read_document(checkpoint, "run"), architecture=args.architecture)

@@ -102,7 +102,7 @@ def measurement(args: argparse.Namespace, trained: Trained) -> Measurement | Non
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:
-    """Write the file and say how it went.
+    """Write the file and report how it went.
 
     Raises:
         ConfigError, CheckpointError, DataError: an option, the checkpoint or a data file cannot be used.

@@ -86,7 +86,7 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Merge and say what was written."""
+    """Merge and print what was written."""
     prefixes = distinct_prefixes(args.inputs or find_prefixes(args.input), note=print)
     merged = merge(prefixes, args.output_prefix)
     print(

@@ -109,7 +109,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the arguments ask and say what was written."""
+    """Do what the arguments ask and print what was written."""
     check(args)
     spec = TokenizerSpec(
         args.tokenizer_type,

@@ -83,7 +83,7 @@ def build_corpus(library: Path, max_bytes: float) -> list[Document]:
 
 
 def main(arguments: list[str]) -> None:
-    """Write the corpus and say what is in it."""
+    """Write the corpus and print what is in it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
     parser.add_argument("--max-mb", type=float, default=8.0, help="most text in it, in 10^6 bytes; default 8")

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, write, and say what was written."""
+    """Train, write, and print what was written."""
     if args.keep_case and args.kind == "bpe":
         raise ConfigError("--keep-case is for --kind word-pieces; a byte-level BPE always keeps it, so leave it out")
     start_s = time.monotonic()

@@ -87,7 +87,7 @@ class ProgressLines:
 
 
 def verify_one(directory: Path, level: Level) -> list[str]:
-    """Verify one checkpoint and say so if it is whole; returns what is wrong with it."""
+    """Verify one checkpoint and report whether it is complete; returns what is wrong with it."""
     try:
         index = parse_index(directory)
     except CheckpointError as error:

@@ -19,7 +19,7 @@ from megatron3d.comm.launch_variables import parse_launch_variables
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says.
+    """What the launcher sets.
 
     Attributes:
         rank: among all processes of the job.

@@ -32,7 +32,7 @@ class _Done(dist.Work):
 class ShapeOnlyGroup(dist.ProcessGroup):
     """The collectives of `comm/collectives.py` that layers use; any other fails.
 
-    `copies` says that the collectives take the memory that gloo's take: a gather as much again as it brings while it
+    `copies` means that the collectives take the memory that gloo's take: a gather as much again as it brings while it
     starts, a reduce-scatter as much again as it reads until it is waited for. NCCL's take none.
     """
 

@@ -1,4 +1,4 @@
-"""Whether a run can work, said before any process group or device exists: all problems at once, each with its fix.
+"""Whether a run can work, reported before any process group or device exists: all problems at once, each with its fix.
 
 `check` collects sentences, `checked` raises them or returns the run with every derived value filled in, and
 `with_vocab_size` adds what is known only once the tokenizer is open. `resolve` is for runs that give --vocab-size.

@@ -1,6 +1,6 @@
 """The command line: from words to a run, with everything that is wrong with it.
 
-`read_command` layers what a user says, defaults < `--preset` < `--config FILE` < flags, and keeps going: words that it
+`read_command` layers what a user sets, defaults < `--preset` < `--config FILE` < flags, and keeps going: words that it
 cannot use become problems of the `Command`, and the rest becomes a run. `settle` adds what is wrong between values,
 which needs the number of ranks (`check.py`), and raises all of it in one error. No torch is needed for any of this.
 """
@@ -312,7 +312,7 @@ def _problems_between(
 
 
 def _lines_of_run(settings: Settings, unread: set[str]) -> list[str]:
-    """What is said of options of ours that have no effect in this run."""
+    """A line for each option of ours that has no effect in this run."""
     interval = settings.get(("checkpoint", "save_interval"))
     if interval is None or settings.get(("checkpoint", "save")) is not None or "save" in unread:
         return []

@@ -42,7 +42,7 @@ def split_command_line(argv: Iterable[str]) -> tuple[tuple[GivenFlag, ...], tupl
 
 
 def stray_sentence(word: str, place: str) -> str:
-    """What is said of a word that no flag takes."""
+    """The problem with a word that no flag takes."""
     return f"'{word}' stands alone near {place} and belongs to no flag; put the flag it is meant for before it."
 
 

@@ -22,7 +22,7 @@ from megatron3d.files.text import read_text
 
 @dataclass(frozen=True)
 class FileSettings:
-    """What a config file says: `settings` by (section, field), `preset` if it names one, and what it says wrongly.
+    """What a config file holds: `settings` by (section, field), `preset` if it names one, and its mistakes.
 
     `foreign` are its keys that are no option of ours, as flags, with their values as words; a key that is false is
     left out, as a switch is. `unread` names options with a value that cannot be used; `is_read` is false where the

@@ -2,7 +2,7 @@
 
 Every field has exactly one effect. FUNCTION changes what the weights compute: never resumed. SAMPLES changes what
 "so many consumed samples" means: resumed only with --override-sample-order. REPORTED changes how training goes on,
-which people do on purpose: said in a line. FREE changes neither: layout, memory, kernels, logging, paths.
+which people do on purpose: reported in a line. FREE changes neither: layout, memory, kernels, logging, paths.
 
 Some options have no value that could be compared: token files and tokenizers are compared by content
 (`data/content.py`), and the options of the learning-rate schedule by the schedule that they give

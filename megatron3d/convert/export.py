@@ -155,7 +155,7 @@ def _rows_here(family: Family, model: ModelConfig, index: Index, checkpoint: Pat
 def _tensors_there(
     checkpoint: Path, rows: Iterable[TensorRule], dtype: torch.dtype | None, *, less_one: bool
 ) -> dict[str, Tensor]:
-    """The tensors of the rows; `less_one` says that weights of norms are stored so, as they are nowhere else."""
+    """The tensors of the rows; `less_one` means that weights of norms are stored so, as they are nowhere else."""
     tensors: dict[str, Tensor] = {}
     zeros: list[TensorRule] = []
     for row in rows:
@@ -173,7 +173,7 @@ def _tensors_there(
 
 
 def _special_ids(run: RunConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """The end and the beginning of texts, said outright: transformers' defaults are ids of other vocabularies.
+    """The end and the beginning of texts, stated outright: transformers' defaults are ids of other vocabularies.
 
     A text begins with the token that the tokenizer has for it, if it has one that is none of its ends.
     """

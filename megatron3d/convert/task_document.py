@@ -1,4 +1,4 @@
-"""What a fine-tuning says of its classifier, `task.json` of a checkpoint, for everyone who uses the classifier."""
+"""What a fine-tuning records of its classifier, `task.json` of a checkpoint, for everyone who uses the classifier."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tokenizers import AddedToken
 from megatron3d.errors import DataError
 from megatron3d.files.json_text import is_whole_number, kind_of, parse_object
 
-# What makes the ids: vocabularies, and what is said of them.
+# What makes the ids: vocabularies, and what describes them.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
 SETTING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # What belongs to a model beside its weights and makes no ids: how chats are written, how texts are generated.

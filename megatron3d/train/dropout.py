@@ -51,7 +51,7 @@ def first_samples(batch: Samples | GroupedSamples, micro_batch_size: int, axis: 
 
 
 def dropout_note(model: ModelConfig, device_type: str) -> str | None:
-    """What a run's start has to say about its dropout; None where every mask is the same at every layout."""
+    """What a run's start reports about its dropout; None where every mask is the same at every layout."""
     if model.attention_dropout == 0.0 or draws_by_place(device_type):
         return None
     return (

@@ -1,4 +1,4 @@
-"""A sentence that several processes of a machine have to say, printed by one of them.
+"""A sentence that several processes of a machine have to report, printed by one of them.
 
 The processes share a directory. Whoever gets the lock on the sentence's file first prints and writes so into the file;
 the others wait for the lock, find that, and keep silent. The kernel frees the lock of a process that is killed, so a

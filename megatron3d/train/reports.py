@@ -52,7 +52,7 @@ class Reports:
         self._progress: ProgressReporter | None = None
 
     def __enter__(self) -> Reports:
-        """Open the files and say what starts."""
+        """Open the files and report what starts."""
         record = start_record(self.parts, predicted=predicted_bytes(self.parts))
         if not self._is_writer:
             return self

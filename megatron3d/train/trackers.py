@@ -49,7 +49,7 @@ class Tracker(Generic[SinkT]):
             self._miss(step, error)
 
     def finish(self, close: Callable[[SinkT], None]) -> None:
-        """Close the place, and say what it missed."""
+        """Close the place, and report what it missed."""
         try:
             close(self.sink)
         except TrackerError as error:
@@ -151,7 +151,7 @@ class Trackers:
             tracker.attempt(step, lambda writer: writer.write(step, scalars))
 
     def close(self) -> None:
-        """Close everything, and say what was missed."""
+        """Close everything, and report what was missed."""
         if self._metrics is not None:
             self._metrics.finish(MetricsFile.close)
         for tracker in (*self._writers, self._over_samples):

@@ -305,7 +305,7 @@ def _seconds(check: Check, parts: TrainingSetup, batch: GPTBatch, step: int) -> 
 
 
 def _profile(check: Check, name: str, seconds: float, step: Callable[[], object]) -> Finding:
-    """Write the table of the profiler and say how much of the step the device was idle."""
+    """Write the table of the profiler and print how much of the step the device was idle."""
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if check.on_gpu else [])
     with profile(activities=kinds) as seen:
         step()

@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def row(url: str, sentences: Sequence[str], load: Load) -> str:
-    """Put one load on the service and say how it did."""
+    """Put one load on the service and report how it did."""
     before, begin_s = counts(url), time.perf_counter()
     elapsed_s: list[float] = []
     threads = [

@@ -34,7 +34,7 @@ from megatron3d.config.options import BY_KEY, Settings
 
 @dataclass
 class DeepSpeedFile:
-    """What a file says.
+    """What a file sets.
 
     Attributes:
         values: option -> (value, where in the file it stands).

@@ -1,4 +1,4 @@
-"""The fate of words that are no option of ours: what they set, what is said of them, and which are mistakes.
+"""The fate of words that are no option of ours: what they set, what is reported, and which are mistakes.
 
 A flag of Megatron-LM or one of its forks has its fate in a table (`megatron_flags.toml`, `forks.py`). Any other word
 is unknown; the hint at it comes from the names of other frameworks (`names.py`) or a near-identical spelling.

@@ -41,7 +41,7 @@ def schedule_rule(given: GivenParallel, parallel: ParallelConfig) -> Iterator[st
 
 
 def virtual_stages_rule(parallel: GivenParallel, layers: int | None) -> Iterator[str]:
-    """The number of stages per rank is said once, and its layers divide."""
+    """The number of stages per rank is given once, and its layers divide."""
     ranks, each = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
     asked = {
         "--num-layers-per-virtual-pipeline-stage": each,

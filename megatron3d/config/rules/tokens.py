@@ -14,7 +14,7 @@ from megatron3d.config.sections.train import GivenTrain
 
 
 def tokens_rule(train: GivenTrain, optim: GivenOptim, seq_length: int | None) -> Iterator[str]:
-    """Tokens are samples of --seq-length: they go with a run in samples, and say what samples say."""
+    """Tokens are samples of --seq-length: they go with a run in samples, and set what samples set."""
     for name, tokens in (("decay", optim.lr_decay_tokens), ("warmup", optim.lr_warmup_tokens)):
         if tokens is not None and train.train_iters is not None:
             yield (
@@ -35,7 +35,7 @@ def tokens_rule(train: GivenTrain, optim: GivenOptim, seq_length: int | None) ->
 
 
 def accumulation_rule(train: GivenTrain, parallel: ParallelConfig) -> Iterator[str]:
-    """Accumulation steps say the global batch, which is not said otherwise."""
+    """Accumulation steps set the global batch, which is not given otherwise."""
     dp = parallel.data_parallel_size
     steps, micro, batch = train.gradient_accumulation_steps, train.micro_batch_size, train.global_batch_size
     if steps is None:

@@ -1,4 +1,4 @@
-"""How long to train, in which batches, and what to say on the way."""
+"""How long to train, in which batches, and what to report on the way."""
 
 from __future__ import annotations
 
