@@ -33,6 +33,9 @@ WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # Eight ranks on two cores: more threads only get in each other's way.
     "GLOO_SOCKET_IFNAME": "lo",  # A machine whose own name does not resolve still has a loopback device.
 }
+# Imported once, before workers are forked. torch imports torch._dynamo, which takes a second, with a process's first
+# optimizer.
+WORKER_IMPORTS = ("torch", "torch._dynamo", "megatron3d.train.loop", "pytest")
 GRACE_S = 0.1  # How long the other ranks get, after one has failed, to say that they failed too.
 FINISH_TIMEOUT_S = 30.0
 STACK_TIMEOUT_S = 30.0
@@ -77,7 +80,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "megatron3d.train.loop", "pytest"])
+        self._context.set_forkserver_preload([*WORKER_IMPORTS])
         self._workers: list[_Worker] = []
         self._store: dist.TCPStore | None = None
         self._calls = 0

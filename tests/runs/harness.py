@@ -8,6 +8,7 @@ jobs, without torchrun, so that the exit code of each rank can be seen.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -32,6 +33,7 @@ from megatron3d.data.indexed import IndexedDatasetWriter
 from megatron3d.offload.block_file import BlockFile
 from megatron3d.train import joining, launch, loop
 from megatron3d.train.signals import STOP_SIGNALS
+from tests.dist.pool import WORKER_IMPORTS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "pretrain_gpt.py"
@@ -299,6 +301,8 @@ def _free_port() -> int:
 
 def _serve(connection: Connection) -> None:
     """The launcher's process: fork for an `_Order`, wait for a (pid, timeout)."""
+    for name in WORKER_IMPORTS:
+        importlib.import_module(name)
     with contextlib.suppress(EOFError):
         while True:
             request = connection.recv()
