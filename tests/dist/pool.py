@@ -35,7 +35,7 @@ WORKER_ENVIRONMENT = {
 }
 # Imported once, before workers are forked. torch imports torch._dynamo, which takes a second, with a process's first
 # optimizer.
-WORKER_IMPORTS = ("torch", "torch._dynamo", "megatron3d.train.loop", "pytest")
+WORKER_IMPORTS = ("torch", "torch._dynamo", "megatron3d.train.loop", "megatron3d.train.settle", "pytest")
 GRACE_S = 0.1  # How long the other ranks get, after one has failed, to say that they failed too.
 FINISH_TIMEOUT_S = 30.0
 STACK_TIMEOUT_S = 30.0
