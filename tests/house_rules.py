@@ -68,6 +68,9 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 MAX_FUNCTION_P90_LINES = 40
 MAX_POSITIONAL_ARGUMENTS = 6
+# A function that takes a whole run may depend on anything in it. Left are those that build a model or a plan, compare,
+# store or print runs, and with the given and draft runs those that parse, check and derive.
+MAX_FUNCTIONS_OF_RESOLVED_RUNS, MAX_FUNCTIONS_OF_ANY_RUNS = 39, 60
 MIN_TYPED_SHARE = 0.95
 MIN_VALUE_MESSAGE_SHARE = 0.80
 MAX_ATTR_PROBES_PER_KLINE = 0.5
@@ -396,6 +399,26 @@ def too_many_arguments(sources: list[Source]) -> list[str]:
             if count > MAX_POSITIONAL_ARGUMENTS and not _is_triton_kernel(function):
                 offenders.append(f"{source.path}:{function.lineno}: {function.name} takes {count} by position")
     return offenders
+
+
+def functions_of_whole_runs(sources: list[Source]) -> list[str]:
+    """Few functions take a whole run; the others take the sections they need."""
+    package = [source for source in sources if source.path.startswith("megatron3d/")]
+    found = []
+    for names, most in (
+        ({"RunConfig"}, MAX_FUNCTIONS_OF_RESOLVED_RUNS),
+        ({"RunConfig", "DraftRun", "GivenRun"}, MAX_FUNCTIONS_OF_ANY_RUNS),
+    ):
+        takers = [f"{s.path}:{f.lineno}: {f.name}" for s in package for f in s.functions() if _takes(f, names)]
+        if len(takers) > most:
+            found.append(f"{len(takers)} functions take {' or '.join(sorted(names))}, over {most}: {', '.join(takers)}")
+    return found
+
+
+def _takes(function: FunctionNode, names: set[str]) -> bool:
+    arguments = [node.annotation for node in ast.walk(function.args) if isinstance(node, ast.arg)]
+    within = [node for annotation in arguments if annotation is not None for node in ast.walk(annotation)]
+    return any(isinstance(node, ast.Name) and node.id in names for node in within)
 
 
 def _is_triton_kernel(function: FunctionNode) -> bool:

@@ -54,6 +54,9 @@ BAD: dict[Rule, tuple[str, str, str]] = {
     rules.long_functions: ("tools/x.py", "def f() -> None:\n" + "    a = 1\n" * 80, "f has 81 lines"),
     rules.functions_too_long_on_the_whole: ("tools/x.py", "def f() -> None:\n" + "    a = 1\n" * 40, "p90 is 41"),
     rules.too_many_arguments: ("tools/x.py", "def f(a, b, c, d, e, g, h): ...\n", "f takes 7 by position"),
+    rules.functions_of_whole_runs: (
+        "megatron3d/nn/x.py", "def f(run: RunConfig) -> None: ...\n" * 40, "40 functions take RunConfig, over 39"
+    ),
     rules.missing_docstrings: ("tools/x.py", "class A:\n    'Doc.'\n    def f(self): ...\n", "A.f"),
     rules.untyped_functions: ("tools/x.py", "def f(a: int, *, b) -> None: ...\n", "x.py:3: f"),
     rules.messages_without_a_value: ("tools/x.py", "raise ValueError('wrong')\n", "ValueError('wrong')"),
@@ -76,6 +79,7 @@ GOOD: list[tuple[Rule, str, str]] = [
     (rules.missing_docstrings, "tools/x.py", "def _f(): ...\nclass _A:\n    def f(self): ...\n"),
     (rules.messages_without_a_value, "tools/x.py", "raise ValueError(f'{x} is wrong')\n"),
     (rules.too_many_arguments, "kernels/megatron3d_kernels/x.py", "@triton.jit\ndef f(a, b, c, d, e, g, h): ...\n"),
+    (rules.functions_of_whole_runs, "megatron3d/nn/x.py", "def f(model: ModelConfig) -> RunConfig: ...\n" * 40),
     (rules.missing_future_annotations, "megatron3d/nn/__init__.py", ""),
 ]
 

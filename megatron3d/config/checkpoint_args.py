@@ -18,7 +18,6 @@ from typing import Any
 from megatron3d.config.architectures import traits_of
 from megatron3d.config.options import BY_KEY, Settings
 from megatron3d.config.resume import EFFECTS, Effect
-from megatron3d.config.run import RunConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.config.tokenizer_copy import beside_checkpoint
 from megatron3d.errors import CheckpointError, MisfitError
@@ -60,7 +59,7 @@ def with_checkpoint_args(settings: Settings, log: Callable[[str], None]) -> dict
     for key in _CONTAINED:
         changed.pop(key, None)
     for key in OVERRIDDEN:
-        _override(changed, key, stored, log)
+        _override(changed, key, getattr(getattr(stored, key[0]), key[1]), log)
     if not any(settings.get(("data", name)) for name in _TOKENIZER):
         data = beside_checkpoint(stored.data, directory)
         changed.update({("data", name): getattr(data, name) for name in (*_TOKENIZER, *_OF_TOKENIZER)})
@@ -71,9 +70,9 @@ def with_checkpoint_args(settings: Settings, log: Callable[[str], None]) -> dict
 
 
 def _override(
-    changed: dict[tuple[str, str], Any], key: tuple[str, str], stored: RunConfig, log: Callable[[str], None]
+    changed: dict[tuple[str, str], Any], key: tuple[str, str], value: Any, log: Callable[[str], None]
 ) -> None:
-    option, value = BY_KEY[key], getattr(getattr(stored, key[0]), key[1])
+    option = BY_KEY[key]
     given = changed.get(key, value)
     if given != value:
         log(f"{option.spelling} {given} is overridden by the checkpoint's {value} (--use-checkpoint-args)")

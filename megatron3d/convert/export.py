@@ -109,7 +109,7 @@ def _config(checkpoint: Path, run: RunConfig, class_name: str, index: Index, lab
     family = family_of(run.model)
     return {
         **{name: value for name, value in kept.items() if name not in _REWRITTEN},
-        **_special_ids(run, kept),
+        **_special_ids(run.model, run.data, kept),
         **family.to_hf(run.model),
         **_classes(
             index,
@@ -172,18 +172,17 @@ def _tensors_there(
     return tensors
 
 
-def _special_ids(run: RunConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
+def _special_ids(model: ModelConfig, data: DataConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
     """The end and the beginning of texts, stated outright: transformers' defaults are ids of other vocabularies.
 
     A text begins with the token that the tokenizer has for it, if it has one that is none of its ends.
     """
-    if not run.model.is_causal or _is_as_imported(kept):
+    if not model.is_causal or _is_as_imported(kept):
         return {}
-    assert run.model.vocab_size is not None, "a checkpoint's run has its vocabulary settled"
-    tokenizer = tokenizer_of(run.data, run.model.vocab_size)
+    tokenizer = tokenizer_of(data, model.vocab_size)
     named = () if tokenizer is None else tokenizer.ends
-    first = run.data.eod_token if run.data.eod_token is not None or tokenizer is None else tokenizer.eod
-    ends = list(dict.fromkeys(id for id in (first, *named) if id is not None and id < run.model.vocab_size))
+    first = data.eod_token if data.eod_token is not None or tokenizer is None else tokenizer.eod
+    ends = list(dict.fromkeys(id for id in (first, *named) if id is not None and id < model.vocab_size))
     bos = None if tokenizer is None or tokenizer.bos in ends else tokenizer.bos
     return {
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,

@@ -133,7 +133,8 @@ def _pooled(model: Model, config: RunConfig, texts: list[Sequence[int]], options
     mask_B1S = None if bool(is_token_BS.all()) else is_token_BS.unsqueeze(1)
     row = model.rows.forward_only(1)
     micros = [MicroBatch(tokens_BS=tokens_BS, attention_mask_BST=mask_B1S)]
-    outputs = run(row.schedule, row.actions, model.stages, micros, wire=model.wire(config, micros))
+    wire = model.wire(config.model, config.parallel, micros)
+    outputs = run(row.schedule, row.actions, model.stages, micros, wire=wire)
     if not outputs:
         return None
     x_SBH = outputs[0]

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.stage import StagePart, whole_stage
 from megatron3d.models.zoo import architecture_of
 from megatron3d.params.freeze import require_sensible
@@ -86,7 +88,7 @@ def ledger_of(records: StageRecords, plan: PipelinePlan) -> tuple[Ledger, ...]:
     if config.train.freeze_params:
         full_model = whole_stage(config.model, config.train, architecture_of(config.model).build_stage)
         require_sensible(config.train.freeze_params, full_model.parameters_by_name())
-    schedule = plan.training(first_microbatches(config))
+    schedule = plan.training(first_microbatches(config.train, config.parallel.data_parallel_size))
     rows = lower(schedule)
     return tuple(
         ledger_of_rank(plan, (schedule, rows[rank]), parts_of_rank(config, plan, rank), rank, records)
@@ -111,25 +113,26 @@ def ledger_of_rank(
         records: what the stages of the run allocate, on its device.
     """
     config, device_type = records.config, records.device_type
-    state = fullest_state(config, parts.units.values()) + declared_state_bytes(config, parts)
+    parallel, optim, units = config.parallel, config.optim, parts.units.values()
+    state = fullest_state(parallel, optim, units) + declared_state_bytes(parallel, parts)
     stages = RankStages(
         lambda number, splits: records.of(part_of(plan, number), splits=splits),
-        sharing_of(config, parts, device_type=device_type),
+        sharing_of(parallel, parts, optim.precision, device_type=device_type),
         message_bytes(config),
         sends_linger=device_type == "cpu",
     )
     in_step = peak_use(stages, *row)
-    after = max(
-        one(config, parts.units.values(), device_type=device_type) for one in (publish_temporary, update_temporary)
-    )
+    after = max(one(parallel, optim, units, device_type=device_type) for one in (publish_temporary, update_temporary))
     peak = max(in_step, MemoryUse(work=after), key=lambda one: one.total)
     return Ledger(pp_rank, state, peak.activations, peak.total - peak.activations)
 
 
-def sharing_of(config: RunConfig, parts: RankModel, *, device_type: str) -> Mapping[int, SharingPlan]:
+def sharing_of(
+    parallel: ParallelConfig, parts: RankModel, precision: str, *, device_type: str
+) -> Mapping[int, SharingPlan]:
     """What each stage of a rank gathers for a while."""
-    parallel, policy = config.parallel, policy_of(config.parallel.zero_stage)
-    gradient, element = 2 if parallel.grad_reduce_in_bf16 else FP32, BYTES[config.optim.precision]
+    policy = policy_of(parallel.zero_stage)
+    gradient, element = 2 if parallel.grad_reduce_in_bf16 else FP32, BYTES[precision]
     copies = device_type == "cpu" and shard_size(parallel) > 1
     units = {
         name: SharedUnit(
@@ -163,10 +166,9 @@ def activation_bytes(config: RunConfig, part: StagePart, *, device_type: str) ->
     return kept + (0 if part.is_first else message_bytes(config))
 
 
-def first_microbatches(config: RunConfig) -> int:
+def first_microbatches(train: TrainConfig, data_parallel_size: int) -> int:
     """Micro-batches of a step at the full global batch, or the largest one of a growing batch."""
-    train, dp = config.train, config.parallel.data_parallel_size
-    return max(1, train.global_batch_size // (train.micro_batch_size * dp))
+    return max(1, train.global_batch_size // (train.micro_batch_size * data_parallel_size))
 
 
 def worst(ledgers: Sequence[Ledger]) -> Ledger:

@@ -123,22 +123,24 @@ def shard_size(parallel: ParallelConfig, kind: ParamKind = "dense") -> int:
     return layout_of(parallel).size(KINDS[kind].shard) if policy.shard_optimizer else 1
 
 
-def state_bytes(config: RunConfig, units: Iterable[FlatLayout], *, shard_rank: int = 0) -> StateForecast:
+def state_bytes(
+    parallel: ParallelConfig, optim: OptimConfig, units: Iterable[FlatLayout], *, shard_rank: int = 0
+) -> StateForecast:
     """The state of a rank that holds these units, at position `shard_rank` among those that share it out."""
-    parallel, layouts = config.parallel, list(units)
+    layouts = list(units)
     owns = [_own_span(parallel, layout, shard_rank) for layout in layouts]
     total = StateForecast()
     for layout, own in zip(layouts, owns, strict=True):
         if not layout.trains:
-            total += StateForecast(weights=_weight_bytes(config, layout.length, own.length))
-            total += _weights_elsewhere(config, own)
+            total += StateForecast(weights=_weight_bytes(parallel, optim, layout.length, own.length))
+            total += _weights_elsewhere(parallel, optim, own)
             continue
-        moments = moment_bytes(config.optim, layout, own)
-        total += _on_device(config, layout.length, own.length) + _weights_elsewhere(config, own)
-        total += (
-            _states_elsewhere(config, own) if parallel.offload_optimizer != "none" else StateForecast(moments=moments)
-        )
-    return total + _offload_buffers(config, [own for layout, own in zip(layouts, owns, strict=True) if layout.trains])
+        moments = moment_bytes(optim, layout, own)
+        total += _on_device(parallel, optim, layout.length, own.length) + _weights_elsewhere(parallel, optim, own)
+        is_offloaded = parallel.offload_optimizer != "none"
+        total += _states_elsewhere(parallel, optim, own) if is_offloaded else StateForecast(moments=moments)
+    trained = [own for layout, own in zip(layouts, owns, strict=True) if layout.trains]
+    return total + _offload_buffers(parallel, optim, trained)
 
 
 def _own_span(parallel: ParallelConfig, layout: FlatLayout, shard_rank: int) -> Span:
@@ -147,9 +149,9 @@ def _own_span(parallel: ParallelConfig, layout: FlatLayout, shard_rank: int) -> 
     return layout.slice_of(shard_rank % ranks, ranks)
 
 
-def declared_state_bytes(config: RunConfig, parts: RankModel) -> StateForecast:
+def declared_state_bytes(parallel: ParallelConfig, parts: RankModel) -> StateForecast:
     """Declared state of the modules of a pipeline rank, with totals, and beside their parameters."""
-    tp = config.parallel.tensor_model_parallel_size
+    tp = parallel.tensor_model_parallel_size
     states = [one.spec for one in declared_states(parts.stages.values()).values()]
     of_modules = sum(prod(spec.cut.local_shape(tp)) * spec.dtype.itemsize for spec in states)
     for module in stateful_modules(parts.stages.values()).values():
@@ -158,68 +160,69 @@ def declared_state_bytes(config: RunConfig, parts: RankModel) -> StateForecast:
     for stage in parts.stages.values():
         for one in stage.parameters_by_name().values():
             kinds[unit_of(one.spec)] |= {kind: dtype.itemsize for kind, dtype in one.beside.items()}
-    lengths = {unit: _own_span(config.parallel, layout, 0).length for unit, layout in parts.units.items()}
+    lengths = {unit: _own_span(parallel, layout, 0).length for unit, layout in parts.units.items()}
     beside = sum(lengths[unit] * sum(sizes.values()) for unit, sizes in kinds.items())
-    if config.parallel.offload_optimizer != "none":
+    if parallel.offload_optimizer != "none":
         return StateForecast(declared=of_modules, host=beside)
     return StateForecast(declared=of_modules + beside)
 
 
-def fullest_state(config: RunConfig, units: Iterable[FlatLayout]) -> StateForecast:
+def fullest_state(parallel: ParallelConfig, optim: OptimConfig, units: Iterable[FlatLayout]) -> StateForecast:
     """The state of the rank that holds most of those that shard these units."""
-    layouts, ranks = list(units), shard_size(config.parallel)
-    best = state_bytes(config, layouts)
-    if config.parallel.offload_optimizer != "none":
+    layouts, ranks = list(units), shard_size(parallel)
+    best = state_bytes(parallel, optim, layouts)
+    if parallel.offload_optimizer != "none":
         return best  # ranks differ in nothing but moments, which leave padding out
     limit = None
-    if config.optim.optimizer not in ("adafactor", "muon"):
-        elements = sum(_own_span(config.parallel, layout, 0).length for layout in layouts if layout.trains)
-        limit = elements * _element_bytes(config.optim, config.optim.optimizer)
+    if optim.optimizer not in ("adafactor", "muon"):
+        elements = sum(_own_span(parallel, layout, 0).length for layout in layouts if layout.trains)
+        limit = elements * _element_bytes(optim, optim.optimizer)
     for rank in range(1, ranks):
         if best.moments == limit:
             break
-        best = max(best, state_bytes(config, layouts, shard_rank=rank), key=lambda one: one.on_device)
+        best = max(best, state_bytes(parallel, optim, layouts, shard_rank=rank), key=lambda one: one.on_device)
     return best
 
 
-def least_state_bytes(config: RunConfig, num_parameters: int) -> int:
+def least_state_bytes(
+    parallel: ParallelConfig, optim: OptimConfig, num_parameters: int, *, some_frozen: bool = False
+) -> int:
     """A bound of the state that the fullest rank has on its device, from the parameters of the whole model alone.
 
-    It counts neither padding nor moments of optimizers that keep different ones for matrices; where some parameters
-    are frozen it takes all for frozen.
+    It counts neither padding nor moments of optimizers that keep different ones for matrices; where `some_frozen`
+    parameters are it takes all for frozen.
     """
-    parallel, optimizer = config.parallel, config.optim.optimizer
+    optimizer = optim.optimizer
     held = num_parameters // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     own = held // shard_size(parallel)
-    if config.train.freeze_params:
-        return _weight_bytes(config, held, own)
+    if some_frozen:
+        return _weight_bytes(parallel, optim, held, own)
     has_moments = parallel.offload_optimizer == "none" and optimizer not in ("adafactor", "muon")
-    moments = own * _element_bytes(config.optim, optimizer) if has_moments else 0
-    return _on_device(config, held, own).on_device + moments
+    moments = own * _element_bytes(optim, optimizer) if has_moments else 0
+    return _on_device(parallel, optim, held, own).on_device + moments
 
 
-def _on_device(config: RunConfig, length: int, own: int) -> StateForecast:
+def _on_device(parallel: ParallelConfig, optim: OptimConfig, length: int, own: int) -> StateForecast:
     """Weights, gradients and master weights of `length` elements, of which this rank owns `own`."""
-    parallel, policy = config.parallel, policy_of(config.parallel.zero_stage)
-    element, gradient = BYTES[config.optim.precision], 2 if parallel.grad_reduce_in_bf16 else FP32
+    policy = policy_of(parallel.zero_stage)
+    element, gradient = BYTES[optim.precision], 2 if parallel.grad_reduce_in_bf16 else FP32
     if policy.shard_grads:
         gradients = own * (FP32 + (gradient if gradient < FP32 else 0))
     else:
         gradients = length * gradient + (own * FP32 if gradient < FP32 else 0)
     is_apart = element < FP32 and parallel.offload_optimizer == "none"
     return StateForecast(
-        weights=_weight_bytes(config, length, own),
+        weights=_weight_bytes(parallel, optim, length, own),
         gradients=gradients,
         master_weights=own * FP32 if is_apart else 0,
     )
 
 
-def _weight_bytes(config: RunConfig, length: int, own: int) -> int:
+def _weight_bytes(parallel: ParallelConfig, optim: OptimConfig, length: int, own: int) -> int:
     """What the layers read of `length` elements, or this rank's part of it, on the device."""
-    parallel = config.parallel
     if parallel.offload_params != "none":
         return 0
-    return (own if policy_of(parallel.zero_stage).shard_params else length) * BYTES[config.optim.precision]
+    return (own if policy_of(parallel.zero_stage).shard_params else length) * BYTES[optim.precision]
 
 
 def moment_bytes(optim: OptimConfig, layout: FlatLayout, own: Span) -> int:
@@ -257,14 +260,14 @@ def _state_sizes(optim: OptimConfig, optimizer: str) -> tuple[int, ...]:
     return tuple(sizes.get(state, FP32) for state in UPDATE_RULES[optimizer].states)
 
 
-def _states_elsewhere(config: RunConfig, own: Span) -> StateForecast:
+def _states_elsewhere(parallel: ParallelConfig, optim: OptimConfig, own: Span) -> StateForecast:
     """What offloading keeps of one unit that trains: a record of master weights and moments."""
-    return _record(config.parallel.offload_optimizer, _record_bytes(config.optim, own.length))
+    return _record(parallel.offload_optimizer, _record_bytes(optim, own.length))
 
 
-def _weights_elsewhere(config: RunConfig, own: Span) -> StateForecast:
+def _weights_elsewhere(parallel: ParallelConfig, optim: OptimConfig, own: Span) -> StateForecast:
     """What offloading keeps of one unit's sharded weights: a record of them."""
-    return _record(config.parallel.offload_params, own.length * BYTES[config.optim.precision])
+    return _record(parallel.offload_params, own.length * BYTES[optim.precision])
 
 
 def _record(place: str, size: int) -> StateForecast:
@@ -281,13 +284,13 @@ def _record_bytes(optim: OptimConfig, length: int) -> int:
     return position
 
 
-def _offload_buffers(config: RunConfig, owns: list[Span]) -> StateForecast:
+def _offload_buffers(parallel: ParallelConfig, optim: OptimConfig, owns: list[Span]) -> StateForecast:
     """What offloading holds on the host beside the records, once a step has been made."""
-    parallel, element = config.parallel, BYTES[config.optim.precision]
+    element = BYTES[optim.precision]
     if parallel.offload_optimizer == "none" or not owns:
         return StateForecast()
     largest, total = max(own.length for own in owns), sum(own.length for own in owns)
-    staging = FILE_SLOTS * _record_bytes(config.optim, largest) if parallel.offload_optimizer == "nvme" else 0
+    staging = FILE_SLOTS * _record_bytes(optim, largest) if parallel.offload_optimizer == "nvme" else 0
     copies = total * (FP32 + element) if parallel.offload_delayed_update else 0
     landed = FILE_SLOTS * largest * FP32 if parallel.device == "cuda" and not parallel.offload_delayed_update else 0
     return StateForecast(host=staging + copies + landed)

@@ -156,7 +156,7 @@ class StageRun:
             tokens_BS=numbers(samples, length),
             labels_BS=numbers(samples, length),
             loss_mask_BS=torch.empty(samples, length, device=device),
-            label_index_P=numbers(num_predicted(self.config)) if masks_sentences else None,
+            label_index_P=numbers(num_predicted(samples * length, data.mask_prob)) if masks_sentences else None,
             position_ids_BS=numbers(samples, length) if data.reset_position_ids else None,
             attention_mask_BST=(
                 torch.empty(samples, mask_rows, length, dtype=torch.bool, device=device) if mask_rows else None
@@ -212,9 +212,9 @@ def _weight_gradients(recorder: StorageRecorder, works: Sequence[Callable[[], No
         yield from events
 
 
-def num_predicted(config: RunConfig) -> int:
+def num_predicted(num_tokens: int, mask_prob: float) -> int:
     """Masked tokens of a micro-batch of sentences, an expected number."""
-    return max(1, round(config.train.micro_batch_size * config.model.seq_length * config.data.mask_prob))
+    return max(1, round(num_tokens * mask_prob))
 
 
 def message_shape(config: RunConfig) -> tuple[int, int, int]:

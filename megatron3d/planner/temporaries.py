@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from math import prod
 
-from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.optim import OptimConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.config.update_rules import UPDATE_RULES
 from megatron3d.optim.flat import CHUNK_CPU, CHUNK_DEVICE
 from megatron3d.params.spec import ParamKind
@@ -20,25 +20,32 @@ from megatron3d.zero.kinds import KINDS
 from megatron3d.zero.policy import policy_of
 
 
-def publish_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_type: str) -> int:
+def publish_temporary(
+    parallel: ParallelConfig, optim: OptimConfig, units: Iterable[FlatLayout], *, device_type: str
+) -> int:
     """Bytes that the gathers of updated weights take for themselves: gloo's as much again as they bring."""
-    if device_type != "cpu" or shard_size(config.parallel) == 1 or policy_of(config.parallel.zero_stage).shard_params:
+    if device_type != "cpu" or shard_size(parallel) == 1 or policy_of(parallel.zero_stage).shard_params:
         return 0
-    return sum(layout.length for layout in units if layout.trains) * BYTES[config.optim.precision]
+    return sum(layout.length for layout in units if layout.trains) * BYTES[optim.precision]
 
 
-def update_temporary(config: RunConfig, units: Iterable[FlatLayout], *, device_type: str) -> int:
+def update_temporary(
+    parallel: ParallelConfig, optim: OptimConfig, units: Iterable[FlatLayout], *, device_type: str
+) -> int:
     """Bytes that an update takes at most at once, beside the state; torch's fused ones take none.
 
     Elementwise updates work on chunks; Adafactor on one matrix; Muon on one whole matrix at a time of all those that a
     rank owns.
     """
-    optim, layouts = config.optim, [layout for layout in units if layout.trains]
+    layouts = [layout for layout in units if layout.trains]
     largest = max((_largest_piece(layout) for layout in layouts), default=0)
     chunk = min(CHUNK_CPU if device_type == "cpu" else CHUNK_DEVICE, largest) * FP32
     widened = chunk * ((optim.exp_avg_dtype == "bf16") + (optim.exp_avg_sq_dtype == "bf16"))
     if optim.optimizer == "muon":
-        return max(_full_matrices(config, [one for one in layouts if one.kind == kind], kind) for kind in KINDS)
+        of_kind: dict[ParamKind, list[FlatLayout]] = {
+            kind: [one for one in layouts if one.kind == kind] for kind in KINDS
+        }
+        return max(_full_matrices(parallel, optim, found, kind) for kind, found in of_kind.items())
     if optim.optimizer == "adafactor":
         return max([FP32 * prod(slot.shape) for layout in layouts for slot in layout.slots], default=0)
     return widened + chunk * UPDATE_RULES[optim.optimizer].scratch_numbers
@@ -48,9 +55,8 @@ def _largest_piece(layout: FlatLayout) -> int:
     return layout.length
 
 
-def _full_matrices(config: RunConfig, layouts: Sequence[FlatLayout], kind: ParamKind) -> int:
+def _full_matrices(parallel: ParallelConfig, optim: OptimConfig, layouts: Sequence[FlatLayout], kind: ParamKind) -> int:
     """The most that `FullParameters.map_full` and Muon's function of a matrix take on any rank that shares these."""
-    parallel = config.parallel
     num_shards, tp = shard_size(parallel, kind), layout_of(parallel).size(KINDS[kind].tensor)
     placed = [(layout, slot) for layout in layouts for slot in layout.slots if slot.spec.is_hidden_matrix]
     owners = assign_owners([slot.spec for _, slot in placed], shard=num_shards, tp=tp)
@@ -67,7 +73,7 @@ def _full_matrices(config: RunConfig, layouts: Sequence[FlatLayout], kind: Param
         full = sum(slot.spec.numel for slot in mine if not slot.spec.is_replicated)
         exchanged = _exchange_elements(held, cut=cut, equal=equal, full=full, num_shards=num_shards, tp=tp)
         stays = (full if tp > 1 else cut if num_shards > 1 else 0) + (equal if num_shards > 1 else 0)
-        work = max([_orthogonal(config.optim, slot) for slot in mine], default=0)
+        work = max([_orthogonal(optim, slot) for slot in mine], default=0)
         found += [FP32 * exchanged, FP32 * stays + work]
     return max(found)
 

@@ -19,6 +19,7 @@ from megatron3d.checkpoint.load import read_document, tensor_shapes
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.parallel import GivenParallel
 from megatron3d.config.tokenizer_copy import beside_checkpoint
 from megatron3d.convert.family import HfConfig
@@ -106,9 +107,10 @@ def open_trained(root: Path, step: int | None, overrides: ServeOverrides) -> Tra
             "export a smaller model"
         )
     config = generation_config(stored, GivenParallel(device="cpu"), world_size=1, bf16=False)
-    found = _described(directory, config, shapes[_CLASSIFIER][0])
+    found = _described(directory, config.model.max_position_embeddings, shapes[_CLASSIFIER][0])
     description = _as_wished(found, overrides, config.model.max_position_embeddings)
-    return Trained(directory, config, description, found.labels, _tokenizer(saved, config, overrides))
+    tokenizer = _tokenizer(saved, config.data, config.model.vocab_size, overrides)
+    return Trained(directory, config, description, found.labels, tokenizer)
 
 
 def load_classifier(trained: Trained) -> ExportedClassifier:
@@ -124,7 +126,7 @@ def load_classifier(trained: Trained) -> ExportedClassifier:
     return ExportedClassifier(model.stages[0]).eval()
 
 
-def _described(directory: Path, config: RunConfig, num_outputs: int) -> ClassifierDescription:
+def _described(directory: Path, num_positions: int, num_outputs: int) -> ClassifierDescription:
     """What `task.json` of a fine-tuning says; of an imported classifier, its `config.json`."""
     index = read_index(directory)
     task = read_task_document(directory, index)
@@ -139,7 +141,7 @@ def _described(directory: Path, config: RunConfig, num_outputs: int) -> Classifi
         is_regression=num_outputs == 1,
         value_range=None,
         num_texts=None,
-        max_length=config.model.max_position_embeddings,
+        max_length=num_positions,
     )
 
 
@@ -176,16 +178,16 @@ def _as_wished(
     )
 
 
-def _tokenizer(saved: SavedRun, config: RunConfig, overrides: ServeOverrides) -> PackedTokenizer:
+def _tokenizer(saved: SavedRun, data: DataConfig, vocab_size: int, overrides: ServeOverrides) -> PackedTokenizer:
     directory = saved.directory
     given = {"vocab_file": overrides.vocab_file, "tokenizer_model": overrides.tokenizer_model}
-    data = with_given(beside_checkpoint(config.data, directory), given)
+    data = with_given(beside_checkpoint(data, directory), given)
     if data.tokenizer_type is None:
         raise CheckpointError(
             f"{directory / 'run.json'} names no tokenizer, and a service reads texts; fine-tune again"
         )
     packed = pack(TokenizerSpec(data.tokenizer_type, data.vocab_file, data.merge_file, data.tokenizer_model))
-    tokenizer, vocab_size = packed.build(), config.model.vocab_size
+    tokenizer = packed.build()
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"--tokenizer-type {data.tokenizer_type} has {tokenizer.vocab_size} ids, but the model of {directory} has "

@@ -15,6 +15,7 @@ from megatron3d.checkpoint.store import ProcessGroup, on_every_rank
 from megatron3d.comm.agree import require_agreement
 from megatron3d.config.resume import Difference, Effect, differences
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.data.content import (
     TOKENIZER,
@@ -53,12 +54,12 @@ def read_saved_run(directory: Path, *, architecture: str | None = None) -> Saved
     return SavedRun(directory, from_dict(read_document(directory, "run"), architecture=architecture), content)
 
 
-def agreed_content(config: RunConfig, group: ProcessGroup | None) -> Content:
+def agreed_content(data: DataConfig, vocab_size: int, group: ProcessGroup | None) -> Content:
     """What a run reads, once it is sure that all ranks read the same. Collective over all ranks.
 
     Raises: DataError if a file cannot be read, or the ranks read different ones; raised on every rank.
     """
-    content = on_every_rank(lambda: content_of(config.data, vocab_size=config.model.vocab_size), group)
+    content = on_every_rank(lambda: content_of(data, vocab_size=vocab_size), group)
     require_agreement(content.digests(), DataError)
     return content
 
@@ -95,7 +96,7 @@ def compare_resumed(saved: SavedRun, config: RunConfig, content: Content | None)
     if content is not None:
         theirs, ours = saved.content, content
         if theirs is None:
-            theirs, ours, line = _as_known_then(saved.config, content)
+            theirs, ours, line = _as_known_then(saved.config.data, content)
             lines.append(line)
         found += content_differences(theirs, ours)
         lines += moved(theirs, ours)
@@ -109,14 +110,14 @@ def compare_resumed(saved: SavedRun, config: RunConfig, content: Content | None)
     return [*(f"changed: {one}" for one in changed), *lines]
 
 
-def _as_known_then(saved: RunConfig, content: Content) -> tuple[Content, Content, str]:
+def _as_known_then(saved: DataConfig, content: Content) -> tuple[Content, Content, str]:
     """Both contents as far as a checkpoint without digests knows its own, and a line about the rest."""
-    theirs = content_of_paths(saved.data)
-    left = {"all"} if saved.data.data_args_path is not None else set()
+    theirs = content_of_paths(saved)
+    left = {"all"} if saved.data_args_path is not None else set()
     ours = Content({part: one for part, one in content.corpora.items() if part not in left}, None)
     paths = " ".join(one.prefix for corpora in theirs.corpora.values() for one in corpora)
-    where = f"; its data was {paths or saved.data.data_args_path}" if paths or left else ""
-    tokenizer = f"; its tokenizer was {saved.data.tokenizer_type}" if saved.data.tokenizer_type else ""
+    where = f"; its data was {paths or saved.data_args_path}" if paths or left else ""
+    tokenizer = f"; its tokenizer was {saved.tokenizer_type}" if saved.tokenizer_type else ""
     line = (
         "the checkpoint is of a version that stored no digests of data and tokenizer, so their content was not "
         f"compared{where}{tokenizer}"

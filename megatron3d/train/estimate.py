@@ -180,7 +180,15 @@ def largest(
         except ConfigError as error:
             problems.append(str(error))
             continue
-        if least_state_bytes(config, num_parameters(config.model)) > limits.device:
+        if (
+            least_state_bytes(
+                config.parallel,
+                config.optim,
+                num_parameters(config.model),
+                some_frozen=bool(config.train.freeze_params),
+            )
+            > limits.device
+        ):
             continue
         if limits.allow(estimate_of(config)):
             return position, problems

@@ -96,7 +96,7 @@ def _sums_hits_and_counts(parts: TrainingSetup, batch: Batch) -> Tensor:
     losses = LossSink(model.losses, tp_rank=parts.mesh.tp.rank, device=model.device, counts_hits=counts_hits)
     micros = micro_batches(batch, config.train.micro_batch_size, device=model.device, losses=losses)
     row = model.rows.forward_only(len(micros))
-    run(row.schedule, row.actions, model.stages, micros, wire=model.wire(config, micros))
+    run(row.schedule, row.actions, model.stages, micros, wire=model.wire(config.model, config.parallel, micros))
     counts = counts_of(model.losses, batch).double().to(model.device)
     if not (model.holds_last_stage and parts.mesh.reports_samples):
         counts.zero_()

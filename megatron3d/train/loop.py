@@ -80,7 +80,7 @@ def train(parts: TrainingSetup, streams: Streams, context: RunContext) -> Progre
     Raises:
         StopRequested: the run was asked to stop; it has saved if it saves at all.
     """
-    content = agreed_content(parts.config, parts.mesh.world.group)
+    content = agreed_content(parts.config.data, parts.config.model.vocab_size, parts.mesh.world.group)
     save = parts.config.checkpoint.save
     with held_directory(Path(save) if save else None, parts.mesh) as renew:
         stop_while_starting(context, parts.mesh)
@@ -136,7 +136,7 @@ class _Loop:
 
     def run(self) -> None:
         config = self.parts.config
-        last = state.last_step(config, self.progress)
+        last = state.last_step(config.train, config.parallel.data_parallel_size, self.progress)
         self.saved_step = self.progress.step if self.reports.resumed_in_place else -1
         is_finished_already = self.saved_step >= last
         self._look_ahead(last)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from megatron3d.comm.device import likely_device_type
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.flops import forward_flops_by_layer
@@ -52,23 +53,22 @@ def _plan(config: RunConfig, order: str, virtual: int, *, why: str = "") -> Pipe
         num_ranks=ranks,
         virtual=virtual,
         stage_to_rank=placement_of(order, num_ranks=ranks, virtual=virtual),
-        layers=split_of(config, ranks * virtual),
+        layers=split_of(config.model, parallel, ranks * virtual),
         group_size=parallel.microbatch_group_size_per_virtual_pipeline_stage if order == "interleaved" else None,
         why=why,
     )
 
 
-def split_of(config: RunConfig, num_stages: int) -> tuple[range, ...]:
+def split_of(model: ModelConfig, parallel: ParallelConfig, num_stages: int) -> tuple[range, ...]:
     """The layers of each of `num_stages` stages: as written, by cost, or evenly but for what the ends are given.
 
     Raises:
         ConfigError: the layers cannot be split as asked.
     """
-    model, parallel = config.model, config.parallel
     if parallel.pipeline_model_parallel_layout is not None:
         return split_by_layout(parallel.pipeline_model_parallel_layout, model.num_layers, num_stages)
     if parallel.pipeline_split_costs is not None:
-        costs = _layer_costs(config, parallel.pipeline_split_costs)
+        costs = _layer_costs(model, parallel.pipeline_split_costs)
         return split_by_costs(costs[1:-1], costs[0], costs[-1], num_stages)
     return split_layers(
         model.num_layers,
@@ -106,12 +106,12 @@ def _choose(config: RunConfig, virtual: int | None) -> OrderChoice:
 
     def costs_of(virtual: int) -> Costs:
         costs, head = forward_flops_by_layer(config.model)
-        loads = stage_loads(split_of(config, ranks * virtual), costs, 0.0, head)
+        loads = stage_loads(split_of(config.model, config.parallel, ranks * virtual), costs, 0.0, head)
         mean = sum(loads) / ranks
         # A stage without any layer still takes some time.
         return Costs(stage_factors=tuple(max(load / mean, 1e-3) for load in loads))
 
-    return choose(ranks, first_microbatches(config), virtuals, costs_of, fits)
+    return choose(ranks, first_microbatches(config.train, config.parallel.data_parallel_size), virtuals, costs_of, fits)
 
 
 def _reason(choice: OrderChoice) -> str:
@@ -122,11 +122,11 @@ def _reason(choice: OrderChoice) -> str:
     return f"the shortest of {len(choice.considered)} simulated{left_out}, bubble {chosen.bubble:.1%}"
 
 
-def _layer_costs(config: RunConfig, given: str) -> tuple[float, ...]:
+def _layer_costs(model: ModelConfig, given: str) -> tuple[float, ...]:
     """The cost of the embedding, of each layer, and of the output layer with the loss."""
-    num_layers = config.model.num_layers
+    num_layers = model.num_layers
     if given == "formula":
-        layers, head = forward_flops_by_layer(config.model)
+        layers, head = forward_flops_by_layer(model)
         return (0.0, *layers, head)
     try:
         costs = tuple(float(word) for word in given.split(","))

@@ -147,7 +147,7 @@ class Reports:
     def _reporter(self, resumed: Progress) -> ProgressReporter:
         config = self.parts.config
         return ProgressReporter(
-            last_step(config, resumed),
+            last_step(config.train, config.parallel.data_parallel_size, resumed),
             sys.stdout,
             log_interval=config.train.log_interval,
             devices=self._devices,
@@ -222,7 +222,7 @@ def start_record(parts: TrainingSetup, *, predicted: Mapping[str, int] | None = 
         "optimizer": held.master_weights + state_bytes(parts.optimizer) + declared,
     }
     offloaded = {"host": held.host, "files": held.files} if config.parallel.offload_optimizer != "none" else {}
-    row = parts.model.rows.training(first_microbatches(config))
+    row = parts.model.rows.training(first_microbatches(config.train, config.parallel.data_parallel_size))
     degrees = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "zero": config.parallel.zero_stage}
     return StartRecord(
         model=config.model.traits.title,
@@ -238,7 +238,7 @@ def start_record(parts: TrainingSetup, *, predicted: Mapping[str, int] | None = 
 def predicted_bytes(parts: TrainingSetup) -> dict[str, int]:
     """What the ledger says of the rank that will hold most of each kind, by name; collective."""
     model, config = parts.model, parts.config
-    row = model.rows.training(first_microbatches(config))
+    row = model.rows.training(first_microbatches(config.train, config.parallel.data_parallel_size))
     held = RankModel(model.stages, {name: unit.layout for name, unit in parts.engine.units.items()})
     records = StageRecords(config, model.device.type)
     ledger = ledger_of_rank(model.rows.plan, (row.schedule, row.actions), held, parts.mesh.pp.rank, records)
@@ -274,7 +274,7 @@ def sharing_cost(parts: TrainingSetup) -> str | None:
     trained = sum(unit.layout.length for unit in engine.trained.values())
     volume = step_volume(
         engine.options.policy,
-        num_microbatches=first_microbatches(parts.config),
+        num_microbatches=first_microbatches(parts.config.train, parts.config.parallel.data_parallel_size),
         weight_bytes=elements * engine.options.param_dtype.itemsize,
         gradient_bytes=trained * engine.options.grad_dtype.itemsize,
     )

@@ -14,6 +14,8 @@ from megatron3d_kernels.registry import Registry
 
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.models.stage import MicroBatch, Stage, StageBuilder, whole_stage
 from megatron3d.nn.loss_sink import LossSpec
 from megatron3d.optim.build import build_optimizer
@@ -92,11 +94,11 @@ class Model:
         """Whether this rank gives losses or logits."""
         return any(stage.part.is_last for stage in self.stages.values())
 
-    def wire(self, config: RunConfig, micros: Sequence[MicroBatch]) -> Wire:
+    def wire(self, model: ModelConfig, parallel: ParallelConfig, micros: Sequence[MicroBatch]) -> Wire:
         """What travels between the stages for these micro-batches, which may have different lengths."""
-        cut = self.mesh.tp.size if config.parallel.sequence_parallel else 1
+        cut = self.mesh.tp.size if parallel.sequence_parallel else 1
         sizes = [micro.tokens_BS.shape for micro in micros]
-        shapes = [(length // cut, samples, config.model.hidden_size) for samples, length in sizes]
+        shapes = [(length // cut, samples, model.hidden_size) for samples, length in sizes]
         return Wire(self.mesh.pp, shapes, self.dtype, self.device)
 
 
@@ -170,7 +172,7 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
         overlap=config.parallel.overlap_grad_reduce,
         overlap_gather=config.parallel.overlap_param_gather,
         prefetch=config.parallel.zero_prefetch_units,
-        offload=offload_of(config, rank=mesh.rank, device=device),
+        offload=offload_of(config.parallel, config.optim, rank=mesh.rank, device=device),
     )
     places = {number: stage.places() for number, stage in model.stages.items()}
     engine = ZeroEngine(unit_parameters(model.stages), mesh, options, model.sink, gate=model.gate, places=places)

@@ -6,7 +6,7 @@ fp32 masters, from which every precision's weights follow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from megatron3d.checkpoint.load import agreed_index, load_tensors, read_document
 from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.checkpoint.store import from_first, gathered, on_every_rank
 from megatron3d.config.batch_size import iterations_for_samples
-from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.config.serialize import to_dict
 from megatron3d.data.content import Content
 from megatron3d.errors import CheckpointError, MisfitError
@@ -195,7 +195,7 @@ def _restore_from(source: Source, parts: TrainingSetup, content: Content | None)
     _check_architecture(saved, parts.config.model)
     if source.weights_only:
         lines = compare_weights(saved, parts.config, content)
-        _load(directory, parts, saved.config, with_optimizer=False)
+        _load(directory, parts, saved.config.train.freeze_params, with_optimizer=False)
         flags = settings_from_config(parts.config.optim, parts.config.train)
         return Restored(Progress(), flags, directory, why=source.why, lines=tuple(lines))
     state = on_every_rank(lambda: read_document(directory, "state"), group)
@@ -204,16 +204,16 @@ def _restore_from(source: Source, parts: TrainingSetup, content: Content | None)
             f"{directory} holds weights alone, without steps or optimizer; start from them with --finetune"
         )
     lines = compare_resumed(saved, parts.config, content)
-    has_begun = source.is_own and _dropped_optimizer_before(saved, state, parts.config)
+    has_begun = source.is_own and _dropped_optimizer_before(saved, state, kind(parts.config.optim))
     if options.no_load_optim:
         lines.append(_no_load_line(directory, has_begun=has_begun))
     with_optimizer = has_begun or not options.no_load_optim
     if with_optimizer:
         _check_optimizer(state, kind(parts.config.optim), directory)
     schedule, schedule_lines = _schedule(ScheduleSettings.from_json(state["schedule"]), parts)
-    _load(directory, parts, saved.config, with_optimizer=with_optimizer)
+    _load(directory, parts, saved.config.train.freeze_params, with_optimizer=with_optimizer)
     if with_optimizer:
-        lines += _changed_freezing(parts, saved.config)
+        lines += _changed_freezing(parts, saved.config.train.freeze_params)
         set_step_count(parts.optimizer, state["optimizer"]["step_count"])
         parts.scaler.load(state["scaler"])
     was_due = with_optimizer and state["optimizer"].get(UPDATE_DUE, False)
@@ -227,10 +227,10 @@ def _restore_from(source: Source, parts: TrainingSetup, content: Content | None)
     return Restored(progress, schedule, directory, why=source.why, lines=tuple(lines), evaluation_due=is_due)
 
 
-def _dropped_optimizer_before(saved: SavedRun, state: Mapping[str, Any], config: RunConfig) -> bool:
+def _dropped_optimizer_before(saved: SavedRun, state: Mapping[str, Any], optimizer_kind: str) -> bool:
     """Whether --no-load-optim has been obeyed by the run that wrote this, which has built up a state of this kind."""
     was_stored = saved.config.checkpoint.no_load_optim and not saved.config.checkpoint.no_save_optim
-    return was_stored and state["optimizer"]["kind"] == kind(config.optim)
+    return was_stored and state["optimizer"]["kind"] == optimizer_kind
 
 
 def _no_load_line(directory: Path, *, has_begun: bool) -> str:
@@ -242,9 +242,9 @@ def _no_load_line(directory: Path, *, has_begun: bool) -> str:
     return "the optimizer starts anew (--no-load-optim)"
 
 
-def _changed_freezing(parts: TrainingSetup, saved: RunConfig) -> list[str]:
+def _changed_freezing(parts: TrainingSetup, before: Sequence[str]) -> list[str]:
     """Lines about the optimizer state of parameters that train in one of the two runs alone; collective."""
-    before, now = saved.train.freeze_params, parts.config.train.freeze_params
+    now = parts.config.train.freeze_params
     slots = [slot for unit in parts.engine.units.values() for slot in unit.layout.slots] if before != now else []
     names = set().union(*gathered([slot.spec.name for slot in slots], parts.mesh.world.group))
     thawed = sum(is_frozen(name, before) and not is_frozen(name, now) for name in names)
@@ -262,10 +262,9 @@ def _changed_freezing(parts: TrainingSetup, saved: RunConfig) -> list[str]:
     return lines
 
 
-def _load(directory: Path, parts: TrainingSetup, saved: RunConfig, *, with_optimizer: bool) -> None:
+def _load(directory: Path, parts: TrainingSetup, frozen: Sequence[str], *, with_optimizer: bool) -> None:
     """Fill weights, and optimizer state if asked. All weights that are stored must have a place in the model; of
-    parameters that were frozen in the `saved` run there is no optimizer state."""
-    frozen = saved.train.freeze_params
+    parameters that were `frozen` in the saved run there is no optimizer state."""
     with parts.engine.states_opened(parts.optimizer, writes=True):
         load_tensors(
             directory,
@@ -349,15 +348,14 @@ def _old_views(parts: TrainingSetup, with_optimizer: bool) -> dict[str, ShardVie
     return {f"{OLD}/{name}": view for name, view in old.items()}
 
 
-def last_step(config: RunConfig, progress: Progress) -> int:
+def last_step(train: TrainConfig, data_parallel_size: int, progress: Progress) -> int:
     """The number of the run's last step, seen from `progress`.
 
     Iterations are counted from the run's beginning. Samples are counted by what was consumed: the whole batches of
     these options that still fit, whatever batches the steps before had.
     """
-    train = config.train
     if train.train_iters is not None:
         return train.train_iters
     assert train.train_samples is not None, "a run has a length"
-    dp, consumed = config.parallel.data_parallel_size, progress.consumed_samples
-    return progress.step + iterations_for_samples(train, train.train_samples, dp, consumed=consumed)
+    left = iterations_for_samples(train, train.train_samples, data_parallel_size, consumed=progress.consumed_samples)
+    return progress.step + left

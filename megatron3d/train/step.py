@@ -158,7 +158,7 @@ def forward_backward(
         row.actions,
         model.stages,
         micros,
-        wire=model.wire(config, micros),
+        wire=model.wire(config.model, config.parallel, micros),
         backward=Backward(
             model.sink,
             parts.engine.reduce_stage,

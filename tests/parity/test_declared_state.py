@@ -192,7 +192,7 @@ def in_two_runs(first: Case, second: Case, directory: str) -> TwoRuns:
 def check_bytes(parts: TrainingSetup) -> None:
     """The ledger's bytes of declared state are those that are allocated."""
     held = RankModel(parts.model.stages, {name: unit.layout for name, unit in parts.engine.units.items()})
-    predicted = declared_state_bytes(parts.config, held)
+    predicted = declared_state_bytes(parts.config.parallel, held)
     allocated = parts.states.size_bytes + parts.engine.state_bytes().beside
     assert predicted.declared + predicted.host == allocated > 0, f"predicted {predicted}, allocated {allocated}"
 

@@ -110,8 +110,10 @@ def test_the_bound_by_parameters_is_below_the_state_and_near_it() -> None:
         for world_size in (1, 8):
             config = settled(setting.of(_words("gpt3-125m")), world_size)
             units = parts_of_rank(config, plan_of(config), 0).units.values()
-            state = state_bytes(config, units, shard_rank=shard_size(config.parallel) - 1).on_device
-            bound = least_state_bytes(config, num_parameters(config.model))
+            state = state_bytes(
+                config.parallel, config.optim, units, shard_rank=shard_size(config.parallel) - 1
+            ).on_device
+            bound = least_state_bytes(config.parallel, config.optim, num_parameters(config.model))
             assert 0.99 * state <= bound <= state, setting
 
 

@@ -66,7 +66,9 @@ def predicted(config: RunConfig, found: list[Held]) -> list[StateForecast]:
     """The formula for each of the ranks that `found` was measured on."""
     plan = plan_of(config)
     units = {rank: parts_of_rank(config, plan, rank).units.values() for rank in {held.pp_rank for held in found}}
-    return [state_bytes(config, units[held.pp_rank], shard_rank=held.shard_rank) for held in found]
+    return [
+        state_bytes(config.parallel, config.optim, units[held.pp_rank], shard_rank=held.shard_rank) for held in found
+    ]
 
 
 def check(pool: Pool, world_size: int, cases: list[tuple[str, str]]) -> list[list[Held]]:
@@ -149,11 +151,11 @@ def test_shards_together_hold_what_one_rank_would(
         f"--max-position-embeddings 4 --micro-batch-size 1 {precision}"
     )
     alone = config_of(f"{flags} --zero-stage 0", 1)
-    whole = state_bytes(alone, parts_of_rank(alone, plan_of(alone), 0).units.values())
+    whole = state_bytes(alone.parallel, alone.optim, parts_of_rank(alone, plan_of(alone), 0).units.values())
     shared = config_of(f"{flags} --zero-stage 3", ranks)
     units = list(parts_of_rank(shared, plan_of(shared), 0).units.values())
     assert shard_size(shared.parallel) == ranks
-    held = [state_bytes(shared, units, shard_rank=rank) for rank in range(ranks)]
+    held = [state_bytes(shared.parallel, shared.optim, units, shard_rank=rank) for rank in range(ranks)]
     assert sum(state.moments for state in held) == whole.moments
     padded = sum(layout.length for layout in units)
     element = 4 if precision == "" else 2
@@ -166,5 +168,5 @@ def test_the_ledger_names_the_state_of_the_rank_that_holds_most() -> None:
     plan = plan_of(config)
     for one in ledger_of(StageRecords(config, "cpu"), plan):
         units = parts_of_rank(config, plan, one.pp_rank).units.values()
-        shards = [state_bytes(config, units, shard_rank=rank).on_device for rank in range(2)]
+        shards = [state_bytes(config.parallel, config.optim, units, shard_rank=rank).on_device for rank in range(2)]
         assert one.state.on_device == max(shards) > min(shards)

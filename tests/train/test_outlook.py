@@ -22,7 +22,9 @@ def lines(options: str, *, step: int = 0, valid: bool = True, test: bool = True,
     config = resolve(parse_args(words, program="pretrain_gpt.py", description="", log=lambda line: None), world_size)
     progress = Progress(step, step * 8, step, step * 8)
     schedule = settings_from_config(config.optim, config.train)
-    return InertOptions(config, progress, last_step(config, progress), schedule, valid, test).lines()
+    return InertOptions(
+        config, progress, last_step(config.train, config.parallel.data_parallel_size, progress), schedule, valid, test
+    ).lines()
 
 
 @pytest.mark.parametrize(

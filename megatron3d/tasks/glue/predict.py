@@ -67,7 +67,8 @@ def _outputs(parts: TrainingSetup, samples: Encoded, part: PlannedBatch) -> Tens
     asked = samples.without_labels().batch(part.indices_R, part.weights_R, part.length)
     micros = micro_batches(asked, size, device=model.device)
     row = model.rows.forward_only(len(micros))
-    outputs = run(row.schedule, row.actions, model.stages, micros, wire=model.wire(parts.config, micros))
+    wire = model.wire(parts.config.model, parts.config.parallel, micros)
+    outputs = run(row.schedule, row.actions, model.stages, micros, wire=wire)
     return torch.cat(outputs) if outputs and parts.mesh.reports_samples else None
 
 

@@ -46,7 +46,7 @@ class TaskReports:
         self._exits.callback(self._trackers.close)
         self._trackers.open(record, run=to_dict(config), resumed_step=0)
         reporter = ProgressReporter(
-            last_step(config, Progress()),
+            last_step(config.train, config.parallel.data_parallel_size, Progress()),
             sys.stderr,
             log_interval=config.train.log_interval,
             devices=self._devices,

@@ -56,8 +56,8 @@ def one_seed(
             renew_hold=renew,
         )
         found = finetune(parts, job.data, settings, context=context, log=log)
-        files = _predict(parts, job, run, context, saved=found.saved, log=log)
-    return _result_of(run, found) | ({"predictions": files} if files else {})
+        files = _predict(parts, job, context, saved=found.saved, log=log)
+    return _result_of(run.data.seed, found) | ({"predictions": files} if files else {})
 
 
 def summary(job: Job, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -69,13 +69,7 @@ def summary(job: Job, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _predict(
-    parts: TrainingSetup,
-    job: Job,
-    run: RunConfig,
-    context: RunContext,
-    *,
-    saved: Path | None,
-    log: Callable[[str], None],
+    parts: TrainingSetup, job: Job, context: RunContext, *, saved: Path | None, log: Callable[[str], None]
 ) -> list[str]:
     """Write the predictions of all test files, with the weights that were `saved`; returns their paths."""
     written = []
@@ -92,18 +86,18 @@ def _predict(
             before_batch=give_up,
         )
         folder = job.predict or Path()
-        path = (folder / f"seed-{run.data.seed}" if len(job.runs) > 1 else folder) / f"{name}.tsv"
+        path = (folder / f"seed-{parts.config.data.seed}" if len(job.runs) > 1 else folder) / f"{name}.tsv"
         if parts.mesh.rank == 0:
             write_predictions(path, found_NC, job.task)
         written.append(str(path))
     return written
 
 
-def _result_of(run: RunConfig, found: Finetuned) -> dict[str, Any]:
+def _result_of(seed: int, found: Finetuned) -> dict[str, Any]:
     """One seed's part of the result."""
     speed = {"train_samples_per_second": found.samples / found.train_s} if found.train_s else {}
     return {
-        "seed": run.data.seed,
+        "seed": seed,
         "metrics": dict(found.best.metrics),
         "loss": found.best.loss,
         "epoch": found.epoch,
