@@ -21,9 +21,12 @@ if not torch.cuda.is_available():
 
 from tests.dist.pool import Pool
 
-# A shell that starts the suite in the background has SIGINT ignored, and so would every process that a test starts.
+# A shell that starts the suite in the background has SIGINT ignored, nohup SIGHUP, and so would every process that a
+# test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Ranks side by side on few cores wake each other all the time. By default Linux lets the one that was woken take the
 # core from the one that woke it, often while a gloo thread of that one holds a lock, on which its other gloo thread

@@ -64,7 +64,7 @@ class _Worker:
                 return found[0].rstrip()
             if text:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(self.process.pid, signal.SIGUSR1)
+                    os.kill(self.process.pid, signal.SIGUSR2)
             time.sleep(0.05)
         return f"(it gave no stack within {STACK_TIMEOUT_S:g} s)"
 

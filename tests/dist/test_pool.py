@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron3d.train.signals import StopFlag
 from tests.dist.pool import Pool, RankError
 
 
@@ -105,6 +106,17 @@ def test_a_raising_rank_shows_its_traceback_at_once_and_where_the_others_were(po
     assert "rank 1 of 3 raised:" in text and "ValueError: the value 1 is wrong" in text
     assert "in _rank_raises" in text
     assert "rank 0" in text and "barrier" in text
+
+
+def _takes_the_stop_signals(rank: int, world_size: int) -> None:
+    with StopFlag():
+        pass
+
+
+def test_stacks_are_shown_by_workers_that_have_trained_before(pool: Pool) -> None:
+    pool.run(2, _takes_the_stop_signals)
+    with pytest.raises(RankError, match=r"rank 1 of 2 had not answered(.|\n)*_rank_sleeps"):
+        pool.run(2, _rank_sleeps, 1, timeout_s=1)
 
 
 def test_a_hanging_rank_is_a_timeout_error_with_its_stack(pool: Pool) -> None:

@@ -53,13 +53,17 @@ class Answer:
 
 
 def serve(connection: Connection, store_port: int, stack_file: str) -> None:
-    """Answer tasks until the pool closes its end of the pipe; SIGUSR1 writes all stacks to `stack_file`."""
+    """Answer tasks until the pool closes its end of the pipe; SIGUSR2 writes all stacks to `stack_file`.
+
+    No test may use that signal for anything else in a worker; training takes SIGUSR1 and puts back Python's handler,
+    not one of the C library.
+    """
     torch.set_num_threads(1)
     gc.freeze()  # What torch's import made stays; looking through it again would cost 50 ms a body.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pool's to handle: it takes the workers down.
     with open(stack_file, "w") as stacks:
-        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-        print("SIGUSR1 writes the stacks below", file=stacks, flush=True)
+        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
+        print("SIGUSR2 writes the stacks below", file=stacks, flush=True)
         store = dist.TCPStore("127.0.0.1", store_port, is_master=False, timeout=timedelta(seconds=60))
         try:
             while True:

@@ -15,6 +15,7 @@ from megatron3d.train.megatron_names import evaluation_scalars, step_scalars
 from megatron3d.train.metrics import StepRecord
 from megatron3d.train.trackers import Trackers
 from tests.train.test_metrics import START, one_step
+from tests.train.test_writers import backdate
 
 # Megatron-LM's arguments of add_scalar with each switch of a report on, for a dense model: copied by hand from its
 # megatron/training/training.py, without what only --log-params-norm, --log-memory-to-tensorboard and the like add.
@@ -102,6 +103,7 @@ def test_after_a_resume_every_curve_has_each_point_once_over_steps_and_over_samp
             trackers.step(full_step(step, loss))
             trackers.evaluation(step, loss, {}, losses={"lm": loss}, consumed_samples=8 * step)
         trackers.close()
+        backdate(tmp_path)
     found = curves(tmp_path)
     values = [1.0] * 3 + [2.0] * 4
     for name in ("loss", "lm loss", "lm loss validation"):

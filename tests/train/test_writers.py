@@ -32,10 +32,10 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
     assert curve(tmp_path, "lr") == [(1, 0.5), (2, 1.0), (3, 1.5)]
 
 
-def _backdate(directory: Path) -> None:
-    """Rename event files as if they were a second older: within a second TensorBoard orders files by a counter, as
-    text, so that file 10 would come before file 9."""
-    for file in directory.iterdir():
+def backdate(directory: Path) -> None:
+    """Rename the event files below a directory as if they were a second older: within a second TensorBoard orders
+    files by a counter, as text, so that file 10 would come before file 9."""
+    for file in sorted(directory.rglob("events.out.tfevents.*")):
         events, out, tfevents, second, rest = file.name.split(".", 4)
         file.rename(file.with_name(f"{events}.{out}.{tfevents}.{int(second) - 1}.{rest}"))
 
@@ -47,7 +47,7 @@ def test_points_beyond_the_checkpoint_are_hidden_after_a_resume(tmp_path: Path) 
         for step in range(resumed_step + 1, 5):
             writer.write(step, {"loss": value})
         writer.close()
-        _backdate(tmp_path)
+        backdate(tmp_path)
     assert curve(tmp_path, "loss") == [(1, 1.0), (2, 1.0), (3, 5.0), (4, 5.0)]
 
 
