@@ -20,14 +20,17 @@ from numpy.typing import NDArray
 
 from megatron3d.data.batch import GPTBatch
 from megatron3d.data.indexed import IndexedDataset
-from megatron3d.data.order import Permutation, derive_seed
+from megatron3d.data.order import derive_seed, shuffled
 from megatron3d.data.stream import SampleStream
 from megatron3d.data.token_row import TokenRow
 from megatron3d.errors import DataError
 
 
 class GPTSamples:
-    """The samples of `documents` (numbers in a row) of one token file; a `SampleStream`."""
+    """The samples of `documents` (numbers in a row) of one token file; a `SampleStream`.
+
+    num_tokens: T, the tokens of the split. num_samples_per_epoch: n = (T - 1) // S.
+    """
 
     def __init__(self, dataset: IndexedDataset, documents: range, *, seq_length: int, seed: int) -> None:
         """Sum the lengths of the documents: O(documents), the only work before the first sample.
@@ -36,22 +39,15 @@ class GPTSamples:
         """
         self.dataset, self.documents, self.seq_length, self.seed = dataset, documents, seq_length, seed
         self._row = TokenRow(dataset, documents)
+        self.num_tokens = self._row.num_tokens
+        self.num_samples_per_epoch = (self.num_tokens - 1) // seq_length
+        self._left_over = self.num_tokens - 1 - self.num_samples_per_epoch * seq_length
         if self.num_tokens < seq_length + 1:
             raise DataError(
                 f"{dataset.prefix}: documents {documents.start} to {documents.stop} hold {self.num_tokens} tokens, but "
                 f"one sample of --seq-length {seq_length} needs {seq_length + 1}; lower --seq-length, give this split "
                 f"more of the documents with --split, or add data."
             )
-
-    @property
-    def num_tokens(self) -> int:
-        """T, the tokens of the split."""
-        return self._row.num_tokens
-
-    @property
-    def num_samples_per_epoch(self) -> int:
-        """n = (T - 1) // S."""
-        return (self.num_tokens - 1) // self.seq_length
 
     def sample(self, number: int) -> NDArray[np.int64]:
         """The S + 1 tokens of sample `number`, int64. Raises: IndexError for a negative number."""
@@ -73,9 +69,8 @@ class GPTSamples:
         if number < 0:
             raise IndexError(f"sample {number} of {self.dataset.prefix}: samples are counted from 0")
         epoch, index = divmod(number, self.num_samples_per_epoch)
-        left_over = self.num_tokens - 1 - self.num_samples_per_epoch * self.seq_length
-        shift = derive_seed(self.seed, "shift", epoch) % (left_over + 1)
-        order = Permutation(self.num_samples_per_epoch, derive_seed(self.seed, "order", epoch))
+        shift = derive_seed(self.seed, "shift", epoch) % (self._left_over + 1)
+        order = shuffled(self.num_samples_per_epoch, self.seed, "order", epoch)
         return shift + order[index] * self.seq_length
 
 

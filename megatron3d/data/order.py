@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 _NUM_ROUNDS = 6
-_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+_MULTIPLIER_2 = 0x94D049BB133111EB
+_WORD = (1 << 64) - 1  # the mask of 64 bits
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -45,20 +47,53 @@ class Permutation:
             raise ValueError(f"a permutation of {self.size} numbers was asked for; 1 to 2**62 are possible")
 
     def __getitem__(self, index: int) -> int:
-        """Where `index` goes. Raises: IndexError outside range(size)."""
-        return int(self.many(np.array([index]))[0])
+        """Where `index` goes; the same as `many`, without numpy, whose calls on one number take ten times as long.
+
+        Raises: IndexError outside range(size).
+        """
+        value = int(index)
+        if not 0 <= value < self.size:
+            raise IndexError(f"index {index} is not in range({self.size})")
+        half_bits = self._half_bits
+        mask = (1 << half_bits) - 1
+        while True:
+            left, right = value >> half_bits, value & mask
+            for key in self._keys:
+                word = (right + key) & _WORD
+                word = ((word ^ (word >> 30)) * _MULTIPLIER_1) & _WORD
+                word = ((word ^ (word >> 27)) * _MULTIPLIER_2) & _WORD
+                left, right = right, left ^ ((word ^ (word >> 31)) & mask)
+            value = (left << half_bits) | right
+            if value < self.size:
+                return value
 
     def many(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
         """Where each of `indices` goes, int64 of the same shape. Raises: IndexError outside range(size)."""
         indices = np.asarray(indices)
         if indices.size and not (indices.min() >= 0 and indices.max() < self.size):
             raise IndexError(f"indices {indices.min()}..{indices.max()} are not all in range({self.size})")
-        half_bits = max(1, ((self.size - 1).bit_length() + 1) // 2)
-        keys = [np.uint64(derive_seed(self.seed, "round", number)) for number in range(_NUM_ROUNDS)]
-        values = _feistel(indices.astype(np.uint64), keys, half_bits=half_bits)
+        keys = [np.uint64(key) for key in self._keys]
+        values = _feistel(indices.astype(np.uint64), keys, half_bits=self._half_bits)
         while (outside := values >= self.size).any():
-            values[outside] = _feistel(values[outside], keys, half_bits=half_bits)
+            values[outside] = _feistel(values[outside], keys, half_bits=self._half_bits)
         return values.astype(np.int64)
+
+    @cached_property
+    def _keys(self) -> tuple[int, ...]:
+        return tuple(derive_seed(self.seed, "round", number) for number in range(_NUM_ROUNDS))
+
+    @cached_property
+    def _half_bits(self) -> int:
+        return max(1, ((self.size - 1).bit_length() + 1) // 2)
+
+
+@lru_cache(maxsize=256)
+def shuffled(size: int, seed: int, purpose: str, epoch: int) -> Permutation:
+    """The order of range(size) in one epoch for one purpose. The last 256 are kept, with their keys.
+
+    Raises: ValueError as Permutation does.
+    """
+    return Permutation(size, derive_seed(seed, purpose, epoch))
 
 
 def _feistel(values: NDArray[np.uint64], keys: list[np.uint64], *, half_bits: int) -> NDArray[np.uint64]:
@@ -72,6 +107,6 @@ def _feistel(values: NDArray[np.uint64], keys: list[np.uint64], *, half_bits: in
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Spread every bit of 64-bit words over the whole word, modulo 2**64."""
-    values = (values ^ (values >> np.uint64(30))) * _MULTIPLIER_1
-    values = (values ^ (values >> np.uint64(27))) * _MULTIPLIER_2
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(_MULTIPLIER_1)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(_MULTIPLIER_2)
     return values ^ (values >> np.uint64(31))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron3d.data.order import Permutation, derive_seed
+from megatron3d.data.order import derive_seed, shuffled
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,13 @@ class EpochPlan:
 
     def pieces_of(self, epoch: int, index: int) -> tuple[int, int, int]:
         """The first piece, the piece after the last, and the document of sample `index` (0 to n - 1) of `epoch`."""
-        place = Permutation(self.num_samples, derive_seed(self._seed, "order", epoch))[index]
+        place = shuffled(self.num_samples, self._seed, "order", epoch)[index]
         if place >= len(self._cuttable) + self.num_cut:
             block = int(self._uncut[place - len(self._cuttable) - self.num_cut])
         else:
             # the blocks that can be cut in a random order: the first k of them are cut, with two places each
             turn = place // 2 if place < 2 * self.num_cut else place - self.num_cut
-            order = Permutation(len(self._cuttable), derive_seed(self._seed, "cut", epoch))
-            block = int(self._cuttable[order[turn]])
+            block = int(self._cuttable[shuffled(len(self._cuttable), self._seed, "cut", epoch)[turn]])
         first, stop = int(self._blocks.firsts[block]), int(self._blocks.stops[block])
         document = int(self._blocks.documents[block])
         if place >= 2 * self.num_cut:

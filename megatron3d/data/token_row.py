@@ -14,7 +14,7 @@ from megatron3d.data.indexed import IndexedDataset
 class TokenRow:
     """All tokens of `documents` (numbers in a row) of one token file, in file order, counted from 0.
 
-    starts: int64, where each sequence begins in the row, and at the end the length of the row.
+    starts: int64, where each sequence begins in the row, and at the end the length of the row. num_tokens: that length.
     """
 
     def __init__(self, dataset: IndexedDataset, documents: range) -> None:
@@ -25,12 +25,8 @@ class TokenRow:
         lengths = dataset.lengths[self.first_sequence : last_sequence]
         self.starts = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, dtype=np.int64, out=self.starts[1:])
+        self.num_tokens = int(self.starts[-1])
         self._first_byte = _first_byte(dataset.offsets[self.first_sequence : last_sequence], self.starts, dataset.dtype)
-
-    @property
-    def num_tokens(self) -> int:
-        """The length of the row."""
-        return int(self.starts[-1])
 
     @property
     def document_bounds(self) -> NDArray[np.int64]:
