@@ -10,6 +10,7 @@
 # index of torch: with CPU-only wheels, which PyTorch publishes at https://download.pytorch.org/whl/cpu, the download
 # is 200 MB instead of 3 GB. The exit code is pytest's.
 set -euo pipefail
+unset OMP_NUM_THREADS OMP_THREAD_LIMIT  # nproc would take them for the number of cores; tests set threads themselves
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh test
 case "$*" in
