@@ -102,7 +102,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where state is kept: the stage of ZeRO, and the places of optimizer state and of shared-out weights."""
+    """Where state is kept: the stage of ZeRO, and the places of optimizer state and of sharded weights."""
 
     zero_stage: int
     optimizer: str = "none"

@@ -1,4 +1,4 @@
-"""Lending: when the weights of which unit come and go, behind the gate that a model's stages open and close.
+"""Gathering: when the weights of which unit come and go, behind the gate that a model's stages open and close.
 
 With ZeRO-3 a unit's weights are gathered when a place asks for them and freed when it is done with them; the gathers
 of the places that come next are started beforehand, in the order of the forward, or against it in a backward. At the

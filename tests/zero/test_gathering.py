@@ -1,4 +1,4 @@
-"""Lending: what is gathered, waited for and freed, in which order, by an account of a pretended model."""
+"""Gathering: what is gathered, waited for and freed, in which order, by an account of a pretended model."""
 
 from __future__ import annotations
 

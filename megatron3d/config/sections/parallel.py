@@ -120,7 +120,7 @@ class GivenParallel:
     offload_params: str = option(
         "none",
         "--offload-params",
-        "Where the shared-out weights of --zero-stage 3 live between uses.",
+        "Where the sharded weights of --zero-stage 3 live between uses.",
         choices=OFFLOAD_PLACES,
     )
     offload_dir: str | None = option(

@@ -119,7 +119,7 @@ class FinetuneSettings:
 def finetune(
     parts: TrainingSetup, data: TaskData, settings: FinetuneSettings, *, context: RunContext, log: Callable[[str], None]
 ) -> Finetuned:
-    """Train for the epochs that are wished for and leave the best weights in the model; collective over all ranks.
+    """Train for the epochs that are asked for and leave the best weights in the model; collective over all ranks.
 
     Args:
         parts: the rank's model, with the weights to start from in place, and its optimizer.
@@ -182,7 +182,7 @@ class _Loop:
         self.train_s = 0.0
 
     def train_epoch(self, epoch: int) -> None:
-        """Train and measure: after the epoch, and within it as often as is wished for."""
+        """Train and measure: after the epoch, and within it as often as is asked for."""
         config, samples = self.parts.config, self.samples
         if self.settings.token_dropout > 0:
             samples = hide_tokens(samples, self.settings.token_dropout, seed=config.data.seed, epoch=epoch)
