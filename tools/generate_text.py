@@ -4,8 +4,8 @@
     torchrun --standalone --nproc-per-node 4 tools/generate_text.py --load CHECKPOINTS --prompts-file prompts.txt \
         --json --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --temperature 0.8 --top-p 0.95
 
-The model's shape and its tokenizer are those of `run.json` in the checkpoint; any layout reads any checkpoint. Ranks
-beyond tensor x pipeline share the prompts out. See docs/generation.md.
+The model's shape and its tokenizer are those of `run.json` in the checkpoint; any layout reads any checkpoint. The
+prompts are divided among the data-parallel replicas. See docs/generation.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One run, whole: the config sections together, as they are given, on the way, and resolved.
+"""The configuration of a run, all sections together, in three stages: given, draft and resolved.
 
-Each type is a case of the one before it with fewer values that may be None, so that what takes a given run takes a
-resolved one too: resolving twice is once.
+Each type is a subclass of the one before it with fewer values that may be None. A function that takes a given run
+therefore takes a resolved one too, and resolving twice gives the same as once.
 """
 
 from __future__ import annotations

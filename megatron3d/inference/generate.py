@@ -1,7 +1,7 @@
 """Generation: prompts in, the tokens that follow out, at any layout.
 
 The last stage computes the next tokens; one rank chooses, and all ranks of the model replica get its choice, so no
-rank can go another way. Data-parallel replicas share the prompts out among them.
+rank can go another way. Prompts are divided among the data-parallel replicas.
 
 Dims: B sequences, T places (see `forward.py`), V vocabulary.
 """

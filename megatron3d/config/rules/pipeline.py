@@ -11,7 +11,7 @@ from megatron3d.config.sections.parallel import PIPELINE_SCHEDULES, GivenParalle
 
 
 def pipeline_problems(given: GivenParallel, parallel: ParallelConfig, layers: int | None) -> Iterator[str]:
-    """What does not go together in the cut along the depth of so many layers, if that number is known."""
+    """Conflicts among the pipeline options, and with the number of layers if it is known."""
     yield from schedule_rule(given, parallel)
     yield from virtual_stages_rule(given, layers)
     yield from split_rule(given)

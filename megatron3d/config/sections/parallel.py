@@ -98,7 +98,7 @@ class GivenParallel:
     zero_shard_size: int | None = option(
         None,
         "--zero-shard-size",
-        "Shard within groups of so many consecutive data-parallel ranks, and replicate across them; default all.",
+        "Shard within groups of this many consecutive data-parallel ranks and replicate across groups; default: all.",
     )
     zero_prefetch_units: int = option(
         1, "--zero-prefetch-units", "Layers ahead whose weights are on their way, with --zero-stage 3; 0 is none."
