@@ -61,7 +61,7 @@ def _load_file(place: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a guard for `__main__` exits
         del sys.modules[name]
         raise ConfigError(f"{path} cannot be loaded: {type(error).__name__}: {error}; mend the file") from error
     return module
@@ -71,7 +71,7 @@ def _load_module(place: str) -> ModuleType:
     """Import the user's module."""
     try:
         return import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a guard for `__main__` exits
         raise ConfigError(
             f"module {place!r} cannot be imported: {type(error).__name__}: {error}; put its folder on PYTHONPATH, or "
             "give the path of the file, such as path/to/mine.py:name"

@@ -103,10 +103,13 @@ def test_an_order_that_is_not_there_is_refused_with_a_sentence(name, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_a_file_that_cannot_be_loaded_says_why(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "reason"), [("def good(:\n", "SyntaxError"), ("import sys\nsys.exit(3)\n", "SystemExit: 3")]
+)
+def test_a_file_that_cannot_be_loaded_says_why(tmp_path, text, reason):
     path = tmp_path / "broken.py"
-    path.write_text("def good(:\n")
-    with pytest.raises(ScheduleError, match=r"broken.py cannot be loaded: SyntaxError"):
+    path.write_text(text)
+    with pytest.raises(ScheduleError, match=rf"broken.py cannot be loaded: {reason}"):
         build_schedule(f"{path}:good", num_ranks=2, num_microbatches=3)
 
 
