@@ -81,7 +81,7 @@ def import_model(args: argparse.Namespace) -> None:
         print(f"random weights, seed {args.seed}: {', '.join(sorted(new)) or 'none, nothing was missing'}")
     directory = save_model(found, Path(args.save))
     count = sum(tensor.numel() for tensor in found.tensors.values())
-    print(f"{directory}: {found.model.traits.title} of {count} parameters ({', '.join(sorted(found.pieces))})")
+    print(f"{directory}: {found.model.traits.title} of {count} parameters ({', '.join(sorted(found.components))})")
     if found.left_out:
         print(f"left out, as there is no such head here: {', '.join(found.left_out)}")
     if found.data.tokenizer_type is not None:

@@ -56,7 +56,7 @@ def write_shard(
     # Wide elements first: every entry then starts at a multiple of its own element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header = _header({name: tensors[name] for name in names}, metadata)
-    checksums = write_file(path, _pieces(header, [tensors[name] for name in names]))
+    checksums = write_file(path, _buffers(header, [tensors[name] for name in names]))
     size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
     return size, dict(zip(names, checksums[1:], strict=True))
 
@@ -75,7 +75,7 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
     return len(text).to_bytes(8, "little") + text
 
 
-def _pieces(header: bytes, tensors: list[Tensor]) -> Iterator[memoryview | bytes]:
+def _buffers(header: bytes, tensors: list[Tensor]) -> Iterator[memoryview | bytes]:
     yield header
     for tensor in tensors:
         yield _bytes_of(tensor)

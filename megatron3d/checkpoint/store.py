@@ -167,10 +167,10 @@ class _BoxSavePlanner(dcp.DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         """List every box of this rank as one item to write."""
         items = []
-        self.pieces: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self.box_tensors: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         for name, view in self.state_dict.items():
-            for box, piece in view.pieces():
-                self.pieces[name, box.offset] = piece
+            for box, tensor in view.box_tensors():
+                self.box_tensors[name, box.offset] = tensor
                 items.append(_write_item(name, view, box))
         self.plan = SavePlan(items)
         return self.plan
@@ -182,8 +182,8 @@ class _BoxSavePlanner(dcp.DefaultSavePlanner):
         return super().create_global_plan(all_plans)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The piece of the buffer behind an item."""
-        return self.pieces[index.fqn, tuple(index.offset or ())]
+        """The part of a buffer that is an item."""
+        return self.box_tensors[index.fqn, tuple(index.offset or ())]
 
 
 def _write_item(name: str, view: ShardView, box: Box) -> WriteItem:
@@ -243,7 +243,9 @@ class _BoxLoadPlanner(dcp.DefaultLoadPlanner):
     ) -> None:
         """Remember the views; nothing is flattened or initialised."""
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-        self.pieces = {(name, box.offset): piece for name, view in state_dict.items() for box, piece in view.pieces()}
+        self.box_tensors = {
+            (name, box.offset): tensor for name, view in state_dict.items() for box, tensor in view.box_tensors()
+        }
 
     def create_local_plan(self) -> LoadPlan:
         """One read for every intersection of a wanted with a stored box; together they must fill the buffers."""
@@ -264,8 +266,8 @@ class _BoxLoadPlanner(dcp.DefaultLoadPlanner):
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """The piece of the buffer that a read fills; DCP narrows it to the intersection."""
-        return self.pieces[index.fqn, tuple(index.offset or ())]
+        """The part of a buffer that a read fills; DCP narrows it to the intersection."""
+        return self.box_tensors[index.fqn, tuple(index.offset or ())]
 
 
 @dataclass(frozen=True)

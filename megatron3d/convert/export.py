@@ -84,7 +84,7 @@ def export_model(checkpoint: Path, directory: Path, options: ExportOptions | Non
     family = family_of(run.model)
     index = read_index(checkpoint)
     rows = _rows_here(family, run.model, index, checkpoint)
-    class_name = family.class_name(frozenset(row.piece for row in rows))
+    class_name = family.class_name(frozenset(row.component for row in rows))
     tensors = _tensors_there(checkpoint, rows, options.dtype, less_one=run.model.apply_layernorm_1p)
     tensors |= {copy: tensors[of] for copy, of in family.copies(run.model).items() if of in tensors}
     if class_name.endswith("Model") and not class_name.endswith("LMHeadModel"):
@@ -132,12 +132,12 @@ def _num_classes_here(index: Index) -> int | None:
 
 
 def _rows_here(family: Family, model: ModelConfig, index: Index, checkpoint: Path) -> list[TensorRule]:
-    """The rows of the pieces that a checkpoint has, each whole; none of its weights may be left over."""
+    """The rows of the components that a checkpoint has, each whole; none of its weights may be left over."""
     stored = {n.removeprefix("model/"): t.shape for n, t in index.tensors.items() if n.startswith("model/")}
     check_num_layers(model, len(stored), checkpoint / "run.json")
     rows = family.rows(model, _num_classes_here(index) or 2)
-    pieces = {"trunk", *(row.piece for row in rows if row.ours in stored)}
-    rows = [row for row in rows if row.piece in pieces]
+    components = {"trunk", *(row.component for row in rows if row.ours in stored)}
+    rows = [row for row in rows if row.component in components]
     problems = [
         f"it has no tensor {row.ours}" if row.ours not in stored else f"{row.ours} has shape {stored[row.ours]}"
         for row in rows

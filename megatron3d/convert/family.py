@@ -123,7 +123,7 @@ class Family:
         to_hf: the fields of `config.json` that follow from our shape.
         misfits: what of our model has no place there, each as an option and its value; empty if all has.
         rows: the tensors of the model, given also how many classes its classifier has.
-        class_name: transformers' class that has exactly these pieces.
+        class_name: transformers' class that has exactly these components.
         derived: patterns of names whose tensors follow from the others (masks, copies of a tied table).
         copies: tensors that are written a second time under another name: there -> of which; given the model.
     """

@@ -50,7 +50,7 @@ class HfModel:
         model: its shape; a BERT that has a pooler counts as one with a sentence head.
         data: its tokenizer, as options.
         tensors: full tensors by our names (without `model/`), on the CPU and in the dtype of the files.
-        pieces: what of a model is there.
+        components: what of a model is there.
         left_out: names in the files that have no place in ours, such as heads for other tasks.
         settings: the values of `config.json`.
     """
@@ -59,14 +59,14 @@ class HfModel:
     model: ModelConfig
     data: DataConfig
     tensors: Mapping[str, Tensor]
-    pieces: frozenset[Component]
+    components: frozenset[Component]
     left_out: tuple[str, ...]
     settings: Mapping[str, Any]
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes of its classifier, by number; empty if it has none."""
-        if "classes" not in self.pieces:
+        if "classes" not in self.components:
             return ()
         labels = HfConfig(self.directory / CONFIG_NAME, self.settings).labels()
         number = self.tensors["head.classifier.weight"].shape[0]
@@ -104,11 +104,11 @@ def read_model(directory: Path, *, with_tokenizer: bool = True) -> HfModel:
         rows = _rows_there(family, model, _num_classes_there(config), names, directory)
         left_out = _left_out(family, rows, names)
         tensors = {row.ours: row.to_ours(names.read) for row in rows if row.ours is not None}
-    pieces: frozenset[Component] = frozenset(row.piece for row in rows)
+    components: frozenset[Component] = frozenset(row.component for row in rows)
     if "bert_binary_head" in model.traits.own_options:
-        model = replace(model, bert_binary_head="pooler" in pieces)
+        model = replace(model, bert_binary_head="pooler" in components)
     data = data_of(directory, model, with_tokenizer=with_tokenizer)
-    return HfModel(directory, model, data, tensors, pieces, left_out, config.values)
+    return HfModel(directory, model, data, tensors, components, left_out, config.values)
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,12 @@ def _num_classes_there(config: HfConfig) -> int:
 def _rows_there(
     family: Family, model: ModelConfig, num_classes: int, names: _Names, directory: Path
 ) -> list[TensorRule]:
-    """The rows of the pieces that are there, each whole."""
+    """The rows of the components that are there, each whole."""
     rows = family.rows(model, num_classes)
     found = {row: all(names.stored(name) is not None for name in row.theirs) for row in rows}
-    pieces = {"trunk", *(row.piece for row, is_there in found.items() if is_there)}
+    components = {"trunk", *(row.component for row, is_there in found.items() if is_there)}
     problems = []
-    for row in (row for row in rows if row.piece in pieces):
+    for row in (row for row in rows if row.component in components):
         for name, shape in row.shapes_there().items():
             stored = names.stored(name)
             if stored is None:
@@ -177,7 +177,7 @@ def _rows_there(
         raise CheckpointError(
             f"{'; '.join(problems[:3])}{more}; put the config.json and the weights of one model into the directory"
         )
-    return [row for row in rows if row.piece in pieces]
+    return [row for row in rows if row.component in components]
 
 
 def _left_out(family: Family, rows: Iterable[TensorRule], names: _Names) -> tuple[str, ...]:
@@ -185,7 +185,7 @@ def _left_out(family: Family, rows: Iterable[TensorRule], names: _Names) -> tupl
     taken = {names.spelled(name) for row in rows for name in row.theirs}
     rest = [name for name in names.weights if name not in taken and not _matches(name, family.derived)]
     # A name of the trunk has the prefix, or in a bare model begins like one of the trunk's names without it.
-    roots = {n.removeprefix(family.prefix).split(".")[0] for r in rows if r.piece == "trunk" for n in r.theirs}
+    roots = {n.removeprefix(family.prefix).split(".")[0] for r in rows if r.component == "trunk" for n in r.theirs}
     inside = [name for name in rest if name.startswith(family.prefix) or name.split(".")[0] in roots]
     if inside:
         raise CheckpointError(
@@ -222,8 +222,8 @@ def fill_views(views: Mapping[str, ShardView], tensors: Mapping[str, Tensor]) ->
                 f"{name} has shape {tuple(tensors[name].shape)} there and {view.full_shape} in this model; give the "
                 "options of the model that was imported"
             )
-        for box, piece in view.pieces():
-            piece.copy_(tensors[name][box.slices()])
+        for box, tensor in view.box_tensors():
+            tensor.copy_(tensors[name][box.slices()])
     return missing
 
 

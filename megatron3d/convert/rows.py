@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron3d.config.sections.model import ModelConfig
 
-# The pieces that a checkpoint has or lacks as a whole; only the trunk is in all of them. `tokens` predicts tokens,
+# The components that a checkpoint has or lacks as a whole; only the trunk is in all of them. `tokens` predicts tokens,
 # `pairs` scores two sentences, `classes` classifies a text.
 Component = Literal["trunk", "pooler", "tokens", "pairs", "classes"]
 
@@ -31,7 +31,7 @@ class TensorRule:
         shape: full shape of ours.
         sizes: along dimension 0, what each of theirs holds of ours.
         transposed: whether theirs lies the other way, [in, out].
-        piece: the piece of the model it belongs to.
+        component: what of the model it belongs to.
     """
 
     ours: str | None
@@ -39,7 +39,7 @@ class TensorRule:
     shape: tuple[int, ...]
     sizes: tuple[int, ...] = ()
     transposed: bool = False
-    piece: Component = "trunk"
+    component: Component = "trunk"
 
     def __post_init__(self) -> None:
         """Refuse a row that does not add up."""
@@ -75,25 +75,29 @@ def linear_rows(
     bias: bool = True,
     sizes: tuple[int, ...] = (),
     transposed: bool = False,
-    piece: Component = "trunk",
+    component: Component = "trunk",
 ) -> list[TensorRule]:
     """Weight [out, in] and, unless the model has none, bias [out] of a linear map."""
     names = tuple(theirs)
-    rows = [TensorRule(f"{ours}.weight", tuple(f"{n}.weight" for n in names), shape, sizes, transposed, piece)]
+    rows = [TensorRule(f"{ours}.weight", tuple(f"{n}.weight" for n in names), shape, sizes, transposed, component)]
     if bias:
-        rows.append(TensorRule(f"{ours}.bias", tuple(f"{n}.bias" for n in names), shape[:1], sizes, piece=piece))
+        rows.append(
+            TensorRule(f"{ours}.bias", tuple(f"{n}.bias" for n in names), shape[:1], sizes, component=component)
+        )
     return rows
 
 
-def norm_rows(ours: str, theirs: str, size: int, *, bias: bool = True, piece: Component = "trunk") -> list[TensorRule]:
+def norm_rows(
+    ours: str, theirs: str, size: int, *, bias: bool = True, component: Component = "trunk"
+) -> list[TensorRule]:
     """Weight and, where there is one, bias of a norm."""
     parts = ("weight", "bias") if bias else ("weight",)
-    return [TensorRule(f"{ours}.{part}", (f"{theirs}.{part}",), (size,), piece=piece) for part in parts]
+    return [TensorRule(f"{ours}.{part}", (f"{theirs}.{part}",), (size,), component=component) for part in parts]
 
 
-def table_row(ours: str, theirs: str, num_rows: int, width: int, *, piece: Component = "trunk") -> TensorRule:
+def table_row(ours: str, theirs: str, num_rows: int, width: int, *, component: Component = "trunk") -> TensorRule:
     """A table [rows, width] of words, positions or token types."""
-    return TensorRule(f"{ours}.weight", (f"{theirs}.weight",), (num_rows, width), piece=piece)
+    return TensorRule(f"{ours}.weight", (f"{theirs}.weight",), (num_rows, width), component=component)
 
 
 def qkv_sizes(model: ModelConfig) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Stage: the consecutive layers of a model that one pipeline rank runs as one piece.
+"""Stage: the consecutive layers of a model that one pipeline rank runs together.
 
 A stage takes one hidden tensor [S, B, H] (or, on the first, the tokens of its own micro-batch) and returns one hidden
 tensor (or, on the last, a scalar from which the backward starts). Tokens, masks and labels come from the rank's own

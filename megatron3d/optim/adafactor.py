@@ -32,16 +32,16 @@ EPS2 = 1e-3
 
 
 class Adafactor(FlatOptimizer):
-    """Adafactor over pieces, with `row_var`, `col_var` of a piece's matrices and `variance` of its vectors."""
+    """Adafactor over flat parameters: `row_var` and `col_var` of the matrices in each, `variance` of the vectors."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, full: FullAccess) -> None:
         self.full = full
-        self._held = [owned for owned in full.owned_slices() if owned.piece is not None]
+        self._held = [owned for owned in full.owned_slices() if owned.flat is not None]
         self._state_at: dict[str, dict[str, slice]] = {}
         self._state_size: dict[nn.Parameter, dict[str, int]] = {}
         for owned in self._held:
-            assert owned.piece is not None, f"{owned.spec.name} is not held"
-            sizes = self._state_size.setdefault(owned.piece, {})
+            assert owned.flat is not None, f"{owned.spec.name} is not held"
+            sizes = self._state_size.setdefault(owned.flat, {})
             places = self._state_at[owned.spec.name] = {}
             for name, size in _state_sizes(owned).items():
                 start = sizes.get(name, 0)
@@ -49,7 +49,7 @@ class Adafactor(FlatOptimizer):
         super().__init__(groups, config)
 
     def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The factors of all matrices of a piece one after another, and the moments of its vectors."""
+        """The factors of all matrices of a flat parameter one after another, and the moments of its vectors."""
         return {name: parameter.new_zeros(size) for name, size in self._state_size[parameter].items()}
 
     def state_views(self, *, with_copies: bool) -> dict[str, ShardView]:
@@ -67,13 +67,13 @@ class Adafactor(FlatOptimizer):
         return views
 
     def _states(self, owned: OwnedSlice) -> dict[str, Tensor]:
-        assert owned.piece is not None, f"{owned.spec.name} is not held"
-        state = self.state[owned.piece]
+        assert owned.flat is not None, f"{owned.spec.name} is not held"
+        state = self.state[owned.flat]
         return {name: state[name][at] for name, at in self._state_at[owned.spec.name].items()}
 
     def update(self, due: Sequence[Due]) -> None:
         """Sums over rows, columns and parameters; directions in place of the gradients; their norms; one step."""
-        by_piece = {one.parameter: one for one in due}
+        by_parameter = {one.parameter: one for one in due}
         owned_slices = self.full.owned_slices()
         if not owned_slices:
             return
@@ -81,21 +81,21 @@ class Adafactor(FlatOptimizer):
         shares = torch.zeros(sum(_num_sums(p) for p in owned_slices), dtype=torch.float64, device=device)
         sums = shares.split([_num_sums(owned) for owned in owned_slices])
         for owned, own in zip(owned_slices, sums, strict=True):
-            if owned.piece is not None and owned.counts:
-                _fill_sums(own, owned, by_piece[owned.piece])
+            if owned.flat is not None and owned.counts:
+                _fill_sums(own, owned, by_parameter[owned.flat])
         sums = self.full.sum_over_ranks(sums)
         squares = torch.zeros(len(owned_slices), dtype=torch.float64, device=device)
         for number, (owned, own) in enumerate(zip(owned_slices, sums, strict=True)):
-            if owned.piece is not None:
-                one = by_piece[owned.piece]
+            if owned.flat is not None:
+                one = by_parameter[owned.flat]
                 self._to_direction(owned, one, own)
                 if owned.counts:
                     squares[number] = squared_norm(one.grad[owned.within])
         weights = torch.stack([own[-1] for own in sums]).tolist()
         norms = torch.stack(self.full.sum_over_ranks([*squares])).tolist()
         for owned, weight, square in zip(owned_slices, weights, norms, strict=True):
-            if owned.piece is not None:
-                _apply(owned, by_piece[owned.piece], weight, square)
+            if owned.flat is not None:
+                _apply(owned, by_parameter[owned.flat], weight, square)
 
     def _to_direction(self, owned: OwnedSlice, one: Due, sums: Tensor) -> None:
         """G / sqrt(V) in place of G, after the moments have moved on."""

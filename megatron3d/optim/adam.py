@@ -1,6 +1,6 @@
 """Adam with moments in bf16; with fp32 moments torch's own fused optimizer does the same in one pass.
 
-Each chunk of a piece takes torch's fused update in fp32 and puts its moments back in their own dtype.
+Each chunk of a parameter takes torch's fused update in fp32 and puts its moments back in their own dtype.
 
 Source: Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019 (AdamW), algorithm 2.
 """

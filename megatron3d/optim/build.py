@@ -1,4 +1,4 @@
-"""Building the optimizer of a run over flat pieces of master weights.
+"""Building the optimizer of a run over flat parameters, which are spans of the master weights.
 
 An optimizer here sees a few long one-dimensional fp32 tensors and nothing parallel. Most updates are elementwise, so it
 does not matter which part of which parameter an element is; LAMB, Adafactor and Muon ask a `FullAccess` for what
@@ -61,19 +61,19 @@ def other_state_views(optimizer: torch.optim.Optimizer, *, with_copies: bool) ->
 
 
 def build_optimizer(
-    config: OptimConfig, pieces: Iterable[tuple[nn.Parameter, bool]], full: FullAccess | None = None
+    config: OptimConfig, parameters: Iterable[tuple[nn.Parameter, bool]], full: FullAccess | None = None
 ) -> torch.optim.Optimizer:
     """An optimizer with its state allocated, so that a checkpoint can be loaded into it before the first step.
 
     Args:
         config: kind and coefficients.
-        pieces: (parameter, whether weight decay applies); parameters are one-dimensional fp32.
-        full: which parameters the pieces hold, for lamb, adafactor and muon; others do not ask.
+        parameters: (parameter, whether weight decay applies); parameters are one-dimensional fp32.
+        full: which parameters of the model they hold, for lamb, adafactor and muon; others do not ask.
 
     Raises:
         ConfigError: an implementation that is not here, or a `full` that is needed and missing.
     """
-    listed = list(pieces)
+    listed = list(parameters)
     groups = _groups(listed)
     if config.optimizer in ("adam", "adamw"):
         return _adam(groups, config)
@@ -90,8 +90,8 @@ def build_optimizer(
     return _muon(listed, config, full)
 
 
-def _groups(pieces: list[tuple[nn.Parameter, bool]]) -> list[dict[str, Any]]:
-    by_decay = {decays: [piece for piece, its in pieces if its == decays] for decays in (True, False)}
+def _groups(parameters: list[tuple[nn.Parameter, bool]]) -> list[dict[str, Any]]:
+    by_decay = {decays: [flat for flat, its in parameters if its == decays] for decays in (True, False)}
     return [{"params": parameters, "decays": decays} for decays, parameters in by_decay.items()]
 
 
@@ -126,16 +126,16 @@ def _sgd(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optim
     return optimizer
 
 
-def _muon(pieces: list[tuple[nn.Parameter, bool]], config: OptimConfig, full: FullAccess) -> torch.optim.Optimizer:
-    matrices = {p.piece for p in full.owned_slices() if p.piece is not None and p.spec.is_hidden_matrix}
-    hidden = [(piece, decays) for piece, decays in pieces if piece in matrices]
-    others = _groups([(piece, decays) for piece, decays in pieces if piece not in matrices])
+def _muon(parameters: list[tuple[nn.Parameter, bool]], config: OptimConfig, full: FullAccess) -> torch.optim.Optimizer:
+    matrices = {p.flat for p in full.owned_slices() if p.flat is not None and p.spec.is_hidden_matrix}
+    hidden = [(flat, decays) for flat, decays in parameters if flat in matrices]
+    others = _groups([(flat, decays) for flat, decays in parameters if flat not in matrices])
     scalar = Lion(others, config) if config.muon_scalar_optimizer == "lion" else _adam(others, config)
     return CombinedOptimizer([Muon(_groups(hidden), config, full), scalar])
 
 
 def _allocate(optimizer: torch.optim.Optimizer, names: tuple[str, ...], *, counts: bool) -> None:
-    """Zeros for every piece; torch would allocate them at the first step, too late for loading a checkpoint."""
+    """Zeros for every parameter; torch would allocate them at the first step, too late for loading a checkpoint."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = {name: torch.zeros_like(parameter) for name in names}

@@ -1,6 +1,6 @@
 """NVIDIA's fused Adam, from apex or Transformer Engine, where the user asks for it by name.
 
-Both update flat fp32 pieces on the GPU with the state names of torch's Adam, so checkpoints do not know the difference.
+Both update flat fp32 parameters on the GPU with the state names of torch's Adam, so checkpoints are the same.
 They count steps in the groups, once for every call of `step`, whichever parameters have a gradient.
 """
 

@@ -1,7 +1,7 @@
 """FlatOptimizer: the base of this project's own optimizers over flat tensors.
 
-Parameters are long one-dimensional fp32 tensors (pieces), and so is every tensor of their state, which exists from the
-start so that a checkpoint can be loaded into it. Parameters without a gradient are left alone: a step may concern one
+Parameters are long one-dimensional fp32 tensors, and so is every tensor of their state, which exists from the start so
+that a checkpoint can be loaded into it. Parameters without a gradient are left alone: a step may concern one
 unit of the model. Gradients are used up: an optimizer may keep its update in them.
 """
 

@@ -42,9 +42,9 @@ class Lamb(FlatOptimizer):
         for one in due:
             for chunk in chunks(one.value):
                 self._to_direction(one, chunk)
-        by_piece = {one.parameter: one for one in due}
-        held = [(p, by_piece[p.piece]) for p in self.full.owned_slices() if p.piece is not None]
-        for (owned, one), ratio in zip(held, self._trust_ratios(by_piece), strict=True):
+        by_parameter = {one.parameter: one for one in due}
+        held = [(p, by_parameter[p.flat]) for p in self.full.owned_slices() if p.flat is not None]
+        for (owned, one), ratio in zip(held, self._trust_ratios(by_parameter), strict=True):
             one.value[owned.within].add_(one.grad[owned.within], alpha=-one.lr * ratio)
 
     def _to_direction(self, one: Due, chunk: slice) -> None:
@@ -59,17 +59,17 @@ class Lamb(FlatOptimizer):
         write_moment(stored[0], moment, count=one.count)
         write_moment(stored[1], square, count=one.count)
 
-    def _trust_ratios(self, by_piece: dict[nn.Parameter, Due]) -> list[float]:
+    def _trust_ratios(self, by_parameter: dict[nn.Parameter, Due]) -> list[float]:
         """|w| / |r| of each parameter of which this rank holds a part."""
         owned_slices = self.full.owned_slices()
-        device = next(iter(by_piece)).device if by_piece else None
+        device = next(iter(by_parameter)).device if by_parameter else None
         squares = torch.zeros(len(owned_slices), 2, dtype=torch.float64, device=device)
         for row, owned in zip(squares, owned_slices, strict=True):
-            if owned.piece is not None and owned.counts and owned.spec.decays:
-                one = by_piece[owned.piece]
+            if owned.flat is not None and owned.counts and owned.spec.decays:
+                one = by_parameter[owned.flat]
                 row[0], row[1] = (squared_norm(x[owned.within]) for x in (one.value, one.grad))
         sums = torch.stack(self.full.sum_over_ranks([*squares])).tolist() if owned_slices else []
-        return [_ratio(*row) for row, owned in zip(sums, owned_slices, strict=True) if owned.piece is not None]
+        return [_ratio(*row) for row, owned in zip(sums, owned_slices, strict=True) if owned.flat is not None]
 
 
 def _ratio(weight: float, direction: float) -> float:

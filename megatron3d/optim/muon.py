@@ -27,7 +27,7 @@ PRODUCT_DTYPES = {"low": torch.bfloat16, "medium": torch.bfloat16, "high": torch
 
 
 class Muon(FlatOptimizer):
-    """Muon over pieces that hold hidden matrices and nothing else."""
+    """Muon over flat parameters that hold hidden matrices and nothing else."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, full: FullAccess) -> None:
         self.full = full
@@ -45,7 +45,7 @@ class Muon(FlatOptimizer):
         grads = {one.parameter: one.grad for one in due}
         owned_slices = [owned for owned in self.full.owned_slices() if owned.spec.is_hidden_matrix]
         nothing = torch.zeros(0)
-        values = [nothing if p.piece is None else grads[p.piece][p.within] for p in owned_slices]
+        values = [nothing if p.flat is None else grads[p.flat][p.within] for p in owned_slices]
         self.full.map_full(owned_slices, values, self.orthogonal)
         for one in due:
             one.value.mul_(1.0 - one.lr * one.weight_decay).add_(one.grad, alpha=-one.lr)

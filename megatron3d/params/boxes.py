@@ -62,7 +62,7 @@ def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list[Box
 
 @dataclass(frozen=True)
 class ShardView:
-    """A piece of a logical tensor: its boxes and the one-dimensional buffer that holds them one after another.
+    """What a rank holds of a full tensor: boxes, and the one-dimensional buffer that holds them one after another.
 
     `data` is a view of live memory: a save reads it and a load writes into it. A rank that holds nothing of a tensor
     has no boxes and an empty buffer.
@@ -77,7 +77,7 @@ class ShardView:
         if self.data.dim() != 1 or self.data.numel() != held:
             raise ValueError(f"boxes hold {held} elements, the buffer has shape {tuple(self.data.shape)}")
 
-    def pieces(self) -> list[tuple[Box, Tensor]]:
+    def box_tensors(self) -> list[tuple[Box, Tensor]]:
         """Each box with its part of the buffer, viewed in the shape of the box."""
         parts = self.data.split([box.numel for box in self.boxes]) if self.boxes else []
         return [(box, part.view(box.size)) for box, part in zip(self.boxes, parts, strict=True)]

@@ -24,8 +24,8 @@ class OwnedSlice:
         tp_rank: this rank's position among them.
         start: first element held of the flattened local shard (padding rows included).
         stop: one past the last; equal to `start` where nothing is held.
-        piece: the one-dimensional parameter that holds it, None where nothing is held.
-        offset: where in `piece` it begins.
+        flat: the one-dimensional parameter that holds it, None where nothing is held.
+        offset: where in `flat` it begins.
     """
 
     spec: ParamSpec
@@ -33,7 +33,7 @@ class OwnedSlice:
     tp_rank: int
     start: int
     stop: int
-    piece: nn.Parameter | None
+    flat: nn.Parameter | None
     offset: int
 
     @property
@@ -43,7 +43,7 @@ class OwnedSlice:
 
     @property
     def within(self) -> slice:
-        """Where the elements lie in `piece`."""
+        """Where the elements lie in `flat`."""
         return slice(self.offset, self.offset + self.length)
 
     @property

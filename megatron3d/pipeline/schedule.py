@@ -36,7 +36,7 @@ What = Literal["activation", "gradient"]
 
 
 class Step(NamedTuple):
-    """One piece of compute: `op` of `stage` on microbatch `mb`."""
+    """One computation: `op` of `stage` on microbatch `mb`."""
 
     op: Op
     stage: int

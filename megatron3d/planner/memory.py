@@ -11,7 +11,7 @@ its state out, e bytes of a weight and g of a gradient, a rank holds of it
     3               e L/K     4 L/K (+ g L/K)          4 L/K                8 L/K
 
 where what stands in brackets is added if gradients are reduced in bf16. Moments leave out the padding between the
-pieces that the optimizer updates. Of frozen parameters, which have units of their own, there are weights alone.
+spans that the optimizer updates. Of frozen parameters, which have units of their own, there are weights alone.
 `test_memory.py` compares all of this with what is allocated.
 
 Source: Rajbhandari et al. 2020 (ZeRO), sections 3.1 and 5, for 16-bit weights and Adam.
@@ -226,18 +226,16 @@ def _weight_bytes(parallel: ParallelConfig, optim: OptimConfig, length: int, own
 
 
 def moment_bytes(optim: OptimConfig, layout: FlatLayout, own: Span) -> int:
-    """What the optimizer keeps of one unit on the device: of each piece of `own` that is updated alike."""
-    pieces = [span for _, span in layout.optimizer_spans(own)]
+    """What the optimizer keeps of one unit on the device: of each span of `own` that is updated alike."""
+    spans = [span for _, span in layout.optimizer_spans(own)]
     if optim.optimizer == "adafactor":
         return sum(_factors(slot, slot.span.intersect(own)) for slot in layout.slots)
     if optim.optimizer == "muon":
         matrices = [one.span for one in layout.segments if one.is_hidden_matrix]
-        inside = [piece for piece in pieces if any(piece.intersect(span).length for span in matrices)]
-        others = sum(piece.length for piece in pieces) - sum(piece.length for piece in inside)
-        return FP32 * sum(piece.length for piece in inside) + others * _element_bytes(
-            optim, optim.muon_scalar_optimizer
-        )
-    return sum(piece.length for piece in pieces) * _element_bytes(optim, optim.optimizer)
+        inside = [span for span in spans if any(span.intersect(matrix).length for matrix in matrices)]
+        others = sum(span.length for span in spans) - sum(span.length for span in inside)
+        return FP32 * sum(span.length for span in inside) + others * _element_bytes(optim, optim.muon_scalar_optimizer)
+    return sum(span.length for span in spans) * _element_bytes(optim, optim.optimizer)
 
 
 def _factors(slot: Slot, held: Span) -> int:

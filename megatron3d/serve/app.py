@@ -126,20 +126,20 @@ class Service:
         said = request.headers.get("content-length", "")
         if said.isdecimal() and int(said) > most:
             raise too_large(self.limits)
-        pieces, length = [], 0
+        chunks, length = [], 0
         try:
             async with asyncio.timeout(_BODY_TIMEOUT_S):
-                async for piece in request.stream():
-                    length += len(piece)
+                async for chunk in request.stream():
+                    length += len(chunk)
                     if length > most:
                         raise too_large(self.limits)
-                    pieces.append(piece)
+                    chunks.append(chunk)
         except ClientDisconnect as error:
             raise RequestError(_CLOSED, f"the client left after {length} bytes") from error
         except TimeoutError as error:
-            message = f"{length} bytes of the body came in {_BODY_TIMEOUT_S:g} s, and not its end; send it in one piece"
+            message = f"{length} bytes of the body came in {_BODY_TIMEOUT_S:g} s, and not its end; send it in one go"
             raise RequestError(TOO_SLOW, message) from error
-        return b"".join(pieces)
+        return b"".join(chunks)
 
     async def _refused(self, request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestError), f"registered for another kind of error than {error!r}"

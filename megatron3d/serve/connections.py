@@ -68,7 +68,7 @@ def protocol_with_timeout(header_timeout_s: float) -> type[H11Protocol]:
 def _timeout_response(header_timeout_s: float) -> bytes:
     """What a client gets that has begun a request and not ended its headers; the form is that of all refusals."""
     status = HTTPStatus.REQUEST_TIMEOUT
-    message = f"the headers did not come to their end in {header_timeout_s:g} s; send them in one piece"
+    message = f"the headers did not come to their end in {header_timeout_s:g} s; send them in one go"
     body = json.dumps({"error": {"status": status, "message": message}}).encode()
     head = (
         f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/json\r\n"

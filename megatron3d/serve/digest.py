@@ -17,7 +17,7 @@ from megatron3d.errors import DataError
 
 _KEY = b"megatron3d.sha256"
 _HEX_BYTES = 64
-_PIECE_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 def _field(number: int, content_length: int) -> bytes:
@@ -68,7 +68,7 @@ def _digest_of(path: Path, length: int) -> bytes:
     """SHA-256 of the first `length` bytes, as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while length > 0 and (piece := file.read(min(length, _PIECE_BYTES))):
-            digest.update(piece)
-            length -= len(piece)
+        while length > 0 and (chunk := file.read(min(length, _CHUNK_BYTES))):
+            digest.update(chunk)
+            length -= len(chunk)
     return digest.hexdigest().encode()

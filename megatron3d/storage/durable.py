@@ -17,25 +17,25 @@ from typing import IO
 CHUNK_BYTES = 4 << 20
 
 
-def write_file(path: Path, pieces: Iterable[memoryview | bytes]) -> list[int]:
-    """Write `pieces` one after another into a new file, wait until they are on the disk, return the CRC-32 of each.
+def write_file(path: Path, buffers: Iterable[memoryview | bytes]) -> list[int]:
+    """Write `buffers` one after another into a new file, wait until they are on the disk, return the CRC-32 of each.
 
     Raises:
-        OSError: the system refused; the file may then hold a part of the pieces.
+        OSError: the system refused; the file may then hold a part of the buffers.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        checksums = [_write_piece(fd, memoryview(piece).cast("B"), path) for piece in pieces]
+        checksums = [_write_buffer(fd, memoryview(buffer).cast("B"), path) for buffer in buffers]
         os.fsync(fd)
     finally:
         os.close(fd)
     return checksums
 
 
-def _write_piece(fd: int, piece: memoryview, path: Path) -> int:
+def _write_buffer(fd: int, buffer: memoryview, path: Path) -> int:
     checksum = 0
-    for start in range(0, len(piece), CHUNK_BYTES):
-        chunk = piece[start : start + CHUNK_BYTES]
+    for start in range(0, len(buffer), CHUNK_BYTES):
+        chunk = buffer[start : start + CHUNK_BYTES]
         checksum = zlib.crc32(chunk, checksum)
         while chunk:
             try:

@@ -177,7 +177,7 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
     places = {number: stage.places() for number, stage in model.stages.items()}
     engine = ZeroEngine(unit_parameters(model.stages), mesh, options, model.sink, gate=model.gate, places=places)
     optimizer = build_optimizer(
-        config.optim, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.full_parameters
+        config.optim, [(flat.parameter, flat.decays) for flat in engine.flat_parameters], engine.full_parameters
     )
     states = ModuleStates(model.stages.values(), mesh, device, seed=config.data.seed)
     return TrainingSetup(config, model, engine, optimizer, build_scaler(config.optim), states)

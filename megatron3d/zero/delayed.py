@@ -7,7 +7,7 @@ updates, and the layers compute with those of N - 1 until the gradients of the s
     step N + 1     forward and backward with the weights of N - 1 updates | reduce, finish(N), start(N + 1)
 
 What belongs to the thread between `start` and `join`, so that nobody else reads or writes it: the records of the
-states, the optimizer with its tensors and rates, the pieces of the units, and the two kinds of buffers here. Every
+states, the optimizer with its tensors and rates, the units' flat parameters, and the two kinds of buffers here. Every
 method that touches one of them joins first. Gradients, weights and collectives are never the thread's: `start` copies
 the gradients, and the new weights wait in a buffer on the host for the main thread to bring them to the layers.
 

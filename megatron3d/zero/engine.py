@@ -24,7 +24,7 @@ from megatron3d.zero.delayed import DelayedUpdate
 from megatron3d.zero.full_parameters import FullParameters
 from megatron3d.zero.gatherer import Places, UnitGatherer
 from megatron3d.zero.offload_step import OffloadedStates
-from megatron3d.zero.unit import FlatUnit, Piece, UnitOptions, WeightUnit
+from megatron3d.zero.unit import FlatParameter, FlatUnit, UnitOptions, WeightUnit
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ class ZeroEngine:
                 self._delayed = DelayedUpdate(self._away, self.trained, options.device)
 
     @property
-    def pieces(self) -> list[Piece]:
+    def flat_parameters(self) -> list[FlatParameter]:
         """What the optimizer updates."""
-        return [piece for unit in self.trained.values() for piece in unit.pieces]
+        return [flat for unit in self.trained.values() for flat in unit.flat_parameters]
 
     def begin_step(self, num_microbatches: int) -> None:
         """Expect the gradients of this many micro-batches."""
@@ -273,10 +273,10 @@ class ZeroEngine:
         views = {}
         for unit in self.trained.values():
             for slot, span in unit.held_slots(with_copies=with_copies):
-                piece = unit.piece_of(span)
-                state = optimizer.state[piece.parameter].get(state_name)
+                flat = unit.flat_parameter_of(span)
+                state = optimizer.state[flat.parameter].get(state_name)
                 if state is not None:
-                    views[slot.spec.name] = unit.view(slot, span, state[span.shifted(-piece.span.start).slice])
+                    views[slot.spec.name] = unit.view(slot, span, state[span.shifted(-flat.span.start).slice])
         return views
 
     def beside_views(self, *, with_copies: bool = True) -> dict[str, ShardView]:

@@ -138,15 +138,15 @@ def _place(unit: FlatUnit, slot: Slot) -> _Place:
     axis, start = unit.axes.shard, slot.span.start
     spans = [slot.span.intersect(unit.layout.slice_of(rank, axis.size)) for rank in range(axis.size)]
     own = spans[axis.rank]
-    piece = unit.piece_of(own) if own.length else None
+    flat = unit.flat_parameter_of(own) if own.length else None
     owned = OwnedSlice(
         spec=slot.spec,
         tp=unit.axes.tensor.size,
         tp_rank=unit.axes.tensor.rank,
         start=own.start - start,
         stop=own.stop - start,
-        piece=None if piece is None else piece.parameter,
-        offset=0 if piece is None else own.start - piece.span.start,
+        flat=None if flat is None else flat.parameter,
+        offset=0 if flat is None else own.start - flat.span.start,
     )
     return _Place(owned, tuple(span.shifted(-start).slice for span in spans))
 

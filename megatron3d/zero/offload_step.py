@@ -92,18 +92,18 @@ class OffloadedStates:
     def _attached(self, optimizer: torch.optim.Optimizer, name: str, fields: Fields) -> Iterator[None]:
         """Show the optimizer a unit's record in place of empty tensors."""
         unit = self._units[name]
-        for piece in unit.pieces:
-            within = piece.span.shifted(-unit.own.start).slice
-            piece.parameter.data = fields[MASTER][within]
+        for flat in unit.flat_parameters:
+            within = flat.span.shifted(-unit.own.start).slice
+            flat.parameter.data = fields[MASTER][within]
             for kind, _ in self._kinds:
-                optimizer.state[piece.parameter][kind] = fields[kind][within]
+                optimizer.state[flat.parameter][kind] = fields[kind][within]
         try:
             yield
         finally:
-            for piece in unit.pieces:
-                piece.parameter.data = torch.empty(0)
+            for flat in unit.flat_parameters:
+                flat.parameter.data = torch.empty(0)
                 for kind, dtype in self._kinds:
-                    optimizer.state[piece.parameter][kind] = torch.empty(0, dtype=dtype)
+                    optimizer.state[flat.parameter][kind] = torch.empty(0, dtype=dtype)
 
 
 class _LandedGradients:

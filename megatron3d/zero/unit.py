@@ -64,7 +64,7 @@ class UnitOptions:
 
 
 @dataclass(frozen=True)
-class Piece:
+class FlatParameter:
     """A contiguous part of the master weights that is treated alike: what the optimizer sees as one parameter."""
 
     parameter: nn.Parameter
@@ -207,8 +207,8 @@ class FlatUnit(WeightUnit):
             is_resident=not options.policy.shard_grads,
             transit=transit,
         )
-        self.pieces = tuple(
-            Piece(nn.Parameter(self._master_of(span)), span, decays)
+        self.flat_parameters = tuple(
+            FlatParameter(nn.Parameter(self._master_of(span)), span, decays)
             for decays, span in self.layout.optimizer_spans(self.own)
         )
         self._outstanding = 0
@@ -327,17 +327,17 @@ class FlatUnit(WeightUnit):
     def gradients_attached(self, gradients: Tensor) -> Iterator[None]:
         """Let the optimizer see `gradients`, of the part that this rank updates, for the length of its step.
 
-        Only who makes the step calls this, in whichever thread it runs: outside of it no piece has a gradient, and
-        nothing else sets or clears one.
+        Only who makes the step calls this, in whichever thread it runs: outside of it no flat parameter has a
+        gradient, and nothing else sets or clears one.
         """
-        for piece in self.pieces:
-            piece.parameter.grad = gradients[piece.span.shifted(-self.own.start).slice]
+        for flat in self.flat_parameters:
+            flat.parameter.grad = gradients[flat.span.shifted(-self.own.start).slice]
         try:
             yield
         finally:
-            for piece in self.pieces:
-                piece.parameter.grad = None
+            for flat in self.flat_parameters:
+                flat.parameter.grad = None
 
-    def piece_of(self, span: Span) -> Piece:
-        """The piece in which a held part of a slot lies, given as a span of the flat buffer."""
-        return next(piece for piece in self.pieces if piece.span.start <= span.start < piece.span.stop)
+    def flat_parameter_of(self, span: Span) -> FlatParameter:
+        """The flat parameter in which a held part of a slot lies, given as a span of the flat buffer."""
+        return next(flat for flat in self.flat_parameters if flat.span.start <= span.start < flat.span.stop)

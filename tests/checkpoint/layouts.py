@@ -69,10 +69,10 @@ def merged(layout: SmallLayout, *, seed: int = 0) -> dict[str, ShardView]:
     together: dict[str, dict] = {}
     for rank in range(layout.world_size):
         for name, view in views(layout, rank, filled=True, seed=seed).items():
-            together.setdefault(name, {"shape": view.full_shape, "pieces": {}})["pieces"].update(dict(view.pieces()))
+            together.setdefault(name, {"shape": view.full_shape, "boxes": {}})["boxes"].update(dict(view.box_tensors()))
     return {
         name: ShardView(
-            entry["shape"], tuple(entry["pieces"]), torch.cat([p.flatten() for p in entry["pieces"].values()])
+            entry["shape"], tuple(entry["boxes"]), torch.cat([p.flatten() for p in entry["boxes"].values()])
         )
         for name, entry in together.items()
     }
@@ -83,6 +83,6 @@ def wrong(held: dict[str, ShardView], seed: int = 0) -> list[str]:
     return [
         name
         for name, view in held.items()
-        for box, piece in view.pieces()
-        if not torch.equal(piece, full_tensor(name, view.full_shape, seed)[box.slices()])
+        for box, tensor in view.box_tensors()
+        if not torch.equal(tensor, full_tensor(name, view.full_shape, seed)[box.slices()])
     ]

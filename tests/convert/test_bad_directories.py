@@ -216,7 +216,7 @@ def test_shards_beside_the_index_in_a_folder_and_behind_links_are_read(own: Path
     (own / "parts").mkdir()
     (own / "a.safetensors").rename(tmp_path / "blob")  # as a cache of a model hub keeps them
     (own / "parts/a.safetensors").symlink_to(tmp_path / "blob")
-    assert read_model(own).pieces >= {"trunk", "classes"}
+    assert read_model(own).components >= {"trunk", "classes"}
 
 
 def test_a_tensor_in_two_shards_is_refused(own: Path) -> None:

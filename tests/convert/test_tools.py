@@ -283,8 +283,8 @@ def test_training_starts_from_imported_weights_with_finetune_alone(run: Run, tmp
     assert state.restore(parts).progress == state.Progress()
     found = read_model(hf)
     for name, view in parts.engine.weight_views(with_copies=True).items():
-        for box, piece in view.pieces():
-            assert torch.equal(piece, found.tensors[name][box.slices()]), name
+        for box, tensor in view.box_tensors():
+            assert torch.equal(tensor, found.tensors[name][box.slices()]), name
 
 
 def test_a_moved_import_gives_its_own_copy_of_the_tokenizer_to_training(run: Run, hf: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fused optimizers over flat pieces against torch's plain ones over separate parameters; state that can be loaded."""
+"""Fused optimizers over flat parameters against torch's plain ones over separate ones; state that can be loaded."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def wholes() -> list[nn.Parameter]:
     return [nn.Parameter(random(*shape, seed=number)) for number, shape in enumerate(SHAPES)]
 
 
-def pieces() -> list[tuple[nn.Parameter, bool]]:
-    """The decaying parameters as one flat piece, and the other cut into two pieces at an odd place."""
+def flat_parameters() -> list[tuple[nn.Parameter, bool]]:
+    """The decaying parameters as one flat parameter, and the other cut into two at an odd place."""
     values = [whole.detach().flatten() for whole in wholes()]
     parts = [(torch.cat([values[0], values[2]]), True), (values[1][:3].clone(), False), (values[1][3:].clone(), False)]
     return [(nn.Parameter(part), decays) for part, decays in parts]
 
 
-def to_pieces(whole: list[Tensor]) -> list[Tensor]:
+def to_flat(whole: list[Tensor]) -> list[Tensor]:
     flat = [one.flatten() for one in whole]
     return [torch.cat([flat[0], flat[2]]), flat[1][:3], flat[1][3:]]
 
@@ -41,8 +41,8 @@ def gradients(step: int) -> list[Tensor]:
     return [random(*shape, seed=100 * step + number + 50) for number, shape in enumerate(SHAPES)]
 
 
-def step_pieces(optimizer: torch.optim.Optimizer, parts: list[tuple[nn.Parameter, bool]], step: int) -> None:
-    for (part, _), grad in zip(parts, to_pieces(gradients(step))):
+def step_flat(optimizer: torch.optim.Optimizer, parts: list[tuple[nn.Parameter, bool]], step: int) -> None:
+    for (part, _), grad in zip(parts, to_flat(gradients(step))):
         part.grad = grad.clone()
     set_rates(optimizer, lr=RATES[step][0], weight_decay=RATES[step][1])
     optimizer.step()
@@ -57,45 +57,45 @@ def plain_sgd(groups: list[dict]) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize(("config", "plain"), [(ADAM, plain_adam), (SGD, plain_sgd)], ids=["adam", "sgd"])
-def test_pieces_are_updated_as_whole_parameters_are(
+def test_flat_parameters_are_updated_as_whole_parameters_are(
     config: OptimConfig, plain: Callable[[list[dict]], torch.optim.Optimizer]
 ) -> None:
-    parts, whole = pieces(), wholes()
+    parts, whole = flat_parameters(), wholes()
     optimizer = build_optimizer(config, parts)
     reference = plain([{"params": [one], "decays": decays} for one, decays in zip(whole, DECAYS)])
     for step, (lr, weight_decay) in enumerate(RATES):
-        step_pieces(optimizer, parts, step)
+        step_flat(optimizer, parts, step)
         for group in reference.param_groups:
             group.update(lr=lr, weight_decay=weight_decay if group["decays"] else 0.0)
         for one, grad in zip(whole, gradients(step)):
             one.grad = grad
         reference.step()
-        for (part, _), expected in zip(parts, to_pieces([one.detach() for one in whole])):
+        for (part, _), expected in zip(parts, to_flat([one.detach() for one in whole])):
             torch.testing.assert_close(part.detach(), expected)
     for name in state_names(config):
-        expected_states = to_pieces([reference.state[one][name] for one in whole])
+        expected_states = to_flat([reference.state[one][name] for one in whole])
         for (part, _), expected in zip(parts, expected_states):
             torch.testing.assert_close(optimizer.state[part][name], expected)
 
 
 @pytest.mark.parametrize("config", [ADAM, SGD], ids=["adam", "sgd"])
 def test_state_is_there_before_the_first_step_and_stays_where_it_is(config: OptimConfig) -> None:
-    parts = pieces()
+    parts = flat_parameters()
     optimizer = build_optimizer(config, parts)
     states = [optimizer.state[part][name] for part, _ in parts for name in state_names(config)]
     assert all(torch.count_nonzero(state) == 0 for state in states)
     assert state_bytes(optimizer) == sum(state.numel() * 4 for state in states)
-    step_pieces(optimizer, parts, 0)
+    step_flat(optimizer, parts, 0)
     after = [optimizer.state[part][name] for part, _ in parts for name in state_names(config)]
     assert all(old is new and torch.count_nonzero(new) > 0 for old, new in zip(states, after))
 
 
 @pytest.mark.parametrize("config", [ADAM, SGD], ids=["adam", "sgd"])
 def test_going_on_from_stored_state_and_count_changes_no_bit(config: OptimConfig) -> None:
-    parts = pieces()
+    parts = flat_parameters()
     optimizer = build_optimizer(config, parts)
-    step_pieces(optimizer, parts, 0)
-    step_pieces(optimizer, parts, 1)
+    step_flat(optimizer, parts, 0)
+    step_flat(optimizer, parts, 1)
     again = [(nn.Parameter(part.detach().clone()), decays) for part, decays in parts]
     resumed = build_optimizer(config, again)
     for (new, _), (old, _) in zip(again, parts):
@@ -103,19 +103,19 @@ def test_going_on_from_stored_state_and_count_changes_no_bit(config: OptimConfig
             resumed.state[new][name].copy_(optimizer.state[old][name])
     set_step_count(resumed, step_count(optimizer))
     for step in (2, 3):
-        step_pieces(optimizer, parts, step)
-        step_pieces(resumed, again, step)
+        step_flat(optimizer, parts, step)
+        step_flat(resumed, again, step)
     assert all(torch.equal(new, old) for (new, _), (old, _) in zip(again, parts))
     assert step_count(resumed) == step_count(optimizer)
 
 
 def test_adam_counts_its_steps_and_sgd_has_none_to_count() -> None:
     for config, expected in ((ADAM, 3), (SGD, 0)):
-        parts = pieces()
+        parts = flat_parameters()
         optimizer = build_optimizer(config, parts)
         assert step_count(optimizer) == 0
         for step in range(3):
-            step_pieces(optimizer, parts, step)
+            step_flat(optimizer, parts, step)
         assert step_count(optimizer) == expected
 
 

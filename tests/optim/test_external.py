@@ -74,7 +74,7 @@ def write(packages: Path, implementation: str, *, extra: str = "pass") -> None:
     (folder / "__init__.py").write_text(FUSED_ADAM.replace("{extra}", extra))
 
 
-def pieces() -> list[tuple[nn.Parameter, bool]]:
+def flat_parameters() -> list[tuple[nn.Parameter, bool]]:
     values = torch.randn(12, generator=torch.Generator().manual_seed(0))
     return [(nn.Parameter(values[:7].clone()), True), (nn.Parameter(values[7:].clone()), False)]
 
@@ -96,7 +96,7 @@ def test_the_named_implementation_is_used_and_updates_as_torch_does(
     config = OptimConfig(
         lr=1e-3, optimizer_implementation=implementation, decoupled_weight_decay=decoupled, adam_eps=1e-6
     )
-    ours, theirs = pieces(), pieces()
+    ours, theirs = flat_parameters(), flat_parameters()
     optimizer = build_optimizer(config, theirs)
     assert type(optimizer).__name__ == "FusedAdam" and state_bytes(optimizer) == 2 * 4 * 12
     reference = build_optimizer(OptimConfig(lr=1e-3, decoupled_weight_decay=decoupled, adam_eps=1e-6), ours)
@@ -109,7 +109,7 @@ def test_the_named_implementation_is_used_and_updates_as_torch_does(
 
 def test_going_on_from_stored_state_and_count_equals_going_on(packages: Path) -> None:
     write(packages, "apex")
-    config, parts = OptimConfig(lr=1e-3, optimizer_implementation="apex"), pieces()
+    config, parts = OptimConfig(lr=1e-3, optimizer_implementation="apex"), flat_parameters()
     optimizer = build_optimizer(config, parts)
     three_steps(optimizer, parts)
     again = [(nn.Parameter(part.detach().clone()), decays) for part, decays in parts]
@@ -126,7 +126,7 @@ def test_going_on_from_stored_state_and_count_equals_going_on(packages: Path) ->
 def test_transformer_engine_allocates_its_own_bf16_moments(packages: Path) -> None:
     write(packages, "transformer-engine")
     config = OptimConfig(lr=1e-3, optimizer_implementation="transformer-engine", exp_avg_dtype="bf16")
-    parts = pieces()
+    parts = flat_parameters()
     optimizer = build_optimizer(config, parts)
     assert optimizer.initialized == 2
     assert {optimizer.state[part]["exp_avg"].dtype for part, _ in parts} == {torch.bfloat16}
@@ -144,14 +144,14 @@ def test_a_rank_that_updates_nothing_needs_no_groups(packages: Path) -> None:
 @pytest.mark.parametrize("implementation", MODULES)
 def test_a_package_that_is_not_there_is_named_with_where_to_get_it(packages: Path, implementation: str) -> None:
     with pytest.raises(ConfigError, match=rf"--optimizer-implementation {implementation} is not installed; .*NVIDIA/"):
-        build_optimizer(OptimConfig(lr=1e-3, optimizer_implementation=implementation), pieces())
+        build_optimizer(OptimConfig(lr=1e-3, optimizer_implementation=implementation), flat_parameters())
 
 
 def test_another_package_of_that_name_is_not_taken_for_it(packages: Path) -> None:
     (packages / "apex").mkdir()
     (packages / "apex" / "__init__.py").write_text("__version__ = '0.9.10.dev0'  # a toolkit for web applications\n")
     with pytest.raises(ConfigError, match=r"names a package that is not NVIDIA's: .*apex.*has no apex\.optimizers"):
-        build_optimizer(OptimConfig(lr=1e-3, optimizer_implementation="apex"), pieces())
+        build_optimizer(OptimConfig(lr=1e-3, optimizer_implementation="apex"), flat_parameters())
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_a_package_that_does_not_load_says_why(packages: Path, text: str, proble
     write(packages, "apex")
     (packages / "apex" / "__init__.py").write_text(text)
     with pytest.raises(ConfigError, match=problem):
-        build_optimizer(OptimConfig(lr=1e-3, optimizer_implementation="apex"), pieces())
+        build_optimizer(OptimConfig(lr=1e-3, optimizer_implementation="apex"), flat_parameters())
 
 
 def test_a_package_built_without_cuda_says_so(packages: Path) -> None:
     write(packages, "apex", extra="raise RuntimeError('FusedAdam requires cuda extensions')")
     with pytest.raises(ConfigError, match=r"does not build its FusedAdam here .*requires cuda extensions"):
-        build_optimizer(OptimConfig(lr=1e-3, optimizer_implementation="apex"), pieces())
+        build_optimizer(OptimConfig(lr=1e-3, optimizer_implementation="apex"), flat_parameters())

@@ -91,15 +91,19 @@ def test_bf16_moments_cost_half_the_bytes_and_change_the_updates_little(optimize
     assert 0 < float((ends[1] - ends[0]).norm() / moved) < (0.02 if optimizer == "adam" else 0.25)
 
 
-def test_where_a_piece_is_cut_changes_no_bit_of_bf16_moments() -> None:
+def test_where_a_flat_parameter_is_cut_changes_no_bit_of_bf16_moments() -> None:
     config = OptimConfig(lr=1e-3, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
     whole, cut = random(70_001, seed=3), random(70_001, seed=3)
-    pieces = [[nn.Parameter(whole)], [nn.Parameter(cut[:333]), nn.Parameter(cut[333:])]]
-    optimizers = [build_optimizer(config, [(one, True) for one in parts]) for parts in pieces]
+    flat_parameters = [[nn.Parameter(whole)], [nn.Parameter(cut[:333]), nn.Parameter(cut[333:])]]
+    optimizers = [build_optimizer(config, [(one, True) for one in parts]) for parts in flat_parameters]
     for step in range(3):
         grad = random(70_001, seed=10 + step)
-        pieces[0][0].grad, pieces[1][0].grad, pieces[1][1].grad = grad, grad[:333].clone(), grad[333:].clone()
+        flat_parameters[0][0].grad, flat_parameters[1][0].grad, flat_parameters[1][1].grad = (
+            grad,
+            grad[:333].clone(),
+            grad[333:].clone(),
+        )
         for optimizer in optimizers:
             set_rates(optimizer, lr=0.1, weight_decay=0.1)
             optimizer.step()
-    assert torch.equal(torch.cat([one.detach() for one in pieces[1]]), pieces[0][0].detach())
+    assert torch.equal(torch.cat([one.detach() for one in flat_parameters[1]]), flat_parameters[0][0].detach())

@@ -71,7 +71,7 @@ def test_a_spectral_scale_gives_an_orthogonal_matrix_elements_of_size_one(rows: 
 
 
 class Alone:
-    """The parameters of one process, each a piece of its own."""
+    """The parameters of one process, each a flat parameter of its own."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], specs: Sequence[ParamSpec]) -> None:
         self._portions = [
@@ -144,10 +144,10 @@ def test_muon_keeps_one_moment_of_hidden_matrices_and_two_of_everything_else() -
         ParamSpec("bias", (6,), Init("zeros"), decays=False),
     ]
     parts = [nn.Parameter(torch.zeros(spec.numel)) for spec in specs]
-    pieces = [(part, spec.decays) for part, spec in zip(parts, specs, strict=True)]
-    optimizer = build_optimizer(OptimConfig(lr=1e-3, optimizer="muon"), pieces, Alone(parts, specs))
+    flat_parameters = [(part, spec.decays) for part, spec in zip(parts, specs, strict=True)]
+    optimizer = build_optimizer(OptimConfig(lr=1e-3, optimizer="muon"), flat_parameters, Alone(parts, specs))
     names = [sorted(name for name in optimizer.state[part] if name != "step") for part in parts]
     assert names == [["momentum_buffer"], ["exp_avg", "exp_avg_sq"], ["exp_avg", "exp_avg_sq"]]
     assert state_bytes(optimizer) == 4 * (30 + 2 * 35 + 2 * 6)
-    adafactor = build_optimizer(OptimConfig(lr=1e-3, optimizer="adafactor"), pieces, Alone(parts, specs))
+    adafactor = build_optimizer(OptimConfig(lr=1e-3, optimizer="adafactor"), flat_parameters, Alone(parts, specs))
     assert state_bytes(adafactor) == 4 * (6 + 5 + 7 + 5 + 6), "a number per row and column, and the vector"

@@ -68,18 +68,18 @@ def test_a_shifted_box_cuts_the_same_block_out_of_a_larger_tensor(
         assert torch.equal(larger[box.shifted(by).slices()], block[box.slices()])
 
 
-def test_pieces_of_a_view_are_live_parts_of_the_buffer_in_the_shape_of_their_box() -> None:
+def test_boxes_of_a_view_are_live_parts_of_the_buffer_in_the_shape_of_their_box() -> None:
     boxes = (Box((0, 1), (1, 2)), Box((1, 0), (2, 3)))
     view = ShardView((3, 3), boxes, torch.arange(8.0))
-    pieces = view.pieces()
-    assert [box for box, _ in pieces] == list(boxes)
-    assert pieces[1][1].tolist() == [[2, 3, 4], [5, 6, 7]]
-    pieces[0][1].fill_(9)
+    tensors = view.box_tensors()
+    assert [box for box, _ in tensors] == list(boxes)
+    assert tensors[1][1].tolist() == [[2, 3, 4], [5, 6, 7]]
+    tensors[0][1].fill_(9)
     assert view.data[:2].tolist() == [9, 9]
 
 
-def test_a_view_of_nothing_has_no_pieces() -> None:
-    assert ShardView((3, 3), (), torch.empty(0)).pieces() == []
+def test_a_view_of_nothing_has_no_boxes() -> None:
+    assert ShardView((3, 3), (), torch.empty(0)).box_tensors() == []
 
 
 @pytest.mark.parametrize("data", [torch.empty(5), torch.empty(2, 2)])

@@ -166,7 +166,7 @@ def trace(parts: TrainingSetup, *, num_steps: int = NUM_STEPS, first_step: int =
         forward_backward(parts, first, global_counts(parts, first), step=0)
         parts.engine.finish_reduce()
         for name, view in parts.engine.grad_views().items():
-            gradients[name] = [(box, piece.clone()) for box, piece in view.pieces()]
+            gradients[name] = [(box, tensor.clone()) for box, tensor in view.box_tensors()]
         parts.engine.clear_grads()
         for step in range(first_step, first_step + num_steps):
             result = train_step(parts, batches.read(step * size, size, readers.rank, readers.size), rates, step=step)

@@ -124,9 +124,11 @@ def by_a_step(parts: TrainingSetup) -> dict[str, Tensor]:
     forward_backward(parts, batch, global_counts(parts, batch), step=0)
     parts.engine.finish_reduce()
     views = parts.engine.grad_views()
-    pieces = {name: [(box, values / parts.scaler.scale) for box, values in one.pieces()] for name, one in views.items()}
+    boxes = {
+        name: [(box, values / parts.scaler.scale) for box, values in one.box_tensors()] for name, one in views.items()
+    }
     parts.engine.clear_grads()
-    return assemble([Trace([], [], pieces)], {name: one.full_shape for name, one in views.items()})
+    return assemble([Trace([], [], boxes)], {name: one.full_shape for name, one in views.items()})
 
 
 def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -131,7 +131,7 @@ def stored(parts: TrainingSetup) -> dict[str, list[tuple[Box, Tensor]]]:
     """What a checkpoint would hold of this rank: weights, state of modules, averages."""
     with parts.engine.states_opened(parts.optimizer, writes=False):
         views = parts.engine.weight_views() | parts.states.views() | parts.engine.beside_views()
-        return {name: [(box, piece.clone()) for box, piece in view.pieces()] for name, view in views.items()}
+        return {name: [(box, tensor.clone()) for box, tensor in view.box_tensors()] for name, view in views.items()}
 
 
 class Formula:

@@ -146,7 +146,7 @@ def held(parts: TrainingSetup) -> dict[str, list[tuple[Box, Tensor]]]:
     views = {f"weights/{name}": view for name, view in engine.weight_views().items()}
     for kind in ("exp_avg", "exp_avg_sq"):
         views |= {f"{kind}/{name}": view for name, view in engine.state_views(optimizer, kind).items()}
-    return {name: [(box, piece.clone()) for box, piece in view.pieces()] for name, view in views.items()}
+    return {name: [(box, tensor.clone()) for box, tensor in view.box_tensors()] for name, view in views.items()}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -76,8 +76,8 @@ def write_checkpoint(rank: int, world_size: int, kind: Kind, layout: Layout, fol
     with parts.engine.states_opened(parts.optimizer, writes=True):
         for name, view in parts.engine.weight_views().items():
             whole = value_of(name, view.full_shape)
-            for box, piece in view.pieces():
-                piece.copy_(whole[box.slices()])
+            for box, tensor in view.box_tensors():
+                tensor.copy_(whole[box.slices()])
     parts.engine.publish()
     document = weights.task_document(task, max_length=MAX_LENGTH, metrics={})
     weights.save(parts, folder, 7, document)

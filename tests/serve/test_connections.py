@@ -81,7 +81,7 @@ def test_headers_without_an_end_get_a_408_and_the_connection_is_closed(port: int
     assert head.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
     assert json.loads(body)["error"] == {
         "status": 408,
-        "message": "the headers did not come to their end in 0.4 s; send them in one piece",
+        "message": "the headers did not come to their end in 0.4 s; send them in one go",
     }
 
 

@@ -79,14 +79,14 @@ def reduced_norm(engine: ZeroEngine, mesh: Mesh) -> float:
 
 
 def boxes_of(views: dict[str, ShardView]) -> Boxes:
-    return {name: [(box, part.clone()) for box, part in view.pieces()] for name, view in views.items()}
+    return {name: [(box, part.clone()) for box, part in view.box_tensors()] for name, view in views.items()}
 
 
 def train(mesh: Mesh, setting: Setting) -> tuple[dict[str, Any], list[float]]:
     """Make the steps; what this rank then holds, and the norm of each step."""
     sink = GradSink()
     engine, declared = engine_of(setting, mesh, sink)
-    optimizer = build_optimizer(ADAM, [(piece.parameter, piece.decays) for piece in engine.pieces])
+    optimizer = build_optimizer(ADAM, [(flat.parameter, flat.decays) for flat in engine.flat_parameters])
     norms = []
     for step in range(NUM_STEPS):
         engine.begin_step(NUM_MICROBATCHES)
@@ -285,7 +285,7 @@ def _bytes(rank: int, world_size: int, layout: Layout) -> dict[Setting, tuple[in
 def _bytes_of(setting: Setting, mesh: Mesh) -> tuple[int, int, int]:
     """Length of all units, this rank's state bytes without the optimizer's, and elements it owns."""
     engine, declared = engine_of(setting, mesh, GradSink())
-    optimizer = build_optimizer(ADAM, [(piece.parameter, piece.decays) for piece in engine.pieces])
+    optimizer = build_optimizer(ADAM, [(flat.parameter, flat.decays) for flat in engine.flat_parameters])
     found, units = engine.state_bytes(), list(engine.units.values())
     buffers = [tensor for unit in units for buffer in (unit.weights, unit.grads) for tensor in _attributes(buffer)]
     held = found.weights + found.gradients + found.master_weights
@@ -296,10 +296,10 @@ def _bytes_of(setting: Setting, mesh: Mesh) -> tuple[int, int, int]:
     length = sum(unit.layout.length for unit in units)
     num_segments = sum(len(unit.layout.segments) for unit in units)
     assert local <= length < local + 32 * num_segments + 32 * mesh.grad.size * len(units), "padding beyond alignment"
-    in_pieces = sum(piece.parameter.numel() for piece in engine.pieces)
-    assert state_bytes(optimizer) == 2 * 4 * in_pieces
+    in_flat_parameters = sum(flat.parameter.numel() for flat in engine.flat_parameters)
+    assert state_bytes(optimizer) == 2 * 4 * in_flat_parameters
     owned = sum(unit.own.length for unit in units)
-    assert in_pieces <= owned
+    assert in_flat_parameters <= owned
     return length, held, owned
 
 

@@ -73,7 +73,7 @@ def train(mesh: Mesh, zero_stage: int, config: OptimConfig, *, by_unit: bool = F
     sink = GradSink()
     engine, declared = engine_of(Setting(mesh.layout, zero_stage), mesh, sink)
     optimizer = build_optimizer(
-        config, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.full_parameters
+        config, [(flat.parameter, flat.decays) for flat in engine.flat_parameters], engine.full_parameters
     )
     for step in range(NUM_STEPS):
         engine.begin_step(NUM_MICROBATCHES)
@@ -171,7 +171,7 @@ def _traffic(rank: int, world_size: int, config: OptimConfig) -> dict[Any, Any]:
     sink = GradSink()
     engine, declared = engine_of(Setting(mesh.layout, 1), mesh, sink)
     optimizer = build_optimizer(
-        config, [(piece.parameter, piece.decays) for piece in engine.pieces], engine.full_parameters
+        config, [(flat.parameter, flat.decays) for flat in engine.flat_parameters], engine.full_parameters
     )
     engine.begin_step(NUM_MICROBATCHES)
     backward(engine, declared, mesh, sink, 0)

@@ -1,6 +1,6 @@
 """BERT: transformers' `bert`, whose norms follow each residual sum, and `megatron-bert`, whose norms precede.
 
-Both are read into the same model of ours; `--norm-position` says which of the two it is. Heads are pieces: a bare
+Both are read into the same model of ours; `--norm-position` says which of the two it is. Heads are components: a bare
 model, one with the heads of pre-training, and a classifier differ in which of them are there.
 
 Source of names and layouts: transformers' `modeling_bert.py` and `modeling_megatron_bert.py` (5.23), which the tests
@@ -120,10 +120,10 @@ def _rows(names: _Names, model: ModelConfig, num_classes: int) -> list[TensorRul
         rows += _layer_rows(names, model, f"layers.{layer}", f"bert.encoder.layer.{layer}")
     if names.last_norm is not None:
         rows += norm_rows("head.norm", names.last_norm, hidden)
-    rows += linear_rows("head.pooler", ["bert.pooler.dense"], (hidden, hidden), piece="pooler")
+    rows += linear_rows("head.pooler", ["bert.pooler.dense"], (hidden, hidden), component="pooler")
     rows += _token_head(model)
-    rows += linear_rows("head.binary", ["cls.seq_relationship"], (2, hidden), piece="pairs")
-    return rows + linear_rows("head.classifier", ["classifier"], (num_classes, hidden), piece="classes")
+    rows += linear_rows("head.binary", ["cls.seq_relationship"], (2, hidden), component="pairs")
+    return rows + linear_rows("head.classifier", ["classifier"], (num_classes, hidden), component="classes")
 
 
 def _token_types(model: ModelConfig, theirs: str) -> TensorRule:
@@ -149,15 +149,15 @@ def _layer_rows(names: _Names, model: ModelConfig, ours: str, theirs: str) -> li
 
 def _token_head(model: ModelConfig) -> list[TensorRule]:
     hidden, there = model.hidden_size, "cls.predictions"
-    rows = linear_rows("head.transform", [f"{there}.transform.dense"], (hidden, hidden), piece="tokens")
-    rows += norm_rows("head.transform_norm", f"{there}.transform.LayerNorm", hidden, piece="tokens")
+    rows = linear_rows("head.transform", [f"{there}.transform.dense"], (hidden, hidden), component="tokens")
+    rows += norm_rows("head.transform_norm", f"{there}.transform.LayerNorm", hidden, component="tokens")
     if not model.untie_embeddings_and_output_weights:
-        return [*rows, TensorRule("head.output_bias", (f"{there}.bias",), (model.vocab_size,), piece="tokens")]
+        return [*rows, TensorRule("head.output_bias", (f"{there}.bias",), (model.vocab_size,), component="tokens")]
     # With a table of its own the decoder also has a bias of its own, and the other is not used.
     return [
         *rows,
-        table_row("head.output", f"{there}.decoder", model.vocab_size, hidden, piece="tokens"),
-        TensorRule("head.output_bias", (f"{there}.decoder.bias",), (model.vocab_size,), piece="tokens"),
+        table_row("head.output", f"{there}.decoder", model.vocab_size, hidden, component="tokens"),
+        TensorRule("head.output_bias", (f"{there}.decoder.bias",), (model.vocab_size,), component="tokens"),
     ]
 
 
@@ -166,11 +166,11 @@ def _copies(model: ModelConfig) -> Mapping[str, str]:
     return {"cls.predictions.bias": "cls.predictions.decoder.bias"} if untied else {}
 
 
-def _class_name(names: _Names, pieces: frozenset[Component]) -> str:
-    if "classes" in pieces:
+def _class_name(names: _Names, components: frozenset[Component]) -> str:
+    if "classes" in components:
         return f"{names.classes}ForSequenceClassification"
-    if "tokens" in pieces:
-        return f"{names.classes}ForPreTraining" if "pairs" in pieces else f"{names.classes}ForMaskedLM"
+    if "tokens" in components:
+        return f"{names.classes}ForPreTraining" if "pairs" in components else f"{names.classes}ForMaskedLM"
     return f"{names.classes}Model"
 
 

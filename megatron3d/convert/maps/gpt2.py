@@ -99,7 +99,7 @@ def _linear(ours: str, theirs: str, shape: tuple[int, int]) -> list[TensorRule]:
     return linear_rows(ours, [theirs], shape, transposed=True)
 
 
-def _class_name(pieces: frozenset[Component]) -> str:
+def _class_name(components: frozenset[Component]) -> str:
     return "GPT2LMHeadModel"
 
 

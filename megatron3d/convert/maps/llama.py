@@ -123,7 +123,7 @@ def _layer_rows(model: ModelConfig, ours: str, theirs: str) -> list[TensorRule]:
     ]
 
 
-def _class_name(pieces: frozenset[Component]) -> str:
+def _class_name(components: frozenset[Component]) -> str:
     return "LlamaForCausalLM"
 
 

@@ -50,7 +50,7 @@ def interleaved(num_ranks: int, num_microbatches: int, virtual: int = 1, *, grou
 def breadth_first(num_ranks: int, num_microbatches: int, virtual: int = 1) -> Schedule:
     """All microbatches pass a rank's first stage, then all its second, and so on; then backwards the same way.
 
-    The bubble is that of `interleaved`. Every activation is alive at the turn, but a stage is needed in one piece of
+    The bubble is that of `interleaved`. Every activation is alive at the turn, but a stage is needed in one stretch of
     time only, forward and backward: its weights are gathered once, and its gradients reduced once, far before the end.
     With one stage per rank this is GPipe.
 

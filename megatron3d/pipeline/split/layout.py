@@ -67,19 +67,19 @@ def expand_layout(layout: str) -> str:
 
 def _expand(text: str, at: int, layout: str) -> tuple[str, int]:
     """Everything from `at` to the end or to the ')' of the parenthesis that `at` is in, and where that is."""
-    pieces: list[str] = []
+    symbols: list[str] = []
     while at < len(text) and text[at] != ")":
         if text[at] == "(":
-            piece, at = _expand(text, at + 1, layout)
+            inner, at = _expand(text, at + 1, layout)
             if at == len(text):
                 raise ConfigError(f"{_OPTION} {layout!r} opens a parenthesis that is never closed; add a ')'")
         else:
-            piece = _symbol(text[at], layout)
+            inner = _symbol(text[at], layout)
         count, at = _count(text, at + 1, layout)
-        if len(piece) * count > _MOST_SYMBOLS:
-            raise ConfigError(f"{_OPTION} {layout!r} repeats {piece[:20]!r} {count} times, which is no model; use less")
-        pieces.append(piece * count)
-    return "".join(pieces), at
+        if len(inner) * count > _MOST_SYMBOLS:
+            raise ConfigError(f"{_OPTION} {layout!r} repeats {inner[:20]!r} {count} times, which is no model; use less")
+        symbols.append(inner * count)
+    return "".join(symbols), at
 
 
 def _symbol(symbol: str, layout: str) -> str:
