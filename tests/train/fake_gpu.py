@@ -77,7 +77,7 @@ class Traffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         devices = {one.device.type for one in tree_leaves((args, out)) if isinstance(one, Tensor) and one.dim()}
         if func in _COPIES and len(devices) > 1:
-            self._note(str(func))
+            self._note(f"{func} to the {'host' if out.device.type == 'cpu' else 'device'}")
         return out
 
     def _note(self, what: str) -> None:
