@@ -60,7 +60,17 @@ MODULE_MAY_IMPORT: dict[str, set[str]] = {
     "megatron3d.pipeline.measured": {"comm"},
 }
 
-DISTRIBUTED_ROOM, DISTRIBUTED_MODULES = "megatron3d/comm/", {"megatron3d/checkpoint/store.py"}
+# What may be imported inside a function, because few runs need it and its own imports take long: torch's distributed
+# checkpointing 0.8 s, without which a run without --save does; matplotlib 0.5 s, which only --profile-pipeline needs.
+MAY_IMPORT_LATE: dict[str, set[str]] = {
+    "megatron3d.checkpoint.save": {"megatron3d.checkpoint.store"},
+    "megatron3d.checkpoint.load": {"megatron3d.checkpoint.store"},
+    "megatron3d.train.profile": {"megatron3d.pipeline.draw.measured"},
+}
+START_MODULE, SLOW_PACKAGES = "megatron3d.train.loop", ("matplotlib", "torch.distributed.checkpoint")
+
+DISTRIBUTED_ROOM = "megatron3d/comm/"
+DISTRIBUTED_MODULES = {"megatron3d/checkpoint/ranks.py", "megatron3d/checkpoint/store.py"}
 CUDA_MODULE = "megatron3d/comm/device.py"
 ENVIRONMENT_MODULE = "megatron3d/comm/launch.py"
 
@@ -206,7 +216,8 @@ def private_imports(sources: list[Source]) -> list[str]:
 def imports_out_of_place(sources: list[Source]) -> list[str]:
     """Relative imports, and imports inside functions of anything but optional packages.
 
-    The `main` of a script may import late: it answers mistakes in the options before torch is imported.
+    The `main` of a script may import late: it answers mistakes in the options before torch is imported. So may the
+    modules in `MAY_IMPORT_LATE`.
     """
     offenders = []
     for source in sources:
@@ -215,15 +226,35 @@ def imports_out_of_place(sources: list[Source]) -> list[str]:
         for function in source.functions():
             if source.room == "scripts" and function.name == "main":
                 continue
+            may = MAY_IMPORT_LATE.get(source.module, set())
             for node in ast.walk(function):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                always_there = [n for n in names if n.split(".")[0] in _ALWAYS_THERE]
+                always_there = [n for n in names if n.split(".")[0] in _ALWAYS_THERE and n not in may]
                 offenders += [f"{source.path}:{node.lineno}: {n} is imported inside a function" for n in always_there]
     return sorted(set(offenders))
 
 
 _ALWAYS_THERE = {"megatron3d", "megatron3d_kernels", "torch", "numpy"}
+
+
+def slow_imports_at_the_start(sources: list[Source]) -> list[str]:
+    """Packages of SLOW_PACKAGES that a training run imports before its first step."""
+    by_name = {source.module: source for source in sources}
+    todo, reached, offenders = [START_MODULE], {START_MODULE}, []
+    while todo:
+        source = by_name.get(todo.pop())
+        if source is None:
+            continue
+        for node, name in imported_modules(source, set(by_name)):
+            if node not in source.tree.body:
+                continue  # within a function, or for types alone
+            if any(name == slow or name.startswith(slow + ".") for slow in SLOW_PACKAGES):
+                offenders.append(f"{source.path}:{node.lineno}: {name} slows the start of every run")
+            elif name not in reached:
+                reached.add(name)
+                todo.append(name)
+    return offenders
 
 
 def missing_future_annotations(sources: list[Source]) -> list[str]:
@@ -278,7 +309,7 @@ def _named_outside(sources: list[Source], names: tuple[str, ...], allowed: Calla
 
 
 def distributed_outside_comm(sources: list[Source]) -> list[str]:
-    """torch.distributed anywhere but in comm/ and checkpoint/store.py."""
+    """torch.distributed anywhere but in comm/, and checkpoint/ranks.py and checkpoint/store.py."""
     return _named_outside(
         sources, ("torch.distributed",), lambda p: p.startswith(DISTRIBUTED_ROOM) or p in DISTRIBUTED_MODULES
     )

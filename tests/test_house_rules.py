@@ -35,6 +35,9 @@ BAD: dict[Rule, tuple[str, str, str]] = {
         "megatron3d/nn/x.py", "from megatron3d.params.boxes import _in_row\n", "megatron3d.params.boxes._in_row"
     ),
     rules.imports_out_of_place: ("megatron3d/nn/x.py", "def f() -> None:\n    import torch.nn\n", "inside a function"),
+    rules.slow_imports_at_the_start: (
+        "megatron3d/train/loop.py", "from matplotlib.figure import Figure\n", "matplotlib.figure slows the start"
+    ),
     rules.missing_future_annotations: ("megatron3d/nn/x.py", "import torch\n", "megatron3d/nn/x.py"),
     rules.class_names_defined_twice: (
         "megatron3d/nn/a.py", "class Once: ...\n", "megatron3d/nn/a.py and megatron3d/nn/b.py both define Once"

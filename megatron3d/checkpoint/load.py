@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron3d.checkpoint import store
+from megatron3d.checkpoint import ranks
 from megatron3d.checkpoint.index import INDEX_NAME, Index, read_index
 from megatron3d.checkpoint.shard_file import open_shard, read_box
 from megatron3d.errors import CheckpointError, MisfitError
@@ -33,7 +33,7 @@ def load_tensors(
     directory: Path,
     tensors: Mapping[str, ShardView],
     *,
-    group: store.ProcessGroup | None,
+    group: ranks.ProcessGroup | None,
     may_be_left: Callable[[str], bool] = lambda name: True,
     may_be_missing: Callable[[str], bool] = lambda name: False,
 ) -> None:
@@ -56,14 +56,16 @@ def load_tensors(
             or is left over, a file that is missing or damaged; raised on every rank. Buffers may then be filled in
             part.
     """
+    from megatron3d.checkpoint.store import read_tensors  # which takes most of a second
+
     index = agreed_index(directory, group)
     tensors = {name: one for name, one in tensors.items() if name in index.tensors or not may_be_missing(name)}
-    store.on_every_rank(lambda: _check_tensors(directory, index, tensors), group)
+    ranks.on_every_rank(lambda: _check_tensors(directory, index, tensors), group)
     _check_left_over(directory, index, tensors, group, may_be_left)
-    store.read_tensors(directory, tensors, index=index, group=group)
+    read_tensors(directory, tensors, index=index, group=group)
 
 
-def agreed_index(directory: Path, group: store.ProcessGroup | None) -> Index:
+def agreed_index(directory: Path, group: ranks.ProcessGroup | None) -> Index:
     """The index of a checkpoint, once it is sure that all ranks see the same one. Collective over `group`.
 
     The index has checksums of all documents and tensors, so ranks that agree on it read equal bytes or an error.
@@ -71,14 +73,14 @@ def agreed_index(directory: Path, group: store.ProcessGroup | None) -> Index:
     Raises:
         CheckpointError: there is no whole index, or the ranks see different ones; raised on every rank.
     """
-    seen = store.gathered(_sight(directory), group)
+    seen = ranks.gathered(_sight(directory), group)
     if len({digest for digest, _ in seen}) > 1:
         views = "; ".join(f"rank {rank} sees {text}" for rank, (_, text) in enumerate(seen))
         raise CheckpointError(
             f"the ranks do not see the same checkpoint: {views}; nothing was loaded; the directory must lie on a file "
             "system that all nodes share and show the same files to all of them"
         )
-    return store.on_every_rank(lambda: read_index(directory), group)
+    return ranks.on_every_rank(lambda: read_index(directory), group)
 
 
 def _sight(directory: Path) -> tuple[str, str]:
@@ -96,7 +98,7 @@ def _check_left_over(
     directory: Path,
     index: Index,
     tensors: Mapping[str, ShardView],
-    group: store.ProcessGroup | None,
+    group: ranks.ProcessGroup | None,
     may_be_left: Callable[[str], bool],
 ) -> None:
     """Raise on every rank if a stored tensor is asked for by no rank and may not be left."""
@@ -104,7 +106,7 @@ def _check_left_over(
     if not names:
         return
     asked = {number for number, name in enumerate(names) if name in tensors and tensors[name].boxes}
-    held = set().union(*store.gathered(asked, group))
+    held = set().union(*ranks.gathered(asked, group))
     left = [name for number, name in enumerate(names) if number not in held]
     if left:
         more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron3d.checkpoint import publish, store
+from megatron3d.checkpoint import publish, ranks
 from megatron3d.checkpoint.directory import Level, checkpoint_name, verify
 from megatron3d.checkpoint.finite import require_finite
 from megatron3d.errors import StorageError
@@ -21,7 +21,7 @@ def save_checkpoint(
     *,
     documents: Mapping[str, dict[str, Any]],
     keep_last: int | None,
-    group: store.ProcessGroup | None,
+    group: ranks.ProcessGroup | None,
     rank: int,
     world_size: int,
     verify_level: Level = "headers",
@@ -47,6 +47,8 @@ def save_checkpoint(
             temporary directory is gone and the checkpoints before are untouched.
         ValueError, RuntimeError: the boxes of the ranks overlap, leave a gap or disagree.
     """
+    from megatron3d.checkpoint.store import write_tensors  # which takes most of a second
+
     if group is None and world_size != 1:
         raise ValueError(f"{world_size} ranks need a process group to save together")
     final = root / checkpoint_name(step)
@@ -59,11 +61,11 @@ def save_checkpoint(
             for problem in publish.prune(final, keep_last).values() if keep_last is not None else ():
                 warnings.warn(problem, stacklevel=2)
 
-    store.on_every_rank(lambda: require_finite(tensors, step=step, root=root), group)
+    ranks.on_every_rank(lambda: require_finite(tensors, step=step, root=root), group)
     try:
-        store.on_every_rank(lambda: publish.prepare(root, temporary) if rank == 0 else None, group)
-        store.write_tensors(temporary, tensors, step=step, documents=documents, group=group, rank=rank)
-        store.on_every_rank(finish, group)
+        ranks.on_every_rank(lambda: publish.prepare(root, temporary) if rank == 0 else None, group)
+        write_tensors(temporary, tensors, step=step, documents=documents, group=group, rank=rank)
+        ranks.on_every_rank(finish, group)
     except Exception:
         if rank == 0:
             # All ranks have stopped writing: each of the three steps above ends with all of them agreeing.

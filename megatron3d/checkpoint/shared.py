@@ -13,8 +13,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron3d.checkpoint.ranks import ProcessGroup, from_first, gathered, on_every_rank
 from megatron3d.checkpoint.refusals import storage_errors
-from megatron3d.checkpoint.store import ProcessGroup, from_first, gathered, on_every_rank
 from megatron3d.errors import StorageError
 
 _PREFIX = ".tmp-shared-"  # a directory of such a name is removed by the next save, should this process be killed here

@@ -2,8 +2,10 @@
 
 The planners hand DCP the boxes of each rank. For a save it removes boxes that several ranks offer (the least loaded
 rank keeps one), and refuses overlaps; for a load it intersects what a rank wants with what was stored, which is all
-that resharding is. The storage writes one safetensors file for each rank and `index.json` last. The only module of
-this room that communicates; with `group=None` it is one process and needs no process group.
+that resharding is. The storage writes one safetensors file for each rank and `index.json` last. With `group=None` it is
+one process and needs no process group.
+
+DCP takes most of a second to import, so `save` and `load` import this module when they have something to store.
 """
 
 from __future__ import annotations
@@ -12,15 +14,14 @@ import io
 import json
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -49,64 +50,14 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megatron3d.checkpoint.index import INDEX_NAME, Index, StoredBox, StoredFile, StoredTensor, box_key
+from megatron3d.checkpoint.ranks import error_of_rank, waiting_for
 from megatron3d.checkpoint.refusals import storage_errors
 from megatron3d.checkpoint.shard_file import open_shard, read_box, write_shard
-from megatron3d.comm.waiting import Waiting
-from megatron3d.errors import CheckpointError, Megatron3dError
+from megatron3d.errors import CheckpointError
 from megatron3d.params.boxes import Box, ShardView
 from megatron3d.storage.durable import write_file
 
-__all__ = ["ProcessGroup", "from_first", "gathered", "on_every_rank", "read_tensors", "write_tensors"]
-
 T = TypeVar("T")
-
-
-def on_every_rank(action: Callable[[], T], group: ProcessGroup | None) -> T:
-    """Run `action` on every rank; if it fails on any, every rank raises. Collective over `group`.
-
-    Without this agreement the ranks that succeeded would wait in the next collective for one that has left.
-
-    Raises:
-        Exception: whatever `action` raised, on the ranks on which it did.
-        Megatron3dError: on the others, the error of the lowest failing rank, if it was one meant for the user.
-        RuntimeError: on the others, any other error of the lowest failing rank.
-    """
-    failure: Exception | None = None
-    results: list[T] = []
-    try:
-        results.append(action())
-    except Exception as error:
-        failure = error
-    if group is not None:
-        reports: list[Exception | None] = [None] * dist.get_world_size(group)
-        with _waiting("the ranks' agreement on files", group):
-            dist.all_gather_object(reports, _portable(failure), group=group)
-        first = next(((rank, report) for rank, report in enumerate(reports) if report is not None), None)
-        if failure is None and first is not None:
-            raise _from_rank(*first)
-    if failure is not None:
-        raise failure
-    return results[0]
-
-
-def gathered(value: T, group: ProcessGroup | None) -> list[T]:
-    """Every rank's value, in rank order. Collective over `group`."""
-    if group is None:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def from_first(decide: Callable[[], T], group: ProcessGroup | None) -> T:
-    """What `decide` gives on the first rank of `group`, on every rank. Collective.
-
-    Raises:
-        Megatron3dError, RuntimeError: what `decide` raised, as `on_every_rank` does.
-    """
-    is_first = group is None or dist.get_rank(group) == 0
-    decided = on_every_rank(lambda: decide() if is_first else None, group)
-    return cast(T, gathered(decided, group)[0])
 
 
 def write_tensors(
@@ -128,7 +79,7 @@ def write_tensors(
         ValueError, RuntimeError: boxes that overlap, leave a gap or disagree between ranks.
     """
     writer = _Writer(directory, step=step, rank=rank, documents=documents)
-    with _quiet(), _our_errors(group), _waiting("saving", group):
+    with _quiet(), _our_errors(group), waiting_for("saving", group):
         dcp.save(
             dict(tensors),
             storage_writer=writer,
@@ -148,7 +99,7 @@ def read_tensors(
     Raises:
         CheckpointError: a file that is missing or damaged on any rank (raised on all).
     """
-    with _quiet(), _our_errors(group), _waiting("loading", group):
+    with _quiet(), _our_errors(group), waiting_for("loading", group):
         dcp.load(
             dict(tensors),
             storage_reader=_Reader(directory, index),
@@ -427,10 +378,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _waiting(what: str, group: ProcessGroup | None) -> Waiting:
-    return Waiting(what, "world", [] if group is None else dist.get_process_group_ranks(group))
-
-
 @contextmanager
 def _our_errors(group: ProcessGroup | None) -> Iterator[None]:
     # DCP has gathered the failures of all ranks, so every rank raises the same one here.
@@ -441,15 +388,4 @@ def _our_errors(group: ProcessGroup | None) -> Iterator[None]:
         cause = error.failures[rank][0]
         if group is None:
             raise cause from None
-        raise _from_rank(rank, cause) from cause
-
-
-def _portable(failure: Exception | None) -> Exception | None:
-    # What travels must survive pickling, which only our own errors promise.
-    return failure if failure is None or isinstance(failure, Megatron3dError) else RuntimeError(repr(failure))
-
-
-def _from_rank(rank: int, cause: BaseException) -> Exception:
-    if isinstance(cause, Megatron3dError):
-        return type(cause)(f"rank {rank}: {cause}")
-    return RuntimeError(f"rank {rank} failed in a checkpoint: {cause!r}")
+        raise error_of_rank(rank, cause) from cause

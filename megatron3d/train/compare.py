@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron3d.checkpoint.index import read_index
 from megatron3d.checkpoint.load import read_document
-from megatron3d.checkpoint.store import ProcessGroup, on_every_rank
+from megatron3d.checkpoint.ranks import ProcessGroup, on_every_rank
 from megatron3d.comm.agree import require_agreement
 from megatron3d.config.resume import Difference, Effect, differences
 from megatron3d.config.run import RunConfig

@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron3d.checkpoint.directory import HeldDirectory, hold_directory
+from megatron3d.checkpoint.ranks import on_every_rank
 from megatron3d.checkpoint.shared import require_shared
-from megatron3d.checkpoint.store import on_every_rank
 from megatron3d.comm.mesh import Mesh
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from megatron3d.comm.device import Clock
 from megatron3d.errors import StorageError
-from megatron3d.pipeline.draw.measured import write_profile
 from megatron3d.pipeline.measured import PipelineRecorder
 from megatron3d.train.setup import TrainingSetup
 
@@ -24,6 +23,8 @@ def write_recorded(parts: TrainingSetup, recorder: PipelineRecorder, step: int) 
 
     The first pipeline of the run stands for all. All ranks must come here.
     """
+    from megatron3d.pipeline.draw.measured import write_profile  # matplotlib takes half a second
+
     measured = recorder.gather()
     folder = parts.config.train.profile_pipeline
     if parts.mesh.rank != 0 or folder is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron3d.checkpoint import publish
 from megatron3d.checkpoint.directory import list_checkpoints, step_of
-from megatron3d.checkpoint.store import on_every_rank
+from megatron3d.checkpoint.ranks import on_every_rank
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.sections.checkpoint import CheckpointConfig
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron3d.checkpoint.load import agreed_index, load_tensors, read_document
+from megatron3d.checkpoint.ranks import from_first, gathered, on_every_rank
 from megatron3d.checkpoint.save import save_checkpoint
-from megatron3d.checkpoint.store import from_first, gathered, on_every_rank
 from megatron3d.config.batch_size import iterations_for_samples
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig

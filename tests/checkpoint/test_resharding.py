@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron3d.checkpoint import store
 from megatron3d.checkpoint.directory import latest_checkpoint, verify
 from megatron3d.checkpoint.index import read_index
 from megatron3d.checkpoint.load import assemble, load_tensors
@@ -90,14 +90,14 @@ def save_body(rank: int, world_size: int, root: str, layout: SmallLayout) -> Non
         del tensors["model/scale"]  # A rank may also leave out what others hold.
     save_checkpoint(
         Path(root), 20, tensors, documents={"state": {"step": 20}}, keep_last=None,
-        group=store.dist.group.WORLD, rank=rank, world_size=world_size,
+        group=dist.group.WORLD, rank=rank, world_size=world_size,
     )  # fmt: skip
 
 
 def load_body(rank: int, world_size: int, root: str, layout: SmallLayout) -> list[str]:
     """Load into `layout` with real processes; names that came out wrong."""
     held = views(layout, rank, filled=False) | views(layout, rank, filled=False, prefix="exp_avg/")
-    group = store.dist.group.WORLD if world_size > 1 else None
+    group = dist.group.WORLD if world_size > 1 else None
     load_tensors(latest_checkpoint(Path(root)), held, group=group)
     return wrong(held)
 
@@ -140,7 +140,7 @@ def overlapping_body(rank: int, world_size: int, root: str, boxes: list[Box], sh
     with pytest.raises(RuntimeError) as refusal:
         save_checkpoint(
             Path(root), 1, {"model/w": view}, documents={}, keep_last=None,
-            group=store.dist.group.WORLD, rank=rank, world_size=world_size,
+            group=dist.group.WORLD, rank=rank, world_size=world_size,
         )  # fmt: skip
     return str(refusal.value)
 

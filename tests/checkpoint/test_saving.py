@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron3d.checkpoint import publish, shard_file, store
 from megatron3d.checkpoint.directory import latest_checkpoint, list_checkpoints, step_of, verify
@@ -199,7 +200,7 @@ def failing_body(rank: int, world_size: int, root: str, place: str) -> str:
             views(SmallLayout(tp=1, dp=2), rank, filled=True),
             documents={"state": {}},
             keep_last=None,
-            group=store.dist.group.WORLD,
+            group=dist.group.WORLD,
             rank=rank,
             world_size=world_size,
         )
@@ -229,7 +230,7 @@ def elsewhere_body(rank: int, world_size: int, roots: list[str]) -> str:
             tensors,
             documents={},
             keep_last=None,
-            group=store.dist.group.WORLD,
+            group=dist.group.WORLD,
             rank=rank,
             world_size=world_size,
         )

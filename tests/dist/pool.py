@@ -33,9 +33,17 @@ WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # Eight ranks on two cores: more threads only get in each other's way.
     "GLOO_SOCKET_IFNAME": "lo",  # A machine whose own name does not resolve still has a loopback device.
 }
-# Imported once, before workers are forked. torch imports torch._dynamo, which takes a second, with a process's first
-# optimizer.
-WORKER_IMPORTS = ("torch", "torch._dynamo", "megatron3d.train.loop", "megatron3d.train.settle", "pytest")
+# Imported once, before workers are forked: what a run imports late is here too. torch imports torch._dynamo, which
+# takes a second, with a process's first optimizer.
+WORKER_IMPORTS = (
+    "torch",
+    "torch._dynamo",
+    "megatron3d.checkpoint.store",
+    "megatron3d.pipeline.draw.measured",
+    "megatron3d.train.loop",
+    "megatron3d.train.settle",
+    "pytest",
+)
 GRACE_S = 0.1  # How long the other ranks get, after one has failed, to say that they failed too.
 FINISH_TIMEOUT_S = 30.0
 STACK_TIMEOUT_S = 30.0

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron3d.checkpoint.directory import find_checkpoint, was_saved_to
 from megatron3d.checkpoint.index import read_index
 from megatron3d.checkpoint.load import read_document
-from megatron3d.checkpoint.store import ProcessGroup, from_first
+from megatron3d.checkpoint.ranks import ProcessGroup, from_first
 from megatron3d.errors import MisfitError
 from megatron3d.tasks.glue.metrics import mean_of
 from megatron3d.tasks.glue.tasks import Task

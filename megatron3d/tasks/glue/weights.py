@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron3d.checkpoint.directory import find_checkpoint, was_saved_to
 from megatron3d.checkpoint.index import read_index
 from megatron3d.checkpoint.load import load_tensors, tensor_shapes
+from megatron3d.checkpoint.ranks import on_every_rank
 from megatron3d.checkpoint.save import save_checkpoint
-from megatron3d.checkpoint.store import on_every_rank
 from megatron3d.comm.mesh import Mesh
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import ModelConfig
