@@ -21,7 +21,7 @@ from megatron3d.config.files import FileSettings, read_config_file
 from megatron3d.config.foreign.deepspeed_file import DeepSpeedFile, read_deepspeed_file
 from megatron3d.config.foreign.deepspeed_keys import OPTIONS_OF_DEEPSPEED
 from megatron3d.config.foreign.flags import Verdict, contradictions, judge
-from megatron3d.config.foreign.forks import zero_bubble_settings
+from megatron3d.config.foreign.zero_bubble import zero_bubble_settings
 from megatron3d.config.help_text import help_text, metavar
 from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, Option, Settings, given_run
 from megatron3d.config.presets import PRESETS

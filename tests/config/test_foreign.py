@@ -11,8 +11,7 @@ from megatron3d.config.check import check
 from megatron3d.config.cli import read_command, settle
 from megatron3d.config.command_line import GivenFlag, split_command_line
 from megatron3d.config.foreign.flags import contradictions, judge, option_meant
-from megatron3d.config.foreign.forks import FORK_ACCEPTED, FORK_REFUSED, FORK_SYNONYMS, fork_accepted, fork_refused
-from megatron3d.config.foreign.megatron import MEGATRON
+from megatron3d.config.foreign.megatron import MEGATRON, TABLES
 from megatron3d.config.foreign.names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
 from megatron3d.config.options import BY_SPELLING
 from megatron3d.config.run import DraftRun, GivenRun
@@ -99,18 +98,18 @@ def test_the_tables_of_names_lead_to_flags_that_exist_and_hide_none() -> None:
     names = [*OPTION_BY_FOREIGN_NAME, *ADVICE_BY_FOREIGN_NAME]
     assert len(names) == len(set(names))
     assert not set(names) & {plain_name(flag) for flag in known}
-    refused_by_name = {flag for row in MEGATRON.refused for flag in row.flags}
+    refused_by_name = {flag for table in TABLES for row in table.refused for flag in row.flags}
     for flag in (f"--{name}" for name in names):
-        assert MEGATRON.reason_and_arity(flag) is None, flag
-        assert fork_accepted(flag) is None and fork_refused(flag) is None, flag
+        assert all(table.reason_and_arity(flag) is None for table in TABLES), flag
         assert flag not in refused_by_name
 
 
 def test_each_flag_of_the_forks_has_one_fate() -> None:
-    listed = [name.rstrip("=") for _, names in FORK_ACCEPTED for name in names.split()]
-    listed += [name for _, names in FORK_REFUSED for name in names.split()]
-    listed += list(FORK_SYNONYMS)
-    assert len(listed) == len(set(listed))
+    forks = TABLES[1:]
+    listed = [flag for fork in forks for row in fork.accepted for flag in (*row.switches, *row.valued, *row.lists)]
+    listed += [flag for fork in forks for row in fork.refused for flag in (*row.flags, *row.prefixes)]
+    listed += [flag for fork in forks for flag in fork.synonyms]
+    assert len(listed) == len(set(listed)) > 90
     for flag in listed:
         assert flag not in BY_SPELLING and flag not in MEGATRON.synonyms, flag
         assert MEGATRON.reason_and_arity(flag) is None and MEGATRON.instead_of(flag) is None, flag

@@ -1,4 +1,4 @@
-"""Every flag of Megatron-LM that is accepted is one whose effect nobody counts on, and its line says the truth."""
+"""Flags of Megatron-LM and its forks that are accepted are those that nobody counts on, and their lines are true."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import pytest
 
 from megatron3d.config.check import check
 from megatron3d.config.cli import parse_args
-from megatron3d.config.foreign.flag_table import Accepted, read_flag_table
-from megatron3d.config.foreign.megatron import MEGATRON
+from megatron3d.config.foreign.flag_table import Accepted, FlagTable, read_flag_table
+from megatron3d.config.foreign.flags import OWN_FLAGS
+from megatron3d.config.foreign.megatron import MEGATRON, MEGATRON_DEEPSPEED, TABLES, ZERO_BUBBLE
+from megatron3d.config.foreign.names import OPTION_BY_FOREIGN_NAME, plain_name
+from megatron3d.config.foreign.zero_bubble import ZERO_BUBBLE_SWITCHES, ZERO_BUBBLE_VALUED
 from megatron3d.config.options import BY_SPELLING
 from megatron3d.errors import ConfigError
 
@@ -31,6 +34,7 @@ LOSES_NOTHING = {
     "--accumulate-allreduce-grads-in-fp32": "done",
     "--fp32-allreduce": "done",
     "--verify-integrity": "done",
+    "--enable-optimizer-post-validation": "how",  # gradients are clipped before the update, by the norm of all ranks
     "--dist-ckpt-strictness": "done",
     "--no-ckpt-load-validate-sharding-integrity": "done",  # asks for less than is done
     "--disable-ckpt-load-validate-sharding-integrity": "done",
@@ -44,7 +48,8 @@ LOSES_NOTHING = {
     "--disable-log-loss-scale-to-tensorboard": "report",
     "--one-logger-entity": "report",  # of a service to which nothing is sent
 }
-ROWS = {flag: row for row in MEGATRON.accepted for flag in (*row.switches, *row.valued, *row.lists)}
+ACCEPTED = [row for table in TABLES for row in table.accepted]
+ROWS = {flag: row for row in ACCEPTED for flag in (*row.switches, *row.valued, *row.lists)}
 
 THEIRS = Path(__file__).with_name("megatron_lm_flags.txt").read_text().splitlines()
 
@@ -95,6 +100,28 @@ def test_every_flag_of_the_version_that_the_table_follows_is_an_option_or_has_a_
     assert [flag for flag in without_row if not MEGATRON.instead_of(flag)] == []
 
 
+@pytest.mark.parametrize(
+    ("table", "file", "title"),
+    [
+        (MEGATRON_DEEPSPEED, "megatron_deepspeed_flags.txt", "Megatron-DeepSpeed"),
+        (ZERO_BUBBLE, "zero_bubble_flags.txt", "the zero-bubble fork"),
+    ],
+)
+def test_every_flag_that_a_fork_added_is_an_option_or_has_a_row(table: FlagTable, file: str, title: str) -> None:
+    source = table.source
+    first, *flags = Path(__file__).with_name(file).read_text().splitlines()
+    assert first == f"# Flags of {title} that Megatron-LM's list lacks, commit {source.commit} ({source.date})."
+    assert len(flags) > 20
+    known = {*BY_SPELLING, *(flag for one in TABLES for flag in one.synonyms)}
+    known |= {"--remote-device", *ZERO_BUBBLE_SWITCHES, *ZERO_BUBBLE_VALUED}  # read with their values
+    without_row = [
+        flag
+        for flag in flags
+        if flag not in known and not any(one.reason_and_arity(flag) or one.instead_of(flag) for one in TABLES)
+    ]
+    assert [flag for flag in without_row if plain_name(flag) not in OPTION_BY_FOREIGN_NAME] == []
+
+
 def test_a_table_is_read_with_the_number_of_values_of_each_flag(tmp_path: Path) -> None:
     (file := tmp_path / "flags.toml").write_text(TABLE)
     table = read_flag_table(file)
@@ -117,8 +144,17 @@ def test_a_table_is_read_with_the_number_of_values_of_each_flag(tmp_path: Path) 
         ('"how"', '"so"', "kind 'so' of 'it is done in another way' is not one of how, done, report"),
         ('["--one"]', '["--other"]', "--other is listed 2 times"),
         ('["--one"]', '["--one --two"]', "'--one --two' is not a flag"),
+        (
+            "instead =",
+            "only_with_experts = 1\ninstead =",
+            "only_with_experts = 1 does not belong into a row of refused",
+        ),
         ("switches =", "switch =", "switch = ['--one'] does not belong into a row of accepted"),
-        ("[harmless_values]", "[harmless]", "its parts are accepted, harmless, refused"),
+        (
+            "[harmless_values]",
+            "[harmless]",
+            "its parts are accepted, harmless, refused, source",
+        ),
     ],
 )
 def test_a_broken_table_is_refused_with_what_is_wrong(tmp_path: Path, right: str, wrong: str, problem: str) -> None:
@@ -133,10 +169,10 @@ def test_no_reason_is_stated_for_a_flag_that_is_gone() -> None:
     assert LOSES_NOTHING.keys() <= ROWS.keys()
 
 
-@pytest.mark.parametrize("row", MEGATRON.accepted, ids=lambda row: row.reason[:40])
+@pytest.mark.parametrize("row", ACCEPTED, ids=lambda row: row.reason[:40])
 def test_options_that_a_sentence_names_exist(row: Accepted) -> None:
     named = [word.rstrip(".,;)") for word in row.reason.split() if word.startswith("--")]
-    assert [word for word in named if word not in BY_SPELLING] == []
+    assert [word for word in named if word not in (*BY_SPELLING, *OWN_FLAGS)] == []
 
 
 def test_the_special_tokens_of_preprocessing_are_accepted_in_training() -> None:

@@ -45,11 +45,19 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Refused:
-    """Flags of a feature that is not here: exact names, and how the names of a family begin."""
+    """Flags of a feature that is not here: exact names, and how the names of a family begin.
+
+    `only_with_experts`: they concern mixtures of experts alone, so they are without effect in a dense model.
+    """
 
     instead: str
     flags: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
+    only_with_experts: bool = False
+
+    def lists(self, flag: str) -> bool:
+        """Whether the row is about a flag."""
+        return flag in self.flags or flag.startswith(self.prefixes)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class FlagTable:
     Attributes:
         source: the version that the rows follow.
         synonyms: flag -> options of ours that it sets; later flags win over earlier ones.
-        harmless_values: refused flag -> the value at which it asks for what is done anyway.
+        harmless_values: flag -> the value at which it asks for what is done anyway.
         accepted: flags that are accepted with a line.
         refused: flags that are refused with what to use instead.
     """
@@ -81,9 +89,13 @@ class FlagTable:
     def instead_of(self, flag: str) -> str | None:
         """What to use instead of a flag whose feature is not here, or None if the flag is not such a one."""
         for row in self.refused:
-            if flag in row.flags or flag.startswith(row.prefixes):
+            if row.lists(flag):
                 return row.instead
         return None
+
+    def needs_experts(self, flag: str) -> bool:
+        """Whether a refused flag is without effect in a dense model."""
+        return any(row.only_with_experts and row.lists(flag) for row in self.refused)
 
 
 def read_flag_table(path: Path) -> FlagTable:
@@ -98,10 +110,10 @@ def read_flag_table(path: Path) -> FlagTable:
         raise ValueError(f"{path.name} cannot be used: {'; '.join(problems)}.")
     return FlagTable(
         UpstreamVersion(**parsed["source"]),
-        MappingProxyType({row["flag"]: _options(row["sets"]) for row in parsed["synonym"]}),
-        MappingProxyType(parsed["harmless_values"]),
-        tuple(Accepted(**_with_tuples(row)) for row in parsed["accepted"]),
-        tuple(Refused(**_with_tuples(row)) for row in parsed["refused"]),
+        MappingProxyType({row["flag"]: _options(row["sets"]) for row in _rows(parsed, "synonym")}),
+        MappingProxyType(parsed.get("harmless_values", {})),
+        tuple(Accepted(**_with_tuples(row)) for row in _rows(parsed, "accepted")),
+        tuple(Refused(**_with_tuples(row)) for row in _rows(parsed, "refused")),
     )
 
 
@@ -118,55 +130,60 @@ def _with_tuples(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
 
 
-# Fields of a row of each part of the file, with their types; those with a list of flags may be left out.
-_TEXTS: Mapping[str, Mapping[str, type]] = {
+# Fields that a row of each part of the file must have, with their types.
+_REQUIRED: Mapping[str, Mapping[str, type]] = {
     "source": {"repository": str, "file": str, "version": str, "commit": str, "date": datetime.date},
     "synonym": {"flag": str, "sets": dict},
     "accepted": {"kind": str, "reason": str},
     "refused": {"instead": str},
 }
+# Lists of flags that it may have.
 _FLAG_LISTS: Mapping[str, tuple[str, ...]] = {
     "accepted": ("switches", "valued", "lists"),
     "refused": ("flags", "prefixes"),
 }
+_SWITCHES: Mapping[str, tuple[str, ...]] = {"refused": ("only_with_experts",)}
 
 
 def _problems(parsed: Mapping[str, Any]) -> Iterator[str]:
-    parts = {*_TEXTS, "harmless_values"}
-    if parsed.keys() != parts:
-        yield f"its parts are {', '.join(sorted(parsed))} and must be {', '.join(sorted(parts))}"
+    parts = {*_REQUIRED, "harmless_values"}
+    if "source" not in parsed or not parsed.keys() <= parts:
+        yield f"its parts are {', '.join(sorted(parsed))} and must be source and some of {', '.join(sorted(parts))}"
         return
-    shapes = [problem for part in _TEXTS for row in _rows(parsed, part) for problem in _problems_of_row(part, row)]
+    shapes = [problem for part in _REQUIRED for row in _rows(parsed, part) for problem in _problems_of_row(part, row)]
     yield from shapes
     if shapes:
         return
-    for row in parsed["accepted"]:
+    for row in _rows(parsed, "accepted"):
         if row["kind"] not in get_args(Kind):
             yield f"kind {row['kind']!r} of {row['reason']!r} is not one of {', '.join(get_args(Kind))}"
-    for row in parsed["synonym"]:
+    for row in _rows(parsed, "synonym"):
         yield from _problems_of_synonym(row["flag"], row["sets"])
-    flags = [*_listed(parsed), *(row["flag"] for row in parsed["synonym"])]
+    flags = [*_listed(parsed), *(row["flag"] for row in _rows(parsed, "synonym"))]
     for flag, count in Counter(flags).items():
         if count > 1:
             yield f"{flag} is listed {count} times"
-    for flag in (*flags, *parsed["harmless_values"]):
+    for flag in (*flags, *parsed.get("harmless_values", ())):
         if not flag.startswith("--") or len(flag.split()) != 1:
             yield f"{flag!r} is not a flag, which is one word and begins with two hyphens"
 
 
 def _rows(parsed: Mapping[str, Any], part: str) -> Iterable[Mapping[str, Any]]:
-    return parsed[part] if isinstance(parsed[part], list) else [parsed[part]]
+    rows = parsed.get(part, [])
+    return rows if isinstance(rows, list) else [rows]
 
 
 def _problems_of_row(part: str, row: Mapping[str, Any]) -> Iterator[str]:
-    texts, lists = _TEXTS[part], _FLAG_LISTS.get(part, ())
-    for name in sorted({*texts} - {*row}):
+    required, lists, switches = _REQUIRED[part], _FLAG_LISTS.get(part, ()), _SWITCHES.get(part, ())
+    for name in sorted({*required} - {*row}):
         yield f"a row of {part} has no {name}: {dict(row)}"
     for name, value in row.items():
         if name in lists:
             is_right = isinstance(value, list) and all(isinstance(flag, str) for flag in value)
+        elif name in switches:
+            is_right = isinstance(value, bool)
         else:
-            is_right = name in texts and isinstance(value, texts[name])
+            is_right = name in required and isinstance(value, required[name])
         if not is_right:
             yield f"{name} = {value!r} does not belong into a row of {part}"
 
@@ -185,6 +202,6 @@ def _problems_of_synonym(flag: str, sets: Mapping[str, Any]) -> Iterator[str]:
 
 def _listed(parsed: Mapping[str, Any]) -> Iterator[str]:
     for part, lists in _FLAG_LISTS.items():
-        for row in parsed[part]:
+        for row in _rows(parsed, part):
             for name in lists:
                 yield from row.get(name, ())

@@ -1,7 +1,7 @@
 """The fate of words that are no option of ours: what they set, what is reported, and which are mistakes.
 
-A flag of Megatron-LM or one of its forks has its fate in a table (`megatron_flags.toml`, `forks.py`). Any other word
-is unknown; the hint at it comes from the names of other frameworks (`names.py`) or a near-identical spelling.
+A flag of Megatron-LM or one of its forks has its fate in a table (see `megatron.py`). Any other word is unknown; the
+hint at it comes from the names of other frameworks (`names.py`) or a near-identical spelling.
 """
 
 from __future__ import annotations
@@ -13,25 +13,18 @@ from typing import Any
 
 from megatron3d.config.command_line import GivenFlag, stray_sentence
 from megatron3d.config.derive import TOKENIZER_ALIASES
-from megatron3d.config.foreign.forks import (
-    FORK_ACCEPTED,
-    FORK_EXPERT_FLAGS,
-    FORK_HARMLESS_VALUES,
-    FORK_SYNONYMS,
-    ZERO_BUBBLE_SWITCHES,
-    ZERO_BUBBLE_VALUED,
-    fork_accepted,
-    fork_refused,
-)
-from megatron3d.config.foreign.megatron import MEGATRON
+from megatron3d.config.foreign.megatron import TABLES
 from megatron3d.config.foreign.names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
+from megatron3d.config.foreign.zero_bubble import ZERO_BUBBLE_SWITCHES, ZERO_BUBBLE_VALUED
 from megatron3d.config.options import BY_KEY, BY_SPELLING, Settings
 
 # Flags of this program that are no option of a run.
 OWN_FLAGS = ("--config", "--preset", "--deepspeed_config", "--deepspeed-config", "--help")
 
-_ALL_SYNONYMS: Mapping[str, Mapping[tuple[str, str], Any]] = {**MEGATRON.synonyms, **FORK_SYNONYMS}
-_ALL_HARMLESS = {**MEGATRON.harmless_values, **FORK_HARMLESS_VALUES, "--num-experts": "1", "--remote-device": "none"}
+_ALL_SYNONYMS: Mapping[str, Mapping[tuple[str, str], Any]] = {
+    flag: sets for table in TABLES for flag, sets in table.synonyms.items()
+}
+_ALL_HARMLESS: Mapping[str, str] = {flag: value for table in TABLES for flag, value in table.harmless_values.items()}
 
 # Flags whose value an option of ours takes: the value's key, and what else the flag sets.
 _VALUED_SYNONYMS: Mapping[str, tuple[tuple[str, str], Mapping[tuple[str, str], Any]]] = {
@@ -111,10 +104,8 @@ def option_meant(flag: str) -> str | None:
 
 def _known_flags() -> Iterable[str]:
     """Every flag that can be given, ours last, so that of two equal names ours is the one suggested."""
-    for row in MEGATRON.accepted:
+    for row in (row for table in TABLES for row in table.accepted):
         yield from (*row.switches, *row.valued, *row.lists)
-    for _, names in FORK_ACCEPTED:
-        yield from (name.rstrip("=") for name in names.split())
     yield from (*_ALL_SYNONYMS, *_VALUED_SYNONYMS, *ZERO_BUBBLE_SWITCHES, *ZERO_BUBBLE_VALUED, *OWN_FLAGS, *BY_SPELLING)
 
 
@@ -137,7 +128,7 @@ def _judge_valued(flag: GivenFlag, verdict: Verdict) -> None:
 
 
 def _judge_other(flag: GivenFlag, verdict: Verdict, is_dense: bool) -> None:
-    without_effect = MEGATRON.reason_and_arity(flag.name) or fork_accepted(flag.name)
+    without_effect = next(filter(None, (table.reason_and_arity(flag.name) for table in TABLES)), None)
     if without_effect is not None:
         reason, arity = without_effect
         own_values = flag.values if arity == "*" else flag.values[: int(arity)]
@@ -145,7 +136,7 @@ def _judge_other(flag: GivenFlag, verdict: Verdict, is_dense: bool) -> None:
         verdict.lines.append(f"{' '.join((flag.name, *own_values))} is accepted without effect: {reason}.")
     elif _is_harmless(flag):
         verdict.lines.append(f"{flag.text} is accepted without effect: it asks for what is done anyway.")
-    elif is_dense and (flag.name.startswith("--moe-") or flag.name in FORK_EXPERT_FLAGS.split()):
+    elif is_dense and any(table.needs_experts(flag.name) for table in TABLES):
         verdict.lines.append(f"{flag.text} is accepted without effect: --num-experts 1 is a dense model.")
     else:
         _refuse(flag, verdict)
@@ -156,7 +147,8 @@ def _is_harmless(flag: GivenFlag) -> bool:
 
 
 def _refuse(flag: GivenFlag, verdict: Verdict) -> None:
-    instead, name = MEGATRON.instead_of(flag.name) or fork_refused(flag.name), plain_name(flag.name)
+    instead = next(filter(None, (table.instead_of(flag.name) for table in TABLES)), None)
+    name = plain_name(flag.name)
     # A name of another framework may begin like a family of Megatron-LM's flags: --block-size, and --block-data-path.
     is_elsewhere = name in OPTION_BY_FOREIGN_NAME or name in ADVICE_BY_FOREIGN_NAME
     if instead is not None and not is_elsewhere:
