@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron3d.config.derive import complete, derive
+from megatron3d.config.derive import complete, derive, what_was_given
 from megatron3d.config.rules.bounds import single_option_problems, with_defaults_where_wrong, wrong_options
 from megatron3d.config.rules.doubt import NO_DOUBT, Doubt
 from megatron3d.config.rules.model import model_and_layout_problems
@@ -88,10 +88,5 @@ def with_vocab_size(config: DraftRun, vocab_size: int) -> RunConfig:
         raise ConfigError(
             f"--eod-token {eod} is not in the vocabulary of {settled} ids; use an id from 0 to {settled - 1}."
         )
-    return complete(
-        replace(
-            config,
-            model=replace(config.model, vocab_size=settled),
-            data=replace(config.data, eod_token=eod),
-        )
-    )
+    draft = replace(config, model=replace(config.model, vocab_size=settled), data=replace(config.data, eod_token=eod))
+    return complete(replace(draft, as_given=what_was_given(config, draft)))

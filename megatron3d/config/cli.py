@@ -16,20 +16,20 @@ from megatron3d.config.architectures import traits_of
 from megatron3d.config.check import check
 from megatron3d.config.checkpoint_args import with_checkpoint_args
 from megatron3d.config.command_line import GivenFlag, split_command_line, stray_sentence
-from megatron3d.config.derive import TOKENIZER_ALIASES, derive
+from megatron3d.config.derive import derive
 from megatron3d.config.files import FileSettings, read_config_file
 from megatron3d.config.foreign.deepspeed_file import DeepSpeedFile, read_deepspeed_file
 from megatron3d.config.foreign.deepspeed_keys import OPTIONS_OF_DEEPSPEED
 from megatron3d.config.foreign.flags import Verdict, contradictions, judge
 from megatron3d.config.foreign.zero_bubble import zero_bubble_settings
 from megatron3d.config.help_text import help_text, metavar
+from megatron3d.config.layers import layered
 from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, Option, Settings, given_run
 from megatron3d.config.presets import PRESETS
 from megatron3d.config.rules.doubt import NO_DOUBT, Doubt
 from megatron3d.config.run import DraftRun, GivenRun
 from megatron3d.errors import CheckpointError, ConfigError
 
-_TOKENIZER_FILES = (("data", "vocab_file"), ("data", "merge_file"), ("data", "tokenizer_model"))
 _FILE_FLAGS = {
     "--config": "config",
     "--preset": "preset",
@@ -127,10 +127,11 @@ def read_command(
     engine_file = read_deepspeed_file(found.files["deepspeed_config"]) if "deepspeed_config" in found.files else None
     by_flag, by_file = judge(found.foreign), judge(config_file.foreign)
     settings: dict[tuple[str, str], Any] = {("model", "architecture"): architecture}
-    settings.update(_preset_settings(found.files.get("preset") or config_file.preset, found.problems))
-    of_file, of_flags = {**by_file.settings, **config_file.settings}, by_flag.settings | found.settings
-    settings.update(_without_other_tokenizer(of_file, of_flags))
-    settings.update(of_flags)
+    of_preset = _preset_settings(found.files.get("preset") or config_file.preset, found.problems)
+    if not config_file.is_whole:
+        settings.update(of_preset)
+    settings = layered(settings, {**by_file.settings, **config_file.settings})
+    settings = layered(settings, by_flag.settings | found.settings)
     lines = _judged(found, by_flag, by_file, config_file)
     if engine_file is not None:
         path = found.files["deepspeed_config"]
@@ -159,17 +160,6 @@ def _known_architecture(settings: Settings, by_default: str, found: _SortedFlags
         found.unread.add("architecture")
         return by_default
     return asked
-
-
-def _without_other_tokenizer(of_file: Settings, of_flags: Settings) -> Settings:
-    """The settings of a config file without the files of its tokenizer, where the flags name one of another kind, or
-    another directory that describes one."""
-    key = ("data", "tokenizer_type")
-    kinds = {TOKENIZER_ALIASES.get(one[key], one[key]) for one in (of_file, of_flags) if one.get(key) is not None}
-    is_other_directory = kinds == {"HuggingFaceTokenizer"} and ("data", "tokenizer_model") in of_flags
-    if len(kinds) < 2 and not is_other_directory:
-        return of_file
-    return {name: value for name, value in of_file.items() if name not in _TOKENIZER_FILES}
 
 
 def _to_stderr(line: str) -> None:
@@ -237,7 +227,7 @@ def _config_file(found: _SortedFlags) -> FileSettings:
     if "config" not in found.files:
         return FileSettings({}, None, (), ())
     try:
-        return read_config_file(found.files["config"])
+        return read_config_file(found.files["config"], found.settings)
     except ConfigError as error:
         return FileSettings({}, None, (), (str(error),), is_read=False)
 

@@ -5,10 +5,12 @@ Nothing here judges: where values do not fit together the result is of no use, a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from megatron3d.config.batch_size import iterations_for_samples, parse_step_schedule, samples_for_iterations
+from megatron3d.config.options import GIVEN
 from megatron3d.config.run import DraftRun, GivenRun, RunConfig
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import GATED_ACTIVATIONS, GivenModel, ModelConfig
@@ -27,7 +29,7 @@ def derive(given: GivenRun, world_size: int) -> DraftRun:
     """The run on `world_size` ranks with all derivable values filled in; what cannot be derived stays None."""
     parallel = _derive_pipeline(_derive_parallel(given.parallel, world_size), given.model.num_layers)
     train = _derive_train(given.train, given.model.seq_length, parallel.data_parallel_size)
-    return DraftRun(
+    draft = DraftRun(
         model=derive_model(given.model),
         parallel=parallel,
         train=train,
@@ -35,6 +37,19 @@ def derive(given: GivenRun, world_size: int) -> DraftRun:
         data=_derive_data(given.data),
         checkpoint=given.checkpoint,
     )
+    return replace(draft, as_given=what_was_given(given, draft))
+
+
+def what_was_given(before: GivenRun, after: DraftRun) -> Mapping[tuple[str, str], Any]:
+    """`DraftRun.as_given` of a run whose values were derived from those of the one before, which may be a draft too."""
+    earlier = before.as_given if isinstance(before, DraftRun) else {}
+    changed = {
+        (section, one.name): was
+        for section, kind in GIVEN.items()
+        for one in fields(kind)
+        if (was := vars(vars(before)[section])[one.name]) != vars(vars(after)[section])[one.name]
+    }
+    return {**changed, **earlier}
 
 
 def complete(draft: DraftRun) -> RunConfig:
@@ -49,6 +64,7 @@ def complete(draft: DraftRun) -> RunConfig:
         data=draft.data,
         train=_narrowed(draft.train, TrainConfig),
         checkpoint=draft.checkpoint,
+        as_given=draft.as_given,
     )
 
 

@@ -2,19 +2,21 @@
 
 Keys are field names (`num_layers`) or flag names (`num-layers`, `--num-layers`), flat or inside tables named after
 the sections (`[model]`). A null value means the default. `run.json` of an earlier run is such a file, so
-`--config CHECKPOINT/run.json` repeats a run: values that are derived are left out and derived again.
+`--config CHECKPOINT/run.json` repeats a run: values that were derived are derived again (`as_given.py`).
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron3d.config.as_given import edits, ranks_of_stored_run, with_given_values, without_derived
 from megatron3d.config.command_line import GivenFlag
 from megatron3d.config.options import BY_NAME, BY_SPELLING, DERIVED_NAMES, SECTIONS, Option
+from megatron3d.config.serialize import AS_GIVEN
 from megatron3d.errors import ConfigError
 from megatron3d.files.json_text import parse_object
 from megatron3d.files.text import read_text
@@ -26,7 +28,7 @@ class FileSettings:
 
     `foreign` are its keys that are no option of ours, as flags, with their values as words; a key that is false is
     left out, as a switch is. `unread` names options with a value that cannot be used; `is_read` is false where the
-    file could not be read at all.
+    file could not be read at all. `is_whole` is true of a `run.json`, which leaves nothing to a preset.
     """
 
     settings: Mapping[tuple[str, str], Any]
@@ -35,19 +37,36 @@ class FileSettings:
     problems: tuple[str, ...]
     unread: frozenset[str] = frozenset()
     is_read: bool = True
+    is_whole: bool = False
 
 
-def read_config_file(path: str) -> FileSettings:
-    """The settings of a JSON or TOML file.
+def read_config_file(path: str, flags: Iterable[tuple[str, str]] = ()) -> FileSettings:
+    """The settings of a JSON or TOML file; `flags` are the options that will override it.
 
     Raises: ConfigError if the file is missing, is neither `.json` nor `.toml`, or cannot be parsed.
     """
+    parsed = _parsed(Path(path))
+    ranks = ranks_of_stored_run(parsed)
+    if ranks is None:
+        return _read(path, parsed)
+    if AS_GIVEN not in parsed:
+        found = _read(path, parsed)
+        return replace(found, settings=without_derived(found.settings, ranks, flags), is_whole=True)
+    try:
+        found = _read(path, with_given_values(parsed))
+    except ConfigError as error:
+        raise ConfigError(f"--config {path} is damaged: {error}.") from error
+    problems = (*found.problems, *(f"{path}: {problem}" for problem in edits(parsed, found.settings, ranks)))
+    return replace(found, problems=problems, is_whole=True)
+
+
+def _read(path: str, parsed: Mapping[str, Any]) -> FileSettings:
     settings: dict[tuple[str, str], Any] = {}
     foreign: list[GivenFlag] = []
     problems: list[str] = []
     unread: set[str] = set()
     preset = None
-    for key, value in _entries(_parsed(Path(path))):
+    for key, value in _entries(parsed):
         name = key.lstrip("-").replace("-", "_")
         if name == "preset":
             preset = str(value)

@@ -6,7 +6,9 @@ therefore takes a resolved one too, and resolving twice gives the same as once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron3d.config.sections.checkpoint import CheckpointConfig
 from megatron3d.config.sections.data import DataConfig
@@ -33,10 +35,15 @@ class DraftRun(GivenRun):
     """What was given and what follows from it on a number of ranks. What cannot be derived is None.
 
     The rules judge it, complete or not; of one that they accept, at most the size of the vocabulary is open.
+
+    Attributes:
+        as_given: of the options whose value here follows from others, by (section, field), what was given: mostly
+            None. Two runs that compute the same are equal whichever of their values were given.
     """
 
     parallel: ParallelConfig = field(kw_only=True)
     train: DraftTrain = field(kw_only=True)
+    as_given: Mapping[tuple[str, str], Any] = field(default_factory=dict, compare=False, kw_only=True)
 
 
 @dataclass(frozen=True)

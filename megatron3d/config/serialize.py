@@ -1,4 +1,8 @@
-"""A run as JSON, saved as `run.json` beside each checkpoint, and as a table for people."""
+"""A run as JSON, saved as `run.json` beside each checkpoint, and as a table for people.
+
+Every section holds the values that the run used. Beside the sections stands `as_given`, the values of
+`DraftRun.as_given`, by which a config file knows which of them to derive again.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 
 from megatron3d.config.derive import complete, derive_model
 from megatron3d.config.field_types import wanted_type
-from megatron3d.config.options import BY_KEY, GIVEN, SECTIONS
+from megatron3d.config.options import BY_KEY, GIVEN, SECTIONS, Settings
 from megatron3d.config.run import DraftRun, RunConfig
 from megatron3d.config.sections.model import GivenModel
 from megatron3d.config.sections.parallel import ParallelConfig
@@ -22,12 +26,18 @@ from megatron3d.files.user_code import is_user_code
 _STORED: Mapping[str, type] = MappingProxyType({**GIVEN, "parallel": ParallelConfig, "train": DraftTrain})
 
 
+AS_GIVEN = "as_given"  # the key beside the sections
+
+
 def to_dict(config: DraftRun) -> dict[str, dict[str, Any]]:
     """The run as nested dicts of plain JSON values, every field of every section; `from_dict` takes it back exactly.
 
     A draft is what is stored beside weights that are imported: of no run, and so without a learning rate.
     """
-    return {section: _section_to_dict(getattr(config, section)) for section in SECTIONS}
+    as_given: dict[str, dict[str, Any]] = {}
+    for (section, name), value in config.as_given.items():
+        as_given.setdefault(section, {})[name] = _plain(value)
+    return {section: _section_to_dict(getattr(config, section)) for section in SECTIONS} | {AS_GIVEN: as_given}
 
 
 def from_dict(stored: Mapping[str, Any], *, architecture: str | None = None) -> RunConfig:
@@ -39,10 +49,13 @@ def from_dict(stored: Mapping[str, Any], *, architecture: str | None = None) -> 
     Raises: ConfigError naming sections or fields that do not exist, that are of another type than they should be, or
         without which there is no run; or an architecture that the user has not named.
     """
-    unknown = [section for section in stored if section not in SECTIONS]
+    unknown = [section for section in stored if section not in (*SECTIONS, AS_GIVEN)]
     if unknown:
         raise ConfigError(f"The stored run has the unknown section {unknown[0]}; sections are {', '.join(SECTIONS)}.")
-    draft = DraftRun(**{section: _section_from_dict(section, stored.get(section, {})) for section in SECTIONS})
+    draft = DraftRun(
+        **{section: _section_from_dict(section, stored.get(section, {})) for section in SECTIONS},
+        as_given=_as_given_from_dict(stored.get(AS_GIVEN, {})),
+    )
     own = draft.model.architecture
     if is_user_code(own) and own != architecture:
         raise ConfigError(
@@ -68,7 +81,9 @@ def as_table(config: RunConfig) -> str:
     """
     lines: list[str] = []
     for section in SECTIONS:
-        rows = list(_rows(config, section))
+        rows = list(_rows(section, getattr(config, section)))
+        if section == "optim":
+            rows.append(("precision", config.optim.precision))
         if not rows:
             continue
         lines.append(section)
@@ -93,7 +108,22 @@ def _filled(model: GivenModel) -> GivenModel:
 
 def _section_from_dict(section: str, values: Any) -> Any:
     """The section as far as it is stored."""
-    config_class = _STORED[section]
+    return _STORED[section](**_stored_values(section, values, _STORED[section]))
+
+
+def _as_given_from_dict(stored: Any) -> Settings:
+    """`DraftRun.as_given`; a run of earlier versions has none."""
+    if not isinstance(stored, Mapping) or not stored.keys() <= GIVEN.keys():
+        raise ConfigError(f"{AS_GIVEN} of the stored run is {stored!r:.60}, not an object of sections.")
+    return {
+        (section, name): value
+        for section, values in stored.items()
+        for name, value in _stored_values(section, values, GIVEN[section]).items()
+    }
+
+
+def _stored_values(section: str, values: Any, config_class: type) -> dict[str, Any]:
+    """The stored fields of a section, each of its type."""
     names = {field.name for field in dataclasses.fields(config_class)}
     if not isinstance(values, Mapping):
         raise ConfigError(f"The section {section} of the stored run is a {type(values).__name__}, not an object.")
@@ -107,16 +137,15 @@ def _section_from_dict(section: str, values: Any) -> Any:
     wanted = {f.name: wanted_type(f, frozen[f.name]) for f in dataclasses.fields(config_class) if f.name in frozen}
     if wrong := [f"{section}.{name} is {frozen[name]!r:.60}, not {kind}" for name, kind in wanted.items() if kind]:
         raise ConfigError(f"The stored run is damaged or written by another program: {'; '.join(wrong)}.")
-    return config_class(**frozen)
+    return frozen
 
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
-def _rows(config: RunConfig, section: str) -> Iterator[tuple[str, str]]:
+def _rows(section: str, section_config: Any) -> Iterator[tuple[str, str]]:
     """(name, value) of each field to show."""
-    section_config = getattr(config, section)
     for field in dataclasses.fields(section_config):
         value = getattr(section_config, field.name)
         option = BY_KEY.get((section, field.name))
@@ -125,8 +154,6 @@ def _rows(config: RunConfig, section: str) -> Iterator[tuple[str, str]]:
         elif option is not None and value != option.default:
             unit = f" {option.flag.unit}" if option.flag.unit else ""
             yield field.name, _shown(value) + unit
-    if section == "optim":
-        yield "precision", config.optim.precision
 
 
 def _shown(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron3d.config.check import with_vocab_size
+from megatron3d.config.derive import what_was_given
 from megatron3d.config.run import DraftRun, RunConfig
 from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
@@ -41,5 +42,6 @@ def open_vocabulary(config: DraftRun) -> tuple[RunConfig, Vocabulary]:
             "--vocab-size."
         )
     # The end of a document is settled too, so that checkpoints say which token it was.
-    settled = with_vocab_size(replace(config, data=replace(data, eod_token=eod)), size)
+    draft = replace(config, data=replace(data, eod_token=eod))
+    settled = with_vocab_size(replace(draft, as_given=what_was_given(config, draft)), size)
     return settled, Vocabulary(tokenizer, eod)
