@@ -81,15 +81,28 @@ def traits_of(architecture: str) -> ModelTraits:
     return load_architecture(architecture).traits
 
 
+def named(architecture: str) -> str:
+    """An architecture as the object of a sentence; one of the user's own is told by its name, not by its title."""
+    known = ARCHITECTURES.get(architecture)
+    return f"the model of --architecture {architecture}" if known is None else f"a {known.title}"
+
+
+def how_to_train(architecture: str, instead_of: str) -> str:
+    """What to do to train one architecture where another is asked for."""
+    script = traits_of(architecture).script
+    return f"use {script}" if script != traits_of(instead_of).script else f"give --architecture {architecture}"
+
+
 def load_architecture(name: str) -> DescribedArchitecture:
     """An architecture from a user's own file.
 
     Raises: ConfigError if the file or module cannot be loaded, or has no architecture of that name.
     """
     if not is_user_code(name):
+        own = name if name.endswith(".py") else "path/to/file.py"
         raise ConfigError(
-            f"--architecture {name} is not known; use one of: {', '.join(ARCHITECTURES)}, or path/to/file.py:NAME for "
-            "one of your own."
+            f"--architecture {name} is not known; use one of: {', '.join(ARCHITECTURES)}, or {own}:NAME for one of "
+            "your own."
         )
     found = load_user_object("--architecture", name, "Architecture", lambda one: isinstance(one, DescribedArchitecture))
     assert isinstance(found, DescribedArchitecture), f"{name} is a {type(found).__name__}"

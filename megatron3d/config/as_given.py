@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron3d.config.derive import derive
-from megatron3d.config.options import Settings, given_run
+from megatron3d.config.options import BY_KEY, Settings, given_run
 from megatron3d.config.rules.bounds import with_defaults_where_wrong
 from megatron3d.config.serialize import AS_GIVEN
 from megatron3d.errors import ConfigError
@@ -52,8 +52,14 @@ def with_given_values(parsed: Mapping[str, Any]) -> Mapping[str, Any]:
         isinstance(values, Mapping) and isinstance(parsed.get(section), Mapping) for section, values in record.items()
     ):
         raise ConfigError(f"{AS_GIVEN} is {record!r:.60} and must hold objects, named by sections that are there")
-    given = {section: {**parsed[section], **values} for section, values in record.items()}
+    given = {section: {**parsed[section], **_not_default(section, values)} for section, values in record.items()}
     return {name: one for name, one in parsed.items() if name != AS_GIVEN} | given
+
+
+def _not_default(section: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values with None for those that are the default, such as the stage beside --use-distributed-optimizer."""
+    options = {name: BY_KEY.get((section, name)) for name in values}
+    return {name: None if one and one.default == values[name] else values[name] for name, one in options.items()}
 
 
 def edits(parsed: Mapping[str, Any], settings: Settings, ranks: int) -> Iterator[str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron3d.config.architectures import traits_of
+from megatron3d.config.architectures import how_to_train, named
 from megatron3d.config.options import BY_KEY, Settings
 from megatron3d.config.resume import EFFECTS, Effect
 from megatron3d.config.serialize import from_dict
@@ -53,8 +53,8 @@ def with_checkpoint_args(settings: Settings, log: Callable[[str], None]) -> dict
     wanted, found = settings["model", "architecture"], stored.model.architecture
     if wanted != found:
         raise MisfitError(
-            f"--use-checkpoint-args: {directory} holds a {traits_of(found).title}, not a {traits_of(wanted).title}; "
-            f"use {traits_of(found).script}"
+            f"--use-checkpoint-args: {directory} holds {named(found)}, not {named(wanted)}; "
+            f"{how_to_train(found, wanted)}"
         )
     for key in _CONTAINED:
         changed.pop(key, None)

@@ -8,11 +8,11 @@ which needs the number of ranks (`check.py`), and raises all of it in one error.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron3d.config.architectures import traits_of
+from megatron3d.config.architectures import how_to_train, named, traits_of
 from megatron3d.config.check import check
 from megatron3d.config.checkpoint_args import with_checkpoint_args
 from megatron3d.config.command_line import GivenFlag, split_command_line, stray_sentence
@@ -140,8 +140,7 @@ def read_command(
         settings.update(engine_file.settings(settings))
     settings["model", "architecture"] = _known_architecture(settings, architecture, found)
     settings = _with_checkpoint_args(settings, found, lines)
-    lines += _zero_bubble(by_flag, settings, found.problems)
-    found.problems += contradictions(found.foreign, found.settings)
+    lines += _zero_bubble(found, by_flag, by_file, config_file, settings)
     found.problems += _problems_between(program, architecture, found.foreign, settings)
     lines += _lines_of_run(settings, found.unread)
     for line in lines:
@@ -247,11 +246,21 @@ def _preset_settings(name: str | None, problems: list[str]) -> Settings:
 
 def _judged(found: _SortedFlags, by_flag: Verdict, by_file: Verdict, config_file: FileSettings) -> list[str]:
     """Add the problems of files and foreign words; returns the lines about words without effect."""
-    path = found.files.get("config")
     found.problems += config_file.problems
-    found.problems += by_flag.problems
-    found.problems += [f"{path}: {problem}" for problem in by_file.problems]
+    for layer, verdict, foreign, given in (
+        ("", by_flag, found.foreign, found.settings),
+        (f"{found.files.get('config')}: ", by_file, config_file.foreign, config_file.settings),
+    ):
+        problems = [*verdict.problems, *contradictions(foreign, given), *_shard_contradiction(given)]
+        found.problems += [f"{layer}{problem}" for problem in problems]
     return [*by_flag.lines, *by_file.lines]
+
+
+def _shard_contradiction(given: Settings) -> Iterator[str]:
+    """--use-distributed-optimizer is at least stage 1; the default of --zero-stage does not contradict it."""
+    stage = given.get(("parallel", "zero_stage"))
+    if given.get(("parallel", "use_distributed_optimizer")) and stage == 0:
+        yield "--use-distributed-optimizer means --zero-stage 1, but --zero-stage is 0; give only one of them."
 
 
 def _with_checkpoint_args(
@@ -271,13 +280,28 @@ def _with_checkpoint_args(
         return settings
 
 
-def _zero_bubble(verdict: Verdict, settings: dict[tuple[str, str], Any], problems: list[str]) -> list[str]:
-    """Set the schedule that the zero-bubble fork's switches ask for, unless --pipeline-schedule is given itself."""
-    if not verdict.zero_bubble or ("parallel", "pipeline_schedule") in settings:
-        return [f"{flag} yields to --pipeline-schedule." for flag in verdict.zero_bubble]
+def _zero_bubble(
+    found: _SortedFlags,
+    by_flag: Verdict,
+    by_file: Verdict,
+    config_file: FileSettings,
+    settings: dict[tuple[str, str], Any],
+) -> list[str]:
+    """Set the schedule that the zero-bubble fork's switches ask for; returns the lines about them."""
+    key = ("parallel", "pipeline_schedule")
+    of_flags = by_flag.settings | found.settings
+    given = of_flags if by_flag.zero_bubble or key in of_flags else config_file.settings
+    switches = by_flag.zero_bubble if given is of_flags else by_file.zero_bubble
     stages = settings.get(("parallel", "pipeline_model_parallel_size"), 1)
-    more_problems, lines = zero_bubble_settings(verdict.zero_bubble, stages, settings)
-    problems += more_problems
+    schedule: dict[tuple[str, str], Any] = {}
+    problems, lines = zero_bubble_settings(switches, stages, schedule)
+    found.problems += problems
+    if schedule and given.get(key, schedule[key]) != schedule[key]:
+        found.problems.append(
+            f"{' '.join(switches)} means --pipeline-schedule {schedule[key]}, but --pipeline-schedule is {given[key]}; "
+            "give only one of them."
+        )
+    settings.update(schedule)
     return lines
 
 
@@ -289,8 +313,8 @@ def _problems_between(
     asked = settings["model", "architecture"]
     if traits_of(asked).script != traits_of(architecture).script:
         problems.append(
-            f"{program} trains a {traits_of(architecture).title}, but --preset, --config or --architecture asks for a "
-            f"{traits_of(asked).title}; use {traits_of(asked).script}."
+            f"{program} trains {named(architecture)}, but --preset, --config or --architecture asks for "
+            f"{named(asked)}; {how_to_train(asked, architecture)}."
         )
     stages = settings.get(("parallel", "pipeline_model_parallel_size"), 1)
     if stages > 1 and any(flag.name == "--no-pipeline-parallel" for flag in foreign):

@@ -91,6 +91,9 @@ class Option:
             if len(same) == 1:  # such as `--normalization rmsnorm` of Megatron-DeepSpeed
                 return same[0]
             names = ", ".join(str(choice) for choice in self.flag.choices)
+            if self.flag.takes_code:
+                own = value if str(value).endswith(".py") else "path/to/file.py"
+                names += f", or {own}:NAME for one of your own"
             raise ValueError(f"{self.spelling} {given} is not one of its choices; use one of: {names}.")
         return value
 

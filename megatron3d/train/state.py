@@ -14,6 +14,7 @@ from typing import Any
 from megatron3d.checkpoint.load import agreed_index, load_tensors, read_document
 from megatron3d.checkpoint.ranks import from_first, gathered, on_every_rank
 from megatron3d.checkpoint.save import save_checkpoint
+from megatron3d.config.architectures import how_to_train, named
 from megatron3d.config.batch_size import iterations_for_samples
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
@@ -309,10 +310,10 @@ def _delay_lines(parts: TrainingSetup, *, was_due: bool) -> list[str]:
 
 def _check_architecture(saved: SavedRun, model: ModelConfig) -> None:
     """Every tensor of a GPT has a namesake of its shape in a BERT, so names alone would not tell."""
-    if saved.config.model.architecture != model.architecture:
-        found, wanted = saved.config.model.traits, model.traits
+    found, wanted = saved.config.model.architecture, model.architecture
+    if found != wanted:
         raise MisfitError(
-            f"{saved.directory} holds a {found.title}, not a {wanted.title}; resume it with {found.script}"
+            f"{saved.directory} holds {named(found)}, not {named(wanted)}; to resume it, {how_to_train(found, wanted)}"
         )
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from megatron3d.config.check import check
 from megatron3d.config.cli import parse_args
 from megatron3d.config.foreign.megatron import MEGATRON
 from megatron3d.config.options import BY_SPELLING, OPTIONS
 from megatron3d.config.run import GivenRun
-from megatron3d.errors import ConfigError
+from megatron3d.errors import ConfigError, MisfitError
 from tests.files.mutations import DEEP, mutated_bytes
 
 
@@ -266,6 +267,37 @@ def test_choices_and_numbers_are_checked_with_the_value_named() -> None:
     assert "--normalization BatchNorm is not one of its choices; use one of: LayerNorm, RMSNorm." in problems
     assert "--num-layers 2.5 is not a whole number; use 2 or 3." in problems
     assert any(problem.startswith("--rotary-base big is not a number") for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("--architecture t5", "use one of: gpt, bert, or path/to/file.py:NAME for one of your own."),
+        ("--architecture my.py", "use one of: gpt, bert, or my.py:NAME for one of your own."),
+    ],
+)
+def test_a_file_of_ones_own_is_named_with_what_it_holds(words: str, hint: str) -> None:
+    (problem,) = problems_of(words)
+    assert problem == f"{words} is not one of its choices; {hint}"
+    (order,) = [one for one in check(parse("--pipeline-schedule my.py"), 1) if "schedule" in one]
+    assert "or my.py:NAME for an order of your own" in order
+
+
+def test_a_checkpoint_of_another_architecture_is_told_by_name_and_not_by_the_program_that_runs(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from megatron3d.config.architectures import DescribedArchitecture, ModelTraits\n"
+        "ONLY = DescribedArchitecture(ModelTraits('only'))\n"
+    )
+    own = f"{tmp_path}/mine.py:ONLY"
+    checkpoint = Path(__file__).parents[1] / "checkpoint" / "written_before"
+    for architecture, folder, end in (
+        (own, "gpt", f"holds a GPT, not the model of --architecture {own}; give --architecture gpt"),
+        (own, "bert", f"holds a BERT, not the model of --architecture {own}; use pretrain_bert.py"),
+        ("gpt", "bert", "holds a BERT, not a GPT; use pretrain_bert.py"),
+    ):
+        with pytest.raises(MisfitError) as raised:
+            parse(f"--use-checkpoint-args --load {checkpoint / folder} --architecture {architecture}")
+        assert str(raised.value).endswith(end)
 
 
 def test_negative_numbers_are_values() -> None:

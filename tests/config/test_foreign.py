@@ -10,7 +10,7 @@ import pytest
 from megatron3d.config.check import check
 from megatron3d.config.cli import read_command, settle
 from megatron3d.config.command_line import GivenFlag, split_command_line
-from megatron3d.config.foreign.flags import contradictions, judge, option_meant
+from megatron3d.config.foreign.flags import contradictions, flags_meant, judge
 from megatron3d.config.foreign.megatron import MEGATRON, TABLES
 from megatron3d.config.foreign.names import ADVICE_BY_FOREIGN_NAME, OPTION_BY_FOREIGN_NAME, plain_name
 from megatron3d.config.options import BY_SPELLING
@@ -59,12 +59,30 @@ def problems_of(flags: str, *, world: int = 1) -> list[str]:
         ("--dry-run", None),
         ("--expert-choice", None),
         ("--no-mock-data", None),
-        ("--adam", None),
         ("--foo", None),
     ],
 )
 def test_a_flag_that_is_not_known_is_taken_for_what_it_means(flag: str, meant: str | None) -> None:
-    assert option_meant(flag) == meant
+    assert flags_meant(flag) == (() if meant is None else (meant,))
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("--hidden", "did you mean --hidden-dropout or --hidden-size?"),
+        ("--num-lay", "did you mean --num-layers or --num-layers-per-virtual-pipeline-stage?"),
+        ("--swi", "did you mean --swiglu?"),
+        ("--conf", "did you mean --config?"),
+        ("--encoder-num", "did you mean --num-layers?"),
+        ("--no", "--help lists all flags."),
+    ],
+)
+def test_an_abbreviated_flag_is_refused_with_the_flags_that_it_may_stand_for(flag: str, hint: str) -> None:
+    words = BASE.replace("--hidden-size 64", "") if flag == "--hidden" else BASE
+    command = read_command(f"{words} {flag} 64".split(), program="pretrain_gpt.py", description="t", log=print)
+    with pytest.raises(ConfigError) as raised:
+        settle(command, 1)
+    assert str(raised.value) == f"{flag} 64 is unknown; {hint}"
 
 
 def test_a_name_from_elsewhere_wins_over_a_family_of_refused_flags() -> None:
@@ -77,6 +95,7 @@ def test_a_name_from_elsewhere_wins_over_a_family_of_refused_flags() -> None:
     [
         ("--dry-run", "tools/estimate.py predicts the memory"),
         ("--dtype bf16", "write --bf16 or --fp16"),
+        ("--adam", "--optimizer adam"),
         ("--data-parallel-size 8", "follows from the ranks"),
         ("--num-train-epochs 3", "--train-samples"),
         ("--fsdp", "--zero-stage 3"),
@@ -107,7 +126,7 @@ def test_the_tables_of_names_lead_to_flags_that_exist_and_hide_none() -> None:
 def test_each_flag_of_the_forks_has_one_fate() -> None:
     forks = TABLES[1:]
     listed = [flag for fork in forks for row in fork.accepted for flag in (*row.switches, *row.valued, *row.lists)]
-    listed += [flag for fork in forks for row in fork.refused for flag in (*row.flags, *row.prefixes)]
+    listed += [flag for fork in forks for row in fork.refused for flag in row.flags]
     listed += [flag for fork in forks for flag in fork.synonyms]
     assert len(listed) == len(set(listed)) > 90
     for flag in listed:
@@ -193,7 +212,7 @@ def test_tokens_and_accumulation_steps_must_agree_with_the_rest(flags: str, sent
         ("--zero-bubble-v-schedule --allow-padding-num-layers --enable-optimizer-post-validation", "zb-v"),
         ("--zero-bubble-v-schedule --zero-bubble-v-schedule-mem-setup zb --zero-bubble-max-pending-backward 4", "zb-v"),
         ("--enable-zbh1-pipeline --enable-zbh1-exact-semantics", "zb-h1"),
-        ("--enable-zero-bubble --pipeline-schedule gpipe", "gpipe"),
+        ("--enable-zero-bubble --pipeline-schedule zb-h1", "zb-h1"),
         ("--zero-bubble-max-pending-backward 8", "1f1b"),
     ],
 )
@@ -213,6 +232,12 @@ def test_the_switches_of_the_zero_bubble_fork_name_a_schedule(flags: str, order:
         ("--enable-zero-bubble --zero-bubble-max-pending-backward", "has no value after it"),
         ("--enable-1f1b-v", "--enable-1f1b-v is not supported"),
         ("--enable-zero-bubble yes", "'yes' stands alone"),
+        ("--enable-zero-bubble --pipeline-schedule gpipe", "--enable-zero-bubble means --pipeline-schedule zb-h1, but"),
+        (
+            "--enable-zbh1-pipeline --pipeline-schedule gpipe",
+            "means --pipeline-schedule zb-h1, but --pipeline-schedule",
+        ),
+        ("--enable-zbh1-pipeline --zero-bubble-v-schedule", "--pipeline-schedule zb-v"),
     ],
 )
 def test_what_the_zero_bubble_fork_has_and_we_have_not_is_refused(flags: str, sentence: str) -> None:
@@ -251,6 +276,60 @@ def test_two_tokenizers_under_two_names_are_refused() -> None:
     assert problem.startswith("--tokenizer-name-or-path a means --tokenizer-type HuggingFaceTokenizer, but --tokenizer")
     words = ["--tokenizer-name-or-path", "a", "--tokenizer-type", "PretrainedFromHF", "--tokenizer-model", "a"]
     assert list(contradictions(split_command_line(words)[0], {("data", "tokenizer_type"): "PretrainedFromHF"})) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (
+            "--use-rotary-position-embeddings --position-embedding-type learned_absolute",
+            "--use-rotary-position-embeddings means --position-embedding-type rope, but --position-embedding-type is "
+            "learned_absolute; give only one of them.",
+        ),
+        (
+            "--no-position-embedding --position-embedding-type learned_absolute",
+            "--no-position-embedding means --position-embedding-type none, but",
+        ),
+        ("--multi-query-attention --num-query-groups 4", "--multi-query-attention means --num-query-groups 1, but"),
+        ("--erf-gelu --activation relu", "--erf-gelu means --activation gelu, but --activation is relu"),
+        (
+            "--checkpoint-activations --recompute-granularity selective",
+            "--checkpoint-activations means --recompute-granularity full, but",
+        ),
+        (
+            "--checkpoint-attention --recompute-granularity full",
+            "--checkpoint-attention means --recompute-granularity selective, but",
+        ),
+        (
+            "--checkpoint-attention --checkpoint-activations",
+            "--checkpoint-attention means --recompute-granularity selective and --checkpoint-activations means",
+        ),
+        ("--cpu-optimizer --offload-optimizer none", "--cpu-optimizer means --offload-optimizer cpu, but"),
+        ("--use-distributed-optimizer --zero-stage 0", "--use-distributed-optimizer means --zero-stage 1, but"),
+    ],
+)
+def test_a_switch_and_an_option_that_contradict_each_other_are_refused_by_both_names(
+    tmp_path: Path, words: str, problem: str
+) -> None:
+    assert problems_of(words)[0].startswith(problem)
+    flags, _ = split_command_line(words.split())
+    (file := tmp_path / "run.json").write_text(json.dumps({flag.name: (flag.values or (True,))[0] for flag in flags}))
+    assert problems_of(f"--config {file}")[0].startswith(f"{file}: {problem}")
+
+
+@pytest.mark.parametrize("words", ["--no-position-embedding --position-embedding-type rope", "--zero-stage 2"])
+def test_a_switch_fits_an_option_that_says_the_same_or_more(words: str) -> None:
+    run = run_of(f"--use-distributed-optimizer --use-rotary-position-embeddings {words}", world=2)
+    assert run.model.position_embedding_type == "rope" and run.parallel.zero_stage >= 1
+
+
+def test_a_flag_wins_over_a_switch_of_the_file_that_it_contradicts(tmp_path: Path) -> None:
+    (file := tmp_path / "run.json").write_text(json.dumps({"use-rotary-position-embeddings": True}))
+    assert run_of(f"--config {file} --position-embedding-type none").model.position_embedding_type == "none"
+    file.write_text(json.dumps({"enable-zero-bubble": True}))
+    stages = f"--config {file} --pipeline-model-parallel-size 2"
+    assert run_of(stages, world=2).parallel.pipeline_schedule == "zb-h1"
+    assert run_of(f"{stages} --pipeline-schedule gpipe", world=2).parallel.pipeline_schedule == "gpipe"
 
 
 TWO_TOKENIZERS = {

@@ -64,6 +64,7 @@ date = 2026-01-01
 [[synonym]]
 flag = "--same"
 sets = { "model.num_layers" = 2 }
+fitting = { "model.num_layers" = [3] }
 [harmless_values]
 "--other" = "0"
 [[accepted]]
@@ -74,7 +75,6 @@ lists = ["--some"]
 [[refused]]
 instead = "leave it out"
 flags = ["--other"]
-prefixes = ["--family-"]
 """
 
 
@@ -88,6 +88,32 @@ def parse(words: str) -> list[str]:
 @pytest.mark.parametrize("flag", sorted(flag for flag in ROWS if COUNTED_ON.search(flag)))
 def test_a_flag_that_sounds_like_something_to_count_on_is_accepted_for_a_stated_reason(flag: str) -> None:
     assert ROWS[flag].kind == LOSES_NOTHING.get(flag), f"who gives {flag} counts on it: build it, or refuse it"
+
+
+@pytest.mark.parametrize("flag", ["--linear-bias", "--hash-x", "--logits-x", "--moe-x", "--loraxy", "--inference-x"])
+def test_a_flag_that_begins_like_refused_ones_is_unknown_and_not_one_of_them(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{flag} is unknown"):
+        parse(flag)
+
+
+@pytest.mark.parametrize("flag", ["--retro-add-retriever", "--ict-head-size", "--mamba-d-state", "--fp8-e4m3"])
+def test_families_of_earlier_versions_are_refused_by_name(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{flag} is not supported"):
+        parse(flag)
+
+
+@pytest.mark.parametrize("flag", ["--transformer-impl", "--logging-level", "--mlp-type", "--DDP-impl"])
+def test_a_flag_that_takes_a_value_is_not_accepted_without_one(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{flag} (has no value after it|is not supported)"):
+        parse(flag)
+
+
+@pytest.mark.parametrize(
+    "words", ["--head-lr-mult 1", "--head-lr-mult 1.00", "--num-experts 1.0", "--vocab-extra-ids 00"]
+)
+def test_a_harmless_number_may_be_written_in_any_way(words: str) -> None:
+    (line,) = parse(words)
+    assert line.startswith(f"{words} is accepted without effect")
 
 
 def test_every_flag_of_the_version_that_the_table_follows_is_an_option_or_has_a_row() -> None:
@@ -127,7 +153,8 @@ def test_a_table_is_read_with_the_number_of_values_of_each_flag(tmp_path: Path) 
     table = read_flag_table(file)
     assert dict(table.synonyms["--same"]) == {("model", "num_layers"): 2}
     assert table.reason_and_arity("--some") == ("it is done in another way", "*")
-    assert (table.instead_of("--family-name"), table.instead_of("--one")) == ("leave it out", None)
+    assert (table.instead_of("--other"), table.instead_of("--one")) == ("leave it out", None)
+    assert dict(table.fitting) == {("--same", ("model", "num_layers")): (3,)}
 
 
 @pytest.mark.parametrize(
@@ -150,6 +177,13 @@ def test_a_table_is_read_with_the_number_of_values_of_each_flag(tmp_path: Path) 
             "only_with_experts = 1 does not belong into a row of refused",
         ),
         ("switches =", "switch =", "switch = ['--one'] does not belong into a row of accepted"),
+        (
+            'fitting = { "model.num_layers"',
+            'fitting = { "model.seq_length"',
+            "fitting of --same names model.seq_length, which",
+        ),
+        ("[3]", '["three"]', "--same sets model.num_layers: --num-layers three is not a number"),
+        ('flags = ["--other"]', "", "a row of refused has no flags"),
         (
             "[harmless_values]",
             "[harmless]",

@@ -75,7 +75,7 @@ def test_a_program_takes_every_architecture_that_learns_from_its_samples(mine: P
     assert read_command(words, program="pretrain_gpt.py", description="").problems == ()
     (problem,) = read_command(words, program="pretrain_bert.py", description="", architecture="bert").problems
     assert problem.startswith("pretrain_bert.py trains a BERT")
-    assert problem.endswith("asks for a plain GPT; use pretrain_gpt.py.")
+    assert problem.endswith("PLAIN; use pretrain_gpt.py.")
 
 
 @pytest.mark.parametrize(

@@ -113,4 +113,4 @@ def test_a_gpt_does_not_start_from_a_bert(tmp_path: Path) -> None:
     bert(MOCK, "--save", tmp_path / "c")
     ended = run(words(MOCK, "--load", tmp_path / "c"))
     assert ended.code == 4
-    ended.says("holds a BERT, not a GPT; resume it with pretrain_bert.py")
+    ended.says("holds a BERT, not a GPT; to resume it, use pretrain_bert.py")

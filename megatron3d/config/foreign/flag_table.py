@@ -45,19 +45,14 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Refused:
-    """Flags of a feature that is not here: exact names, and how the names of a family begin.
+    """Flags of a feature that is not here.
 
     `only_with_experts`: they concern mixtures of experts alone, so they are without effect in a dense model.
     """
 
     instead: str
-    flags: tuple[str, ...] = ()
-    prefixes: tuple[str, ...] = ()
+    flags: tuple[str, ...]
     only_with_experts: bool = False
-
-    def lists(self, flag: str) -> bool:
-        """Whether the row is about a flag."""
-        return flag in self.flags or flag.startswith(self.prefixes)
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,7 @@ class FlagTable:
     Attributes:
         source: the version that the rows follow.
         synonyms: flag -> options of ours that it sets; later flags win over earlier ones.
+        fitting: (flag, option that it sets) -> other values that the option's own flag may give beside it.
         harmless_values: flag -> the value at which it asks for what is done anyway.
         accepted: flags that are accepted with a line.
         refused: flags that are refused with what to use instead.
@@ -74,6 +70,7 @@ class FlagTable:
 
     source: UpstreamVersion
     synonyms: Mapping[str, Mapping[tuple[str, str], Any]]
+    fitting: Mapping[tuple[str, tuple[str, str]], tuple[Any, ...]]
     harmless_values: Mapping[str, str]
     accepted: tuple[Accepted, ...]
     refused: tuple[Refused, ...]
@@ -89,13 +86,13 @@ class FlagTable:
     def instead_of(self, flag: str) -> str | None:
         """What to use instead of a flag whose feature is not here, or None if the flag is not such a one."""
         for row in self.refused:
-            if row.lists(flag):
+            if flag in row.flags:
                 return row.instead
         return None
 
     def needs_experts(self, flag: str) -> bool:
         """Whether a refused flag is without effect in a dense model."""
-        return any(row.only_with_experts and row.lists(flag) for row in self.refused)
+        return any(row.only_with_experts and flag in row.flags for row in self.refused)
 
 
 def read_flag_table(path: Path) -> FlagTable:
@@ -111,6 +108,13 @@ def read_flag_table(path: Path) -> FlagTable:
     return FlagTable(
         UpstreamVersion(**parsed["source"]),
         MappingProxyType({row["flag"]: _options(row["sets"]) for row in _rows(parsed, "synonym")}),
+        MappingProxyType(
+            {
+                (row["flag"], key): tuple(values)
+                for row in _rows(parsed, "synonym")
+                for key, values in _options(row.get("fitting", {})).items()
+            }
+        ),
         MappingProxyType(parsed.get("harmless_values", {})),
         tuple(Accepted(**_with_tuples(row)) for row in _rows(parsed, "accepted")),
         tuple(Refused(**_with_tuples(row)) for row in _rows(parsed, "refused")),
@@ -135,14 +139,18 @@ _REQUIRED: Mapping[str, Mapping[str, type]] = {
     "source": {"repository": str, "file": str, "version": str, "commit": str, "date": datetime.date},
     "synonym": {"flag": str, "sets": dict},
     "accepted": {"kind": str, "reason": str},
-    "refused": {"instead": str},
+    "refused": {"instead": str, "flags": list},
 }
 # Lists of flags that it may have.
 _FLAG_LISTS: Mapping[str, tuple[str, ...]] = {
     "accepted": ("switches", "valued", "lists"),
-    "refused": ("flags", "prefixes"),
+    "refused": ("flags",),
 }
-_SWITCHES: Mapping[str, tuple[str, ...]] = {"refused": ("only_with_experts",)}
+# Other fields that it may have.
+_OPTIONAL: Mapping[str, Mapping[str, type]] = {
+    "synonym": {"fitting": dict},
+    "refused": {"only_with_experts": bool},
+}
 
 
 def _problems(parsed: Mapping[str, Any]) -> Iterator[str]:
@@ -158,7 +166,12 @@ def _problems(parsed: Mapping[str, Any]) -> Iterator[str]:
         if row["kind"] not in get_args(Kind):
             yield f"kind {row['kind']!r} of {row['reason']!r} is not one of {', '.join(get_args(Kind))}"
     for row in _rows(parsed, "synonym"):
-        yield from _problems_of_synonym(row["flag"], row["sets"])
+        yield from _problems_of_synonym(row["flag"], row["sets"].items())
+        fitting = row.get("fitting", {})
+        yield from (
+            f"fitting of {row['flag']} names {name}, which it does not set" for name in fitting.keys() - row["sets"]
+        )
+        yield from _problems_of_synonym(row["flag"], ((name, one) for name in fitting for one in fitting[name]))
     flags = [*_listed(parsed), *(row["flag"] for row in _rows(parsed, "synonym"))]
     for flag, count in Counter(flags).items():
         if count > 1:
@@ -174,22 +187,21 @@ def _rows(parsed: Mapping[str, Any], part: str) -> Iterable[Mapping[str, Any]]:
 
 
 def _problems_of_row(part: str, row: Mapping[str, Any]) -> Iterator[str]:
-    required, lists, switches = _REQUIRED[part], _FLAG_LISTS.get(part, ()), _SWITCHES.get(part, ())
+    required, lists = _REQUIRED[part], _FLAG_LISTS.get(part, ())
+    types = {**required, **_OPTIONAL.get(part, {})}
     for name in sorted({*required} - {*row}):
         yield f"a row of {part} has no {name}: {dict(row)}"
     for name, value in row.items():
         if name in lists:
             is_right = isinstance(value, list) and all(isinstance(flag, str) for flag in value)
-        elif name in switches:
-            is_right = isinstance(value, bool)
         else:
-            is_right = name in required and isinstance(value, required[name])
+            is_right = name in types and isinstance(value, types[name])
         if not is_right:
             yield f"{name} = {value!r} does not belong into a row of {part}"
 
 
-def _problems_of_synonym(flag: str, sets: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in sets.items():
+def _problems_of_synonym(flag: str, sets: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    for name, value in sets:
         option = BY_KEY.get(_key(name))
         if option is None:
             yield f"{flag} sets {name}, which is no option"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import combinations
 from typing import Any
 
 from megatron3d.config.command_line import GivenFlag, stray_sentence
@@ -33,6 +34,8 @@ _VALUED_SYNONYMS: Mapping[str, tuple[tuple[str, str], Mapping[tuple[str, str], A
 }
 # Spellings are suggested from here on: one letter of ten may differ, words may be missing in a long name.
 _NEAR = 0.83
+# An abbreviation has so many letters at least, and so many meanings at most.
+_SHORTEST, _MOST_MEANT = 3, 6
 _NEGATIONS = ("no-", "disable-", "without-", "dont-")
 
 
@@ -56,7 +59,7 @@ class Verdict:
 
 
 def judge(flags: Iterable[GivenFlag]) -> Verdict:
-    """The fate of each flag, in order; synonyms that contradict each other win by their place in the table."""
+    """The fate of each flag, in order; of synonyms of one option the later row of the table counts."""
     flags = tuple(flags)
     verdict = Verdict()
     is_dense = any(flag.name == "--num-experts" and _is_harmless(flag) for flag in flags)
@@ -77,29 +80,57 @@ def judge(flags: Iterable[GivenFlag]) -> Verdict:
 
 
 def contradictions(flags: Iterable[GivenFlag], given: Settings) -> Iterator[str]:
-    """A sentence for each flag whose value stands for options that are `given` another value."""
+    """A sentence for each flag that stands for a value of an option which `given`, or another flag, has otherwise."""
+    meant: dict[tuple[str, str], list[tuple[GivenFlag, Any]]] = {}
     for flag in flags:
-        if flag.name not in _VALUED_SYNONYMS or not flag.values or _is_harmless(flag):
-            continue
-        key, more = _VALUED_SYNONYMS[flag.name]
-        for one, value in ({key: flag.values[0]} | dict(more)).items():
-            other = given.get(one)
-            other = TOKENIZER_ALIASES.get(other, other) if isinstance(other, str) else other
-            if other is not None and other != value:
-                spelling = BY_KEY[one].spelling
+        for key, value in _settings_of(flag).items():
+            meant.setdefault(key, []).append((flag, value))
+    for key, ways in meant.items():
+        spelling, other = BY_KEY[key].spelling, given.get(key)
+        other = TOKENIZER_ALIASES.get(other, other) if isinstance(other, str) else other
+        for flag, value in ways:
+            if other is not None and not _fits(flag, key, other):
                 yield f"{flag.text} means {spelling} {value}, but {spelling} is {other}; give only one of them."
+        for (one, value), (two, another) in combinations(ways, 2):
+            if not _fits(one, key, another) and not _fits(two, key, value):
+                yield (
+                    f"{one.text} means {spelling} {value} and {two.text} means {spelling} {another}; give only one of "
+                    "them."
+                )
 
 
-def option_meant(flag: str) -> str | None:
-    """The flag of ours that an unknown flag was probably meant to be: by its name elsewhere, or a slip of spelling."""
+def _settings_of(flag: GivenFlag) -> Mapping[tuple[str, str], Any]:
+    """The options that a synonym sets; none for other flags."""
+    if flag.name not in _VALUED_SYNONYMS:
+        return _ALL_SYNONYMS.get(flag.name, {})
+    if not flag.values or _is_harmless(flag):
+        return {}
+    key, more = _VALUED_SYNONYMS[flag.name]
+    return {key: flag.values[0], **more}
+
+
+def _fits(flag: GivenFlag, key: tuple[str, str], value: Any) -> bool:
+    """Whether an option that a synonym sets may have a value beside it."""
+    return value == _settings_of(flag)[key] or any(value in table.fitting.get((flag.name, key), ()) for table in TABLES)
+
+
+def flags_meant(flag: str) -> tuple[str, ...]:
+    """The flags of ours that an unknown flag may have been meant to be, the nearest first.
+
+    They are found by its name elsewhere, as a slip of spelling, or as an abbreviation, which may be that of several.
+    """
     name = plain_name(flag)
     same = next((ours for ours in (*BY_SPELLING, *OWN_FLAGS) if plain_name(ours) == name), None)
     if same is not None or name in OPTION_BY_FOREIGN_NAME:
-        return same or OPTION_BY_FOREIGN_NAME[name]
+        return (same or OPTION_BY_FOREIGN_NAME[name],)
     known = {plain_name(ours): ours for ours in _known_flags()}
     same_sense = [other for other in known if other.startswith(_NEGATIONS) == name.startswith(_NEGATIONS)]
     nearest = get_close_matches(name, same_sense, n=1, cutoff=_NEAR)
-    return known[nearest[0]] if nearest else None
+    if nearest:
+        return (known[nearest[0]],)
+    begun = {*(ours for ours in OWN_FLAGS if plain_name(ours).startswith(name))}
+    begun |= {one.spelling for ours, one in BY_SPELLING.items() if plain_name(ours).startswith(name)}
+    return tuple(sorted(begun)) if len(name) >= _SHORTEST and len(begun) <= _MOST_MEANT else ()
 
 
 def _known_flags() -> Iterable[str]:
@@ -112,25 +143,31 @@ def _known_flags() -> Iterable[str]:
 def _keep_zero_bubble(flag: GivenFlag, verdict: Verdict) -> None:
     takes = 1 if flag.name in ZERO_BUBBLE_VALUED else 0
     if len(flag.values) < takes:
-        verdict.problems.append(f"{flag.name} has no value after it; give one, or leave it out.")
+        verdict.problems.append(_without_value(flag))
         return
     verdict.problems += [stray_sentence(word, flag.name) for word in flag.values[takes:]]
     verdict.zero_bubble[flag.name] = flag.values[:takes]
 
 
 def _judge_valued(flag: GivenFlag, verdict: Verdict) -> None:
-    key, more = _VALUED_SYNONYMS[flag.name]
     if not flag.values:
-        verdict.problems.append(f"{flag.name} has no value after it; give one, or leave it out.")
+        verdict.problems.append(_without_value(flag))
         return
     verdict.problems += [stray_sentence(word, flag.name) for word in flag.values[1:]]
-    verdict.settings.update({key: flag.values[0], **more})
+    verdict.settings.update(_settings_of(flag))
+
+
+def _without_value(flag: GivenFlag) -> str:
+    return f"{flag.name} has no value after it; give one, or leave it out."
 
 
 def _judge_other(flag: GivenFlag, verdict: Verdict, is_dense: bool) -> None:
     without_effect = next(filter(None, (table.reason_and_arity(flag.name) for table in TABLES)), None)
     if without_effect is not None:
         reason, arity = without_effect
+        if arity == "1" and not flag.values:
+            verdict.problems.append(_without_value(flag))
+            return
         own_values = flag.values if arity == "*" else flag.values[: int(arity)]
         verdict.problems += [stray_sentence(word, flag.name) for word in flag.values[len(own_values) :]]
         verdict.lines.append(f"{' '.join((flag.name, *own_values))} is accepted without effect: {reason}.")
@@ -143,20 +180,32 @@ def _judge_other(flag: GivenFlag, verdict: Verdict, is_dense: bool) -> None:
 
 
 def _is_harmless(flag: GivenFlag) -> bool:
-    return bool(flag.values) and set(flag.values) == {_ALL_HARMLESS.get(flag.name)}
+    harmless = _ALL_HARMLESS.get(flag.name)
+    return harmless is not None and bool(flag.values) and all(_is_same_value(one, harmless) for one in flag.values)
+
+
+def _is_same_value(one: str, other: str) -> bool:
+    """Whether two words are equal, as numbers if both are: 1 and 1.0, or 1e0."""
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return one == other
 
 
 def _refuse(flag: GivenFlag, verdict: Verdict) -> None:
     instead = next(filter(None, (table.instead_of(flag.name) for table in TABLES)), None)
-    name = plain_name(flag.name)
-    # A name of another framework may begin like a family of Megatron-LM's flags: --block-size, and --block-data-path.
-    is_elsewhere = name in OPTION_BY_FOREIGN_NAME or name in ADVICE_BY_FOREIGN_NAME
-    if instead is not None and not is_elsewhere:
+    if instead is not None:
         verdict.problems.append(f"{flag.text} is not supported: {instead}.")
         return
-    advice = ADVICE_BY_FOREIGN_NAME.get(name)
-    meant = None if advice else option_meant(flag.name)
-    if meant is not None and meant in BY_SPELLING:
-        verdict.meant.add(BY_SPELLING[meant].name)
-    hint = f"{advice}." if advice else f"did you mean {meant}?" if meant else "--help lists all flags."
+    advice = ADVICE_BY_FOREIGN_NAME.get(plain_name(flag.name))
+    meant = () if advice else flags_meant(flag.name)
+    verdict.meant.update(BY_SPELLING[one].name for one in meant if one in BY_SPELLING)
+    hint = f"{advice}." if advice else _hint(meant)
     verdict.problems.append(f"{flag.text} is unknown; {hint}")
+
+
+def _hint(meant: tuple[str, ...]) -> str:
+    if not meant:
+        return "--help lists all flags."
+    *others, last = meant
+    return f"did you mean {' or '.join([*([', '.join(others)] if others else []), last])}?"

@@ -3,7 +3,7 @@
 The rule: a flag is *accepted* where nobody counts on its effect, because leaving it out changes neither the trained
 weights, nor what is read and saved, nor what protects the run. So an old launch script starts and says in one line what
 it lost. A flag of whose feature somebody would be deprived in silence is *refused*, with what to use instead. A
-*synonym* sets one of our options to a fixed value; it yields to that option's own flag.
+*synonym* sets one of our options to a fixed value, which that option's own flag must not contradict.
 
 The rows are data, in `megatron_flags.toml`; the flags that two forks added are in `megatron_deepspeed_flags.toml` and
 `zero_bubble_flags.toml`. Each file names the version that it follows. Anything else is an unknown flag (see

@@ -78,6 +78,7 @@ _SAME_VALUE = {
 
 # Names whose value needs another form here: what to write instead.
 _ADVICE = {
+    "name the update rule by --optimizer, such as --optimizer adam": "adam adamw sgd lion lamb muon adafactor",
     "write --bf16 or --fp16; neither means fp32": "dtype precision mixed-precision torch-dtype param-dtype "
     "train-precision fp32",
     "the data-parallel size follows from the ranks that torchrun starts: ranks / (tensor x pipeline)": "dp dp-size "

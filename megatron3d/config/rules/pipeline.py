@@ -22,9 +22,10 @@ def schedule_rule(given: GivenParallel, parallel: ParallelConfig) -> Iterator[st
     """The order of work is known, and only what takes a group size or a memory limit is given one."""
     order = parallel.pipeline_schedule
     if order is not None and ":" not in order and order not in PIPELINE_SCHEDULES:
+        own = f"{order}:NAME" if order.endswith(".py") else "module:function"
         yield (
-            f"--pipeline-schedule {order} is not known; use one of: {', '.join(PIPELINE_SCHEDULES)}, or "
-            "module:function for an order of your own."
+            f"--pipeline-schedule {order} is not known; use one of: {', '.join(PIPELINE_SCHEDULES)}, or {own} for an "
+            "order of your own."
         )
     group = parallel.microbatch_group_size_per_virtual_pipeline_stage
     named = given.pipeline_schedule
