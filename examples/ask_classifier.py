@@ -19,7 +19,9 @@ from typing import Any
 
 def main() -> None:
     """Read the sentences, ask about each, print a Markdown table and how many answers are right."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Ask a served classifier about sentences whose labels are known, and print how it did."
+    )
     parser.add_argument("file", type=Path, metavar="FILE", help="such as examples/tricky_sentences.jsonl")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="default http://127.0.0.1:8000")
     args = parser.parse_args()

@@ -134,7 +134,9 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
     length = length_limit(args.max_length, config)
     ids = tokenizer.encode_batch(texts)
     num_cut = sum(len(one) > length - 2 for one in ids)
-    framed = tuple([tokenizer.cls, *one[: length - 2], tokenizer.sep] for one in ids)
+    cls, sep = tokenizer.cls, tokenizer.sep
+    assert cls is not None and sep is not None, "open_tokenizer returns one that has both"
+    framed = tuple([cls, *one[: length - 2], sep] for one in ids)
     options = EmbedOptions(args.pooling, args.normalize, args.batch_tokens, pad=tokenizer.pad or 0)
     return Job(config, weights, tuple(texts), framed, num_cut, options, output)
 

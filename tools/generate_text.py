@@ -231,10 +231,12 @@ def open_vocabulary(args: argparse.Namespace, config: RunConfig, saved: SavedRun
     if not args.override_tokenizer:
         require_same_tokenizer(saved.content, data, vocab_size, source=directory)
     prefix = tokenizer.prefix
-    if args.prepend_bos and tokenizer.bos is None:
+    if tokenizer.bos is None:
         _refuse_bos(args, data.tokenizer_type)
-    if args.prepend_bos is not None:
-        prefix = (tokenizer.bos,) if args.prepend_bos else ()
+    elif args.prepend_bos:
+        prefix = (tokenizer.bos,)
+    if args.prepend_bos is False:
+        prefix = ()
     eod = tokenizer.eod if data.eod_token is None else data.eod_token
     return Vocabulary(tokenizer, prefix, eod, _ends(eod, tokenizer.ends))
 

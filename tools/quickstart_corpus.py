@@ -84,7 +84,9 @@ def build_corpus(library: Path, max_bytes: float) -> list[Document]:
 
 def main(arguments: list[str]) -> None:
     """Write the corpus and print what is in it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Write a small corpus of real text that every Python installation carries, as loose JSON."
+    )
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
     parser.add_argument("--max-mb", type=float, default=8.0, help="most text in it, in 10^6 bytes; default 8")
     options = parser.parse_args(arguments)

@@ -28,7 +28,9 @@ Pair = tuple[Callable[[], object], Callable[[], object]]
 
 def main() -> None:
     """Parse the options, time each pair in turn, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Times dropout by place against torch's, in one run on one CPU thread."
+    )
     parser.add_argument("--repeat", type=int, default=15, help="rounds; the fastest is printed")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -13,11 +13,12 @@ are smaller, and its padding larger, than on a whole training file. The padding 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -153,7 +154,7 @@ def their_turns(args: argparse.Namespace, job: Job) -> TakeTurn:
         ConfigError: transformers, or accelerate, which its Trainer needs, is not installed.
     """
     try:
-        import accelerate  # noqa: F401
+        importlib.import_module("accelerate")
         from transformers import (
             AutoTokenizer,
             BertForSequenceClassification,
@@ -175,7 +176,7 @@ def their_turns(args: argparse.Namespace, job: Job) -> TakeTurn:
         rows = [_row(samples, int(number)) for number in chosen(samples, steps * args.batch_size)]
         positions: list[int] = []
 
-        def counted(batch_rows: Sequence[Mapping[str, Any]]) -> Any:
+        def counted(batch_rows: list[dict[str, Any]]) -> Any:
             batch = collate(batch_rows)
             positions.append(batch["attention_mask"].numel())
             return batch
@@ -214,7 +215,7 @@ def _arguments(args: argparse.Namespace, steps: int) -> Any:
 
     names = {field.name for field in fields(TrainingArguments)}
     is_new = "train_sampling_strategy" in names  # transformers 5 has this for group_by_length
-    grouped = {"train_sampling_strategy": "group_by_length"} if is_new else {"group_by_length": True}
+    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"} if is_new else {"group_by_length": True}
     return TrainingArguments(
         **grouped,
         max_steps=steps,

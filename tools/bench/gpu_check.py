@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron3d_kernels import Registry
@@ -99,7 +100,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.accelerator.is_available():
         _show({"skipped": f"torch {torch.__version__} sees no GPU; --device cpu --tiny checks the script on a CPU"})
         return
-    check = Check(torch.device(args.device, 0 if args.device == "cuda" else None), args.tiny, args.steps, args.out)
+    check = Check(torch.device("cuda:0" if args.device == "cuda" else args.device), args.tiny, args.steps, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     if check.on_gpu:
         torch.accelerator.set_device_index(0)
@@ -162,7 +163,7 @@ def environment(check: Check) -> Iterator[Finding]:
     }
     q = torch.randn(4096, 2, 32, 128, device=check.device, dtype=torch.bfloat16).permute(1, 2, 0, 3)
     mask = torch.ones(2, 1, 4096, 4096, dtype=torch.bool, device=check.device).tril()
-    calls: dict[str, dict[str, object]] = {
+    calls: dict[str, dict[str, Any]] = {
         "causal": {"is_causal": True},
         "causal with dropout": {"is_causal": True, "dropout_p": 0.1},
         "causal with grouped queries": {"is_causal": True, "enable_gqa": True},
@@ -314,7 +315,7 @@ def _profile(check: Check, name: str, seconds: float, step: Callable[[], object]
     path.write_text(seen.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=90))
     if not check.on_gpu:
         return {"profile": str(path)}
-    events = [one for one in seen.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    events = [one for one in seen.events() or () if one.device_type == torch.autograd.DeviceType.CUDA]
     busy = sum(one.time_range.elapsed_us() for one in events) / 1e6
     top = sorted(seen.key_averages(), key=lambda one: -getattr(one, key))[:25]
     return {

@@ -36,7 +36,7 @@ class Load:
 
 def main() -> None:
     """Parse the options, put one load after another on the service, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Measures a running service.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of tools/serve_classifier.py")
     parser.add_argument("--file", type=Path, required=True, help="a TSV file with a header line")
     parser.add_argument("--column", default="sentence", help="where its texts are")

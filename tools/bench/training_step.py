@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -84,6 +85,7 @@ def _ours(args: argparse.Namespace, tokens_BS: torch.Tensor, device: torch.devic
 
 
 def _theirs(args: argparse.Namespace, tokens_BS: torch.Tensor, device: torch.device) -> Step:
+    options: dict[str, Any] = {"attn_implementation": "sdpa"}  # of every model, so not among the parameters of this one
     shape = GPT2Config(
         vocab_size=VOCAB_SIZE,
         n_positions=args.seq,
@@ -93,9 +95,10 @@ def _theirs(args: argparse.Namespace, tokens_BS: torch.Tensor, device: torch.dev
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        attn_implementation="sdpa",
+        **options,
     )
-    model = GPT2LMHeadModel(shape).to(device)
+    with device:
+        model = GPT2LMHeadModel(shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = tokens_BS[:, :-1].to(device)
     labels = tokens_BS[:, 1:].to(device)
