@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from megatron3d.config.architectures import traits_of
 from megatron3d.config.cli import parse_args, read_command, settle
+from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.placeholders import with_placeholders
-from megatron3d.config.presets import PRESETS, Preset
+from megatron3d.config.presets import Preset
 from megatron3d.config.run import DraftRun, GivenRun
 from megatron3d.errors import ConfigError, Megatron3dError
 
@@ -46,20 +47,28 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def world_sizes_of(args: argparse.Namespace) -> list[int]:
-    """The numbers of ranks as given.
-
-    Raises: ConfigError if they are not whole numbers above 0, or several where one is meant.
-    """
+def world_sizes_of(text: str) -> list[int]:
+    """The numbers of ranks as given; empty if they are not whole numbers above 0."""
     try:
-        sizes = [int(word) for word in args.world_size.split(",")]
+        sizes = [int(word) for word in text.split(",")]
     except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
-        raise ConfigError(f"--world-size {args.world_size} is not a whole number of ranks above 0; use --world-size 8.")
+        return []
+    return sizes if min(sizes) > 0 else []
+
+
+def own_problems(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the flags of this tool."""
+    sizes = world_sizes_of(args.world_size)
+    if not sizes:
+        yield f"--world-size {args.world_size} is not a whole number of ranks above 0; use --world-size 8."
     if len(sizes) > 1 and not args.largest:
-        raise ConfigError(f"--world-size {args.world_size} names several sizes, which --largest compares; give one.")
-    return sizes
+        yield f"--world-size {args.world_size} names several sizes, which --largest compares; give one."
+    for name in () if args.largest else ("memory_gb", "host_memory_gb", "family"):
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            yield f"{flag} {getattr(args, name)} is for --largest; give --largest too, or leave it out."
+    if args.largest and (args.memory_gb is None or args.memory_gb <= 0):
+        yield f"--largest needs the GiB of a rank's device, not {args.memory_gb}; give --memory-gb 80."
 
 
 def run_to_estimate(args: argparse.Namespace, rest: Sequence[str]) -> DraftRun:
@@ -67,30 +76,31 @@ def run_to_estimate(args: argparse.Namespace, rest: Sequence[str]) -> DraftRun:
 
     Raises: ConfigError with all problems of its options.
     """
-    for name in ("memory_gb", "host_memory_gb", "family"):
-        if getattr(args, name) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} {getattr(args, name)} is for --largest; give --largest too, or leave it out.")
-    preset = next((PRESETS[word] for word in rest if word in PRESETS), None)
-    architecture = args.architecture or (preset.model_config().architecture if preset else "gpt")
-    command = read_command(rest, program=PROGRAM, description=DESCRIPTION, architecture=architecture)
-    return settle(replace(command, run=with_placeholders(command.run)), world_sizes_of(args)[0])
+    words = rest if args.architecture is None else ["--architecture", args.architecture, *rest]
+    command = read_command(words, program=PROGRAM, description=DESCRIPTION, architecture=None)
+    problems = (*own_problems(args), *command.problems)
+    # Where the number of ranks is not known, what else is wrong is looked for on the fewest that hold a model.
+    sizes = world_sizes_of(args.world_size) or [max(1, model_parallel_size(command.run.parallel))]
+    return settle(replace(command, run=with_placeholders(command.run), problems=problems), sizes[0])
 
 
 def check_search(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Refuse options that do not describe a search for the largest model.
 
-    Raises: ConfigError for a limit that is missing, a model that is named, or words that are no options.
+    Raises: ConfigError with all problems: a limit that is missing, a model that is named, or words that are no options.
     """
-    if args.memory_gb is None or args.memory_gb <= 0:
-        raise ConfigError(f"--largest needs the GiB of a rank's device, not {args.memory_gb}; give --memory-gb 80.")
+    problems = [*own_problems(args)]
     if "--preset" in rest:
-        raise ConfigError("--preset names one model and --largest searches a family of them; use --family instead.")
-    world_sizes_of(args)
-    traits = traits_of(args.architecture or "gpt")
-    if not traits.presets:
-        raise ConfigError(f"--largest compares published models, and none of them is a {traits.title}; leave it out.")
-    parse_with(args, rest)
+        problems.append("--preset names one model and --largest searches a family of them; use --family instead.")
+    try:
+        traits = traits_of(args.architecture or "gpt")
+        if not traits.presets:
+            problems.append(f"--largest compares published models, and none of them is a {traits.title}; leave it out.")
+        parse_with(args, rest)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def parse_with(args: argparse.Namespace, rest: Sequence[str]) -> GivenRun:
@@ -127,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         def parse(preset: Preset) -> GivenRun:
             return parse_with(args, ["--preset", preset.name, *rest])
 
-        print(describe_largest(parse, family, world_sizes_of(args), limits))
+        print(describe_largest(parse, family, world_sizes_of(args.world_size), limits))
     except Megatron3dError as error:
         print(error, file=sys.stderr)
         return error.exit_code

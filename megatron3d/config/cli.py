@@ -107,13 +107,13 @@ def read_command(
     program: str,
     description: str,
     log: Callable[[str], None] | None = None,
-    architecture: str = "gpt",
+    architecture: str | None = "gpt",
 ) -> Command:
     """What a command line asks for and what is wrong with its words; `--help` prints and exits.
 
     `argv` is without the program's name. `log` takes the lines about flags that have no effect here; by default they
     go to stderr (pass a function that keeps silent on all ranks but one). `architecture` is what the program trains: a
-    preset, file or flag that names one of another program is a problem.
+    preset, file or flag that names one of another program is a problem. With None it takes all; a GPT by default.
 
     Raises: CheckpointError if `--use-checkpoint-args` finds no checkpoint to take options from.
     """
@@ -126,7 +126,8 @@ def read_command(
     config_file = _config_file(found)
     engine_file = read_deepspeed_file(found.files["deepspeed_config"]) if "deepspeed_config" in found.files else None
     by_flag, by_file = judge(found.foreign), judge(config_file.foreign)
-    settings: dict[tuple[str, str], Any] = {("model", "architecture"): architecture}
+    by_default = architecture or "gpt"
+    settings: dict[tuple[str, str], Any] = {("model", "architecture"): by_default}
     of_preset = _preset_settings(found.files.get("preset") or config_file.preset, found.problems)
     if not config_file.is_whole:
         settings.update(of_preset)
@@ -138,7 +139,7 @@ def read_command(
         found.problems += engine_file.problems + engine_file.contradictions(path, settings)
         lines += [*engine_file.lines, *engine_file.lines_of_defaults(path, settings)]
         settings.update(engine_file.settings(settings))
-    settings["model", "architecture"] = _known_architecture(settings, architecture, found)
+    settings["model", "architecture"] = _known_architecture(settings, by_default, found)
     settings = _with_checkpoint_args(settings, found, lines)
     lines += _zero_bubble(found, by_flag, by_file, config_file, settings)
     found.problems += _problems_between(program, architecture, found.foreign, settings)
@@ -306,12 +307,12 @@ def _zero_bubble(
 
 
 def _problems_between(
-    program: str, architecture: str, foreign: Iterable[GivenFlag], settings: Mapping[tuple[str, str], Any]
+    program: str, architecture: str | None, foreign: Iterable[GivenFlag], settings: Mapping[tuple[str, str], Any]
 ) -> list[str]:
     """What is wrong between the program, flags that are no option, and options."""
     problems = []
     asked = settings["model", "architecture"]
-    if traits_of(asked).script != traits_of(architecture).script:
+    if architecture is not None and traits_of(asked).script != traits_of(architecture).script:
         problems.append(
             f"{program} trains {named(architecture)}, but --preset, --config or --architecture asks for "
             f"{named(asked)}; {how_to_train(asked, architecture)}."

@@ -18,7 +18,7 @@ from megatron3d.config.command_line import GivenFlag
 from megatron3d.config.options import BY_NAME, BY_SPELLING, DERIVED_NAMES, SECTIONS, Option
 from megatron3d.config.serialize import AS_GIVEN
 from megatron3d.errors import ConfigError
-from megatron3d.files.json_text import parse_object
+from megatron3d.files.json_text import kind_of, parse_object
 from megatron3d.files.text import read_text
 
 
@@ -66,24 +66,50 @@ def _read(path: str, parsed: Mapping[str, Any]) -> FileSettings:
     problems: list[str] = []
     unread: set[str] = set()
     preset = None
+    keys: dict[str, str] = {}
     for key, value in _entries(parsed):
         name = key.lstrip("-").replace("-", "_")
-        if name == "preset":
-            preset = str(value)
-            continue
-        if name in DERIVED_NAMES or value is None:
-            continue
         option = BY_NAME.get(name) or _option_by_spelling(name)
-        if option is None:
-            if value is not False:
-                foreign.append(GivenFlag(f"--{name.replace('_', '-')}", _words(value)))
-            continue
-        try:
-            settings[option.key] = _value(option, name, value)
-        except ValueError as error:
-            problems.append(f"{path}: {error}")
-            unread.add(option.name)
+        meant = name if option is None else option.name
+        wrong = _misplaced(key, name, value) if option is None else _doubled(keys.get(meant), key)
+        keys[meant] = key
+        if wrong is not None:
+            problems.append(f"{path}: {wrong}")
+        elif name == "preset":
+            preset = value
+        elif option is not None and value is not None:
+            try:
+                settings[option.key] = _value(option, name, value)
+            except ValueError as error:
+                problems.append(f"{path}: {error}")
+                unread.add(option.name)
+        elif option is None and name not in DERIVED_NAMES and value is not None and value is not False:
+            foreign.append(GivenFlag(f"--{name.replace('_', '-')}", _words(value)))
     return FileSettings(settings, preset, tuple(foreign), tuple(problems), frozenset(unread))
+
+
+def _misplaced(key: str, name: str, value: Any) -> str | None:
+    """The problem with a key that is no option, where it is no flag of another program either."""
+    if name == "preset":
+        return None if isinstance(value, str) else f"{key} is {kind_of(value)}; name one, or leave the key out."
+    if name in ("config", "deepspeed_config"):
+        return f"{key} names another file, and no file is read for another; give --{name} in the command."
+    if key in SECTIONS and isinstance(value, dict):
+        return f"{key} is a section within a section; put its options beside the other sections."
+    if key in SECTIONS:
+        return f"{key} is {kind_of(value)}, but it names a section; put its options into an object."
+    if isinstance(value, dict):
+        return f"{key} holds options and is no section; sections are {', '.join(SECTIONS)}."
+    return None
+
+
+def _doubled(earlier: str | None, key: str) -> str | None:
+    """The problem with an option that an earlier key of the file has set."""
+    if earlier is None:
+        return None
+    if earlier == key:
+        return f"{key} stands in two places of the file; leave one of them out."
+    return f"{earlier} and {key} are the same option; leave one of them out."
 
 
 def _parsed(path: Path) -> Mapping[str, Any]:
@@ -91,7 +117,7 @@ def _parsed(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"--config {path} ends in '{path.suffix}'; give a file that ends in .json or .toml.")
     try:
         text = read_text(path)
-        parsed = parse_object(text) if path.suffix == ".json" else tomllib.loads(text)
+        parsed = parse_object(text, unique_keys=True) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(
             f"--config {path} cannot be read ({error.strerror}); give the path of an existing file."

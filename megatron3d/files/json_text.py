@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from typing import Any
 
 from megatron3d.files.text import decode
@@ -17,27 +18,39 @@ MAX_DEPTH = 100  # of a document; those of our formats and of Hugging Face's nes
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse(data: bytes | str) -> Any:
+def parse(data: bytes | str, *, unique_keys: bool = False) -> Any:
     """The value of a JSON text.
 
+    With `unique_keys` an object must not have a key twice, of which JSON's readers take the last without a word.
+
     Raises:
-        ValueError: it is not UTF-8, not JSON, or nested too deep to be read.
+        ValueError: it is not UTF-8, not JSON, nested too deep to be read, or has a key twice and must not.
     """
     try:
-        return json.loads(data if isinstance(data, str) else decode(data))
+        text = data if isinstance(data, str) else decode(data)
+        return json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 
 
-def parse_object(data: bytes | str) -> dict[str, Any]:
-    """The value of a JSON text that must be an object.
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values. Raises: ValueError for a key that stands there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"it has the key {twice!r:.60} twice in one object; keep one of them")
+    return found
+
+
+def parse_object(data: bytes | str, *, unique_keys: bool = False) -> dict[str, Any]:
+    """The value of a JSON text that must be an object; `unique_keys` as in `parse`.
 
     Raises:
         ValueError: as `parse`; or it is another kind of value, nested deeper than MAX_DEPTH, or has a string with half
             of a surrogate pair.
     """
     text = data if isinstance(data, str) else decode(data)
-    value = parse(text)
+    value = parse(text, unique_keys=unique_keys)
     if not isinstance(value, dict):
         raise ValueError(f"it holds {kind_of(value)} and must hold an object")
     if _is_deeper(value, MAX_DEPTH):

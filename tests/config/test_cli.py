@@ -190,6 +190,38 @@ def test_a_changed_config_file_is_read_or_refused(tmp_path: Path, data: bytes) -
         parse_args(["--config", str(tmp_path / "run.json")], program="p", description="d", log=lambda line: None)
 
 
+MISWRITTEN_FILES = {
+    '{"preset": null}': "preset is null; name one, or leave the key out.",
+    '{"--preset": 3}': "--preset is a number; name one, or leave the key out.",
+    '{"config": "other.json"}': "config names another file, and no file is read for another; give --config in the",
+    '{"deepspeed-config": "ds.json"}': "deepspeed-config names another file, and no file is read for another; give",
+    '{"model": 3}': "model is a number, but it names a section; put its options into an object.",
+    '{"transformer": {"num_layers": 2}}': "transformer holds options and is no section; sections are model, parallel,",
+    '{"model": {"model": {"num_layers": 2}}}': "model is a section within a section",
+    '{"num_layers": 2, "num-layers": 3}': "num_layers and num-layers are the same option; leave one of them out.",
+    '{"num_layers": 2, "model": {"num_layers": 3}}': "num_layers stands in two places of the file; leave one of them",
+    '{"add_bias_linear": true, "disable-bias-linear": true}': "add_bias_linear and disable-bias-linear are the same",
+    '{"num_experts": 0}': "--num-experts 0 is not supported",
+}
+
+
+@pytest.mark.parametrize("text", MISWRITTEN_FILES)
+def test_what_a_config_file_must_not_hold_is_named(tmp_path: Path, text: str) -> None:
+    (file := tmp_path / "run.json").write_text(text)
+    (problem,) = problems_of(f"--config {file}")
+    assert problem.startswith(f"{file}: {MISWRITTEN_FILES[text]}")
+
+
+@pytest.mark.parametrize("text", ['{"lr": 1, "lr": 2}', '{"model": {"lr": 1, "lr": 1}}'])
+def test_a_key_that_stands_twice_in_a_json_file_is_named(tmp_path: Path, text: str) -> None:
+    (file := tmp_path / "run.json").write_text(text)
+    for flag in ("--config", "--deepspeed_config"):
+        (problem,) = problems_of(f"{flag} {file}")
+        assert "is not valid JSON (it has the key 'lr' twice in one object; keep one of them)" in problem
+    file.with_suffix(".toml").write_text("lr = 1\nlr = 2\n")
+    assert "is not valid TOML (Cannot overwrite a value" in problems_of(f"--config {file.with_suffix('.toml')}")[0]
+
+
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
     (problem,) = problems_of(f"--config {tmp_path}/none.json")
     assert "none.json cannot be read" in problem

@@ -101,6 +101,34 @@ def test_what_cannot_be_estimated_is_refused_with_the_code_of_wrong_usage(estima
     assert sentence in err and out == ""
 
 
+def test_a_stored_run_of_any_architecture_is_estimated(estimate) -> None:
+    for name in ("gpt", "bert"):
+        file = TOOL.parents[1] / "tests" / "checkpoint" / "written_before" / name / "iter_0000003" / "run.json"
+        code, out, err = estimate(f"--config {file}")
+        assert (code, out.split(":")[0]) == (0, name.upper()), err
+
+
+@pytest.mark.parametrize(
+    ("flags", "beginnings"),
+    [
+        (
+            "--architecture t5 --world-size many --memory-gb 80 --num-layer 2 --micro-batch-size 0 --preset bert-base",
+            ["--world-size many", "--memory-gb 80.0 is for", "--num-layer 2 is", "--architecture t5", "--micro-batch"],
+        ),
+        (
+            "--largest --architecture t5 --world-size many --preset bert-base",
+            ["--world-size many", "--largest needs", "--preset names", "--architecture t5"],
+        ),
+        ("--largest --num-layer 2 --memory-gb 0", ["--largest needs", "--num-layer 2 is"]),
+    ],
+)
+def test_all_problems_of_a_command_are_reported_together(estimate, flags: str, beginnings: list[str]) -> None:
+    code, _, err = estimate(flags)
+    lines = err.splitlines()
+    assert code == 2 and len(lines) == len(beginnings), err
+    assert all(any(line.startswith(one) for line in lines) for one in beginnings), err
+
+
 def _words(preset: str, flags: str = SMALL):
     return parse_args(f"--preset {preset} {flags}".split(), program="test", description="test")
 

@@ -10,7 +10,6 @@ The keys are tables in `deepspeed_keys.py`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from megatron3d.config.foreign.deepspeed_keys import (
     Key,
 )
 from megatron3d.config.options import BY_KEY, Settings
+from megatron3d.files.json_text import parse
 
 
 @dataclass
@@ -97,10 +97,10 @@ def read_deepspeed_file(path: str) -> DeepSpeedFile:
     """What a DeepSpeed JSON file sets; a file that is missing or malformed is a problem of the result."""
     found = DeepSpeedFile()
     try:
-        parsed = json.loads(Path(path).read_text(encoding="utf-8"))
+        parsed = parse(Path(path).read_bytes(), unique_keys=True)
     except OSError as error:
         return _unread(f"--deepspeed_config {path} cannot be read ({error.strerror}); give the path of a JSON file.")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return _unread(f"--deepspeed_config {path} is not valid JSON ({error}); correct it there.")
     if not isinstance(parsed, dict):
         return _unread(f"--deepspeed_config {path} holds a {type(parsed).__name__}; it must be one object.")
