@@ -40,12 +40,15 @@ def check_against_one_process(case: Case, traces: list[Trace], table: list[str],
         of_model: options that belong to the model, so that the one process takes them too.
     """
     expected, shapes = reference(case.model, of_model)
-    loss, norm = relative(traces[0].losses, expected.losses), relative(traces[0].norms, expected.norms)
+    steps = slice(case.num_steps)
+    loss = relative(traces[0].losses, expected.losses[steps])
+    norm = relative(traces[0].norms, expected.norms[steps])
     shapes = {name: shape for name, shape in shapes.items() if name in expected.gradients}  # frozen ones have none
     assert set().union(*(one.gradients for one in traces)) == set(shapes), f"{case}: gradients of other parameters"
     got, whole = assemble(traces, shapes), assemble([expected], shapes)
     gradient = max(float((got[n] - whole[n]).abs().max() / whole[n].abs().max()) for n in shapes)
-    table.append(f"{case.model:12s} {case.layout!s:18s} {loss:8.1e} {norm:8.1e} {gradient:8.1e}  {case.options}")
+    errors = f"{loss:8.1e} {norm:8.1e} {gradient:8.1e}"
+    table.append(f"{case.model:12s} {case.layout!s:18s} {errors} {case.num_steps:5d}  {case.options}")
     assert loss < LOSS_TOLERANCE, f"{case}: losses differ by {loss}"
     assert norm < NORM_TOLERANCE, f"{case}: gradient norms differ by {norm}"
     assert gradient < GRADIENT_TOLERANCE, f"{case}: gradients differ by {gradient}"

@@ -10,7 +10,7 @@ from tests.conftest import table_of
 
 TITLE = (
     "layout parity: largest relative difference from one process\n"
-    f"{'model':12s} {'layout':18s} {'loss':>8s} {'norm':>8s} {'gradient':>8s}  options"
+    f"{'model':12s} {'layout':18s} {'loss':>8s} {'norm':>8s} {'gradient':>8s} steps  options"
 )
 
 

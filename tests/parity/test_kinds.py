@@ -15,7 +15,7 @@ from megatron3d.nn import block
 from megatron3d.nn.mlp import MLP
 from tests.dist.pool import Pool
 from tests.parity.compare import check_against_one_process
-from tests.parity.runs import Case, Trace, trace_cases
+from tests.parity.runs import Case, Trace, brief, trace_cases
 
 
 class ExpertMLP(MLP):
@@ -30,9 +30,9 @@ class ExpertMLP(MLP):
 SP = "--sequence-parallel"
 CASES = [
     Case("llama", Layout(dp=2), "--zero-stage 3"),
-    Case("gpt2", Layout(dp=2), "--zero-stage 2 --recompute-granularity full"),
-    Case("gpt2", Layout(tp=2), SP),
-    Case("llama", Layout(pp=2), "--pipeline-schedule zb-h1"),
+    brief(Case("gpt2", Layout(dp=2), "--zero-stage 2 --recompute-granularity full")),
+    brief(Case("gpt2", Layout(tp=2), SP)),
+    brief(Case("llama", Layout(pp=2), "--pipeline-schedule zb-h1")),
 ]
 
 
