@@ -69,6 +69,7 @@ from torch import Tensor
 from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.checkpoint.load import tensor_shapes
 from megatron3d.comm.agree import digest_of
+from megatron3d.config.architectures import named
 from megatron3d.config.placeholders import untrained_run
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.parallel import GivenParallel
@@ -121,7 +122,7 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
     saved, weights, names = open_source(args)
     stored = saved.config
     if architecture_of(stored.model).build_encoder is None:
-        raise ConfigError(f"{args.load or args.hf} holds a {stored.model.traits.title}; vectors come from a BERT")
+        raise ConfigError(f"{args.load or args.hf} holds {named(stored.model.architecture)}; vectors come from a BERT")
     if args.pooling == "pooler" and "head.pooler.weight" not in names:
         raise ConfigError(f"--pooling pooler: {args.load or args.hf} has no pooler; use --pooling mean or cls")
     parallel = GivenParallel(

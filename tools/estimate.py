@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron3d.config.architectures import traits_of
+from megatron3d.config.architectures import named, traits_of
 from megatron3d.config.cli import parse_args, read_command, settle
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.placeholders import with_placeholders
@@ -93,9 +93,10 @@ def check_search(args: argparse.Namespace, rest: Sequence[str]) -> None:
     if "--preset" in rest:
         problems.append("--preset names one model and --largest searches a family of them; use --family instead.")
     try:
-        traits = traits_of(args.architecture or "gpt")
-        if not traits.presets:
-            problems.append(f"--largest compares published models, and none of them is a {traits.title}; leave it out.")
+        architecture = args.architecture or "gpt"
+        if not traits_of(architecture).presets:
+            found = named(architecture)
+            problems.append(f"--largest compares published models, and none of them is {found}; leave it out.")
         parse_with(args, rest)
     except ConfigError as error:
         problems.append(str(error))

@@ -85,10 +85,11 @@ if __name__ == "__main__":
 
 from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.comm.agree import digest_of
+from megatron3d.config.architectures import named
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.parallel import GivenParallel
 from megatron3d.convert.tokenizer_choice import with_given
-from megatron3d.data.content import require_same_tokenizer
+from megatron3d.data.content import code_content, code_differences, require_same_tokenizer
 from megatron3d.data.hf_description import end_token_ids
 from megatron3d.inference.generate import generate, new_token_limits, position_limit
 from megatron3d.inference.load import generation_config, load_model
@@ -118,6 +119,7 @@ class Job:
     prompts: tuple[str, ...]
     prompt_ids: tuple[list[int], ...]
     options: SamplingOptions
+    notes: tuple[str, ...]
 
     def files(self) -> dict[str, str]:
         """Digests of what was read, which all ranks must have alike."""
@@ -157,14 +159,17 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
     )
     if not stored.model.is_causal:
         raise ConfigError(
-            f"--load {args.load} holds a {stored.model.traits.title}, which predicts masked tokens and goes on "
+            f"--load {args.load} holds {named(stored.model.architecture)}, which predicts masked tokens and goes on "
             "with no text; give the checkpoint of a GPT."
         )
     config = generation_config(stored, parallel, world_size=world_size, bf16=args.bf16)
     vocabulary = open_vocabulary(args, config, saved)
     ids = tuple(_encode(prompt, vocabulary) for prompt in prompts)
     new_token_limits(ids, config.model, options)
-    return Job(directory, config, vocabulary, prompts, ids, options)
+    changed = (
+        [] if saved.content is None else code_differences(saved.content.code, code_content(config.model.architecture))
+    )
+    return Job(directory, config, vocabulary, prompts, ids, options, notes=tuple(f"changed: {one}" for one in changed))
 
 
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:
@@ -301,6 +306,8 @@ def main(context: RunContext) -> None:
     args = parser().parse_args()
     job = settle(args, context.launch.world_size)
     with joined(job.config, context, save=None, files=job.files()) as (mesh, device):
+        if mesh.rank == 0:
+            print(*job.notes, sep="\n", end="\n" if job.notes else "", file=sys.stderr)
         model = load_model(job.config, mesh, device, job.directory)
         began_s = time.monotonic()
         new_ids = generate(

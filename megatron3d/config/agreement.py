@@ -1,6 +1,7 @@
 """Which options all ranks of a job must have alike, and in what form they are compared.
 
-What may differ by machine is left out: paths (files are compared by content), and what one rank does for itself.
+What may differ by machine is left out: paths (files are compared by content), the folder of the user's own code, and
+what one rank does for itself.
 Of directories that are optional, only whether they are given is compared.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from megatron3d.config.options import BY_KEY, SECTIONS
 from megatron3d.config.run import RunConfig
+from megatron3d.files.user_code import without_folder
 
 _BY_MACHINE = "tensorboard_dir wandb_project wandb_exp_name wandb_save_dir metrics_file peak_tflops num_workers"
 _BY_PRESENCE = (
@@ -27,6 +29,8 @@ def agreed_options(config: RunConfig) -> dict[str, str]:
                 value = "not given" if value is None else "given"
             elif name in _BY_COUNT.split():
                 value = f"{len(value)} words"
+            elif name == "architecture":
+                value = without_folder(value)
             option = BY_KEY.get((section, name))
             found[name if option is None else option.spelling] = str(value)
     return found

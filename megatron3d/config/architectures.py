@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Literal
 
+from megatron3d.config.activations import ACTIVATIONS
 from megatron3d.errors import ConfigError
-from megatron3d.files.user_code import is_user_code, load_user_object
+from megatron3d.files.user_code import is_user_code, load_user_object, located
 
 SampleKind = Literal["tokens", "sentences"]
 
@@ -46,12 +48,53 @@ class ModelTraits:
         """The program that trains it."""
         return _SCRIPTS[self.samples]
 
+    def problems(self) -> list[str]:
+        """A clause for each field of a user's own that has no meaning: the field, its value, and what it may be."""
+        families = tuple(family for traits in ARCHITECTURES.values() for family in traits.hf_families)
+        wrong = {
+            "title": None if _is_text(self.title) else "a text that is not empty",
+            "samples": None if self.samples in tuple(_SCRIPTS) else f"one of {', '.join(_SCRIPTS)}",
+            "is_causal": None if isinstance(self.is_causal, bool) else "True or False",
+            "activation": None if self.activation in ACTIVATIONS else f"one of {', '.join(ACTIVATIONS)}",
+            "own_options": _unless_of(self.own_options, frozenset, sorted(SPECIAL_OPTIONS)),
+            "hf_families": _unless_of(self.hf_families, tuple, families),
+            "presets": None if self.presets == () else "(), since only the project's own architectures have presets",
+        }
+        return [
+            f"{name} of its traits is {vars(self)[name]!r:.80}; use {allowed}"
+            for name, allowed in wrong.items()
+            if allowed is not None
+        ]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def _unless_of(value: object, kind: type, names: Sequence[str]) -> str | None:
+    """What is allowed, unless the value is a collection of that kind with these names alone."""
+    is_right = isinstance(value, kind) and isinstance(value, Collection) and all(one in names for one in value)
+    return None if is_right else f"a {kind.__name__} of none or some of {', '.join(names)}"
+
 
 @dataclass(frozen=True)
 class DescribedArchitecture:
     """What has the traits of an architecture; `models/zoo.Architecture` adds its layers."""
 
     traits: ModelTraits
+
+    def problems(self) -> list[str]:
+        """A clause for each thing that is wrong with it; without layers nothing can be trained."""
+        return [
+            f"it is a {type(self).__name__}, which builds no layers; make it a megatron3d.models.zoo.Architecture",
+            *self.wrong_traits(),
+        ]
+
+    def wrong_traits(self) -> list[str]:
+        """The same of the traits."""
+        if isinstance(self.traits, ModelTraits):
+            return self.traits.problems()
+        return [f"traits is {self.traits!r:.80}; use a megatron3d.config.architectures.ModelTraits"]
 
 
 ARCHITECTURES: Mapping[str, ModelTraits] = MappingProxyType(
@@ -94,9 +137,10 @@ def how_to_train(architecture: str, instead_of: str) -> str:
 
 
 def load_architecture(name: str) -> DescribedArchitecture:
-    """An architecture from a user's own file.
+    """An architecture from a user's own file, which a process runs and checks once.
 
-    Raises: ConfigError if the file or module cannot be loaded, or has no architecture of that name.
+    Raises: ConfigError if the file or module cannot be loaded, has no architecture of that name, or one whose fields
+        have no meaning; with all of these.
     """
     if not is_user_code(name):
         own = name if name.endswith(".py") else "path/to/file.py"
@@ -104,6 +148,13 @@ def load_architecture(name: str) -> DescribedArchitecture:
             f"--architecture {name} is not known; use one of: {', '.join(ARCHITECTURES)}, or {own}:NAME for one of "
             "your own."
         )
+    return _loaded(located(name))
+
+
+@cache  # layers ask for traits, and the file may be gone by then
+def _loaded(name: str) -> DescribedArchitecture:
     found = load_user_object("--architecture", name, "Architecture", lambda one: isinstance(one, DescribedArchitecture))
     assert isinstance(found, DescribedArchitecture), f"{name} is a {type(found).__name__}"
+    if problems := found.problems():
+        raise ConfigError("\n".join(f"--architecture {name}: {problem}." for problem in problems))
     return found

@@ -16,9 +16,11 @@ from typing import Any
 from megatron3d.config.derive import derive
 from megatron3d.config.options import BY_KEY, Settings, given_run
 from megatron3d.config.rules.bounds import with_defaults_where_wrong
+from megatron3d.config.run import DraftRun
 from megatron3d.config.serialize import AS_GIVEN
 from megatron3d.errors import ConfigError
 from megatron3d.files.json_text import is_whole_number
+from megatron3d.files.user_code import is_user_code
 
 # The options that `derive` sets, each before those it is derived from.
 _DERIVED: tuple[tuple[str, str], ...] = (
@@ -30,6 +32,8 @@ _DERIVED: tuple[tuple[str, str], ...] = (
     *(("train", name) for name in ("train_samples", "global_batch_size")),
     ("data", "tokenizer_type"),
 )
+_ARCHITECTURE = ("model", "architecture")
+_OF_TRAITS = ("activation", "num_token_types")  # what is derived from an architecture
 _BATCH = ("train", "global_batch_size")
 _ALSO_GIVE_BATCH = (("train", "gradient_accumulation_steps"), ("train", "step_batch_size_schedule"))
 _MADE_OF = {("train", "micro_batch_size"), *_ALSO_GIVE_BATCH}
@@ -65,10 +69,12 @@ def _not_default(section: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
 def edits(parsed: Mapping[str, Any], settings: Settings, ranks: int) -> Iterator[str]:
     """A sentence for each derived value of a `run.json` that is not what its other values, `settings`, give.
 
-    Somebody changed it, or what it is derived from, by hand; it would be passed over without a word.
+    Somebody changed it, or what it is derived from, by hand; it would be passed over without a word. What follows from
+    the code of an architecture in the user's own file is not looked at.
     """
+    of_code = {("model", name): parsed["model"].get(name) for name in _OF_TRAITS} if _is_code(settings) else {}
     try:
-        derived = derive(with_defaults_where_wrong(given_run(settings)), ranks)
+        derived = _derived({**settings, **of_code}, ranks)
     except ConfigError:  # of an architecture that cannot be had, which is reported when it is asked for
         return
     for section, name in _DERIVED:
@@ -92,12 +98,23 @@ def without_derived(settings: Settings, ranks: int, changed: Iterable[tuple[str,
     is_batch_kept = _MADE_OF.isdisjoint(changed) and all(settings.get(key) is None for key in _ALSO_GIVE_BATCH)
     given = settings
     try:
-        stored = derive(with_defaults_where_wrong(given_run(settings)), ranks)
+        stored = _derived(settings, ranks)
         for key in _DERIVED:
             without = {name: value for name, value in given.items() if name != key}
-            is_same = derive(with_defaults_where_wrong(given_run(without)), ranks) == stored
+            is_same = _derived(without, ranks) == stored
             if is_same and not (key == _BATCH and is_batch_kept):
                 given = without
     except ConfigError:  # of an architecture that cannot be had, which is reported when it is asked for
         return settings
     return given
+
+
+def _is_code(settings: Settings) -> bool:
+    return is_user_code(settings.get(_ARCHITECTURE, ""))
+
+
+def _derived(settings: Settings, ranks: int) -> DraftRun:
+    """The run of some settings, with a GPT for an architecture in the user's own file, which is not run for this."""
+    if _is_code(settings):
+        settings = {**settings, _ARCHITECTURE: "gpt"}
+    return derive(with_defaults_where_wrong(given_run(settings)), ranks)

@@ -18,7 +18,7 @@ from typing import Any
 from megatron3d.config.architectures import how_to_train, named
 from megatron3d.config.options import BY_KEY, Settings
 from megatron3d.config.resume import EFFECTS, Effect
-from megatron3d.config.serialize import from_dict
+from megatron3d.config.serialize import from_dict, other_architecture
 from megatron3d.config.tokenizer_copy import beside_checkpoint
 from megatron3d.errors import CheckpointError, MisfitError
 from megatron3d.files.fields import Fields
@@ -49,13 +49,13 @@ def with_checkpoint_args(settings: Settings, log: Callable[[str], None]) -> dict
     if directory is None:
         log("--use-checkpoint-args: there is no checkpoint yet, so the flags describe the model.")
         return changed
-    stored = from_dict(_read_run(directory), architecture=settings["model", "architecture"])
-    wanted, found = settings["model", "architecture"], stored.model.architecture
-    if wanted != found:
+    run, wanted = _read_run(directory), settings["model", "architecture"]
+    if found := other_architecture(run, wanted):
         raise MisfitError(
             f"--use-checkpoint-args: {directory} holds {named(found)}, not {named(wanted)}; "
             f"{how_to_train(found, wanted)}"
         )
+    stored = from_dict(run, architecture=wanted)
     for key in _CONTAINED:
         changed.pop(key, None)
     for key in OVERRIDDEN:

@@ -29,6 +29,7 @@ from megatron3d.config.presets import PRESETS
 from megatron3d.config.rules.doubt import NO_DOUBT, Doubt
 from megatron3d.config.run import DraftRun, GivenRun
 from megatron3d.errors import CheckpointError, ConfigError
+from megatron3d.files.user_code import is_user_code, located
 
 _FILE_FLAGS = {
     "--config": "config",
@@ -139,27 +140,36 @@ def read_command(
         found.problems += engine_file.problems + engine_file.contradictions(path, settings)
         lines += [*engine_file.lines, *engine_file.lines_of_defaults(path, settings)]
         settings.update(engine_file.settings(settings))
-    settings["model", "architecture"] = _known_architecture(settings, by_default, found)
+    log = _to_stderr if log is None else log
+    is_of_file = ("model", "architecture") in config_file.settings.keys() - found.settings.keys()
+    source = f"--config {found.files['config']}" if is_of_file else "--architecture"
+    known = _known_architecture(settings["model", "architecture"], source, found, log)
+    settings["model", "architecture"] = known or by_default
     settings = _with_checkpoint_args(settings, found, lines)
     lines += _zero_bubble(found, by_flag, by_file, config_file, settings)
     found.problems += _problems_between(program, architecture, found.foreign, settings)
     lines += _lines_of_run(settings, found.unread)
     for line in lines:
-        (_to_stderr if log is None else log)(line)
+        log(line)
     doubt = _doubt(found, by_flag, by_file, config_file, engine_file, settings)
     return Command(given_run(settings), tuple(dict.fromkeys(found.problems)), doubt)
 
 
-def _known_architecture(settings: Settings, by_default: str, found: _SortedFlags) -> str:
-    """The architecture that is asked for; where it cannot be had, that is a problem, and the program's own is taken."""
-    asked = settings["model", "architecture"]
+def _known_architecture(asked: str, source: str, found: _SortedFlags, log: Callable[[str], None]) -> str | None:
+    """The architecture that `source` asks for; where it cannot be had, that is a problem, and None is returned.
+
+    `log` takes a line about code of the user's before that is run.
+    """
+    name = located(asked) if is_user_code(asked) else asked
+    if is_user_code(name):
+        log(f"{source} names the architecture {name}, whose code is run.")
     try:
-        traits_of(asked)
+        traits_of(name)
     except ConfigError as error:
-        found.problems.append(str(error))
+        found.problems += str(error).splitlines()
         found.unread.add("architecture")
-        return by_default
-    return asked
+        return None
+    return name
 
 
 def _to_stderr(line: str) -> None:

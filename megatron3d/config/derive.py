@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
+from megatron3d.config.activations import GATED_ACTIVATIONS
 from megatron3d.config.batch_size import iterations_for_samples, parse_step_schedule, samples_for_iterations
 from megatron3d.config.options import GIVEN
 from megatron3d.config.run import DraftRun, GivenRun, RunConfig
 from megatron3d.config.sections.data import DataConfig
-from megatron3d.config.sections.model import GATED_ACTIVATIONS, GivenModel, ModelConfig
+from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.config.sections.optim import GivenOptim, OptimConfig
 from megatron3d.config.sections.parallel import GivenParallel, ParallelConfig
 from megatron3d.config.sections.train import DraftTrain, GivenTrain, TrainConfig

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from megatron3d.config.architectures import ARCHITECTURES
 from megatron3d.config.derive import complete, derive_model
 from megatron3d.config.field_types import wanted_type
 from megatron3d.config.options import BY_KEY, GIVEN, SECTIONS, Settings
@@ -20,7 +21,7 @@ from megatron3d.config.sections.model import GivenModel
 from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.config.sections.train import DraftTrain
 from megatron3d.errors import ConfigError
-from megatron3d.files.user_code import is_user_code
+from megatron3d.files.user_code import is_user_code, located, without_folder
 
 # What is read of each section before it is known to be complete.
 _STORED: Mapping[str, type] = MappingProxyType({**GIVEN, "parallel": ParallelConfig, "train": DraftTrain})
@@ -44,7 +45,8 @@ def from_dict(stored: Mapping[str, Any], *, architecture: str | None = None) -> 
     """The run that `to_dict` gave. Fields that the stored run does not know yet take their defaults.
 
     Weights that are imported were stored without a learning rate; here it is 0. `architecture` is the one that the user
-    names: an architecture in a file of theirs is code, which is not run because a stored run says so.
+    names: an architecture in a file of theirs is code, which is not run because a stored run says so. The run has it by
+    the name of the command, wherever the file lay when it was stored.
 
     Raises: ConfigError naming sections or fields that do not exist, that are of another type than they should be, or
         without which there is no run; or an architecture that the user has not named.
@@ -56,17 +58,19 @@ def from_dict(stored: Mapping[str, Any], *, architecture: str | None = None) -> 
         **{section: _section_from_dict(section, stored.get(section, {})) for section in SECTIONS},
         as_given=_as_given_from_dict(stored.get(AS_GIVEN, {})),
     )
-    own = draft.model.architecture
-    if is_user_code(own) and own != architecture:
-        raise ConfigError(
-            f"The stored run has the architecture {own}, which is code that is run only where the command names it; "
-            f"read it, and give --architecture {own}, which pretrain_gpt.py, tools/generate_text.py and hf-export take."
-        )
+    draft = dataclasses.replace(draft, model=_with_named_code(draft.model, architecture))
     optim = draft.optim if draft.optim.lr is not None else dataclasses.replace(draft.optim, lr=0.0)
     try:
         return complete(dataclasses.replace(draft, model=_filled(draft.model), optim=optim))
     except ConfigError as error:
         raise ConfigError(f"The stored run is damaged or written by another program: {error}") from error
+
+
+def other_architecture(stored: Mapping[str, Any], wanted: str) -> str | None:
+    """The architecture of a stored run if it is one of the project's, and not the one that is wanted; runs no code."""
+    model = stored.get("model")
+    found = model.get("architecture", "gpt") if isinstance(model, Mapping) else wanted
+    return found if found != wanted and found in tuple(ARCHITECTURES) else None
 
 
 def to_json(config: RunConfig) -> str:
@@ -104,6 +108,29 @@ def _filled(model: GivenModel) -> GivenModel:
     """The model with what follows where nothing is stored: runs of earlier versions and imports may lack it."""
     derived = vars(derive_model(model))
     return dataclasses.replace(model, **{name: derived[name] for name, value in vars(model).items() if value is None})
+
+
+def _with_named_code(model: GivenModel, named: str | None) -> GivenModel:
+    """The stored model with its architecture as the command names it, where one of the two is code of the user's.
+
+    Raises: ConfigError if they are not the same one.
+    """
+    own = model.architecture
+    if named is None or not is_user_code(named):
+        if is_user_code(own):
+            raise ConfigError(
+                f"The stored run has the architecture {own}, which is code that is run only where the command names "
+                f"it; read it, and give --architecture {own}, which pretrain_gpt.py, tools/generate_text.py and "
+                "hf-export take."
+            )
+        return model
+    if without_folder(own) != without_folder(named):
+        remedy = f"give --architecture {own}, once you have read it" if is_user_code(own) else "leave it out"
+        raise ConfigError(
+            f"The stored run has the architecture {own}, but the command names --architecture {named}; {remedy}, or "
+            "name another checkpoint."
+        )
+    return dataclasses.replace(model, architecture=located(named))
 
 
 def _section_from_dict(section: str, values: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from megatron3d.config.architectures import named
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.convert.family import Family
 from megatron3d.convert.maps.bert import BERT, MEGATRON_BERT
@@ -24,8 +25,8 @@ def family_of(model: ModelConfig) -> Family:
     known = model.traits.hf_families
     if not known:
         raise ConfigError(
-            f"no model of Hugging Face's is known to compute what a {model.traits.title} computes, so it cannot be "
-            "exported; its architecture would name one in hf_families"
+            f"no model of Hugging Face's is known to compute what {named(model.architecture)} computes, so it cannot "
+            "be exported; its architecture would name one in hf_families"
         )
     misfits = {kind: FAMILIES[kind].misfits(model) for kind in known}
     nearest = min(misfits, key=lambda kind: len(misfits[kind]))

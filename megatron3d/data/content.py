@@ -1,9 +1,10 @@
-"""What data and tokenizer are, by content: digests that a checkpoint stores and a resumed run compares.
+"""What data, tokenizer and the user's own code are, by content: digests that a checkpoint stores and a resumed run
+compares.
 
 Paths say little: a file may move, or another may take its name. The digest of a token file covers the sizes of `.idx`
 and `.bin` and their bytes: all of them up to 1 MiB, beyond that 64 blocks of 16 KiB at equal distances, the header
 and the end among them, so that terabytes cost 2 MiB of reading. A change between the blocks that keeps both sizes is
-not seen. A tokenizer's files are read whole.
+not seen. A tokenizer's files are read whole, and so is the file of an architecture of the user's own.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from megatron3d.data.hf_description import described_files
 from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import SENTENCEPIECE_KINDS
 from megatron3d.errors import ConfigError, DataError
+from megatron3d.files.user_code import code_digest, is_user_code
 
 BLOCK_BYTES, NUM_BLOCKS = 16 << 10, 64
-TOKENIZER = "the tokenizer"  # in a `Difference`, as the name of an option
+TOKENIZER, CODE = "the tokenizer", "the code of --architecture"  # in a `Difference`, as the names of options
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,20 @@ class TokenizerContent:
 
 
 @dataclass(frozen=True)
+class CodeContent:
+    """An architecture of the user's own: its name with the path of its file, and the digest of that file."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class Content:
     """What a run reads. `corpora` maps "all" (cut by --split), "train", "valid" and "test" to corpora in order."""
 
     corpora: Mapping[str, tuple[CorpusContent, ...]]
     tokenizer: TokenizerContent | None
+    code: CodeContent | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `content.json`; `content_from_json` takes them back."""
@@ -64,7 +75,11 @@ class Content:
             for part, corpora in self.corpora.items()
             for number, one in enumerate(corpora)
         }
-        return found if self.tokenizer is None else {**found, TOKENIZER: self.tokenizer.digest}
+        if self.tokenizer is not None:
+            found[TOKENIZER] = self.tokenizer.digest
+        if self.code is not None:
+            found[CODE] = self.code.digest
+        return found
 
 
 _OPTIONS = {
@@ -75,8 +90,8 @@ _OPTIONS = {
 }
 
 
-def content_of(data: DataConfig, *, vocab_size: int | None) -> Content:
-    """Read what the digests need of the files that the options name.
+def content_of(data: DataConfig, *, vocab_size: int | None, architecture: str = "") -> Content:
+    """Read what the digests need of the files that the options name; `architecture` is that of the model.
 
     Raises: DataError if a file cannot be read; ConfigError if the words of a data option cannot be understood.
     """
@@ -84,7 +99,12 @@ def content_of(data: DataConfig, *, vocab_size: int | None) -> Content:
         part: tuple(CorpusContent(one.prefix, share, corpus_digest(one.prefix)) for one, share in _with_shares(found))
         for part, found in _corpora(data).items()
     }
-    return Content(corpora, tokenizer_content(data, vocab_size=vocab_size))
+    return Content(corpora, tokenizer_content(data, vocab_size=vocab_size), code_content(architecture))
+
+
+def code_content(architecture: str) -> CodeContent | None:
+    """The code of an architecture of the user's own, None of the project's. Raises: ConfigError if it is not there."""
+    return CodeContent(architecture, code_digest(architecture)) if is_user_code(architecture) else None
 
 
 def content_of_paths(data: DataConfig) -> Content:
@@ -102,7 +122,8 @@ def content_from_json(stored: Mapping[str, Any]) -> Content:
     tokenizer = stored["tokenizer"]
     if tokenizer is not None:
         tokenizer = TokenizerContent(tokenizer["kind"], tuple(tokenizer["files"]), tokenizer["digest"])
-    return Content(corpora, tokenizer)
+    code = stored.get("code")
+    return Content(corpora, tokenizer, None if code is None else CodeContent(code["name"], code["digest"]))
 
 
 def corpus_digest(prefix: str) -> str:
@@ -187,7 +208,14 @@ def content_differences(saved: Content, now: Content) -> list[Difference]:
         if not _same_corpora(theirs, ours):
             effect = Effect.REPORTED if part in ("valid", "test") else Effect.SAMPLES
             found.append(Difference(effect, f"the data of {_OPTIONS[part]}", _shown(theirs), _shown(ours)))
-    return found + tokenizer_differences(saved, now)
+    return found + tokenizer_differences(saved, now) + code_differences(saved.code, now.code)
+
+
+def code_differences(saved: CodeContent | None, now: CodeContent | None) -> list[Difference]:
+    """The same of the user's own code, where both are known: whether it computes another function nobody can tell."""
+    if saved is None or now is None or saved.digest == now.digest:
+        return []
+    return [Difference(Effect.REPORTED, CODE, *(f"{one.name} ({one.digest[:8]})" for one in (saved, now)))]
 
 
 def tokenizer_differences(saved: Content, now: Content) -> list[Difference]:
@@ -212,6 +240,8 @@ def moved(saved: Content, now: Content) -> list[str]:
             pairs += [(a.prefix, b.prefix) for a, b in zip(theirs, ours, strict=True) if a.digest is not None]
     if saved.tokenizer and now.tokenizer and same_tokenizer(saved.tokenizer, now.tokenizer):
         pairs += list(zip(saved.tokenizer.files, now.tokenizer.files))
+    if saved.code and now.code and saved.code.digest == now.code.digest:
+        pairs.append((saved.code.name, now.code.name))
     return [f"{old} has moved to {new}, with the same content" for old, new in pairs if old != new]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module, util
@@ -15,6 +17,34 @@ from megatron3d.errors import ConfigError
 def is_user_code(name: str) -> bool:
     """Whether the value of an option points into a user's file: names of the project's own have no colon."""
     return ":" in name
+
+
+def located(name: str) -> str:
+    """The name with the absolute path of its file, which means the same in every directory; a module's stays."""
+    place, _, wanted = name.rpartition(":")
+    return f"{os.path.abspath(place)}:{wanted}" if place.endswith(".py") else name
+
+
+def without_folder(name: str) -> str:
+    """The name without the folder of its file, which may differ between machines; a module's stays."""
+    place, _, wanted = name.rpartition(":")
+    return f"{Path(place).name}:{wanted}" if place.endswith(".py") else name
+
+
+def code_digest(name: str) -> str:
+    """The SHA-256 of the file behind the value of an option, without that of what the file imports.
+
+    Raises: ConfigError if there is no such file, or it cannot be read.
+    """
+    place = name.rpartition(":")[0]
+    path: str | None = place
+    if not place.endswith(".py"):
+        spec = util.find_spec(place)
+        path = None if spec is None else spec.origin
+    try:
+        return hashlib.sha256(Path(path or "").read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{path or place} cannot be read ({error.strerror}); name a file of Python code.") from error
 
 
 def load_user_object(
@@ -34,7 +64,7 @@ def load_user_object(
     """
     place, _, wanted = name.rpartition(":")
     if not place or not wanted:
-        raise error(f"{option} {name!r} names no {kind}; write module:{kind} or path/to/file.py:{kind}")
+        raise error(f"{option} {name!r} names no {kind}; write module:{kind} or path/to/file.py:{kind}.")
     load = _load_file if place.endswith(".py") else _load_module
     try:
         module = load(place)
@@ -43,18 +73,19 @@ def load_user_object(
     found = vars(module).get(wanted)
     if not fits(found):
         own = sorted(key for key, value in vars(module).items() if fits(value) and not key.startswith("_"))
-        raise error(f"{option} {name}: {place} has no {kind} {wanted!r}; it has {', '.join(own) or 'none'}")
+        raise error(f"{option} {name}: {place} has no {kind} {wanted!r}; it has {', '.join(own) or 'none'}.")
     return found
 
 
 def _load_file(place: str) -> ModuleType:
     """Run the user's file as a module of its own, which nothing else can import by accident."""
     path = Path(place)
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path} in {Path.cwd()}; give its path")
     name = f"user_file_{path.stem}_{crc32(bytes(path.resolve())):08x}"
     if name in sys.modules:
         return sys.modules[name]
+    if not path.is_file():
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise ConfigError(f"there is no file {path}{where}; give its path.")
     spec = util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, f"{path} ends in .py, which Python loads"
     module = util.module_from_spec(spec)
@@ -63,7 +94,7 @@ def _load_file(place: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a script without a guard for `__main__` exits
         del sys.modules[name]
-        raise ConfigError(f"{path} cannot be loaded: {type(error).__name__}: {error}; mend the file") from error
+        raise ConfigError(f"{path} cannot be loaded: {_shown(error)}; mend the file.") from error
     return module
 
 
@@ -73,6 +104,11 @@ def _load_module(place: str) -> ModuleType:
         return import_module(place)
     except (Exception, SystemExit) as error:  # a script without a guard for `__main__` exits
         raise ConfigError(
-            f"module {place!r} cannot be imported: {type(error).__name__}: {error}; put its folder on PYTHONPATH, or "
-            "give the path of the file, such as path/to/mine.py:name"
+            f"module {place!r} cannot be imported: {_shown(error)}; put its folder on PYTHONPATH, or give the path of "
+            "the file, such as path/to/mine.py:name."
         ) from error
+
+
+def _shown(error: BaseException) -> str:
+    """An error of the user's code within a sentence, which has a full stop of its own."""
+    return f"{type(error).__name__}: {error}".rstrip(".: ")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.comm.mesh import Mesh
+from megatron3d.config.architectures import named
 from megatron3d.config.run import RunConfig
 from megatron3d.convert.hf import fill_views
 from megatron3d.errors import CheckpointError, ConfigError, NumericsError
@@ -70,7 +71,7 @@ def load_encoder(
     """
     build = architecture_of(config.model).build_encoder
     if build is None:
-        raise ConfigError(f"a {config.model.traits.title} gives no vectors; they come from a BERT")
+        raise ConfigError(f"{named(config.model.architecture)} gives no vectors; they come from a BERT")
     builder = partial(build, with_pooler=pooling == "pooler")
     if isinstance(weights, Path):
         return load_model(config, mesh, device, weights, builder=builder)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from types import MappingProxyType
 from typing import Protocol
 
 from megatron3d.config.architectures import ARCHITECTURES, DescribedArchitecture, load_architecture
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
-from megatron3d.errors import ConfigError
 from megatron3d.models.bert import build_bert_stage
 from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.models.bert_encoder import build_bert_encoder_stage
@@ -59,6 +59,29 @@ class Architecture(DescribedArchitecture):
     build_classifier: ClassifierBuilder | None = None
     build_encoder: EncoderBuilder | None = None
 
+    def problems(self) -> list[str]:
+        """A clause for each thing that is wrong with it: its traits, and builders that cannot be called as they are."""
+        found = [_builder_problem("build_stage", self.build_stage)]
+        if self.build_classifier is not None:
+            found.append(_builder_problem("build_classifier", self.build_classifier, "num_outputs"))
+        if self.build_encoder is not None:
+            found.append(_builder_problem("build_encoder", self.build_encoder, "with_pooler"))
+        return [*self.wrong_traits(), *(problem for problem in found if problem is not None)]
+
+
+def _builder_problem(field: str, builder: object, *keywords: str) -> str | None:
+    """What is wrong with a builder, which may be anything in a user's file."""
+    wanted = ", ".join(("config, train, part, context", *(f"{keyword}=..." for keyword in keywords)))
+    if not callable(builder):
+        return f"{field} is {builder!r:.80}; use a function that is called with ({wanted})"
+    try:
+        signature(builder).bind(None, None, None, None, **dict.fromkeys(keywords))
+    except ValueError:  # of a callable that was not written in Python nothing is known
+        return None
+    except TypeError as error:
+        return f"{field} cannot be called with ({wanted}): {error}; change what it takes"
+    return None
+
 
 ZOO: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -77,9 +100,5 @@ def architecture_of(model: ModelConfig) -> Architecture:
     """
     name = model.architecture
     found = ZOO[name] if name in ZOO else load_architecture(name)
-    if not isinstance(found, Architecture):
-        raise ConfigError(
-            f"--architecture {name} is a {type(found).__name__}, which builds no layers; make it a "
-            "megatron3d.models.zoo.Architecture."
-        )
+    assert isinstance(found, Architecture), f"{name}, which builds no layers, is refused when it is loaded"
     return found

@@ -18,6 +18,7 @@ from megatron3d.checkpoint.index import read_index
 from megatron3d.checkpoint.load import read_document, tensor_shapes
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
+from megatron3d.config.architectures import named
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.parallel import GivenParallel
@@ -97,7 +98,7 @@ def open_trained(root: Path, step: int | None, overrides: ServeOverrides) -> Tra
     shapes = {name: shape for name, shape in tensor_shapes(directory).items() if name.startswith("model/")}
     if architecture_of(stored.model).build_classifier is None or _CLASSIFIER not in shapes:
         raise CheckpointError(
-            f"--load {directory} holds a {stored.model.traits.title} without a classifier; fine-tune one with "
+            f"--load {directory} holds {named(stored.model.architecture)} without a classifier; fine-tune one with "
             "tools/finetune_glue.py, or import one with tools/convert_checkpoint.py"
         )
     size = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())

@@ -16,10 +16,12 @@ from megatron3d.comm.agree import require_agreement
 from megatron3d.config.resume import Difference, Effect, differences
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.data.content import (
     TOKENIZER,
     Content,
+    code_differences,
     content_differences,
     content_from_json,
     content_of,
@@ -27,7 +29,7 @@ from megatron3d.data.content import (
     moved,
     tokenizer_differences,
 )
-from megatron3d.errors import DataError, MisfitError
+from megatron3d.errors import ConfigError, DataError, MisfitError
 
 CONTENT_DOCUMENT = "content"
 
@@ -51,21 +53,30 @@ def read_saved_run(directory: Path, *, architecture: str | None = None) -> Saved
     content = None
     if f"{CONTENT_DOCUMENT}.json" in read_index(directory).documents:
         content = content_from_json(read_document(directory, CONTENT_DOCUMENT))
-    return SavedRun(directory, from_dict(read_document(directory, "run"), architecture=architecture), content)
+    try:
+        run = from_dict(read_document(directory, "run"), architecture=architecture)
+    except ConfigError as error:
+        raise ConfigError(f"{directory}: {error}") from error
+    return SavedRun(directory, run, content)
 
 
-def agreed_content(data: DataConfig, vocab_size: int, group: ProcessGroup | None) -> Content:
+def agreed_content(data: DataConfig, model: ModelConfig, group: ProcessGroup | None) -> Content:
     """What a run reads, once it is sure that all ranks read the same. Collective over all ranks.
 
     Raises: DataError if a file cannot be read, or the ranks read different ones; raised on every rank.
     """
-    content = on_every_rank(lambda: content_of(data, vocab_size=vocab_size), group)
+
+    def read() -> Content:
+        return content_of(data, vocab_size=model.vocab_size, architecture=model.architecture)
+
+    content = on_every_rank(read, group)
     require_agreement(content.digests(), DataError)
     return content
 
 
 def compare_weights(saved: SavedRun, config: RunConfig, content: Content | None) -> list[str]:
-    """Lines about what a fine-tuning changes of the tokenizer, if it may; the rest is a run of its own.
+    """Lines about what a fine-tuning changes of the tokenizer, if it may, and of the user's own code; the rest is a
+    run of its own.
 
     Refused is a model that computes another function of the same weights and, unless --override-tokenizer is given,
     a tokenizer of the same kind with other content, by which the model's ids mean other tokens. A tokenizer of another
@@ -74,12 +85,16 @@ def compare_weights(saved: SavedRun, config: RunConfig, content: Content | None)
     Raises: MisfitError with all differences.
     """
     function = [one for one in differences(saved.config, config) if one.effect is Effect.FUNCTION]
-    tokenizer = [] if content is None or saved.content is None else tokenizer_differences(saved.content, content)
+    tokenizer: list[Difference] = []
+    code: list[Difference] = []
+    if content is not None and saved.content is not None:
+        tokenizer = tokenizer_differences(saved.content, content)
+        code = code_differences(saved.content.code, content.code)
     may_differ = config.checkpoint.override_tokenizer or saved.config.data.tokenizer_type != config.data.tokenizer_type
     refused = [] if may_differ else tokenizer
     if function or refused:
         raise MisfitError(_refusal(saved.directory, function, [], refused))
-    return [f"changed: {one}" for one in tokenizer]
+    return [f"changed: {one}" for one in (*tokenizer, *code)]
 
 
 def compare_resumed(saved: SavedRun, config: RunConfig, content: Content | None) -> list[str]:

@@ -16,9 +16,8 @@ from megatron3d.checkpoint.ranks import from_first, gathered, on_every_rank
 from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.config.architectures import how_to_train, named
 from megatron3d.config.batch_size import iterations_for_samples
-from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
-from megatron3d.config.serialize import to_dict
+from megatron3d.config.serialize import other_architecture, to_dict
 from megatron3d.data.content import Content
 from megatron3d.errors import CheckpointError, MisfitError
 from megatron3d.optim.build import kind, other_state_views, set_step_count, state_names, step_count
@@ -191,9 +190,7 @@ def _restore_from(source: Source, parts: TrainingSetup, content: Content | None)
     options, group = parts.config.checkpoint, parts.mesh.world.group
     directory = source.directory
     agreed_index(directory, group)
-    wanted = parts.config.model.architecture
-    saved = on_every_rank(lambda: read_saved_run(directory, architecture=wanted), group)
-    _check_architecture(saved, parts.config.model)
+    saved = on_every_rank(lambda: _saved_run(directory, parts.config.model.architecture), group)
     if source.weights_only:
         lines = compare_weights(saved, parts.config, content)
         _load(directory, parts, saved.config.train.freeze_params, with_optimizer=False)
@@ -308,13 +305,14 @@ def _delay_lines(parts: TrainingSetup, *, was_due: bool) -> list[str]:
     ]
 
 
-def _check_architecture(saved: SavedRun, model: ModelConfig) -> None:
-    """Every tensor of a GPT has a namesake of its shape in a BERT, so names alone would not tell."""
-    found, wanted = saved.config.model.architecture, model.architecture
-    if found != wanted:
+def _saved_run(directory: Path, wanted: str) -> SavedRun:
+    """The run that wrote a checkpoint, of the architecture that is wanted: every tensor of a GPT has a namesake of its
+    shape in a BERT, so names of tensors would not tell."""
+    if found := other_architecture(read_document(directory, "run"), wanted):
         raise MisfitError(
-            f"{saved.directory} holds {named(found)}, not {named(wanted)}; to resume it, {how_to_train(found, wanted)}"
+            f"{directory} holds {named(found)}, not {named(wanted)}; to resume it, {how_to_train(found, wanted)}"
         )
+    return read_saved_run(directory, architecture=wanted)
 
 
 def _check_optimizer(state: Mapping[str, Any], wanted: str, source: Path) -> None:

@@ -317,8 +317,10 @@ def test_a_file_of_ones_own_is_named_with_what_it_holds(words: str, hint: str) -
 
 def test_a_checkpoint_of_another_architecture_is_told_by_name_and_not_by_the_program_that_runs(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from megatron3d.config.architectures import DescribedArchitecture, ModelTraits\n"
-        "ONLY = DescribedArchitecture(ModelTraits('only'))\n"
+        "from megatron3d.config.architectures import ModelTraits\n"
+        "from megatron3d.models.gpt import build_gpt_stage\n"
+        "from megatron3d.models.zoo import Architecture\n"
+        "ONLY = Architecture(ModelTraits('only'), build_gpt_stage)\n"
     )
     own = f"{tmp_path}/mine.py:ONLY"
     checkpoint = Path(__file__).parents[1] / "checkpoint" / "written_before"

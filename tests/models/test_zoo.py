@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.checkpoint.load import read_document
-from megatron3d.config.architectures import ARCHITECTURES, ModelTraits
+from megatron3d.config.architectures import ARCHITECTURES, ModelTraits, load_architecture
 from megatron3d.config.check import model_problems
 from megatron3d.config.cli import read_command
 from megatron3d.config.derive import derive, resolve_model
@@ -17,13 +18,14 @@ from megatron3d.config.presets import PRESETS
 from megatron3d.config.run import GivenRun
 from megatron3d.config.sections.model import GivenModel
 from megatron3d.config.sections.train import GivenTrain
-from megatron3d.config.serialize import from_dict, to_dict
+from megatron3d.config.serialize import AS_GIVEN, from_dict, to_dict
 from megatron3d.convert.export import ExportOptions, export_model
 from megatron3d.convert.families import FAMILIES, family_of
 from megatron3d.errors import ConfigError
 from megatron3d.models.counts import declared_specs, num_parameters
 from megatron3d.models.zoo import ZOO, Architecture, architecture_of
 from tests.runs import harness
+from tools import estimate, verify_checkpoint
 
 TINY = GivenModel(num_layers=2, hidden_size=8, num_attention_heads=2, seq_length=4, vocab_size=11)
 MINE = """
@@ -40,6 +42,15 @@ TRAITS = ModelTraits("plain GPT", activation="relu", own_options=frozenset({"nor
 PLAIN = Architecture(TRAITS, build_gpt_stage)
 OF_HF = Architecture(ModelTraits("GPT of mine", hf_families=("gpt2",)), build_gpt_stage)
 BARE = DescribedArchitecture(ModelTraits("nothing"))
+WRONG = Architecture(
+    ModelTraits(
+        "", "token", 1, "swish", frozenset({"qk_layernorm"}), hf_families=("gpt-5",), presets=("gpt3",)
+    ),
+    None,
+    build_classifier=build_gpt_stage,
+)
+UNTYPED = Architecture(ModelTraits(7, own_options=("norm_position",), hf_families="gpt2"), lambda config: None)
+WITHOUT = Architecture("GPT", build_gpt_stage)
 """
 
 
@@ -67,7 +78,7 @@ def test_an_architecture_of_a_users_file_decides_what_the_projects_own_do(mine: 
     assert isinstance(architecture_of(model), Architecture)
     assert num_parameters(model) == num_parameters(resolve_model(TINY))
     (problem,) = model_problems(replace(model, norm_position="post", num_token_types=2))
-    assert problem.startswith("--num-token-types 2 means nothing to a plain GPT")
+    assert problem.startswith(f"--num-token-types 2 means nothing to the model of --architecture {mine}:PLAIN;")
 
 
 def test_a_program_takes_every_architecture_that_learns_from_its_samples(mine: Path) -> None:
@@ -82,7 +93,7 @@ def test_a_program_takes_every_architecture_that_learns_from_its_samples(mine: P
     ("name", "words"),
     [
         ("{folder}/none.py:PLAIN", "there is no file {folder}/none.py"),
-        ("{folder}/mine.py:NONE", "has no Architecture 'NONE'; it has BARE, OF_HF, PLAIN"),
+        ("{folder}/mine.py:NONE", "has no Architecture 'NONE'; it has BARE, OF_HF, PLAIN, UNTYPED, WITHOUT, WRONG."),
         ("{folder}/mine.py:", "names no Architecture"),
         ("t5", "is not one of its choices; use one of: gpt, bert"),
         ("no_such_module:X", "module 'no_such_module' cannot be imported"),
@@ -96,28 +107,157 @@ def test_an_architecture_that_is_not_there_is_one_problem_among_all(mine: Path, 
     assert any("did you mean --num-layers" in problem for problem in problems)
 
 
-def test_a_record_without_layers_is_refused(mine: Path) -> None:
-    with pytest.raises(ConfigError, match="builds no layers; make it a"):
-        architecture_of(resolve_model(replace(TINY, architecture=f"{mine}:BARE")))
+WRONG_FIELDS = {
+    "BARE": ["it is a DescribedArchitecture, which builds no layers; make it a megatron3d.models.zoo.Architecture."],
+    "WITHOUT": ["traits is 'GPT'; use a megatron3d.config.architectures.ModelTraits."],
+    "WRONG": [
+        "title of its traits is ''; use a text that is not empty.",
+        "samples of its traits is 'token'; use one of tokens, sentences.",
+        "is_causal of its traits is 1; use True or False.",
+        "activation of its traits is 'swish'; use one of gelu, gelu_tanh, relu, squared_relu, silu, swiglu, geglu, "
+        "reglu.",
+        "own_options of its traits is frozenset({'qk_layernorm'}); use a frozenset of none or some of "
+        "bert_binary_head, norm_position, num_token_types.",
+        "hf_families of its traits is ('gpt-5',); use a tuple of none or some of gpt2, llama, bert, megatron-bert.",
+        "presets of its traits is ('gpt3',); use (), since only the project's own architectures have presets.",
+        "build_stage is None; use a function that is called with (config, train, part, context).",
+        "build_classifier cannot be called with (config, train, part, context, num_outputs=...): got an unexpected "
+        "keyword argument 'num_outputs'; change what it takes.",
+    ],
+    "UNTYPED": [
+        "title of its traits is 7; use a text that is not empty.",
+        "own_options of its traits is ('norm_position',); use a frozenset of none or some of bert_binary_head, "
+        "norm_position, num_token_types.",
+        "hf_families of its traits is 'gpt2'; use a tuple of none or some of gpt2, llama, bert, megatron-bert.",
+        "build_stage cannot be called with (config, train, part, context): too many positional arguments; change what "
+        "it takes.",
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "wrong"), WRONG_FIELDS.items())
+def test_all_fields_without_a_meaning_are_refused_at_once_beside_other_problems(
+    mine: Path, name: str, wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--architecture", f"{mine}:{name}", "--num-layer", "2"]
+    problems = read_command(argv, program="pretrain_gpt.py", description="", log=no_lines).problems
+    assert [problem for problem in problems if "--num-layer" not in problem] == [
+        f"--architecture {mine}:{name}: {one}" for one in wrong
+    ]
+    assert len(problems) == len(wrong) + 1
+    assert estimate.main(argv) == 2
+    assert set(problems) <= set(capsys.readouterr().err.splitlines())
+
+
+def no_lines(line: str) -> None:
+    """Take a line for the user, who is not there."""
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise ValueError('Of mine.')", "ValueError: Of mine"),
+        (
+            "from megatron3d.config.architectures import ModelTraits as M\nM()",
+            "TypeError: ModelTraits.__init__() missing 1",
+        ),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+    ],
+)
+def test_a_sentence_about_code_that_cannot_be_loaded_has_one_full_stop(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_architecture(f"{path}:X")
+    sentence = str(caught.value)
+    assert f"broken.py cannot be loaded: {reason}" in sentence
+    assert sentence.endswith("; mend the file.") and ".;" not in sentence
+
+
+def test_a_path_means_one_architecture_however_it_is_written(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(mine.parent)
+    named = {
+        read_command(
+            ["--architecture", f"{path}:PLAIN"], program="pretrain_gpt.py", description="", log=no_lines
+        ).run.model.architecture
+        for path in ("mine.py", "./mine.py", f"../{mine.parent.name}/mine.py", mine)
+    }
+    assert named == {f"{mine}:PLAIN"}
+
+
+@pytest.mark.parametrize("version", ["of now", "without as_given"])
+def test_a_command_prints_which_file_it_runs_before_it_does_and_who_named_it(
+    mine: Path, tmp_path: Path, version: str
+) -> None:
+    stored = to_dict(derive(GivenRun(model=TINY, train=GivenTrain(micro_batch_size=1, train_iters=1)), 1))
+    stored["model"]["architecture"] = f"{mine}:PLAIN"
+    if version == "without as_given":
+        del stored[AS_GIVEN]
+    file, ran = tmp_path / "run.json", mine.with_suffix(".ran")
+    file.write_text(json.dumps(stored))
+    lines: list[tuple[str, bool]] = []
+
+    def problems(*words: str) -> tuple[str, ...]:
+        return read_command(
+            words, program="pretrain_gpt.py", description="", log=lambda line: lines.append((line, ran.exists()))
+        ).problems
+
+    assert problems("--config", str(file), "--architecture", "gpt") == ()
+    assert lines == [] and not ran.exists()
+    assert problems("--config", str(file)) == ()
+    assert ran.exists()
+    assert problems("--architecture", f"{mine}:OF_HF") == ()
+    assert lines == [
+        (f"--config {file} names the architecture {mine}:PLAIN, whose code is run.", False),
+        (f"--architecture names the architecture {mine}:OF_HF, whose code is run.", True),
+    ]
 
 
 def test_a_stored_run_runs_no_code_that_the_command_does_not_name(mine: Path) -> None:
     train = GivenTrain(micro_batch_size=1, train_iters=1)
     stored = to_dict(derive(GivenRun(model=TINY, train=train), 1))
     stored["model"]["architecture"] = f"{mine}:PLAIN"
-    for named in (None, "gpt", f"{mine}:OF_HF"):
+    for named in (None, "gpt"):
         with pytest.raises(ConfigError, match="run only where the command names it"):
             from_dict(stored, architecture=named)
+    with pytest.raises(ConfigError, match=f"but the command names --architecture {mine}:OF_HF; give --architecture"):
+        from_dict(stored, architecture=f"{mine}:OF_HF")
     assert not mine.with_suffix(".ran").exists()
+    stored["model"]["architecture"] = "elsewhere/mine.py:PLAIN"  # as it was called where the run was stored
     assert from_dict(stored, architecture=f"{mine}:PLAIN").model.traits.title == "plain GPT"
     assert mine.with_suffix(".ran").exists()
+
+
+def test_an_architecture_that_a_stored_run_does_not_have_is_refused() -> None:
+    stored = to_dict(derive(GivenRun(model=TINY, train=GivenTrain(micro_batch_size=1, train_iters=1)), 1))
+    with pytest.raises(ConfigError, match=r"has the architecture gpt, but the command names --architecture nope\.py:X"):
+        from_dict(stored, architecture="nope.py:X")
+
+
+def test_a_resume_names_code_that_changed_or_moved_and_resumes(mine: Path, tmp_path: Path) -> None:
+    save, moved = tmp_path / "save", tmp_path / "moved" / "mine.py"
+    words = (harness.MOCK, "--save", save, "--train-iters")
+    harness.run_ok(*words, "1 --architecture", f"{mine}:PLAIN")
+    moved.parent.mkdir()
+    moved.write_text(MINE)
+    ended = harness.run_ok(*words, "2 --override-opt-param-scheduler --architecture", f"{moved}:PLAIN")
+    assert f"{mine}:PLAIN has moved to {moved}:PLAIN, with the same content" in ended.out
+    assert "changed: the code" not in ended.out
+    mine.write_text(f"{MINE}\n# changed")
+    ended = harness.run_ok(*words, "3 --override-opt-param-scheduler --architecture", f"{mine}:PLAIN")
+    (line,) = [line for line in ended.log if line.startswith("changed: the code of --architecture: checkpoint ")]
+    assert f"{moved}:PLAIN (" in line and f", this run {mine}:PLAIN (" in line
+    for path in (mine, moved):
+        path.unlink()
+    assert verify_checkpoint.main([str(save)]) == 0
 
 
 def test_a_model_is_exported_as_the_family_its_architecture_names_and_refused_without_one(mine: Path) -> None:
     model = resolve_model(replace(TINY, architecture=f"{mine}:OF_HF"))
     rows = [row for row in family_of(model).rows(model, 2) if row.ours is not None]
     assert {row.ours: row.shape for row in rows} == {spec.name: spec.shape for spec in declared_specs(model)}
-    with pytest.raises(ConfigError, match="what a plain GPT computes"):
+    with pytest.raises(ConfigError, match=r"what the model of --architecture .*PLAIN computes"):
         family_of(resolve_model(replace(TINY, architecture=f"{mine}:PLAIN")))
     with pytest.raises(ConfigError, match="gpt2, but here normalization RMSNorm"):
         family_of(replace(model, normalization="RMSNorm"))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.sections.model import ACTIVATIONS, ModelConfig
+from megatron3d.config.activations import ACTIVATIONS
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.attention import SelfAttention
 from megatron3d.nn.block import Block
 from megatron3d.nn.dropout import DropoutStream

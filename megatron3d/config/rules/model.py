@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from megatron3d.config.architectures import ARCHITECTURES
+from megatron3d.config.architectures import ARCHITECTURES, named
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.rules.pipeline import pipeline_problems
 from megatron3d.config.run import DraftRun, GivenRun
@@ -93,7 +93,7 @@ def architecture_rule(given: GivenModel, model: GivenModel) -> Iterator[str]:
     for name, (words, is_used) in used.items():
         if is_used and name not in traits.own_options:
             owner = next(other for other in ARCHITECTURES.values() if name in other.own_options)
-            yield f"{words} means nothing to a {traits.title}; leave it out, or use {owner.script}."
+            yield f"{words} means nothing to {named(model.architecture)}; leave it out, or use {owner.script}."
     if model.has_binary_head and model.num_token_types == 1:
         yield (
             "--num-token-types 1 cannot tell the two sentences of a sample apart; use 2, 0 for no table at all, or "

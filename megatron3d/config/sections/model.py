@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron3d.config.activations import ACTIVATIONS, GATED_ACTIVATIONS
 from megatron3d.config.architectures import ARCHITECTURES, ModelTraits, traits_of
 from megatron3d.config.fields import off_switch, option, switch
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu", "reglu")
-GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from megatron3d.checkpoint.load import load_tensors, tensor_shapes
 from megatron3d.checkpoint.ranks import on_every_rank
 from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.comm.mesh import Mesh
+from megatron3d.config.architectures import named
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.serialize import to_dict
@@ -129,7 +130,7 @@ def open_checkpoint(load: str, step: int | None) -> Origin:
 def _require_bert(source: str, model: ModelConfig) -> None:
     if architecture_of(model).build_classifier is None:
         raise MisfitError(
-            f"{source} holds a {model.traits.title}, and the tasks are learned by a BERT; give a checkpoint of "
+            f"{source} holds {named(model.architecture)}, and the tasks are learned by a BERT; give a checkpoint of "
             "pretrain_bert.py with --load, or a Hugging Face directory of a BERT with --hf"
         )
 
