@@ -20,12 +20,14 @@ from megatron3d.config.derive import derive
 from megatron3d.config.files import FileSettings, read_config_file
 from megatron3d.config.foreign.deepspeed_file import DeepSpeedFile, read_deepspeed_file
 from megatron3d.config.foreign.deepspeed_keys import OPTIONS_OF_DEEPSPEED
-from megatron3d.config.foreign.flags import Verdict, contradictions, judge
+from megatron3d.config.foreign.flags import Verdict, contradictions, judge, synonym_settings
 from megatron3d.config.foreign.zero_bubble import zero_bubble_settings
 from megatron3d.config.help_text import help_text, metavar
 from megatron3d.config.layers import layered
 from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, Option, Settings, given_run
+from megatron3d.config.origins import Origins, origins_of
 from megatron3d.config.presets import PRESETS
+from megatron3d.config.rules.bounds import with_defaults_where_wrong
 from megatron3d.config.rules.doubt import NO_DOUBT, Doubt
 from megatron3d.config.run import DraftRun, GivenRun
 from megatron3d.errors import CheckpointError, ConfigError
@@ -47,11 +49,13 @@ class Command:
         run: the run as far as it could be read; options that could not are at their defaults.
         problems: a sentence for each word, key or file that cannot be used.
         doubt: the options that `problems` are about.
+        origins: by the name of each option that was given, how a sentence tells where, if it was not a flag of its own.
     """
 
     run: GivenRun
     problems: tuple[str, ...] = ()
     doubt: Doubt = NO_DOUBT
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_args(
@@ -83,7 +87,11 @@ def settle(command: Command, world_size: int, *, more: Iterable[str] = ()) -> Dr
 
     Raises: ConfigError with all problems of the words and between the values, one a line.
     """
-    problems = [*command.problems, *check(command.run, world_size, doubt=command.doubt)]
+    between = check(command.run, world_size, doubt=command.doubt)
+    if between:
+        origins = Origins(command.origins, command.run, derive(with_defaults_where_wrong(command.run), world_size))
+        between = [origins.put_into(sentence) for sentence in between]
+    problems = [*command.problems, *between]
     if problems:
         problems += [sentence for sentence in more if not command.doubt.explains(sentence)]
         raise ConfigError("\n".join(dict.fromkeys(problems)))
@@ -145,14 +153,31 @@ def read_command(
     source = f"--config {found.files['config']}" if is_of_file else "--architecture"
     known = _known_architecture(settings["model", "architecture"], source, found, log)
     settings["model", "architecture"] = known or by_default
-    settings = _with_checkpoint_args(settings, found, lines)
+    before, settings = settings, _with_checkpoint_args(settings, found, lines)
+    origins = origins_of(
+        settings,
+        [
+            ({key: value for key, value in settings.items() if before.get(key) != value}, "of the checkpoint"),
+            *_layers_of_flags(found),
+            ({**config_file.settings, **by_file.settings}, f"in {found.files.get('config')}"),
+            (of_preset, f"of --preset {found.files.get('preset') or config_file.preset}"),
+            ({} if engine_file is None else engine_file.settings({}), f"in {found.files.get('deepspeed_config')}"),
+        ],
+    )
     lines += _zero_bubble(found, by_flag, by_file, config_file, settings)
     found.problems += _problems_between(program, architecture, found.foreign, settings)
     lines += _lines_of_run(settings, found.unread)
     for line in lines:
         log(line)
     doubt = _doubt(found, by_flag, by_file, config_file, engine_file, settings)
-    return Command(given_run(settings), tuple(dict.fromkeys(found.problems)), doubt)
+    return Command(given_run(settings), tuple(dict.fromkeys(found.problems)), doubt, origins)
+
+
+def _layers_of_flags(found: _SortedFlags) -> Iterator[tuple[Settings, str]]:
+    """What the flags set, with how a sentence tells where: of an option's own flag nothing need be told."""
+    yield found.settings, ""
+    for flag in found.foreign:
+        yield synonym_settings(flag), f"which {flag.name} means"
 
 
 def _known_architecture(asked: str, source: str, found: _SortedFlags, log: Callable[[str], None]) -> str | None:

@@ -10,6 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron3d.config.cli import read_command, settle
+from megatron3d.config.derive import derive
+from megatron3d.config.origins import Origins
+from megatron3d.config.run import GivenRun
+from megatron3d.config.serialize import to_dict
 from megatron3d.errors import ConfigError
 
 BASE = {
@@ -72,7 +76,7 @@ def test_nine_mistakes_of_every_kind_give_nine_sentences(tmp_path: Path) -> None
         "--num-layer 2 is unknown; did you mean --num-layers?",
         "--expert-choice is unknown",
         "--log-interval often is not a number",
-        "--attention-dropout 2.0 is outside its range",
+        f"--attention-dropout 2.0 (in {tmp_path}/run.json) is outside its range",
         "--save has no value after it",
     )
     for beginning in expected:
@@ -115,6 +119,68 @@ def test_a_config_file_that_cannot_be_read_hides_no_mistake_of_the_flags(tmp_pat
 def test_a_mistake_is_reported_once_and_not_by_what_follows_from_it(changes: dict[str, str], world: int) -> None:
     sentences = answer(words_of(changes), world)
     assert len(sentences) == 1, sentences
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "--tensor-model-parallel-size 3 --num-attention-heads 3 --kv-channels 16",
+            "--ffn-hidden-size 256 (derived from --hidden-size) is not a",
+        ),
+        (
+            "--tensor-model-parallel-size 3 --ffn-hidden-size 256",
+            "--ffn-hidden-size 256 is not a multiple of --tensor-model-parallel-size 3,",
+        ),
+        ("--initial-loss-scale 0.5", "--min-loss-scale 1 (the default) is above --initial-loss-scale 0.5;"),
+        ("--min-loss-scale 1 --initial-loss-scale 0.5", "--min-loss-scale 1 is above --initial-loss-scale 0.5;"),
+        ("--offload-params cpu --offload-optimizer cpu", "which --zero-stage 0 (the default) does not;"),
+        ("--erf-gelu --swiglu", "--swiglu and --activation gelu (which --erf-gelu means) ask for different"),
+        (
+            "--checkpoint-activations --recompute-activations",
+            "--recompute-granularity is full (which --checkpoint-activations means);",
+        ),
+        (
+            "--preset gpt2-124m --max-position-embeddings 16",
+            "--seq-length 32 is longer than --max-position-embeddings 16;",
+        ),
+        (
+            "--preset gpt2-124m --seq-length 2048",
+            "--seq-length 2048 is longer than --max-position-embeddings 1024 (of --preset gpt2-124m);",
+        ),
+        ("--offload-optimizer cpu --optimizer-implementation apex --optimizer muon", "--optimizer is muon; use"),
+        ("--config {file}", "--bf16 (in {file}) and --fp16 (in {file}) are both given,"),
+        ("--config {file} --bf16 --fp16", "--bf16 and --fp16 are both given,"),
+        (
+            "--config {file} --bf16 --lr-warmup-iters 9",
+            "--lr-warmup-iters 9 is not shorter than the decay of 7 iters (--lr-decay-iters",
+        ),
+        ("--config {file} --bf16 --min-lr 1", "--min-lr 1 is above --lr 0.001 (in {file}), from which"),
+    ],
+)
+def test_a_value_that_no_flag_gave_is_told_with_its_origin(tmp_path: Path, flags: str, said: str) -> None:
+    (file := tmp_path / "run.json").write_text(json.dumps({"bf16": True, "fp16": True, "lr": 1e-3, "train_iters": 7}))
+    dropped = {"lr": None, "train-iters": None} if "{file}" in flags else {}
+    if "--preset gpt2-124m --seq" in flags:
+        dropped = {"seq-length": None}
+    found = answer([*words_of({"global-batch-size": "12"} | dropped), *flags.format(file=file).split()], 3)
+    assert any(said.format(file=file) in sentence for sentence in found), found
+
+
+def test_a_remedy_has_no_origins() -> None:
+    origins = Origins({}, GivenRun(), derive(GivenRun(), 1))
+    assert origins.put_into("--split 969,30,1, or --seed 12345: a; use --split 969,30,1.") == (
+        "--split 969,30,1 (the default), or --seed 12345: a; use --split 969,30,1."
+    )
+
+
+def test_a_stored_run_is_not_blamed_for_what_was_derived(tmp_path: Path) -> None:
+    command = read_command(words_of({}), program="pretrain_gpt.py", description="", log=lambda line: None)
+    (file := tmp_path / "run.json").write_text(json.dumps(to_dict(settle(command, 1))))
+    (sentence,) = answer(["--config", str(file), "--num-attention-heads", "5"])
+    assert sentence.startswith(f"--hidden-size 64 (in {file}) is not a multiple of --num-attention-heads 5,")
+    wide = answer(["--config", str(file), *["--tensor-model-parallel-size", "3", "--num-attention-heads", "3"]], 3)
+    assert any("--ffn-hidden-size 256 (derived from --hidden-size)" in sentence for sentence in wide), wide
 
 
 def test_a_world_that_does_not_factor_is_not_taken_for_a_data_parallel_size() -> None:

@@ -83,7 +83,7 @@ def contradictions(flags: Iterable[GivenFlag], given: Settings) -> Iterator[str]
     """A sentence for each flag that stands for a value of an option which `given`, or another flag, has otherwise."""
     meant: dict[tuple[str, str], list[tuple[GivenFlag, Any]]] = {}
     for flag in flags:
-        for key, value in _settings_of(flag).items():
+        for key, value in synonym_settings(flag).items():
             meant.setdefault(key, []).append((flag, value))
     for key, ways in meant.items():
         spelling, other = BY_KEY[key].spelling, given.get(key)
@@ -99,7 +99,7 @@ def contradictions(flags: Iterable[GivenFlag], given: Settings) -> Iterator[str]
                 )
 
 
-def _settings_of(flag: GivenFlag) -> Mapping[tuple[str, str], Any]:
+def synonym_settings(flag: GivenFlag) -> Mapping[tuple[str, str], Any]:
     """The options that a synonym sets; none for other flags."""
     if flag.name not in _VALUED_SYNONYMS:
         return _ALL_SYNONYMS.get(flag.name, {})
@@ -111,7 +111,9 @@ def _settings_of(flag: GivenFlag) -> Mapping[tuple[str, str], Any]:
 
 def _fits(flag: GivenFlag, key: tuple[str, str], value: Any) -> bool:
     """Whether an option that a synonym sets may have a value beside it."""
-    return value == _settings_of(flag)[key] or any(value in table.fitting.get((flag.name, key), ()) for table in TABLES)
+    return value == synonym_settings(flag)[key] or any(
+        value in table.fitting.get((flag.name, key), ()) for table in TABLES
+    )
 
 
 def flags_meant(flag: str) -> tuple[str, ...]:
@@ -154,7 +156,7 @@ def _judge_valued(flag: GivenFlag, verdict: Verdict) -> None:
         verdict.problems.append(_without_value(flag))
         return
     verdict.problems += [stray_sentence(word, flag.name) for word in flag.values[1:]]
-    verdict.settings.update(_settings_of(flag))
+    verdict.settings.update(synonym_settings(flag))
 
 
 def _without_value(flag: GivenFlag) -> str:

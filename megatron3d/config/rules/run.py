@@ -76,13 +76,14 @@ def length_rule(train: GivenTrain, optim: GivenOptim) -> Iterator[str]:
     if train.train_iters is None and not by_samples:
         return
     mine, other = ("samples", "iters") if by_samples else ("iters", "samples")
+    given_by = "tokens" if by_samples and train.train_samples is None else mine
     for kind in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
         option = BY_NAME[f"{kind}_{other}"]
         value = vars(optim)[option.name]
         if value:
             yield (
                 f"{option.spelling} {value} counts {'iterations' if other == 'iters' else other}, but the run is given "
-                f"by --train-{mine}; use --{kind.replace('_', '-')}-{mine}, or --train-{other}."
+                f"by --train-{given_by}; use --{kind.replace('_', '-')}-{mine}, or --train-{other}."
             )
 
 
@@ -253,8 +254,8 @@ def recompute_rule(given: GivenTrain, train: GivenTrain) -> Iterator[str]:
     granularity = train.recompute_granularity
     if given.recompute_activations and given.recompute_granularity == "full":
         yield (
-            "--recompute-activations asks for selective recomputation and --recompute-granularity for full; "
-            "give only one of them."
+            "--recompute-activations asks for selective recomputation, but --recompute-granularity is full; give only "
+            "one of them."
         )
     if given.recompute_method is not None and granularity == "selective":
         yield (
