@@ -73,7 +73,7 @@ def agreed_index(directory: Path, group: ranks.ProcessGroup | None) -> Index:
     Raises:
         CheckpointError: there is no whole index, or the ranks see different ones; raised on every rank.
     """
-    seen = ranks.gathered(_sight(directory), group)
+    seen = ranks.gathered(_describe_local(directory), group)
     if len({digest for digest, _ in seen}) > 1:
         views = "; ".join(f"rank {rank} sees {text}" for rank, (_, text) in enumerate(seen))
         raise CheckpointError(
@@ -83,7 +83,7 @@ def agreed_index(directory: Path, group: ranks.ProcessGroup | None) -> Index:
     return ranks.on_every_rank(lambda: read_index(directory), group)
 
 
-def _sight(directory: Path) -> tuple[str, str]:
+def _describe_local(directory: Path) -> tuple[str, str]:
     """(digest, words) of what this rank sees in a checkpoint's place."""
     try:
         digest = hashlib.sha256(read_regular(directory / INDEX_NAME)).hexdigest()

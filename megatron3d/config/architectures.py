@@ -125,7 +125,7 @@ def traits_of(architecture: str) -> ModelTraits:
 
 
 def named(architecture: str) -> str:
-    """An architecture as the object of a sentence; one of the user's own is told by its name, not by its title."""
+    """An architecture as the object of a sentence; one of the user's own goes by its name, not by its title."""
     known = ARCHITECTURES.get(architecture)
     return f"the model of --architecture {architecture}" if known is None else f"a {known.title}"
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron3d.config.sections.optim import OptimConfig
-from megatron3d.optim.flat import Due, FlatOptimizer
+from megatron3d.optim.flat import FlatOptimizer, ParameterUpdate
 from megatron3d.optim.norms import squared_norm
 from megatron3d.params.boxes import Box, ShardView
 from megatron3d.params.owned_slice import FullAccess, OwnedSlice
@@ -71,13 +71,13 @@ class Adafactor(FlatOptimizer):
         state = self.state[owned.flat]
         return {name: state[name][at] for name, at in self._state_at[owned.spec.name].items()}
 
-    def update(self, due: Sequence[Due]) -> None:
+    def update(self, updates: Sequence[ParameterUpdate]) -> None:
         """Sums over rows, columns and parameters; directions in place of the gradients; their norms; one step."""
-        by_parameter = {one.parameter: one for one in due}
+        by_parameter = {one.parameter: one for one in updates}
         owned_slices = self.full.owned_slices()
         if not owned_slices:
             return
-        device = due[0].value.device if due else None
+        device = updates[0].value.device if updates else None
         shares = torch.zeros(sum(_num_sums(p) for p in owned_slices), dtype=torch.float64, device=device)
         sums = shares.split([_num_sums(owned) for owned in owned_slices])
         for owned, own in zip(owned_slices, sums, strict=True):
@@ -97,7 +97,7 @@ class Adafactor(FlatOptimizer):
             if owned.flat is not None:
                 _apply(owned, by_parameter[owned.flat], weight, square)
 
-    def _to_direction(self, owned: OwnedSlice, one: Due, sums: Tensor) -> None:
+    def _to_direction(self, owned: OwnedSlice, one: ParameterUpdate, sums: Tensor) -> None:
         """G / sqrt(V) in place of G, after the moments have moved on."""
         states, grad, share = self._states(owned), one.grad[owned.within], one.count**BETA2_DECAY
         if "variance" in states:
@@ -157,7 +157,7 @@ def _num_sums(owned: OwnedSlice) -> int:
     return (sum(owned.spec.shape) if _is_factored(owned) else 0) + 1
 
 
-def _fill_sums(sums: Tensor, owned: OwnedSlice, one: Due) -> None:
+def _fill_sums(sums: Tensor, owned: OwnedSlice, one: ParameterUpdate) -> None:
     """This rank's share of the sums of a parameter."""
     sums[-1] = squared_norm(one.value[owned.within])
     if _is_factored(owned):
@@ -170,7 +170,7 @@ def _fill_sums(sums: Tensor, owned: OwnedSlice, one: Due) -> None:
         sums[rows:-1].index_add_(0, block.columns, squares.sum(0).double())
 
 
-def _apply(owned: OwnedSlice, one: Due, weight_square: float, update_square: float) -> None:
+def _apply(owned: OwnedSlice, one: ParameterUpdate, weight_square: float, update_square: float) -> None:
     """One step, from the squared norms of the whole parameter and of its whole direction."""
     root = math.sqrt(owned.spec.numel)
     rate = max(EPS2, math.sqrt(weight_square) / root) * min(one.lr, one.count**-0.5)

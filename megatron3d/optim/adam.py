@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from megatron3d.config.sections.optim import OptimConfig
-from megatron3d.optim.flat import Due, FlatOptimizer, chunks
+from megatron3d.optim.flat import FlatOptimizer, ParameterUpdate, chunks
 from megatron3d.optim.moments import MOMENT_DTYPES, read_moment, write_moment
 
 
@@ -25,13 +25,13 @@ class AdamOfMoments(FlatOptimizer):
         """Both moments."""
         return new_moments(parameter, self.config)
 
-    def update(self, due: Sequence[Due]) -> None:
+    def update(self, updates: Sequence[ParameterUpdate]) -> None:
         """Elementwise, chunk by chunk."""
-        for one in due:
+        for one in updates:
             for chunk in chunks(one.value):
                 self._update(one, chunk)
 
-    def _update(self, one: Due, chunk: slice) -> None:
+    def _update(self, one: ParameterUpdate, chunk: slice) -> None:
         stored = (one.state["exp_avg"][chunk], one.state["exp_avg_sq"][chunk])
         moments = [read_moment(moment) for moment in stored]
         adam(

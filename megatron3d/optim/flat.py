@@ -40,24 +40,24 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Zeros for the state of one parameter, by name: one-dimensional tensors on its device."""
 
     @abstractmethod
-    def update(self, due: Sequence[Due]) -> None:
+    def update(self, updates: Sequence[ParameterUpdate]) -> None:
         """Update the parameters that are due, which may be none; all ranks call it together."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """Update every parameter that has a gradient; a closure is not taken."""
         assert closure is None, f"{type(self).__name__} evaluates no closure"
-        due = []
+        updates = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     state = self.state[parameter]
                     state["step"] += 1
-                    due.append(Due(parameter, group, state))
-        self.update(due)
+                    updates.append(ParameterUpdate(parameter, group, state))
+        self.update(updates)
 
 
-class Due:
+class ParameterUpdate:
     """A parameter to be updated: its values, gradient, state, rates, and the number of the update from 1."""
 
     def __init__(self, parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Tensor]) -> None:

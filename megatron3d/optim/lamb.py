@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.adam import new_moments
-from megatron3d.optim.flat import Due, FlatOptimizer, chunks
+from megatron3d.optim.flat import FlatOptimizer, ParameterUpdate, chunks
 from megatron3d.optim.moments import read_moment, write_moment
 from megatron3d.optim.norms import squared_norm
 from megatron3d.params.owned_slice import FullAccess
@@ -37,17 +37,17 @@ class Lamb(FlatOptimizer):
         """Both moments."""
         return new_moments(parameter, self.config)
 
-    def update(self, due: Sequence[Due]) -> None:
+    def update(self, updates: Sequence[ParameterUpdate]) -> None:
         """Directions in place of the gradients, then norms, then one step for each parameter."""
-        for one in due:
+        for one in updates:
             for chunk in chunks(one.value):
                 self._to_direction(one, chunk)
-        by_parameter = {one.parameter: one for one in due}
+        by_parameter = {one.parameter: one for one in updates}
         held = [(p, by_parameter[p.flat]) for p in self.full.owned_slices() if p.flat is not None]
         for (owned, one), ratio in zip(held, self._trust_ratios(by_parameter), strict=True):
             one.value[owned.within].add_(one.grad[owned.within], alpha=-one.lr * ratio)
 
-    def _to_direction(self, one: Due, chunk: slice) -> None:
+    def _to_direction(self, one: ParameterUpdate, chunk: slice) -> None:
         config, value, grad = self.config, one.value[chunk], one.grad[chunk]
         stored = one.state["exp_avg"][chunk], one.state["exp_avg_sq"][chunk]
         moment, square = read_moment(stored[0]), read_moment(stored[1])
@@ -59,7 +59,7 @@ class Lamb(FlatOptimizer):
         write_moment(stored[0], moment, count=one.count)
         write_moment(stored[1], square, count=one.count)
 
-    def _trust_ratios(self, by_parameter: dict[nn.Parameter, Due]) -> list[float]:
+    def _trust_ratios(self, by_parameter: dict[nn.Parameter, ParameterUpdate]) -> list[float]:
         """|w| / |r| of each parameter of which this rank holds a part."""
         owned_slices = self.full.owned_slices()
         device = next(iter(by_parameter)).device if by_parameter else None

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron3d.optim.flat import Due, FlatOptimizer, chunks
+from megatron3d.optim.flat import FlatOptimizer, ParameterUpdate, chunks
 from megatron3d.optim.moments import MOMENT_DTYPES, read_moment, write_moment
 
 
@@ -26,10 +26,10 @@ class Lion(FlatOptimizer):
         """The momentum."""
         return {"exp_avg": torch.zeros_like(parameter, dtype=MOMENT_DTYPES[self.config.exp_avg_dtype])}
 
-    def update(self, due: Sequence[Due]) -> None:
+    def update(self, updates: Sequence[ParameterUpdate]) -> None:
         """Elementwise, chunk by chunk."""
         beta1, beta2 = self.config.lion_beta1, self.config.lion_beta2
-        for one in due:
+        for one in updates:
             for chunk in chunks(one.value):
                 value, grad, stored = one.value[chunk], one.grad[chunk], one.state["exp_avg"][chunk]
                 moment = read_moment(stored)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron3d.config.sections.optim import OptimConfig
-from megatron3d.optim.flat import Due, FlatOptimizer, chunks
+from megatron3d.optim.flat import FlatOptimizer, ParameterUpdate, chunks
 from megatron3d.optim.newton_schulz import COEFFICIENTS, orthogonalize, update_scale
 from megatron3d.params.owned_slice import FullAccess
 from megatron3d.params.spec import ParamSpec
@@ -37,20 +37,20 @@ class Muon(FlatOptimizer):
         """The momentum, fp32."""
         return {"momentum_buffer": torch.zeros_like(parameter)}
 
-    def update(self, due: Sequence[Due]) -> None:
+    def update(self, updates: Sequence[ParameterUpdate]) -> None:
         """Momentum in place of the gradients, orthogonalised in place, then one step."""
-        for one in due:
+        for one in updates:
             for chunk in chunks(one.value):
                 self._to_momentum(one, chunk)
-        grads = {one.parameter: one.grad for one in due}
+        grads = {one.parameter: one.grad for one in updates}
         owned_slices = [owned for owned in self.full.owned_slices() if owned.spec.is_hidden_matrix]
         nothing = torch.zeros(0)
         values = [nothing if p.flat is None else grads[p.flat][p.within] for p in owned_slices]
         self.full.map_full(owned_slices, values, self.orthogonal)
-        for one in due:
+        for one in updates:
             one.value.mul_(1.0 - one.lr * one.weight_decay).add_(one.grad, alpha=-one.lr)
 
-    def _to_momentum(self, one: Due, chunk: slice) -> None:
+    def _to_momentum(self, one: ParameterUpdate, chunk: slice) -> None:
         beta, grad, momentum = self.config.muon_momentum, one.grad[chunk], one.state["momentum_buffer"][chunk]
         momentum.lerp_(grad, 1.0 - beta)
         if self.config.muon_nesterov:

@@ -28,12 +28,12 @@ from megatron3d.planner.memory import (
     shard_size,
 )
 from megatron3d.planner.replay import MemoryUse, left_of
-from megatron3d.planner.sharing import SharedUnit, SharingPlan
 from megatron3d.planner.sizes import BYTES, FP32
 from megatron3d.planner.stage_records import StageRecords
 from megatron3d.planner.stage_run import message_bytes
 from megatron3d.planner.temporaries import publish_temporary, update_temporary
 from megatron3d.planner.timeline import RankStages, peak_use
+from megatron3d.planner.transient import TransientPlan, TransientUnit
 from megatron3d.zero.policy import policy_of
 
 
@@ -129,13 +129,13 @@ def ledger_of_rank(
 
 def sharing_of(
     parallel: ParallelConfig, parts: RankModel, precision: str, *, device_type: str
-) -> Mapping[int, SharingPlan]:
+) -> Mapping[int, TransientPlan]:
     """What each stage of a rank gathers for a while."""
     policy = policy_of(parallel.zero_stage)
     gradient, element = 2 if parallel.grad_reduce_in_bf16 else FP32, BYTES[precision]
     copies = device_type == "cpu" and shard_size(parallel) > 1
     units = {
-        name: SharedUnit(
+        name: TransientUnit(
             gradients=layout.length * gradient if policy.shard_grads and layout.trains else 0,
             weights=layout.length * element if policy.shard_params else 0,
             scatter=layout.length * gradient if copies and layout.trains else 0,
@@ -147,7 +147,7 @@ def sharing_of(
     users = [name for stage in parts.stages.values() for name in stage.units()]
     twice = frozenset(name for name in users if users.count(name) > 1)
     return {
-        number: SharingPlan(
+        number: TransientPlan(
             units=units,
             places=stage.places(),
             shard_gradients=policy.shard_grads,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron3d.planner.recording import Event, Kind
-from megatron3d.planner.sharing import Sharing
+from megatron3d.planner.transient import TransientForecast
 
 
 @dataclass(frozen=True)
@@ -17,25 +17,25 @@ class MemoryUse:
     Attributes:
         activations: tensors of forwards, kept for their backwards or in use.
         work: gradients of activations, and temporaries of operations.
-        sharing: gathered weights and whole-unit gradients under ZeRO.
+        transient: gathered weights and whole-unit gradients under ZeRO.
         messages: tensors that arrive from or leave for other stages.
     """
 
     activations: int = 0
     work: int = 0
-    sharing: int = 0
+    transient: int = 0
     messages: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.activations + self.work + self.sharing + self.messages
+        return self.activations + self.work + self.transient + self.messages
 
     def __add__(self, other: MemoryUse) -> MemoryUse:
         return MemoryUse(
             self.activations + other.activations,
             self.work + other.work,
-            self.sharing + other.sharing,
+            self.transient + other.transient,
             self.messages + other.messages,
         )
 
@@ -49,24 +49,24 @@ class StepMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class Interval:
     """What memory does between two marks of a record: its highest moment and what is left, beside what was before."""
 
     peak: MemoryUse
     left: MemoryUse
 
 
-Steps = tuple[Event | Stretch, ...]
+Steps = tuple[Event | Interval, ...]
 
 
 def condensed(events: Sequence[Event]) -> Steps:
     """A record with the allocations between two marks as one stretch, which replays a deep stage much faster."""
-    steps: list[Event | Stretch] = []
+    steps: list[Event | Interval] = []
     activations, work, peak = 0, 0, MemoryUse()
 
     def end() -> None:
         if peak.total or activations or work:
-            steps.append(Stretch(peak, MemoryUse(activations, work)))
+            steps.append(Interval(peak, MemoryUse(activations, work)))
 
     for event in events:
         if event.kind not in (Kind.ACTIVATION, Kind.WORK, Kind.SCRATCH):
@@ -83,56 +83,56 @@ def condensed(events: Sequence[Event]) -> Steps:
     return tuple(steps)
 
 
-def left_of(steps: Sequence[Event | Stretch]) -> MemoryUse:
+def left_of(steps: Sequence[Event | Interval]) -> MemoryUse:
     """What is left in the end of all that was allocated."""
-    stretches = [one.left for one in steps if isinstance(one, Stretch)]
-    return MemoryUse(sum(one.activations for one in stretches), sum(one.work for one in stretches))
+    intervals = [one.left for one in steps if isinstance(one, Interval)]
+    return MemoryUse(sum(one.activations for one in intervals), sum(one.work for one in intervals))
 
 
-def replay_forward(steps: Sequence[Event | Stretch], sharing: Sharing) -> StepMemory:
+def replay_forward(steps: Sequence[Event | Interval], transient: TransientForecast) -> StepMemory:
     """A forward, whose output somebody holds until the backward."""
-    return _replay(steps, sharing)
+    return _replay(steps, transient)
 
 
-def replay_backward(steps: Sequence[Event | Stretch], sharing: Sharing, *, is_last: bool) -> StepMemory:
+def replay_backward(steps: Sequence[Event | Interval], transient: TransientForecast, *, is_last: bool) -> StepMemory:
     """A backward, or one half of a split one; `is_last` says that no more gradients of weights will come in this
     training step."""
     marks = [one for one in steps if isinstance(one, Event)]
-    sharing.begin_backward(Counter(one.name for one in marks if one.kind is Kind.CONTRIBUTE), is_last=is_last)
-    before = sharing.held_bytes
-    done = _replay(steps, sharing)
-    sharing.end_backward()
-    last = MemoryUse(done.left.activations, done.left.work, sharing.take_highest() - before)
-    left = MemoryUse(done.left.activations, done.left.work, sharing.held_bytes - before)
+    transient.begin_backward(Counter(one.name for one in marks if one.kind is Kind.CONTRIBUTE), is_last=is_last)
+    before = transient.held_bytes
+    done = _replay(steps, transient)
+    transient.end_backward()
+    last = MemoryUse(done.left.activations, done.left.work, transient.take_highest() - before)
+    left = MemoryUse(done.left.activations, done.left.work, transient.held_bytes - before)
     return StepMemory(max(done.peak, last, key=lambda one: one.total), left)
 
 
-def _replay(steps: Sequence[Event | Stretch], sharing: Sharing) -> StepMemory:
-    before = sharing.held_bytes
+def _replay(steps: Sequence[Event | Interval], transient: TransientForecast) -> StepMemory:
+    before = transient.held_bytes
     now, peak = MemoryUse(), MemoryUse()
     for step in steps:
         highest = now
-        if isinstance(step, Stretch):
+        if isinstance(step, Interval):
             highest, now = now + step.peak, now + step.left
         else:
-            _share(step, sharing)
-        highest += MemoryUse(sharing=sharing.take_highest() - before)
+            _apply_to_transient(step, transient)
+        highest += MemoryUse(transient=transient.take_highest() - before)
         if highest.total > peak.total:
             peak = highest
-    return StepMemory(peak, now + MemoryUse(sharing=sharing.held_bytes - before))
+    return StepMemory(peak, now + MemoryUse(transient=transient.held_bytes - before))
 
 
-def _share(event: Event, sharing: Sharing) -> None:
+def _apply_to_transient(event: Event, transient: TransientForecast) -> None:
     """Tell what comes and goes what happens."""
     if event.kind is Kind.ENTER:
-        sharing.enter(event.name)
+        transient.enter(event.name)
     elif event.kind is Kind.LEAVE:
-        sharing.leave(event.name)
+        transient.leave(event.name)
     elif event.kind is Kind.ENTER_BACKWARD:
-        sharing.enter_backward(event.name)
+        transient.enter_backward(event.name)
     elif event.kind is Kind.LEAVE_BACKWARD:
-        sharing.leave_backward(event.name)
+        transient.leave_backward(event.name)
     elif event.kind is Kind.ARRIVE:
-        sharing.arrive(event.name)
+        transient.arrive(event.name)
     elif event.kind is Kind.CONTRIBUTE:
-        sharing.contribute(event.name, 1)
+        transient.contribute(event.name, 1)

@@ -19,7 +19,7 @@ from megatron3d.models.stage import StagePart
 from megatron3d.models.zoo import architecture_of
 from megatron3d.nn.recompute import plan_recompute
 from megatron3d.planner.recording import Event, Kind
-from megatron3d.planner.replay import MemoryUse, Steps, Stretch, condensed, left_of
+from megatron3d.planner.replay import Interval, MemoryUse, Steps, condensed, left_of
 from megatron3d.planner.stage_run import StageRun
 from megatron3d.tensor.context import unsharded_context
 
@@ -164,9 +164,9 @@ def _with_repeats(events: Steps, instances: _Instances, cut: Kind) -> Steps:
     return (*found, *events[ends[starts[seen[-1][0]]] :])
 
 
-def _renamed(step: Event | Stretch, real: Mapping[str, str]) -> Event | Stretch:
+def _renamed(step: Event | Interval, real: Mapping[str, str]) -> Event | Interval:
     """The step with the name of the layer, or of a unit of the layer, that it stands for."""
-    if isinstance(step, Stretch):
+    if isinstance(step, Interval):
         return step
     place = _place_of(step.name)
     if real.get(place, place) == place:
@@ -179,7 +179,7 @@ def _closed(record: StageSteps) -> StageSteps:
     if not record.weights:
         return record
     left = left_of((*record.forward, *record.backward, *record.weights))
-    freed = Stretch(MemoryUse(), MemoryUse(-left.activations, -left.work))
+    freed = Interval(MemoryUse(), MemoryUse(-left.activations, -left.work))
     return replace(record, weights=(*record.weights, freed))
 
 

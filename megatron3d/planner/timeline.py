@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from megatron3d.pipeline.schedule import Action, Exchange, Op, Recv, Schedule, Send, Step
 from megatron3d.planner.replay import MemoryUse, StepMemory, replay_backward, replay_forward
-from megatron3d.planner.sharing import Flight, Sharing, SharingPlan
 from megatron3d.planner.stage_records import StageSteps
+from megatron3d.planner.transient import InFlight, TransientForecast, TransientPlan
 
-_Done = tuple[StepMemory, Flight]
+_Done = tuple[StepMemory, InFlight]
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class RankStages:
 
     Attributes:
         record_of: gives the record of a stage, or that of its split backward.
-        sharing: what each stage gathers and reduces.
+        transient: what each stage gathers and reduces.
         message: bytes of one message between stages.
         sends_linger: whether a rank cannot tell when a message has left, as with gloo, and keeps some for longer.
     """
 
     record_of: Callable[[int, bool], StageSteps]
-    sharing: Mapping[int, SharingPlan]
+    transient: Mapping[int, TransientPlan]
     message: int
     sends_linger: bool
 
@@ -55,8 +55,8 @@ class _RowWalk:
     schedule: Schedule
     now: MemoryUse = field(default_factory=MemoryUse)
     peak: MemoryUse = field(default_factory=MemoryUse)
-    flight: Flight = field(default_factory=Flight)
-    known: dict[tuple[Op, int, bool, Flight], _Done] = field(default_factory=dict)
+    in_flight: InFlight = field(default_factory=InFlight)
+    known: dict[tuple[Op, int, bool, InFlight], _Done] = field(default_factory=dict)
     lingering: Counter[int] = field(default_factory=Counter)
     last_steps: frozenset[Step] = frozenset()
 
@@ -87,9 +87,9 @@ class _RowWalk:
                 self.lingering[message.stage] += 1
 
     def _step(self, step: Step) -> None:
-        memory, flight = self._memory_of(step)
+        memory, in_flight = self._memory_of(step)
         self._look(self.now + memory.peak)
-        self.now, self.flight = self.now + memory.left, flight
+        self.now, self.in_flight = self.now + memory.left, in_flight
         if step.op in (Op.B, Op.I):
             is_first, is_last = step.stage == 0, step.stage == self.schedule.num_stages - 1
             comes_by_wire = not is_first and self._rank(step.stage - 1) != self._rank(step.stage)
@@ -109,21 +109,21 @@ class _RowWalk:
             self.peak = now
 
     def _memory_of(self, step: Step) -> _Done:
-        flight = Flight() if step.op is Op.F else self.flight
+        in_flight = InFlight() if step.op is Op.F else self.in_flight
         is_last = step in self.last_steps
-        key = (step.op, step.stage, is_last, flight)
+        key = (step.op, step.stage, is_last, in_flight)
         if key not in self.known:
-            self.known[key] = self._work_out(step, flight, is_last=is_last)
+            self.known[key] = self._work_out(step, in_flight, is_last=is_last)
         memory, after = self.known[key]
-        return memory, self.flight if step.op is Op.F else after
+        return memory, self.in_flight if step.op is Op.F else after
 
-    def _work_out(self, step: Step, flight: Flight, *, is_last: bool) -> _Done:
+    def _work_out(self, step: Step, in_flight: InFlight, *, is_last: bool) -> _Done:
         """One step on its own, with what comes before it in its stage."""
-        sharing = Sharing(self.stages.sharing[step.stage], flight)
+        transient = TransientForecast(self.stages.transient[step.stage], in_flight)
         record = self.stages.record_of(step.stage, step.op in (Op.I, Op.W))
-        memory = replay_forward(record.forward, sharing)
+        memory = replay_forward(record.forward, transient)
         if step.op is not Op.F:
-            memory = replay_backward(record.backward, sharing, is_last=is_last or step.op is Op.W)
+            memory = replay_backward(record.backward, transient, is_last=is_last or step.op is Op.W)
         if step.op is Op.W:
-            memory = replay_backward(record.weights, sharing, is_last=is_last)
-        return memory, sharing.flight
+            memory = replay_backward(record.weights, transient, is_last=is_last)
+        return memory, transient.in_flight

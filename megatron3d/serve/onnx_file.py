@@ -32,7 +32,7 @@ _BATCHES = ((1, 1.0), (1, 0.0), (2, 0.5), (3, 0.1), (5, 0.3), (8, 0.05))  # samp
 
 
 @dataclass(frozen=True)
-class Agreement:
+class OutputDifference:
     """How far ONNX Runtime is from torch: the largest difference, the largest output, and the batches compared."""
 
     difference: float
@@ -40,7 +40,7 @@ class Agreement:
     num_batches: int
 
     @property
-    def is_good(self) -> bool:
+    def is_within_tolerance(self) -> bool:
         """Whether the difference is within TOLERANCE (false where anything is not finite)."""
         return self.difference <= TOLERANCE * max(1.0, self.largest)
 
@@ -101,7 +101,7 @@ def write(model: ExportedClassifier, path: Path, metadata: Mapping[str, str], *,
     append_digest(path)
 
 
-def compare(model: ExportedClassifier, path: Path, *, max_length: int) -> Agreement:
+def compare(model: ExportedClassifier, path: Path, *, max_length: int) -> OutputDifference:
     """Run the file and the model on the same batches of random tokens: short, full, padded, single and paired texts."""
     session = open_session(path, threads=1)
     wanted = {value.name for value in session.get_inputs()}
@@ -115,12 +115,12 @@ def compare(model: ExportedClassifier, path: Path, *, max_length: int) -> Agreem
         # max() of Python drops values that are not numbers; torch's keeps them.
         difference = _larger(difference, (found_BC - expected_BC).abs())
         largest = _larger(largest, expected_BC.abs())
-    return Agreement(difference, largest, len(_BATCHES))
+    return OutputDifference(difference, largest, len(_BATCHES))
 
 
-def check(agreement: Agreement, path: Path) -> None:
+def check(agreement: OutputDifference, path: Path) -> None:
     """Raises: NumericsError where the file does not compute what the model does."""
-    if not agreement.is_good:
+    if not agreement.is_within_tolerance:
         raise NumericsError(
             f"{path}: ONNX Runtime is {agreement.difference:.3g} away from torch, whose outputs go up to "
             f"{agreement.largest:.3g}, and {TOLERANCE:g} is allowed; the file was not written"

@@ -50,14 +50,14 @@ class RequestLimits:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """The samples of a request, and whether it gave a list and gets one back."""
 
     samples: tuple[Sample, ...]
     is_list: bool
 
 
-def parse(body: bytes, description: ClassifierDescription, limits: RequestLimits) -> Asked:
+def parse(body: bytes, description: ClassifierDescription, limits: RequestLimits) -> ParsedRequest:
     """Read a request.
 
     Raises:
@@ -82,7 +82,7 @@ def parse(body: bytes, description: ClassifierDescription, limits: RequestLimits
     if stray in fields:
         raise RequestError(UNPROCESSABLE, f"{stray!r} does not go with {'texts' if is_list else 'text'!r}")
     texts = _texts(fields["texts"], "texts", limits) if is_list else (_text(fields["text"], "text"),)
-    return Asked(_paired(texts, fields, is_list, description, limits), is_list)
+    return ParsedRequest(_paired(texts, fields, is_list, description, limits), is_list)
 
 
 def too_large(limits: RequestLimits) -> RequestError:

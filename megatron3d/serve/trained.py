@@ -109,7 +109,7 @@ def open_trained(root: Path, step: int | None, overrides: ServeOverrides) -> Tra
         )
     config = generation_config(stored, GivenParallel(device="cpu"), world_size=1, bf16=False)
     found = _described(directory, config.model.max_position_embeddings, shapes[_CLASSIFIER][0])
-    description = _as_wished(found, overrides, config.model.max_position_embeddings)
+    description = _with_overrides(found, overrides, config.model.max_position_embeddings)
     tokenizer = _tokenizer(saved, config.data, config.model.vocab_size, overrides)
     return Trained(directory, config, description, found.labels, tokenizer)
 
@@ -158,7 +158,7 @@ def _of_task(document: dict[str, Any]) -> ClassifierDescription:
     )
 
 
-def _as_wished(
+def _with_overrides(
     description: ClassifierDescription, overrides: ServeOverrides, num_positions: int
 ) -> ClassifierDescription:
     names, length = overrides.label_names, overrides.max_length

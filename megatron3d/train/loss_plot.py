@@ -58,7 +58,7 @@ def plot_losses(metrics_path: str | Path, png_path: str | Path) -> None:
     _draw_train(axes, train)
     _draw_valid(axes, valid)
     _mark_left_out(axes, left_out)
-    _dress(axes, start, [*train, *valid])
+    _decorate(axes, start, [*train, *valid])
     for panel in below:
         axes.set_xlabel("")
         _draw_accuracies(panel, curves)
@@ -158,7 +158,7 @@ def _mark_left_out(axes: Axes, steps: list[int]) -> None:
         )
 
 
-def _dress(axes: Axes, start: Mapping[str, Any], points: list[tuple[int, float]]) -> None:
+def _decorate(axes: Axes, start: Mapping[str, Any], points: list[tuple[int, float]]) -> None:
     """Title, labels, limits, grid and legend."""
     title, subtitle = _titles(start)
     axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=TEXT_COLOR, pad=26 if subtitle else 12)

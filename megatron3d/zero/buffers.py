@@ -40,26 +40,26 @@ def size_bytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
-class Transit:
+class TransientBuffers:
     """What is gathered or on its way in all units of a rank: transient bytes now and at most, and reductions."""
 
     def __init__(self) -> None:
         self.held_bytes = 0
         self.peak_bytes = 0
-        self._flying: deque[GradBuffer] = deque()
+        self._in_flight: deque[GradBuffer] = deque()
 
     def take(self, num_bytes: int) -> None:
         """Count a transient buffer that is allocated (a negative number: freed)."""
         self.held_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
 
-    def depart(self, buffer: GradBuffer) -> None:
+    def add_reduction(self, buffer: GradBuffer) -> None:
         """Note a reduction that has started, and finish the oldest ones where too many are under way."""
-        if buffer in self._flying:
-            self._flying.remove(buffer)  # its reduction before this one is over
-        self._flying.append(buffer)
-        while len(self._flying) > MAX_IN_FLIGHT:
-            self._flying.popleft().finish_scatter()
+        if buffer in self._in_flight:
+            self._in_flight.remove(buffer)  # its reduction before this one is over
+        self._in_flight.append(buffer)
+        while len(self._in_flight) > MAX_IN_FLIGHT:
+            self._in_flight.popleft().finish_scatter()
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,14 @@ class WeightBuffer:
         *,
         dtype: torch.dtype,
         is_sharded: bool,
-        transit: Transit,
+        transient: TransientBuffers,
         keeps_master: bool = True,
         backing: WeightBacking | None = None,
     ) -> None:
         """Args: `initial` is fp32 and 1-D, `own` this rank's part of it, and `is_sharded` frees `full` between uses.
         Without `keeps_master` the master weights are elsewhere; with a `backing`, so is the shard of the weights."""
         self.full = initial.to(dtype)
-        self.is_sharded, self._axis, self._transit = is_sharded, axis, transit
+        self.is_sharded, self._axis, self._transient = is_sharded, axis, transient
         # Gathers write through an alias that has a version counter of its own: autograd would take the return of the
         # same values for a change of what it saved.
         self._alias = self.full.data
@@ -126,7 +126,7 @@ class WeightBuffer:
         self._fetching: Waitable | None = None
         self._gathering: Pending | None = None
         if is_sharded:
-            transit.take(size_bytes(self.full))
+            transient.take(size_bytes(self.full))
 
     @property
     def persistent_bytes(self) -> int:
@@ -178,7 +178,7 @@ class WeightBuffer:
         if not self._is_here:
             self._is_here = True
             self.full.untyped_storage().resize_(size_bytes(self.full))
-            self._transit.take(size_bytes(self.full))
+            self._transient.take(size_bytes(self.full))
             if self._backing is None:
                 self._gathering = start_all_gather_into(self._alias, self.shard, self._axis)
             else:
@@ -200,7 +200,7 @@ class WeightBuffer:
             self.finish_gather()
             self._is_here = False
             self.full.untyped_storage().resize_(0)
-            self._transit.take(-size_bytes(self.full))
+            self._transient.take(-size_bytes(self.full))
 
 
 class GradBuffer:
@@ -220,12 +220,12 @@ class GradBuffer:
         dtype: torch.dtype,
         device: torch.device,
         is_resident: bool,
-        transit: Transit,
+        transient: TransientBuffers,
     ) -> None:
         """Args: `length` of the whole unit, `own` this rank's part of it, and `is_resident` keeps `arriving`."""
         self._length, self._own_span, self._axes = length, own, axes
         self._dtype, self._device = dtype, device
-        self.is_resident, self._transit = is_resident, transit
+        self.is_resident, self._transient = is_resident, transient
         self._arriving = torch.zeros(length, dtype=dtype, device=device) if is_resident else None
         if self._arriving is not None and dtype == torch.float32:
             self.own = self._arriving[own.slice]
@@ -236,7 +236,7 @@ class GradBuffer:
         lands_apart = not is_resident and dtype != torch.float32
         self._landing = torch.empty(own.length, dtype=dtype, device=device) if lands_apart else None
         self._leaving: Tensor | None = None
-        self._flying: Pending | None = None
+        self._in_flight: Pending | None = None
         self._summing: Pending | None = None
         self._is_scattered = False
         self._is_summed = False
@@ -252,7 +252,7 @@ class GradBuffer:
         """The buffer that gradients are added to; taken, with zeros, if there is none."""
         if self._arriving is None:
             self._arriving = torch.zeros(self._length, dtype=self._dtype, device=self._device)
-            self._transit.take(size_bytes(self._arriving))
+            self._transient.take(size_bytes(self._arriving))
         return self._arriving
 
     def start_scatter(self) -> None:
@@ -263,29 +263,29 @@ class GradBuffer:
             return
         self.finish_scatter()
         if self.is_resident and self._axes.shard.size == 1:
-            self._flying = start_all_reduce(unit_grads, self._axes.replica)
+            self._in_flight = start_all_reduce(unit_grads, self._axes.replica)
             self._is_summed = True
         else:
-            landing = unit_grads[self._own_span.slice] if self._landing is None else self._landing
-            self._flying = start_reduce_scatter_into(landing, unit_grads, self._axes.shard)
+            into = unit_grads[self._own_span.slice] if self._landing is None else self._landing
+            self._in_flight = start_reduce_scatter_into(into, unit_grads, self._axes.shard)
         if self.is_resident:
             self._is_scattered = True
         else:
             self._leaving, self._arriving = unit_grads, None
-            self._transit.depart(self)
+            self._transient.add_reduction(self)
 
     def finish_scatter(self) -> None:
         """Wait for the reduction under way, if there is one, and add what came to `own`."""
-        if self._flying is None:
+        if self._in_flight is None:
             return
-        landed = self._flying.wait()
-        self._flying = None
+        reduced = self._in_flight.wait()
+        self._in_flight = None
         if not self.is_resident:
-            self.own.add_(landed)
-            self._transit.take(-size_bytes(self._leaving))
+            self.own.add_(reduced)
+            self._transient.take(-size_bytes(self._leaving))
             self._leaving = None
         elif not self._is_in_place:
-            self.own.copy_(landed)
+            self.own.copy_(reduced)
 
     def start_replica_sum(self) -> None:
         """Start adding `own` up over the replicas, once all micro-batches are in it; does nothing a second time."""
@@ -306,7 +306,7 @@ class GradBuffer:
         if self.is_resident:
             self.arriving.zero_()
         elif self._arriving is not None:
-            self._transit.take(-size_bytes(self._arriving))
+            self._transient.take(-size_bytes(self._arriving))
             self._arriving = None
         if not self._is_in_place:
             self.own.zero_()

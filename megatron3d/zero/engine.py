@@ -19,7 +19,7 @@ from megatron3d.params.boxes import ShardView
 from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import Declared
-from megatron3d.zero.buffers import Transit, size_bytes
+from megatron3d.zero.buffers import TransientBuffers, size_bytes
 from megatron3d.zero.delayed import DelayedUpdate
 from megatron3d.zero.full_parameters import FullParameters
 from megatron3d.zero.gatherer import Places, UnitGatherer
@@ -75,12 +75,12 @@ class ZeroEngine:
         """Args: `gate` and `places` are those of the stages, which options that move weights need."""
         self.options = options
         self.parameters = dict(parameters)
-        self.transit = Transit()
+        self.transient = TransientBuffers()
         self.units: dict[str, WeightUnit] = {}
         for name, unit in parameters.items():
             tied = mesh.tied if unit.is_tied else None
             kind = FlatUnit if unit.trains else WeightUnit
-            self.units[name] = kind(name, unit.declared, mesh, options, tied=tied, transit=self.transit)
+            self.units[name] = kind(name, unit.declared, mesh, options, tied=tied, transient=self.transient)
         self.trained = {name: unit for name, unit in self.units.items() if isinstance(unit, FlatUnit)}
         self.full_parameters = FullParameters(self.trained, mesh, options)
         for unit in self.trained.values():
@@ -329,7 +329,7 @@ class ZeroEngine:
             gradients=sum(unit.grads.persistent_bytes for unit in trained),
             master_weights=sum(unit.weights.separate_master_bytes for unit in trained),
             beside=sum(size_bytes(one) for unit in units for one in unit.beside.values()),
-            transient_peak=self.transit.peak_bytes,
+            transient_peak=self.transient.peak_bytes,
             host=sum(backing.host_bytes for backing in backings)
             + sum(one.buffer_bytes for one in (self._away, self._delayed) if one is not None),
             files=sum(backing.file_bytes for backing in backings),

@@ -126,7 +126,7 @@ class FullParameters:
         owners = assign_owners([owned.spec for owned in owned_slices], shard=axes.shard.size, tp=axes.tensor.size)
         there = [value.to(self._device) for value in values]
         routes = _Routes(places, owners, axes.shard, axes.tensor, there[0])
-        full_tensors = routes.wholes_of(routes.shards_of(there))
+        full_tensors = routes.gather_full(routes.shards_of(there))
         for number, full in full_tensors.items():
             full.copy_(function(owned_slices[number].spec, full))
         for value, part in zip(values, routes.parts_of(routes.shards_back(full_tensors)), strict=True):
@@ -192,7 +192,7 @@ class _Routes:
         parts = {n: part for ns, got in zip(sources, arrived, strict=True) for n, part in zip(ns, got, strict=True)}
         return [parts[number] for number in range(len(self.places))]
 
-    def wholes_of(self, shards: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def gather_full(self, shards: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Shards to whole matrices, on the tensor rank of their owners."""
         full_tensors = {n: shards[n].view(self._local_shape(n)) for n in shards if self.owners[n].tp_rank is None}
         mine = self._at_tp_rank(self.tp.rank)

@@ -25,7 +25,7 @@ from megatron3d.params.boxes import ShardView
 from megatron3d.params.grads import GradSink
 from megatron3d.params.init import initial_shard
 from megatron3d.params.module import Declared
-from megatron3d.zero.buffers import GradBuffer, Transit, WeightBacking, WeightBuffer
+from megatron3d.zero.buffers import GradBuffer, TransientBuffers, WeightBacking, WeightBuffer
 from megatron3d.zero.flat import Slot, Span, flat_layout, kind_of
 from megatron3d.zero.kinds import kind_axes
 from megatron3d.zero.offload import MASTER, Offload, states_record, weights_record
@@ -86,7 +86,7 @@ class WeightUnit:
         options: UnitOptions,
         *,
         tied: Axis | None,
-        transit: Transit | None = None,
+        transient: TransientBuffers | None = None,
     ) -> None:
         self.name, self.options, self.tied = name, options, tied
         specs = [one.spec for one in declared]
@@ -96,7 +96,7 @@ class WeightUnit:
         self._by_name = {one.spec.name: one for one in declared}
         self.beside = self._allocate_beside()
         self._opened: Tensor | None = None
-        self._allocate_weights(transit or Transit())
+        self._allocate_weights(transient or TransientBuffers())
 
     def _allocate_beside(self) -> dict[str, Tensor]:
         """By kind the state beside parameters, flat like the master weights and where they live, or on the host where
@@ -105,7 +105,7 @@ class WeightUnit:
         device = self.options.device if self.options.offload.states is None else torch.device("cpu")
         return {kind: torch.zeros(self.own.length, dtype=dtype, device=device) for kind, dtype in kinds.items()}
 
-    def _allocate_weights(self, transit: Transit) -> None:
+    def _allocate_weights(self, transient: TransientBuffers) -> None:
         options, offload, initial = self.options, self.options.offload, self._initial()
         if offload.weights is not None:
             offload.weights.add(self.name, weights_record(self.own.length, options.param_dtype))
@@ -115,7 +115,7 @@ class WeightUnit:
             self.axes.shard,
             dtype=options.param_dtype,
             is_sharded=options.policy.shard_params,
-            transit=transit,
+            transient=transient,
             keeps_master=self._keeps_master_on_device(initial),
             backing=None if offload.weights is None else WeightBacking(offload.weights, self.name),
         )
@@ -194,10 +194,10 @@ class FlatUnit(WeightUnit):
         options: UnitOptions,
         *,
         tied: Axis | None,
-        transit: Transit | None = None,
+        transient: TransientBuffers | None = None,
     ) -> None:
-        transit = transit or Transit()
-        super().__init__(name, declared, mesh, options, tied=tied, transit=transit)
+        transient = transient or TransientBuffers()
+        super().__init__(name, declared, mesh, options, tied=tied, transient=transient)
         self.grads = GradBuffer(
             self.layout.length,
             self.own,
@@ -205,7 +205,7 @@ class FlatUnit(WeightUnit):
             dtype=options.grad_dtype,
             device=options.device,
             is_resident=not options.policy.shard_grads,
-            transit=transit,
+            transient=transient,
         )
         self.flat_parameters = tuple(
             FlatParameter(nn.Parameter(self._master_of(span)), span, decays)

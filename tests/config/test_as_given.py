@@ -89,7 +89,7 @@ def test_lengths_in_samples_and_tokens_are_derived_again(tmp_path: Path, with_re
 
 
 def test_what_was_given_is_kept_although_it_equals_what_would_be_derived(tmp_path: Path) -> None:
-    """A record tells this apart; without one the width of the MLP counts as derived."""
+    """A record has the difference; without one the width of the MLP counts as derived."""
     run = resolved(f"{BASE} --ffn-hidden-size 256 --global-batch-size 4", 2)
     file = written(tmp_path, run)
     assert resolved(f"--config {file} --hidden-size 128", 1).model.ffn_hidden_size == 256

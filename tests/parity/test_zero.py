@@ -107,10 +107,10 @@ def losses_around_an_evaluation(rank: int, world_size: int, options: str) -> lis
     case = Case("gpt2", Layout(pp=2, dp=2), options)
     parts = parts_of(case, make_mesh(case.layout))
     data = build_gpt_data(parts.config.data, seq_length=16, vocab_size=101, eod_token=0)
-    held = [parts.engine.transit.held_bytes]
+    held = [parts.engine.transient.held_bytes]
     with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
         losses = [evaluate(parts, batches, num_batches=2).loss for _ in range(2)]
-    held.append(parts.engine.transit.held_bytes)
+    held.append(parts.engine.transient.held_bytes)
     assert held == [0, 0], f"{held} bytes are held before and after"
     return losses
 

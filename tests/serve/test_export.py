@@ -22,7 +22,7 @@ from megatron3d.errors import CheckpointError, ConfigError, DataError, Megatron3
 from megatron3d.serve import trained
 from megatron3d.serve.classifier import open_classifier, open_session
 from megatron3d.serve.description import INPUTS, OUTPUT, from_metadata
-from megatron3d.serve.onnx_file import Agreement, require_exporter, temporary_beside
+from megatron3d.serve.onnx_file import OutputDifference, require_exporter, temporary_beside
 from megatron3d.serve.requests import Sample
 from megatron3d.serve.trained import ServeOverrides, open_trained
 from megatron3d.tasks.glue import weights
@@ -130,11 +130,13 @@ def test_a_file_that_differs_from_torch_is_refused_and_the_one_before_stays(
 
 
 @pytest.mark.parametrize(
-    ("difference", "largest", "is_good"),
+    ("difference", "largest", "is_within"),
     [(0.9e-5, 0.1, True), (1.1e-5, 0.1, False), (1.1e-5, 2.0, True), (2.1e-5, 2.0, False), (math.nan, 1.0, False)],
 )
-def test_the_tolerance_is_1e_5_of_the_largest_output_or_of_1(difference: float, largest: float, is_good: bool) -> None:
-    assert Agreement(difference, largest, 1).is_good is is_good
+def test_the_tolerance_is_1e_5_of_the_largest_output_or_of_1(
+    difference: float, largest: float, is_within: bool
+) -> None:
+    assert OutputDifference(difference, largest, 1).is_within_tolerance is is_within
 
 
 def test_a_name_is_given_only_at_a_good_end(tmp_path: Path) -> None:
@@ -266,8 +268,8 @@ def test_checkpoints_that_moved_take_the_vocabulary_beside_them(exported: Get, t
     assert taken.tokenizer.files == {"vocab.txt": beside.read_bytes()}
     other = tmp_path / "other.txt"
     other.write_text("\n".join([*SPECIAL, "other"]) + "\n")
-    wished = open_trained(moved, None, ServeOverrides(vocab_file=str(other), override_tokenizer=True))
-    assert wished.tokenizer.files == {"other.txt": other.read_bytes()}
+    overridden = open_trained(moved, None, ServeOverrides(vocab_file=str(other), override_tokenizer=True))
+    assert overridden.tokenizer.files == {"other.txt": other.read_bytes()}
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron3d.serve.description import ClassifierDescription
-from megatron3d.serve.requests import Asked, RequestError, RequestLimits, Sample, parse
+from megatron3d.serve.requests import ParsedRequest, RequestError, RequestLimits, Sample, parse
 
 EITHER = ClassifierDescription("imported", ("a", "b"), False, None, None, 20)
 SINGLE, PAIRS = replace(EITHER, task="sst-2", num_texts=1), replace(EITHER, task="mrpc", num_texts=2)
@@ -64,16 +64,16 @@ def test_a_body_that_is_not_utf_8_is_refused_with_the_place() -> None:
 
 
 GOOD = [
-    ({"text": "a"}, Asked((Sample("a"),), False)),
-    ({"text": "a", "pair": "b"}, Asked((Sample("a", "b"),), False)),
-    ({"texts": ["a"]}, Asked((Sample("a"),), True)),
-    ({"texts": ["a", "ü"]}, Asked((Sample("a"), Sample("ü")), True)),
-    ({"texts": ["a", "b"], "pairs": ["c", "d"]}, Asked((Sample("a", "c"), Sample("b", "d")), True)),
+    ({"text": "a"}, ParsedRequest((Sample("a"),), False)),
+    ({"text": "a", "pair": "b"}, ParsedRequest((Sample("a", "b"),), False)),
+    ({"texts": ["a"]}, ParsedRequest((Sample("a"),), True)),
+    ({"texts": ["a", "ü"]}, ParsedRequest((Sample("a"), Sample("ü")), True)),
+    ({"texts": ["a", "b"], "pairs": ["c", "d"]}, ParsedRequest((Sample("a", "c"), Sample("b", "d")), True)),
 ]
 
 
 @pytest.mark.parametrize(("fields", "asked"), GOOD)
-def test_good_bodies_give_their_samples_in_order(fields: dict[str, object], asked: Asked) -> None:
+def test_good_bodies_give_their_samples_in_order(fields: dict[str, object], asked: ParsedRequest) -> None:
     assert parse(json.dumps(fields).encode(), EITHER, LIMITS) == asked
 
 

@@ -49,7 +49,7 @@ def _wrong(parts: TrainingSetup) -> list[str]:
     with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
         batch = batches.read(0, size, readers.rank, readers.size)
         train_step(parts, batch, RATES, step=0)
-        weights.recall(parts, start)
+        weights.restore(parts, start)
         check("recalled after a step", start)
         train_step(parts, batch, RATES, step=1)
         average.add()
@@ -59,7 +59,7 @@ def _wrong(parts: TrainingSetup) -> list[str]:
         check("after the average", own)
         with parts.engine.updated_weights(), average.in_place():
             pass
-        weights.recall(parts, start)
+        weights.restore(parts, start)
         check("recalled after the average", start)
         train_step(parts, batch, RATES, step=2)
         parts.engine.finish_publish()

@@ -34,12 +34,12 @@ def test_every_file_of_the_glossary_exists_and_defines_the_names_beside_it() -> 
 
 # Words that stood for a term of the field; the term is beside each.
 REPLACED = {
-    r"lend|lends|lent|lender|borrow|borrows|borrowed": "gather, release",
+    r"lend|lends|lent|lender|lending|borrow|borrows|borrowed|borrowing": "gather, release",
     r"(give|gives|gave|given|giving) back": "release, free, return",
     r"(put|puts) aside": "defer",
     r"(share|shares|shared|sharing) out|dealt out": "shard, assign",
     r"desk|desks": "owner",
-    r"wish|wishes": "option",
+    r"wish|wishes|wished": "option",
     r"told|tells": "log, report, print, name",
     r"goes on from|the next start": "resume, the next run",
 }

@@ -331,14 +331,14 @@ def _transient(rank: int, world_size: int, setting: Setting) -> tuple[list[int],
     """Transient bytes now, after a step and after a read of all weights; and the largest unit's gradient bytes."""
     mesh, sink = make_mesh(setting.layout), GradSink()
     engine, declared = engine_of(setting, mesh, sink)
-    held = [engine.transit.held_bytes]
+    held = [engine.transient.held_bytes]
     engine.begin_step(NUM_MICROBATCHES)
     backward(engine, declared, mesh, sink, 0)
     engine.finish_reduce()
     engine.publish()
-    held.append(engine.transit.held_bytes)
+    held.append(engine.transient.held_bytes)
     layers_of(engine, declared)
-    held.append(engine.transit.held_bytes)
+    held.append(engine.transient.held_bytes)
     return held, engine.state_bytes().transient_peak
 
 

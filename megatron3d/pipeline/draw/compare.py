@@ -17,7 +17,7 @@ from megatron3d.pipeline.simulate import Costs, Timeline, simulate
 
 
 @dataclass(frozen=True)
-class Contender:
+class ComparedOrder:
     """One order of a comparison: its name on the command line, and its simulated timeline."""
 
     name: str
@@ -40,7 +40,7 @@ class Comparison:
 
     num_ranks: int
     num_microbatches: int
-    contenders: tuple[Contender, ...]
+    contenders: tuple[ComparedOrder, ...]
     left_out: tuple[tuple[str, str], ...]
 
 
@@ -80,7 +80,7 @@ def compare(entrants: Sequence[tuple[str, int]], *, num_ranks: int, num_microbat
             left_out.append((name, str(error)))
             continue
         if schedule.has_backward():
-            contenders.append(Contender(name, simulate(schedule, stage_costs(costs, schedule))))
+            contenders.append(ComparedOrder(name, simulate(schedule, stage_costs(costs, schedule))))
         else:
             left_out.append((name, "it has no backwards"))
     if not contenders:

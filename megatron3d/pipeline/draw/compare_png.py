@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from megatron3d.pipeline.draw.compare import Comparison, Contender, comparison_headline
+from megatron3d.pipeline.draw.compare import ComparedOrder, Comparison, comparison_headline
 from megatron3d.pipeline.draw.png import (
     IDLE_COLOUR,
     INK,
@@ -75,7 +75,7 @@ def _columns(figure: Figure, *, width: float, height: float, body: float) -> lis
     return columns
 
 
-def _name(axes: Axes, contender: Contender, *, at: float) -> None:
+def _name(axes: Axes, contender: ComparedOrder, *, at: float) -> None:
     """The order's name left of its timeline, with its stages per rank where they are several."""
     several = contender.stages_per_rank > 1
     place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "color": INK}

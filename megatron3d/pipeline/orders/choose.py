@@ -20,7 +20,7 @@ _SAME_SPAN_DIGITS = 9  # spans are sums of many floats; beyond these digits a di
 
 
 @dataclass(frozen=True)
-class Considered:
+class ConsideredOrder:
     """One order that was looked at, with its simulated figures.
 
     Attributes:
@@ -46,7 +46,7 @@ class OrderChoice:
 
     name: str
     virtual: int
-    considered: tuple[Considered, ...]
+    considered: tuple[ConsideredOrder, ...]
 
 
 def choose(
@@ -79,7 +79,7 @@ def choose(
         timeline = simulate(schedule, costs_of(virtual))
         dropped = "" if fits(timeline) else "its live activations do not fit the memory limit"
         figures = (timeline.span, timeline.bubble_fraction, max(timeline.peak_in_ranks))
-        considered.append(Considered(name, virtual, *figures, dropped))
+        considered.append(ConsideredOrder(name, virtual, *figures, dropped))
     left = [one for one in considered if not one.dropped]
     if not left:
         raise ScheduleError(_nothing_fits(considered))
@@ -93,7 +93,7 @@ def _takes(name: str, virtual: int) -> bool:
     return virtual == fixed or (fixed is None and not (virtual == 1 and name in _SAME_AS_ANOTHER_IF_ALONE))
 
 
-def _nothing_fits(considered: Sequence[Considered]) -> str:
+def _nothing_fits(considered: Sequence[ConsideredOrder]) -> str:
     """The sentence that says which order comes closest."""
     least = min(considered, key=lambda one: one.peak)
     stages = "one stage" if least.virtual == 1 else f"{least.virtual} stages"

@@ -82,9 +82,9 @@ class WeightAverage:
         """Have the average in the model, and afterwards the weights that were there; collective over all ranks.
 
         An error ends the run, so a block that raises leaves the average where it is: ranks that have failed would not
-        come to a recall for which the others wait.
+        come to a `restore` for which the others wait.
         """
         own = weights.remember(self.parts)
-        weights.recall(self.parts, self.means())
+        weights.restore(self.parts, self.means())
         yield
-        weights.recall(self.parts, own)
+        weights.restore(self.parts, own)

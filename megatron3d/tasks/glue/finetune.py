@@ -288,7 +288,7 @@ class _Loop:
         """Put the best weights into the model, where they are not those of the last update."""
         self.parts.engine.finish_update()
         if self.best_weights:
-            weights.recall(self.parts, self.best_weights)
+            weights.restore(self.parts, self.best_weights)
 
     def _document(self, metrics: Mapping[str, float]) -> dict[str, Any]:
         about = {"max_length": self.settings.max_length, "dev_digests": self.data.dev_digests}

@@ -32,7 +32,7 @@ from megatron3d.tasks.glue.order import num_steps
 from megatron3d.tasks.glue.read import SampleTable, distinct_labels, read_rows
 from megatron3d.tasks.glue.tasks import CUSTOM, Task, custom_task, find_task
 from megatron3d.tasks.glue.vocabulary import choose_tokenizer
-from megatron3d.tasks.glue.weights import Origin, new_prefixes, open_checkpoint, open_hf
+from megatron3d.tasks.glue.weights import InitialWeights, new_prefixes, open_checkpoint, open_hf
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Job:
     """
 
     task: Task
-    origin: Origin
+    origin: InitialWeights
     runs: tuple[RunConfig, ...]
     data: TaskData
     epochs: int
@@ -161,7 +161,7 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-def _task_and_folder(args: argparse.Namespace, origin: Origin) -> tuple[Task, Path]:
+def _task_and_folder(args: argparse.Namespace, origin: InitialWeights) -> tuple[Task, Path]:
     """The task, and where its files are."""
     if args.task != CUSTOM:
         task = find_task(args.task)
@@ -187,7 +187,7 @@ def _folder(given: Path, task: Task) -> Path:
     )
 
 
-def _origin(args: argparse.Namespace, tokenizer_type: str | None, checkpoint: CheckpointConfig) -> Origin:
+def _origin(args: argparse.Namespace, tokenizer_type: str | None, checkpoint: CheckpointConfig) -> InitialWeights:
     load = checkpoint.load
     if load is None:
         origin = open_hf(args.hf, needs_tokenizer=tokenizer_type is None)
@@ -198,7 +198,7 @@ def _origin(args: argparse.Namespace, tokenizer_type: str | None, checkpoint: Ch
     return replace(origin, keeps_classifier=args.keep_classifier)
 
 
-def _check_classifier(args: argparse.Namespace, origin: Origin, task: Task) -> None:
+def _check_classifier(args: argparse.Namespace, origin: InitialWeights, task: Task) -> None:
     """A classifier that is kept must fit, and one that is measured only must be there."""
     if args.keep_classifier and origin.num_outputs != task.num_outputs:
         raise ConfigError(
@@ -214,7 +214,7 @@ def _check_classifier(args: argparse.Namespace, origin: Origin, task: Task) -> N
         )
 
 
-def _max_length(wanted: int, origin: Origin, multiple: int) -> int:
+def _max_length(wanted: int, origin: InitialWeights, multiple: int) -> int:
     """Tokens that samples are cut to; the batch they are in, padded to a multiple, must have its positions."""
     positions = origin.model.max_position_embeddings
     learned = origin.model.position_embedding_type == "learned_absolute"
@@ -248,7 +248,12 @@ def _read(args: argparse.Namespace, task: Task, folder: Path) -> _Files:
 
 
 def _run(
-    args: argparse.Namespace, given: GivenRun, origin: Origin, data: TaskData, options: DataConfig, world_size: int
+    args: argparse.Namespace,
+    given: GivenRun,
+    origin: InitialWeights,
+    data: TaskData,
+    options: DataConfig,
+    world_size: int,
 ) -> RunConfig:
     """The whole run of one seed."""
     rates = {"hidden_dropout": args.hidden_dropout, "attention_dropout": args.attention_dropout}
@@ -284,7 +289,7 @@ def _run(
     return run
 
 
-def _notes(rows: _Files, data: TaskData, origin: Origin, task: Task, max_length: int) -> tuple[str, ...]:
+def _notes(rows: _Files, data: TaskData, origin: InitialWeights, task: Task, max_length: int) -> tuple[str, ...]:
     notes = []
     read = [*([(rows.train, data.train)] if rows.train else []), *((rows.dev[e], data.dev[e]) for e in rows.dev)]
     read += [(rows.test[name], data.test[name]) for name in rows.test]

@@ -10,13 +10,13 @@ from megatron3d.convert.tokenizer_choice import tokenizer_of, with_given
 from megatron3d.data.content import require_same_tokenizer
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError
-from megatron3d.tasks.glue.weights import Origin
+from megatron3d.tasks.glue.weights import InitialWeights
 
 _OPTIONS = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
 _PADDED_VOCABULARY = 128  # a model may have fewer than this many rows beyond its tokens, for speed
 
 
-def choose_tokenizer(words: DataConfig, origin: Origin, *, override: bool) -> tuple[DataConfig, Tokenizer]:
+def choose_tokenizer(words: DataConfig, origin: InitialWeights, *, override: bool) -> tuple[DataConfig, Tokenizer]:
     """The tokenizer that the options name, else the one that the weights were trained with.
 
     Files with other content than those of the training are used only by `override`.
@@ -46,7 +46,7 @@ def choose_tokenizer(words: DataConfig, origin: Origin, *, override: bool) -> tu
     return options, tokenizer
 
 
-def _check_vocabulary(tokenizer: Tokenizer, own: DataConfig, origin: Origin, name: str) -> None:
+def _check_vocabulary(tokenizer: Tokenizer, own: DataConfig, origin: InitialWeights, name: str) -> None:
     """Another vocabulary may be as large as the model's own, where that one is still at hand to compare."""
     assert origin.model.vocab_size is not None, "the model of a checkpoint has its vocabulary settled"
     theirs = tokenizer_of(own, origin.model.vocab_size)

@@ -42,7 +42,7 @@ _CLASSIFIER, _POOLER = "head.classifier.", "head.pooler."
 
 
 @dataclass(frozen=True)
-class Origin:
+class InitialWeights:
     """The weights to start from, known by their shapes before a device is touched.
 
     Attributes:
@@ -74,7 +74,7 @@ class Origin:
         return self.task is not None and all(self.task.get(key) == value for key, value in task_identity(task).items())
 
 
-def open_hf(directory: str, *, needs_tokenizer: bool = True) -> Origin:
+def open_hf(directory: str, *, needs_tokenizer: bool = True) -> InitialWeights:
     """A Hugging Face directory as an origin.
 
     Args:
@@ -93,7 +93,7 @@ def open_hf(directory: str, *, needs_tokenizer: bool = True) -> Origin:
         found = read_model(Path(directory), with_tokenizer=False)
     _require_bert(f"--hf {directory}", found.model)
     classifier = found.tensors.get(f"{_CLASSIFIER}weight")
-    return Origin(
+    return InitialWeights(
         found.directory,
         found.model,
         frozenset(found.tensors),
@@ -103,7 +103,7 @@ def open_hf(directory: str, *, needs_tokenizer: bool = True) -> Origin:
     )
 
 
-def open_checkpoint(load: str, step: int | None) -> Origin:
+def open_checkpoint(load: str, step: int | None) -> InitialWeights:
     """A megatron3d checkpoint as an origin.
 
     Raises:
@@ -116,7 +116,7 @@ def open_checkpoint(load: str, step: int | None) -> Origin:
     shapes = {name.removeprefix("model/"): shape for name, shape in tensor_shapes(directory).items()}
     task = read_task_document(directory, read_index(directory))
     num_outputs = shapes.get(f"{_CLASSIFIER}weight", (None,))[0]
-    return Origin(
+    return InitialWeights(
         directory,
         stored.model,
         frozenset(shapes),
@@ -135,13 +135,13 @@ def _require_bert(source: str, model: ModelConfig) -> None:
         )
 
 
-def new_prefixes(origin: Origin, task: Task) -> tuple[str, ...]:
+def new_prefixes(origin: InitialWeights, task: Task) -> tuple[str, ...]:
     """What the names of the parameters that start anew begin with."""
     classifier = () if origin.is_of(task) else (_CLASSIFIER,)
     return classifier if f"{_POOLER}weight" in origin.names else (*classifier, _POOLER)
 
 
-def fill(parts: TrainingSetup, origin: Origin, task: Task) -> None:
+def fill(parts: TrainingSetup, origin: InitialWeights, task: Task) -> None:
     """Put the origin's weights into the model; collective over all ranks.
 
     Raises:
@@ -169,7 +169,7 @@ def remember(parts: TrainingSetup) -> dict[str, Tensor]:
         return {name: view.data.clone() for name, view in parts.model_views().items()}
 
 
-def recall(parts: TrainingSetup, weights: Mapping[str, Tensor]) -> None:
+def restore(parts: TrainingSetup, weights: Mapping[str, Tensor]) -> None:
     """Put remembered weights into the model, by name, and leave those that have none; collective over all ranks."""
     with parts.engine.states_opened(parts.optimizer, writes=True):
         views = parts.model_views()

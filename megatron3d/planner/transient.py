@@ -1,7 +1,7 @@
-"""Sharing: the memory that ZeRO's stages 2 and 3 take for a while: whole units of gradients, and gathered weights.
+"""TransientForecast: the memory that ZeRO's stages 2 and 3 take for a while, for gradients and gathered weights.
 
 Gradients of a unit collect in a buffer of the whole unit, which is reduced when the last has come and then waits
-behind others on their way, as `zero.buffers.Transit` has it. Which weights are here is asked of
+behind others on their way, as in `zero.buffers.TransientBuffers`. Which weights are here is asked of
 `zero.gatherer.UnitGatherer` itself, over buffers that only count.
 
 Source: Rajbhandari et al. 2020 (ZeRO), sections 5.2 and 5.3.
@@ -20,7 +20,7 @@ from megatron3d.zero.gatherer import UnitGatherer
 
 
 @dataclass(frozen=True)
-class SharedUnit:
+class TransientUnit:
     """Bytes of one unit that come and go: its whole gradients and its whole weights, 0 where they stay.
 
     `scatter` is what a reduction takes for itself until it is waited for, as gloo's do; `gather` is the same of a
@@ -36,7 +36,7 @@ class SharedUnit:
 
 
 @dataclass(frozen=True)
-class SharingPlan:
+class TransientPlan:
     """What a stage shards, and how far ahead it gathers.
 
     Attributes:
@@ -49,7 +49,7 @@ class SharingPlan:
         used_elsewhere: units that other stages of the rank use too, which are reduced at the end of a backward.
     """
 
-    units: Mapping[str, SharedUnit]
+    units: Mapping[str, TransientUnit]
     places: Mapping[str, WeightUse]
     shard_gradients: bool
     shard_weights: bool
@@ -59,7 +59,7 @@ class SharingPlan:
 
 
 @dataclass(frozen=True)
-class Flight:
+class InFlight:
     """Units whose gradients are on their way, in the order in which they are waited for."""
 
     units: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ class _Total:
 class _Counted:
     """A unit's weights as the gatherer knows them: here, on their way, or not."""
 
-    def __init__(self, unit: SharedUnit, total: _Total) -> None:
+    def __init__(self, unit: TransientUnit, total: _Total) -> None:
         self._unit, self._total, self._is_here, self._is_moving = unit, total, False, False
 
     def start_gather(self) -> None:
@@ -108,26 +108,26 @@ class _Counted:
             self._total.add(-self._unit.weights)
 
 
-class Sharing:
-    """The transient buffers of one stage during one step; `flight` is what earlier steps left on its way."""
+class TransientForecast:
+    """The transient buffers of one stage during one step; `in_flight` is what earlier steps left on its way."""
 
-    def __init__(self, plan: SharingPlan, flight: Flight | None = None) -> None:
-        flight = flight or Flight()
+    def __init__(self, plan: TransientPlan, in_flight: InFlight | None = None) -> None:
+        in_flight = in_flight or InFlight()
         self.plan = plan
-        self.flying = list(flight.units)
+        self._in_flight = list(in_flight.units)
         self._arriving: list[str] = []
         self._outstanding: Counter[str] = Counter()
         self._is_last = False
         self._total = _Total()
-        self._total.add(sum(self._flying_bytes(name) for name in self.flying))
+        self._total.add(sum(self._in_flight_bytes(name) for name in self._in_flight))
         weights = {name: _Counted(unit, self._total) for name, unit in plan.units.items() if plan.shard_weights}
         places = {0: plan.places} if plan.shard_weights else {}
-        self._lending = UnitGatherer(cast(Any, weights), places, releases=plan.shard_weights, prefetch=plan.prefetch)
+        self._gatherer = UnitGatherer(cast(Any, weights), places, releases=plan.shard_weights, prefetch=plan.prefetch)
 
     @property
-    def flight(self) -> Flight:
+    def in_flight(self) -> InFlight:
         """What is on its way now."""
-        return Flight(tuple(self.flying))
+        return InFlight(tuple(self._in_flight))
 
     @property
     def held_bytes(self) -> int:
@@ -144,7 +144,7 @@ class Sharing:
         """Whether gradients from autograd too are deferred in a split backward."""
         return self.plan.shard_gradients
 
-    def _flying_bytes(self, name: str) -> int:
+    def _in_flight_bytes(self, name: str) -> int:
         return self.plan.units[name].gradients + self.plan.units[name].scatter
 
     # --- Weights -------------------------------------------------------------------------------------------------
@@ -152,29 +152,29 @@ class Sharing:
     def enter(self, place: str) -> None:
         """A forward comes to a place."""
         if self.plan.shard_weights and place:
-            self._lending.gather_weights(place, backward=False)
+            self._gatherer.gather_weights(place, backward=False)
 
     def leave(self, place: str) -> None:
         """A forward leaves it."""
         if self.plan.shard_weights and place:
-            self._lending.release_weights(place, backward=False)
+            self._gatherer.release_weights(place, backward=False)
 
     def enter_backward(self, place: str) -> None:
         """A backward comes to a place."""
         if self.plan.shard_weights:
-            self._lending.gather_weights(place, backward=True)
+            self._gatherer.gather_weights(place, backward=True)
 
     def leave_backward(self, place: str) -> None:
         """A backward leaves it; the embedding, whose input takes no gradient, never says so."""
         if self.plan.shard_weights and place != "embedding":
-            self._lending.release_weights(place, backward=True)
+            self._gatherer.release_weights(place, backward=True)
 
     # --- Gradients -----------------------------------------------------------------------------------------------
 
     def begin_backward(self, contributions: Counter[str], *, is_last: bool) -> None:
         """A backward begins that brings so many gradients to each unit; `is_last` says that no more will come."""
         self._outstanding, self._is_last = Counter(contributions), is_last
-        self._lending.begin_backward()
+        self._gatherer.begin_backward()
 
     def arrive(self, unit: str) -> None:
         """A gradient of a unit needs its buffer; one whose parameters are all frozen has none."""
@@ -190,15 +190,15 @@ class Sharing:
         self._outstanding[unit] -= count
         waits = not self.plan.overlaps or unit in self.plan.used_elsewhere
         if self._outstanding[unit] == 0 and not waits:
-            self._depart(unit)
+            self._start_reduction(unit)
 
     def end_backward(self) -> None:
         """The backward is over: what has not left yet leaves, and what was gathered for it is freed."""
         for unit in [name for name in self.plan.units if name in self._arriving]:
-            self._depart(unit)
-        self._lending.end_backward(0)
+            self._start_reduction(unit)
+        self._gatherer.end_backward(0)
 
-    def _depart(self, unit: str) -> None:
+    def _start_reduction(self, unit: str) -> None:
         """Start a reduction: of gradients that come and go after every backward, of those that stay after the last.
 
         It waits for an earlier one of the same unit first, and then for the oldest beyond the limit, if there is one.
@@ -206,13 +206,13 @@ class Sharing:
         self._arriving.remove(unit)
         if not self.plan.shard_gradients and not self._is_last:
             return
-        if unit in self.flying:
-            self._land(unit)
-        self.flying.append(unit)
+        if unit in self._in_flight:
+            self._finish_reduction(unit)
+        self._in_flight.append(unit)
         self._total.add(self.plan.units[unit].scatter)
-        while self.plan.shard_gradients and len(self.flying) > MAX_IN_FLIGHT:
-            self._land(self.flying[0])
+        while self.plan.shard_gradients and len(self._in_flight) > MAX_IN_FLIGHT:
+            self._finish_reduction(self._in_flight[0])
 
-    def _land(self, unit: str) -> None:
-        self.flying.remove(unit)
-        self._total.add(-self._flying_bytes(unit))
+    def _finish_reduction(self, unit: str) -> None:
+        self._in_flight.remove(unit)
+        self._total.add(-self._in_flight_bytes(unit))
