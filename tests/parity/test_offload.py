@@ -11,7 +11,7 @@ from megatron3d.comm.mesh import make_mesh
 from tests.dist.pool import Pool
 from tests.parity.runs import Case, parts_of, trace
 
-NUM_STEPS = 5
+NUM_STEPS = 4
 CPU = "--offload-optimizer cpu"
 FILES = "--offload-optimizer nvme --offload-dir DIR"
 ALL_CPU = "--offload-optimizer cpu --offload-params cpu"
