@@ -24,7 +24,7 @@ from megatron3d.config.foreign.flags import Verdict, contradictions, judge, syno
 from megatron3d.config.foreign.zero_bubble import zero_bubble_settings
 from megatron3d.config.help_text import help_text, metavar
 from megatron3d.config.layers import layered
-from megatron3d.config.options import BY_NAME, BY_SPELLING, OPTIONS, Option, Settings, given_run
+from megatron3d.config.options import BY_KEY, BY_NAME, BY_SPELLING, OPTIONS, Option, Settings, given_run
 from megatron3d.config.origins import Origins, origins_of
 from megatron3d.config.presets import PRESETS
 from megatron3d.config.rules.bounds import with_defaults_where_wrong
@@ -145,9 +145,11 @@ def read_command(
     lines = _judged(found, by_flag, by_file, config_file)
     if engine_file is not None:
         path = found.files["deepspeed_config"]
-        found.problems += engine_file.problems + engine_file.contradictions(path, settings)
+        chosen = _chosen(settings, config_file, by_flag.settings | found.settings)
+        found.problems += engine_file.problems + engine_file.contradictions(path, chosen)
         lines += [*engine_file.lines, *engine_file.lines_of_defaults(path, settings)]
-        settings.update(engine_file.settings(settings))
+        more = engine_file.settings(chosen)
+        settings.update({key: more[key] for key in more if key in engine_file.values or key not in settings})
     log = _to_stderr if log is None else log
     is_of_file = ("model", "architecture") in config_file.settings.keys() - found.settings.keys()
     source = f"--config {found.files['config']}" if is_of_file else "--architecture"
@@ -171,6 +173,13 @@ def read_command(
         log(line)
     doubt = _doubt(found, by_flag, by_file, config_file, engine_file, settings)
     return Command(given_run(settings), tuple(dict.fromkeys(found.problems)), doubt, origins)
+
+
+def _chosen(settings: Settings, config_file: FileSettings, of_flags: Settings) -> Settings:
+    """The settings without the defaults of a `run.json`, which has a value of every option: nobody chose these."""
+    if not config_file.is_whole:
+        return settings
+    return {key: value for key, value in settings.items() if key in of_flags or value != BY_KEY[key].default}
 
 
 def _layers_of_flags(found: _SortedFlags) -> Iterator[tuple[Settings, str]]:

@@ -28,7 +28,7 @@ class FileSettings:
 
     `foreign` are its keys that are no option of ours, as flags, with their values as words; a key that is false is
     left out, as a switch is. `unread` names options with a value that cannot be used; `is_read` is false where the
-    file could not be read at all. `is_whole` is true of a `run.json`, which leaves nothing to a preset.
+    file could not be read at all. `is_whole` is true of a `run.json` with its model, which leaves nothing to a preset.
     """
 
     settings: Mapping[tuple[str, str], Any]
@@ -51,13 +51,13 @@ def read_config_file(path: str, flags: Iterable[tuple[str, str]] = ()) -> FileSe
         return _read(path, parsed)
     if AS_GIVEN not in parsed:
         found = _read(path, parsed)
-        return replace(found, settings=without_derived(found.settings, ranks, flags), is_whole=True)
+        return replace(found, settings=without_derived(found.settings, ranks, flags), is_whole="model" in parsed)
     try:
         found = _read(path, with_given_values(parsed))
     except ConfigError as error:
         raise ConfigError(f"--config {path} is damaged: {error}.") from error
     problems = (*found.problems, *(f"{path}: {problem}" for problem in edits(parsed, found.settings, ranks)))
-    return replace(found, problems=problems, is_whole=True)
+    return replace(found, problems=problems, is_whole="model" in parsed)
 
 
 def _read(path: str, parsed: Mapping[str, Any]) -> FileSettings:

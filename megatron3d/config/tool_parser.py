@@ -78,4 +78,5 @@ class ToolParser(argparse.ArgumentParser):
         """The sentence for an option that is not known, with the nearest one that is."""
         name = word.split("=")[0]
         near = difflib.get_close_matches(name, self._option_string_actions, 1, 0.75)
-        return f"unrecognized argument: {name}" + (f"; did you mean {near[0]}?" if near else "")
+        near = near or [one for one in self._option_string_actions if len(name) > 4 and one.startswith(name)]
+        return f"unrecognized argument: {name}" + (f"; did you mean {' or '.join(near)}?" if near else "")

@@ -129,6 +129,13 @@ def test_a_stored_run_is_whole_so_that_a_preset_beside_it_gives_nothing(tmp_path
     assert resolved(f"--preset llama2-7b --config {written(tmp_path, run)}", 1) == run
 
 
+def test_a_stored_run_without_its_model_takes_that_of_a_preset(tmp_path: Path) -> None:
+    stored = to_dict(resolved(BASE, 1))
+    del stored["model"], stored[AS_GIVEN]["model"]
+    (file := tmp_path / "run.json").write_text(json.dumps(stored))
+    assert resolved(f"--preset gpt2-124m --config {file}", 1, 50257).model.hidden_size == 768
+
+
 def test_the_record_is_stored_and_read_with_the_run() -> None:
     run = resolved(f"{BASE} --swiglu", 2)
     again = from_dict(json.loads(to_json(run)))

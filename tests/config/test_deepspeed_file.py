@@ -12,6 +12,7 @@ from megatron3d.config.cli import read_command, settle
 from megatron3d.config.foreign.deepspeed_file import read_deepspeed_file
 from megatron3d.config.foreign.deepspeed_keys import DIRECT, REFUSED, SWITCHED_OFF, WITHOUT_EFFECT
 from megatron3d.config.run import DraftRun
+from megatron3d.config.serialize import to_dict
 from megatron3d.errors import ConfigError
 
 BASE = (
@@ -190,6 +191,26 @@ def test_no_kind_of_value_of_any_key_ends_in_a_traceback(file: Path) -> None:
             found = read_deepspeed_file(str(file))
             assert found.contradictions("f", {}) == [] and found.settings({}) is not None
             assert all(isinstance(line, str) for line in [*found.problems, *found.lines_of_defaults("f", {})])
+
+
+def test_a_number_is_the_same_however_it_is_written(file: Path) -> None:
+    content = {"gradient_clipping": 1, "train_batch_size": 8.0, "train_micro_batch_size_per_gpu": 2} | _adam(lr=0.001)
+    run = run_of(file, content, "--clip-grad 1.0 --lr 1e-3 --micro-batch-size 2 --global-batch-size 8 --adam-eps 1e-08")
+    assert (run.train.global_batch_size, run.optim.clip_grad) == (8, 1.0)
+
+
+def test_defaults_of_a_stored_run_do_not_contradict_the_file_and_its_choices_do(file: Path) -> None:
+    stored = run_of(file, {}, "--lr 1e-3 --micro-batch-size 2 --seed 9")
+    (run := file.with_name("run.json")).write_text(json.dumps(to_dict(stored)))
+    content = {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5, "optimizer": {"type": "AdamW"}}
+    said: list[str] = []
+    changed = run_of(file, content, f"--config {run}", said=said)
+    assert (changed.parallel.zero_stage, changed.optim.clip_grad, changed.data.seed) == (2, 0.5, 9)
+    assert changed.optim.weight_decay == stored.optim.weight_decay == 0.01
+    (problem,) = problems_of(file, {"train_micro_batch_size_per_gpu": 4}, f"--config {run}")
+    assert problem.endswith("but --micro-batch-size is 2; make them equal, or leave one of them out.")
+    (problem,) = problems_of(file, content, f"--config {run} --zero-stage 0")
+    assert problem.endswith("but --zero-stage is 0; make them equal, or leave one of them out.")
 
 
 def test_what_the_file_leaves_out_has_deepspeeds_default_and_is_reported(file: Path) -> None:

@@ -75,6 +75,12 @@ def test_two_of_which_one_is_allowed_and_a_misspelt_option(capsys: pytest.Captur
     [
         (generate_text.parser, "--promt x", ("--promt; did you mean --prompt?", "required: --load")),
         (embed_text.parser, "--output-file x", ("--output-file", "is required")),
+        (
+            generate_text.parser,
+            "--tokenizer-t x",
+            ("--tokenizer-t; did you mean --tokenizer-type?", "required: --load"),
+        ),
+        (generate_text.parser, "--max-n 3", ("--max-n; did you mean --max-new-tokens?", "required: --load")),
         (convert_checkpoint.parser, "--laod", ("--laod", "required: action")),
         (verify_checkpoint.parser, "--fulll", ("--fulll", "required: ")),
         (convert_checkpoint.parser, "hf-import --hff x", ("--hff; did you mean --hf?", "required: --hf, --save")),
