@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
-from megatron3d.models.stage import whole_stage
+from megatron3d.models.stage import StageBuilder, whole_stage
 from megatron3d.models.zoo import architecture_of
 from megatron3d.params.spec import ParamSpec
 
@@ -17,8 +17,20 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 @lru_cache(maxsize=64)  # a model of a hundred layers takes a tenth of a second, and reports ask after every step
-def declared_specs(model: ModelConfig) -> tuple[ParamSpec, ...]:
-    """Every parameter that the layers of a resolved model declare, each once."""
-    train = TrainConfig(micro_batch_size=1, global_batch_size=1)  # no parameter depends on the batch
-    stage = whole_stage(model, train, architecture_of(model).build_stage)
-    return tuple(declared.spec for declared in stage.parameters_by_name().values())
+def declared_specs(model: ModelConfig, frozen: tuple[str, ...] = ()) -> tuple[ParamSpec, ...]:
+    """Every parameter that the layers of a resolved model declare, each once, in the order of the layers; those that a
+    pattern of `frozen` matches do not train."""
+    return _specs_of(model, frozen, architecture_of(model).build_stage)
+
+
+def classifier_specs(model: ModelConfig, num_outputs: int, frozen: tuple[str, ...] = ()) -> tuple[ParamSpec, ...]:
+    """The same of the model's classifier, which scores whole texts."""
+    build = architecture_of(model).build_classifier
+    assert build is not None, f"{model.architecture} has no classifier"
+    return _specs_of(model, frozen, partial(build, num_outputs=num_outputs))
+
+
+def _specs_of(model: ModelConfig, frozen: tuple[str, ...], build: StageBuilder) -> tuple[ParamSpec, ...]:
+    # No parameter depends on the batch.
+    train = TrainConfig(micro_batch_size=1, global_batch_size=1, freeze_params=frozen)
+    return tuple(declared.spec for declared in whole_stage(model, train, build).parameters_by_name().values())

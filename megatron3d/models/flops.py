@@ -2,7 +2,7 @@
 
 A matrix product of one token with a matrix of P weights is 2P operations (multiply and add), and each costs the same
 again twice in the backward pass, for the gradients of input and weight. The matrices of a layer are those that it
-declares. So one token of a sequence of S costs
+declares. So one token of a sequence of S costs, where every parameter trains,
 
     3 x 2 x (matrices of all layers + VH)  +  3 x L x 4NDS
 
@@ -13,6 +13,11 @@ out, and recomputed activations are not counted again: these are the operations 
 L layers of 12 H^2 weights and ND = H this is 72 L H^2 (1 + S/6H + V/12LH) per token.
 A BERT's output layer, with its H x H transform, sees only the tokens that are masked: 15 % of all, and is counted so.
 
+A frozen matrix has no product for its own gradient, and one before which nothing trains none for its input's either;
+the backward of attention's products ends where none of queries, keys and values depend on what trains. What comes
+before what is told by the order of the declarations, which is that of the forward. A classifier has no output layer;
+its head and, but for keys and values, its last layer are products of one position (docs/decisions/0011).
+
 Source: Narayanan et al. 2021 (arXiv:2104.04473), equation 3, which has 96 for 72 because it counts recomputation;
 Chowdhery et al. 2022 (arXiv:2204.02311), appendix B; Devlin et al. 2018 (arXiv:1810.04805), section 3.1, for 15 %.
 """
@@ -20,11 +25,14 @@ Chowdhery et al. 2022 (arXiv:2204.02311), appendix B; Devlin et al. 2018 (arXiv:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 from megatron3d.config.sections.model import ModelConfig
-from megatron3d.models.counts import declared_specs
+from megatron3d.models.counts import classifier_specs, declared_specs
+from megatron3d.params.spec import ParamSpec
 
-_FORWARD_AND_BACKWARD = 3
 _MASKED_SHARE = 0.15
 
 # Dense peak TFLOP/s of one device by words of its name, most specific first: (words, 16-bit, fp32, bf16 exists).
@@ -46,25 +54,104 @@ _PEAKS: tuple[tuple[frozenset[str], float, float, bool], ...] = (
 )
 
 
-def flops_per_token(model: ModelConfig) -> float:
+@dataclass(frozen=True)
+class SampleFlops:
+    """Operations of forward and backward on one sample: for each of its tokens, for each pair of them, and once."""
+
+    each_token: float = 0.0
+    each_pair: float = 0.0
+    once: float = 0.0
+
+    def of(self, lengths: Iterable[int]) -> float:
+        """Those of samples of these lengths, in tokens."""
+        return sum(self.each_token * length + self.each_pair * length**2 + self.once for length in lengths)
+
+
+def pretraining_flops(model: ModelConfig, frozen: tuple[str, ...] = ()) -> SampleFlops:
+    """Those of pretraining, where parameters whose names a pattern of `frozen` matches do not train."""
+    specs = declared_specs(model, frozen)
+    # What a BERT's head has beside its output layer is counted with it.
+    products = [one for one in _products(model, specs) if one.place != "head" or model.traits.samples == "tokens"]
+    output = 2.0 * _output_weights(model) * _output_passes(specs)
+    return SampleFlops(
+        sum(one.total for one in products if not one.is_of_pairs) + output,
+        sum(one.total for one in products if one.is_of_pairs),
+    )
+
+
+def classifier_flops(model: ModelConfig, num_outputs: int, frozen: tuple[str, ...] = ()) -> SampleFlops:
+    """Those of a classifier, whose head sees one position, and whose last layer makes no other but for its keys and
+    values."""
+    products = list(_products(model, classifier_specs(model, num_outputs, frozen)))
+    heads = [one for one in products if one.place == "head"]
+    last = [one for one in products if one.place == f"layers.{model.num_layers - 1}"]
+    others = [one for one in products if one not in (*heads, *last)]
+    # All tokens pass the first matrix of the last layer, and one query meets the key of each.
+    of_each = [last[0], *(one for one in last if one.is_of_pairs)]
+    return SampleFlops(
+        sum(one.total for one in (*of_each, *others) if one in of_each or not one.is_of_pairs),
+        sum(one.total for one in others if one.is_of_pairs),
+        sum(one.total for one in (*heads, *last) if one not in of_each),
+    )
+
+
+def flops_per_token(model: ModelConfig, frozen: tuple[str, ...] = ()) -> float:
     """Floating-point operations of one token's forward and backward pass in a sequence of `seq_length`."""
-    layers, output = forward_flops_by_layer(model)
-    return _FORWARD_AND_BACKWARD * (sum(layers) + output)
+    return pretraining_flops(model, frozen).of([model.seq_length]) / model.seq_length
 
 
 def forward_flops_by_layer(model: ModelConfig) -> tuple[tuple[float, ...], float]:
     """Operations of one token's forward through each layer, and through the output layer; the embedding costs none."""
-    layers = [4.0 * model.num_attention_heads * model.kv_channels * model.seq_length] * model.num_layers
-    for spec in declared_specs(model):
-        place, _, rest = spec.name.partition(".")
-        if place == "layers" and spec.is_hidden_matrix:
-            layers[int(rest.partition(".")[0])] += 2.0 * spec.numel
+    layers = [0.0] * model.num_layers
+    for one in _products(model, declared_specs(model)):
+        place, _, number = one.place.partition(".")
+        if place == "layers":
+            layers[int(number)] += one.operations * (model.seq_length if one.is_of_pairs else 1)
     return tuple(layers), 2.0 * _output_weights(model)
 
 
-def flops_per_step(model: ModelConfig, tokens: int) -> float:
+def flops_per_step(model: ModelConfig, tokens: int, frozen: tuple[str, ...] = ()) -> float:
     """Floating-point operations of an optimizer step over `tokens` tokens, forward and backward."""
-    return flops_per_token(model) * tokens
+    return flops_per_token(model, frozen) * tokens
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product in a place, `layers.7` or an end: its operations in the forward, of a token or of a pair of tokens,
+    and how often a step takes as many: in the forward, and for each gradient that is made."""
+
+    place: str
+    operations: float
+    passes: int
+    is_of_pairs: bool = False
+
+    @property
+    def total(self) -> float:
+        """The operations of all passes."""
+        return self.operations * self.passes
+
+
+def _products(model: ModelConfig, specs: Sequence[ParamSpec]) -> Iterator[_Product]:
+    """The products of all matrices but tables, and of attention, in the order of the forward."""
+    of_pair = 4.0 * model.num_attention_heads * model.kv_channels
+    depends = False  # whether what comes in depends on a parameter that trains
+    for place, declared in groupby(specs, _place_of):
+        attends = place.startswith("layers.")
+        num_matrices = 0
+        for spec in declared:
+            if spec.is_hidden_matrix:
+                if attends and num_matrices == 1:  # the first matrix makes queries, keys and values
+                    yield _Product(place, of_pair, 1 + 2 * depends, is_of_pairs=True)
+                yield _Product(place, 2.0 * spec.numel, 1 + depends + spec.trains)
+                num_matrices += 1
+            depends = depends or spec.trains
+        if attends and num_matrices < 2:
+            yield _Product(place, of_pair, 1 + 2 * depends, is_of_pairs=True)
+
+
+def _place_of(spec: ParamSpec) -> str:
+    words = spec.name.split(".")
+    return f"layers.{words[1]}" if words[0] == "layers" else words[0]
 
 
 def peak_tflops(device_name: str, precision: str) -> float | None:
@@ -77,6 +164,15 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
         if needed <= words:
             return {"fp32": single, "fp16": half, "bf16": half if has_bf16 else None}.get(precision)
     return None
+
+
+def _output_passes(specs: Sequence[ParamSpec]) -> int:
+    """How often a step takes the operations of the output layer, whose table is the word embedding's where it is
+    tied."""
+    tables = {spec.name: spec.trains for spec in specs if spec.is_table}
+    table = tables.get("head.output.weight", tables.get("embedding.word.weight", True))
+    depends = any(spec.trains for spec in specs if not spec.name.startswith("head.output"))
+    return 1 + depends + table
 
 
 def _output_weights(model: ModelConfig) -> float:

@@ -16,7 +16,7 @@ import torch
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.comm.device import device_name, peak_memory_bytes
 from megatron3d.config.serialize import to_dict
-from megatron3d.models.flops import flops_per_step, peak_tflops
+from megatron3d.models.flops import peak_tflops, pretraining_flops
 from megatron3d.optim.build import state_bytes
 from megatron3d.pipeline.simulate import simulate
 from megatron3d.pipeline.split.stages import describe
@@ -49,6 +49,8 @@ class Reports:
         self._exits = ExitStack()
         self._trackers = Trackers(parts.config.train)
         self._devices = devices_of(parts)
+        model, frozen = parts.config.model, parts.config.train.freeze_params
+        self._sample_flops = pretraining_flops(model, frozen).of([model.seq_length])
         self._progress: ProgressReporter | None = None
 
     def __enter__(self) -> Reports:
@@ -97,7 +99,7 @@ class Reports:
             lr=rates.lr,
             grad_norm=result.grad_norm,
             tokens=tokens,
-            flops=flops_per_step(config.model, tokens),
+            flops=batch_size * self._sample_flops,
             elapsed_s=elapsed_s,
             skipped=result.skipped,
             loss_scale=scale,

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import make_mesh
+from megatron3d.config.check import resolve
+from megatron3d.config.cli import parse_args
 from megatron3d.config.derive import resolve_model
 from megatron3d.config.presets import PRESETS
 from megatron3d.config.sections.model import GivenModel, ModelConfig
+from megatron3d.data.batch import GPTBatch, SequenceBatch
 from megatron3d.errors import ConfigError
+from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.models.counts import num_parameters
-from megatron3d.models.flops import flops_per_step, flops_per_token, peak_tflops
+from megatron3d.models.flops import classifier_flops, flops_per_step, flops_per_token, peak_tflops, pretraining_flops
+from megatron3d.models.gpt import build_gpt_stage
+from megatron3d.train.setup import build_parts
+from megatron3d.train.step import Rates, train_step
 
 _GIVEN = GivenModel(
     num_layers=3, hidden_size=64, num_attention_heads=4, seq_length=16, max_position_embeddings=32, vocab_size=101
@@ -185,6 +197,72 @@ def test_operations_are_those_torch_counts_in_hugging_faces_model(model: ModelCo
         reference(ids).logits.sum().backward()
     # The reference also multiplies its rotary positions by the frequencies, far under a thousandth here.
     assert counted.get_total_flops() == pytest.approx(flops_per_step(model, 2 * 32), rel=1e-3)
+
+
+# Our and Hugging Face's names of what is frozen, in a GPT-2, whose table is tied, and in a Llama.
+FROZEN = {
+    "begun": (GPT, ("embedding.*", "layers.0.*"), r"wte|wpe|\.h\.0\."),
+    "mixed": (GPT, ("*.attention.*", "*.mlp.up.weight", "embedding.*"), r"\.attn\.|c_fc\.weight|wte|wpe"),
+    "all but biases": (GPT, ("*.weight",), r"weight"),
+    "all but an MLP": (
+        LLAMA,
+        ("embedding.*", "layers.[01].*", "layers.2.attention*", "head.*"),
+        r"embed|layers\.[01]\.|self_attn|input_layernorm|model\.norm|lm_head",
+    ),
+    "all but the output": (LLAMA, ("embedding.*", "layers.*", "head.norm.*"), r"^model"),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_what_is_frozen_costs_what_torch_counts_in_hugging_faces_model(name: str) -> None:
+    counter = pytest.importorskip("torch.utils.flop_counter")
+    model, frozen, theirs = FROZEN[name]
+    model = dataclasses.replace(model, seq_length=32)
+    reference = hugging_face_llama(model) if model.is_gated else hugging_face_gpt2(model)
+    reference.config._attn_implementation = "eager"
+    for key, parameter in reference.named_parameters():
+        parameter.requires_grad_(re.search(theirs, key) is None)
+    assert len({parameter.requires_grad for parameter in reference.parameters()}) == 2
+    ids = torch.zeros(2, 32, dtype=torch.long, device="meta")
+    with counter.FlopCounterMode(display=False) as counted:
+        reference(ids).logits.sum().backward()
+    assert counted.get_total_flops() == pytest.approx(flops_per_step(model, 2 * 32, frozen), rel=1e-3)
+    assert flops_per_step(model, 2 * 32, frozen) < 0.95 * flops_per_step(model, 2 * 32)
+
+
+# Dropout takes attention apart into products that the counter knows on the CPU; one process pads no table.
+COUNTED = (
+    "--num-layers 3 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --vocab-size 101 --attention-dropout 0.1 "
+    "--make-vocab-size-divisible-by 1 --micro-batch-size 2 --global-batch-size 4 --train-iters 1 --lr 1e-3 --mock-data "
+    "--device cpu"
+)
+
+
+def flops_in_place(buffer: Sequence[int], left: Sequence[int], right: Sequence[int], **other: object) -> int:
+    """The operations of `buffer.addmm_(left, right)`, by their shapes: the product of a weight's gradient."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+@pytest.mark.parametrize("frozen", ["", "--freeze-params embedding.* layers.0.*", "--freeze-params *.attention.*"])
+@pytest.mark.parametrize("kind", ["gpt", "classifier"])
+def test_a_step_of_ours_computes_what_is_counted(kind: str, frozen: str) -> None:
+    counter = pytest.importorskip("torch.utils.flop_counter")
+    architecture = "gpt" if kind == "gpt" else "bert"
+    words = parse_args(f"{COUNTED} {frozen}".split(), program="test", description="", architecture=architecture)
+    config = resolve(words, 1)
+    model, patterns = config.model, config.train.freeze_params
+    builder = build_gpt_stage if kind == "gpt" else partial(build_bert_classifier_stage, num_outputs=3)
+    parts = build_parts(config, make_mesh(Layout()), torch.device("cpu"), builder)
+    tokens, mask = torch.zeros(4, 16, dtype=torch.int64), torch.ones(4, 16)
+    batch = GPTBatch(tokens, tokens, mask)
+    expected = pretraining_flops(model, patterns)
+    if kind == "classifier":
+        batch = SequenceBatch(tokens, tokens, torch.ones(4), labels_B=torch.zeros(4, dtype=torch.int64))
+        expected = classifier_flops(model, 3, patterns)
+    in_place = {torch.ops.aten.addmm_: flops_in_place}
+    with counter.FlopCounterMode(display=False, custom_mapping=in_place) as counted:
+        train_step(parts, batch, Rates(1e-3, 0.0), step=0)
+    assert counted.get_total_flops() == pytest.approx(expected.of([16] * 4), rel=1e-12)
 
 
 def test_a_step_costs_its_tokens() -> None:

@@ -143,7 +143,7 @@ def finetune(
         names = (f"{name}{ending}" for ending in data.dev for name in settings.task.metrics)
         kept = find_existing(settings.save, settings.task, names, data.dev_digests, group=parts.mesh.world.group)
     with ExitStack() as exits:
-        reports = exits.enter_context(TaskReports(parts))
+        reports = exits.enter_context(TaskReports(parts, settings.task.num_outputs))
         loop = _Loop(parts, data.train, data, settings, reports, context, kept=kept)
         try:
             for epoch in range(settings.epochs):

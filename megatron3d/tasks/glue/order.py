@@ -47,6 +47,10 @@ class PlannedBatch:
         """Tokens of its samples, without padding; `lengths_N` are those of all samples."""
         return int((lengths_N[self.indices_R] * self.weights_R).sum())
 
+    def lengths(self, lengths_N: NDArray[np.int64]) -> list[int]:
+        """Tokens of each of its samples, without padding."""
+        return lengths_N[self.indices_R[self.weights_R > 0]].tolist()
+
 
 @dataclass(frozen=True)
 class PlannedStep:
@@ -66,6 +70,10 @@ class PlannedStep:
     def num_tokens(self, lengths_N: NDArray[np.int64]) -> int:
         """Tokens of its samples, without padding; `lengths_N` are those of all samples."""
         return sum(batch.num_tokens(lengths_N) for batch in self.batches)
+
+    def lengths(self, lengths_N: NDArray[np.int64]) -> list[int]:
+        """Tokens of each of its samples, without padding."""
+        return [length for batch in self.batches for length in batch.lengths(lengths_N)]
 
 
 def training_steps(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron3d.comm.device import peak_memory_bytes
 from megatron3d.config.serialize import to_dict
-from megatron3d.models.flops import flops_per_step
+from megatron3d.models.flops import classifier_flops
 from megatron3d.tasks.glue.order import PlannedStep, padded_share
 from megatron3d.train.dropout import dropout_note
 from megatron3d.train.progress import ProgressReporter, StepReport
@@ -28,8 +28,10 @@ from megatron3d.train.trackers import Trackers
 class TaskReports:
     """A context manager; every rank makes one, and those of ranks above 0 write nothing."""
 
-    def __init__(self, parts: TrainingSetup) -> None:
+    def __init__(self, parts: TrainingSetup, num_outputs: int) -> None:
+        """Of a classifier with that many outputs."""
         self.parts = parts
+        self._flops = classifier_flops(parts.config.model, num_outputs, parts.config.train.freeze_params)
         self._exits = ExitStack()
         self._trackers = Trackers(parts.config.train)
         self._progress: ProgressReporter | None = None
@@ -73,7 +75,6 @@ class TaskReports:
         """One step is done."""
         if self._progress is None:
             return
-        config = self.parts.config
         tokens = planned.num_tokens(self._lengths_N)
         report = StepReport(
             step=progress.step,
@@ -81,7 +82,7 @@ class TaskReports:
             lr=rates.lr,
             grad_norm=result.grad_norm,
             tokens=tokens,
-            flops=flops_per_step(config.model, tokens),
+            flops=self._flops.of(planned.lengths(self._lengths_N)),
             elapsed_s=elapsed_s,
             skipped=result.skipped,
             memory_bytes=peak_memory_bytes(self.parts.model.device),
