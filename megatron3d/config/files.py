@@ -43,10 +43,16 @@ class FileSettings:
 def read_config_file(path: str, flags: Iterable[tuple[str, str]] = ()) -> FileSettings:
     """The settings of a JSON or TOML file; `flags` are the options that will override it.
 
-    Raises: ConfigError if the file is missing, is neither `.json` nor `.toml`, or cannot be parsed.
+    Raises: ConfigError if the file is missing, is neither `.json` nor `.toml`, cannot be parsed, or is a damaged
+        `run.json`.
     """
     parsed = _parsed(Path(path))
     ranks = ranks_of_stored_run(parsed)
+    if ranks is None and AS_GIVEN in parsed:
+        raise ConfigError(
+            f"--config {path} has {AS_GIVEN} of a run.json, but not its world_size in parallel, which is a whole "
+            f"number; take {AS_GIVEN} out too, so that all values count as given."
+        )
     if ranks is None:
         return _read(path, parsed)
     if AS_GIVEN not in parsed:

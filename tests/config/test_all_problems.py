@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def answer(words: list[str], world_size: int = 1) -> list[str]:
     return []
 
 
-def words_of(changes: dict[str, str | None]) -> list[str]:
+def words_of(changes: Mapping[str, str | None]) -> list[str]:
     """The base command with changed, added and (None) dropped flags."""
     flags = {name: value for name, value in (BASE | changes).items() if value is not None}
     return [word for name, value in flags.items() for word in (f"--{name}", *value.split())]

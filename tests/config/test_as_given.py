@@ -136,6 +136,17 @@ def test_a_stored_run_without_its_model_takes_that_of_a_preset(tmp_path: Path) -
     assert resolved(f"--preset gpt2-124m --config {file}", 1, 50257).model.hidden_size == 768
 
 
+def test_a_record_without_the_number_of_ranks_is_refused_with_what_to_take_out(tmp_path: Path) -> None:
+    stored = to_dict(resolved(BASE, 1))
+    del stored["parallel"]["world_size"]
+    (file := tmp_path / "run.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"but not its world_size in parallel, .* take as_given out too"):
+        parse(f"--config {file}")
+    del stored[AS_GIVEN]
+    file.write_text(json.dumps(stored))
+    assert resolved(f"--config {file} --hidden-size 128", 1).model.ffn_hidden_size == 256
+
+
 def test_the_record_is_stored_and_read_with_the_run() -> None:
     run = resolved(f"{BASE} --swiglu", 2)
     again = from_dict(json.loads(to_json(run)))

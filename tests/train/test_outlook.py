@@ -47,6 +47,7 @@ def test_a_run_that_does_what_it_is_asked_says_nothing(options: str) -> None:
     [
         ("--train-iters 20", {"step": 20}, "nothing is left to train: step 20 is made, and --train-iters is 20"),
         ("--train-samples 100", {"step": 12}, "nothing is left to train: 96 of --train-samples 100 are consumed"),
+        ("--train-tokens 1600", {"step": 13}, "104 of --train-tokens 1600, 104 samples, are consumed, and no whole"),
         ("--train-iters 20", {"valid": False}, "there is no validation data (--split is 969,30,1)"),
         ("--train-iters 20", {"test": False}, "there is no test data (--split is 969,30,1)"),
         ("--train-iters 20 --exit-interval 20", {}, "--exit-interval 20 stops nothing: the run ends with step 20"),
