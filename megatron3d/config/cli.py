@@ -49,7 +49,7 @@ class Command:
         run: the run as far as it could be read; options that could not are at their defaults.
         problems: a sentence for each word, key or file that cannot be used.
         doubt: the options that `problems` are about.
-        origins: by the name of each option that was given, how a sentence tells where, if it was not a flag of its own.
+        origins: by the name of each option that was given, how a sentence names its origin, if that was not a flag of its own.
     """
 
     run: GivenRun
@@ -183,7 +183,7 @@ def _chosen(settings: Settings, config_file: FileSettings, of_flags: Settings) -
 
 
 def _layers_of_flags(found: _SortedFlags) -> Iterator[tuple[Settings, str]]:
-    """What the flags set, with how a sentence tells where: of an option's own flag nothing need be told."""
+    """What the flags set, with how a sentence names the origin: an option's own flag needs none."""
     yield found.settings, ""
     for flag in found.foreign:
         yield synonym_settings(flag), f"which {flag.name} means"

@@ -67,7 +67,7 @@ class Origins:
         After the semicolon stands the remedy, whose values are proposals.
         """
         problem, semicolon, remedy = sentence.partition(";")
-        pieces, done = [], 0
+        parts, done = [], 0
         for found in _FLAG.finditer(problem):
             option = BY_SPELLING.get(found.group())
             if option is None:
@@ -75,9 +75,9 @@ class Origins:
             end = found.end() + self._length_of_value(option, problem[found.end() :])
             is_value_shown = end > found.end() or option.flag.kind != "value"
             origin = self._origin(option) if is_value_shown else ""
-            pieces += [problem[done:end], f" ({origin})" if origin else ""]
+            parts += [problem[done:end], f" ({origin})" if origin else ""]
             done = end
-        return "".join([*pieces, problem[done:], semicolon, remedy])
+        return "".join([*parts, problem[done:], semicolon, remedy])
 
     def _origin(self, option: Option) -> str:
         if option.name in self.of_given:
