@@ -49,7 +49,7 @@ class Command:
         run: the run as far as it could be read; options that could not are at their defaults.
         problems: a sentence for each word, key or file that cannot be used.
         doubt: the options that `problems` are about.
-        origins: by the name of each option that was given, how a sentence names its origin, if that was not a flag of its own.
+        origins: by the name of each option that was given, how a sentence names its origin, unless it was its own flag.
     """
 
     run: GivenRun
