@@ -5,15 +5,17 @@ what was given is a setting again, so that `--config run.json --hidden-size 128`
 
 Earlier versions stored no such record. Of their runs a value counts as derived if the run would be the same without
 it. The global batch size alone is kept then, as it was before, since it would follow another number of ranks; it is
-derived if what it is made of changes, or if accumulation steps or a schedule stand beside it, which also give it.
+derived if what it is made of changes, or if accumulation steps or a schedule stand beside it, which also give it. The
+vocabulary and the end of a document were the tokenizer's if flags name another one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron3d.config.derive import derive
+from megatron3d.config.layers import names_other_tokenizer
 from megatron3d.config.options import BY_KEY, Settings, given_run
 from megatron3d.config.rules.bounds import with_defaults_where_wrong
 from megatron3d.config.run import DraftRun
@@ -34,6 +36,8 @@ _DERIVED: tuple[tuple[str, str], ...] = (
 )
 _ARCHITECTURE = ("model", "architecture")
 _OF_TRAITS = ("activation", "num_token_types")  # what is derived from an architecture
+# What follows from the tokenizer.
+_VOCABULARY, _END = ("model", "vocab_size"), ("data", "eod_token")
 _BATCH = ("train", "global_batch_size")
 _ALSO_GIVE_BATCH = (("train", "gradient_accumulation_steps"), ("train", "step_batch_size_schedule"))
 _MADE_OF = {("train", "micro_batch_size"), *_ALSO_GIVE_BATCH}
@@ -87,18 +91,18 @@ def edits(parsed: Mapping[str, Any], settings: Settings, ranks: int) -> Iterator
             )
 
 
-def without_derived(settings: Settings, ranks: int, changed: Iterable[tuple[str, str]]) -> Settings:
+def without_derived(settings: Settings, ranks: int, flags: Settings) -> Settings:
     """The settings of a run of an earlier version without those that were derived.
 
     Args:
         settings: those of all options.
         ranks: how many the run had.
-        changed: the options that flags set.
+        flags: what the flags set.
     """
-    is_batch_kept = _MADE_OF.isdisjoint(changed) and all(settings.get(key) is None for key in _ALSO_GIVE_BATCH)
-    given = settings
+    is_batch_kept = _MADE_OF.isdisjoint(flags) and all(settings.get(key) is None for key in _ALSO_GIVE_BATCH)
+    given = {key: value for key, value in settings.items() if key not in _of_tokenizer(settings, flags)}
     try:
-        stored = _derived(settings, ranks)
+        stored = _derived(given, ranks)
         for key in _DERIVED:
             without = {name: value for name, value in given.items() if name != key}
             is_same = _derived(without, ranks) == stored
@@ -107,6 +111,14 @@ def without_derived(settings: Settings, ranks: int, changed: Iterable[tuple[str,
     except ConfigError:  # of an architecture that cannot be had, which is reported when it is asked for
         return settings
     return given
+
+
+def _of_tokenizer(settings: Settings, flags: Settings) -> tuple[tuple[str, str], ...]:
+    """What the tokenizer of a run gave it that the flags change."""
+    if settings.get(("data", "tokenizer_type")) is not None and names_other_tokenizer(settings, flags):
+        return (_VOCABULARY, _END)
+    is_counted = settings.get(("data", "tokenizer_type")) == "NullTokenizer" and _VOCABULARY in flags
+    return (_END,) if is_counted and settings.get(_END) == settings.get(_VOCABULARY, 0) - 1 else ()
 
 
 def _is_code(settings: Settings) -> bool:

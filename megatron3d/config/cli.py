@@ -168,6 +168,11 @@ def read_command(
     )
     lines += _zero_bubble(found, by_flag, by_file, config_file, settings)
     found.problems += _problems_between(program, architecture, found.foreign, settings)
+    if config_file.is_whole and "preset" in found.files:
+        where = f"--config {found.files['config']}"
+        lines.append(
+            f"--preset {found.files['preset']} gives nothing: {where} is a run.json, which has the whole model."
+        )
     lines += _lines_of_run(settings, found.unread)
     for line in lines:
         log(line)
@@ -240,7 +245,12 @@ def _read_file_flag(flag: GivenFlag, found: _SortedFlags) -> None:
     if not flag.values:
         found.problems.append(f"{flag.name} has no value after it; give the name of a preset or the path of a file.")
         return
-    found.files[_FILE_FLAGS[flag.name]] = flag.values[0]
+    name = _FILE_FLAGS[flag.name]
+    if name != "preset" and found.files.get(name, flag.values[0]) != flag.values[0]:
+        found.problems.append(
+            f"{flag.name} {found.files[name]} and {flag.text} are two files, of which one can be read; give one."
+        )
+    found.files[name] = flag.values[0]
     found.problems += [stray_sentence(word, flag.name) for word in flag.values[1:]]
 
 

@@ -8,14 +8,14 @@ the sections (`[model]`). A null value means the default. `run.json` of an earli
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron3d.config.as_given import edits, ranks_of_stored_run, with_given_values, without_derived
 from megatron3d.config.command_line import GivenFlag
-from megatron3d.config.options import BY_NAME, BY_SPELLING, DERIVED_NAMES, SECTIONS, Option
+from megatron3d.config.options import BY_NAME, BY_SPELLING, DERIVED_NAMES, SECTIONS, Option, Settings
 from megatron3d.config.serialize import AS_GIVEN
 from megatron3d.errors import ConfigError
 from megatron3d.files.json_text import kind_of, parse_object
@@ -40,8 +40,8 @@ class FileSettings:
     is_whole: bool = False
 
 
-def read_config_file(path: str, flags: Iterable[tuple[str, str]] = ()) -> FileSettings:
-    """The settings of a JSON or TOML file; `flags` are the options that will override it.
+def read_config_file(path: str, flags: Settings) -> FileSettings:
+    """The settings of a JSON or TOML file; `flags` are those that will override it.
 
     Raises: ConfigError if the file is missing, is neither `.json` nor `.toml`, cannot be parsed, or is a damaged
         `run.json`.

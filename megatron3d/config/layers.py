@@ -43,7 +43,7 @@ _TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model")
 
 def layered(lower: Settings, upper: Settings) -> dict[tuple[str, str], Any]:
     """The settings of both layers, without those of the lower one that the upper one decides."""
-    replaced = {*_other_ways(upper), *_other_tokenizer(lower, upper)}
+    replaced = {*_other_ways(upper), *(_TOKENIZER_FILES if names_other_tokenizer(lower, upper) else ())}
     return {key: value for key, value in lower.items() if key[1] not in replaced} | dict(upper)
 
 
@@ -56,11 +56,9 @@ def _other_ways(upper: Settings) -> Iterator[str]:
             yield from (name for way in ways if way not in chosen for name in way.split())
 
 
-def _other_tokenizer(lower: Settings, upper: Settings) -> Iterator[str]:
-    """The files of the lower layer's tokenizer, where the upper one names another kind, or another directory that
-    describes one."""
+def names_other_tokenizer(lower: Settings, upper: Settings) -> bool:
+    """Whether the upper layer names a tokenizer of another kind, or another directory that describes one."""
     key = ("data", "tokenizer_type")
     kinds = {TOKENIZER_ALIASES.get(one[key], one[key]) for one in (lower, upper) if one.get(key) is not None}
     is_other_directory = kinds == {"HuggingFaceTokenizer"} and ("data", "tokenizer_model") in upper
-    if len(kinds) > 1 or is_other_directory:
-        yield from _TOKENIZER_FILES
+    return len(kinds) > 1 or is_other_directory

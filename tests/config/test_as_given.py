@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from megatron3d.config.check import checked, with_vocab_size
 from megatron3d.config.cli import parse_args, read_command, settle
+from megatron3d.config.derive import complete
 from megatron3d.config.run import GivenRun, RunConfig
 from megatron3d.config.serialize import AS_GIVEN, from_dict, to_dict, to_json
 from megatron3d.errors import ConfigError
@@ -109,11 +110,13 @@ def test_the_vocabulary_and_the_end_of_a_document_are_those_of_the_tokenizer_tha
     words = f"{BASE.replace('--vocab-size 100', '')} --tokenizer-type NullTokenizer --vocab-size"
     file = written(tmp_path, resolved(f"{words} 100", 1, vocab_size=101))
     assert json.loads(file.read_text())[AS_GIVEN]["data"] == {"eod_token": None}
-    assert resolved(f"--config {file} --vocab-size 200", 1, vocab_size=201) == resolved(f"{words} 200", 1, 201)
     open_vocabulary = BASE.replace("--vocab-size 100", "--vocab-file v --merge-file m")
-    file = written(tmp_path, resolved(open_vocabulary, 1, vocab_size=300))
     other = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model d"
-    assert resolved(f"--config {file} {other}", 1, vocab_size=90).model.vocab_size == 90
+    for with_record in (True, False):
+        file = written(tmp_path, resolved(f"{words} 100", 1, vocab_size=101), with_record=with_record)
+        assert resolved(f"--config {file} --vocab-size 200", 1, vocab_size=201) == resolved(f"{words} 200", 1, 201)
+        file = written(tmp_path, resolved(open_vocabulary, 1, vocab_size=300), with_record=with_record)
+        assert resolved(f"--config {file} {other}", 1, vocab_size=90).model.vocab_size == 90
 
 
 @pytest.mark.parametrize("name", ["gpt", "bert"])
@@ -126,7 +129,10 @@ def test_a_run_of_an_earlier_version_is_repeated_as_it_is_stored(name: str) -> N
 
 def test_a_stored_run_is_whole_so_that_a_preset_beside_it_gives_nothing(tmp_path: Path) -> None:
     run = resolved(BASE, 1)
-    assert resolved(f"--preset llama2-7b --config {written(tmp_path, run)}", 1) == run
+    file, said = written(tmp_path, run), []
+    words = f"--preset llama2-7b --config {file}".split()
+    assert complete(settle(read_command(words, program="t", description="t", log=said.append), 1)) == run
+    assert said == [f"--preset llama2-7b gives nothing: --config {file} is a run.json, which has the whole model."]
 
 
 def test_a_stored_run_without_its_model_takes_that_of_a_preset(tmp_path: Path) -> None:

@@ -222,6 +222,15 @@ def test_a_key_that_stands_twice_in_a_json_file_is_named(tmp_path: Path, text: s
     assert "is not valid TOML (Cannot overwrite a value" in problems_of(f"--config {file.with_suffix('.toml')}")[0]
 
 
+def test_two_config_files_are_refused_and_one_may_be_named_twice(tmp_path: Path) -> None:
+    (one := tmp_path / "a.json").write_text("{}")
+    (two := tmp_path / "b.json").write_text("{}")
+    assert problems_of(f"--config {one} --config {two}") == [
+        f"--config {one} and --config {two} are two files, of which one can be read; give one."
+    ]
+    assert parse(f"--config {one} --config {one}") == GivenRun()
+
+
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
     (problem,) = problems_of(f"--config {tmp_path}/none.json")
     assert "none.json cannot be read" in problem
