@@ -16,7 +16,7 @@ A BERT's output layer, with its H x H transform, sees only the tokens that are m
 A frozen matrix has no product for its own gradient, and one before which nothing trains none for its input's either;
 the backward of attention's products ends where none of queries, keys and values depend on what trains. What comes
 before what is told by the order of the declarations, which is that of the forward. A classifier has no output layer;
-its head and, but for keys and values, its last layer are products of one position (docs/decisions/0011).
+its last layer, from its one query on, and its head compute one position (docs/decisions/0011).
 
 Source: Narayanan et al. 2021 (arXiv:2104.04473), equation 3, which has 96 for 72 because it counts recomputation;
 Chowdhery et al. 2022 (arXiv:2204.02311), appendix B; Devlin et al. 2018 (arXiv:1810.04805), section 3.1, for 15 %.
@@ -82,16 +82,18 @@ def pretraining_flops(model: ModelConfig, frozen: tuple[str, ...] = ()) -> Sampl
 def classifier_flops(model: ModelConfig, num_outputs: int, frozen: tuple[str, ...] = ()) -> SampleFlops:
     """Those of a classifier, whose head sees one position, and whose last layer makes no other but for its keys and
     values."""
-    products = list(_products(model, classifier_specs(model, num_outputs, frozen)))
-    heads = [one for one in products if one.place == "head"]
-    last = [one for one in products if one.place == f"layers.{model.num_layers - 1}"]
-    others = [one for one in products if one not in (*heads, *last)]
+    products, last = (
+        list(_products(model, classifier_specs(model, num_outputs, frozen))),
+        f"layers.{model.num_layers - 1}",
+    )
+    before = [one for one in products if one.place not in (last, "head")]
     # All tokens pass the first matrix of the last layer, and one query meets the key of each.
-    of_each = [last[0], *(one for one in last if one.is_of_pairs)]
+    first, *rest = (one for one in products if one.place in (last, "head"))
+    each_token = [first, *(one for one in rest if one.is_of_pairs), *(one for one in before if not one.is_of_pairs)]
     return SampleFlops(
-        sum(one.total for one in (*of_each, *others) if one in of_each or not one.is_of_pairs),
-        sum(one.total for one in others if one.is_of_pairs),
-        sum(one.total for one in (*heads, *last) if one not in of_each),
+        sum(one.total for one in each_token),
+        sum(one.total for one in before if one.is_of_pairs),
+        sum(one.total for one in rest if not one.is_of_pairs),
     )
 
 

@@ -232,7 +232,8 @@ def test_what_is_frozen_costs_what_torch_counts_in_hugging_faces_model(name: str
 
 # Dropout takes attention apart into products that the counter knows on the CPU; one process pads no table.
 COUNTED = (
-    "--num-layers 3 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --vocab-size 101 --attention-dropout 0.1 "
+    "--num-layers 3 --hidden-size 32 --ffn-hidden-size 96 --num-attention-heads 4 --seq-length 16 --vocab-size 101 "
+    "--attention-dropout 0.1 "
     "--make-vocab-size-divisible-by 1 --micro-batch-size 2 --global-batch-size 4 --train-iters 1 --lr 1e-3 --mock-data "
     "--device cpu"
 )

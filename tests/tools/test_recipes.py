@@ -27,9 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text().split("\n# Recipes\n")[1]
 PLACE = re.compile(r"(?:New file|[Ii]n) `(?P<file>[\w/.]+)`(?:.*?(?P<side>above|below) `(?P<anchor>[^`]+)`)?")
 BLOCK = re.compile(r"^   ```(?P<language>\w+)\n(?P<text>.*?)^   ```$", re.DOTALL | re.MULTILINE)
-CHANGING = ("An optimizer", "A kernel", "A flag")
+CHANGING = ("An optimizer", "A model that ships with the project", "A kernel", "A flag")
 TESTS = {
     "An optimizer": "tests/optim/test_adagrad.py",
+    "A model that ships with the project": "tests/models/test_sandwich.py",
     "A kernel": "tests/kernels/test_references.py",
     "A flag": "tests/optim/test_dampening.py",
 }
@@ -98,7 +99,7 @@ def passed(changed: Path) -> dict[str, int]:
     """How many tests of each file passed in the changed project; one process for all of them."""
     report = changed / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS.values()]
-    command += ["-k", "adagrad or dampening or softcap"]
+    command += ["-k", "adagrad or sandwich or dampening or softcap"]
     done = subprocess.run(command, cwd=changed, env=environment(changed), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     names = [case.get("classname", "") for case in ElementTree.parse(report).iter("testcase")]
@@ -106,7 +107,10 @@ def passed(changed: Path) -> dict[str, int]:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("title", "num_tests"), [("An optimizer", 1), ("A kernel", 4), ("A flag", 3)])
+@pytest.mark.parametrize(
+    ("title", "num_tests"),
+    [("An optimizer", 1), ("A model that ships with the project", 2), ("A kernel", 4), ("A flag", 3)],
+)
 def test_the_tests_that_a_recipe_brings_pass_in_a_project_that_followed_it(
     title: str, num_tests: int, passed: dict[str, int]
 ) -> None:
