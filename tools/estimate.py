@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--world-size", default="1", metavar="N", help="ranks (default 1); with --largest also N,N,...")
     p.add_argument("--architecture", metavar="NAME", help="default: the preset's, or gpt")
     p.add_argument("--largest", action="store_true", help="find the largest preset for each ZeRO stage and offload")
-    p.add_argument("--memory-gb", type=float, metavar="X", help="with --largest: GiB of a rank's device")
-    p.add_argument("--host-memory-gb", type=float, metavar="X", help="with --largest: GiB of host memory for a rank")
+    p.add_argument("--memory-gb", metavar="X", help="with --largest: GiB of a rank's device")
+    p.add_argument("--host-memory-gb", metavar="X", help="with --largest: GiB of host memory for a rank")
     p.add_argument("--family", metavar="NAME,...", help="with --largest: how presets' names begin (gpt3,megatron)")
     return p
 
@@ -56,6 +56,15 @@ def world_sizes_of(text: str) -> list[int]:
     return sizes if min(sizes) > 0 else []
 
 
+def bytes_of(text: str) -> int | None:
+    """A size in GiB as bytes, or None if it is no finite number above 0."""
+    try:
+        size = float(text)
+    except ValueError:
+        return None
+    return int(size * 2**30) if 0 < size < float("inf") else None
+
+
 def own_problems(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the flags of this tool."""
     sizes = world_sizes_of(args.world_size)
@@ -67,8 +76,11 @@ def own_problems(args: argparse.Namespace) -> Iterator[str]:
         if getattr(args, name) is not None:
             flag = f"--{name.replace('_', '-')}"
             yield f"{flag} {getattr(args, name)} is for --largest; give --largest too, or leave it out."
-    if args.largest and (args.memory_gb is None or args.memory_gb <= 0):
-        yield f"--largest needs the GiB of a rank's device, not {args.memory_gb}; give --memory-gb 80."
+    if args.largest and args.memory_gb is None:
+        yield "--largest needs the GiB of a rank's device; give --memory-gb 80."
+    for flag, text in (("--memory-gb", args.memory_gb), ("--host-memory-gb", args.host_memory_gb)):
+        if args.largest and text is not None and bytes_of(text) is None:
+            yield f"{flag} {text} is not a number of GiB above 0; use {flag} 80."
 
 
 def run_to_estimate(args: argparse.Namespace, rest: Sequence[str]) -> DraftRun:
@@ -124,7 +136,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         # Counting needs torch, whose import takes seconds: a mistake above is answered without it.
         from megatron3d.train.estimate import Limits, describe, describe_largest, estimate_of, family_of
-        from megatron3d.train.plan import GIB
         from megatron3d.train.vocabulary import open_vocabulary
 
         if run is not None:
@@ -132,8 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         architecture = args.architecture or "gpt"
         family = family_of(args.family or ",".join(traits_of(architecture).presets), architecture)
-        host = None if args.host_memory_gb is None else int(args.host_memory_gb * GIB)
-        limits = Limits(int(args.memory_gb * GIB), host)
+        device = bytes_of(args.memory_gb)
+        assert device is not None, f"--memory-gb {args.memory_gb} is checked above"
+        limits = Limits(device, None if args.host_memory_gb is None else bytes_of(args.host_memory_gb))
 
         def parse(preset: Preset) -> GivenRun:
             return parse_with(args, ["--preset", preset.name, *rest])

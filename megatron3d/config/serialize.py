@@ -111,9 +111,9 @@ def _filled(model: GivenModel) -> GivenModel:
 
 
 def _with_named_code(model: GivenModel, named: str | None) -> GivenModel:
-    """The stored model with its architecture as the command names it, where one of the two is code of the user's.
+    """The stored model with its architecture as the command names it, where that is code of the user's.
 
-    Raises: ConfigError if they are not the same one.
+    Raises: ConfigError if the command names another one than is stored.
     """
     own = model.architecture
     if named is None or not is_user_code(named):
@@ -123,7 +123,8 @@ def _with_named_code(model: GivenModel, named: str | None) -> GivenModel:
                 f"it; read it, and give --architecture {own}, which pretrain_gpt.py, tools/generate_text.py and "
                 "hf-export take."
             )
-        return model
+        if named in (None, own):
+            return model
     if without_folder(own) != without_folder(named):
         remedy = f"give --architecture {own}, once you have read it" if is_user_code(own) else "leave it out"
         raise ConfigError(

@@ -108,6 +108,16 @@ def test_imported_weights_have_no_learning_rate() -> None:
     assert from_dict(stored) == dataclasses.replace(run, optim=dataclasses.replace(run.optim, lr=0.0))
 
 
+@pytest.mark.parametrize("architecture", ["bert", "nope", "my.py"])
+def test_an_architecture_that_is_named_and_not_stored_is_refused(architecture: str) -> None:
+    stored = to_dict(resolve(parse(SMALL), 2))
+    with pytest.raises(
+        ConfigError, match=f"architecture gpt, but the command names --architecture {architecture}; leav"
+    ):
+        from_dict(stored, architecture=architecture)
+    assert from_dict(stored, architecture="gpt") == from_dict(stored)
+
+
 def test_a_stored_run_without_a_size_that_nothing_gives_is_refused() -> None:
     stored = to_dict(resolve(parse(SMALL), 2))
     stored["model"]["hidden_size"] = None

@@ -82,9 +82,10 @@ def test_help_tells_both_kinds_of_flags(estimate) -> None:
         ("--preset gpt3-175b --world-size many --micro-batch-size 1", "--world-size many is not a whole number"),
         ("--preset gpt3-175b --world-size 0 --micro-batch-size 1", "--world-size 0 is not a whole number"),
         ("--preset gpt3-175b --world-size 1,8 --micro-batch-size 1", "--world-size 1,8 names several sizes"),
-        ("--preset gpt3-175b --memory-gb 80 --micro-batch-size 1", "--memory-gb 80.0 is for --largest"),
+        ("--preset gpt3-175b --memory-gb 80 --micro-batch-size 1", "--memory-gb 80 is for --largest"),
         ("--preset gpt3-175b --micro-batch-size 1 --num-layer 3", "--num-layer"),
-        ("--preset gpt3-175b --micro-batch-size 1 --memory-gb lots", "'lots'"),
+        ("--largest --micro-batch-size 1 --memory-gb lots", "--memory-gb lots is not a number of GiB above 0"),
+        ("--largest --micro-batch-size 1 --memory-gb 8 --host-memory-gb -1", "--host-memory-gb -1 is not a number"),
         ("--world-size 1 --micro-batch-size 1", "--num-layers is missing"),
         ("--largest --micro-batch-size 1", "--memory-gb 80"),
         ("--largest --memory-gb 80 --preset gpt3-175b --micro-batch-size 1", "use --family"),
@@ -113,13 +114,13 @@ def test_a_stored_run_of_any_architecture_is_estimated(estimate) -> None:
     [
         (
             "--architecture t5 --world-size many --memory-gb 80 --num-layer 2 --micro-batch-size 0 --preset bert-base",
-            ["--world-size many", "--memory-gb 80.0 is for", "--num-layer 2 is", "--architecture t5", "--micro-batch"],
+            ["--world-size many", "--memory-gb 80 is for", "--num-layer 2 is", "--architecture t5", "--micro-batch"],
         ),
         (
             "--largest --architecture t5 --world-size many --preset bert-base",
             ["--world-size many", "--largest needs", "--preset names", "--architecture t5"],
         ),
-        ("--largest --num-layer 2 --memory-gb 0", ["--largest needs", "--num-layer 2 is"]),
+        ("--largest --num-layer 2 --memory-gb 0", ["--memory-gb 0 is not", "--num-layer 2 is"]),
     ],
 )
 def test_all_problems_of_a_command_are_reported_together(estimate, flags: str, beginnings: list[str]) -> None:
