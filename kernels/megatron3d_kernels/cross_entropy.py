@@ -1,15 +1,19 @@
 """The local pieces of cross-entropy over a vocabulary that is cut into shards.
 
 A shard holds the logits of some neighbouring vocabulary entries, the first of which is entry `vocab_start`. The caller
-joins the shards between the pieces (all-reduce of one number per row each); communication is not a kernel's business:
+joins the shards between the two pieces; communication is not a kernel's business. With m_r, s_r and t_r the three
+numbers per row that `local_softmax_sums` gives for shard r:
 
-    m = max over shards of local_max                         s, t = sums over shards of local_sum_exp_and_target
-    loss = log(s) + m - t                                    d_logits = (exp(logits - m) / s - onehot(target)) * d_loss
+    m = max of m_r                 s = sum of s_r exp(m_r - m)                 t = sum of t_r
+    loss = log(s) + m - t          d_logits = (exp(logits - m) / s - onehot(target)) * d_loss
 
+The backward of shard r counts from its own m_r, so its sum is s exp(m - m_r) (`cross_entropy_backward`).
 Columns from `num_valid` on are padding of the vocabulary: they count as minus infinity, so their probability and
 gradient are 0. A shard may have no valid column at all. A target outside every shard (an ignored position, -100 say)
 has t = 0 and no onehot; the caller gives such rows the loss gradient 0.
-Source: Shoeybi et al., "Megatron-LM" (2019), section 3, for the fusion of the loss with the parallel output layer.
+Source: Shoeybi et al., "Megatron-LM" (2019), section 3, for the fusion of the loss with the parallel output layer;
+Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), for joining sums that have maxima of their
+own.
 
 V is the last dimension, "rows" are all others. Numbers per row are fp32 (fp64 for fp64 logits). No autograd here:
 the caller's autograd function is made of these pieces.
@@ -26,8 +30,8 @@ from megatron3d_kernels.launch import KernelError, as_rows, block_of, compute_dt
 from megatron3d_kernels.selection import DEFAULT_SELECTION, Kernel, Selection
 
 MAX_BLOCK = 4096
-CHUNK_ELEMENTS = 1 << 20
-"""Logits that the reference holds in fp32 at once (4 MiB): small beside any batch and inside the cache of a core."""
+CHUNK_ELEMENTS = 1 << 18
+"""Logits that the reference holds in fp32 at once (1 MiB): small beside any batch and inside the cache of a core."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +44,38 @@ class Shard:
 
 @dataclass(frozen=True)
 class LossRows:
-    """What the backward knows of each row, [R] each: joined over all shards but for the target, which is one entry."""
+    """What the backward knows of each row, [R] each.
+
+    Attributes:
+        target: its entry of the whole vocabulary.
+        row_max: the maximum that this shard's exponentials were counted from.
+        sum_exp: the sum over all shards of exp(logit - row_max).
+        target_logit: the target's logit.
+        grad_loss: gradient of the row's loss.
+    """
 
     target: torch.Tensor
     row_max: torch.Tensor
     sum_exp: torch.Tensor
+    target_logit: torch.Tensor
     grad_loss: torch.Tensor
+
+
+Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Maximum, sum of exponentials counted from it, and the target's logit: numbers per row of one shard."""
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """One implementation of the three pieces, on rows: logits [R, V]; target, row_max and the others [R]."""
+    """One implementation, on rows: logits [R, V]; numbers per row [R].
+
+    `sums` may overwrite the logits where its last argument says so, with what `backward` then finds in their place;
+    `backward` is told by its last argument, and writes into its first.
+    """
 
     local_max: Callable[[torch.Tensor, int], torch.Tensor]
-    sum_exp_and_target: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Shard], tuple[torch.Tensor, torch.Tensor]]
-    backward: Callable[[torch.Tensor, torch.Tensor, LossRows, Shard], None]
+    sums: Callable[[torch.Tensor, torch.Tensor, Shard, bool], Sums]
+    backward: Callable[[torch.Tensor, torch.Tensor, LossRows, Shard, bool], None]
 
 
 @torch.no_grad()
@@ -65,26 +86,29 @@ def local_max(logits: torch.Tensor, num_valid: int, *, selection: Selection = DE
 
 
 @torch.no_grad()
-def local_sum_exp_and_target(
+def local_softmax_sums(
     logits: torch.Tensor,
     target: torch.Tensor,
-    max: torch.Tensor,
     vocab_start: int,
     num_valid: int,
     *,
+    overwrite: bool = False,
     selection: Selection = DEFAULT_SELECTION,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of exp(logit - max) over this shard's valid columns, and the target's logit where it lies in this shard.
+) -> Sums:
+    """Largest logit m of this shard's valid columns, sum of exp(logit - m) over them, and the target's logit.
 
-    logits [..., V]; target [...] integer entries of the whole vocabulary; max [...] the largest logit of the row over
-    all shards. Result two tensors [...]; the second is 0 where the target is elsewhere.
+    logits [..., V]; target [...] integer entries of the whole vocabulary. Result three tensors [...]: the first is a
+    finite number far below all others where nothing is valid, the third is 0 where the target is elsewhere.
+    With `overwrite`, contiguous logits may be replaced by what the backward needs of them; then they are
+    good for nothing but `cross_entropy_backward` with `overwritten`.
     """
     _check(logits, num_valid)
-    shape = logits.shape[:-1]
-    rows = (as_rows(logits), _per_row(target), _per_row(max))
     pieces = selection.pick(CROSS_ENTROPY, logits)
-    sum_exp, target_logit = pieces.sum_exp_and_target(*rows, Shard(vocab_start, num_valid))
-    return sum_exp.view(shape), target_logit.view(shape)
+    shard = Shard(vocab_start, num_valid)
+    overwrite = overwrite and logits.is_contiguous()  # otherwise the rows may be a copy
+    max, sum_exp, target_logit = pieces.sums(as_rows(logits), _per_row(target), shard, overwrite)
+    shape = logits.shape[:-1]
+    return max.view(shape), sum_exp.view(shape), target_logit.view(shape)
 
 
 @torch.no_grad()
@@ -93,23 +117,28 @@ def cross_entropy_backward(
     target: torch.Tensor,
     max: torch.Tensor,
     sum_exp: torch.Tensor,
+    target_logit: torch.Tensor,
     grad_loss: torch.Tensor,
     *,
     vocab_start: int,
     num_valid: int,
     in_place: bool = False,
+    overwritten: bool = False,
     selection: Selection = DEFAULT_SELECTION,
 ) -> torch.Tensor:
     """Gradient of the loss by this shard's logits, in their dtype: (exp(logit - max) / sum_exp - onehot) * grad_loss.
 
-    logits [..., V]; target, max, sum_exp (both over all shards) and grad_loss [...]. With `in_place`, contiguous logits
-    are overwritten and returned, which saves the largest tensor of a step; the caller must not need them again.
+    logits [..., V], or what `local_softmax_sums` left in their place if it was allowed to (`overwritten`); max [...] as
+    it came from there; sum_exp [...] over all shards but counted from this max; target, target_logit (of whichever
+    shard has it) and grad_loss [...]. With `in_place`, contiguous logits are overwritten and returned, which saves the
+    largest tensor of a step; the caller must not need them again.
     """
     _check(logits, num_valid)
     grad = logits if in_place and logits.is_contiguous() else logits.new_empty(logits.shape)
-    rows = LossRows(*(_per_row(numbers) for numbers in (target, max, sum_exp, grad_loss)))
+    rows = LossRows(*(_per_row(numbers) for numbers in (target, max, sum_exp, target_logit, grad_loss)))
     pieces = selection.pick(CROSS_ENTROPY, logits)
-    pieces.backward(as_rows(grad), as_rows(logits), rows, Shard(vocab_start, num_valid))
+    overwritten = overwritten and logits.is_contiguous()
+    pieces.backward(as_rows(grad), as_rows(logits), rows, Shard(vocab_start, num_valid), overwritten)
     return grad
 
 
@@ -146,35 +175,52 @@ def _reference_local_max(logits: torch.Tensor, num_valid: int) -> torch.Tensor:
     return logits[:, :num_valid].amax(dim=-1).to(compute_dtype(logits.dtype))
 
 
-def _reference_sum_exp_and_target(
-    logits: torch.Tensor, target: torch.Tensor, row_max: torch.Tensor, shard: Shard
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain torch, some rows at a time; the difference to the fp32 maximum widens the chunk by itself."""
+def _reference_sums(logits: torch.Tensor, target: torch.Tensor, shard: Shard, overwrite: bool) -> Sums:
+    """Plain torch, some rows at a time, which stay in the cache from the maximum to the sum.
+
+    Exponentials that are kept spare the backward a second pass of `exp`; they are rounded to the dtype of the logits,
+    as the gradient is that is made of them.
+    """
     dtype = compute_dtype(logits.dtype)
-    sum_exp = torch.zeros(logits.shape[0], dtype=dtype, device=logits.device)
+    row_max = torch.full(logits.shape[:1], torch.finfo(dtype).min, dtype=dtype, device=logits.device)
+    sum_exp = torch.zeros_like(row_max)
     if shard.num_valid == 0:
-        return sum_exp, torch.zeros_like(sum_exp)
+        return row_max, sum_exp, torch.zeros_like(sum_exp)
     valid = logits[:, : shard.num_valid]
-    for rows in _row_chunks(logits):
-        sum_exp[rows] = (valid[rows] - row_max[rows, None].to(dtype)).exp_().sum(dim=-1)
     column, here = _local_column(target, shard)
     target_logit = valid.gather(1, column[:, None]).squeeze(1).to(dtype)
-    return sum_exp, torch.where(here, target_logit, 0)
+    for rows in _row_chunks(logits):
+        # A row of minus infinities is counted from the lowest finite number, so that it gives zeros.
+        torch.clamp(valid[rows].amax(-1).to(dtype), min=torch.finfo(dtype).min, out=row_max[rows])
+        exponentials = (valid[rows] - row_max[rows, None]).exp_()
+        torch.sum(exponentials, -1, out=sum_exp[rows])
+        if overwrite:
+            valid[rows] = exponentials
+    return row_max, sum_exp, torch.where(here, target_logit, 0)
 
 
-def _reference_backward(grad: torch.Tensor, logits: torch.Tensor, rows: LossRows, shard: Shard) -> None:
-    """Plain torch, some rows at a time; each chunk is read whole before it is written, so grad may be logits."""
+def _reference_backward(
+    grad: torch.Tensor, logits: torch.Tensor, rows: LossRows, shard: Shard, overwritten: bool
+) -> None:
+    """Plain torch, some rows at a time; each chunk is read whole before it is written, so grad may be logits.
+
+    The entry of the target, a difference of nearly equal numbers where the model is sure, is made from its logit.
+    """
     grad[:, shard.num_valid :] = 0
     if shard.num_valid == 0:
         return
     dtype = compute_dtype(logits.dtype)
     column, here = _local_column(rows.target, shard)
     grad_loss = rows.grad_loss.to(dtype)
-    scale, minus_onehot = grad_loss / rows.sum_exp, torch.where(here, -grad_loss, 0)
+    scale = grad_loss / rows.sum_exp
+    at_target = (rows.target_logit - rows.row_max).exp() * scale - grad_loss
     for some in _row_chunks(logits):
-        chunk = (logits[some, : shard.num_valid] - rows.row_max[some, None].to(dtype)).exp_()
-        chunk.mul_(scale[some, None]).scatter_add_(1, column[some, None], minus_onehot[some, None])
-        grad[some, : shard.num_valid] = chunk
+        chunk = logits[some, : shard.num_valid]
+        if not overwritten:
+            chunk = (chunk - rows.row_max[some, None].to(dtype)).exp_()
+        torch.mul(chunk, scale[some, None], out=grad[some, : shard.num_valid])
+    held = grad.gather(1, column[:, None]).squeeze(1)
+    grad.scatter_(1, column[:, None], torch.where(here, at_target.to(grad.dtype), held)[:, None])
 
 
 def _triton_local_max(logits: torch.Tensor, num_valid: int) -> torch.Tensor:
@@ -186,21 +232,21 @@ def _triton_local_max(logits: torch.Tensor, num_valid: int) -> torch.Tensor:
     return row_max
 
 
-def _triton_sum_exp_and_target(
-    logits: torch.Tensor, target: torch.Tensor, row_max: torch.Tensor, shard: Shard
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One program per row."""
+def _triton_sums(logits: torch.Tensor, target: torch.Tensor, shard: Shard, overwrite: bool) -> Sums:
+    """One program per row, for the maximum and again for the sum; it leaves the logits, since writing exponentials
+    would cost memory traffic where arithmetic is nearly free."""
     num_rows = logits.shape[0]
+    row_max = _triton_local_max(logits, shard.num_valid).clamp_(min=torch.finfo(torch.float32).min)
     sum_exp = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     target_logit = torch.empty_like(sum_exp)
     tensors = (logits, target, row_max, sum_exp, target_logit)
     sizes = (logits.stride(0), shard.start, shard.num_valid)
     constants = {"BLOCK": block_of(shard.num_valid, limit=MAX_BLOCK), "num_warps": 8}
     launch(_sum_exp_kernel, (num_rows,), *tensors, *sizes, device=logits.device, **constants)
-    return sum_exp, target_logit
+    return row_max, sum_exp, target_logit
 
 
-def _triton_backward(grad: torch.Tensor, logits: torch.Tensor, rows: LossRows, shard: Shard) -> None:
+def _triton_backward(grad: torch.Tensor, logits: torch.Tensor, rows: LossRows, shard: Shard, overwritten: bool) -> None:
     """One program per row and block; it reads its block before it writes it, so grad may be logits."""
     num_rows, num_columns = logits.shape
     block = block_of(num_columns, limit=MAX_BLOCK)
@@ -285,12 +331,12 @@ CROSS_ENTROPY = Kernel(
     name="cross_entropy",
     reference=CrossEntropy(
         local_max=_reference_local_max,
-        sum_exp_and_target=_reference_sum_exp_and_target,
+        sums=_reference_sums,
         backward=_reference_backward,
     ),
     triton=CrossEntropy(
         local_max=_triton_local_max,
-        sum_exp_and_target=_triton_sum_exp_and_target,
+        sums=_triton_sums,
         backward=_triton_backward,
     ),
 )

@@ -10,7 +10,7 @@ import torch
 
 from megatron3d_kernels.activation import activation
 from megatron3d_kernels.attention import attention
-from megatron3d_kernels.cross_entropy import cross_entropy_backward, local_max, local_sum_exp_and_target
+from megatron3d_kernels.cross_entropy import Sums, cross_entropy_backward, local_max, local_softmax_sums
 from megatron3d_kernels.dropout import dropout
 from megatron3d_kernels.gated_activation import fused_gated_activation, gated_activation, swiglu
 from megatron3d_kernels.layer_norm import layer_norm
@@ -75,11 +75,11 @@ class Registry(Selection):
         """Largest valid logit of each row of a vocabulary shard; see `cross_entropy.local_max`."""
         return local_max(logits, num_valid, selection=self)
 
-    def local_sum_exp_and_target(
-        self, logits: torch.Tensor, target: torch.Tensor, max: torch.Tensor, vocab_start: int, num_valid: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of exponentials and target logit of a shard; see `cross_entropy.local_sum_exp_and_target`."""
-        return local_sum_exp_and_target(logits, target, max, vocab_start, num_valid, selection=self)
+    def local_softmax_sums(
+        self, logits: torch.Tensor, target: torch.Tensor, vocab_start: int, num_valid: int, *, overwrite: bool = False
+    ) -> Sums:
+        """Maximum, sum of exponentials and target logit of a shard; see `cross_entropy.local_softmax_sums`."""
+        return local_softmax_sums(logits, target, vocab_start, num_valid, overwrite=overwrite, selection=self)
 
     def cross_entropy_backward(
         self,
@@ -87,13 +87,15 @@ class Registry(Selection):
         target: torch.Tensor,
         max: torch.Tensor,
         sum_exp: torch.Tensor,
+        target_logit: torch.Tensor,
         grad_loss: torch.Tensor,
         *,
         vocab_start: int,
         num_valid: int,
         in_place: bool = False,
+        overwritten: bool = False,
     ) -> torch.Tensor:
         """Gradient of the loss by a shard's logits; see `cross_entropy.cross_entropy_backward`."""
-        rows = (logits, target, max, sum_exp, grad_loss)
+        rows = (logits, target, max, sum_exp, target_logit, grad_loss)
         shard = {"vocab_start": vocab_start, "num_valid": num_valid}
-        return cross_entropy_backward(*rows, **shard, in_place=in_place, selection=self)
+        return cross_entropy_backward(*rows, **shard, in_place=in_place, overwritten=overwritten, selection=self)

@@ -50,7 +50,7 @@ def masked_hits(
 ) -> Tensor:
     """How many labels score highest of the whole vocabulary, weighted by the mask: an fp32 scalar without gradient.
 
-    Arguments as for `masked_loss_sum`; to be called before its backward, which overwrites the logits.
+    Arguments as for `masked_loss_sum`; to be called before it, since it overwrites the logits.
     """
     hits_SB = vocab_parallel_hits(
         logits_SBV,

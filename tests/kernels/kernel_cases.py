@@ -234,18 +234,30 @@ def sharded_cross_entropy(
     shards = [shard.contiguous() for shard in shards] if in_place else list(shards)
     starts = [columns * index for index in range(num_shards)]
     valid = [min(max(vocabulary - start, 0), columns) for start in starts]
-    largest = torch.stack([registry.local_max(shard, n) for shard, n in zip(shards, valid)]).amax(0)
-    parts = [
-        registry.local_sum_exp_and_target(shard, target, largest, start, n)
+    before = [registry.local_max(shard, n) for shard, n in zip(shards, valid)]
+    sums = [
+        registry.local_softmax_sums(shard, target, start, n, overwrite=in_place)
         for shard, start, n in zip(shards, starts, valid)
     ]
-    sum_exp, target_logit = (torch.stack(part).sum(0) for part in zip(*parts))
+    assert all(bool((a.clamp(min=-1e38) == b[0].clamp(min=-1e38)).all()) for a, b in zip(before, sums)), "two maxima"
+    maxima, sums_exp, target_logits = (torch.stack(part) for part in zip(*sums))
+    largest, target_logit = maxima.amax(0), target_logits.sum(0)
+    sum_exp = (sums_exp * (maxima - largest).exp()).sum(0)
     loss = sum_exp.log() + largest - target_logit
     grads = [
         registry.cross_entropy_backward(
-            shard, target, largest, sum_exp, grad_loss, vocab_start=start, num_valid=n, in_place=in_place
+            shard,
+            target,
+            own_max,
+            sum_exp * (largest - own_max).exp(),
+            target_logit,
+            grad_loss,
+            vocab_start=start,
+            num_valid=n,
+            in_place=in_place,
+            overwritten=in_place,
         )
-        for shard, start, n in zip(shards, starts, valid)
+        for shard, start, n, own_max in zip(shards, starts, valid, maxima)
     ]
     if in_place:
         assert all(grad is shard for grad, shard in zip(grads, shards)), "contiguous logits were not overwritten"
@@ -279,8 +291,9 @@ def empty_rows_stay_empty(device: torch.device, dtype: torch.dtype, registry: Re
     rows = torch.empty(0, 2, device=device)
     target = rows.long()
     assert registry.local_max(x, 6).shape == (0, 2)
-    assert registry.local_sum_exp_and_target(x, target, rows, 0, 6)[0].shape == (0, 2)
-    assert registry.cross_entropy_backward(x, target, rows, rows, rows, vocab_start=0, num_valid=6).shape == x.shape
+    assert [sums.shape for sums in registry.local_softmax_sums(x, target, 0, 6)] == [(0, 2)] * 3
+    numbers = (target, rows, rows, rows, rows)
+    assert registry.cross_entropy_backward(x, *numbers, vocab_start=0, num_valid=6).shape == x.shape
 
 
 def gradients_do_not_depend_on_which_are_needed(device: torch.device, dtype: torch.dtype, registry: Registry) -> None:

@@ -72,8 +72,8 @@ def use_all_kernels(registry: Registry, dtype: torch.dtype, width: int) -> None:
             registry.apply_rotary(q, angles, angles, interleaved).backward(torch.ones_like(q))
     target, row = torch.zeros(4, dtype=torch.int64), torch.ones(4)
     registry.local_max(x, width - 1)
-    registry.local_sum_exp_and_target(x, target, row, 0, width - 1)
-    registry.cross_entropy_backward(x, target, row, row, row, vocab_start=0, num_valid=width - 1)
+    registry.local_softmax_sums(x, target, 0, width - 1)
+    registry.cross_entropy_backward(x, target, row, row, row, row, vocab_start=0, num_valid=width - 1)
 
 
 if __name__ == "__main__":

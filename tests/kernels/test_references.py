@@ -88,16 +88,30 @@ def test_activation_equals_its_formula(kind: str, dtype: str) -> None:
     assert_close(REFERENCE.activation(x, kind), formulas[kind], DTYPES[dtype], kind)
 
 
-def test_cross_entropy_reference_never_holds_the_logits_in_fp32() -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_cross_entropy_reference_never_holds_the_logits_in_fp32(overwrite: bool) -> None:
     """The largest tensor that any operation makes stays at the chunk size, far below the logits."""
     logits = torch.randn(64, 32 * 1024, dtype=torch.bfloat16)
     target, numbers = torch.randint(0, 32 * 1024, (64,)), torch.ones(64)
     recorder = _LargestResult()
     with recorder:
-        REFERENCE.local_sum_exp_and_target(logits, target, numbers, 0, 32 * 1024)
-        rows = (target, numbers, numbers, numbers)
-        REFERENCE.cross_entropy_backward(logits, *rows, vocab_start=0, num_valid=32 * 1024, in_place=True)
+        REFERENCE.local_softmax_sums(logits, target, 0, 32 * 1024, overwrite=overwrite)
+        rows = (target, numbers, numbers, numbers, numbers)
+        shard = {"vocab_start": 0, "num_valid": 32 * 1024}
+        REFERENCE.cross_entropy_backward(logits, *rows, **shard, in_place=True, overwritten=overwrite)
     assert recorder.elements <= cross_entropy_file.CHUNK_ELEMENTS < logits.numel()
+
+
+def test_a_sure_model_gets_the_gradient_of_its_target_as_exactly_as_without_overwriting() -> None:
+    """1 - p is far smaller than the rounding of p to bf16 where the target is nearly certain."""
+    logits = torch.zeros(1, 8, dtype=torch.bfloat16)
+    logits[0, 3] = 9.0
+    target, ones = torch.tensor([3]), torch.ones(1)
+    want = (logits.double().softmax(-1) - F.one_hot(target, 8)).float()
+    own_max, sum_exp, target_logit = REFERENCE.local_softmax_sums(logits, target, 0, 8, overwrite=True)
+    rows = (target, own_max, sum_exp, target_logit, ones)
+    grad = REFERENCE.cross_entropy_backward(logits, *rows, vocab_start=0, num_valid=8, overwritten=True)
+    torch.testing.assert_close(grad.float(), want, rtol=2**-7, atol=0)
 
 
 class _LargestResult(torch.utils._python_dispatch.TorchDispatchMode):

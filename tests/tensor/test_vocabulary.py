@@ -99,8 +99,8 @@ def _loss_traffic(rank: int, world_size: int) -> dict[tuple[str, str], tuple[int
     return mesh.meter.read()
 
 
-def test_three_numbers_a_token_cross_the_axis_and_no_logits(pool: Pool) -> None:
-    assert pool.run(2, _loss_traffic) == [{("tp", "all_reduce"): (2, 3 * S * B * 4)}] * 2
+def test_three_numbers_a_token_and_rank_cross_the_axis_and_no_logits(pool: Pool) -> None:
+    assert pool.run(2, _loss_traffic) == [{("tp", "all_gather"): (1, 2 * 3 * S * B * 4)}] * 2
 
 
 @given(st.integers(1, 1000), st.integers(1, 128), st.sampled_from([1, 2, 4, 8]))
