@@ -55,7 +55,8 @@ def pool() -> Iterator[Pool]:
 # What takes longest comes first, so that workers side by side (pytest-xdist, a file each) end at about the same time.
 # Of the first, which are half of the suite, one only computes and the other mostly waits: their files alternate.
 MIXED_FOLDERS = ("parity", "runs")
-LONG_FOLDERS = (*MIXED_FOLDERS, "planner", "tasks", "serve", "pipeline", "checkpoint", "zero", "data")
+# The files of no folder (of "tests" itself) have one test that takes half a minute.
+LONG_FOLDERS = (*MIXED_FOLDERS, "planner", "tasks", "tests", "serve", "pipeline", "checkpoint", "zero", "data")
 # What `--fast` leaves out unless it is marked `fast`: folders whose tests train models or serve them, and whatever asks
 # for one of the fixtures, which start processes. Single tests are marked `heavy`.
 HEAVY_FOLDERS = frozenset({"parity", "runs", "planner", "tasks", "serve", "inference"})

@@ -61,13 +61,13 @@ def test_a_stop_that_was_asked_for_ends_the_job_once_however_many_restarts_are_l
 def test_a_killed_worker_is_replaced_by_max_restarts_and_the_losses_are_those_of_a_whole_run(
     launcher: Launcher, tmp_path: Path
 ) -> None:
-    common = words(MOCK, "--pipeline-model-parallel-size 2 --train-iters 60 --save-interval 7 --keep-last 2")
+    common = words(MOCK, "--pipeline-model-parallel-size 2 --train-iters 40 --save-interval 7 --keep-last 2")
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     with launcher.job([*common, *words("--metrics-file", whole, "--save", tmp_path / "other")], 2) as job:
         assert job.wait() == [0, 0]
     argv = [*common, *words("--metrics-file", killed, "--save", tmp_path / "save")]
     with torchrun(tmp_path / "log.txt", ["--nproc-per-node", "2", "--max-restarts", "3"], argv) as elastic:
-        elastic.wait_for("step 10/60")
+        elastic.wait_for("step 10/40")
         os.kill(elastic.workers()[-1], signal.SIGKILL)
         assert elastic.wait() == 0, elastic.said
     assert elastic.said.count("starting from the initial weights") == 1
