@@ -25,7 +25,7 @@ from megatron3d.files.json_text import is_whole_number
 from megatron3d.files.user_code import is_user_code
 
 # The options that `derive` sets, each before those it is derived from.
-_DERIVED: tuple[tuple[str, str], ...] = (
+DERIVED: tuple[tuple[str, str], ...] = (
     *(("model", name) for name in ("ffn_hidden_size", "kv_channels", "num_query_groups", "activation")),
     *(("model", name) for name in ("max_position_embeddings", "num_token_types")),
     *(("parallel", name) for name in ("pipeline_schedule", "zero_stage")),
@@ -81,7 +81,7 @@ def edits(parsed: Mapping[str, Any], settings: Settings, ranks: int) -> Iterator
         derived = _derived({**settings, **of_code}, ranks)
     except ConfigError:  # of an architecture that cannot be had, which is reported when it is asked for
         return
-    for section, name in _DERIVED:
+    for section, name in DERIVED:
         value = parsed[section].get(name) if section in parsed[AS_GIVEN] else None
         again = vars(vars(derived)[section])[name]
         if value is not None and name in parsed[AS_GIVEN][section] and value != again:
@@ -103,7 +103,7 @@ def without_derived(settings: Settings, ranks: int, flags: Settings) -> Settings
     given = {key: value for key, value in settings.items() if key not in _of_tokenizer(settings, flags)}
     try:
         stored = _derived(given, ranks)
-        for key in _DERIVED:
+        for key in DERIVED:
             without = {name: value for name, value in given.items() if name != key}
             is_same = _derived(without, ranks) == stored
             if is_same and not (key == _BATCH and is_batch_kept):

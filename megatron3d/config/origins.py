@@ -17,7 +17,7 @@ from megatron3d.config.run import DraftRun, GivenRun
 
 _FLAG = re.compile(r"--[A-Za-z][\w-]*")
 # What an option is derived from where it is not given.
-_DERIVED_FROM: Mapping[str, str] = {
+DERIVED_FROM: Mapping[str, str] = {
     "activation": "swiglu squared_relu openai_gelu",
     "ffn_hidden_size": "hidden_size activation swiglu squared_relu",
     "kv_channels": "hidden_size num_attention_heads",
@@ -85,7 +85,7 @@ class Origins:
         value = option.value_in(self.run)
         if option.flag.kind != "value" or value is None or option.value_in(self.given) != option.default:
             return ""
-        names = (BY_NAME[name] for name in _DERIVED_FROM.get(option.name, "").split())
+        names = (BY_NAME[name] for name in DERIVED_FROM.get(option.name, "").split())
         sources = " and ".join(one.spelling for one in names if one.value_in(self.given) != one.default)
         return f"derived from {sources}" if sources else "the default"
 

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from megatron3d.config.as_given import DERIVED
 from megatron3d.config.check import checked, with_vocab_size
 from megatron3d.config.cli import parse_args, read_command, settle
 from megatron3d.config.derive import complete
+from megatron3d.config.options import BY_KEY
+from megatron3d.config.origins import DERIVED_FROM
 from megatron3d.config.run import GivenRun, RunConfig
 from megatron3d.config.serialize import AS_GIVEN, from_dict, to_dict, to_json
 from megatron3d.errors import ConfigError
@@ -67,6 +70,7 @@ CHANGES = [
     ("--lr-warmup-iters 2", 1, "--lr-warmup-fraction 0.1", 1, "--lr-warmup-fraction 0.1"),
     ("--pipeline-model-parallel-size 2", 2, "--num-virtual-stages-per-pipeline-rank 2", 2, "2 stages"),
 ]
+LENGTHS_IN_TOKENS = "--train-tokens 3200 --lr-decay-tokens 1600 --lr-warmup-tokens 320"
 STAGES = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
 
 
@@ -83,10 +87,18 @@ def test_flags_after_a_stored_run_derive_what_depends_on_them(
 
 @pytest.mark.parametrize("with_record", [True, False])
 def test_lengths_in_samples_and_tokens_are_derived_again(tmp_path: Path, with_record: bool) -> None:
-    tokens = BASE.replace("--train-iters 5", "--train-tokens 3200 --lr-decay-tokens 1600 --lr-warmup-tokens 320")
+    tokens = BASE.replace("--train-iters 5", LENGTHS_IN_TOKENS)
     for stored, flags in ((BY_SAMPLES, "--train-samples 500"), (tokens, "--train-tokens 6400 --seq-length 16")):
         file = written(tmp_path, resolved(stored, 1), with_record=with_record)
         assert resolved(f"--config {file} {flags}", 1) == resolved(f"{stored} {flags}", 1)
+
+
+def test_the_tables_of_derived_options_name_all_that_are_derived() -> None:
+    in_tokens = f"{BASE.replace('--train-iters 5', LENGTHS_IN_TOKENS)} --vocab-file v --recompute-granularity full"
+    runs = [resolved(f"{BASE} {stored}", ranks) for stored, ranks, *_ in CHANGES] + [resolved(in_tokens, 1)]
+    found = {key for run in runs for key, value in run.as_given.items() if value == BY_KEY[key].default}
+    assert found == set(DERIVED)
+    assert {name for _, name in DERIVED} == set(DERIVED_FROM)
 
 
 def test_what_was_given_is_kept_although_it_equals_what_would_be_derived(tmp_path: Path) -> None:
