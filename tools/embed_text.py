@@ -5,7 +5,7 @@
         --text "A sentence." "Another one." --output vectors.jsonl
 
 The weights come from a checkpoint of any layout (`--load`) or straight from a Hugging Face directory (`--hf`). Under
-torchrun, ranks beyond tensor x pipeline share the texts out. See docs/huggingface.md.
+torchrun, data-parallel replicas read different texts. See docs/huggingface.md.
 """
 
 from __future__ import annotations

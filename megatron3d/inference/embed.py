@@ -1,7 +1,7 @@
 """Texts to vectors with a BERT: the encoder's outputs pooled to one vector a text, at any layout.
 
 Texts of near-equal length go together, so that little padding is computed; padding is masked, so each text gets what
-it would get alone. Data-parallel replicas share the batches out.
+it would get alone. Data-parallel replicas read different batches.
 
 Source: Reimers and Gurevych 2019 (arXiv:1908.10084), section 3, for the poolings; Devlin et al. 2018
 (arXiv:1810.04805) for the pooler.

@@ -1,7 +1,7 @@
 """GradSink: where weight gradients go, and WeightGradQueue: when they are computed.
 
-Linear layers own their backward and hand their weight-gradient work to the sink, which computes it at once, or puts
-it aside while a schedule runs an input-gradient step, to be run by the matching weight-gradient step. A lookup in a
+Linear layers own their backward and hand their weight-gradient work to the sink, which computes it at once, or defers
+it while a schedule runs an input-gradient step, to be run by the matching weight-gradient step. A lookup in a
 table hands over the rows of its gradient, so that no gradient of the table's size is made for them. Parameters whose
 gradient comes from autograd (norms, positions) reach the same buffers through a hook.
 """

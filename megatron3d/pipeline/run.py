@@ -80,7 +80,7 @@ class Backward:
     """What a training schedule needs besides the stages.
 
     Attributes:
-        sink: takes weight gradients; asked to put them aside in input-gradient steps.
+        sink: takes weight gradients; asked to defer them in input-gradient steps.
         reduce: called with a stage once its weight gradients are complete.
         before: called with a stage before each of its backwards, and before each half where they are split.
         after: called with the stage when that is over.

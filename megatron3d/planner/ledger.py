@@ -39,7 +39,7 @@ from megatron3d.zero.policy import policy_of
 
 @dataclass(frozen=True)
 class Ledger:
-    """One pipeline rank, of those that share its stages out the one that holds most.
+    """One pipeline rank: of the ranks that hold shards of its stages, the one that holds most.
 
     Attributes:
         pp_rank: position along the pipeline.

@@ -126,7 +126,7 @@ def shard_size(parallel: ParallelConfig, kind: ParamKind = "dense") -> int:
 def state_bytes(
     parallel: ParallelConfig, optim: OptimConfig, units: Iterable[FlatLayout], *, shard_rank: int = 0
 ) -> StateForecast:
-    """The state of a rank that holds these units, at position `shard_rank` among those that share it out."""
+    """The state of a rank that holds these units, at position `shard_rank` of the axis that shards it."""
     layouts = list(units)
     owns = [_own_span(parallel, layout, shard_rank) for layout in layouts]
     total = StateForecast()

@@ -5,8 +5,8 @@ pairs (QKV and projection, up and down) they need one collective on the way in a
 With sequence parallelism those become an all-gather and a reduce-scatter along the sequence.
 
 The backward is written out so that it can (a) overlap the collective of the input gradient with the product for the
-weight gradient, (b) keep only the sequence shard of the input and gather it again, and (c) put the weight gradient
-aside for schedules that split the backward.
+weight gradient, (b) keep only the sequence shard of the input and gather it again, and (c) defer the weight gradient
+for schedules that split the backward.
 
 Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.2.
 

@@ -5,7 +5,7 @@ them is), and knows which part of the master weights this rank updates and store
 into the weights. Frozen parameters are in a `WeightUnit`, which has weights and nothing else.
 
 The gradient of a unit is complete after every micro-batch has contributed; then, in this order: the sum over the ranks
-that share its state out, and on the part that is left the sum over the replicas, the sum of partial gradients over the
+that shard its state, and on the part that is left the sum over the replicas, the sum of partial gradients over the
 tensor axis, and the sum over the holders of a tied table. Sums are sums, so their order is free, and last is cheapest.
 """
 
@@ -282,7 +282,7 @@ class FlatUnit(WeightUnit):
             self.start_reduce()
 
     def start_reduce(self) -> None:
-        """Start adding what has arrived up over the ranks that share the state out; nothing where that has begun."""
+        """Start summing what has arrived over the ranks that shard the state; nothing where that has begun."""
         self.grads.start_scatter()
 
     def start_finishing(self) -> None:

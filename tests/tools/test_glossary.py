@@ -37,8 +37,8 @@ def test_every_file_of_the_glossary_exists_and_defines_the_names_beside_it() -> 
 REPLACED = {
     r"lend|lends|lent|lender|lending|borrow|borrows|borrowed|borrowing": "gather, release",
     r"(give|gives|gave|given|giving) back": "release, free, return",
-    r"(put|puts) aside": "defer",
-    r"(share|shares|shared|sharing) out|dealt out": "shard, assign",
+    r"(put|puts) (them |it )?aside": "defer",
+    r"(share|shares|shared|sharing) (\w+ ){0,3}out|dealt out": "shard, assign",
     r"desk|desks": "owner",
     r"wish|wishes|wished": "option",
     r"told|tells": "log, report, print, name",
