@@ -51,15 +51,11 @@ class Pending:
         return self._work is None or self._work.is_completed()
 
 
-def _size_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def start_all_reduce(x: Tensor, axis: Axis, *, reduction: str = "sum") -> Pending:
     """Reduce `x` over the axis, in place. `x` must be contiguous; reduction is "sum", "max" or "min"."""
     if axis.size == 1:
         return Pending(x)
-    axis.meter.add(axis.name, "all_reduce", _size_bytes(x))
+    axis.meter.add(axis.name, "all_reduce", x.nbytes)
     return Pending(x, dist.all_reduce(x, _REDUCTIONS[reduction], group=axis.group, async_op=True), axis, "all_reduce")
 
 
@@ -68,7 +64,7 @@ def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     if axis.size == 1:
         return Pending(x)
     gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    axis.meter.add(axis.name, "all_gather", _size_bytes(gathered))
+    axis.meter.add(axis.name, "all_gather", gathered.nbytes)
     return Pending(
         gathered, _gather_flat(gathered, x.contiguous(), group=axis.group, async_op=True), axis, "all_gather"
     )
@@ -80,7 +76,7 @@ def start_all_gather_into(gathered: Tensor, x: Tensor, axis: Axis) -> Pending:
         if gathered.data_ptr() != x.data_ptr():
             gathered.copy_(x)
         return Pending(gathered)
-    axis.meter.add(axis.name, "all_gather", _size_bytes(gathered))
+    axis.meter.add(axis.name, "all_gather", gathered.nbytes)
     return Pending(gathered, _gather_flat(gathered, x, group=axis.group, async_op=True), axis, "all_gather")
 
 
@@ -90,7 +86,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
         return Pending(x)
     _require_divisible(x.shape[0], axis)
     part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    axis.meter.add(axis.name, "reduce_scatter", _size_bytes(x))
+    axis.meter.add(axis.name, "reduce_scatter", x.nbytes)
     return Pending(part, _scatter_flat(part, x.contiguous(), group=axis.group, async_op=True), axis, "reduce_scatter")
 
 
@@ -102,7 +98,7 @@ def start_reduce_scatter_into(part: Tensor, x: Tensor, axis: Axis) -> Pending:
             part.copy_(x)
         return Pending(part)
     _require_divisible(x.shape[0], axis)
-    axis.meter.add(axis.name, "reduce_scatter", _size_bytes(x))
+    axis.meter.add(axis.name, "reduce_scatter", x.nbytes)
     return Pending(part, _scatter_flat(part, x, group=axis.group, async_op=True), axis, "reduce_scatter")
 
 
@@ -141,7 +137,7 @@ def all_to_all(x: Tensor, axis: Axis, *, send: Sequence[int], receive: Sequence[
     if axis.size == 1:
         return x
     arrived = x.new_empty(sum(receive))
-    axis.meter.add(axis.name, "all_to_all", _size_bytes(arrived))
+    axis.meter.add(axis.name, "all_to_all", arrived.nbytes)
     with _waiting("all_to_all", axis):
         dist.all_to_all_single(arrived, x.contiguous(), list(receive), list(send), group=axis.group)
     return arrived
@@ -159,7 +155,7 @@ def broadcast(x: Tensor, axis: Axis, *, source: int = 0) -> Tensor:
     """Overwrite `x` with that of the rank at position `source` of the axis."""
     if axis.size == 1:
         return x
-    axis.meter.add(axis.name, "broadcast", _size_bytes(x))
+    axis.meter.add(axis.name, "broadcast", x.nbytes)
     with _waiting("broadcast", axis):
         dist.broadcast(x, src=axis.ranks[source], group=axis.group)
     return x

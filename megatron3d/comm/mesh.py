@@ -72,11 +72,6 @@ class Mesh:
         return {one.name: one for one in vars(self).values() if isinstance(one, Axis)}[name]
 
     @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank is last along the pipeline."""
-        return self.pp.rank == self.pp.size - 1
-
-    @property
     def reports_samples(self) -> bool:
         """Whether this rank counts in sums over all ranks of what is known of whole samples: tensor- and
         context-parallel ranks read the same ones, and one of them reports."""

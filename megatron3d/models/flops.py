@@ -14,8 +14,8 @@ L layers of 12 H^2 weights and ND = H this is 72 L H^2 (1 + S/6H + V/12LH) per t
 A BERT's output layer, with its H x H transform, sees only the tokens that are masked: 15 % of all, and is counted so.
 
 A frozen matrix has no product for its own gradient, and one before which nothing trains none for its input's either;
-the backward of attention's products ends where none of queries, keys and values depend on what trains. What comes
-before what follows from the order of the declarations, which is that of the forward. A classifier has no output layer;
+the backward of attention's products ends where none of queries, keys and values depend on what trains. Which matrix
+comes first follows from the order of the declarations, which is that of the forward. A classifier has no output layer;
 its last layer, from its one query on, and its head compute one position (docs/decisions/0011).
 
 Source: Narayanan et al. 2021 (arXiv:2104.04473), equation 3, which has 96 for 72 because it counts recomputation;

@@ -21,7 +21,7 @@ def cpu_scratch(func: Any, args: tuple[Any, ...], out: Any) -> int:
     The backward of fused attention collects the gradient of the queries in a buffer of its own.
     """
     if func is _FLASH_BACKWARD:
-        return _size_bytes(args[1])
+        return args[1].nbytes
     if _ELEMENTWISE not in func.tags or func in _CASTS_ITS_OPERAND or func in _KEEPS_ITS_MASK:
         return 0
     tensors = [one for one in args if isinstance(one, Tensor)]
@@ -37,7 +37,3 @@ def cpu_scratch(func: Any, args: tuple[Any, ...], out: Any) -> int:
 def no_scratch(func: Any, args: tuple[Any, ...], out: Any) -> int:
     """None: CUDA's elementwise kernels convert in registers."""
     return 0
-
-
-def _size_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

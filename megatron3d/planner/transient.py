@@ -139,11 +139,6 @@ class TransientForecast:
         highest, self._total.highest = self._total.highest, self._total.held_bytes
         return highest
 
-    @property
-    def waits_for_weights(self) -> bool:
-        """Whether gradients from autograd too are deferred in a split backward."""
-        return self.plan.shard_gradients
-
     def _in_flight_bytes(self, name: str) -> int:
         return self.plan.units[name].gradients + self.plan.units[name].scatter
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from megatron3d.files.json_text import kind_of
 from megatron3d.serve.description import ClassifierDescription
 
 BAD_REQUEST, TOO_SLOW, TOO_LARGE, UNPROCESSABLE, OVERLOADED = 400, 408, 413, 422, 503
@@ -100,7 +101,7 @@ def _fields(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RequestError(BAD_REQUEST, f"the body is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise RequestError(BAD_REQUEST, f'the body is {_kind(value)}; send an object such as {{"text": "..."}}')
+        raise RequestError(BAD_REQUEST, f'the body is {kind_of(value)}; send an object such as {{"text": "..."}}')
     return value
 
 
@@ -129,7 +130,7 @@ def _paired(
 
 def _texts(value: Any, name: str, limits: RequestLimits) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise RequestError(UNPROCESSABLE, f"{name!r} is {_kind(value)}; it must be a list of strings")
+        raise RequestError(UNPROCESSABLE, f"{name!r} is {kind_of(value)}; it must be a list of strings")
     if not value:
         raise RequestError(UNPROCESSABLE, f"{name!r} is an empty list; give at least one text")
     if len(value) > limits.max_texts:
@@ -141,7 +142,7 @@ def _texts(value: Any, name: str, limits: RequestLimits) -> tuple[str, ...]:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise RequestError(UNPROCESSABLE, f"{name!r} is {_kind(value)}; it must be a string")
+        raise RequestError(UNPROCESSABLE, f"{name!r} is {kind_of(value)}; it must be a string")
     if not value.strip():
         raise RequestError(UNPROCESSABLE, f"{name!r} is empty; give a text")
     try:
@@ -151,10 +152,3 @@ def _text(value: Any, name: str) -> str:
             UNPROCESSABLE, f"{name!r} has half of a character (a surrogate) at position {error.start}"
         ) from error
     return value
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
-    return names.get(type(value), "an object")

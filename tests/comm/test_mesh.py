@@ -31,7 +31,6 @@ def test_one_rank_needs_no_process_group() -> None:
     for axis in _axes(mesh):
         assert (axis.size, axis.rank, axis.ranks, axis.group) == (1, 0, (0,), None)
         assert axis.meter is mesh.meter
-    assert mesh.is_last_stage
     assert str(mesh) == "rank 0 of 1 (TP1 x PP1 x DP1)"
 
 
@@ -50,12 +49,12 @@ def _two_layouts(rank: int, world_size: int, first: Layout, second: Layout) -> l
     members = [_members(mesh) for mesh in meshes]
     sums = [float(collectives.all_reduce(torch.tensor([float(rank)]), mesh.tp)) for mesh in meshes]
     counts = [mesh.meter.read().get(("tp", "all_reduce"), (0, 0))[0] for mesh in meshes]
-    return [members, sums, counts, [str(mesh) for mesh in meshes], [mesh.is_last_stage for mesh in meshes]]
+    return [members, sums, counts, [str(mesh) for mesh in meshes]]
 
 
 def test_two_layouts_live_in_one_process_each_with_its_own_groups_and_meter(pool: Pool) -> None:
     layouts = [Layout(tp=2, pp=2, kv_copies=2), Layout(pp=2, dp=2)]
-    for rank, (members, sums, counts, names, lasts) in enumerate(pool.run(4, _two_layouts, *layouts)):
+    for rank, (members, sums, counts, names) in enumerate(pool.run(4, _two_layouts, *layouts)):
         for layout, found in zip(layouts, members):
             assert set(found) == set(AXES)
             for axis in AXES:
@@ -64,7 +63,6 @@ def test_two_layouts_live_in_one_process_each_with_its_own_groups_and_meter(pool
         assert sums == [float(rank // 2 * 4 + 1), float(rank)]
         assert counts == [1, 0]
         assert names[1] == f"rank {rank} of 4 (TP1 x PP2 x DP2: dp {rank % 2}, pp {rank // 2})"
-        assert lasts == [rank >= 2, rank >= 2]
 
 
 def _members_and_groups(rank: int, world_size: int, layout: Layout) -> tuple[dict[str, Any], int, bool]:
