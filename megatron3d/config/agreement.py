@@ -29,7 +29,7 @@ def agreed_options(config: RunConfig) -> dict[str, str]:
                 value = "not given" if value is None else "given"
             elif name in _BY_COUNT.split():
                 value = f"{len(value)} words"
-            elif name == "architecture":
+            elif name in ("architecture", "pipeline_schedule") and value is not None:
                 value = without_folder(value)
             option = BY_KEY.get((section, name))
             found[name if option is None else option.spelling] = str(value)

@@ -33,6 +33,7 @@ from megatron3d.config.run import DraftRun, GivenRun
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.files.user_code import is_user_code, located
 
+_CODE = (("model", "architecture"), ("parallel", "pipeline_schedule"))  # may name a file of the user's
 _FILE_FLAGS = {
     "--config": "config",
     "--preset": "preset",
@@ -151,10 +152,8 @@ def read_command(
         more = engine_file.settings(chosen)
         settings.update({key: more[key] for key in more if key in engine_file.values or key not in settings})
     log = _to_stderr if log is None else log
-    is_of_file = ("model", "architecture") in config_file.settings.keys() - found.settings.keys()
-    source = f"--config {found.files['config']}" if is_of_file else "--architecture"
-    known = _known_architecture(settings["model", "architecture"], source, found, log)
-    settings["model", "architecture"] = known or by_default
+    settings.update(_located_code(settings, config_file, found, log))
+    settings["model", "architecture"] = _known_architecture(settings, found) or by_default
     before, settings = settings, _with_checkpoint_args(settings, found, lines)
     origins = origins_of(
         settings,
@@ -194,14 +193,21 @@ def _layers_of_flags(found: _SortedFlags) -> Iterator[tuple[Settings, str]]:
         yield synonym_settings(flag), f"which {flag.name} means"
 
 
-def _known_architecture(asked: str, source: str, found: _SortedFlags, log: Callable[[str], None]) -> str | None:
-    """The architecture that `source` asks for; where it cannot be had, that is a problem, and None is returned.
+def _located_code(
+    settings: Settings, config_file: FileSettings, found: _SortedFlags, log: Callable[[str], None]
+) -> Settings:
+    """The options that name code of the user's, by the path of its file; `log` takes a line before any of it is run."""
+    of_code = {key: located(settings[key]) for key in _CODE if is_user_code(settings.get(key) or "")}
+    for key, name in of_code.items():
+        is_of_file = key in config_file.settings.keys() - found.settings.keys()
+        source = f"--config {found.files['config']}: " if is_of_file else ""
+        log(f"{source}{BY_KEY[key].spelling} {name} is code, which is run.")
+    return of_code
 
-    `log` takes a line about code of the user's before that is run.
-    """
-    name = located(asked) if is_user_code(asked) else asked
-    if is_user_code(name):
-        log(f"{source} names the architecture {name}, whose code is run.")
+
+def _known_architecture(settings: Settings, found: _SortedFlags) -> str | None:
+    """The architecture that is asked for; where it cannot be had, that is a problem, and None is returned."""
+    name = settings["model", "architecture"]
     try:
         traits_of(name)
     except ConfigError as error:

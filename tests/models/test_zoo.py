@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron3d.config.serialize import AS_GIVEN, from_dict, to_dict
 from megatron3d.convert.export import ExportOptions, export_model
 from megatron3d.convert.families import FAMILIES, family_of
 from megatron3d.errors import ConfigError
+from megatron3d.files.user_code import code_digest
 from megatron3d.models.counts import declared_specs, num_parameters
 from megatron3d.models.zoo import ZOO, Architecture, architecture_of
 from tests.runs import harness
@@ -209,9 +211,26 @@ def test_a_command_prints_which_file_it_runs_before_it_does_and_who_named_it(
     assert ran.exists()
     assert problems("--architecture", f"{mine}:OF_HF") == ()
     assert lines == [
-        (f"--config {file} names the architecture {mine}:PLAIN, whose code is run.", False),
-        (f"--architecture names the architecture {mine}:OF_HF, whose code is run.", True),
+        (f"--config {file}: --architecture {mine}:PLAIN is code, which is run.", False),
+        (f"--architecture {mine}:OF_HF is code, which is run.", True),
     ]
+
+
+def test_an_order_of_ones_own_has_its_path_too(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(mine.parent)
+    words, lines = ["--pipeline-schedule", "mine.py:order"], list[str]()
+    run = read_command(words, program="pretrain_gpt.py", description="", log=lines.append).run
+    assert run.parallel.pipeline_schedule == f"{mine}:order"
+    assert lines == [f"--pipeline-schedule {mine}:order is code, which is run."]
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_the_digest_is_that_of_the_file(mine: Path, monkeypatch: pytest.MonkeyPatch, module: bool) -> None:
+    monkeypatch.syspath_prepend(mine.parent)
+    name = f"{'mine' if module else mine}:PLAIN"
+    assert code_digest(name) == hashlib.sha256(MINE.encode()).hexdigest()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        code_digest(f"none{name}")
 
 
 def test_a_stored_run_runs_no_code_that_the_command_does_not_name(mine: Path) -> None:
