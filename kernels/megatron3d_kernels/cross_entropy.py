@@ -70,7 +70,7 @@ class CrossEntropy:
     """One implementation, on rows: logits [R, V]; numbers per row [R].
 
     `sums` may overwrite the logits where its last argument says so, with what `backward` then finds in their place;
-    `backward` is told by its last argument, and writes into its first.
+    the last argument of `backward` says whether it did, and the result is written into its first.
     """
 
     local_max: Callable[[torch.Tensor, int], torch.Tensor]

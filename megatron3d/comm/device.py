@@ -136,7 +136,7 @@ TimeMark = float | torch.cuda.Event
 
 
 class Clock:
-    """Moments between the pieces of a device's work: of its own time on CUDA, where Python runs ahead of the device."""
+    """Moments between the parts of a device's work: of its own time on CUDA, where Python runs ahead of the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

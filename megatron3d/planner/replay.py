@@ -60,7 +60,7 @@ Steps = tuple[Event | Interval, ...]
 
 
 def condensed(events: Sequence[Event]) -> Steps:
-    """A record with the allocations between two marks as one stretch, which replays a deep stage much faster."""
+    """A record with the allocations between two marks as one interval, which replays a deep stage much faster."""
     steps: list[Event | Interval] = []
     activations, work, peak = 0, 0, MemoryUse()
 
@@ -84,7 +84,7 @@ def condensed(events: Sequence[Event]) -> Steps:
 
 
 def left_of(steps: Sequence[Event | Interval]) -> MemoryUse:
-    """What is left in the end of all that was allocated."""
+    """What is left at the end of all that was allocated."""
     intervals = [one.left for one in steps if isinstance(one, Interval)]
     return MemoryUse(sum(one.activations for one in intervals), sum(one.work for one in intervals))
 
@@ -123,7 +123,7 @@ def _replay(steps: Sequence[Event | Interval], transient: TransientForecast) -> 
 
 
 def _apply_to_transient(event: Event, transient: TransientForecast) -> None:
-    """Tell what comes and goes what happens."""
+    """Apply an event to the transient buffers."""
     if event.kind is Kind.ENTER:
         transient.enter(event.name)
     elif event.kind is Kind.LEAVE:

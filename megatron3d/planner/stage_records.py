@@ -175,7 +175,7 @@ def _renamed(step: Event | Interval, real: Mapping[str, str]) -> Event | Interva
 
 
 def _closed(record: StageSteps) -> StageSteps:
-    """The record with all that is left in the end freed: deferred work holds what it needs until the last is done."""
+    """The record with all that is left at the end freed: deferred work holds what it needs until the last is done."""
     if not record.weights:
         return record
     left = left_of((*record.forward, *record.backward, *record.weights))

@@ -87,7 +87,7 @@ def train_step(
     """
     counts = global_counts(parts, batch)
     loss_sums = forward_backward(parts, batch, counts, step=step, recorder=recorder)
-    parts.engine.finish_reduce()  # also ends the thread of a delayed update, whose the optimizer was until here
+    parts.engine.finish_reduce()  # also joins the thread of a delayed update, which owned the optimizer until here
     votes = torch.tensor(float(wants_stop), dtype=torch.float64, device=loss_sums.device)
     sums = torch.stack([*loss_sums, parts.engine.squared_norm(), votes])
     *totals, squared_norm, votes = all_reduce(sums, parts.mesh.world).tolist()
