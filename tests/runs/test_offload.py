@@ -91,7 +91,7 @@ def test_the_start_record_tells_what_is_on_the_device_the_host_and_in_files(tmp_
     [
         ("--offload-optimizer nvme", "--offload-optimizer nvme keeps state in files; say where with --offload-dir"),
         ("--offload-params cpu --zero-stage 3", "--offload-params cpu needs the larger optimizer state off the device"),
-        ("--offload-optimizer cpu --offload-params cpu", "--zero-stage 0 does not; use --zero-stage 3"),
+        ("--offload-optimizer cpu --offload-params cpu", "--zero-stage 0 (the default) does not; use --zero-stage 3"),
         ("--offload-dir /tmp", "--offload-dir /tmp is not used"),
         ("--offload-delayed-update", "give --offload-optimizer cpu or nvme"),
         ("--offload-optimizer cpu --optimizer muon", "does not go with --optimizer muon"),
