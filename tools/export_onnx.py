@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--int8", action="store_true", help="int8 weights; needs labelled data, to print what they cost")
     data = p.add_argument_group("labelled data to measure on")
     data.add_argument("--data-dir", metavar="DIR", help="the official files of the task the model was fine-tuned on")
-    data.add_argument("--dev-file", metavar="FILE", help="one's own TSV file with a header line")
+    data.add_argument("--dev-file", metavar="FILE", help="your own TSV file with a header line")
     data.add_argument("--text-column", default="sentence", metavar="NAME", help="of --dev-file (default sentence)")
     data.add_argument("--second-text-column", metavar="NAME", help="of --dev-file, for pairs")
     data.add_argument("--label-column", default="label", metavar="NAME", help="of --dev-file (default label)")

@@ -43,7 +43,7 @@ class StageRecord:
     weights: tuple[Event, ...] = ()
 
 
-class _RecordingLender:
+class _RecordingGatherer:
     """Notes where a forward and a backward come to; the weights are always here."""
 
     releases = True
@@ -81,7 +81,7 @@ class StageRun:
         sink, gate = GradSink(), WeightGate()
         stage = self._stage(part, sink, gate)
         recorder = StorageRecorder(cpu_scratch if self._on_cpu else no_scratch)
-        gate.bind(_RecordingLender(recorder))
+        gate.bind(_RecordingGatherer(recorder))
         device = self.without_memory
         self._materialize(stage, sink, recorder, device)
         micro = self._micro_batch(device, stage.losses)

@@ -35,7 +35,7 @@ class OffloadedStates:
         self._backing, self._kinds = offload.states, offload.state_kinds
         self._units = dict(units)
         self._backing.prepare()
-        self._gradients = _LandedGradients(self._units, device)
+        self._gradients = _HostGradients(self._units, device)
 
     @property
     def buffer_bytes(self) -> int:
@@ -50,7 +50,7 @@ class OffloadedStates:
         """
 
         def work(name: str, fields: Fields) -> None:
-            self.update(optimizer, name, fields, self._gradients.landed(name))
+            self.update(optimizer, name, fields, self._gradients.arrived(name))
             self._units[name].weights.set_shard(fields[MASTER])
 
         self.for_each(work, start_ahead=self._gradients.start)
@@ -106,13 +106,13 @@ class OffloadedStates:
                     optimizer.state[flat.parameter][kind] = torch.empty(0, dtype=dtype)
 
 
-class _LandedGradients:
+class _HostGradients:
     """The reduced gradients of the units on the host: where they are on the CPU, or in a few buffers for copies."""
 
     def __init__(self, units: Mapping[str, FlatUnit], device: torch.device) -> None:
         self._units, self._device, self._copies = units, device, HostCopies(device)
         self._slots: list[Tensor] = []
-        self._landed: dict[str, Tensor] = {}
+        self._arrived: dict[str, Tensor] = {}
 
     @property
     def buffer_bytes(self) -> int:
@@ -122,15 +122,15 @@ class _LandedGradients:
         """Start bringing a unit's gradients into one of a few buffers, where they are not on the host."""
         gradients = self._units[name].own_grads
         if self._device.type == "cpu":
-            self._landed[name] = gradients
+            self._arrived[name] = gradients
             return self._copies.nothing()
         if not self._slots:
             largest = max(unit.own.length for unit in self._units.values())
             room = largest * torch.float32.itemsize
             self._slots = [empty_on_host(room, self._device).view(torch.float32) for _ in range(NUM_SLOTS)]
-        self._landed[name] = self._slots[slot][: gradients.numel()]
-        return self._copies.start(self._landed[name], gradients)
+        self._arrived[name] = self._slots[slot][: gradients.numel()]
+        return self._copies.start(self._arrived[name], gradients)
 
-    def landed(self, name: str) -> Tensor:
+    def arrived(self, name: str) -> Tensor:
         """What `start` brought."""
-        return self._landed.pop(name)
+        return self._arrived.pop(name)

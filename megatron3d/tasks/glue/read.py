@@ -83,7 +83,7 @@ def read_rows(path: Path, task: Task, *, labelled: bool, skip_bad_rows: bool = F
 
 
 def distinct_labels(path: Path, column: str) -> tuple[str, ...]:
-    """The labels of one's own training file, sorted; whole numbers by value.
+    """The labels of a user's own training file, sorted; whole numbers by value.
 
     Raises:
         DataError: the file cannot be read, has no such column, or only one label.

@@ -176,7 +176,7 @@ def find_task(name: str) -> Task:
 
 @dataclass(frozen=True)
 class CustomColumns:
-    """What the options say of one's own files: `labels` may be empty, then they are read from the training file."""
+    """What the options say of a user's own files: `labels` may be empty, then they are read from the training file."""
 
     texts: tuple[str, ...]
     label: str
@@ -186,7 +186,7 @@ class CustomColumns:
 
 
 def custom_task(columns: CustomColumns, *, train: str | None, dev: str, test: str | None) -> Task:
-    """A task of one's own TSV files; classes that are still unknown are to be put into `labels`.
+    """A task of a user's own TSV files; classes that are still unknown are to be put into `labels`.
 
     Raises:
         ConfigError: a metric that is not known or does not go with the kind of label.
