@@ -60,7 +60,7 @@ def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 @given(models())
 def test_rows_name_every_parameter_of_the_built_model_once_with_its_shape(model: ModelConfig) -> None:
     rows = family_of(model).rows(model, 2)
-    named = [row.ours for row in rows if row.ours is not None and row.piece != "classes"]
+    named = [row.ours for row in rows if row.ours is not None and row.component != "classes"]
     assert len(set(named)) == len(named)
     theirs = [name for row in rows for name in row.theirs]
     assert len(set(theirs)) == len(theirs)
