@@ -42,7 +42,7 @@ class Registry(Selection):
         probability: float,
         is_causal: bool,
     ) -> torch.Tensor:
-        """softmax(q k^T / sqrt(D)) v, always torch's; see `attention.attention`."""
+        """softmax(q k^T / sqrt(D)) v by device, dtype and length; see `attention.attention`."""
         return attention(q_BNSD, k_BGTD, v_BGTD, mask=mask, probability=probability, is_causal=is_causal)
 
     def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:

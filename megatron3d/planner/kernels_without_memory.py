@@ -1,7 +1,8 @@
 """Kernels on tensors without memory: what a CPU or a GPU would choose, as far as memory is concerned.
 
-On a CPU attention is torch's fused kernel, which runs on the meta device but is not chosen there; where weights are
-dropped, torch composes the core of products and a softmax there as here. On a GPU the fused kernel cannot run without
+On a CPU attention is torch's fused kernel, which runs on the meta device but is not chosen there, or for narrow dtypes
+the project's backward over blocks; where weights are dropped, torch composes the core of products and a softmax there
+as here. On a GPU the fused kernel cannot run without
 one, so what it allocates and keeps is written by hand: it keeps queries, keys, values, output, one fp32 number for each
 query and head, and the mask in the dtype of the queries. In the backward it takes a buffer of the size of the queries,
 and makes the gradients of shared keys and values for each query head before it adds them up. `test_recording.py` holds
@@ -15,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron3d_kernels.causal_blocks import causal_blocks, suits_blocks
 from megatron3d_kernels.launch import TritonSupport
 from megatron3d_kernels.registry import Registry
 from megatron3d_kernels.selection import TRITON_NAME
@@ -37,6 +39,8 @@ class CpuKernels(Registry):
         """[B, N, S, D]; the fused kernel has its mask in the dtype of the queries."""
         if probability > 0:
             return super().attention(q_BNSD, k_BGTD, v_BGTD, mask=mask, probability=probability, is_causal=is_causal)
+        if mask is None and is_causal and suits_blocks(q_BNSD, k_BGTD, v_BGTD):
+            return causal_blocks(q_BNSD, k_BGTD, v_BGTD)
         bias = None if mask is None else mask.to(q_BNSD.dtype)
         y_BNSD, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_BNSD, k_BGTD, v_BGTD, attn_mask=bias, is_causal=is_causal
