@@ -91,6 +91,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fast", action="store_true", help="leave out what starts processes or is marked `heavy`, unless `fast`"
     )
+    parser.addoption("--whole-parity", action="store_true", help="20 steps in every row of the parity tables")
     parser.addoption("--minilm", metavar="DIR", help="a Hugging Face directory of all-MiniLM-L6-v2, for slow tests")
 
 

@@ -3,6 +3,7 @@
 #
 #   bash tools/test.sh                          the whole suite, a test file on each core
 #   bash tools/test.sh --fast                   about 3 minutes: what starts no processes, and one parity row of each kind
+#   bash tools/test.sh --whole-parity           the whole suite, with 20 steps in every row of the parity tables
 #   bash tools/test.sh tests/pipeline -k 1f1b   other arguments are pytest's, and all tests run in one process
 #   bash tools/test.sh -m slow                  the tests that are left out by default because they take minutes
 #
@@ -15,6 +16,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh test
 case "$*" in
     # A file stays with one worker, which keeps its fixtures; the order is that of tests/conftest.py.
-    "" | --fast) set -- -n "$(nproc)" --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@" ;;
+    "" | --fast | --whole-parity) set -- -n "$(nproc)" --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@" ;;
 esac
 exec .venv/bin/python -m pytest "$@"

@@ -102,10 +102,11 @@ class Trace:
 
 
 def brief(case: Case) -> Case:
-    """A case over few steps, where others show its kind of layout, and its family of models, over all.
+    """A case over few steps, where others show its layout, model and ZeRO stage over all; `--whole-parity` gives it all
+    of them too.
 
-    What is new in such a row (an order, a way to recompute, who holds what) shows in the first step's gradients, which
-    are compared element by element, or in the updates and the gathers of the next few.
+    What is new in such a row (an order, another end of the model) shows in the first step's gradients, which are
+    compared element by element, or in the updates and the gathers of the next few.
     """
     return replace(case, num_steps=BRIEF_STEPS)
 

@@ -28,7 +28,7 @@ from megatron3d.train.step import micro_batches, train_step
 from tests.dist.pool import Pool
 from tests.models.asking import asking_for_losses
 from tests.parity.compare import LOSS_TOLERANCE, check_against_one_process
-from tests.parity.runs import BERTS, RATES, Case, batches, brief, config_of, data_of, parts_of, trace_cases
+from tests.parity.runs import BERTS, RATES, Case, batches, config_of, data_of, parts_of, trace_cases
 
 SP, ZERO1, ZERO2, ZERO3 = "--sequence-parallel", "--zero-stage 1", "--zero-stage 2", "--zero-stage 3"
 SELECTIVE, FULL = "--recompute-granularity selective", "--recompute-granularity full"
@@ -41,29 +41,24 @@ CASES = [
     Case("bert-masked", Layout(pp=4)),
     Case("bert-untied", Layout(tp=2, pp=2), SP),
     Case("bert", Layout(tp=2, pp=2, dp=2), f"{SP} {ZERO1}"),
+    Case("bert", Layout(tp=2)),
+    Case("bert-post", Layout(tp=2), f"{SP} {FULL}"),
+    Case("bert-masked", Layout(tp=2), SP),
+    Case("bert-untied", Layout(tp=2), SP),
+    Case("bert-post", Layout(pp=2), "--pipeline-schedule gpipe"),
+    Case("bert-untied", Layout(pp=2)),
+    Case("bert", Layout(tp=4), SP),
+    Case("bert-post", Layout(tp=4)),
+    Case("bert", Layout(pp=4), "--pipeline-schedule zb-h1"),
+    Case("bert-post", Layout(pp=2, dp=2), f"{ZERO1} --pipeline-schedule zb-v"),
+    Case("bert", Layout(pp=2, dp=2), "--pipeline-schedule interleaved --num-virtual-stages-per-pipeline-rank 2"),
+    Case("bert", Layout(tp=2, pp=2), f"{SP} {SELECTIVE}"),
+    Case("bert-post", Layout(tp=2, dp=2), f"{SP} {ZERO2}"),
+    Case("bert", Layout(dp=4), ZERO1),
+    Case("bert-post", Layout(tp=2, pp=2, dp=2), f"{SP} {ZERO3}"),
+    Case("bert-masked", Layout(tp=4, pp=2), SP),
+    Case("bert", Layout(dp=8), ZERO1),
 ]
-CASES += map(
-    brief,
-    [
-        Case("bert", Layout(tp=2)),
-        Case("bert-post", Layout(tp=2), f"{SP} {FULL}"),
-        Case("bert-masked", Layout(tp=2), SP),
-        Case("bert-untied", Layout(tp=2), SP),
-        Case("bert-post", Layout(pp=2), "--pipeline-schedule gpipe"),
-        Case("bert-untied", Layout(pp=2)),
-        Case("bert", Layout(tp=4), SP),
-        Case("bert-post", Layout(tp=4)),
-        Case("bert", Layout(pp=4), "--pipeline-schedule zb-h1"),
-        Case("bert-post", Layout(pp=2, dp=2), f"{ZERO1} --pipeline-schedule zb-v"),
-        Case("bert", Layout(pp=2, dp=2), "--pipeline-schedule interleaved --num-virtual-stages-per-pipeline-rank 2"),
-        Case("bert", Layout(tp=2, pp=2), f"{SP} {SELECTIVE}"),
-        Case("bert-post", Layout(tp=2, dp=2), f"{SP} {ZERO2}"),
-        Case("bert", Layout(dp=4), ZERO1),
-        Case("bert-post", Layout(tp=2, pp=2, dp=2), f"{SP} {ZERO3}"),
-        Case("bert-masked", Layout(tp=4, pp=2), SP),
-        Case("bert", Layout(dp=8), ZERO1),
-    ],
-)
 SHORT = [Case("bert", Layout(tp=2), SP), Case("bert", Layout(pp=2)), Case("bert-post", Layout(dp=2), ZERO3)]
 BATCHES = batches(CASES, short=SHORT)
 

@@ -15,21 +15,21 @@ from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from tests.dist.pool import Pool
 from tests.parity.compare import LOSS_TOLERANCE, check_against_one_process, reference, relative
-from tests.parity.runs import Case, brief, parts_of, trace, trace_cases
+from tests.parity.runs import Case, parts_of, trace, trace_cases
 
 SP, ZERO1, ZERO3 = "--sequence-parallel", "--zero-stage 1", "--zero-stage 3"
 SELECTIVE, FULL = "--recompute-granularity selective", "--recompute-granularity full"
 
 # On layouts of several ranks a micro-batch has two samples, see `runs.config_of`.
 CASES = [
-    brief(Case("gpt2-drops", Layout(tp=2))),
+    Case("gpt2-drops", Layout(tp=2)),
     Case("gpt2-drops", Layout(tp=2), f"{SP} {SELECTIVE}"),
     Case("gpt2-drops", Layout(dp=2), ZERO1),
     Case("gpt2-drops", Layout(pp=2)),
-    brief(Case("bert-drops", Layout(tp=2), SP)),
-    brief(Case("bert-drops", Layout(pp=2), "--pipeline-schedule zb-h1")),
-    brief(Case("bert-drops", Layout(dp=2), f"{ZERO3} {FULL}")),
-    brief(Case("llama-drops", Layout(tp=2, pp=2), f"{SP} --pipeline-schedule zb-v")),
+    Case("bert-drops", Layout(tp=2), SP),
+    Case("bert-drops", Layout(pp=2), "--pipeline-schedule zb-h1"),
+    Case("bert-drops", Layout(dp=2), f"{ZERO3} {FULL}"),
+    Case("llama-drops", Layout(tp=2, pp=2), f"{SP} --pipeline-schedule zb-v"),
 ]
 BATCHES = [
     pytest.param(size, list(group), id=f"world{size}")

@@ -66,8 +66,7 @@ def cases() -> list[Case]:
         Case("llama", Layout(tp=2, pp=2), f"--decoder-last-pipeline-num-layers 1 {SP}"),
         Case("gpt2-1p", Layout(tp=2, pp=2), SP),
     ]
-    large = [brief(case) for case in untied if case.layout.world_size > 2 and case not in SHORT]
-    return [*tied, *(case for case in untied if brief(case) not in large), *large, *map(brief, ends + uneven)]
+    return [*tied, *untied, *map(brief, ends + uneven)]
 
 
 BATCHES = batches(cases(), short=SHORT, by_layout=True)

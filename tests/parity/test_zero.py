@@ -25,7 +25,7 @@ from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.state import Progress
 from tests.dist.pool import Pool
 from tests.parity.compare import check_against_one_process, reference, relative
-from tests.parity.runs import Case, Trace, assemble, batches, brief, parts_of, trace, trace_cases
+from tests.parity.runs import Case, Trace, assemble, batches, parts_of, trace, trace_cases
 
 SP = "--sequence-parallel"
 ZERO2, ZERO3 = "--zero-stage 2", "--zero-stage 3"
@@ -43,26 +43,21 @@ CASES = [
         Layout(pp=2, dp=2),
         f"{ZERO3} --recompute-granularity full --recompute-method block --recompute-num-layers 1",
     ),
+    Case("llama-tied", Layout(pp=2), ZERO3),  # one data-parallel rank: weights come and go on the rank itself
+    Case("gpt2", Layout(dp=4), f"{ZERO3} --zero-prefetch-units 0 --micro-batch-size 1"),
+    Case("llama", Layout(dp=4, zero_shard=2), f"--zero-stage 1 {PAIRS} --overlap-param-gather"),
+    Case("gpt2", Layout(dp=4, zero_shard=2), f"{ZERO2} {PAIRS} --overlap-param-gather"),
+    Case("llama", Layout(tp=2, dp=2), ZERO2),
+    Case(
+        "gpt2",
+        Layout(pp=2, dp=2),
+        f"{ZERO3} --pipeline-schedule interleaved --num-virtual-stages-per-pipeline-rank 2",
+    ),
+    Case("gpt2", Layout(tp=2, pp=2, dp=2), f"{SP} {ZERO2}"),
+    Case("gpt2", Layout(tp=2, pp=2, dp=2), f"{SP} {ZERO3}"),
+    Case("llama", Layout(pp=2, dp=4, zero_shard=2), f"{ZERO3} {PAIRS}"),
+    Case("llama", Layout(dp=8), ZERO3),
 ]
-CASES += map(
-    brief,
-    [
-        Case("llama-tied", Layout(pp=2), ZERO3),  # one data-parallel rank: weights come and go on the rank itself
-        Case("gpt2", Layout(dp=4), f"{ZERO3} --zero-prefetch-units 0 --micro-batch-size 1"),
-        Case("llama", Layout(dp=4, zero_shard=2), f"--zero-stage 1 {PAIRS} --overlap-param-gather"),
-        Case("gpt2", Layout(dp=4, zero_shard=2), f"{ZERO2} {PAIRS} --overlap-param-gather"),
-        Case("llama", Layout(tp=2, dp=2), ZERO2),
-        Case(
-            "gpt2",
-            Layout(pp=2, dp=2),
-            f"{ZERO3} --pipeline-schedule interleaved --num-virtual-stages-per-pipeline-rank 2",
-        ),
-        Case("gpt2", Layout(tp=2, pp=2, dp=2), f"{SP} {ZERO2}"),
-        Case("gpt2", Layout(tp=2, pp=2, dp=2), f"{SP} {ZERO3}"),
-        Case("llama", Layout(pp=2, dp=4, zero_shard=2), f"{ZERO3} {PAIRS}"),
-        Case("llama", Layout(dp=8), ZERO3),
-    ],
-)
 SHORT = [
     Case("gpt2", Layout(dp=2), f"{ZERO3} --recompute-granularity selective"),
     Case("gpt2", Layout(pp=2, dp=2), ZERO2),
