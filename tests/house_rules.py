@@ -73,6 +73,11 @@ DISTRIBUTED_ROOM = "megatron3d/comm/"
 DISTRIBUTED_MODULES = {"megatron3d/checkpoint/ranks.py", "megatron3d/checkpoint/store.py"}
 CUDA_MODULE = "megatron3d/comm/device.py"
 ENVIRONMENT_MODULE = "megatron3d/comm/launch.py"
+# Other frameworks, which the benchmarks run beside ours: they use torch.distributed and torch.cuda by themselves, and
+# learn from environment variables which rank they are.
+PEERS_FOLDER = "tools/bench/peers/"
+# The one tool of several files: its harness, and how each peer does the work.
+BENCHMARKS = "tools.bench."
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
@@ -162,7 +167,7 @@ def forbidden_imports(sources: list[Source]) -> list[str]:
             continue
         allowed = {source.room, *(allowed or ()), *MODULE_MAY_IMPORT.get(source.module, ())}
         for node, name in imported_modules(source, known):
-            if name in scripts:
+            if name in scripts and not (name.startswith(BENCHMARKS) and source.module.startswith(BENCHMARKS)):
                 offenders.append(f"{source.path}:{node.lineno}: imports the script {name}")
             elif name.split(".")[0] in ("megatron3d", "megatron3d_kernels") and room_of(name) not in allowed:
                 offenders.append(f"{source.path}:{node.lineno}: {source.room} may not import {name}")
@@ -309,21 +314,23 @@ def _named_outside(sources: list[Source], names: tuple[str, ...], allowed: Calla
 
 
 def distributed_outside_comm(sources: list[Source]) -> list[str]:
-    """torch.distributed anywhere but in comm/, and checkpoint/ranks.py and checkpoint/store.py."""
+    """torch.distributed anywhere but in comm/, checkpoint/ranks.py, checkpoint/store.py, and the benchmarks' peers."""
     return _named_outside(
-        sources, ("torch.distributed",), lambda p: p.startswith(DISTRIBUTED_ROOM) or p in DISTRIBUTED_MODULES
+        sources,
+        ("torch.distributed",),
+        lambda p: p.startswith((DISTRIBUTED_ROOM, PEERS_FOLDER)) or p in DISTRIBUTED_MODULES,
     )
 
 
 def cuda_outside_its_module(sources: list[Source]) -> list[str]:
-    """torch.cuda anywhere but in the one module that knows devices."""
-    return _named_outside(sources, ("torch.cuda",), lambda p: p == CUDA_MODULE)
+    """torch.cuda anywhere but in the one module that knows devices, and the benchmarks' peers."""
+    return _named_outside(sources, ("torch.cuda",), lambda p: p == CUDA_MODULE or p.startswith(PEERS_FOLDER))
 
 
 def environment_outside_launch(sources: list[Source]) -> list[str]:
-    """The process environment anywhere but in comm/launch.py."""
+    """The process environment anywhere but in comm/launch.py, and where the benchmarks start their peers."""
     names = ("os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv")
-    return _named_outside(sources, names, lambda p: p == ENVIRONMENT_MODULE)
+    return _named_outside(sources, names, lambda p: p in (ENVIRONMENT_MODULE, PEERS_FOLDER + "start.py"))
 
 
 def fsync_outside_storage(sources: list[Source]) -> list[str]:

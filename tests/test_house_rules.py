@@ -75,6 +75,8 @@ GOOD: list[tuple[Rule, str, str]] = [
     (rules.imports_out_of_place, "pretrain_x.py", "def main() -> None:\n    import torch\n"),
     (rules.distributed_outside_comm, "megatron3d/comm/x.py", "import torch.distributed as dist\n"),
     (rules.distributed_outside_comm, "megatron3d/nn/x.py", "# torch.distributed is not used here\n"),
+    (rules.distributed_outside_comm, "tools/bench/peers/x.py", "import torch.distributed as dist\n"),
+    (rules.environment_outside_launch, "tools/bench/peers/start.py", "import os\nos.environ | {}\n"),
     (rules.cuda_outside_its_module, "megatron3d/comm/device.py", "import torch\ntorch.cuda.synchronize()\n"),
     (rules.swallowed_errors, "tools/x.py", "try:\n    f()\nexcept Exception as e:\n    raise A(e) from e\n"),
     (rules.swallowed_errors, "tools/x.py", "try:\n    f()\nexcept KeyError:\n    pass\n"),
@@ -114,6 +116,11 @@ def test_a_script_may_not_be_imported() -> None:
     tool = Source("tools/preprocess_data.py", HEAD)
     user = Source("megatron3d/train/x.py", HEAD + "from tools.preprocess_data import main\n")
     assert "imports the script tools.preprocess_data" in rules.forbidden_imports([tool, user])[0]
+    harness = Source("tools/bench/rounds.py", HEAD)
+    benchmark = Source("tools/bench/compare.py", HEAD + "from tools.bench.rounds import take_turns\n")
+    other = Source("tools/estimate.py", HEAD + "from tools.bench.rounds import take_turns\n")
+    assert not rules.forbidden_imports([harness, benchmark])
+    assert "imports the script tools.bench.rounds" in rules.forbidden_imports([harness, other])[0]
 
 
 def test_every_room_of_the_package_has_a_row_in_the_table() -> None:

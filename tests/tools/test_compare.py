@@ -1,0 +1,76 @@
+"""tools/bench/compare.py with models that take no time: the tables' form, and that a failure costs only its own row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.bench import compare
+from tools.bench.peers.work import Peer, Work, find_peers
+from tools.bench.rounds import TurnFailed, speed_ratio, take_turns
+from tools.bench.tables import Table, write_tables
+
+TINY = Work(
+    num_layers=2, hidden_size=32, num_attention_heads=2, seq_length=16, vocab_size=128, micro_batch=2, threads=1
+)
+CRASHING = Peer("crashing", "tests.tools.crashing_peer", "torch", "nothing")
+ABSENT = Peer("absent", "no.module", "no-such-distribution", "pip install no-such-distribution")
+
+
+@pytest.mark.heavy
+def test_two_peers_have_rows_and_those_that_crash_or_are_absent_are_named() -> None:
+    peers = [*find_peers(["torch", "megatron3d"]), CRASHING, ABSENT]
+    table, failures = compare.compare_steps(peers, TINY, num_rounds=1, num_steps=1)
+    assert [row[0] for row in table.rows] == ["torch", "megatron3d"]
+    torch_row, our_row = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert torch_row["M parameters"] == our_row["M parameters"] == "0.03"
+    assert float(torch_row["megatron3d to it"].split()[0]) > 0 and our_row["megatron3d to it"] == ""
+    assert int(torch_row["peak MiB"]) > 100
+    assert failures == [
+        "crashing: rank 0 ended with code 1: RuntimeError: the flux capacitor is empty in step 3",
+    ]
+    assert table.notes == [
+        "absent: not installed; pip install no-such-distribution",
+        f"failed: {failures[0]}",
+    ]
+
+
+def test_rounds_alternate_their_order_and_leave_out_who_fails() -> None:
+    order: list[str] = []
+
+    def turn(name: str, seconds: float) -> float:
+        order.append(name)
+        if name == "b" and len(order) > 3:
+            raise TurnFailed(f"{name} broke")
+        return seconds
+
+    turns = {name: lambda name=name, s=s: turn(name, s) for name, s in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
+    seconds, failures = take_turns(turns, 3)
+    assert order == ["a", "b", "c", "c", "b", "a", "a", "c"]
+    assert seconds == {"a": [1.0] * 3, "c": [4.0] * 3} and failures == ["b broke"]
+
+
+def test_a_ratio_is_taken_within_rounds() -> None:
+    ratio = speed_ratio([1.0, 10.0, 2.0], [2.0, 30.0, 2.0])
+    assert (ratio.median, ratio.lowest, ratio.highest) == (2.0, 1.0, 3.0)
+    assert str(ratio) == "2.00 (1.00 to 3.00)"
+
+
+def test_tables_replace_their_places_of_the_page_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n<!-- compare: a -->\nold\n<!-- /compare -->\nmiddle\n<!-- compare: b -->\n<!-- /compare -->\n"
+    )
+    table = Table("a", "Caption.", ("x", "y"), [("1", "2")], ["a note"])
+    write_tables(page, [table])
+    lines = ["<!-- compare: a -->", "Caption.", "", "| x | y |", "| --- | --- |", "| 1 | 2 |", "", "- a note"]
+    rest = ["<!-- /compare -->", "middle", "<!-- compare: b -->", "<!-- /compare -->"]
+    assert page.read_text().splitlines() == ["before", *lines, *rest]
+    with pytest.raises(ValueError, match="0 places for the table 'c'"):
+        write_tables(page, [Table("c", "", ())])
+
+
+def test_an_unknown_peer_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match="nanotron: not among transformers, torch, torch-compile, litgpt"):
+        find_peers(["torch", "nanotron"])

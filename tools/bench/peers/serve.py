@@ -1,0 +1,54 @@
+"""The process of a peer: builds it, then makes as many steps as each line of its standard input asks for.
+
+Started by `start.py` as `python -m tools.bench.peers.serve MODULE WORK`. Answers are JSON lines on what standard output
+was at the start; whatever the framework itself prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from typing import TextIO
+
+from tools.bench.peers.work import Work
+
+WARM_UP_STEPS = 2
+RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
+
+
+def main() -> None:
+    """Serve one peer until the standard input ends."""
+    import torch
+
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    module, work = sys.argv[1], Work(**json.loads(sys.argv[2]))
+    torch.set_num_threads(work.threads)
+    torch.manual_seed(0)
+    trainee = importlib.import_module(module).build(work)
+    first_loss, *_ = [trainee.step() for _ in range(WARM_UP_STEPS)]
+    _answer(answers, parameters=trainee.num_parameters, first_loss=first_loss)
+    for line in sys.stdin:
+        seconds, loss = [], 0.0
+        for _ in range(int(line)):
+            began_s = time.perf_counter()
+            loss = trainee.step()
+            seconds.append(time.perf_counter() - began_s)
+        _answer(answers, seconds=seconds, loss=loss, peak_bytes=_peak_bytes())
+
+
+def _answer(answers: TextIO, **values: object) -> None:
+    answers.write(json.dumps(values) + "\n")
+    answers.flush()
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT_BYTES
+
+
+if __name__ == "__main__":
+    main()

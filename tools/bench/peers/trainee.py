@@ -1,0 +1,62 @@
+"""What a peer's module gives back: a model that can be asked for training steps, on the same random tokens as all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tools.bench.peers.work import Work
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model with its optimizer.
+
+    Attributes:
+        step: makes one training step and returns the loss before it.
+        num_parameters: of this process.
+        sent_bytes: payload of this process's collectives since the last call; None where the peer does not count.
+    """
+
+    step: Callable[[], float]
+    num_parameters: int
+    sent_bytes: Callable[[], dict[str, int]] | None = None
+
+
+def tokens_and_labels(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """The step's sequences of all ranks: token ids [N, S] and the ids that follow them [N, S]."""
+    generator = torch.Generator().manual_seed(1)
+    ids_NS = torch.randint(work.vocab_size, (work.num_sequences, work.seq_length + 1), generator=generator)
+    return ids_NS[:, :-1].contiguous(), ids_NS[:, 1:].contiguous()
+
+
+def autocast(work: Work) -> AbstractContextManager[object]:
+    """torch's mixed precision on a CPU, off in fp32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=work.dtype == "bf16")
+
+
+def fused_adamw(model: nn.Module) -> torch.optim.AdamW:
+    """The optimizer of every peer that brings none of its own."""
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+
+
+def module_trainee(model: nn.Module, logits_of: Callable[[torch.Tensor], torch.Tensor], work: Work) -> Trainee:
+    """A plain module: autocast, cross-entropy of its logits [B, S, V], backward, fused AdamW."""
+    tokens_BS, labels_BS = tokens_and_labels(work)
+    optimizer = fused_adamw(model)
+
+    def step() -> float:
+        with autocast(work):
+            loss = nn.functional.cross_entropy(logits_of(tokens_BS).flatten(0, 1), labels_BS.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return Trainee(step, sum(p.numel() for p in model.parameters()))

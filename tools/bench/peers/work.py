@@ -1,0 +1,111 @@
+"""What a benchmark asks of every framework: one model shape, one precision, one layout; and which frameworks there are.
+
+Free of torch, so that the process that starts the others stays small and starts at once. How each framework does the
+work is in the module of its `Peer`, which only that peer's own processes import (`serve.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+OURS = "megatron3d"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One training step as every peer makes it: dropout 0, no clipping, the exact GELU, tied tables, AdamW.
+
+    Attributes:
+        micro_batch: sequences of a micro-batch; a step takes `ranks` times as many in every layout.
+        dtype: "fp32", or "bf16" for products in bf16 with fp32 master weights.
+        threads: of each process.
+        compiled: whether the model goes through torch.compile, where the peer offers it.
+    """
+
+    num_layers: int = 6
+    hidden_size: int = 384
+    num_attention_heads: int = 6
+    seq_length: int = 256
+    vocab_size: int = 8192
+    micro_batch: int = 8
+    dtype: str = "fp32"
+    ranks: int = 1
+    threads: int = 2
+    compiled: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of one step, of all ranks together."""
+        return self.micro_batch * self.ranks
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one step."""
+        return self.num_sequences * self.seq_length
+
+    def to_json(self) -> str:
+        """As the command line of a peer's process has it."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A framework that can do the work.
+
+    Attributes:
+        name: in tables and on the command line.
+        module: with `build(work) -> Trainee`.
+        distribution: what must be installed, and whose version is shown.
+        install: the line that installs it.
+        compiled: whether it runs through torch.compile.
+        note: what a reader of its figures must know.
+    """
+
+    name: str
+    module: str
+    distribution: str
+    install: str
+    compiled: bool = False
+    note: str = ""
+
+    @property
+    def version(self) -> str | None:
+        """Of the installed distribution; None where there is none."""
+        try:
+            return version(self.distribution)
+        except PackageNotFoundError:
+            return None
+
+
+_FOLDER = "tools.bench.peers."
+PEERS = (
+    Peer("transformers", f"{_FOLDER}transformers_gpt2", "transformers", "pip install transformers"),
+    Peer("torch", f"{_FOLDER}plain_torch", "torch", "pip install torch"),
+    Peer("torch-compile", f"{_FOLDER}plain_torch", "torch", "pip install torch", compiled=True),
+    Peer(
+        "litgpt", f"{_FOLDER}litgpt_gpt", "litgpt", "pip install litgpt psutil", note="rotary positions, untied table"
+    ),
+    Peer(
+        "megatron-core",
+        f"{_FOLDER}megatron_core_gpt",
+        "megatron-core",
+        "pip install --no-deps megatron-core",
+        note="its calls of torch.cuda replaced, without which it does not train on a CPU",
+    ),
+    Peer(OURS, f"{_FOLDER}megatron3d_gpt", "megatron3d", "pip install -e ."),
+)
+
+
+def find_peers(names: list[str] | None) -> list[Peer]:
+    """The peers of these names, in the order of the table; all of them for None.
+
+    Raises:
+        ValueError: a name is none of them.
+    """
+    known = {peer.name: peer for peer in PEERS}
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise ValueError(f"--peers {' '.join(unknown)}: not among {', '.join(known)}")
+    return [peer for peer in PEERS if names is None or peer.name in names]
