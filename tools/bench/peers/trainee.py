@@ -1,4 +1,4 @@
-"""What a peer's module gives back: a model that can be asked for training steps, on the same random tokens as all."""
+"""What a peer's module builds: a model that can be asked for training steps, on the same random tokens as all."""
 
 from __future__ import annotations
 
