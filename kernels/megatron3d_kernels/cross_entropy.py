@@ -219,8 +219,9 @@ def _reference_backward(
         if not overwritten:
             chunk = (chunk - rows.row_max[some, None].to(dtype)).exp_()
         torch.mul(chunk, scale[some, None], out=grad[some, : shard.num_valid])
-    held = grad.gather(1, column[:, None]).squeeze(1)
-    grad.scatter_(1, column[:, None], torch.where(here, at_target.to(grad.dtype), held)[:, None])
+    # Indexed, since `scatter_` on a CPU copies a whole bf16 tensor to fp32 and back.
+    place = (torch.arange(grad.shape[0], device=grad.device), column)
+    grad[place] = torch.where(here, at_target.to(grad.dtype), grad[place])
 
 
 def _triton_local_max(logits: torch.Tensor, num_valid: int) -> torch.Tensor:

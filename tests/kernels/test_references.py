@@ -102,6 +102,16 @@ def test_cross_entropy_reference_never_holds_the_logits_in_fp32(overwrite: bool)
     assert recorder.elements <= cross_entropy_file.CHUNK_ELEMENTS < logits.numel()
 
 
+def test_cross_entropy_backward_in_place_allocates_far_less_than_the_logits() -> None:
+    """Counted by the allocator, which sees what torch's operators make inside of them."""
+    logits, numbers = torch.zeros(64, 32 * 1024, dtype=torch.bfloat16), torch.ones(64)
+    rows = (torch.arange(64), numbers, numbers, numbers, numbers)
+    shard = {"vocab_start": 0, "num_valid": 32 * 1024}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        REFERENCE.cross_entropy_backward(logits, *rows, **shard, in_place=True, overwritten=True)
+    assert 0 < max(event.cpu_memory_usage for event in profile.events()) <= logits.nbytes / 2
+
+
 def test_a_sure_model_gets_the_gradient_of_its_target_as_exactly_as_without_overwriting() -> None:
     """1 - p is far smaller than the rounding of p to bf16 where the target is nearly certain."""
     logits = torch.zeros(1, 8, dtype=torch.bfloat16)
