@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tools.bench import compare
-from tools.bench.peers.work import Peer, Work, find_peers
+from tools.bench import compare, scaling
+from tools.bench.peers.work import LAYOUTS, Peer, Work, find_peers
 from tools.bench.rounds import TurnFailed, speed_ratio, take_turns
 from tools.bench.tables import Table, write_tables
 
@@ -34,6 +35,26 @@ def test_two_peers_have_rows_and_those_that_crash_or_are_absent_are_named() -> N
         "absent: not installed; pip install no-such-distribution",
         f"failed: {failures[0]}",
     ]
+
+
+@pytest.mark.heavy
+def test_two_ranks_have_a_row_with_the_bytes_that_the_formula_gives() -> None:
+    work = replace(TINY, ranks=2, layout="zero1", hidden_size=128)
+    table = Table("a", "", scaling.COLUMNS)
+    assert scaling.add_family(table, find_peers(["megatron3d"]), [work], num_rounds=1, num_steps=1) == []
+    ((ranks, layout, peer, _, ratio, _, sent),) = table.rows
+    assert (ranks, layout, peer, ratio) == ("2", "zero1", "megatron3d", "")
+    hidden, num_blocks = work.hidden_size, work.num_layers
+    tables, block = (work.vocab_size + work.seq_length) * hidden, 12 * hidden**2 + 13 * hidden
+    half_of_it = 4 * (tables + num_blocks * block + 2 * hidden) / 2 / 2**20  # what a ring of two ranks sends in fp32
+    assert sent == f"shard reduce-scatter {half_of_it:.2f}, shard all-gather {half_of_it:.2f}"
+
+
+def test_each_layout_reads_every_sequence_of_a_step_once() -> None:
+    for layout in LAYOUTS:
+        work = Work(micro_batch=8, ranks=4, layout=layout)
+        data_ranks = work.ranks // (work.tensor_ranks * work.pipeline_ranks)
+        assert data_ranks * work.num_micro_batches * work.micro_batch_size == work.num_sequences == 32, layout
 
 
 def test_rounds_alternate_their_order_and_leave_out_who_fails() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from datetime import timedelta
 
 import torch
 
-from megatron3d.comm.mesh import make_mesh
+from megatron3d.comm.join import join
+from megatron3d.comm.launch import read_launch
+from megatron3d.comm.mesh import Mesh, make_mesh
+from megatron3d.comm.meter import wire_bytes
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.data.batch import GPTBatch
@@ -14,27 +18,45 @@ from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.planner.layout import layout_of
 from megatron3d.train.setup import build_parts
 from megatron3d.train.step import Rates, train_step
-from tools.bench.peers.trainee import LEARNING_RATE, WEIGHT_DECAY, Trainee, tokens_and_labels
+from tools.bench.peers.trainee import LEARNING_RATE, WEIGHT_DECAY, Trainee, own_sequences
 from tools.bench.peers.work import Work
+
+DEVICE = torch.device("cpu")
 
 
 def build(work: Work) -> Trainee:
     """The model of this rank with its optimizer."""
+    join(read_launch(), DEVICE, timeout=timedelta(minutes=5))
     config = resolve(parse_args(_flags(work), program="compare", description=""), work.ranks)
     mesh = make_mesh(layout_of(config.parallel))
-    parts = build_parts(config, mesh, torch.device("cpu"), build_gpt_stage)
-    tokens_NS, labels_NS = tokens_and_labels(work)
-    batch = GPTBatch(tokens_NS, labels_NS, torch.ones(labels_NS.shape))
+    parts = build_parts(config, mesh, DEVICE, build_gpt_stage)
+    tokens_BS, labels_BS = own_sequences(work)
+    batch = GPTBatch(tokens_BS, labels_BS, torch.ones(labels_BS.shape))
     rates, numbers = Rates(LEARNING_RATE, WEIGHT_DECAY), itertools.count()
+
+    def step() -> float:
+        mesh.meter.reset()
+        return train_step(parts, batch, rates, step=next(numbers)).loss
+
     num_parameters = sum(p.numel() for stage in parts.model.stages.values() for p in stage.parameters())
-    return Trainee(lambda: train_step(parts, batch, rates, step=next(numbers)).loss, num_parameters)
+    return Trainee(step, num_parameters, lambda: _sent_bytes(mesh))
+
+
+def _sent_bytes(mesh: Mesh) -> dict[str, float]:
+    """By the ring's formula, of the axes that have other ranks."""
+    counts = mesh.meter.read().items()
+    sent = {(axis, name): wire_bytes(name, payload, mesh.axis(axis).size) for (axis, name), (_, payload) in counts}
+    return {f"{axis} {name.replace('_', '-')}": count for (axis, name), count in sent.items() if count}
 
 
 def _flags(work: Work) -> list[str]:
     flags = (
         f"--num-layers {work.num_layers} --hidden-size {work.hidden_size} --seq-length {work.seq_length} "
         f"--num-attention-heads {work.num_attention_heads} --vocab-size {work.vocab_size} --mock-data "
-        f"--micro-batch-size {work.micro_batch} --global-batch-size {work.num_sequences} --train-iters 1 "
-        f"--lr {LEARNING_RATE} --clip-grad 0 --hidden-dropout 0 --attention-dropout 0 --activation gelu --device cpu"
+        f"--micro-batch-size {work.micro_batch_size} --global-batch-size {work.num_sequences} --train-iters 1 "
+        f"--lr {LEARNING_RATE} --clip-grad 0 --hidden-dropout 0 --attention-dropout 0 --activation gelu --device cpu "
+        f"--zero-stage {work.zero_stage} --tensor-model-parallel-size {work.tensor_ranks} "
+        f"--pipeline-model-parallel-size {work.pipeline_ranks}"
     )
-    return flags.split() + (["--bf16"] if work.dtype == "bf16" else [])
+    sequence_parallel = ["--sequence-parallel"] if work.layout == "tp_sp" else []
+    return flags.split() + sequence_parallel + (["--bf16"] if work.dtype == "bf16" else [])

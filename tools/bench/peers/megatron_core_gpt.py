@@ -7,6 +7,9 @@ figures say what its layers cost, not what a user of the released package gets.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import megatron.core.tensor_parallel.random as megatron_random
 import torch
 import torch.distributed as dist
@@ -41,10 +44,29 @@ class MasterAdamW:
 def use_cpu_as_the_device() -> None:
     """Answer megatron-core's questions to `torch.cuda` for a CPU, in this process."""
     torch.cuda.current_device = lambda: "cpu"
+    torch.cuda.synchronize = lambda *_: None
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)
     megatron_random._get_cuda_rng_state = lambda **_: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, **_: torch.set_rng_state(state)
+    for name in ("empty", "full", "ones", "tensor", "zeros"):
+        setattr(torch, name, _made_on_cpu(getattr(torch, name)))
+    # Its optimizer sorts parameters by the names of CUDA's tensor types.
+    type_of = torch.Tensor.type
+    torch.Tensor.type = lambda self, *to: type_of(self, *to) if to else type_of(self).replace("torch.", "torch.cuda.")
+    torch.Tensor.cuda = lambda self, *_, **__: self
+
+
+def _made_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The factory, with the CPU in the place of a CUDA device."""
+
+    @functools.wraps(factory)
+    def made(*args: object, **options: object) -> torch.Tensor:
+        if "cuda" in str(options.get("device")):
+            options["device"] = "cpu"
+        return factory(*args, **options)
+
+    return made
 
 
 def config_of(work: Work) -> TransformerConfig:
@@ -55,6 +77,9 @@ def config_of(work: Work) -> TransformerConfig:
         hidden_size=work.hidden_size,
         num_attention_heads=work.num_attention_heads,
         ffn_hidden_size=4 * work.hidden_size,
+        tensor_model_parallel_size=work.tensor_ranks,
+        pipeline_model_parallel_size=work.pipeline_ranks,
+        batch_p2p_comm=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         use_cpu_initialization=True,
@@ -71,12 +96,14 @@ def config_of(work: Work) -> TransformerConfig:
 
 
 def gpt_model(work: Work, config: TransformerConfig) -> GPTModel:
-    """GPT-2: learned positions, tied table."""
+    """GPT-2, or this rank's stage of it: learned positions, tied table."""
     return GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(),
         vocab_size=work.vocab_size,
         max_sequence_length=work.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=True,
         position_embedding_type="learned_absolute",
     )

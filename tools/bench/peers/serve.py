@@ -38,7 +38,8 @@ def main() -> None:
             began_s = time.perf_counter()
             loss = trainee.step()
             seconds.append(time.perf_counter() - began_s)
-        _answer(answers, seconds=seconds, loss=loss, peak_bytes=_peak_bytes())
+        sent = trainee.sent_bytes() if trainee.sent_bytes else {}
+        _answer(answers, seconds=seconds, loss=loss, peak_bytes=_peak_bytes(), sent_bytes=sent)
 
 
 def _answer(answers: TextIO, **values: object) -> None:

@@ -25,11 +25,19 @@ class PeerFailed(TurnFailed):
 
 @dataclass(frozen=True)
 class Turn:
-    """What one turn gave: seconds of each step of rank 0, its last loss, and peak memory of all ranks together."""
+    """What one turn gave.
+
+    Attributes:
+        seconds: of each step of rank 0.
+        loss: of the last step, from the first rank that has one (in a pipeline that may be the last stage alone).
+        peak_bytes: resident memory at its highest, of all ranks together.
+        sent_bytes: what a rank sent in the last step, by axis and collective: the mean of the ranks.
+    """
 
     seconds: list[float]
     loss: float
     peak_bytes: int
+    sent_bytes: dict[str, float]
 
 
 class RunningPeer:
@@ -62,7 +70,12 @@ class RunningPeer:
             except BrokenPipeError as error:
                 raise self._failure(rank) from error
         answers = self._read_all()
-        return Turn(answers[0]["seconds"], answers[0]["loss"], sum(one["peak_bytes"] for one in answers))
+        loss = next((one["loss"] for one in answers if one["loss"]), 0.0)
+        sent: dict[str, float] = {}
+        for answer in answers:
+            for name, count in answer["sent_bytes"].items():
+                sent[name] = sent.get(name, 0.0) + count / len(answers)
+        return Turn(answers[0]["seconds"], loss, sum(one["peak_bytes"] for one in answers), sent)
 
     def close(self) -> None:
         """End the processes."""

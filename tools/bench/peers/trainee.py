@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tools.bench.peers.work import Work
@@ -21,12 +22,12 @@ class Trainee:
     Attributes:
         step: makes one training step and returns the loss before it.
         num_parameters: of this process.
-        sent_bytes: payload of this process's collectives since the last call; None where the peer does not count.
+        sent_bytes: what this process sent in its last step, by axis and collective; None where the peer does not count.
     """
 
     step: Callable[[], float]
     num_parameters: int
-    sent_bytes: Callable[[], dict[str, int]] | None = None
+    sent_bytes: Callable[[], dict[str, float]] | None = None
 
 
 def tokens_and_labels(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,6 +35,19 @@ def tokens_and_labels(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids_NS = torch.randint(work.vocab_size, (work.num_sequences, work.seq_length + 1), generator=generator)
     return ids_NS[:, :-1].contiguous(), ids_NS[:, 1:].contiguous()
+
+
+def own_sequences(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """What this rank reads of them [B, S]: its part of data parallelism, else all."""
+    begin = dist.get_rank() * work.micro_batch if work.is_data_parallel and dist.is_initialized() else 0
+    end = begin + work.micro_batch if work.is_data_parallel else work.num_sequences
+    tokens_NS, labels_NS = tokens_and_labels(work)
+    return tokens_NS[begin:end], labels_NS[begin:end]
+
+
+def cross_entropy(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    """The mean loss."""
+    return nn.functional.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten())
 
 
 def autocast(work: Work) -> AbstractContextManager[object]:
@@ -53,7 +67,7 @@ def module_trainee(model: nn.Module, logits_of: Callable[[torch.Tensor], torch.T
 
     def step() -> float:
         with autocast(work):
-            loss = nn.functional.cross_entropy(logits_of(tokens_BS).flatten(0, 1), labels_BS.flatten())
+            loss = cross_entropy(logits_of(tokens_BS), labels_BS)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

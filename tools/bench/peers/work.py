@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 OURS = "megatron3d"
+LAYOUTS = ("dp", "zero1", "zero2", "zero3", "tp", "tp_sp", "pp")
+PIPELINE_SPLIT = 4
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Work:
 
     Attributes:
         micro_batch: sequences of a micro-batch; a step takes `ranks` times as many in every layout.
+        layout: how ranks divide the work: "dp", "zero1", "zero2", "zero3", "tp", "tp_sp" or "pp".
         dtype: "fp32", or "bf16" for products in bf16 with fp32 master weights.
         threads: of each process.
         compiled: whether the model goes through torch.compile, where the peer offers it.
@@ -31,6 +34,7 @@ class Work:
     vocab_size: int = 8192
     micro_batch: int = 8
     dtype: str = "fp32"
+    layout: str = "dp"
     ranks: int = 1
     threads: int = 2
     compiled: bool = False
@@ -44,6 +48,36 @@ class Work:
     def num_tokens(self) -> int:
         """Tokens of one step."""
         return self.num_sequences * self.seq_length
+
+    @property
+    def is_data_parallel(self) -> bool:
+        """Whether each rank has sequences of its own."""
+        return self.layout in ("dp", "zero1", "zero2", "zero3")
+
+    @property
+    def zero_stage(self) -> int:
+        """Of ZeRO; 0 in the other layouts."""
+        return int(self.layout.removeprefix("zero")) if self.layout.startswith("zero") else 0
+
+    @property
+    def tensor_ranks(self) -> int:
+        """The degree of tensor parallelism."""
+        return self.ranks if self.layout in ("tp", "tp_sp") else 1
+
+    @property
+    def pipeline_ranks(self) -> int:
+        """The degree of pipeline parallelism."""
+        return self.ranks if self.layout == "pp" else 1
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences that a rank computes at once: a pipeline takes a quarter, to have enough of them to fill it."""
+        return max(1, self.micro_batch // PIPELINE_SPLIT) if self.layout == "pp" else self.micro_batch
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step and rank."""
+        return 1 if self.is_data_parallel else self.num_sequences // self.micro_batch_size
 
     def to_json(self) -> str:
         """As the command line of a peer's process has it."""
@@ -60,6 +94,7 @@ class Peer:
         distribution: what must be installed, and whose version is shown.
         install: the line that installs it.
         compiled: whether it runs through torch.compile.
+        layouts: those that it does with several ranks.
         note: what a reader of its figures must know.
     """
 
@@ -68,6 +103,7 @@ class Peer:
     distribution: str
     install: str
     compiled: bool = False
+    layouts: tuple[str, ...] = ()
     note: str = ""
 
     @property
@@ -94,18 +130,32 @@ PEERS = (
         "pip install --no-deps megatron-core",
         note="its calls of torch.cuda replaced, without which it does not train on a CPU",
     ),
-    Peer(OURS, f"{_FOLDER}megatron3d_gpt", "megatron3d", "pip install -e ."),
+    Peer(OURS, f"{_FOLDER}megatron3d_gpt", "megatron3d", "pip install -e .", layouts=LAYOUTS),
+)
+# The same with several ranks; this project's module and those of one process are above.
+PEERS_ON_RANKS = (
+    Peer("torch", f"{_FOLDER}torch_ranks", "torch", "pip install torch", layouts=LAYOUTS[:4]),
+    Peer("deepspeed", f"{_FOLDER}deepspeed_ranks", "deepspeed", "pip install deepspeed", layouts=LAYOUTS[:4]),
+    Peer(
+        "megatron-core",
+        f"{_FOLDER}megatron_core_ranks",
+        "megatron-core",
+        "pip install --no-deps megatron-core",
+        layouts=("dp", "zero1", "tp", "pp"),
+        note=PEERS[4].note,
+    ),
+    PEERS[-1],
 )
 
 
-def find_peers(names: list[str] | None) -> list[Peer]:
+def find_peers(names: list[str] | None, table: tuple[Peer, ...] = PEERS) -> list[Peer]:
     """The peers of these names, in the order of the table; all of them for None.
 
     Raises:
         ValueError: a name is none of them.
     """
-    known = {peer.name: peer for peer in PEERS}
+    known = {peer.name: peer for peer in table}
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise ValueError(f"--peers {' '.join(unknown)}: not among {', '.join(known)}")
-    return [peer for peer in PEERS if names is None or peer.name in names]
+    return [peer for peer in table if names is None or peer.name in names]
