@@ -23,10 +23,12 @@ class Meter:
     """Counts by (axis name, collective name), such as ("tp", "all_reduce"). One meter belongs to one mesh.
 
     `waiting_for` is what the rank waits for at this moment, as (collective, axis, global ranks); None if for nothing.
+    While `profiles` is set, each wait is an event of torch's profiler.
     """
 
     counts: dict[tuple[str, str], Count] = field(default_factory=dict)
     waiting_for: tuple[str, str, Sequence[int]] | None = None
+    profiles: bool = False
 
     def add(self, axis: str, collective: str, payload_bytes: int) -> None:
         """Count one call."""

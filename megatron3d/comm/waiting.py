@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from megatron3d.comm.meter import Meter
 from megatron3d.errors import PeerError
@@ -42,17 +43,23 @@ class Waiting:
 
     def __init__(self, collective: str, axis: str, ranks: Sequence[int], meter: Meter | None = None) -> None:
         self._names, self._meter = (collective, axis, ranks), meter
+        self._event: record_function | None = None
 
     def __enter__(self) -> Waiting:
         """Remember what is waited for."""
         if self._meter is not None:
             self._meter.waiting_for = self._names
+            if self._meter.profiles:
+                self._event = record_function(f"wait {self._names[1]} {self._names[0]}")
+                self._event.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Forget it, or name it in the error. Raises: CollectiveError."""
+        if self._event is not None:
+            self._event.__exit__(kind, error, trace)
         if error is None:
             if self._meter is not None:
                 self._meter.waiting_for = None

@@ -11,7 +11,9 @@ from megatron3d.config.options import BY_KEY, SECTIONS
 from megatron3d.config.run import RunConfig
 from megatron3d.files.user_code import without_folder
 
-_BY_MACHINE = "tensorboard_dir wandb_project wandb_exp_name wandb_save_dir metrics_file peak_tflops num_workers"
+_BY_MACHINE = (
+    "tensorboard_dir wandb_project wandb_exp_name wandb_save_dir metrics_file peak_tflops num_workers profile_dir"
+)
 _BY_PRESENCE = (
     "save load pretrained_checkpoint offload_dir profile_pipeline tokenizer_model vocab_file merge_file data_args_path"
 )

@@ -105,6 +105,16 @@ class InertOptions:
                 f"--profile-pipeline records nothing: its step {train.profile_pipeline_step} "
                 f"(--profile-pipeline-step) does not come, as {left} are left; choose one of them"
             )
+        if train.profile and train.profile_step_start >= self.last_step:
+            yield (
+                f"--profile records nothing: the last iteration is {self.last_step - 1}, counted from 0, and "
+                f"--profile-step-start is {train.profile_step_start}; choose an earlier one"
+            )
+        if train.profile and train.profile_step_end <= self.progress.step < self.last_step:
+            yield (
+                f"--profile records nothing: the run goes on with iteration {self.progress.step}, counted from 0, and "
+                f"--profile-step-end is {train.profile_step_end}; choose a later one"
+            )
         beyond = [word for word in train.iterations_to_skip if int(word) >= self.last_step]
         if beyond:
             yield (

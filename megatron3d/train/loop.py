@@ -36,6 +36,7 @@ from megatron3d.train.retention import Retention
 from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.state import Progress, Restored
 from megatron3d.train.step import Rates, train_step
+from megatron3d.train.step_profile import DATA, StepProfiler
 from megatron3d.train.stopping import agreed_reason, first_reason, signal_reason, stop_while_starting
 
 
@@ -124,6 +125,7 @@ class _Loop:
     old_step: int = field(init=False)  # after which the layers' weights were made, while a delayed update is due
     failure: DeferredFailure = field(init=False)
     batches: PreparedBatches = field(init=False)
+    profiler: StepProfiler = field(init=False)
     saved_step: int = -1
     evaluated_step: int = -1
     steps_made: int = 0
@@ -133,6 +135,7 @@ class _Loop:
         self.old_step = self.progress.step - 1
         self.failure = DeferredFailure(self.parts.mesh)
         self.batches = PreparedBatches(self.streams.train, self.parts.mesh, self.failure)
+        self.profiler = StepProfiler(self.parts.config.train, self.parts.mesh, self.parts.model.device)
 
     def run(self) -> None:
         config = self.parts.config
@@ -144,8 +147,11 @@ class _Loop:
             self._evaluate()
             self.saved_step = -1  # the checkpoint that is there would have it made once more
         while self.progress.step < last:
-            votes, reason = self._step(last)
+            with self.profiler.step(self.progress.step):
+                votes, reason = self._step(last)
             step = self.progress.step
+            for line in self.profiler.written(step, is_last=step >= last):
+                self.reports.note(line)
             if step % config.train.eval_interval == 0 and step < last:
                 self._evaluate()
             check_interval = config.train.check_weight_hash_across_dp_replicas_interval
@@ -205,8 +211,9 @@ class _Loop:
         if config.train.skips(before.step):
             return self._leave_out(size, rates), None
         began_s = time.monotonic()
-        batch = self.batches.read(before.consumed_samples, size, readers.rank, readers.size)
-        self._prepare_next(before.consumed_samples + size, last)
+        with self.profiler.part(DATA):
+            batch = self.batches.read(before.consumed_samples, size, readers.rank, readers.size)
+            self._prepare_next(before.consumed_samples + size, last)
         reason = self._reason_to_stop()
         loss_scale = self.parts.scaler.scale
         self.steps_made += 1

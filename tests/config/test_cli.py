@@ -251,11 +251,11 @@ def test_flags_are_never_abbreviated() -> None:
 
 def test_a_flag_without_meaning_is_said_once_with_its_value() -> None:
     said: list[str] = []
-    parse("--DDP-impl local --use-flash-attn --profile-ranks 0 1 --num-layers 2", said)
+    parse("--DDP-impl local --use-flash-attn --modules-to-filter a b --num-layers 2", said)
     assert [line.split(" is accepted")[0] for line in said] == [
         "--DDP-impl local",
         "--use-flash-attn",
-        "--profile-ranks 0 1",
+        "--modules-to-filter a b",
     ]
 
 

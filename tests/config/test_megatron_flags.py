@@ -224,7 +224,7 @@ def test_the_special_tokens_of_preprocessing_are_accepted_in_training() -> None:
 )
 def test_a_flag_that_asks_for_a_report_says_what_is_reported(row: Accepted) -> None:
     """No sentence stands for a whole list of unlike flags: it names where to look, or what there is."""
-    sources = ("--metrics-file", "--profile-pipeline", "TensorBoard", "run.json", "line", "norm", "rates", "energy")
+    sources = ("--metrics-file", "--profile", "TensorBoard", "run.json", "line", "norm", "rates", "energy")
     assert any(source in row.reason for source in sources)
 
 
@@ -232,7 +232,7 @@ def test_a_flag_that_asks_for_a_report_says_what_is_reported(row: Accepted) -> N
     ("flag", "what_there_is"),
     [
         ("--async-save", "saves are synchronous"),
-        ("--profile", "--profile-pipeline"),
+        ("--use-pytorch-profiler", "--profile always runs torch's profiler"),
         ("--log-params-norm", "norms of weights, zeros in gradients and logits of attention are not measured"),
         ("--log-progress", "no progress.txt is written"),
         ("--verify-integrity", "compares the checksums"),

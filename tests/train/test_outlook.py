@@ -33,6 +33,7 @@ def lines(options: str, *, step: int = 0, valid: bool = True, test: bool = True,
         "--train-iters 20",
         "--train-samples 160 --save c --save-interval 5 --eval-interval 10 --exit-interval 19",
         "--train-iters 20 --iterations-to-skip 0 19 --lr-warmup-iters 19 --profile-pipeline p",
+        "--train-iters 20 --profile --profile-step-start 19 --profile-step-end 20",
         "--train-iters 20 --wandb-project p --wandb-entity e",
         "--train-iters 20 --save c --save-interval 20 --eval-interval 20",
         "--train-iters 20 --save-interval 21",  # without --save the command line says that nothing is saved
@@ -63,6 +64,17 @@ def test_a_run_that_does_what_it_is_asked_says_nothing(options: str) -> None:
             "--train-samples 160 --lr-warmup-samples 200 --lr-decay-samples 400",
             {},
             "the warm-up of 200 samples is longer than the run of 160",
+        ),
+        (
+            "--train-iters 10 --profile",
+            {},
+            "--profile records nothing: the last iteration is 9, counted from 0, and --profile-step-start is 10",
+        ),
+        (
+            "--train-iters 20 --profile",
+            {"step": 12},
+            "--profile records nothing: the run goes on with iteration 12, counted from 0, and --profile-step-end is "
+            "12; choose a later one",
         ),
         (
             "--train-iters 20 --profile-pipeline p",

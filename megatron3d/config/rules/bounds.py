@@ -52,6 +52,7 @@ BOUNDS: tuple[Bound, ...] = (
         "lr_decay_tokens "
         "train_iters train_samples eval_interval exit_interval log_interval recompute_num_layers save_interval "
         "profile_pipeline_step keep_last save_retain_interval check_weight_hash_across_dp_replicas_interval "
+        "profile_step_end "
         "lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
         "loss_scale_window hysteresis muon_num_ns_steps zero_shard_size muon_num_ns_steps mask_max_ngram",
         at_least=1,
@@ -59,7 +60,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(
         "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples lr_warmup_tokens weight_decay start_weight_decay "
         "end_weight_decay clip_grad eval_iters ckpt_step seed num_workers eod_token num_token_types init_method_std "
-        "zero_prefetch_units",
+        "zero_prefetch_units profile_step_start",
         at_least=0,
     ),
     Bound(

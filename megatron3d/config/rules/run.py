@@ -56,6 +56,7 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from checkpoint_rule(given.checkpoint)
     yield from tokens_rule(train, optim, seq_length)
     yield from accumulation_rule(train, run.parallel)
+    yield from profile_rule(train, run.parallel.world_size)
 
 
 def length_rule(train: GivenTrain, optim: GivenOptim) -> Iterator[str]:
@@ -104,6 +105,23 @@ def steps_rule(train: DraftTrain, data_parallel_size: int) -> Iterator[str]:
         yield (
             f"--iterations-to-skip {' '.join(train.iterations_to_skip)} has {wrong[0]}, which is no iteration; list "
             "whole numbers, such as 0 for the first step."
+        )
+
+
+def profile_rule(train: GivenTrain, world_size: int) -> Iterator[str]:
+    """What --profile is to record exists."""
+    if not train.profile:
+        return
+    if train.profile_step_end <= train.profile_step_start:
+        yield (
+            f"--profile-step-end {train.profile_step_end} is not after --profile-step-start "
+            f"{train.profile_step_start}, so nothing would be recorded; use {train.profile_step_start + 1} or more."
+        )
+    wrong = [word for word in train.profile_ranks if not word.isdecimal() or int(word) >= world_size]
+    if wrong:
+        yield (
+            f"--profile-ranks {' '.join(train.profile_ranks)} has {wrong[0]}, which is no rank of this run; list "
+            f"whole numbers below {world_size}."
         )
 
 

@@ -112,6 +112,17 @@ class GivenTrain:
     profile_pipeline_step: int = option(
         3, "--profile-pipeline-step", "The step to record, counted from the start of this process.", unit="iterations"
     )
+    profile: bool = switch("--profile", "Write a trace of some iterations for Perfetto, and where their time went.")
+    profile_step_start: int = option(
+        10, "--profile-step-start", "The first iteration that --profile records, counted from 0.", unit="iterations"
+    )
+    profile_step_end: int = option(
+        12, "--profile-step-end", "The iteration before which --profile ends.", unit="iterations"
+    )
+    profile_ranks: tuple[str, ...] = options(
+        "--profile-ranks", "Global ranks that --profile records; rank 0 if none is given."
+    )
+    profile_dir: str = option("profile", "--profile-dir", "Folder that --profile writes to.")
 
     def skips(self, iteration: int) -> bool:
         """Whether --iterations-to-skip lists this iteration, counted from 0."""
