@@ -26,7 +26,7 @@ WAIT = "wait "  # and axis and collective, see `Waiting`
 PRODUCTS, ATTENTION, ELEMENTWISE = "products", "attention", "element-wise and reductions"
 COMMUNICATION, BUBBLE, OPTIMIZER = "exposed communication", "bubble and messages", "optimizer"
 OTHER = "Python and other"
-PARTS = (PRODUCTS, ATTENTION, ELEMENTWISE, COMMUNICATION, BUBBLE, DATA, OPTIMIZER, OTHER)
+PARTS: tuple[str, ...] = (PRODUCTS, ATTENTION, ELEMENTWISE, COMMUNICATION, BUBBLE, DATA, OPTIMIZER, OTHER)
 
 _PRODUCT_OPERATIONS = """mm bmm addmm addmm_ baddbmm baddbmm_ addbmm mv dot _linear_pointwise mkldnn_linear"""
 _WITHOUT_ARITHMETIC = """
