@@ -32,6 +32,7 @@ def main(context: RunContext) -> None:
     from megatron3d.models.zoo import architecture_of
     from megatron3d.train.joining import joined
     from megatron3d.train.loop import open_streams, train
+    from megatron3d.train.matmul import with_matmul
     from megatron3d.train.setup import build_parts
     from megatron3d.train.stopping import stop_while_starting
 
@@ -45,6 +46,7 @@ def main(context: RunContext) -> None:
         stop_while_starting(context, mesh)
 
         # Which layers: this rank's stage, its flat buffers, its part of the optimizer.
+        config = with_matmul(config, mesh, device)
         parts = build_parts(config, mesh, device, architecture_of(config.model).build_stage)
 
         # Steps, evaluations and checkpoints, from the latest checkpoint to the end.

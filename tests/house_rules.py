@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"errors"},
     "config": {"errors", "files"},
     "comm": {"errors"},
-    "params": {"errors"},
+    # The sink makes the product of a weight gradient with the kernels that the layer computes with.
+    "params": {"errors", "kernels"},
     "tensor": {"errors", "comm", "params", "kernels"},
     "nn": {"errors", "tensor", "params", "kernels", "config"},
     "models": {"errors", "nn", "tensor", "params", "config"},

@@ -6,13 +6,17 @@ The same functions exist without a registry in the file of each kernel; how one 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from megatron3d_kernels import products
 from megatron3d_kernels.activation import activation
 from megatron3d_kernels.attention import attention
 from megatron3d_kernels.cross_entropy import Sums, cross_entropy_backward, local_max, local_softmax_sums
 from megatron3d_kernels.dropout import dropout
 from megatron3d_kernels.gated_activation import fused_gated_activation, gated_activation, swiglu
+from megatron3d_kernels.launch import TRITON, TritonSupport
 from megatron3d_kernels.layer_norm import layer_norm
 from megatron3d_kernels.rms_norm import rms_norm
 from megatron3d_kernels.rotary import apply_rotary
@@ -21,6 +25,36 @@ from megatron3d_kernels.selection import Selection
 
 class Registry(Selection):
     """A selection with the kernels as methods; arguments, results and errors are those of the functions they name."""
+
+    def __init__(
+        self,
+        force: str | Mapping[str, str] | None = None,
+        *,
+        support: TritonSupport = TRITON,
+        library: str = products.TORCH,
+    ) -> None:
+        """Decide once for all calls: kernels as `Selection` does, and the library of the products ("torch", "onednn").
+
+        Raises KernelError as `Selection` does, and for a library that is unknown or not there.
+        """
+        super().__init__(force, support=support)
+        self._library = products.require_library(library)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x W^T + b, without autograd; see `products.linear`."""
+        return products.linear(x, weight, bias, library=self._library)
+
+    def input_gradient(self, grad_out: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The gradient of a linear layer's input; see `products.input_gradient`."""
+        return products.input_gradient(grad_out, weight, library=self._library)
+
+    def weight_gradient(self, grad_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+        """The gradient of a linear layer's weight; see `products.weight_gradient`."""
+        return products.weight_gradient(grad_TO, x_TI, library=self._library)
+
+    def add_weight_gradient(self, buffer_OI: torch.Tensor, grad_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
+        """The same, added to a buffer; see `products.add_weight_gradient`."""
+        products.add_weight_gradient(buffer_OI, grad_TO, x_TI, library=self._library)
 
     def layer_norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5

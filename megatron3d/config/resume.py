@@ -68,7 +68,7 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
         },
         "train": {
             Effect.REPORTED: (
-                "global_batch_size rampup_batch_size step_batch_size_schedule iterations_to_skip freeze_params"
+                "global_batch_size rampup_batch_size step_batch_size_schedule iterations_to_skip freeze_params matmul"
             ),
             # batch_size_steps is step_batch_size_schedule in samples; accumulation steps are in global_batch_size.
             Effect.FREE: (
@@ -161,15 +161,12 @@ def _depends_on_eod(run: RunConfig) -> bool:
     return data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss or data.mock_data
 
 
-def _has_dynamic_scale(run: RunConfig) -> bool:
-    return run.optim.fp16 and run.optim.loss_scale is None
-
-
 # Options that have an effect only where others say so, in both runs; else the others differ and speak for themselves.
 _RELEVANT: Mapping[Key, Callable[[RunConfig], bool]] = MappingProxyType(
     {
         ("model", "max_position_embeddings"): _has("model", "position_embedding_type", "learned_absolute"),
         **{("model", name): _IS_ROTARY for name in ("rotary_base", "rotary_percent", "rotary_interleaved")},
+        ("train", "matmul"): lambda run: run.optim.precision == "fp32" and run.parallel.device != "cuda",
         ("model", "add_qkv_bias"): _has("model", "add_bias_linear", False),
         ("model", "bert_binary_head"): lambda run: "bert_binary_head" in run.model.traits.own_options,
         ("data", "eod_token"): _depends_on_eod,
@@ -186,7 +183,7 @@ _RELEVANT: Mapping[Key, Callable[[RunConfig], bool]] = MappingProxyType(
         **{("optim", key): _has("optim", "optimizer", "muon") for _, key in EFFECTS if key.startswith("muon_")},
         ("optim", "loss_scale"): _IS_FP16,
         **{
-            ("optim", name): _has_dynamic_scale
+            ("optim", name): lambda run: run.optim.fp16 and run.optim.loss_scale is None
             for name in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
         },
     }
@@ -241,6 +238,8 @@ def _value(run: RunConfig, key: Key) -> Any:
     value = getattr(getattr(run, section), name)
     if name in ("bf16", "fp16"):
         return run.optim.precision
+    if name == "matmul":  # runs of earlier versions had no other library
+        return "mkl" if value == "auto" else value
     if name == "optimizer":
         return "adam" if value == "adamw" else value
     return _shares(value) if name == "split" else value

@@ -138,8 +138,7 @@ class BertHead(ParallelModule):
             self.transform_norm(x_PH),
             table.weight,
             self.output_bias,
-            axis=self.context.tp,
-            sink=self.context.sink,
+            context=self.context,
             input_type="local" if self.context.sequence_parallel else "I",
         )
 

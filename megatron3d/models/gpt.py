@@ -68,8 +68,7 @@ class GPTHead(nn.Module):
             self.norm(x_SBH),
             table.weight,
             None,
-            axis=context.tp,
-            sink=context.sink,
+            context=context,
             input_type="V" if context.sequence_parallel else "I",
         )
         if micro.labels_BS is None:

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from megatron3d_kernels.registry import Registry
 from torch import Tensor, nn
+
+_DEFAULT_KERNELS = Registry()
 
 
 @dataclass
@@ -66,7 +69,15 @@ class GradSink:
 
         parameter.register_post_accumulate_grad_hook(take)
 
-    def add_linear(self, weight: nn.Parameter, bias: nn.Parameter | None, grad_out: Tensor, x: Tensor | None) -> None:
+    def add_linear(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        grad_out: Tensor,
+        x: Tensor | None,
+        *,
+        kernels: Registry = _DEFAULT_KERNELS,
+    ) -> None:
         """Add the gradients of a linear layer: weight += grad_out^T x, bias += the sum of grad_out over tokens.
 
         Of a frozen weight or bias nothing is computed.
@@ -76,6 +87,7 @@ class GradSink:
             bias: [O] or None.
             grad_out: [..., O], gradient of the output.
             x: [..., I], the layer's (gathered) input; None where the weight is frozen.
+            kernels: make the product.
         """
         trained_bias = bias if bias is not None and bias.requires_grad else None
         if x is None and trained_bias is None:
@@ -85,7 +97,7 @@ class GradSink:
         def work() -> None:
             grad_TO = grad_out.reshape(-1, grad_out.shape[-1])
             if x is not None:
-                self._add_product(weight, grad_TO, x.reshape(-1, x.shape[-1]))
+                self._add_product(weight, grad_TO, x.reshape(-1, x.shape[-1]), kernels)
             if trained_bias is not None:
                 self.add(trained_bias, grad_TO.sum(0))
 
@@ -132,13 +144,13 @@ class GradSink:
         finally:
             self._deferred = outer
 
-    def _add_product(self, weight: nn.Parameter, grad_TO: Tensor, x_TI: Tensor) -> None:
+    def _add_product(self, weight: nn.Parameter, grad_TO: Tensor, x_TI: Tensor, kernels: Registry) -> None:
         destination = self._destinations.get(weight)
         buffer = None if destination is None else destination.buffer_of()
         if destination is None or buffer is None or buffer.dtype != grad_TO.dtype:
-            self.add(weight, grad_TO.t() @ x_TI)
+            self.add(weight, kernels.weight_gradient(grad_TO, x_TI))
             return
-        buffer.addmm_(grad_TO.t(), x_TI)  # accumulates inside the product: no temporary of weight size
+        kernels.add_weight_gradient(buffer, grad_TO, x_TI)  # no temporary of weight size
         destination.on_arrival()
 
     def _take_from_autograd(self, parameter: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
+from megatron3d_kernels.products import ONEDNN, TORCH
 from torch import Tensor, nn
 
 from megatron3d.comm.mesh import Axis
@@ -104,7 +105,8 @@ class StageRun:
         rank = layout.ranks_along("tp", 0)[self._tp_rank]
         tp, kv = (self._axis(name, layout.ranks_along(name, rank), rank) for name in ("tp", "kv"))
         sequence_parallel = config.parallel.sequence_parallel and tp.size > 1
-        kernels = CpuKernels() if self._on_cpu else GpuKernels()
+        library = ONEDNN if config.train.matmul == "onednn" else TORCH
+        kernels = CpuKernels(library=library) if self._on_cpu else GpuKernels()
         context = LayerContext(tp, sequence_parallel, sink, kernels, gate, kv if kv.size > 1 else None)
         model = config.model
         if not self._on_cpu:  # fused kernels draw what they drop, and keep no mask of it

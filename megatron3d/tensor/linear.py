@@ -18,13 +18,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron3d.comm import typed
 from megatron3d.comm.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
-from megatron3d.comm.mesh import Axis
-from megatron3d.params.grads import GradSink
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import Init, TpGradient
 from megatron3d.tensor.context import LayerContext
@@ -41,29 +38,30 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: nn.Parameter,
         bias: nn.Parameter | None,
-        axis: Axis,
-        sink: GradSink,
+        context: LayerContext,
         input_type: InputType,
     ) -> Tensor:
         # Under sequence parallelism only the shard is kept, and nothing where no gradient of the weight is made of it.
         ctx.save_for_backward(x if weight.requires_grad else None)
-        ctx.weight, ctx.bias, ctx.axis, ctx.sink, ctx.input_type = weight, bias, axis, sink, input_type
-        gathered = start_all_gather(x, axis).wait() if input_type == "V" else x
-        return F.linear(gathered, weight, bias)
+        ctx.weight, ctx.bias, ctx.context, ctx.input_type = weight, bias, context, input_type
+        gathered = start_all_gather(x, context.tp).wait() if input_type == "V" else x
+        return context.kernels.linear(gathered, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (x,) = ctx.saved_tensors
-        gathering = start_all_gather(x, ctx.axis) if ctx.input_type == "V" and x is not None else None
+        context: LayerContext = ctx.context
+        gathering = start_all_gather(x, context.tp) if ctx.input_type == "V" and x is not None else None
         grad_in, reducing = None, None
         if ctx.needs_input_grad[0]:  # not where everything before is frozen
-            grad_in = grad_out @ ctx.weight
+            grad_in = context.kernels.input_gradient(grad_out, ctx.weight)
             if ctx.input_type == "V":
-                reducing = start_reduce_scatter(grad_in, ctx.axis)
+                reducing = start_reduce_scatter(grad_in, context.tp)
             elif ctx.input_type == "I":
-                reducing = start_all_reduce(grad_in, ctx.axis)
-        ctx.sink.add_linear(ctx.weight, ctx.bias, grad_out, gathering.wait() if gathering else x)
-        return (reducing.wait() if reducing else grad_in), None, None, None, None, None
+                reducing = start_all_reduce(grad_in, context.tp)
+        gathered = gathering.wait() if gathering else x
+        context.sink.add_linear(ctx.weight, ctx.bias, grad_out, gathered, kernels=context.kernels)
+        return (reducing.wait() if reducing else grad_in), None, None, None, None
 
 
 def linear(
@@ -71,23 +69,23 @@ def linear(
     weight: nn.Parameter,
     bias: nn.Parameter | None,
     *,
-    axis: Axis,
-    sink: GradSink,
+    context: LayerContext,
     input_type: InputType,
 ) -> Tensor:
-    """x W^T + b, whose weight gradients go to the sink.
+    """x W^T + b, whose weight gradients go to the sink of the context.
 
     Args:
-        x: [S, B, I]; its type on the axis is `input_type`: "I" (alike on all ranks; the input gradient is summed),
-            "V" (sharded along S; gathered here, the input gradient is reduce-scattered) or "local" (this rank's own
-            input features; no communication).
+        x: [S, B, I]; its type on the tensor axis is `input_type`: "I" (alike on all ranks; the input gradient is
+            summed), "V" (sharded along S; gathered here, the input gradient is reduce-scattered) or "local" (this
+            rank's own input features; no communication).
         weight: [O, I], this rank's shard.
         bias: [O] or None.
+        context: the axis, the sink and the kernels.
 
     Returns:
         [S, B, O] with the whole S.
     """
-    return _Linear.apply(x, weight, bias, axis, sink, input_type)
+    return _Linear.apply(x, weight, bias, context, input_type)
 
 
 class ColumnParallelLinear(ParallelModule):
@@ -121,9 +119,7 @@ class ColumnParallelLinear(ParallelModule):
     def forward(self, x_SBI: Tensor) -> Tensor:
         """[S, B, I] (S local under sequence parallelism) to [S, B, O/tp]."""
         input_type: InputType = "V" if self.context.sequence_parallel else "I"
-        return linear(
-            x_SBI, self.weight, self.bias, axis=self.context.tp, sink=self.context.sink, input_type=input_type
-        )
+        return linear(x_SBI, self.weight, self.bias, context=self.context, input_type=input_type)
 
 
 class RowParallelLinear(ParallelModule):
@@ -147,8 +143,7 @@ class RowParallelLinear(ParallelModule):
 
     def forward(self, x_SBI: Tensor) -> Tensor:
         """[S, B, I/tp] to [S, B, O] (S local under sequence parallelism)."""
-        axis, sink = self.context.tp, self.context.sink
-        partial_SBO = linear(x_SBI, self.weight, None, axis=axis, sink=sink, input_type="local")
+        partial_SBO = linear(x_SBI, self.weight, None, context=self.context, input_type="local")
         y_SBO = to_residual(partial_SBO, self.context)
         return y_SBO if self.bias is None else y_SBO + self.bias
 
@@ -182,7 +177,7 @@ class ReplicatedLinear(ParallelModule):
 
     def forward(self, x_SBI: Tensor) -> Tensor:
         """[..., I] to [..., O]; gradients of the input have the type that those of the output have."""
-        return linear(x_SBI, self.weight, self.bias, axis=self.context.tp, sink=self.context.sink, input_type="local")
+        return linear(x_SBI, self.weight, self.bias, context=self.context, input_type="local")
 
 
 def to_residual(partial_SBH: Tensor, context: LayerContext) -> Tensor:

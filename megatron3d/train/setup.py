@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from megatron3d_kernels.products import ONEDNN, TORCH
 from megatron3d_kernels.registry import Registry
 
 from megatron3d.comm.mesh import Mesh
@@ -133,7 +134,8 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
     """
     sink, gate = GradSink(), WeightGate()
     sequence_parallel = config.parallel.sequence_parallel and mesh.tp.size > 1
-    context = LayerContext(mesh.tp, sequence_parallel, sink, Registry(), gate, kv=mesh.kv if mesh.kv.size > 1 else None)
+    kernels = Registry(library=ONEDNN if config.train.matmul == "onednn" else TORCH)
+    context = LayerContext(mesh.tp, sequence_parallel, sink, kernels, gate, kv=mesh.kv if mesh.kv.size > 1 else None)
     plan = plan_of(config)
     stages = {
         stage: builder(config.model, config.train, part_of(plan, stage), context)

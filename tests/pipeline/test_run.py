@@ -22,6 +22,7 @@ from megatron3d.pipeline.lower import lower
 from megatron3d.pipeline.orders.named import build_schedule
 from megatron3d.pipeline.run import Backward, Wire, run
 from megatron3d.pipeline.schedule import Op, Schedule, Step, check
+from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.linear import linear
 from tests.dist.pool import Pool
 
@@ -55,7 +56,7 @@ class ToyStage(nn.Module):
 
     def __init__(self, stage: int, num_stages: int, axis: Axis, sink: GradSink) -> None:
         super().__init__()
-        self.axis, self.sink = axis, sink
+        self.context = LayerContext(axis, False, sink)
         self.is_first, self.is_last = stage == 0, stage == num_stages - 1
         self.weight = nn.Parameter(random(H, H, seed=stage))
         self.scale = nn.Parameter(random(H, seed=100 + stage))
@@ -63,7 +64,7 @@ class ToyStage(nn.Module):
     def forward(self, x: Tensor | None, micro: Micro) -> Tensor:
         assert (x is None) == self.is_first, "only the first stage starts from the micro-batch"
         start = micro.x if x is None else x
-        y = linear(start, self.weight, None, axis=self.axis, sink=self.sink, input_type="local").tanh() * self.scale
+        y = linear(start, self.weight, None, context=self.context, input_type="local").tanh() * self.scale
         return LOSS_FACTOR * (y - micro.target).square().sum() if self.is_last else y + start
 
 

@@ -26,6 +26,7 @@ ONE: dict[str, Case] = {
     "gpt dropout bf16 selective": ("gpt", f"{GPT} {DROPOUT} --bf16 {SELECTIVE}"),
     "gpt dropout full": ("gpt", f"{GPT} {DROPOUT} {FULL}"),
     "llama": ("gpt", LLAMA),
+    "llama onednn": ("gpt", f"{LLAMA} --matmul onednn"),
     "llama bf16": ("gpt", f"{LLAMA} --bf16"),
     "llama bf16 selective": ("gpt", f"{LLAMA} --bf16 {SELECTIVE}"),
     "llama full": ("gpt", f"{LLAMA} {FULL}"),

@@ -51,6 +51,7 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from moments_rule(optim)
     yield from implementation_rule(optim, run.parallel.device)
     yield from recompute_rule(train, run.train)
+    yield from matmul_rule(train, optim, run.parallel.device)
     yield from data_rule(run.data)
     yield from tokenizer_rule(given.data, run.data, given.model.vocab_size)
     yield from checkpoint_rule(given.checkpoint)
@@ -287,6 +288,16 @@ def recompute_rule(given: GivenTrain, train: GivenTrain) -> Iterator[str]:
         )
     if train.recompute_method == "block" and granularity == "full" and given.recompute_num_layers is None:
         yield "--recompute-method block needs --recompute-num-layers, the layers of each stage to recompute; give it."
+
+
+def matmul_rule(train: GivenTrain, optim: GivenOptim, device: str | None) -> Iterator[str]:
+    """oneDNN is there for products of fp32 matrices on a CPU."""
+    if train.matmul != "onednn":
+        return
+    if optim.precision != "fp32":
+        yield f"--matmul onednn is for products in fp32, not --{optim.precision}; drop one of them."
+    if device == "cuda":
+        yield "--matmul onednn is for products on a CPU, and --device is cuda; drop it, or use --device cpu."
 
 
 def data_rule(data: DataConfig) -> Iterator[str]:

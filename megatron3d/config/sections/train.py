@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from megatron3d.config.fields import option, options, switch
 
+MATMUL_CHOICES = ("auto", "onednn", "mkl")
+
 
 @dataclass(frozen=True)
 class GivenTrain:
@@ -102,6 +104,12 @@ class GivenTrain:
         "--recompute-num-layers",
         "Layers of a group (uniform, default 1) or layers recomputed (block).",
         also=("--checkpoint-num-layers", "--activations-checkpoint-num-layers"),
+    )
+    matmul: str = option(
+        "auto",
+        "--matmul",
+        "The library of fp32 products on a CPU: torch's own (mkl), oneDNN, or by a measurement at the first start.",
+        choices=MATMUL_CHOICES,
     )
     peak_tflops: float | None = option(
         None, "--peak-tflops", "Peak of one device, for MFU where the device is not known.", unit="TFLOP/s"

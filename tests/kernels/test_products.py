@@ -1,0 +1,115 @@
+"""The three products of a linear layer through either library, against float64, and what they allocate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron3d_kernels import KernelError, Registry, products
+from torch import Tensor
+
+from tests.planner.measured import allocations_of
+
+SIZES = st.integers(0, 70)
+STRIDES = ("dense", "transposed", "every other column", "every other row")
+NOISE = 3e-6  # share of the largest possible sum that fp32 rounding of up to 70 terms may be off by
+
+
+def laid_out(rows: int, columns: int, how: str, seed: int) -> Tensor:
+    """A random fp32 matrix [rows, columns] with these strides."""
+    draw = torch.Generator().manual_seed(seed)
+    if how == "transposed":
+        return torch.randn(columns, rows, generator=draw).t()
+    if how == "every other column":
+        return torch.randn(rows, 2 * columns, generator=draw)[:, ::2]
+    if how == "every other row":
+        return torch.randn(2 * rows, columns, generator=draw)[::2]
+    return torch.randn(rows, columns, generator=draw)
+
+
+def assert_near(found: Tensor, wanted: Tensor, largest: Tensor) -> None:
+    """Equal but for the rounding of sums whose terms add up to `largest` at most."""
+    assert found.dtype == torch.float32 and found.shape == wanted.shape
+    assert bool(((found.double() - wanted).abs() <= NOISE * (1 + largest)).all())
+
+
+@pytest.mark.parametrize("library", products.LIBRARIES)
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=SIZES, inputs=SIZES, outputs=SIZES, how=st.tuples(*[st.sampled_from(STRIDES)] * 3), has_bias=st.booleans()
+)
+def test_products_equal_float64_at_every_shape_and_stride(
+    library: str, tokens: int, inputs: int, outputs: int, how: tuple[str, str, str], has_bias: bool
+) -> None:
+    kernels = Registry(library=library)
+    x, grad = laid_out(tokens, inputs, how[0], 1), laid_out(tokens, outputs, how[1], 2)
+    weight, buffer = laid_out(outputs, inputs, how[2], 3), laid_out(outputs, inputs, "dense", 4)
+    bias = torch.randn(outputs, generator=torch.Generator().manual_seed(5)) if has_bias else None
+    wide_x, wide_grad, wide_weight = x.double(), grad.double(), weight.double()
+    shift = torch.zeros(outputs).double() if bias is None else bias.double()
+    largest = wide_x.abs() @ wide_weight.t().abs() + shift.abs()
+    assert_near(kernels.linear(x, weight, bias), wide_x @ wide_weight.t() + shift, largest)
+    largest = wide_grad.abs() @ wide_weight.abs()
+    assert_near(kernels.input_gradient(grad, weight), wide_grad @ wide_weight, largest)
+    wanted, largest = wide_grad.t() @ wide_x, wide_grad.t().abs() @ wide_x.abs()
+    assert_near(kernels.weight_gradient(grad, x), wanted, largest)
+    before = buffer.double()
+    kernels.add_weight_gradient(buffer, grad, x)
+    assert_near(buffer, before + wanted, before.abs() + largest)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(130, 9000), (9000, 130), (2048, 2048)])
+def test_a_weight_gradient_of_many_blocks_is_the_whole_product(inputs: int, outputs: int) -> None:
+    """Wide enough that both orientations take more than one block."""
+    x, grad = laid_out(40, inputs, "dense", 1), laid_out(40, outputs, "dense", 2)
+    buffer = torch.ones(outputs, inputs)
+    Registry(library="onednn").add_weight_gradient(buffer, grad, x)
+    assert_near(buffer, 1 + grad.t().double() @ x.double(), 1 + grad.t().abs().double() @ x.abs().double())
+
+
+def test_onednn_makes_no_copy_of_weights_and_no_temporary_of_their_size() -> None:
+    kernels, tokens, inputs, outputs = Registry(library="onednn"), 64, 1024, 4096
+    x, grad, weight = torch.ones(tokens, inputs), torch.ones(tokens, outputs), torch.ones(outputs, inputs)
+    buffer = torch.zeros_like(weight)
+    spare = 1 << 16  # of small scratch inside oneDNN
+    scratch = tokens * (inputs + outputs) * 4 + spare
+    assert allocations_of(lambda: kernels.linear(x, weight, None)).peak <= grad.nbytes + scratch
+    assert allocations_of(lambda: kernels.input_gradient(grad, weight)).peak <= x.nbytes + scratch
+    # A copy of the narrower operand and one block of the product.
+    seen = allocations_of(lambda: kernels.add_weight_gradient(buffer, grad, x))
+    assert seen.peak <= x.nbytes + 4 * (1 << 20) + scratch < weight.nbytes
+
+
+def test_what_onednn_gives_may_be_written_to_in_an_autograd_function() -> None:
+    """As the loss does with the logits: autograd forbids it of a view that a function returns."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return Registry(library="onednn").linear(x, 2 * torch.eye(3), None)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * grad
+
+    x = torch.ones(2, 2, 3, requires_grad=True)
+    Doubled.apply(x).mul_(3).sum().backward()
+    assert torch.equal(x.grad, torch.full((2, 2, 3), 6.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_torchs_whatever_is_asked_for(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(5, 7, dtype=dtype), torch.randn(3, 7, dtype=dtype)
+    found = [Registry(library=library).linear(x, weight, None) for library in products.LIBRARIES]
+    assert torch.equal(*found) and found[0].dtype == dtype
+
+
+def test_a_library_that_is_unknown_or_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KernelError, match="no library 'blas' for products; use one of torch, onednn"):
+        Registry(library="blas")
+    monkeypatch.setattr(products, "has_onednn", lambda: False)
+    with pytest.raises(KernelError, match="need a torch that is built with oneDNN"):
+        Registry(library="onednn")
