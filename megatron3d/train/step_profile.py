@@ -28,13 +28,13 @@ COMMUNICATION, BUBBLE, OPTIMIZER = "exposed communication", "bubble and messages
 OTHER = "Python and other"
 PARTS: tuple[str, ...] = (PRODUCTS, ATTENTION, ELEMENTWISE, COMMUNICATION, BUBBLE, DATA, OPTIMIZER, OTHER)
 
-_PRODUCT_OPERATIONS = """mm bmm addmm addmm_ baddbmm baddbmm_ addbmm mv dot _linear_pointwise mkldnn_linear"""
-_WITHOUT_ARITHMETIC = """
+_PRODUCT_OPERATIONS: str = "mm bmm addmm addmm_ baddbmm baddbmm_ addbmm mv dot _linear_pointwise mkldnn_linear"
+_WITHOUT_ARITHMETIC: str = """
     empty empty_like empty_strided view _unsafe_view reshape as_strided slice select transpose t permute expand detach
     detach_ unsqueeze squeeze unbind split split_with_sizes narrow flatten alias resize_ item _local_scalar_dense
     lift_fresh resolve_conj resolve_neg result_type is_nonzero matmul linear
 """
-_PART_BY_OPERATION = dict.fromkeys(_PRODUCT_OPERATIONS.split(), PRODUCTS)
+_PART_BY_OPERATION: dict[str, str] = dict.fromkeys(_PRODUCT_OPERATIONS.split(), PRODUCTS)
 _PART_BY_OPERATION |= dict.fromkeys(_WITHOUT_ARITHMETIC.split(), OTHER)
 _WITH_ALL_INSIDE = frozenset({DATA, ATTENTION, OPTIMIZER, COMMUNICATION, BUBBLE})
 
