@@ -21,12 +21,12 @@ the caller's autograd function is made of these pieces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from megatron3d_kernels.launch import KernelError, as_rows, block_of, compute_dtype, jit, launch, tl
+from megatron3d_kernels.launch import KernelError, as_rows, block_of, compute_dtype, jit, launch, row_chunks, tl
 from megatron3d_kernels.selection import DEFAULT_SELECTION, Kernel, Selection
 
 MAX_BLOCK = 4096
@@ -153,13 +153,6 @@ def _per_row(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.reshape(-1).contiguous()
 
 
-def _row_chunks(logits: torch.Tensor) -> Iterator[slice]:
-    """Slices of rows of at most CHUNK_ELEMENTS logits, at least one row each."""
-    num_rows, num_columns = logits.shape
-    step = max(1, CHUNK_ELEMENTS // max(1, num_columns))
-    return (slice(first, first + step) for first in range(0, num_rows, step))
-
-
 def _local_column(target: torch.Tensor, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
     """Column of each row's target, 0 where it is elsewhere, and whether it is here."""
     column = target - shard.start
@@ -189,7 +182,7 @@ def _reference_sums(logits: torch.Tensor, target: torch.Tensor, shard: Shard, ov
     valid = logits[:, : shard.num_valid]
     column, here = _local_column(target, shard)
     target_logit = valid.gather(1, column[:, None]).squeeze(1).to(dtype)
-    for rows in _row_chunks(logits):
+    for rows in row_chunks(logits, CHUNK_ELEMENTS):
         # A row of minus infinities is counted from the lowest finite number, so that it gives zeros.
         torch.clamp(valid[rows].amax(-1).to(dtype), min=torch.finfo(dtype).min, out=row_max[rows])
         exponentials = (valid[rows] - row_max[rows, None]).exp_()
@@ -214,7 +207,7 @@ def _reference_backward(
     grad_loss = rows.grad_loss.to(dtype)
     scale = grad_loss / rows.sum_exp
     at_target = (rows.target_logit - rows.row_max).exp() * scale - grad_loss
-    for some in _row_chunks(logits):
+    for some in row_chunks(logits, CHUNK_ELEMENTS):
         chunk = logits[some, : shard.num_valid]
         if not overwritten:
             chunk = (chunk - rows.row_max[some, None].to(dtype)).exp_()

@@ -8,7 +8,7 @@ The selection (`selection.py`) decides when Triton runs; this file only makes it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,10 @@ else:
 
 MAX_BLOCK = 65536
 """Widest row, in elements, that a kernel keeps in registers at once."""
+
+
+NORM_CHUNK_ELEMENTS = 1 << 16
+"""Elements that the norms widen at a time on a CPU: 256 KiB in fp32, which stay in the cache of a core."""
 
 
 class KernelError(ValueError):
@@ -83,6 +87,13 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     if x.stride(-1) != 1 and num_columns > 1:
         x = x.contiguous()
     return x.reshape(math.prod(x.shape[:-1]), num_columns)
+
+
+def row_chunks(rows: torch.Tensor, elements: int) -> Iterator[slice]:
+    """Slices of rows [R, C] of at most `elements` elements, at least one row each."""
+    num_rows, num_columns = rows.shape
+    step = max(1, elements // max(1, num_columns))
+    return (slice(first, first + step) for first in range(0, num_rows, step))
 
 
 def block_of(num_columns: int, *, limit: int = MAX_BLOCK) -> int:

@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from megatron3d_kernels.launch import as_rows, compute_dtype, jit, launch, num_warps_for, tl, whole_row_block
+from megatron3d_kernels.launch import (
+    NORM_CHUNK_ELEMENTS,
+    as_rows,
+    compute_dtype,
+    jit,
+    launch,
+    num_warps_for,
+    row_chunks,
+    tl,
+    whole_row_block,
+)
 from megatron3d_kernels.selection import DEFAULT_SELECTION, Kernel, Selection
 
 BACKWARD_PROGRAMS = 512
@@ -42,13 +52,52 @@ def _reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     """torch's own kernel; parameters of another dtype than x are not rounded to x's.
 
     On CPU that kernel keeps statistics and sums weight gradients in bf16 or fp16 where x has that dtype, an error of
-    several roundings, so narrow tensors are widened around it there.
+    several roundings, so narrow tensors are taken in chunks there.
     """
     dtype = compute_dtype(x.dtype)
-    if weight.dtype == x.dtype and (x.dtype == dtype or x.is_cuda):
+    if x.dtype != dtype and not x.is_cuda:
+        return _LayerNormByChunks.apply(x, weight, bias, eps)
+    if weight.dtype == x.dtype:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     shift = None if bias is None else bias.to(dtype)
     return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), shift, eps).to(x.dtype)
+
+
+class _LayerNormByChunks(torch.autograd.Function):
+    """For bf16 and fp16 on a CPU: saves what `_LayerNorm` does; only a chunk of rows is ever held in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """torch's kernel for narrow rows with wide parameters, whose statistics are wide."""
+        scale, shift = weight.float(), None if bias is None else bias.float()
+        y, mean, inverse_std = torch.native_layer_norm(x, weight.shape, scale, shift, eps)
+        ctx.save_for_backward(x, weight, mean.view(-1, 1), inverse_std.view(-1, 1))
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """torch's kernel on a widened chunk at a time; it would add up the gradients of parameters in x's dtype."""
+        x, weight, mean, inverse_std = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        rows, grad_rows, scale = as_rows(x), as_rows(grad_y), weight.float()
+        grad_x = x.new_empty(rows.shape) if need_x else None
+        grad_weight, grad_bias = torch.zeros_like(scale), torch.zeros_like(scale)
+        needs = [need_x, need_weight, need_bias]
+        for some in row_chunks(rows, NORM_CHUNK_ELEMENTS):
+            wide_rows = (grad_rows[some].float(), rows[some].float())
+            parameters = (weight.shape, mean[some], inverse_std[some], scale, scale if need_bias else None)
+            of_x, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(*wide_rows, *parameters, needs)
+            if grad_x is not None:
+                grad_x[some] = of_x
+            if need_weight:
+                grad_weight += of_weight
+            if need_bias:
+                grad_bias += of_bias
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
+        grad_shift = grad_bias.to(ctx.bias_dtype) if need_bias else None
+        return grad_x, grad_weight.to(weight.dtype) if need_weight else None, grad_shift, None
 
 
 def _triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:

@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from megatron3d_kernels.launch import as_rows, compute_dtype, jit, launch, num_warps_for, tl, whole_row_block
+from megatron3d_kernels.launch import (
+    NORM_CHUNK_ELEMENTS,
+    as_rows,
+    compute_dtype,
+    jit,
+    launch,
+    num_warps_for,
+    row_chunks,
+    tl,
+    whole_row_block,
+)
 from megatron3d_kernels.selection import DEFAULT_SELECTION, Kernel, Selection
 
 BACKWARD_PROGRAMS = 512
@@ -34,11 +44,58 @@ def rms_norm(
 
 
 def _reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """torch's own function, which computes in fp32; a weight of another dtype is not rounded to x's."""
+    """torch's own function on a GPU, which computes in fp32; a weight of another dtype is not rounded to x's.
+
+    On a CPU torch composes it of whole tensors, and its backward of many more, so the rows are taken in chunks there.
+    """
+    if not x.is_cuda:
+        return _RMSNormByChunks.apply(x, weight, eps)
     if weight.dtype == x.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
     dtype = compute_dtype(x.dtype)
     return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps).to(x.dtype)
+
+
+class _RMSNormByChunks(torch.autograd.Function):
+    """Saves what `_RMSNorm` does; only a chunk of rows is ever held in the dtype of the arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Some rows at a time."""
+        rows, dtype = as_rows(x), compute_dtype(x.dtype)
+        scale = weight.to(dtype)
+        y = x.new_empty(rows.shape)
+        inverse_rms = x.new_empty(len(rows), 1, dtype=dtype)
+        for some in row_chunks(rows, NORM_CHUNK_ELEMENTS):
+            wide = rows[some].to(dtype)
+            norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+            inverse_rms[some] = norm.square_().div_(rows.shape[1]).add_(eps).rsqrt_()
+            y[some] = (wide * inverse_rms[some]).mul_(scale)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Both gradients of the same rows at a time; the weight's is added up in the dtype of the arithmetic."""
+        x, weight, inverse_rms = ctx.saved_tensors
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        rows, grad_rows, dtype = as_rows(x), as_rows(grad_y), compute_dtype(x.dtype)
+        scale = weight.to(dtype)
+        grad_x = x.new_empty(rows.shape) if need_x else None
+        grad_weight = torch.zeros_like(scale)
+        for some in row_chunks(rows, NORM_CHUNK_ELEMENTS):
+            normalized = rows[some] * inverse_rms[some]
+            wide_grad = grad_rows[some].to(dtype)
+            product = wide_grad * normalized
+            if need_weight:
+                grad_weight += product.sum(0)
+            if grad_x is not None:
+                mean_projected = torch.mv(product, scale).div_(rows.shape[1]).unsqueeze(1)
+                scaled = wide_grad * scale
+                grad_x[some] = scaled.addcmul_(normalized, mean_projected, value=-1).mul_(inverse_rms[some])
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
+        return grad_x, grad_weight.to(weight.dtype) if need_weight else None, None
 
 
 def _triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

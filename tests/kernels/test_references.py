@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from megatron3d_kernels import ACTIVATIONS, GATED_ACTIVATIONS, KernelError, Registry
 from megatron3d_kernels import cross_entropy as cross_entropy_file
+from megatron3d_kernels import layer_norm as layer_norm_file
+from megatron3d_kernels import rms_norm as rms_norm_file
 
 from tests.kernels.kernel_cases import CASES, DTYPES, assert_close, gate_formula, sharded_cross_entropy
 
@@ -26,6 +28,14 @@ def test_reference_equals_the_float64_formula(case: str, dtype: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_default_registry_gives_the_same_on_cpu(case: str) -> None:
     CASES[case](CPU, torch.float32, Registry())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_several_chunks_of_rows_equal_the_float64_formula(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in (layer_norm_file, rms_norm_file):
+        monkeypatch.setattr(file, "NORM_CHUNK_ELEMENTS", 4 * 37)  # six rows of 37: a full chunk and a part of one
+    for case in ("layer_norm_3x2x37", "rms_norm_3x2x37"):
+        CASES[case](CPU, DTYPES[dtype], REFERENCE)
 
 
 def test_rotary_equals_hugging_face_llama() -> None:
