@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron3d.errors import DataError
 from tools.bench import compare, scaling
+from tools.bench.peers import megatron3d_samples, torch_samples
+from tools.bench.peers.start import PeerFailed
 from tools.bench.peers.work import LAYOUTS, Peer, Work, find_peers
 from tools.bench.rounds import TurnFailed, speed_ratio, take_turns
+from tools.bench.samples import write_corpus
+from tools.bench.startup import first_loss_after_s
 from tools.bench.tables import Table, write_tables
 
 TINY = Work(
@@ -55,6 +60,25 @@ def test_each_layout_reads_every_sequence_of_a_step_once() -> None:
         work = Work(micro_batch=8, ranks=4, layout=layout)
         data_ranks = work.ranks // (work.tensor_ranks * work.pipeline_ranks)
         assert data_ranks * work.num_micro_batches * work.micro_batch_size == work.num_sequences == 32, layout
+
+
+def test_samples_are_read_from_the_corpus_that_is_written(tmp_path: Path) -> None:
+    work = replace(TINY, corpus=str(tmp_path / "corpus"))
+    write_corpus(work, num_documents=20)
+    for peer in (torch_samples, megatron3d_samples):
+        peer.build(work).step()
+    Path(f"{work.corpus}.bin").unlink()
+    for peer in (torch_samples, megatron3d_samples):
+        with pytest.raises((OSError, DataError), match="corpus"):
+            peer.build(work).step()
+
+
+@pytest.mark.heavy
+def test_the_training_script_is_timed_until_its_first_loss_and_named_if_it_ends_without(tmp_path: Path) -> None:
+    (ours,) = find_peers(["megatron3d"])
+    assert 0.1 < first_loss_after_s(ours, TINY) < 600
+    with pytest.raises(PeerFailed, match=r"megatron3d: rank 0 ended with code 2: .*hidden"):
+        first_loss_after_s(ours, replace(TINY, hidden_size=33))
 
 
 def test_rounds_alternate_their_order_and_leave_out_who_fails() -> None:

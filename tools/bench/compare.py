@@ -2,7 +2,7 @@
 
     python -m tools.bench.compare                              print them
     python -m tools.bench.compare --write                      put them into docs/benchmarks.md too
-    python -m tools.bench.compare --dtype bf16 --peers torch megatron3d --rounds 3
+    python -m tools.bench.compare --what step --dtype bf16 --peers torch megatron3d --rounds 3
 
 Every peer is a process of its own, so that its peak memory is its own and its crash ends nobody else; the peers take
 turns. One that is not installed is named with the line that installs it. What is equal: tokens, shape, dropout 0, no
@@ -13,22 +13,28 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tools.bench.peers.work import OURS, PEERS, Peer, Work, find_peers
+from tools.bench.peers.work import OURS, PEERS, PEERS_OF_SAMPLES, PEERS_ON_RANKS, Peer, Work, find_peers
 from tools.bench.rounds import speed_ratio
+from tools.bench.samples import compare_samples
+from tools.bench.startup import add_startup, startup_table
 from tools.bench.steps import add_work_options, describe, split_installed, time_steps, work_of
 from tools.bench.tables import Table, write_tables
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 COLUMNS = ("peer", "version", "tokens/s", "best", "megatron3d to it", "peak MiB", "M parameters")
+WHAT = ("step", "samples", "startup")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_work_options(p, threads=2, rounds=5, peers=PEERS)
+    p.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="default all")
+    p.add_argument("--documents", type=int, default=100_000, help="of the corpus of samples (default 100,000)")
     return p
 
 
@@ -36,13 +42,12 @@ def main() -> int:
     """Measure, print, and write the page where asked; 1 if a peer failed."""
     args = parser().parse_args()
     try:
-        peers = find_peers(args.peers)
+        peers = find_peers(args.peers, PEERS + PEERS_ON_RANKS)
     except ValueError as error:
         parser().error(str(error))
     tables, failures = [], []
-    for dtype in args.dtype:
-        table, failed = compare_steps(peers, work_of(args, dtype), num_rounds=args.rounds, num_steps=args.steps)
-        print(table, flush=True)
+    for table, failed in measure(args, [peer.name for peer in peers]):
+        print(table, end="\n\n", flush=True)
         tables.append(table)
         failures += failed
     for failure in failures:
@@ -50,6 +55,27 @@ def main() -> int:
     if args.write:
         write_tables(PAGE, tables)
     return 1 if failures else 0
+
+
+def measure(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[Table, list[str]]]:
+    """The tables that were asked for, each with the messages of the peers that failed in it."""
+    rounds = {"num_rounds": args.rounds}
+    if "step" in args.what:
+        for dtype in args.dtype:
+            yield compare_steps(named(names, PEERS), work_of(args, dtype), **rounds, num_steps=args.steps)
+    if "samples" in args.what:
+        peers = named(names, PEERS_OF_SAMPLES)
+        yield compare_samples(peers, work_of(args, "fp32"), **rounds, num_documents=args.documents)
+    if "startup" in args.what:
+        table = startup_table(args.rounds)
+        one = [peer for peer in named(names, PEERS) if not peer.compiled]
+        two = [peer for peer in named(names, PEERS_ON_RANKS) if "dp" in peer.layouts]
+        yield table, add_startup(table, one, 1, args.rounds) + add_startup(table, two, 2, args.rounds)
+
+
+def named(names: list[str], peers: tuple[Peer, ...]) -> list[Peer]:
+    """Those of the peers that have one of the names."""
+    return [peer for peer in peers if peer.name in names]
 
 
 def compare_steps(peers: list[Peer], work: Work, *, num_rounds: int, num_steps: int) -> tuple[Table, list[str]]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import deepspeed
 
 from tools.bench.peers.plain_torch import PlainGPT
-from tools.bench.peers.trainee import LEARNING_RATE, WEIGHT_DECAY, Trainee, cross_entropy, own_sequences
-from tools.bench.peers.work import Work
+from tools.bench.peers.trainee import Trainee, cross_entropy, own_sequences
+from tools.bench.peers.work import LEARNING_RATE, WEIGHT_DECAY, Work
 
 
 def build(work: Work) -> Trainee:

@@ -18,8 +18,9 @@ from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.planner.layout import layout_of
 from megatron3d.train.setup import build_parts
 from megatron3d.train.step import Rates, train_step
-from tools.bench.peers.trainee import LEARNING_RATE, WEIGHT_DECAY, Trainee, own_sequences
-from tools.bench.peers.work import Work
+from tools.bench.peers.megatron3d_flags import flags_of
+from tools.bench.peers.trainee import Trainee, own_sequences
+from tools.bench.peers.work import LEARNING_RATE, WEIGHT_DECAY, Work
 
 DEVICE = torch.device("cpu")
 
@@ -27,7 +28,7 @@ DEVICE = torch.device("cpu")
 def build(work: Work) -> Trainee:
     """The model of this rank with its optimizer."""
     join(read_launch(), DEVICE, timeout=timedelta(minutes=5))
-    config = resolve(parse_args(_flags(work), program="compare", description=""), work.ranks)
+    config = resolve(parse_args(flags_of(work), program="compare", description=""), work.ranks)
     mesh = make_mesh(layout_of(config.parallel))
     parts = build_parts(config, mesh, DEVICE, build_gpt_stage)
     tokens_BS, labels_BS = own_sequences(work)
@@ -47,16 +48,3 @@ def _sent_bytes(mesh: Mesh) -> dict[str, float]:
     counts = mesh.meter.read().items()
     sent = {(axis, name): wire_bytes(name, payload, mesh.axis(axis).size) for (axis, name), (_, payload) in counts}
     return {f"{axis} {name.replace('_', '-')}": count for (axis, name), count in sent.items() if count}
-
-
-def _flags(work: Work) -> list[str]:
-    flags = (
-        f"--num-layers {work.num_layers} --hidden-size {work.hidden_size} --seq-length {work.seq_length} "
-        f"--num-attention-heads {work.num_attention_heads} --vocab-size {work.vocab_size} --mock-data "
-        f"--micro-batch-size {work.micro_batch_size} --global-batch-size {work.num_sequences} --train-iters 1 "
-        f"--lr {LEARNING_RATE} --clip-grad 0 --hidden-dropout 0 --attention-dropout 0 --activation gelu --device cpu "
-        f"--zero-stage {work.zero_stage} --tensor-model-parallel-size {work.tensor_ranks} "
-        f"--pipeline-model-parallel-size {work.pipeline_ranks}"
-    )
-    sequence_parallel = ["--sequence-parallel"] if work.layout == "tp_sp" else []
-    return flags.split() + sequence_parallel + (["--bf16"] if work.dtype == "bf16" else [])

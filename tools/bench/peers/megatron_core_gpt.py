@@ -19,8 +19,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from tools.bench.peers.trainee import LEARNING_RATE, WEIGHT_DECAY, Trainee, tokens_and_labels
-from tools.bench.peers.work import Work
+from tools.bench.peers.trainee import Trainee, tokens_and_labels
+from tools.bench.peers.work import LEARNING_RATE, WEIGHT_DECAY, Work
 
 
 class MasterAdamW:

@@ -19,8 +19,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
 from tools.bench.peers.megatron_core_gpt import config_of, gpt_model, use_cpu_as_the_device
-from tools.bench.peers.trainee import LEARNING_RATE, WEIGHT_DECAY, Trainee, own_sequences
-from tools.bench.peers.work import Work
+from tools.bench.peers.trainee import Trainee, own_sequences
+from tools.bench.peers.work import LEARNING_RATE, WEIGHT_DECAY, Work
 
 Losses = tuple[torch.Tensor, dict[str, torch.Tensor]]
 

@@ -1,4 +1,4 @@
-"""The process of a peer: builds it, then makes as many steps as each line of its standard input asks for.
+"""The process of a peer: builds it, makes a step, then as many as each line of its standard input asks for.
 
 Started by `start.py` as `python -m tools.bench.peers.serve MODULE WORK`. Answers are JSON lines on what standard output
 was at the start; whatever the framework itself prints goes to standard error.
@@ -16,7 +16,6 @@ from typing import TextIO
 
 from tools.bench.peers.work import Work
 
-WARM_UP_STEPS = 2
 RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
 
 
@@ -30,8 +29,8 @@ def main() -> None:
     torch.set_num_threads(work.threads)
     torch.manual_seed(0)
     trainee = importlib.import_module(module).build(work)
-    first_loss, *_ = [trainee.step() for _ in range(WARM_UP_STEPS)]
-    _answer(answers, parameters=trainee.num_parameters, first_loss=first_loss)
+    _answer(answers, parameters=trainee.num_parameters, first_loss=trainee.step())
+    trainee.step()  # The second step is the first that finds everything allocated; it is not timed either.
     for line in sys.stdin:
         seconds, loss = [], 0.0
         for _ in range(int(line)):

@@ -18,16 +18,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from tools.bench.peers.plain_torch import PlainGPT
-from tools.bench.peers.trainee import (
-    LEARNING_RATE,
-    WEIGHT_DECAY,
-    Trainee,
-    autocast,
-    cross_entropy,
-    fused_adamw,
-    own_sequences,
-)
-from tools.bench.peers.work import Work
+from tools.bench.peers.trainee import Trainee, autocast, cross_entropy, fused_adamw, own_sequences
+from tools.bench.peers.work import LEARNING_RATE, WEIGHT_DECAY, Work
 
 
 def build(work: Work) -> Trainee:

@@ -1,18 +1,21 @@
-"""What a peer's module builds: a model that can be asked for training steps, on the same random tokens as all."""
+"""What a peer's module builds: something that can be asked for steps, on the same random tokens as all others.
+
+Where samples are compared, a step reads SAMPLES_PER_STEP of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from tools.bench.peers.work import Work
-
-LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+from tools.bench.peers.work import LEARNING_RATE, SAMPLES_PER_STEP, WEIGHT_DECAY, Work
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,18 @@ def own_sequences(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
     end = begin + work.micro_batch if work.is_data_parallel else work.num_sequences
     tokens_NS, labels_NS = tokens_and_labels(work)
     return tokens_NS[begin:end], labels_NS[begin:end]
+
+
+def num_samples(work: Work) -> int:
+    """Samples of one epoch of the work's corpus, of 16-bit tokens; the last one is left out, it may be short."""
+    return Path(f"{work.corpus}.bin").stat().st_size // 2 // work.seq_length - 1
+
+
+def sample_numbers(work: Work) -> Iterator[int]:
+    """Which samples are read, at random and without end."""
+    random = np.random.default_rng(1)
+    while True:
+        yield from random.integers(num_samples(work), size=SAMPLES_PER_STEP).tolist()
 
 
 def cross_entropy(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:

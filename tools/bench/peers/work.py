@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 OURS = "megatron3d"
 LAYOUTS = ("dp", "zero1", "zero2", "zero3", "tp", "tp_sp", "pp")
 PIPELINE_SPLIT = 4
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+SAMPLES_PER_STEP = 2000
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Work:
         layout: how ranks divide the work: "dp", "zero1", "zero2", "zero3", "tp", "tp_sp" or "pp".
         dtype: "fp32", or "bf16" for products in bf16 with fp32 master weights.
         threads: of each process.
+        corpus: prefix of the .bin and .idx files where the work is to read samples.
         compiled: whether the model goes through torch.compile, where the peer offers it.
     """
 
@@ -38,6 +41,7 @@ class Work:
     ranks: int = 1
     threads: int = 2
     compiled: bool = False
+    corpus: str = ""
 
     @property
     def num_sequences(self) -> int:
@@ -116,6 +120,7 @@ class Peer:
 
 
 _FOLDER = "tools.bench.peers."
+_MEGATRON_CORE = ("megatron-core", "pip install --no-deps megatron-core")  # distribution, and what installs it
 PEERS = (
     Peer("transformers", f"{_FOLDER}transformers_gpt2", "transformers", "pip install transformers"),
     Peer("torch", f"{_FOLDER}plain_torch", "torch", "pip install torch"),
@@ -126,8 +131,7 @@ PEERS = (
     Peer(
         "megatron-core",
         f"{_FOLDER}megatron_core_gpt",
-        "megatron-core",
-        "pip install --no-deps megatron-core",
+        *_MEGATRON_CORE,
         note="its calls of torch.cuda replaced, without which it does not train on a CPU",
     ),
     Peer(OURS, f"{_FOLDER}megatron3d_gpt", "megatron3d", "pip install -e .", layouts=LAYOUTS),
@@ -139,12 +143,19 @@ PEERS_ON_RANKS = (
     Peer(
         "megatron-core",
         f"{_FOLDER}megatron_core_ranks",
-        "megatron-core",
-        "pip install --no-deps megatron-core",
+        *_MEGATRON_CORE,
         layouts=("dp", "zero1", "tp", "pp"),
         note=PEERS[4].note,
     ),
     PEERS[-1],
+)
+
+
+_CACHED = "its first start builds index files, later ones read them"
+PEERS_OF_SAMPLES = (
+    Peer("torch", f"{_FOLDER}torch_samples", "torch", "pip install torch", note="slices of one file, no documents"),
+    Peer("megatron-core", f"{_FOLDER}megatron_core_samples", *_MEGATRON_CORE, note=_CACHED),
+    Peer(OURS, f"{_FOLDER}megatron3d_samples", "megatron3d", "pip install -e ."),
 )
 
 
