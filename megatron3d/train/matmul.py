@@ -26,11 +26,11 @@ from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.train.source import sources
 
 AUTO, MKL = "auto", "mkl"
-WORTH_IT = 1.2
+WORTH_IT = 1.3
 """How many times faster oneDNN must be, so that noise does not choose where the two are alike."""
 LEAST_FLOP = 1 << 24
 """Of one product: below, a measurement would be of the calls rather than of the library."""
-MOST_TOKENS, MOST_FEATURES, ROUNDS = 256, 1024, 3
+MOST_TOKENS, MOST_FEATURES, ROUNDS = 128, 1024, 8
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _measured_choice(model: ModelConfig, train: TrainConfig) -> str:
 
 
 def measure(tokens: int, hidden: int, ffn: int) -> LibraryRates:
-    """The best of a few rounds of either library, in turn, for a layer from `hidden` to `ffn` features."""
+    """The best of some rounds of either library, in turn, for a layer from `hidden` to `ffn` features."""
     x, grad = torch.ones(tokens, hidden), torch.ones(tokens, ffn)
     weight, buffer = torch.ones(ffn, hidden), torch.zeros(ffn, hidden)
 

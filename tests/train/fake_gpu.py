@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from megatron3d_kernels import cross_entropy, gated_activation, layer_norm, rms_norm, rotary
+from megatron3d_kernels.products import TORCH
 from megatron3d_kernels.selection import REFERENCE, TRITON_DTYPES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -50,8 +51,9 @@ class FakeGpuKernels(GpuKernels):
 
     implementation = ""
 
-    def __init__(self) -> None:
+    def __init__(self, *, library: str) -> None:
         super().__init__()
+        assert library == TORCH, f"products on a GPU are torch's, not those of {library}"
         self._possible_keys = frozenset((NAME, dtype) for dtype in TRITON_DTYPES)
         if self.implementation == REFERENCE:
             self._forced = dict.fromkeys(self._forced, REFERENCE)
