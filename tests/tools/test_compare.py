@@ -9,6 +9,7 @@ import pytest
 
 from megatron3d.errors import DataError
 from tools.bench import compare, scaling
+from tools.bench.checkpoint import compare_checkpoints
 from tools.bench.peers import megatron3d_samples, torch_samples
 from tools.bench.peers.start import PeerFailed
 from tools.bench.peers.work import LAYOUTS, Peer, Work, find_peers
@@ -73,6 +74,13 @@ def test_samples_are_read_from_the_corpus_that_is_written(tmp_path: Path) -> Non
             peer.build(work).step()
 
 
+def test_checkpoints_have_a_ratio_to_each_other_way_of_the_same_kind() -> None:
+    table = compare_checkpoints(5, num_rounds=2)
+    ratios = {row[0]: row[-1] for row in table.rows}
+    assert {name for name, ratio in ratios.items() if ratio == ""} == {"save_checkpoint", "load_tensors"}
+    assert len(ratios) == 9 and table.key == "checkpoint"
+
+
 @pytest.mark.heavy
 def test_the_training_script_is_timed_until_its_first_loss_and_named_if_it_ends_without(tmp_path: Path) -> None:
     (ours,) = find_peers(["megatron3d"])
@@ -114,6 +122,13 @@ def test_tables_replace_their_places_of_the_page_and_nothing_else(tmp_path: Path
     assert page.read_text().splitlines() == ["before", *lines, *rest]
     with pytest.raises(ValueError, match="0 places for the table 'c'"):
         write_tables(page, [Table("c", "", ())])
+
+
+def test_the_page_has_one_place_for_every_table_that_the_commands_write() -> None:
+    tables = [f"{kind} {dtype}" for kind in ("step", "scaling") for dtype in ("fp32", "bf16")]
+    page = compare.PAGE.read_text()
+    for key in (*tables, "samples", "startup", "checkpoint"):
+        assert page.count(f"<!-- compare: {key} -->\n") == 1, key
 
 
 def test_an_unknown_peer_is_refused_with_those_there_are() -> None:

@@ -1,86 +1,107 @@
-"""Times a checkpoint of a given size against torch.save and torch.load, in one run: `python tools/bench/checkpoint.py`.
+"""Times a checkpoint beside other ways to store the same tensors, in one run: `python -m tools.bench.checkpoint`.
 
-Both are given the same fp32 tensors in one process and replace what the round before wrote: a new file or directory
-is written, takes the name, and the old one goes. `torch.save` takes no checksum and does not wait for the disk, so it
-is also timed with an fsync. Reading is from the page cache: it measures the program, not the disk. Prints a Markdown
-table of the fastest round of each way, the one least disturbed by whatever else the machine does.
+All are given the same fp32 tensors in one process and replace what the round before wrote: a new file or directory is
+written, takes the name, and the old one goes. Ours takes checksums and waits for the disk; the others take none, and
+are also timed with an fsync, or alone with one where they have it. Reading is from the page cache: it measures the
+program, not the disk. Prints a Markdown table; the ratios are taken within rounds, in which all take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron3d.checkpoint.load import load_tensors
 from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.params.boxes import Box, ShardView
+from tools.bench.peers import torch_dcp
+from tools.bench.rounds import speed_ratio, take_turns
+from tools.bench.tables import Table
 
 TENSOR_SHAPE = (1024, 1024)  # 4 MiB of fp32, about one weight of a small model
+SAVE, LOAD = "save_checkpoint", "load_tensors"
+COLUMNS = ("way", "median s", "fastest s", "MB/s", "megatron3d to it")
 
 
 def main() -> None:
     """Parse the options, time all ways in turn, print the table."""
     parser = argparse.ArgumentParser(
-        description="Times a checkpoint of a given size against torch.save and torch.load, in one run."
+        description="Times a checkpoint of a given size beside other ways to store tensors, in one run."
     )
     parser.add_argument("--megabytes", type=int, default=200, help="size of the state")
-    parser.add_argument("--repeat", type=int, default=5, help="rounds; the fastest is printed")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds (default 5)")
     parser.add_argument("--directory", type=Path, help="where to write; default a temporary directory")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.directory) as root:
-        ways = _ways(Path(root), options.megabytes)
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(options.repeat):  # In turn, so that a busy machine is busy for all of them.
-            for name, way in ways.items():
-                start = time.perf_counter()
-                way()
-                seconds[name].append(time.perf_counter() - start)
-    _print(seconds, options.megabytes)
+    print(compare_checkpoints(options.megabytes, num_rounds=options.repeat, directory=options.directory))
+
+
+def compare_checkpoints(megabytes: int, *, num_rounds: int, directory: Path | None = None) -> Table:
+    """The table of all ways to save and to load."""
+    with tempfile.TemporaryDirectory(dir=directory) as root:
+        ways = {name: partial(_timed_s, way) for name, way in _ways(Path(root), megabytes).items()}
+        seconds, _ = take_turns(ways, num_rounds)
+    caption = f"{megabytes} MB of fp32 in one process, {torch.get_num_threads()} threads: {num_rounds} rounds."
+    table = Table("checkpoint", caption, COLUMNS)
+    for name, times in seconds.items():
+        ours = LOAD if "load" in name else SAVE
+        ratio = str(speed_ratio(seconds[ours], times)) if name != ours else ""
+        median_s = statistics.median(times)
+        table.rows.append((name, f"{median_s:.3f}", f"{min(times):.3f}", f"{megabytes / median_s:.0f}", ratio))
+    return table
+
+
+def _timed_s(way: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    way()
+    return time.perf_counter() - start_s
 
 
 def _ways(root: Path, megabytes: int) -> dict[str, Callable[[], object]]:
+    """By name, the savers before the loaders, so that the first round has something to load."""
     names = [f"model/layers.{n}.weight" for n in range(max(1, megabytes * 10**6 // (4 * TENSOR_SHAPE[0] * 1024)))]
     box = Box((0, 0), TENSOR_SHAPE)
     views = {name: ShardView(TENSOR_SHAPE, (box,), torch.randn(box.numel)) for name in names}
     plain = {name: view.data.view(TENSOR_SHAPE) for name, view in views.items()}
-    file, fresh = root / "plain.pt", root / "fresh.pt"
+    torch_file, safe_file = root / "plain.pt", root / "plain.safetensors"
 
     def save() -> None:
         save_checkpoint(root, 1, views, documents={}, keep_last=None, group=None, rank=0, world_size=1)
 
-    def torch_save(*, sync: bool) -> None:
-        torch.save(plain, fresh)
-        if sync:
-            with fresh.open("rb+") as handle:
-                os.fsync(handle.fileno())
-        os.replace(fresh, file)
-
-    def torch_load() -> None:
-        for name, value in torch.load(file, weights_only=True).items():
+    def copy(loaded: dict[str, torch.Tensor]) -> None:
+        for name, value in loaded.items():
             plain[name].copy_(value)
 
+    write_torch, write_safe = partial(torch.save, plain), partial(save_file, plain)
     return {
-        "torch.save": lambda: torch_save(sync=False),
-        "torch.save and fsync": lambda: torch_save(sync=True),
-        "save_checkpoint": save,
-        "torch.load and copy": torch_load,
-        "load_tensors": lambda: load_tensors(root / "iter_0000001", views, group=None),
+        "torch.save": lambda: _replace(torch_file, write_torch, sync=False),
+        "torch.save and fsync": lambda: _replace(torch_file, write_torch, sync=True),
+        "safetensors save and fsync": lambda: _replace(safe_file, write_safe, sync=True),
+        "DCP save and fsync": lambda: torch_dcp.save(plain, root / "dcp"),
+        SAVE: save,
+        "torch.load and copy": lambda: copy(torch.load(torch_file, weights_only=True)),
+        "safetensors load and copy": lambda: copy(load_file(safe_file)),
+        "DCP load": lambda: torch_dcp.load(plain, root / "dcp"),
+        LOAD: lambda: load_tensors(root / "iter_0000001", views, group=None),
     }
 
 
-def _print(seconds: dict[str, list[float]], megabytes: int) -> None:
-    fastest = {name: min(times) for name, times in seconds.items()}
-    base = {"save_checkpoint": "torch.save and fsync", "load_tensors": "torch.load and copy"}
-    print("| way | fastest s | MB/s | ratio |\n|---|---|---|---|")
-    for name, value in fastest.items():
-        ratio = f"{value / fastest[base[name]]:.2f} x {base[name]}" if name in base else ""
-        print(f"| {name} | {value:.3f} | {megabytes / value:.0f} | {ratio} |")
+def _replace(file: Path, write: Callable[[Path], object], *, sync: bool) -> None:
+    """Write a new file, and give it the name of the old one."""
+    fresh = file.with_name("fresh")
+    write(fresh)
+    if sync:
+        with fresh.open("rb+") as handle:
+            os.fsync(handle.fileno())
+    os.replace(fresh, file)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from tools.bench.checkpoint import compare_checkpoints
 from tools.bench.peers.work import OURS, PEERS, PEERS_OF_SAMPLES, PEERS_ON_RANKS, Peer, Work, find_peers
 from tools.bench.rounds import speed_ratio
 from tools.bench.samples import compare_samples
@@ -26,7 +27,7 @@ from tools.bench.tables import Table, write_tables
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 COLUMNS = ("peer", "version", "tokens/s", "best", "megatron3d to it", "peak MiB", "M parameters")
-WHAT = ("step", "samples", "startup")
+WHAT = ("step", "samples", "startup", "checkpoint")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_work_options(p, threads=2, rounds=5, peers=PEERS)
     p.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="default all")
+    p.add_argument("--megabytes", type=int, default=1000, help="of a checkpoint (default 1000)")
     p.add_argument("--documents", type=int, default=100_000, help="of the corpus of samples (default 100,000)")
     return p
 
@@ -71,6 +73,8 @@ def measure(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[Table,
         one = [peer for peer in named(names, PEERS) if not peer.compiled]
         two = [peer for peer in named(names, PEERS_ON_RANKS) if "dp" in peer.layouts]
         yield table, add_startup(table, one, 1, args.rounds) + add_startup(table, two, 2, args.rounds)
+    if "checkpoint" in args.what:  # last, in this process: its memory counts in none of the others
+        yield compare_checkpoints(args.megabytes, **rounds), []
 
 
 def named(names: list[str], peers: tuple[Peer, ...]) -> list[Peer]:

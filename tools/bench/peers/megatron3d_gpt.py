@@ -16,6 +16,7 @@ from megatron3d.config.cli import parse_args
 from megatron3d.data.batch import GPTBatch
 from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.planner.layout import layout_of
+from megatron3d.train.matmul import with_matmul
 from megatron3d.train.setup import build_parts
 from megatron3d.train.step import Rates, train_step
 from tools.bench.peers.megatron3d_flags import flags_of
@@ -30,7 +31,7 @@ def build(work: Work) -> Trainee:
     join(read_launch(), DEVICE, timeout=timedelta(minutes=5))
     config = resolve(parse_args(flags_of(work), program="compare", description=""), work.ranks)
     mesh = make_mesh(layout_of(config.parallel))
-    parts = build_parts(config, mesh, DEVICE, build_gpt_stage)
+    parts = build_parts(with_matmul(config, mesh, DEVICE), mesh, DEVICE, build_gpt_stage)
     tokens_BS, labels_BS = own_sequences(work)
     batch = GPTBatch(tokens_BS, labels_BS, torch.ones(labels_BS.shape))
     rates, numbers = Rates(LEARNING_RATE, WEIGHT_DECAY), itertools.count()
