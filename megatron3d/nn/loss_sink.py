@@ -13,6 +13,7 @@ micro-batch, in whatever order the schedule runs them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,27 @@ class LossSpec:
     counted: str
     weight: float = 1.0
     accuracy: str | None = None
+
+
+def loss_problems(specs: Sequence[LossSpec]) -> list[str]:
+    """What is wrong with the losses that a model declares, as sentences without a full stop."""
+    problems = []
+    names = [spec.name for spec in specs]
+    reported = ["loss", *(f"{name}_loss" for name in names)]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"two losses have the name {name!r}; give each its own")
+    for spec in specs:
+        for what, name in (("loss", spec.name), ("accuracy", spec.accuracy)):
+            if name is not None and not name.replace("-", "_").isidentifier():
+                problems.append(f"the {what} {name!r} needs a name of letters, digits and underscores")
+        if not isinstance(spec.weight, (int, float)) or not math.isfinite(spec.weight):
+            problems.append(f"the weight of the loss {spec.name!r} is {spec.weight!r}, which is no finite number")
+        if spec.accuracy in reported:
+            problems.append(f"the accuracy {spec.accuracy!r} has the name of a reported loss; give it another")
+    accuracies = [spec.accuracy for spec in specs if spec.accuracy is not None]
+    for name in sorted({name for name in accuracies if accuracies.count(name) > 1}):
+        problems.append(f"two losses report an accuracy named {name!r}; give each its own")
+    return problems
 
 
 class LossSink:

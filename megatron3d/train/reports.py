@@ -55,7 +55,9 @@ class Reports:
 
     def __enter__(self) -> Reports:
         """Open the files and report what starts."""
+        # All that is collective comes before the ranks part.
         record = start_record(self.parts, predicted=predicted_bytes(self.parts))
+        frozen = frozen_parameters(self.parts)
         if not self._is_writer:
             return self
         resumed = self.restored.progress
@@ -68,7 +70,7 @@ class Reports:
             evaluation_due=self.restored.evaluation_due,
         )
         self._progress = self._exits.enter_context(self._reporter(resumed))
-        self._introduce(record)
+        self._introduce(record, frozen)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -157,7 +159,7 @@ class Reports:
             skipped_before=resumed.skipped,
         )
 
-    def _introduce(self, record: StartRecord) -> None:
+    def _introduce(self, record: StartRecord, frozen: str | None) -> None:
         held = ", ".join(f"{name} {format_bytes(size)}" for name, size in record.bytes_per_rank.items())
         self.note(f"{record.model}: {format_count(record.parameters)} parameters on {self.parts.mesh.layout}, {held}")
         predicted = record.predicted_bytes_per_rank
@@ -168,7 +170,7 @@ class Reports:
         if plan.num_stages > 1:
             chosen = f" ({plan.why})" if plan.why else ""
             self.note(f"schedule {plan.order}{chosen}, {describe(plan.layers)}")
-        for line in (frozen_parameters(self.parts), sharing_cost(self.parts)):
+        for line in (frozen, sharing_cost(self.parts)):
             if line:
                 self.note(line)
         dropout = dropout_note(self.parts.config.model, self.parts.model.device.type)

@@ -17,8 +17,9 @@ from megatron3d.comm.mesh import Mesh
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.errors import ConfigError
 from megatron3d.models.stage import MicroBatch, Stage, StageBuilder, whole_stage
-from megatron3d.nn.loss_sink import LossSpec
+from megatron3d.nn.loss_sink import LossSpec, loss_problems
 from megatron3d.optim.build import build_optimizer
 from megatron3d.optim.scaler import LossScaler, build_scaler
 from megatron3d.params.boxes import ShardView
@@ -129,7 +130,7 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
     """Build this rank's stages on the meta device; their parameters have no memory yet.
 
     Raises:
-        ConfigError: the layers cannot be split as asked.
+        ConfigError: the layers cannot be split as asked, or the losses of the model contradict one another.
         ScheduleError: the order of work is not known or does not take the stages it is given.
     """
     sink, gate = GradSink(), WeightGate()
@@ -142,6 +143,8 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
         for stage in plan.stages_of(mesh.pp.rank)
     }
     _share_tied_table(list(stages.values()))
+    if problems := loss_problems(next(iter(stages.values())).losses):
+        raise ConfigError(f"the losses of {config.model.traits.title} cannot be used: {'; '.join(problems)}")
     return Model(mesh, device, DTYPES[config.optim.precision], stages, sink, gate, LoweredSchedules(plan, mesh.pp.rank))
 
 

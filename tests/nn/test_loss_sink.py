@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron3d.data.batch import GPTBatch
 from megatron3d.models.stage import StageModules
 from megatron3d.nn.inputs import LayerInputs
-from megatron3d.nn.loss_sink import LossSink, LossSpec, OverTp
+from megatron3d.nn.loss_sink import LossSink, LossSpec, OverTp, loss_problems
 from megatron3d.nn.recompute import recomputed
 from megatron3d.params.gate import WeightGate
 from megatron3d.train.step import counts_of, objective
@@ -96,3 +96,14 @@ def test_a_loss_whose_count_the_batch_does_not_have_is_named() -> None:
     assert counts_of(SPECS, batch).tolist() == [3, 6]
     with pytest.raises(ValueError, match="the loss 'pair' is a mean over 'pairs', which a GPTBatch does not count"):
         counts_of([LossSpec("pair", "cross-entropy", "pairs")], batch)
+
+
+def test_losses_that_contradict_one_another_are_named_all_at_once() -> None:
+    sensible = (LossSpec("lm", "nats", "labels"), LossSpec("router-z", "z", "positions", 0.1, accuracy="balance"))
+    assert loss_problems(sensible) == []
+    twice, without_weight = LossSpec("lm", "z", "positions"), LossSpec("b", "z", "positions", float("nan"))
+    as_text, clashing = LossSpec("c", "z", "positions", "0.1"), LossSpec("d/e", "z", "positions", accuracy="lm_loss")  # type: ignore[arg-type]
+    doubled = LossSpec("f", "z", "positions", accuracy="balance")
+    found = loss_problems((*sensible, twice, without_weight, as_text, clashing, doubled))
+    expected = ("'lm'", "'d/e'", "nan", "'0.1'", "'lm_loss'", "'balance'")
+    assert all(any(word in problem for problem in found) for word in expected) and len(found) == len(expected)

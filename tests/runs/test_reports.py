@@ -64,6 +64,18 @@ def test_the_metrics_file_has_time_speed_memory_and_tokens_of_each_step(
         assert 1 << 26 < record["peak_memory_bytes"] < 1 << 40, "a process that has imported torch"
 
 
+def test_what_a_pipeline_reports_at_its_start_is_the_same_work_on_every_rank(pool: Pool, tmp_path: Path) -> None:
+    """Frozen parameters are counted over the pipeline, so a rank that only listened would wait for ever."""
+    options = "--freeze-params layers.0.* --zero-stage 2 --hidden-dropout 0.1 --train-iters 2 --metrics-file"
+    run_ok(MOCK, options, tmp_path / "one.jsonl")
+    argv = words(MOCK, options, tmp_path / "two.jsonl", "--pipeline-model-parallel-size 2")
+    ended = pool.run(2, on_rank, argv, timeout_s=60)
+    assert [one.code for one in ended] == [0, 0]
+    assert "parameters are frozen (--freeze-params layers.0.*)" in ended[0].out
+    losses = [[record["loss"] for record in steps(tmp_path / f"{name}.jsonl")] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_mfu_is_left_out_where_the_peak_of_the_device_is_not_known(tmp_path: Path) -> None:
     run_ok(MOCK, "--train-iters 1 --iterations-to-skip 0 --metrics-file", tmp_path / "m.jsonl")
     (left_out,) = steps(tmp_path / "m.jsonl")
