@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.comm.mesh import Axis, Mesh
+from megatron3d.errors import ConfigError
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.grads import GradSink
 from megatron3d.params.init import initial_shard
@@ -286,8 +287,16 @@ class FlatUnit(WeightUnit):
         self.grads.start_scatter()
 
     def start_finishing(self) -> None:
-        """Once all micro-batches are in: start the sum over the replicas."""
-        assert self.is_complete, f"unit {self.name} lacks {self._outstanding} gradients of this step"
+        """Once all micro-batches are in: start the sum over the replicas.
+
+        Raises: ConfigError if a parameter of the model had no part in the loss.
+        """
+        if not self.is_complete:
+            names = ", ".join(slot.spec.name for slot in self.layout.slots)
+            raise ConfigError(
+                f"{self.name} lacks {self._outstanding} of this step's gradients: each of its parameters ({names}) "
+                "must have an effect on the loss in every micro-batch; name one that has none in --freeze-params"
+            )
         self.grads.start_scatter()
         self.grads.finish_scatter()
         self.grads.start_replica_sum()
