@@ -19,7 +19,6 @@ from megatron3d.config.agreement import agreed_options
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError, Megatron3dError, PeerError, StopRequested
 from megatron3d.planner.layout import layout_of
-from megatron3d.process.allocator import keep_freed_memory
 from megatron3d.train.exit_status import clear_exit_status
 from megatron3d.train.launch import RunContext
 
@@ -53,8 +52,6 @@ def joined(
     if save and launch.rank == 0:
         clear_exit_status(save)
     device = pick_device(parallel.device, local_rank=launch.local_rank, local_world_size=launch.local_world_size)
-    if device.type == "cpu":
-        keep_freed_memory()  # a matter of speed alone: where the C library cannot, the run is slower
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     layout = layout_of(parallel, query_groups=config.model.num_query_groups)
     roll: RollCall | None = None

@@ -16,7 +16,6 @@ from megatron3d.config.cli import parse_args
 from megatron3d.data.batch import GPTBatch
 from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.planner.layout import layout_of
-from megatron3d.process.allocator import keep_freed_memory
 from megatron3d.train.matmul import with_matmul
 from megatron3d.train.setup import build_parts
 from megatron3d.train.step import Rates, train_step
@@ -29,7 +28,6 @@ DEVICE = torch.device("cpu")
 
 def build(work: Work) -> Trainee:
     """The model of this rank with its optimizer."""
-    keep_freed_memory()  # as every run on a CPU does
     join(read_launch(), DEVICE, timeout=timedelta(minutes=5))
     config = resolve(parse_args(flags_of(work), program="compare", description=""), work.ranks)
     mesh = make_mesh(layout_of(config.parallel))
