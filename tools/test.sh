@@ -2,7 +2,7 @@
 # Makes .venv with everything the test suite needs (see tools/setup_env.sh) and runs the suite with pytest.
 #
 #   bash tools/test.sh                          the whole suite, a test file on each core
-#   bash tools/test.sh --fast                   about 3 minutes: what starts no processes, and one parity row of each kind
+#   bash tools/test.sh --fast                   about 2 minutes: what starts no processes, and one parity row of each kind
 #   bash tools/test.sh --whole-parity           the whole suite, with 20 steps in every row of the parity tables
 #   bash tools/test.sh tests/pipeline -k 1f1b   other arguments are pytest's, and all tests run in one process
 #   bash tools/test.sh -m slow                  the tests that are left out by default because they take minutes

@@ -52,12 +52,13 @@ def _reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     """torch's own kernel; parameters of another dtype than x are not rounded to x's.
 
     On CPU that kernel keeps statistics and sums weight gradients in bf16 or fp16 where x has that dtype, an error of
-    several roundings, so narrow tensors are taken in chunks there.
+    several roundings, so narrow tensors are taken in chunks there, but widened whole in a graph that is traced for any
+    number of rows.
     """
     dtype = compute_dtype(x.dtype)
-    if x.dtype != dtype and not x.is_cuda:
+    if x.dtype != dtype and not x.is_cuda and not torch.compiler.is_compiling():
         return _LayerNormByChunks.apply(x, weight, bias, eps)
-    if weight.dtype == x.dtype:
+    if weight.dtype == x.dtype and (x.dtype == dtype or x.is_cuda):
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     shift = None if bias is None else bias.to(dtype)
     return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), shift, eps).to(x.dtype)

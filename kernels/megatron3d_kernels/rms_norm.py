@@ -46,9 +46,10 @@ def rms_norm(
 def _reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """torch's own function on a GPU, which computes in fp32; a weight of another dtype is not rounded to x's.
 
-    On a CPU torch composes it of whole tensors, and its backward of many more, so the rows are taken in chunks there.
+    On a CPU torch composes it of whole tensors, and its backward of many more, so the rows are taken in chunks there,
+    but in a graph that is traced for any number of rows.
     """
-    if not x.is_cuda:
+    if not x.is_cuda and not torch.compiler.is_compiling():
         return _RMSNormByChunks.apply(x, weight, eps)
     if weight.dtype == x.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
