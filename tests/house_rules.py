@@ -1,7 +1,7 @@
 """The house rules as functions over syntax trees: each takes source files and returns its offenders, one line each.
 
 `tests/test_house_rules.py` runs every rule over the repository and over a small snippet that breaks it. What a room may
-import, and the budgets, are the tables at the top; a change to them is a change to the architecture and says why.
+import is in `tests/room_imports.py`; the budgets are at the top, and a change to them says why.
 """
 
 from __future__ import annotations
@@ -13,62 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-# Room -> rooms it may import, besides itself, torch, numpy and the standard library. `errors` imports nothing, so
-# every room may have it, but for the kernels, which know nothing of this project.
-_TRAIN = {"process", "files", "storage", "config", "comm", "params", "kernels", "tensor", "nn", "models", "pipeline"}
-_TRAIN |= {"offload", "zero", "optim", "checkpoint", "data", "convert", "planner"}
-MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(),
-    # What a process owes its surroundings (streams, signals, the process that started it); knows nothing of the rest.
-    "process": {"errors"},
-    "kernels": set(),
-    # How text, JSON and a user's own Python files are read. Below every room that opens a file, so that all cut lines
-    # alike.
-    "files": {"errors"},
-    # How files reach the disk whole, and what a refusal means for the user. Below every room that writes one.
-    "storage": {"errors"},
-    "config": {"errors", "files"},
-    "comm": {"errors"},
-    # The sink makes the product of a weight gradient with the kernels that the layer computes with.
-    "params": {"errors", "kernels"},
-    "tensor": {"errors", "comm", "params", "kernels"},
-    "nn": {"errors", "tensor", "params", "kernels", "config"},
-    "models": {"errors", "nn", "tensor", "params", "config"},
-    # `files` loads an order of the user's own.
-    "pipeline": {"errors", "files", "storage"},
-    "offload": {"errors", "storage", "comm", "params"},
-    "zero": {"errors", "comm", "params", "offload"},
-    "checkpoint": {"errors", "files", "storage", "comm", "params"},
-    "optim": {"errors", "params", "config"},
-    # Arithmetic on what these rooms declare (plans, tables, layouts, schedules): it allocates and starts nothing.
-    "planner": {
-        *("errors", "config", "comm", "params", "kernels", "tensor", "nn", "models", "pipeline"),
-        *("offload", "zero", "optim"),
-    },
-    "data": {"errors", "process", "files", "storage", "config"},
-    # `data` reads the tokenizer that a directory describes: an import names it, an export writes its end of texts.
-    "convert": {"errors", "files", "storage", "config", "models", "params", "checkpoint", "data"},
-    "train": {"errors", *_TRAIN},
-    "tasks": {"errors", "train", *_TRAIN},
-    "inference": {"errors", "train", *_TRAIN},
-    "serve": {"errors", "train", "tasks", "inference", *_TRAIN},
-    "scripts": {"errors", "train", "tasks", "inference", "serve", *_TRAIN},
-}
-# Single modules that may import more than their room: the actors among the plain values. `measured` agrees with the
-# other ranks on a time to count from and gathers what they recorded.
-MODULE_MAY_IMPORT: dict[str, set[str]] = {
-    "megatron3d.pipeline.run": {"comm", "params"},
-    "megatron3d.pipeline.measured": {"comm"},
-}
-
-# What may be imported inside a function, because few runs need it and its own imports take long: torch's distributed
-# checkpointing 0.8 s, without which a run without --save does; matplotlib 0.5 s, which only --profile-pipeline needs.
-MAY_IMPORT_LATE: dict[str, set[str]] = {
-    "megatron3d.checkpoint.save": {"megatron3d.checkpoint.store"},
-    "megatron3d.checkpoint.load": {"megatron3d.checkpoint.store"},
-    "megatron3d.train.profile": {"megatron3d.pipeline.draw.measured"},
-}
-START_MODULE, SLOW_PACKAGES = "megatron3d.train.loop", ("matplotlib", "torch.distributed.checkpoint")
+from tests.room_imports import MAY_IMPORT, MAY_IMPORT_LATE, MODULE_MAY_IMPORT, SLOW_PACKAGES, START_MODULE
 
 DISTRIBUTED_ROOM = "megatron3d/comm/"
 DISTRIBUTED_MODULES = {"megatron3d/checkpoint/ranks.py", "megatron3d/checkpoint/store.py"}

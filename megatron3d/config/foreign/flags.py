@@ -34,7 +34,7 @@ _VALUED_SYNONYMS: Mapping[str, tuple[tuple[str, str], Mapping[tuple[str, str], A
 }
 # Spellings are suggested from here on: one letter of ten may differ, words may be missing in a long name.
 _NEAR = 0.83
-# An abbreviation has so many letters at least, and so many meanings at most.
+# The fewest letters that count as an abbreviation, and the most options that are suggested for one.
 _SHORTEST, _MOST_MEANT = 3, 6
 _NEGATIONS = ("no-", "disable-", "without-", "dont-")
 
