@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tools.bench import compare, scaling
 from tools.bench.checkpoint import compare_checkpoints
 from tools.bench.peers import megatron3d_samples, torch_samples
 from tools.bench.peers.start import PeerFailed
-from tools.bench.peers.work import LAYOUTS, Peer, Work, find_peers
+from tools.bench.peers.work import LAYOUTS, PEERS_OF_BERT, Peer, Work, find_peers
 from tools.bench.rounds import TurnFailed, speed_ratio, take_turns
 from tools.bench.samples import write_corpus
 from tools.bench.startup import first_loss_after_s
@@ -41,6 +42,14 @@ def test_two_peers_have_rows_and_those_that_crash_or_are_absent_are_named() -> N
         "absent: not installed; pip install no-such-distribution",
         f"failed: {failures[0]}",
     ]
+
+
+def test_both_berts_have_the_same_parameters_and_begin_with_the_same_loss() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[test]'")
+    work = replace(TINY, vocab_size=512)
+    theirs, ours = (importlib.import_module(peer.module).build(work) for peer in PEERS_OF_BERT)
+    assert theirs.num_parameters == ours.num_parameters
+    assert theirs.step() == pytest.approx(ours.step(), rel=0.02)  # both are near log(512) + log(2) at their start
 
 
 @pytest.mark.heavy
@@ -125,7 +134,7 @@ def test_tables_replace_their_places_of_the_page_and_nothing_else(tmp_path: Path
 
 
 def test_the_page_has_one_place_for_every_table_that_the_commands_write() -> None:
-    tables = [f"{kind} {dtype}" for kind in ("step", "scaling") for dtype in ("fp32", "bf16")]
+    tables = [f"{kind} {dtype}" for kind in ("step", "bert", "scaling") for dtype in ("fp32", "bf16")]
     page = compare.PAGE.read_text()
     for key in (*tables, "samples", "startup", "checkpoint"):
         assert page.count(f"<!-- compare: {key} -->\n") == 1, key

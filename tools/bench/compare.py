@@ -5,8 +5,9 @@
     python -m tools.bench.compare --what step --dtype bf16 --peers torch megatron3d --rounds 3
 
 Every peer is a process of its own, so that its peak memory is its own and its crash ends nobody else; the peers take
-turns. One that is not installed is named with the line that installs it. What is equal: tokens, shape, dropout 0, no
-clipping, the exact GELU, AdamW. Run it on a machine that does nothing else. Several ranks: scaling.py.
+turns. One that is not installed is named with the line that installs it, one that crashes or hangs with its last
+message. What is equal: tokens, shape, dropout 0, no clipping, the exact GELU, AdamW. Run it on a machine that does
+nothing else. Several ranks: scaling.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from tools.bench.checkpoint import compare_checkpoints
-from tools.bench.peers.work import OURS, PEERS, PEERS_OF_SAMPLES, PEERS_ON_RANKS, Peer, Work, find_peers
+from tools.bench.peers.start import exit_when_terminated
+from tools.bench.peers.work import (
+    OURS,
+    PEERS,
+    PEERS_OF_BERT,
+    PEERS_OF_SAMPLES,
+    PEERS_ON_RANKS,
+    Peer,
+    Work,
+    find_peers,
+)
 from tools.bench.rounds import speed_ratio
 from tools.bench.samples import compare_samples
 from tools.bench.startup import add_startup, startup_table
@@ -27,7 +38,8 @@ from tools.bench.tables import Table, write_tables
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 COLUMNS = ("peer", "version", "tokens/s", "best", "megatron3d to it", "peak MiB", "M parameters")
-WHAT = ("step", "samples", "startup", "checkpoint")
+WHAT = ("step", "bert", "samples", "startup", "checkpoint")
+BERT = {"seq_length": 128, "micro_batch": 16, "vocab_size": 30522}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Measure, print, and write the page where asked; 1 if a peer failed."""
     args = parser().parse_args()
+    exit_when_terminated()
     try:
         peers = find_peers(args.peers, PEERS + PEERS_ON_RANKS)
     except ValueError as error:
@@ -65,6 +78,10 @@ def measure(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[Table,
     if "step" in args.what:
         for dtype in args.dtype:
             yield compare_steps(named(names, PEERS), work_of(args, dtype), **rounds, num_steps=args.steps)
+    if "bert" in args.what:
+        for dtype in args.dtype:
+            peers, work = named(names, PEERS_OF_BERT), replace(work_of(args, dtype), **BERT)
+            yield compare_steps(peers, work, **rounds, num_steps=args.steps, model="bert")
     if "samples" in args.what:
         peers = named(names, PEERS_OF_SAMPLES)
         yield compare_samples(peers, work_of(args, "fp32"), **rounds, num_documents=args.documents)
@@ -72,7 +89,9 @@ def measure(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[Table,
         table = startup_table(args.rounds)
         one = [peer for peer in named(names, PEERS) if not peer.compiled]
         two = [peer for peer in named(names, PEERS_ON_RANKS) if "dp" in peer.layouts]
-        yield table, add_startup(table, one, 1, args.rounds) + add_startup(table, two, 2, args.rounds)
+        options = {"timeout_s": args.timeout}
+        failed = add_startup(table, one, 1, args.rounds, **options)
+        yield table, failed + add_startup(table, two, 2, args.rounds, **options)
     if "checkpoint" in args.what:  # last, in this process: its memory counts in none of the others
         yield compare_checkpoints(args.megabytes, **rounds), []
 
@@ -82,12 +101,14 @@ def named(names: list[str], peers: tuple[Peer, ...]) -> list[Peer]:
     return [peer for peer in peers if peer.name in names]
 
 
-def compare_steps(peers: list[Peer], work: Work, *, num_rounds: int, num_steps: int) -> tuple[Table, list[str]]:
-    """The table of training steps in one precision, and one line for every peer that failed."""
+def compare_steps(
+    peers: list[Peer], work: Work, *, num_rounds: int, num_steps: int, model: str = "step"
+) -> tuple[Table, list[str]]:
+    """The table of training steps in one precision, and one line for every peer that failed; `model` begins its key."""
     installed, notes = split_installed(peers)
     competitors = {peer.name: (peer, replace(work, compiled=peer.compiled)) for peer in installed}
     timed, failures = time_steps(competitors, num_rounds=num_rounds, num_steps=num_steps)
-    table = Table(f"step {work.dtype}", describe(work, num_rounds, num_steps), COLUMNS)
+    table = Table(f"{model} {work.dtype}", describe(work, num_rounds, num_steps), COLUMNS)
     for name, one in timed.items():
         ratio = str(speed_ratio(timed[OURS].seconds, one.seconds)) if OURS in timed and name != OURS else ""
         rates = (f"{one.tokens_per_s:,.0f}", f"{one.best_tokens_per_s:,.0f}")

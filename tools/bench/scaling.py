@@ -17,6 +17,7 @@ import sys
 from dataclasses import replace
 
 from tools.bench.compare import PAGE
+from tools.bench.peers.start import exit_when_terminated
 from tools.bench.peers.work import LAYOUTS, OURS, PEERS, PEERS_ON_RANKS, Peer, Work, find_peers
 from tools.bench.rounds import speed_ratio
 from tools.bench.steps import MEBI, Timed, add_work_options, describe, split_installed, time_steps, work_of
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Measure, print, and write the page where asked; 1 if a peer failed."""
     args = parser().parse_args()
+    exit_when_terminated()
     try:
         names = [peer.name for peer in find_peers(args.peers, PEERS_ON_RANKS)]
     except ValueError as error:

@@ -34,9 +34,9 @@ def startup_table(num_rounds: int) -> Table:
     return Table("startup", caption, COLUMNS)
 
 
-def add_startup(table: Table, peers: list[Peer], ranks: int, num_rounds: int) -> list[str]:
+def add_startup(table: Table, peers: list[Peer], ranks: int, num_rounds: int, *, timeout_s: float) -> list[str]:
     """Add the rows of one number of data-parallel ranks; messages of those that failed."""
-    work = replace(TINY, ranks=ranks)
+    work = replace(TINY, ranks=ranks, timeout_s=timeout_s)
     installed, notes = split_installed(peers)
     turns = {peer.name: partial(first_loss_after_s, peer, replace(work, compiled=peer.compiled)) for peer in installed}
     seconds, failures = take_turns(turns, num_rounds + 1)
@@ -53,7 +53,7 @@ def first_loss_after_s(peer: Peer, work: Work) -> float:
     """Start the processes of one competitor, wait for their first loss, end them.
 
     Raises:
-        PeerFailed: one ended before.
+        PeerFailed: one ended before, or gave no answer in time.
     """
     began_s = time.perf_counter()
     if peer.name != OURS:
@@ -61,8 +61,9 @@ def first_loss_after_s(peer: Peer, work: Work) -> float:
         return time.perf_counter() - began_s
     command = [sys.executable, str(SCRIPT), *flags_of(work), "--log-interval", "1", "--eval-iters", "0"]
     processes = RankProcesses(peer.name, command, work)
-    while FIRST_LOSS not in processes.read_line(0):
-        pass
-    elapsed_s = time.perf_counter() - began_s
-    processes.close()
-    return elapsed_s
+    try:
+        while FIRST_LOSS not in processes.read_line(0):
+            pass
+        return time.perf_counter() - began_s
+    finally:
+        processes.close()

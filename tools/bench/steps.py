@@ -95,12 +95,15 @@ def add_work_options(parser: argparse.ArgumentParser, *, threads: int, rounds: i
     parser.add_argument("--peers", nargs="+", help=f"default all: {' '.join(peer.name for peer in peers)}")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn (default 2)")
+    parser.add_argument(
+        "--timeout", type=float, default=shape["timeout_s"], help="seconds a peer may give no answer (default 300)"
+    )
     parser.add_argument("--write", action="store_true", help="replace the tables of docs/benchmarks.md")
 
 
 def work_of(args: argparse.Namespace, dtype: str) -> Work:
     """The work that the options describe, for one rank."""
-    return Work(**{name: vars(args)[name] for name in (*SHAPE, "threads")}, dtype=dtype)
+    return Work(**{name: vars(args)[name] for name in (*SHAPE, "threads")}, dtype=dtype, timeout_s=args.timeout)
 
 
 def describe(work: Work, num_rounds: int, num_steps: int) -> str:

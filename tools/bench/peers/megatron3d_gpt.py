@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -13,8 +14,9 @@ from megatron3d.comm.mesh import Mesh, make_mesh
 from megatron3d.comm.meter import wire_bytes
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
-from megatron3d.data.batch import GPTBatch
+from megatron3d.data.batch import GPTBatch, Samples
 from megatron3d.models.gpt import build_gpt_stage
+from megatron3d.models.stage import Stage
 from megatron3d.planner.layout import layout_of
 from megatron3d.train.matmul import with_matmul
 from megatron3d.train.setup import build_parts
@@ -28,12 +30,20 @@ DEVICE = torch.device("cpu")
 
 def build(work: Work) -> Trainee:
     """The model of this rank with its optimizer."""
-    join(read_launch(), DEVICE, timeout=timedelta(minutes=5))
-    config = resolve(parse_args(flags_of(work), program="compare", description=""), work.ranks)
-    mesh = make_mesh(layout_of(config.parallel))
-    parts = build_parts(with_matmul(config, mesh, DEVICE), mesh, DEVICE, build_gpt_stage)
     tokens_BS, labels_BS = own_sequences(work)
     batch = GPTBatch(tokens_BS, labels_BS, torch.ones(labels_BS.shape))
+    return trainee_of(work, flags_of(work), "gpt", build_gpt_stage, batch)
+
+
+def trainee_of(
+    work: Work, flags: list[str], architecture: str, build_stage: Callable[..., Stage], batch: Samples
+) -> Trainee:
+    """What the command line with these flags trains, and its step on the batch."""
+    join(read_launch(), DEVICE, timeout=timedelta(minutes=5))
+    given = parse_args(flags, program="compare", description="", architecture=architecture)
+    config = resolve(given, work.ranks)
+    mesh = make_mesh(layout_of(config.parallel))
+    parts = build_parts(with_matmul(config, mesh, DEVICE), mesh, DEVICE, build_stage)
     rates, numbers = Rates(LEARNING_RATE, WEIGHT_DECAY), itertools.count()
 
     def step() -> float:

@@ -28,6 +28,7 @@ class Work:
         threads: of each process.
         corpus: prefix of the .bin and .idx files where the work is to read samples.
         compiled: whether the model goes through torch.compile, where the peer offers it.
+        timeout_s: a peer that gives no answer for as long is killed and named.
     """
 
     num_layers: int = 6
@@ -42,6 +43,7 @@ class Work:
     threads: int = 2
     compiled: bool = False
     corpus: str = ""
+    timeout_s: float = 300.0
 
     @property
     def num_sequences(self) -> int:
@@ -120,42 +122,63 @@ class Peer:
 
 
 _FOLDER = "tools.bench.peers."
-_MEGATRON_CORE = ("megatron-core", "pip install --no-deps megatron-core")  # distribution, and what installs it
+# Distribution, and what installs it.
+_TRANSFORMERS = ("transformers", "pip install transformers")
+_TORCH = ("torch", "pip install torch")
+_DEEPSPEED = ("deepspeed", "pip install deepspeed")
+_MEGATRON_CORE = ("megatron-core", "pip install --no-deps megatron-core")
+_TORCHTITAN = ("torchtitan", "pip install torchtitan triton")
+_OURS = ("megatron3d", "pip install -e .")
+
+_REPLACED = "its calls of torch.cuda replaced, without which it does not train on a CPU"
+_LLAMA = "a Llama: rotary positions, RMSNorm, SwiGLU, no biases; attention by torch's kernel in the place of its own"
+_DEEPSPEED_ENGINE = Peer("deepspeed", f"{_FOLDER}deepspeed_ranks", *_DEEPSPEED, layouts=LAYOUTS[:4])
+_MEGATRON3D = Peer(OURS, f"{_FOLDER}megatron3d_gpt", *_OURS, layouts=LAYOUTS)
 PEERS = (
-    Peer("transformers", f"{_FOLDER}transformers_gpt2", "transformers", "pip install transformers"),
-    Peer("torch", f"{_FOLDER}plain_torch", "torch", "pip install torch"),
-    Peer("torch-compile", f"{_FOLDER}plain_torch", "torch", "pip install torch", compiled=True),
+    Peer("transformers", f"{_FOLDER}transformers_gpt2", *_TRANSFORMERS),
+    Peer("torch", f"{_FOLDER}plain_torch", *_TORCH),
+    Peer("torch-compile", f"{_FOLDER}plain_torch", *_TORCH, compiled=True),
     Peer(
         "litgpt", f"{_FOLDER}litgpt_gpt", "litgpt", "pip install litgpt psutil", note="rotary positions, untied table"
     ),
-    Peer(
-        "megatron-core",
-        f"{_FOLDER}megatron_core_gpt",
-        *_MEGATRON_CORE,
-        note="its calls of torch.cuda replaced, without which it does not train on a CPU",
-    ),
-    Peer(OURS, f"{_FOLDER}megatron3d_gpt", "megatron3d", "pip install -e .", layouts=LAYOUTS),
+    Peer("megatron-core", f"{_FOLDER}megatron_core_gpt", *_MEGATRON_CORE, note=_REPLACED),
+    _DEEPSPEED_ENGINE,
+    Peer("torchtitan", f"{_FOLDER}torchtitan_llama", *_TORCHTITAN, note=_LLAMA),
+    _MEGATRON3D,
 )
-# The same with several ranks; this project's module and those of one process are above.
+# The same with several ranks.
 PEERS_ON_RANKS = (
-    Peer("torch", f"{_FOLDER}torch_ranks", "torch", "pip install torch", layouts=LAYOUTS[:4]),
-    Peer("deepspeed", f"{_FOLDER}deepspeed_ranks", "deepspeed", "pip install deepspeed", layouts=LAYOUTS[:4]),
+    Peer("torch", f"{_FOLDER}torch_ranks", *_TORCH, layouts=LAYOUTS[:4]),
+    _DEEPSPEED_ENGINE,
     Peer(
         "megatron-core",
         f"{_FOLDER}megatron_core_ranks",
         *_MEGATRON_CORE,
         layouts=("dp", "zero1", "tp", "pp"),
-        note=PEERS[4].note,
+        note=_REPLACED,
     ),
-    PEERS[-1],
+    Peer(
+        "torchtitan",
+        f"{_FOLDER}torchtitan_ranks",
+        *_TORCHTITAN,
+        layouts=("zero2", "zero3", "tp", "tp_sp", "pp"),
+        note=f"{_LLAMA}; untied table in a pipeline",
+    ),
+    _MEGATRON3D,
 )
-
-
-_CACHED = "its first start builds index files, later ones read them"
+PEERS_OF_BERT = (
+    Peer("transformers", f"{_FOLDER}transformers_bert", *_TRANSFORMERS),
+    Peer(OURS, f"{_FOLDER}megatron3d_bert", *_OURS),
+)
 PEERS_OF_SAMPLES = (
-    Peer("torch", f"{_FOLDER}torch_samples", "torch", "pip install torch", note="slices of one file, no documents"),
-    Peer("megatron-core", f"{_FOLDER}megatron_core_samples", *_MEGATRON_CORE, note=_CACHED),
-    Peer(OURS, f"{_FOLDER}megatron3d_samples", "megatron3d", "pip install -e ."),
+    Peer("torch", f"{_FOLDER}torch_samples", *_TORCH, note="slices of one file, no documents"),
+    Peer(
+        "megatron-core",
+        f"{_FOLDER}megatron_core_samples",
+        *_MEGATRON_CORE,
+        note="its first start builds index files, later ones read them",
+    ),
+    Peer(OURS, f"{_FOLDER}megatron3d_samples", *_OURS),
 )
 
 
