@@ -16,7 +16,6 @@ import json
 import os
 import re
 import socket
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from megatron3d.errors import CheckpointError, InUseError
 from megatron3d.files.fields import Fields
 from megatron3d.files.json_text import parse_object
 from megatron3d.files.regular import read_regular
+from megatron3d.storage.checksum import crc32
 
 LATEST_NAME = "latest"
 LATEST_TEMPORARY = ".tmp-latest"
@@ -190,7 +190,7 @@ def _document_problems(directory: Path, index: Index, level: Level) -> list[str]
             continue
         if len(data) != stored.size_bytes:
             problems.append(f"checkpoint file {directory / name}: {len(data)} bytes instead of {stored.size_bytes}")
-        elif level == "full" and zlib.crc32(data) != stored.crc32:
+        elif level == "full" and crc32(data) != stored.crc32:
             problems.append(f"checkpoint file {directory / name} is damaged: its checksum disagrees with {INDEX_NAME}")
     return problems
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron3d.files.fields import Fields
 from megatron3d.files.json_text import parse_object
 from megatron3d.files.regular import read_regular
 from megatron3d.params.boxes import Box
+from megatron3d.storage.checksum import crc32
 
 INDEX_NAME = "index.json"
 FORMAT = "megatron3d-checkpoint"
@@ -196,7 +196,7 @@ def _hex(checksum: int) -> str:
 
 def _checksum(body: dict[str, Any]) -> int:
     # Over a canonical form, so that reformatting the file does not count as damage.
-    return zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    return crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _tensor_to_json(tensor: StoredTensor) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron3d.errors import CheckpointError, MisfitError
 from megatron3d.files.json_text import parse_object
 from megatron3d.files.regular import read_regular
 from megatron3d.params.boxes import ShardView
+from megatron3d.storage.checksum import crc32
 
 # Options that set the number of rows of a parameter, by its name without prefix.
 _ROW_OPTIONS = {
@@ -193,7 +193,7 @@ def read_document(directory: Path, name: str) -> dict[str, Any]:
         data = read_regular(directory / file)
     except OSError as error:
         raise CheckpointError(f"checkpoint file {directory / file} cannot be read ({error.strerror})") from error
-    if zlib.crc32(data) != index.documents[file].crc32:
+    if crc32(data) != index.documents[file].crc32:
         raise CheckpointError(
             f"checkpoint file {directory / file} was changed or damaged: its checksum disagrees with {INDEX_NAME}; "
             "load an earlier checkpoint with --ckpt-step"

@@ -10,7 +10,6 @@ range of every entry, then the bytes of the entries without gaps.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from megatron3d.checkpoint.index import StoredBox, StoredTensor
 from megatron3d.errors import CheckpointError
+from megatron3d.storage.checksum import crc32
 from megatron3d.storage.durable import write_file
 
 _TAGS: dict[torch.dtype, str] = {
@@ -141,7 +141,7 @@ def read_box(handle: safe_open, path: Path, name: str, tensor: StoredTensor, sto
     """
     check_entry(handle, path, name, tensor, stored)
     data: Tensor = handle.get_tensor(stored.key)
-    checksum = zlib.crc32(_bytes_of(data))
+    checksum = crc32(_bytes_of(data))
     if checksum != stored.crc32:
         raise CheckpointError(_damaged(path, name, stored, f"checksum {checksum:08x} instead of {stored.crc32:08x}"))
     return data

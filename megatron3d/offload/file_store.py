@@ -10,7 +10,6 @@ Source: Rajbhandari et al. 2021 (ZeRO-Infinity), section 6.3 (DeepNVMe), which d
 from __future__ import annotations
 
 import ctypes
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from megatron3d.errors import StorageError
 from megatron3d.offload.block_file import BLOCK_BYTES, CHUNK_BYTES, BlockFile, round_up
+from megatron3d.storage.checksum import crc32
 
 NUM_THREADS = 4  # a chunk is checked while others move; more gave nothing on the disks measured
 
@@ -89,7 +89,7 @@ class FileStore:
         offset = self.file.size_bytes
         self.file.grow(offset + num_bytes)
         lengths = [length for _, length in _chunks(num_bytes)]
-        of_zeros = {length: zlib.crc32(bytes(length)) for length in set(lengths)}
+        of_zeros = {length: crc32(bytes(length)) for length in set(lengths)}
         self._extents[name] = _Extent(offset, num_bytes, [of_zeros[length] for length in lengths])
 
     def start_read(self, name: str, into: Tensor) -> Transfer:
@@ -133,12 +133,12 @@ class FileStore:
 
     def _write_chunk(self, name: str, number: int, source: memoryview, is_aligned: bool) -> None:
         extent = self._extents[name]
-        extent.checksums[number] = zlib.crc32(source)
+        extent.checksums[number] = crc32(source)
         self.file.write(extent.offset + number * CHUNK_BYTES, source, is_aligned=is_aligned)
 
     def _check(self, name: str, number: int, data: memoryview) -> None:
         extent = self._extents[name]
-        found, written = zlib.crc32(data), extent.checksums[number]
+        found, written = crc32(data), extent.checksums[number]
         if found != written:
             raise StorageError(
                 f"the offload file {self.file.name} is damaged at offset {extent.offset + number * CHUNK_BYTES} "
@@ -169,7 +169,7 @@ class FileStore:
         finally:
             if writes:
                 pages.flush()
-                extent.checksums = [zlib.crc32(data[start : start + length]) for start, length in _chunks(len(data))]
+                extent.checksums = [crc32(data[start : start + length]) for start, length in _chunks(len(data))]
 
     def close(self) -> None:
         """Wait for what is under way and give the space back."""

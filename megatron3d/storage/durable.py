@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
-# Large enough that system calls cost nothing, small enough that a chunk is still in the cache when it is written
-# after its checksum was taken.
-CHUNK_BYTES = 4 << 20
+from megatron3d.storage.chunks import ChunkWriter
 
 
 def write_file(path: Path, buffers: Iterable[memoryview | bytes]) -> list[int]:
@@ -25,25 +22,12 @@ def write_file(path: Path, buffers: Iterable[memoryview | bytes]) -> list[int]:
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        checksums = [_write_buffer(fd, memoryview(buffer).cast("B"), path) for buffer in buffers]
+        with ChunkWriter(fd, path) as writer:
+            checksums = [writer.write(memoryview(buffer).cast("B")) for buffer in buffers]
         os.fsync(fd)
     finally:
         os.close(fd)
     return checksums
-
-
-def _write_buffer(fd: int, buffer: memoryview, path: Path) -> int:
-    checksum = 0
-    for start in range(0, len(buffer), CHUNK_BYTES):
-        chunk = buffer[start : start + CHUNK_BYTES]
-        checksum = zlib.crc32(chunk, checksum)
-        while chunk:
-            try:
-                chunk = chunk[os.write(fd, chunk) :]
-            except OSError as error:
-                error.filename = str(path)  # write() knows a descriptor only; the user needs the file
-                raise
-    return checksum
 
 
 def flush_to_disk(stream: IO) -> None:

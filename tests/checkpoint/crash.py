@@ -30,18 +30,18 @@ class Calls:
     def install(self) -> None:
         """Watch this process for good; only for a process that ends soon."""
         sys.addaudithook(lambda event, _: self.happens() if event in ANNOUNCED else None)
-        write, fsync = os.write, os.fsync
+        pwrite, fsync = os.pwrite, os.fsync
 
-        def half_write(fd: int, data: Any) -> int:
-            written = write(fd, data[: len(data) // 2])  # A crash in the middle leaves a part of the data.
+        def half_write(fd: int, data: Any, offset: int) -> int:
+            written = pwrite(fd, data[: len(data) // 2], offset)  # A crash in the middle leaves a part of the data.
             self.happens()
-            return written + write(fd, data[len(data) // 2 :])
+            return written + pwrite(fd, data[len(data) // 2 :], offset + written)
 
         def late_sync(fd: int) -> None:
             self.happens()
             fsync(fd)
 
-        os.write, os.fsync = half_write, late_sync
+        os.pwrite, os.fsync = half_write, late_sync
 
     def happens(self) -> None:
         """One more call; act if it is the one."""

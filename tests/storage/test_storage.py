@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import importlib
 import os
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megatron3d.errors import StorageError
+from megatron3d.storage import checksum, chunks
 from megatron3d.storage.atomic import atomic_path, write_text_atomically
+from megatron3d.storage.durable import write_file
 from megatron3d.storage.refusals import storage_errors
 
 
@@ -61,3 +70,71 @@ def test_each_refusal_has_its_remedy_and_names_the_file_that_the_system_names(nu
         storage_errors("save", "/path", assurance="the rest is safe", way_out="give --more"),
     ):
         raise OSError(number, os.strerror(number), "/other")
+
+
+@given(parts=st.lists(st.binary(max_size=300), max_size=4), start=st.integers(0, 2**32 - 1))
+def test_checksums_are_those_of_zlib_and_go_on_from_one_part_to_the_next(parts: list[bytes], start: int) -> None:
+    value = start
+    for part in parts:
+        value = checksum.crc32(memoryview(part), value)
+    assert value == zlib.crc32(b"".join(parts), start)
+
+
+def test_without_the_fast_library_checksums_come_from_zlib() -> None:
+    try:
+        with mock.patch.dict("sys.modules", {"isal.isal_zlib": None}):
+            slow = importlib.reload(checksum)
+            assert (slow.LIBRARY, slow.crc32) == ("zlib", zlib.crc32)
+    finally:
+        importlib.reload(checksum)
+
+
+def fails_late(fd: int, data: memoryview, offset: int) -> int:
+    if offset >= 8192:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return PWRITE(fd, data, offset)
+
+
+def refuses_direct(fd: int, data: memoryview, offset: int) -> int:
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return PWRITE(fd, data, offset)
+
+
+def writes_some(fd: int, data: memoryview, offset: int) -> int:
+    return PWRITE(fd, data[: max(512, len(data) // 2)], offset)
+
+
+PWRITE = os.pwrite
+PARTS = st.lists(st.integers(0, 9000), max_size=8)
+
+
+@pytest.mark.parametrize("pwrite", [PWRITE, refuses_direct, writes_some])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=PARTS, aligned=st.integers(0, 3))
+def test_a_file_of_chunks_holds_the_bytes_of_its_parts(
+    tmp_path: Path, pwrite: Callable[[int, memoryview, int], int], sizes: list[int], aligned: int
+) -> None:
+    parts = [bytearray(os.urandom(size)) for size in (*sizes, 4096 * aligned)]
+
+    def given_away() -> Iterator[memoryview]:
+        for part in parts:
+            copy = bytearray(part)
+            yield memoryview(copy)
+            copy[:] = bytes(len(copy))  # whoever writes may go on at once
+
+    with mock.patch.object(os, "pwrite", pwrite), mock.patch.object(chunks, "CHUNK_BYTES", 4096):
+        checksums = write_file(tmp_path / "file", given_away())
+    assert (tmp_path / "file").read_bytes() == b"".join(parts)
+    assert checksums == [zlib.crc32(part) for part in parts]
+
+
+@pytest.mark.parametrize("late", [b"", bytes(4096), bytes(50_000)])
+def test_a_refusal_of_a_chunk_names_the_file_and_ends_the_write(tmp_path: Path, late: bytes) -> None:
+    with (
+        mock.patch.object(os, "pwrite", fails_late),
+        mock.patch.object(chunks, "CHUNK_BYTES", 4096),
+        pytest.raises(OSError, match=r"No space left on device: '.*/file'") as raised,
+    ):
+        write_file(tmp_path / "file", [bytes(8193), late])
+    assert raised.value.errno == errno.ENOSPC

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,10 @@ def test_checkpoints_have_a_ratio_to_each_other_way_of_the_same_kind() -> None:
     ratios = {row[0]: row[-1] for row in table.rows}
     assert {name for name, ratio in ratios.items() if ratio == ""} == {"save_checkpoint", "load_tensors"}
     assert len(ratios) == 9 and table.key == "checkpoint"
+    (share,) = table.notes
+    assert re.search(
+        r"^checksums .* alone .*: \S+ s, \S+% of the time of save_checkpoint and \S+% of .*load_tensors$", share
+    )
 
 
 @pytest.mark.heavy
