@@ -11,10 +11,16 @@ by blocks of rows, since the operator cannot add to a buffer.
 "onednn" is taken for fp32 on a CPU (and on the meta device, where memory is counted); all else is torch's whatever is
 asked for. No function here is differentiable: the layers have a backward of their own (`tensor/linear.py`).
 
+torch itself multiplies bf16 on a CPU through oneDNN. Two of its calls cost more than they need to, so there bf16 goes
+another way whatever the library: a bias is added inside of the product instead of being copied to every row of the
+result first, and of a weight gradient the narrower operand is transposed before the product, not inside of it.
+
 Shapes: T tokens, I input and O output features.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +35,9 @@ _BLOCK_ELEMENTS = 1 << 20
 """Of the weight gradient that are made at once (4 MiB), which then lie in a cache while they are added."""
 _LEAST_ROWS = 64
 """Rows of a block, however wide: with fewer the time goes into reading the other operand again."""
+_WORTH_A_COPY = 2
+"""How many times wider one bf16 operand must be for a copy of the other to cost less than it saves; between operands
+of one width it costs more (`tools/bench/matmul.py`)."""
 
 
 def has_onednn() -> bool:
@@ -47,7 +56,7 @@ def require_library(library: str) -> str:
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, library: str = TORCH) -> Tensor:
     """x W^T + b, [..., O] from x [..., I]."""
-    if not _takes_onednn(library, x, weight_OI):
+    if not _takes_onednn(library, x, weight_OI) and not (bias_O is not None and _is_bf16_on_cpu(x, weight_OI)):
         return F.linear(x, weight_OI, bias_O)
     return _onednn(x, weight_OI, bias_O)
 
@@ -60,30 +69,43 @@ def input_gradient(grad_out: Tensor, weight_OI: Tensor, *, library: str = TORCH)
 
 
 def weight_gradient(grad_TO: Tensor, x_TI: Tensor, *, library: str = TORCH) -> Tensor:
-    """g^T x, [O, I]."""
-    if not _takes_onednn(library, grad_TO, x_TI):
-        return grad_TO.t() @ x_TI
-    product_OI = grad_TO.new_zeros(grad_TO.shape[1], x_TI.shape[1])
-    add_weight_gradient(product_OI, grad_TO, x_TI, library=library)
-    return product_OI
+    """g^T x, [O, I]; the transposed view of a dense matrix where that is made faster."""
+    if _takes_onednn(library, grad_TO, x_TI):
+        product_OI = grad_TO.new_empty(grad_TO.shape[1], x_TI.shape[1])
+        add_weight_gradient(product_OI, grad_TO, x_TI, library=library, overwrites=True)
+        return product_OI
+    if _is_bf16_on_cpu(grad_TO, x_TI):
+        outputs, inputs = grad_TO.shape[1], x_TI.shape[1]
+        if outputs >= _WORTH_A_COPY * inputs:
+            return (x_TI.t().contiguous() @ grad_TO).t()
+        if inputs >= _WORTH_A_COPY * outputs:
+            return grad_TO.t().contiguous() @ x_TI
+    return grad_TO.t() @ x_TI
 
 
-def add_weight_gradient(buffer_OI: Tensor, grad_TO: Tensor, x_TI: Tensor, *, library: str = TORCH) -> None:
-    """buffer += g^T x, without a temporary of the buffer's size. All of one dtype."""
+def add_weight_gradient(
+    buffer_OI: Tensor, grad_TO: Tensor, x_TI: Tensor, *, library: str = TORCH, overwrites: bool = False
+) -> None:
+    """buffer += g^T x, or buffer = g^T x if it `overwrites`, without a temporary of the buffer's size. All of one
+    dtype."""
     if not _takes_onednn(library, buffer_OI, grad_TO, x_TI):
-        buffer_OI.addmm_(grad_TO.t(), x_TI)
+        if overwrites:
+            torch.mm(grad_TO.t(), x_TI, out=buffer_OI)
+        else:
+            buffer_OI.addmm_(grad_TO.t(), x_TI)
     elif grad_TO.shape[1] > x_TI.shape[1]:
-        _add_by_blocks(buffer_OI.t(), x_TI, grad_TO)
+        _add_by_blocks(buffer_OI.t(), x_TI, grad_TO, overwrites)
     else:
-        _add_by_blocks(buffer_OI, grad_TO, x_TI)
+        _add_by_blocks(buffer_OI, grad_TO, x_TI, overwrites)
 
 
-def _add_by_blocks(buffer_NW: Tensor, narrow_TN: Tensor, wide_TW: Tensor) -> None:
-    """buffer += narrow^T wide; the copy is of the size of the narrow operand."""
+def _add_by_blocks(buffer_NW: Tensor, narrow_TN: Tensor, wide_TW: Tensor, overwrites: bool) -> None:
+    """buffer += narrow^T wide (or =); the copy is of the size of the narrow operand."""
     narrow_NT, wide_WT = narrow_TN.t().contiguous(), wide_TW.contiguous().t()
     rows = max(_LEAST_ROWS, _BLOCK_ELEMENTS // wide_WT.shape[0])
+    put = Tensor.copy_ if overwrites else Tensor.add_
     for first in range(0, narrow_NT.shape[0], rows):
-        buffer_NW[first : first + rows].add_(_onednn(narrow_NT[first : first + rows], wide_WT, None))
+        put(buffer_NW[first : first + rows], _onednn(narrow_NT[first : first + rows], wide_WT, None))
 
 
 def _takes_onednn(library: str, *operands: Tensor) -> bool:
@@ -91,6 +113,21 @@ def _takes_onednn(library: str, *operands: Tensor) -> bool:
     return library == ONEDNN and all(
         one.dtype == torch.float32 and one.device.type in ("cpu", "meta") and one.numel() > 0 for one in operands
     )
+
+
+def _is_bf16_on_cpu(*operands: Tensor) -> bool:
+    """Whether oneDNN multiplies these in bf16; not in a graph that is traced to run elsewhere."""
+    if torch.compiler.is_compiling() or not _multiplies_bf16():
+        return False
+    return all(
+        one.dtype == torch.bfloat16 and one.device.type in ("cpu", "meta") and one.numel() > 0 for one in operands
+    )
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    """Whether oneDNN is there and has bf16 products for this processor."""
+    return has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

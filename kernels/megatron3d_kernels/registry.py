@@ -52,9 +52,11 @@ class Registry(Selection):
         """The gradient of a linear layer's weight; see `products.weight_gradient`."""
         return products.weight_gradient(grad_TO, x_TI, library=self._library)
 
-    def add_weight_gradient(self, buffer_OI: torch.Tensor, grad_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
-        """The same, added to a buffer; see `products.add_weight_gradient`."""
-        products.add_weight_gradient(buffer_OI, grad_TO, x_TI, library=self._library)
+    def add_weight_gradient(
+        self, buffer_OI: torch.Tensor, grad_TO: torch.Tensor, x_TI: torch.Tensor, *, overwrites: bool = False
+    ) -> None:
+        """The same, added to a buffer or put in its place; see `products.add_weight_gradient`."""
+        products.add_weight_gradient(buffer_OI, grad_TO, x_TI, library=self._library, overwrites=overwrites)
 
     def layer_norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5

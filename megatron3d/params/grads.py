@@ -22,11 +22,32 @@ _DEFAULT_KERNELS = Registry()
 
 
 @dataclass
-class _Destination:
-    """How to get the buffer of one parameter, what to call after each contribution, and whether those that autograd
-    brings in an input-gradient step are deferred to the weight-gradient step."""
+class GradPlace:
+    """The buffer of one parameter's gradient; while it `is_empty`, the next contribution overwrites what lies there,
+    which spares writing zeros first and reading them."""
 
-    buffer_of: Callable[[], Tensor]
+    buffer: Tensor
+    is_empty: bool = False
+
+    def add(self, grad: Tensor) -> None:
+        """Add a contribution of the buffer's shape."""
+        if self.takes_first():
+            self.buffer.copy_(grad)
+        else:
+            self.buffer.add_(grad)
+
+    def takes_first(self) -> bool:
+        """Whether the contribution that is made now is to overwrite; the following ones are to be added."""
+        was_empty, self.is_empty = self.is_empty, False
+        return was_empty
+
+
+@dataclass
+class _Destination:
+    """How to get the place of one parameter's gradient, what to call after each contribution, and whether those that
+    autograd brings in an input-gradient step are deferred to the weight-gradient step."""
+
+    place_of: Callable[[], GradPlace]
     on_arrival: Callable[[], None]
     is_deferred: bool
 
@@ -42,9 +63,14 @@ class GradSink:
         self._destinations: dict[nn.Parameter, _Destination] = {}
         self._deferred: list[Callable[[], None]] | None = None
 
-    def bind(self, parameter: nn.Parameter, buffer: Tensor, on_arrival: Callable[[], None]) -> None:
-        """Send the gradient of `parameter` to `buffer` (same shape), and call `on_arrival` after each contribution."""
-        self._bind(parameter, _Destination(lambda: buffer, on_arrival, is_deferred=False))
+    def bind(self, parameter: nn.Parameter, buffer: Tensor, on_arrival: Callable[[], None]) -> GradPlace:
+        """Send the gradient of `parameter` to `buffer` (same shape), and call `on_arrival` after each contribution.
+
+        Who owns the buffer may declare the place that is returned empty, instead of filling the buffer with zeros.
+        """
+        place = GradPlace(buffer)
+        self._bind(parameter, _Destination(lambda: place, on_arrival, is_deferred=False))
+        return place
 
     def bind_late(
         self, parameter: nn.Parameter, buffer_of: Callable[[], Tensor], on_arrival: Callable[[], None]
@@ -54,7 +80,7 @@ class GradSink:
         Within `defer` the gradients that autograd brings are deferred too, so that an input-gradient step needs no
         buffer; they are those of norms and tables, small beside the activations that are kept as long.
         """
-        self._bind(parameter, _Destination(buffer_of, on_arrival, is_deferred=True))
+        self._bind(parameter, _Destination(lambda: GradPlace(buffer_of()), on_arrival, is_deferred=True))
 
     def _bind(self, parameter: nn.Parameter, destination: _Destination) -> None:
         self._destinations[parameter] = destination
@@ -121,7 +147,10 @@ class GradSink:
             if destination is None:
                 self.add(table, _add_to_rows(torch.zeros_like(table), rows, grad_rows))
             else:
-                _add_to_rows(destination.buffer_of(), rows, grad_rows)
+                place = destination.place_of()
+                if place.takes_first():
+                    place.buffer.zero_()
+                _add_to_rows(place.buffer, rows, grad_rows)
                 destination.on_arrival()
 
         self._now_or_later(table, work)
@@ -132,7 +161,7 @@ class GradSink:
         if destination is None:
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
             return
-        destination.buffer_of().add_(grad)
+        destination.place_of().add(grad)
         destination.on_arrival()
 
     @contextmanager
@@ -146,11 +175,14 @@ class GradSink:
 
     def _add_product(self, weight: nn.Parameter, grad_TO: Tensor, x_TI: Tensor, kernels: Registry) -> None:
         destination = self._destinations.get(weight)
-        buffer = None if destination is None else destination.buffer_of()
-        if destination is None or buffer is None or buffer.dtype != grad_TO.dtype:
+        if destination is None:
             self.add(weight, kernels.weight_gradient(grad_TO, x_TI))
             return
-        kernels.add_weight_gradient(buffer, grad_TO, x_TI)  # no temporary of weight size
+        place = destination.place_of()
+        if place.buffer.dtype == grad_TO.dtype:  # no temporary of weight size
+            kernels.add_weight_gradient(place.buffer, grad_TO, x_TI, overwrites=place.takes_first())
+        else:
+            place.add(kernels.weight_gradient(grad_TO, x_TI))
         destination.on_arrival()
 
     def _take_from_autograd(self, parameter: torch.Tensor) -> None:

@@ -125,7 +125,7 @@ class ColumnParallelLinear(ParallelModule):
 class RowParallelLinear(ParallelModule):
     """Input features cut over the tensor axis: V along the last dimension in, I or V along the sequence out.
 
-    The bias is added once, after the reduction.
+    The bias is added once, after the reduction; in the product where there is none.
     """
 
     weight: nn.Parameter
@@ -143,6 +143,8 @@ class RowParallelLinear(ParallelModule):
 
     def forward(self, x_SBI: Tensor) -> Tensor:
         """[S, B, I/tp] to [S, B, O] (S local under sequence parallelism)."""
+        if self.context.tp.size == 1:
+            return linear(x_SBI, self.weight, self.bias, context=self.context, input_type="local")
         partial_SBO = linear(x_SBI, self.weight, None, context=self.context, input_type="local")
         y_SBO = to_residual(partial_SBO, self.context)
         return y_SBO if self.bias is None else y_SBO + self.bias

@@ -300,14 +300,12 @@ class GradBuffer:
             self._summing = None
 
     def clear(self) -> None:
-        """Forget everything, for the next step."""
+        """Forget everything, for the next step; the first gradients to come are to overwrite a resident buffer."""
         self.finish_scatter()
         self.finish_replica_sum()
-        if self.is_resident:
-            self.arriving.zero_()
-        elif self._arriving is not None:
-            self._transient.take(-size_bytes(self._arriving))
-            self._arriving = None
-        if not self._is_in_place:
+        if not self.is_resident:
+            if self._arriving is not None:
+                self._transient.take(-size_bytes(self._arriving))
+                self._arriving = None
             self.own.zero_()
         self._is_scattered = self._is_summed = False

@@ -23,7 +23,7 @@ from megatron3d.comm.collectives import all_reduce
 from megatron3d.comm.mesh import Axis, Mesh
 from megatron3d.errors import ConfigError
 from megatron3d.params.boxes import ShardView
-from megatron3d.params.grads import GradSink
+from megatron3d.params.grads import GradPlace, GradSink
 from megatron3d.params.init import initial_shard
 from megatron3d.params.module import Declared
 from megatron3d.zero.buffers import GradBuffer, TransientBuffers, WeightBacking, WeightBuffer
@@ -212,6 +212,7 @@ class FlatUnit(WeightUnit):
             FlatParameter(nn.Parameter(self._master_of(span)), span, decays)
             for decays, span in self.layout.optimizer_spans(self.own)
         )
+        self._places: list[GradPlace] = []
         self._outstanding = 0
         self._until_start = 0
         self._is_reduced = False
@@ -253,11 +254,13 @@ class FlatUnit(WeightUnit):
         for slot in self.layout.slots:
             parameter = self._by_name[slot.spec.name].parameter
             if self.grads.is_resident:
-                sink.bind(parameter, self._place_of(slot), self._on_arrival)
+                place = sink.bind(parameter, self._buffer_of(slot), self._on_arrival)
+                place.is_empty = True
+                self._places.append(place)
             else:
-                sink.bind_late(parameter, partial(self._place_of, slot), self._on_arrival)
+                sink.bind_late(parameter, partial(self._buffer_of, slot), self._on_arrival)
 
-    def _place_of(self, slot: Slot) -> Tensor:
+    def _buffer_of(self, slot: Slot) -> Tensor:
         return self.grads.arriving[slot.span.slice].view(slot.shape)
 
     def expect(self, contributions: int) -> None:
@@ -330,6 +333,8 @@ class FlatUnit(WeightUnit):
     def clear_grads(self) -> None:
         """Forget the gradients, for the next step."""
         self.grads.clear()
+        for place in self._places:
+            place.is_empty = True
         self._is_reduced = False
 
     @contextmanager

@@ -60,14 +60,42 @@ def test_products_equal_float64_at_every_shape_and_stride(
     kernels.add_weight_gradient(buffer, grad, x)
     assert_near(buffer, before + wanted, before.abs() + largest)
 
+    buffer.fill_(torch.nan)
+    kernels.add_weight_gradient(buffer, grad, x, overwrites=True)
+    assert_near(buffer, wanted, largest)
+
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(130, 9000), (9000, 130), (2048, 2048)])
 def test_a_weight_gradient_of_many_blocks_is_the_whole_product(inputs: int, outputs: int) -> None:
     """Wide enough that both orientations take more than one block."""
     x, grad = laid_out(40, inputs, "dense", 1), laid_out(40, outputs, "dense", 2)
-    buffer = torch.ones(outputs, inputs)
-    Registry(library="onednn").add_weight_gradient(buffer, grad, x)
-    assert_near(buffer, 1 + grad.t().double() @ x.double(), 1 + grad.t().abs().double() @ x.abs().double())
+    buffer, wanted, largest = torch.ones(outputs, inputs), grad.t().double() @ x.double(), grad.t().abs() @ x.abs()
+    for first in (1.0, 0.0):
+        Registry(library="onednn").add_weight_gradient(buffer, grad, x, overwrites=first == 0)
+        assert_near(buffer, first + wanted, first + largest.double())
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=SIZES, inputs=SIZES, outputs=SIZES, how=st.tuples(*[st.sampled_from(STRIDES)] * 3))
+def test_bf16_products_are_rounded_once_at_every_shape_and_stride(
+    tokens: int, inputs: int, outputs: int, how: tuple[str, str, str]
+) -> None:
+    """With the bias inside and either operand transposed, which torch's own calls round no better."""
+    draw = torch.Generator().manual_seed(5)
+    x, grad, weight = (
+        laid_out(*shape, one, seed).bfloat16()
+        for seed, (shape, one) in enumerate(zip(((tokens, inputs), (tokens, outputs), (outputs, inputs)), how))
+    )
+    bias = torch.randn(outputs, generator=draw).bfloat16()
+    wanted = {
+        "linear": x.double() @ weight.double().t() + bias.double(),
+        "weight gradient": grad.double().t() @ x.double(),
+    }
+    found = {"linear": Registry().linear(x, weight, bias), "weight gradient": Registry().weight_gradient(grad, x)}
+    for name, exact in wanted.items():
+        assert found[name].dtype == torch.bfloat16 and found[name].shape == exact.shape
+        # Half a unit in the last of bf16's 8 bits, and the rounding of an fp32 sum.
+        assert bool(((found[name].double() - exact).abs() <= exact.abs() * 2**-8 + 2e-5).all()), name
 
 
 def test_onednn_makes_no_copy_of_weights_and_no_temporary_of_their_size() -> None:

@@ -61,6 +61,25 @@ def test_linear_gradients_equal_those_of_autograd() -> None:
 ROWS = torch.tensor([4, 0, 4, 2])
 
 
+@pytest.mark.parametrize("way", ["product", "product of another dtype", "by hand", "rows", "autograd"])
+def test_the_first_contribution_to_an_empty_place_overwrites_and_later_ones_add(way: str) -> None:
+    """Whichever way it comes; the buffer is full of NaN, which no sum would get rid of."""
+    sink, weight = GradSink(), parameter(5, 3)
+    buffer = torch.full((5, 3), torch.nan, dtype=torch.float64 if "another" in way else torch.float32)
+    place = sink.bind(weight, buffer, lambda: None)
+    grad_TO, x_TI = torch.ones(4, 5), torch.ones(4, 3)
+    contributions = {
+        "by hand": lambda: sink.add(weight, torch.ones(5, 3)),
+        "rows": lambda: sink.add_rows(weight, torch.arange(5), torch.ones(5, 3)),
+        "autograd": lambda: weight.sum().backward(),
+    }
+    contribute = contributions.get(way, lambda: sink.add_linear(weight, None, grad_TO / 4, x_TI))
+    place.is_empty = True
+    for count in (1, 2):
+        contribute()
+        assert buffer.tolist() == [[float(count)] * 3] * 5 and not place.is_empty
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_rows_equal_those_of_autograd_and_add_up_in_the_buffers_dtype(dtype: torch.dtype) -> None:
     sink, table = GradSink(), parameter(5, 3, dtype=dtype)

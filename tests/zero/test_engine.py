@@ -398,16 +398,21 @@ def test_hierarchical_sharding_sums_over_the_replicas_once_and_only_the_own_part
 
 
 def test_clearing_forgets_the_gradients_of_the_step() -> None:
-    mesh, sink = make_mesh(Layout()), GradSink()
-    engine, declared = engine_of(Setting(mesh.layout), mesh, sink)
-    engine.begin_step(NUM_MICROBATCHES)
-    backward(engine, declared, mesh, sink, 0)
-    engine.finish_reduce()
-    assert reduced_norm(engine, mesh) > 0
-    engine.clear_grads()
-    engine.begin_step(0)
-    engine.finish_reduce()
-    assert reduced_norm(engine, mesh) == 0.0
+    """A step after another has the gradients, bit for bit, of an engine that made no step before it."""
+
+    def norm_after(steps: list[int]) -> float:
+        mesh, sink = make_mesh(Layout()), GradSink()
+        engine, declared = engine_of(Setting(mesh.layout), mesh, sink)
+        norms = []
+        for step in steps:
+            engine.begin_step(NUM_MICROBATCHES)
+            backward(engine, declared, mesh, sink, step)
+            engine.finish_reduce()
+            norms.append(reduced_norm(engine, mesh))
+            engine.clear_grads()
+        return norms[-1]
+
+    assert norm_after([0, 1]) == norm_after([1]) != norm_after([0])
 
 
 def test_the_norm_of_a_large_unit_is_exact_to_fp32() -> None:
