@@ -51,6 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 MODULE_MAY_IMPORT: dict[str, set[str]] = {
     "megatron3d.pipeline.run": {"comm", "params"},
     "megatron3d.pipeline.measured": {"comm"},
+    # The process that writes checkpoints ends with the one that started it.
+    "megatron3d.checkpoint.writer_process": {"process"},
 }
 
 # What may be imported inside a function, because few runs need it and its own imports take long: torch's distributed
@@ -58,6 +60,7 @@ MODULE_MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT_LATE: dict[str, set[str]] = {
     "megatron3d.checkpoint.save": {"megatron3d.checkpoint.store"},
     "megatron3d.checkpoint.load": {"megatron3d.checkpoint.store"},
+    "megatron3d.checkpoint.async_save": {"megatron3d.checkpoint.store"},
     "megatron3d.train.profile": {"megatron3d.pipeline.draw.measured"},
 }
 START_MODULE, SLOW_PACKAGES = "megatron3d.train.loop", ("matplotlib", "torch.distributed.checkpoint")

@@ -6,7 +6,7 @@ weights and of the optimizer's state is looked at here, on its way into a checkp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,12 +34,17 @@ def require_finite(tensors: Mapping[str, ShardView], *, step: int, root: Path) -
         return
     wrong = [name for name, is_finite in zip(held, _are_finite(list(held.values())), strict=True) if not is_finite]
     if wrong:
-        more = f" and {len(wrong) - _NAMES_SHOWN} more" if len(wrong) > _NAMES_SHOWN else ""
-        raise NumericsError(
-            f"{', '.join(wrong[:_NAMES_SHOWN])}{more} would be saved with NaN or infinite values after step {step}, so "
-            f"nothing is saved; the earlier checkpoints in {root} stand: start again from them, with a lower --lr or "
-            "without the samples of the last steps (--iterations-to-skip)"
-        )
+        raise not_finite(wrong, step=step, root=root)
+
+
+def not_finite(names: Sequence[str], *, step: int, root: Path) -> NumericsError:
+    """The error for these tensors."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return NumericsError(
+        f"{', '.join(names[:_NAMES_SHOWN])}{more} would be saved with NaN or infinite values after step {step}, so "
+        f"nothing is saved; the earlier checkpoints in {root} stand: start again from them, with a lower --lr or "
+        "without the samples of the last steps (--iterations-to-skip)"
+    )
 
 
 def _are_finite(held: list[Tensor]) -> list[bool]:

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 from megatron3d.checkpoint.coverage import cover_problem
+from megatron3d.checkpoint.refusals import storage_errors
 from megatron3d.errors import CheckpointError
 from megatron3d.files.fields import Fields
 from megatron3d.files.json_text import parse_object
 from megatron3d.files.regular import read_regular
 from megatron3d.params.boxes import Box
 from megatron3d.storage.checksum import crc32
+from megatron3d.storage.durable import write_file
 
 INDEX_NAME = "index.json"
 FORMAT = "megatron3d-checkpoint"
@@ -183,6 +185,21 @@ def parse_index(directory: Path) -> Index:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); load an earlier one with --ckpt-step") from error
     return Index.from_json(text, path)
+
+
+def write_index(directory: Path, index: Index) -> None:
+    """Write `index.json`, which makes a directory whose other files are on the disk a checkpoint.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    with storage_errors(directory / INDEX_NAME):
+        write_file(directory / INDEX_NAME, [index.to_json().encode()])
+
+
+def document_text(document: dict[str, Any]) -> bytes:
+    """What a document's file holds."""
+    return json.dumps(document, indent=1).encode()
 
 
 def box_key(name: str, offset: tuple[int, ...]) -> str:

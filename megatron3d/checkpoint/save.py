@@ -56,7 +56,7 @@ def save_checkpoint(
 
     def finish() -> None:
         if rank == 0:
-            _check(temporary, verify_level)
+            require_whole(temporary, verify_level)
             publish.publish(temporary, final)
             for problem in publish.prune(final, keep_last).values() if keep_last is not None else ():
                 warnings.warn(problem, stacklevel=2)
@@ -74,7 +74,11 @@ def save_checkpoint(
     return final
 
 
-def _check(temporary: Path, level: Level) -> None:
+def require_whole(temporary: Path, level: Level) -> None:
+    """Read back a checkpoint that is about to be published, as closely as `level` says.
+
+    Raises: StorageError if anything is wrong with it.
+    """
     if problems := verify(temporary, level):
         raise StorageError(
             f"the checkpoint just written does not read back: {'; '.join(problems)}; "

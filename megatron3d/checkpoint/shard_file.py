@@ -53,12 +53,21 @@ def write_shard(
         OSError: the system refused.
         ValueError: a dtype that the format does not know.
     """
-    # Wide elements first: every entry then starts at a multiple of its own element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header = _header({name: tensors[name] for name in names}, metadata)
+    header, names = shard_header(tensors, metadata)
     checksums = write_file(path, _buffers(header, [tensors[name] for name in names]))
     size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
     return size, dict(zip(names, checksums[1:], strict=True))
+
+
+def shard_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[str]]:
+    """What the file of `tensors` begins with, and their names in the order in which their bytes follow.
+
+    Raises:
+        ValueError: a dtype that the format does not know.
+    """
+    # Wide elements first: every entry then starts at a multiple of its own element size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    return _header({name: tensors[name] for name in names}, metadata), names
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
@@ -78,10 +87,11 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
 def _buffers(header: bytes, tensors: list[Tensor]) -> Iterator[memoryview | bytes]:
     yield header
     for tensor in tensors:
-        yield _bytes_of(tensor)
+        yield bytes_of(tensor)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the host: of a dense one there the very memory, otherwise of a copy."""
     return tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
 
 
@@ -141,7 +151,7 @@ def read_box(handle: safe_open, path: Path, name: str, tensor: StoredTensor, sto
     """
     check_entry(handle, path, name, tensor, stored)
     data: Tensor = handle.get_tensor(stored.key)
-    checksum = crc32(_bytes_of(data))
+    checksum = crc32(bytes_of(data))
     if checksum != stored.crc32:
         raise CheckpointError(_damaged(path, name, stored, f"checksum {checksum:08x} instead of {stored.crc32:08x}"))
     return data

@@ -11,10 +11,9 @@ DCP takes most of a second to import, so `save` and `load` import this module wh
 from __future__ import annotations
 
 import io
-import json
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -49,7 +48,15 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from megatron3d.checkpoint.index import INDEX_NAME, Index, StoredBox, StoredFile, StoredTensor, box_key
+from megatron3d.checkpoint.index import (
+    Index,
+    StoredBox,
+    StoredFile,
+    StoredTensor,
+    box_key,
+    document_text,
+    write_index,
+)
 from megatron3d.checkpoint.ranks import error_of_rank, waiting_for
 from megatron3d.checkpoint.refusals import storage_errors
 from megatron3d.checkpoint.shard_file import open_shard, read_box, write_shard
@@ -58,6 +65,9 @@ from megatron3d.params.boxes import Box, ShardView
 from megatron3d.storage.durable import write_file
 
 T = TypeVar("T")
+
+# Takes the path and the boxes of a rank's file; returns its size in bytes and the CRC-32 of each box.
+Stage = Callable[[Path, Mapping[str, Tensor]], tuple[int, Mapping[str, int]]]
 
 
 def write_tensors(
@@ -78,7 +88,33 @@ def write_tensors(
         StorageError: the file system refused a write of any rank (raised on all).
         ValueError, RuntimeError: boxes that overlap, leave a gap or disagree between ranks.
     """
-    writer = _Writer(directory, step=step, rank=rank, documents=documents)
+    _save(_Writer(directory, step=step, rank=rank, documents=documents), tensors, group)
+
+
+def stage_tensors(
+    directory: Path,
+    tensors: Mapping[str, ShardView],
+    *,
+    step: int,
+    stage: Stage,
+    group: ProcessGroup | None,
+    rank: int,
+) -> Index | None:
+    """Have what this rank would write into `directory` copied by `stage`, to be written later. Collective.
+
+    Returns:
+        The index of the checkpoint, without documents, on rank 0; None on the others.
+
+    Raises:
+        Megatron3dError: what `stage` raised on any rank (raised on all).
+        ValueError, RuntimeError: as `write_tensors`.
+    """
+    writer = _StagingWriter(directory, step=step, rank=rank, stage=stage)
+    _save(writer, tensors, group)
+    return writer.index
+
+
+def _save(writer: _Writer, tensors: Mapping[str, ShardView], group: ProcessGroup | None) -> None:
     with _quiet(), _our_errors(group), waiting_for("saving", group):
         dcp.save(
             dict(tensors),
@@ -241,8 +277,7 @@ class _Writer(StorageWriter):
         if not boxes:
             return _finished([])
         name = f"rank{self.rank:05d}.safetensors"
-        with storage_errors(self.directory / name):
-            size, checksums = write_shard(self.directory / name, boxes)
+        size, checksums = self._take(self.directory / name, boxes)
         results = []
         for item in plan.items:
             key, chunk = _key(item.index), _data_of(item).chunk
@@ -250,11 +285,19 @@ class _Writer(StorageWriter):
             results.append(WriteResult(item.index, boxes[key].nbytes, _Written(stored, size)))
         return _finished(results)
 
+    def _take(self, path: Path, boxes: Mapping[str, Tensor]) -> tuple[int, Mapping[str, int]]:
+        with storage_errors(path):
+            return write_shard(path, boxes)
+
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the documents and then the index (rank 0; every rank's file is on the disk by now)."""
+        documents = {f"{name}.json": self._document(f"{name}.json", d) for name, d in self.documents.items()}
+        write_index(self.directory, self._index(metadata, results, documents))
+
+    def _index(self, metadata: Metadata, results: list[list[WriteResult]], documents: dict[str, StoredFile]) -> Index:
         written = [result.storage_data for of_rank in results for result in of_rank]
         by_key = {w.stored.key: w.stored for w in written}
-        index = Index(
+        return Index(
             step=self.step,
             tensors={
                 name: StoredTensor(
@@ -266,13 +309,11 @@ class _Writer(StorageWriter):
                 if isinstance(tensor, TensorStorageMetadata)  # as all are
             },
             files={w.stored.file: w.file_size_bytes for w in written},
-            documents={f"{name}.json": self._document(f"{name}.json", d) for name, d in self.documents.items()},
+            documents=documents,
         )
-        with storage_errors(self.directory / INDEX_NAME):
-            write_file(self.directory / INDEX_NAME, [index.to_json().encode()])
 
     def _document(self, file: str, document: dict[str, Any]) -> StoredFile:
-        text = json.dumps(document, indent=1).encode()
+        text = document_text(document)
         with storage_errors(self.directory / file):
             (checksum,) = write_file(self.directory / file, [text])
         return StoredFile(len(text), checksum)
@@ -295,6 +336,22 @@ class _Writer(StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         """Part of DCP's interface: paths only."""
         return isinstance(checkpoint_id, Path)
+
+
+class _StagingWriter(_Writer):
+    """Has boxes copied instead of written, and keeps the index (rank 0)."""
+
+    def __init__(self, directory: Path, *, step: int, rank: int, stage: Stage) -> None:
+        super().__init__(directory, step=step, rank=rank, documents={})
+        self._stage = stage
+        self.index: Index | None = None
+
+    def _take(self, path: Path, boxes: Mapping[str, Tensor]) -> tuple[int, Mapping[str, int]]:
+        return self._stage(path, boxes)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Keep the index: no file is on the disk yet."""
+        self.index = self._index(metadata, results, {})
 
 
 class _Reader(StorageReader):

@@ -110,7 +110,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
         },
         "checkpoint": {
             Effect.FREE: (
-                "save load pretrained_checkpoint save_interval keep_last save_retain_interval ckpt_step finetune "
+                "save load pretrained_checkpoint save_interval async_save keep_last save_retain_interval ckpt_step "
+                "finetune "
                 "no_load_optim no_save_optim override_opt_param_scheduler use_checkpoint_opt_param_scheduler "
                 "fall_back_to_previous_checkpoint exit_on_missing_checkpoint override_sample_order override_tokenizer "
                 "use_checkpoint_args"

@@ -83,6 +83,9 @@ class InertOptions:
         interval = checkpoint.save_interval if checkpoint.save is not None else None
         if interval is not None and self._next(interval) > last:
             yield f"--save-interval {interval} is longer than the run: it saves once, after step {last}"
+        if checkpoint.async_save and not checkpoint.saves_asynchronously:
+            absent = "--save" if checkpoint.save is None else "--save-interval"
+            yield f"--async-save has no effect without {absent}: the save at the end of a run is waited for"
         evaluates = self.has_valid and train.eval_iters > 0
         is_given = train.eval_interval != BY_NAME["eval_interval"].default
         if evaluates and is_given and self._next(train.eval_interval) > last:

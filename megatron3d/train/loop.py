@@ -9,11 +9,12 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron3d.checkpoint.async_save import AsyncSave
 from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
 from megatron3d.config.sections.data import DataConfig
@@ -21,9 +22,10 @@ from megatron3d.data.build import BertData, GPTData
 from megatron3d.data.content import Content
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.data.stream import SampleStream
-from megatron3d.errors import ConfigError, NumericsError, StopRequested
+from megatron3d.errors import ConfigError, Megatron3dError, NumericsError, StopRequested
 from megatron3d.optim.schedule import ScheduleSettings
 from megatron3d.train import state
+from megatron3d.train.async_saves import AsyncSaves
 from megatron3d.train.compare import agreed_content
 from megatron3d.train.deferred_failure import DeferredFailure, PreparedBatches
 from megatron3d.train.evaluate import Evaluation, evaluate
@@ -93,7 +95,8 @@ def train(parts: TrainingSetup, streams: Streams, context: RunContext) -> Progre
             retention = Retention(parts.config.checkpoint, parts.mesh, newest=newest, note=reports.note)
             loop = _Loop(parts, streams, reports, context, retention, content, restored, renew)
             try:
-                loop.run()
+                with closing(loop):
+                    loop.run()
             except Exception as error:
                 error.add_note(f"on {parts.mesh}, after step {loop.progress.step}")
                 if isinstance(error, NumericsError) and (hint := retention.hint()):
@@ -126,7 +129,8 @@ class _Loop:
     failure: DeferredFailure = field(init=False)
     batches: PreparedBatches = field(init=False)
     profiler: StepProfiler = field(init=False)
-    saved_step: int = -1
+    async_saves: AsyncSaves | None = None
+    saved_step: int = -1  # the newest checkpoint's, or that of a save under way
     evaluated_step: int = -1
     steps_made: int = 0
 
@@ -136,8 +140,26 @@ class _Loop:
         self.failure = DeferredFailure(self.parts.mesh)
         self.batches = PreparedBatches(self.streams.train, self.parts.mesh, self.failure)
         self.profiler = StepProfiler(self.parts.config.train, self.parts.mesh, self.parts.model.device)
+        if self.parts.config.checkpoint.saves_asynchronously:
+            self.async_saves = AsyncSaves(self.parts.mesh, published=self.retention.saved, note=self.reports.note)
 
     def run(self) -> None:
+        """Train to the end, or to where the run is asked to stop."""
+        try:
+            self._run()
+        except NumericsError:
+            # It is one of all ranks, after the same step, so that a save under way can be published as if it had been
+            # waited for. No such thing is known of other errors: those end the processes and with them the save.
+            with suppress(Megatron3dError):
+                self._wait_for_save("the run ends")
+            raise
+
+    def close(self) -> None:
+        """End the process that writes checkpoints."""
+        if self.async_saves is not None:
+            self.async_saves.close()
+
+    def _run(self) -> None:
         config = self.parts.config
         last = state.last_step(config.train, config.parallel.data_parallel_size, self.progress)
         self.saved_step = self.progress.step if self.reports.resumed_in_place else -1
@@ -152,13 +174,14 @@ class _Loop:
             step = self.progress.step
             for line in self.profiler.written(step, is_last=step >= last):
                 self.reports.note(line)
+            self._publish_save()
             if step % config.train.eval_interval == 0 and step < last:
                 self._evaluate()
             check_interval = config.train.check_weight_hash_across_dp_replicas_interval
             if check_interval is not None and step % check_interval == 0:
                 state.check_replicas(self.parts, step)
             if config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0:
-                self._save()
+                self._save_at_interval()
             exits = self._exits_after(step)
             if (votes or exits) and step < last:
                 interval = f"--exit-interval {config.train.exit_interval} is over"
@@ -273,7 +296,30 @@ class _Loop:
 
         return evaluate(self.parts, prepared, num_batches=num_batches, before_batch=give_up_if_asked)
 
+    def _save_at_interval(self) -> None:
+        """Save as the run goes on: with --async-save begin to, once the save before is over."""
+        if self.async_saves is None:
+            self._save()
+            return
+        self._wait_for_save("the next save is due")
+        self.saved_step = self.progress.step if self.async_saves.begin(self._begin_save) else -1
+
+    def _begin_save(self, background: AsyncSave) -> Path:
+        if made_again := self.renew_hold():
+            self.reports.note(made_again)
+        return state.save(self.parts, self.progress, self.schedule, self.content, background=background)
+
+    def _publish_save(self) -> None:
+        if self.async_saves is not None and not self.async_saves.publish_written():
+            self.saved_step = -1
+
+    def _wait_for_save(self, why: str) -> None:
+        if self.async_saves is not None and not self.async_saves.wait(why):
+            self.saved_step = -1
+
     def _save(self, *, evaluation_due: bool = False) -> None:
+        """Save and wait for it; a save under way is waited for, and may be the one that is wanted."""
+        self._wait_for_save("the run ends")
         if self.parts.config.checkpoint.save and self.saved_step != self.progress.step:
             if made_again := self.renew_hold():
                 self.reports.note(made_again)

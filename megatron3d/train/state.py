@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron3d.checkpoint.async_save import AsyncSave
 from megatron3d.checkpoint.load import agreed_index, load_tensors, read_document
 from megatron3d.checkpoint.ranks import from_first, gathered, on_every_rank
 from megatron3d.checkpoint.save import save_checkpoint
@@ -82,21 +83,23 @@ def save(
     content: Content | None = None,
     *,
     evaluation_due: bool = False,
+    background: AsyncSave | None = None,
 ) -> Path:
     """Write a checkpoint of this moment below --save; collective over all ranks. `content` is what the run reads.
 
-    `evaluation_due` says that the evaluation after this step is still to be made.
+    `evaluation_due` says that the evaluation after this step is still to be made. With `background` the checkpoint is
+    begun there instead, to be finished later.
 
     Raises:
         NumericsError: what would be saved is not finite, or ranks that must hold the same values do not.
         StorageError: the file system refused; the checkpoints before are untouched.
+        MemoryShortError: there is no memory for the copy of a save in the background.
     """
     with parts.engine.states_opened(parts.optimizer, writes=False):
         _check_replicas(parts, progress.step)
         documents = _documents(parts, progress, schedule, evaluation_due=evaluation_due)
-        return _save(
-            parts, progress.step, documents | ({} if content is None else {CONTENT_DOCUMENT: content.to_json()})
-        )
+        documents |= {} if content is None else {CONTENT_DOCUMENT: content.to_json()}
+        return _save(parts, progress.step, documents, background)
 
 
 def check_replicas(parts: TrainingSetup, step: int) -> None:
@@ -136,14 +139,17 @@ def _agreed_step_count(parts: TrainingSetup) -> int:
     return max(gathered(step_count(parts.optimizer), parts.mesh.world.group))
 
 
-def _save(parts: TrainingSetup, step: int, documents: dict[str, dict[str, Any]]) -> Path:
+def _save(parts: TrainingSetup, step: int, documents: dict[str, dict[str, Any]], background: AsyncSave | None) -> Path:
     options, mesh = parts.config.checkpoint, parts.mesh
     assert options.save is not None, "a run without --save saves nothing"
     with_optimizer = not options.no_save_optim
+    views = _views(parts, with_optimizer=with_optimizer, with_copies=False) | _old_views(parts, with_optimizer)
+    if background is not None:
+        return background.begin(Path(options.save), step, views, documents=documents)
     return save_checkpoint(
         Path(options.save),
         step,
-        _views(parts, with_optimizer=with_optimizer, with_copies=False) | _old_views(parts, with_optimizer),
+        views,
         documents=documents,
         keep_last=None,
         group=mesh.world.group,

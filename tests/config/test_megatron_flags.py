@@ -231,7 +231,7 @@ def test_a_flag_that_asks_for_a_report_says_what_is_reported(row: Accepted) -> N
 @pytest.mark.parametrize(
     ("flag", "what_there_is"),
     [
-        ("--async-save", "saves are synchronous"),
+        ("--use-persistent-ckpt-worker", "with --async-save each rank keeps one writer process"),
         ("--use-pytorch-profiler", "--profile always runs torch's profiler"),
         ("--log-params-norm", "norms of weights, zeros in gradients and logits of attention are not measured"),
         ("--log-progress", "no progress.txt is written"),

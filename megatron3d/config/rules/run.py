@@ -7,6 +7,7 @@ outside their own range set back to the default); one named by what it is has th
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 from megatron3d.config.batch_size import batch_size_at, parse_step_schedule
@@ -344,6 +345,8 @@ def checkpoint_rule(checkpoint: CheckpointConfig) -> Iterator[str]:
             f"--save-retain-interval {retain} keeps checkpoints of its multiples, and with --save-interval {interval} "
             "not all of these are written; make it a multiple of --save-interval."
         )
+    if checkpoint.saves_asynchronously and sys.platform != "linux":
+        yield f"--async-save shares memory in a way that Linux has and {sys.platform} has not; leave it out."
     if checkpoint.load is None and checkpoint.save is None and checkpoint.ckpt_step is not None:
         yield f"--ckpt-step {checkpoint.ckpt_step} needs --load, the directory it is in; give it."
     if checkpoint.finetune and checkpoint.load is None and checkpoint.pretrained_checkpoint is None:

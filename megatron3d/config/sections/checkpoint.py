@@ -25,6 +25,11 @@ class CheckpointConfig:
     save_interval: int | None = option(
         None, "--save-interval", "Steps between checkpoints.", unit="iterations", also=("--persistent-save-interval",)
     )
+    async_save: bool = switch(
+        "--async-save",
+        "Train on while a process of each rank writes the checkpoint of --save-interval from a copy in host memory; "
+        "the last one is waited for.",
+    )
     keep_last: int | None = option(
         None, "--keep-last", "Keep this many newest checkpoints; default all, or 1 with --save-retain-interval."
     )
@@ -75,3 +80,8 @@ class CheckpointConfig:
         "--use-checkpoint-args",
         "Take the model's options, its dropout and its tokenizer from the checkpoint; they override the flags.",
     )
+
+    @property
+    def saves_asynchronously(self) -> bool:
+        """Whether there are saves that training need not wait for: all but the last one with `async_save`."""
+        return self.async_save and self.save is not None and self.save_interval is not None

@@ -1,0 +1,78 @@
+"""--async-save within a run: saves that are under way while training goes on, and what is reported of them.
+
+All ranks make the same calls. A save under way is published after the first step by whose end every rank has written
+its part, or when the next save is due or the run ends, which then wait for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron3d.checkpoint.async_save import AsyncSave
+from megatron3d.comm.collectives import count_votes
+from megatron3d.comm.mesh import Mesh
+from megatron3d.errors import MemoryShortError, StorageError
+from megatron3d.train.progress import format_bytes
+
+
+class AsyncSaves:
+    """The saves of one run that training does not wait for."""
+
+    def __init__(self, mesh: Mesh, *, published: Callable[[Path], None], note: Callable[[str], None]) -> None:
+        """`published` takes each checkpoint that has become the latest; `note` takes lines for the log."""
+        self._mesh, self._published, self._note = mesh, published, note
+        self._save = AsyncSave(group=mesh.world.group, rank=mesh.rank, world_size=mesh.world.size)
+        self._began_s = 0.0
+
+    def begin(self, save: Callable[[AsyncSave], Path]) -> bool:
+        """Begin a save, for which no other may be under way; False if that failed, which a line reports. Collective.
+
+        Raises: what `save` does, but for the errors of a system that has no more memory or space.
+        """
+        self._began_s = time.monotonic()
+        try:
+            path = save(self._save)
+        except (StorageError, MemoryShortError) as error:
+            self._report_failure(str(error))
+            return False
+        waited_s, size = time.monotonic() - self._began_s, format_bytes(self._save.buffer_bytes)
+        self._note(f"saving {path} in the background: training waited {waited_s:.2f} s for the copy ({size} on rank 0)")
+        return True
+
+    def publish_written(self) -> bool:
+        """Publish the save under way if all ranks have written it; False if that failed. Collective.
+
+        Raises: NumericsError on all ranks if what was copied is not finite.
+        """
+        if self._save.under_way is None or count_votes(not self._save.is_written(), self._mesh.world):
+            return True
+        return self._finish()
+
+    def wait(self, why: str) -> bool:
+        """The same, after waiting for the save under way if there is one; `why` is for the line."""
+        path = self._save.under_way
+        if path is None:
+            return True
+        began_s = time.monotonic()
+        is_well = self._finish()
+        self._note(f"waited {time.monotonic() - began_s:.2f} s for {path.name}, because {why}")
+        return is_well
+
+    def _finish(self) -> bool:
+        try:
+            path = self._save.finish()
+        except StorageError as error:
+            self._report_failure(str(error))
+            return False
+        self._published(path)
+        self._note(f"saved {path} ({time.monotonic() - self._began_s:.2f} s after its step)")
+        return True
+
+    def _report_failure(self, reason: str) -> None:
+        self._note(f"warning: a save failed and training goes on: {reason}")
+
+    def close(self) -> None:
+        """End the writer process and give the memory back; a save under way is given up, as if killed."""
+        self._save.close()
