@@ -34,7 +34,7 @@ from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.embedding import VocabParallelEmbedding, padded_vocab_size
-from megatron3d.tensor.linear import ReplicatedLinear, linear
+from megatron3d.tensor.linear import ReplicatedLinear
 from megatron3d.tensor.residual import first_position, whole_sequence
 
 _NUM_CLASSES = 2
@@ -126,20 +126,20 @@ class BertHead(ParallelModule):
         """The output of the encoder: of the last block, behind a last norm where norms precede."""
         return x_SBH if self.norm is None else self.norm(x_SBH)
 
-    def token_logits(self, x_PH: Tensor, table: VocabParallelEmbedding) -> Tensor:
-        """Encoder outputs [..., H] of any positions to this rank's logits [..., Vp/tp].
+    def token_logits(self, x_PH: Tensor, table: VocabParallelEmbedding, *, cuts_off: bool = True) -> Tensor:
+        """Encoder outputs [..., H] of any positions to this rank's logits [..., Vp/tp], as wide as
+        `VocabParallelEmbedding.scores` makes them.
 
         Under sequence parallelism the positions are those of `whole_sequence`, of type R: each rank brings a partial
         gradient to the transform.
         """
         kind = self.config.activation
         x_PH = self.context.kernels.activation(self.transform(x_PH), "gelu" if self.config.is_gated else kind)
-        return linear(
+        return table.scores(
             self.transform_norm(x_PH),
-            table.weight,
             self.output_bias,
-            context=self.context,
             input_type="local" if self.context.sequence_parallel else "I",
+            cuts_off=cuts_off,
         )
 
     def pooled(self, x_SBH: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class BertHead(ParallelModule):
         assert micro.loss_mask_BS is not None and micro.labels_BS is not None, "there is nothing to predict"
         assert index_P is not None, "a batch says which of its tokens have a label"
         x_PH = whole_sequence(x_SBH, self.context).flatten(0, 1).index_select(0, index_P)
-        logits_PV = self.token_logits(x_PH, table)
+        logits_PV = self.token_logits(x_PH, table, cuts_off=False)
         labels_P, mask_P = (x_BS.t().flatten()[index_P] for x_BS in (micro.labels_BS, micro.loss_mask_BS))
         vocabulary = {"table": table, "context": self.context}
         if losses.counts_hits:

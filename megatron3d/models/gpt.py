@@ -21,7 +21,6 @@ from megatron3d.nn.norm import residual_norm
 from megatron3d.nn.positions import LearnedPositions
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.embedding import VocabParallelEmbedding
-from megatron3d.tensor.linear import linear
 
 LOSSES = (LossSpec("lm", "cross-entropy of the next token", "labels"),)
 
@@ -64,12 +63,10 @@ class GPTHead(nn.Module):
     def forward(self, x_SBH: Tensor, micro: MicroBatch, table: VocabParallelEmbedding) -> Tensor:
         """[S, B, H] to the end of the losses (`LossSink.end`), or to logits [S, B, Vp/tp] where there are no labels."""
         context = self.context
-        logits_SBV = linear(
+        logits_SBV = table.scores(
             self.norm(x_SBH),
-            table.weight,
-            None,
-            context=context,
             input_type="V" if context.sequence_parallel else "I",
+            cuts_off=micro.labels_BS is None,
         )
         if micro.labels_BS is None:
             return logits_SBV

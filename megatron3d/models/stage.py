@@ -29,6 +29,7 @@ from megatron3d.params.spec import ParamSpec
 from megatron3d.tensor.context import LayerContext, unsharded_context
 
 FROZEN = ".frozen"  # ends the name of a unit whose parameters do not train
+_TABLES = (["embedding", "word"], ["head", "output"])  # of the vocabulary, each of which is a unit of its own
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,11 @@ class Stage(nn.Module):
         return declared_parameters(self)
 
     def units(self) -> dict[str, list[str]]:
-        """Parameter names by unit: the word embedding, the rest of the embedding, each block, the head.
+        """Parameter names by unit: the word embedding, the rest of the embedding, each block, the output layer of an
+        untied model, the rest of the head.
 
-        The word embedding is a unit of its own so that, where it is tied, its holders lay it out alike. Frozen
+        The word embedding is a unit of its own so that, where it is tied, its holders lay it out alike; and so are
+        both tables because stage 3 of ZeRO cuts a large one into blocks of rows. Frozen
         parameters are in units of their own, which have weights alone, and so are those of each kind but "dense",
         whose gradients other ranks sum.
         """
@@ -254,6 +257,6 @@ def unit_of(spec: ParamSpec) -> str:
     if words[0] == "layers":
         unit = f"layers.{words[1]}"
     else:
-        unit = "embedding.word" if spec.name.startswith("embedding.word.") else words[0]
+        unit = ".".join(words[:2]) if words[:2] in _TABLES else words[0]
     kind = "" if spec.kind == "dense" else f".{spec.kind}"
     return f"{unit}{kind}{'' if spec.trains else FROZEN}"

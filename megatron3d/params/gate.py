@@ -6,6 +6,8 @@ passes tensors through. Bound to a gatherer that keeps weights elsewhere, the pa
     forward:   open brings them,  close lets them go
     backward:  close brings them, open lets them go
 
+A table that is cut into blocks (`row_blocks.py`) comes block by block in between, as its layer asks for them.
+
 Both lie inside a recomputed function, so recomputation opens and closes too. A gate is explicit where module hooks
 would be hidden, and it is the only thing a model knows of sharded weights.
 """
@@ -16,7 +18,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from megatron3d.params.row_blocks import BlockedTable
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class WeightGatherer(Protocol):
 
     def release_weights(self, place: str, *, backward: bool) -> None:
         """The weights of a place have been read."""
+        ...
+
+    def blocks_of(self, table: nn.Parameter) -> BlockedTable | None:
+        """The weights of a table that comes block by block; None where it comes whole."""
         ...
 
 
@@ -70,6 +78,11 @@ class WeightGate:
         if self._gatherer is None or not self._gatherer.releases:
             return x
         return _Close.apply(x, self._gatherer, place)
+
+    def blocks_of(self, table: nn.Parameter) -> BlockedTable | None:
+        """The weights of a table, between the opening and the closing of its place, where they come block by block;
+        None where the parameter has them."""
+        return None if self._gatherer is None else self._gatherer.blocks_of(table)
 
 
 class _Open(torch.autograd.Function):

@@ -18,6 +18,8 @@ import torch
 from megatron3d_kernels.registry import Registry
 from torch import Tensor, nn
 
+from megatron3d.params.row_blocks import BlockedGradient
+
 _DEFAULT_KERNELS = Registry()
 
 
@@ -45,11 +47,13 @@ class GradPlace:
 @dataclass
 class _Destination:
     """How to get the place of one parameter's gradient, what to call after each contribution, and whether those that
-    autograd brings in an input-gradient step are deferred to the weight-gradient step."""
+    autograd brings in an input-gradient step are deferred to the weight-gradient step; `blocks` in place of the buffer
+    where it comes block by block."""
 
     place_of: Callable[[], GradPlace]
     on_arrival: Callable[[], None]
     is_deferred: bool
+    blocks: BlockedGradient | None = None
 
 
 class GradSink:
@@ -81,6 +85,14 @@ class GradSink:
         buffer; they are those of norms and tables, small beside the activations that are kept as long.
         """
         self._bind(parameter, _Destination(lambda: GradPlace(buffer_of()), on_arrival, is_deferred=True))
+
+    def bind_blocks(self, table: nn.Parameter, blocks: BlockedGradient, on_arrival: Callable[[], None]) -> None:
+        """The same, as by `bind_late`, with a buffer for each block of a table in turn."""
+
+        def none_of_its_shape() -> GradPlace:
+            raise AssertionError(f"a table of shape {tuple(table.shape)} has no buffer but those of its blocks")
+
+        self._bind(table, _Destination(none_of_its_shape, on_arrival, is_deferred=True, blocks=blocks))
 
     def _bind(self, parameter: nn.Parameter, destination: _Destination) -> None:
         self._destinations[parameter] = destination
@@ -145,13 +157,16 @@ class GradSink:
         def work() -> None:
             destination = self._destinations.get(table)
             if destination is None:
-                self.add(table, _add_to_rows(torch.zeros_like(table), rows, grad_rows))
+                self.add(table, add_to_rows(torch.zeros_like(table), rows, grad_rows))
+                return
+            if destination.blocks is not None:
+                destination.blocks.add_rows(rows, grad_rows)
             else:
                 place = destination.place_of()
                 if place.takes_first():
                     place.buffer.zero_()
-                _add_to_rows(place.buffer, rows, grad_rows)
-                destination.on_arrival()
+                add_to_rows(place.buffer, rows, grad_rows)
+            destination.on_arrival()
 
         self._now_or_later(table, work)
 
@@ -178,11 +193,12 @@ class GradSink:
         if destination is None:
             self.add(weight, kernels.weight_gradient(grad_TO, x_TI))
             return
-        place = destination.place_of()
-        if place.buffer.dtype == grad_TO.dtype:  # no temporary of weight size
-            kernels.add_weight_gradient(place.buffer, grad_TO, x_TI, overwrites=place.takes_first())
+        if destination.blocks is None:
+            _add_product_to(destination.place_of(), grad_TO, x_TI, kernels)
         else:
-            place.add(kernels.weight_gradient(grad_TO, x_TI))
+            for block, buffer_NI in destination.blocks.buffers():
+                place = GradPlace(buffer_NI, is_empty=True)
+                _add_product_to(place, block.columns_of(grad_TO).flatten(-2), x_TI, kernels)
         destination.on_arrival()
 
     def _take_from_autograd(self, parameter: torch.Tensor) -> None:
@@ -200,7 +216,14 @@ class GradSink:
             work()
 
 
-def _add_to_rows(buffer: Tensor, rows: Tensor, grad_rows: Tensor) -> Tensor:
+def _add_product_to(place: GradPlace, grad_TO: Tensor, x_TI: Tensor, kernels: Registry) -> None:
+    if place.buffer.dtype == grad_TO.dtype:  # no temporary of weight size
+        kernels.add_weight_gradient(place.buffer, grad_TO, x_TI, overwrites=place.takes_first())
+    else:
+        place.add(kernels.weight_gradient(grad_TO, x_TI))
+
+
+def add_to_rows(buffer: Tensor, rows: Tensor, grad_rows: Tensor) -> Tensor:
     """buffer[rows] += grad_rows with a fixed order of additions, which `index_add_` has on a CPU alone."""
     grad_rows = grad_rows.to(buffer.dtype)
     if buffer.device.type == "cpu":

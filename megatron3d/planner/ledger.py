@@ -21,6 +21,7 @@ from megatron3d.pipeline.schedule import Action, Schedule
 from megatron3d.planner.memory import (
     RankModel,
     StateForecast,
+    blocks_of,
     declared_state_bytes,
     fullest_state,
     part_of,
@@ -34,6 +35,7 @@ from megatron3d.planner.stage_run import message_bytes
 from megatron3d.planner.temporaries import publish_temporary, update_temporary
 from megatron3d.planner.timeline import RankStages, peak_use
 from megatron3d.planner.transient import TransientPlan, TransientUnit
+from megatron3d.zero.cut_tables import BLOCKS_AT_ONCE, block_name
 from megatron3d.zero.policy import policy_of
 
 
@@ -115,8 +117,9 @@ def ledger_of_rank(
     config, device_type = records.config, records.device_type
     parallel, optim, units = config.parallel, config.optim, parts.units.values()
     state = fullest_state(parallel, optim, units) + declared_state_bytes(parallel, parts)
+    blocks = blocks_of(parallel, parts.units)
     stages = RankStages(
-        lambda number, splits: records.of(part_of(plan, number), splits=splits),
+        lambda number, splits: records.of(part_of(plan, number), splits=splits, blocks=blocks),
         sharing_of(parallel, parts, optim.precision, device_type=device_type),
         message_bytes(config),
         sends_linger=device_type == "cpu",
@@ -134,16 +137,28 @@ def sharing_of(
     policy = policy_of(parallel.zero_stage)
     gradient, element = 2 if parallel.grad_reduce_in_bf16 else FP32, BYTES[precision]
     copies = device_type == "cpu" and shard_size(parallel) > 1
+    is_fetched = parallel.offload_params != "none"
+    blocks = blocks_of(parallel, parts.units)
     units = {
         name: TransientUnit(
             gradients=layout.length * gradient if policy.shard_grads and layout.trains else 0,
             weights=layout.length * element if policy.shard_params else 0,
             scatter=layout.length * gradient if copies and layout.trains else 0,
             gather=layout.length * element if copies else 0,
-            is_fetched=parallel.offload_params != "none",
+            is_fetched=is_fetched,
         )
         for name, layout in parts.units.items()
+        if name not in blocks
     }
+    for name, found in blocks.items():
+        sizes = [parts.units[name].length * block.rows_of_each // block.rows_per_rank for block in found]
+        largest = max(sizes) * element
+        gather = largest if copies else 0
+        units[name] = TransientUnit(weights=BLOCKS_AT_ONCE * largest, gather=gather, is_fetched=is_fetched)
+        for number, size in enumerate(sizes if parts.units[name].trains else []):
+            units[block_name(name, number)] = TransientUnit(
+                gradients=size * gradient, scatter=size * gradient if copies else 0, is_block=True
+            )
     users = [name for stage in parts.stages.values() for name in stage.units()]
     twice = frozenset(name for name in users if users.count(name) > 1)
     return {

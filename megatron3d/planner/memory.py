@@ -42,6 +42,7 @@ from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.planner.layout import layout_of
 from megatron3d.planner.sizes import BYTES, FP32
 from megatron3d.tensor.context import LayerContext
+from megatron3d.zero.cut_tables import Blocks, cut_tables, tables_to_cut
 from megatron3d.zero.flat import FlatLayout, Slot, Span, flat_layout, kind_of
 from megatron3d.zero.kinds import KINDS
 from megatron3d.zero.policy import policy_of
@@ -104,12 +105,22 @@ def parts_of_rank(config: RunConfig, plan: PipelinePlan, pp_rank: int) -> RankMo
         for unit, members in stage.units().items():
             # A tied table at both ends of one rank is one table, so the first of its two descriptions is enough.
             specs.setdefault(unit, [declared[member].spec for member in members])
-    return RankModel(stages, {name: _flat_layout(its, layout) for name, its in specs.items()})
+    units = {name: _flat_layout(its, layout) for name, its in specs.items()}
+    for name in tables_to_cut(units) if policy_of(config.parallel.zero_stage).shard_params else ():
+        units[name] = _flat_layout(specs[name], layout, whole_rows=True)
+    return RankModel(stages, units)
 
 
-def _flat_layout(specs: Sequence[ParamSpec], layout: Layout) -> FlatLayout:
+def _flat_layout(specs: Sequence[ParamSpec], layout: Layout, *, whole_rows: bool = False) -> FlatLayout:
     axes = KINDS[kind_of(specs)]
-    return flat_layout(specs, tp=layout.size(axes.tensor), num_ranks=layout.size(axes.grad))
+    return flat_layout(specs, tp=layout.size(axes.tensor), num_ranks=layout.size(axes.grad), whole_rows=whole_rows)
+
+
+def blocks_of(parallel: ParallelConfig, units: Mapping[str, FlatLayout]) -> dict[str, Blocks]:
+    """The blocks of each unit of a rank that is a table which stage 3 cuts."""
+    if not policy_of(parallel.zero_stage).shard_params:
+        return {}
+    return cut_tables(units, lambda kind: shard_size(parallel, kind))
 
 
 def part_of(plan: PipelinePlan, stage: int) -> StagePart:
@@ -129,14 +140,15 @@ def state_bytes(
     """The state of a rank that holds these units, at position `shard_rank` of the axis that shards it."""
     layouts = list(units)
     owns = [_own_span(parallel, layout, shard_rank) for layout in layouts]
+    blocks = blocks_of(parallel, {str(number): layout for number, layout in enumerate(layouts)})
     total = StateForecast()
-    for layout, own in zip(layouts, owns, strict=True):
+    for number, (layout, own) in enumerate(zip(layouts, owns, strict=True)):
+        total += _weights_elsewhere(parallel, optim, own, blocks.get(str(number)))
         if not layout.trains:
             total += StateForecast(weights=_weight_bytes(parallel, optim, layout.length, own.length))
-            total += _weights_elsewhere(parallel, optim, own)
             continue
         moments = moment_bytes(optim, layout, own)
-        total += _on_device(parallel, optim, layout.length, own.length) + _weights_elsewhere(parallel, optim, own)
+        total += _on_device(parallel, optim, layout.length, own.length)
         is_offloaded = parallel.offload_optimizer != "none"
         total += _states_elsewhere(parallel, optim, own) if is_offloaded else StateForecast(moments=moments)
     trained = [own for layout, own in zip(layouts, owns, strict=True) if layout.trains]
@@ -263,9 +275,13 @@ def _states_elsewhere(parallel: ParallelConfig, optim: OptimConfig, own: Span) -
     return _record(parallel.offload_optimizer, _record_bytes(optim, own.length))
 
 
-def _weights_elsewhere(parallel: ParallelConfig, optim: OptimConfig, own: Span) -> StateForecast:
-    """What offloading keeps of one unit's sharded weights: a record of them."""
-    return _record(parallel.offload_params, own.length * BYTES[optim.precision])
+def _weights_elsewhere(parallel: ParallelConfig, optim: OptimConfig, own: Span, blocks: Blocks | None) -> StateForecast:
+    """What offloading keeps of one unit's sharded weights: a record of them, or of each block of a table."""
+    lengths = [own.length]
+    if blocks is not None:
+        lengths = [own.length // block.rows_per_rank * block.rows_of_each for block in blocks]
+    records = [_record(parallel.offload_params, length * BYTES[optim.precision]) for length in lengths]
+    return sum(records, StateForecast())
 
 
 def _record(place: str, size: int) -> StateForecast:

@@ -9,9 +9,11 @@ its kind, so that the layers into which a gradient goes are never mistaken for o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.train import TrainConfig
@@ -22,6 +24,7 @@ from megatron3d.planner.recording import Event, Kind
 from megatron3d.planner.replay import Interval, MemoryUse, Steps, condensed, left_of
 from megatron3d.planner.stage_run import StageRun
 from megatron3d.tensor.context import unsharded_context
+from megatron3d.zero.cut_tables import Blocks
 
 MOST_ALIKE = 3  # layers of a kind that are recorded: a first, a middle, a last
 _Unit = tuple[int, ...]  # positions of layers that are recomputed as one, or of one layer
@@ -53,16 +56,20 @@ class StageRecords:
     device_type: str
     _known: dict[tuple[object, ...], tuple[Sequence[_Unit], StageSteps]] = field(default_factory=dict)
 
-    def of(self, part: StagePart, *, splits: bool = False) -> StageSteps:
-        """The record of a stage; `splits` defers weight gradients."""
+    def of(
+        self, part: StagePart, *, splits: bool = False, blocks: Mapping[str, Blocks] = MappingProxyType({})
+    ) -> StageSteps:
+        """The record of a stage; `splits` defers weight gradients, and `blocks` are those of its units that are tables
+        which come in blocks."""
         frozen, frozen_ends = self._frozen_of(part)
         units = _units(self.config.train, len(part.layers))
         kinds = [_Kind(recompute, tuple(frozen[position] for position in unit)) for unit, recompute in units.items()]
         shown = _shown(kinds)
         chosen = sorted(set(shown))
-        key = (part.is_first, part.is_last, frozen_ends, tuple(kinds[i] for i in chosen), splits)
+        key = (part.is_first, part.is_last, frozen_ends, tuple(kinds[i] for i in chosen), splits, *blocks.items())
         if key not in self._known:
-            self._known[key] = self._record(part, [kinds[i] for i in chosen], frozen_ends, splits=splits)
+            how = partial(StageRun, device_type=self.device_type, blocks=blocks)
+            self._known[key] = self._record(part, [kinds[i] for i in chosen], frozen_ends, how, splits=splits)
         recorded, record = self._known[key]
         instances = [
             (recorded[chosen.index(i)], tuple(part.layers[position] for position in unit))
@@ -87,7 +94,13 @@ class StageRecords:
         return in_layers, frozenset().union(*frozen.values())
 
     def _record(
-        self, part: StagePart, kinds: Sequence[_Kind], frozen_ends: frozenset[str], *, splits: bool
+        self,
+        part: StagePart,
+        kinds: Sequence[_Kind],
+        frozen_ends: frozenset[str],
+        run_of: Callable[[RunConfig], StageRun],
+        *,
+        splits: bool,
     ) -> tuple[list[_Unit], StageSteps]:
         """Record a stage of units of these kinds alone."""
         train, layers = self.config.train, [names for kind in kinds for names in kind.frozen]
@@ -99,11 +112,11 @@ class StageRecords:
         short = StagePart(range(len(layers)), part.is_first, part.is_last)
         found = _units(train, len(layers))
         assert [len(unit) for unit in found] == [len(kind.frozen) for kind in kinds], f"{found} are not like {kinds}"
-        return [*found], _recorded(replace(self.config, train=train), self.device_type, short, splits=splits)
+        return [*found], _recorded(run_of(replace(self.config, train=train)), short, splits=splits)
 
 
-def _recorded(config: RunConfig, device_type: str, part: StagePart, *, splits: bool) -> StageSteps:
-    record = StageRun(config, device_type).record(part, splits=splits)
+def _recorded(run: StageRun, part: StagePart, *, splits: bool) -> StageSteps:
+    record = run.record(part, splits=splits)
     return StageSteps(*(condensed(events) for events in (record.forward, record.backward, record.weights)))
 
 

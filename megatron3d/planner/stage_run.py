@@ -7,7 +7,7 @@ the record also says when which weights are read and when which gradients arrive
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -26,12 +26,15 @@ from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.loss_sink import LossSink, LossSpec
 from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
+from megatron3d.params.row_blocks import BlockedTable
 from megatron3d.planner.kernel_scratch import cpu_scratch, no_scratch
 from megatron3d.planner.kernels_without_memory import CpuKernels, GpuKernels
 from megatron3d.planner.layout import layout_of
 from megatron3d.planner.recording import Event, Kind, StorageRecorder
 from megatron3d.planner.sizes import BYTES, DTYPES
+from megatron3d.planner.table_run import RecordedTable
 from megatron3d.tensor.context import LayerContext
+from megatron3d.zero.cut_tables import Blocks
 from megatron3d.zero.policy import policy_of
 
 
@@ -51,12 +54,16 @@ class _RecordingGatherer:
 
     def __init__(self, recorder: StorageRecorder) -> None:
         self._recorder = recorder
+        self.tables: dict[nn.Parameter, BlockedTable] = {}
 
     def gather_weights(self, place: str, *, backward: bool) -> None:
         self._recorder.mark(Kind.ENTER_BACKWARD if backward else Kind.ENTER, place)
 
     def release_weights(self, place: str, *, backward: bool) -> None:
         self._recorder.mark(Kind.LEAVE_BACKWARD if backward else Kind.LEAVE, place)
+
+    def blocks_of(self, table: nn.Parameter) -> BlockedTable | None:
+        return self.tables.get(table)
 
 
 @dataclass
@@ -67,11 +74,13 @@ class StageRun:
         config: the run.
         device_type: "cpu" or "cuda", whose kernels allocate different things.
         without_memory: the device of the tensors; a test takes fake tensors of a CPU instead.
+        blocks: of the units that are tables which come in blocks.
     """
 
     config: RunConfig
     device_type: str
     without_memory: torch.device = field(default=torch.device("meta"))
+    blocks: Mapping[str, Blocks] = field(default_factory=dict)
 
     @property
     def _on_cpu(self) -> bool:
@@ -82,9 +91,10 @@ class StageRun:
         sink, gate = GradSink(), WeightGate()
         stage = self._stage(part, sink, gate)
         recorder = StorageRecorder(cpu_scratch if self._on_cpu else no_scratch)
-        gate.bind(_RecordingGatherer(recorder))
+        gatherer = _RecordingGatherer(recorder)
+        gate.bind(gatherer)
         device = self.without_memory
-        self._materialize(stage, sink, recorder, device)
+        gatherer.tables = self._materialize(stage, sink, recorder, device)
         micro = self._micro_batch(device, stage.losses)
         x = None if part.is_first else torch.empty(message_shape(self.config), dtype=self._dtype, device=device)
         recorder.ignore(one for one in (*vars(micro).values(), x) if isinstance(one, Tensor))
@@ -119,12 +129,16 @@ class StageRun:
         group = ShapeOnlyGroup(position, size, copies=self._on_cpu) if size > 1 else None
         return Axis(name, size, position, ranks, group, Meter())
 
-    def _materialize(self, stage: Stage, sink: GradSink, recorder: StorageRecorder, device: torch.device) -> None:
-        """Give parameters storages, and bind them to buffers as the units of the run's ZeRO stage do."""
+    def _materialize(
+        self, stage: Stage, sink: GradSink, recorder: StorageRecorder, device: torch.device
+    ) -> dict[nn.Parameter, BlockedTable]:
+        """Give parameters storages, and bind them to buffers as the units of the run's ZeRO stage do; returns those
+        that come in blocks."""
         parallel = self.config.parallel
         late = policy_of(parallel.zero_stage).shard_grads
         of_gradients = torch.bfloat16 if parallel.grad_reduce_in_bf16 else torch.float32
         units = {member: unit for unit, members in stage.units().items() for member in members}
+        tables: dict[nn.Parameter, BlockedTable] = {}
         for name, declared in stage.parameters_by_name().items():
             shape = declared.parameter.shape
             parameter = nn.Parameter(
@@ -132,6 +146,13 @@ class StageRun:
             )
             declared.owner.register_parameter(declared.attribute, parameter)
             recorder.ignore([parameter])
+            if units[name] in self.blocks:
+                table = RecordedTable(
+                    recorder, units[name], self.blocks[units[name]], parameter, of_gradients, copies=self._on_cpu
+                )
+                tables[parameter] = table
+                sink.bind_blocks(parameter, table, lambda: None)
+                continue
             if not declared.spec.trains:
                 continue
             buffer = torch.empty(shape, dtype=of_gradients, device=device)
@@ -141,6 +162,7 @@ class StageRun:
             else:
                 sink.bind(parameter, buffer, on_arrival)
             recorder.ignore([buffer])
+        return tables
 
     def _micro_batch(self, device: torch.device, losses: Sequence[LossSpec]) -> MicroBatch:
         """Samples of the run's shapes, with every field that its model or its options ask for."""

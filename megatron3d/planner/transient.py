@@ -25,7 +25,8 @@ class TransientUnit:
 
     `scatter` is what a reduction takes for itself until it is waited for, as gloo's do; `gather` is the same of a
     gather, which is over long before anybody waits for it. `is_fetched` says that the weights come from a backing off
-    the device first, and are gathered only when waited for.
+    the device first, and are gathered only when waited for. A table that comes in blocks has the room for its blocks
+    of weights, and each of its blocks (`is_block`) has gradients, which are reduced after each contribution.
     """
 
     gradients: int = 0
@@ -33,6 +34,7 @@ class TransientUnit:
     scatter: int = 0
     gather: int = 0
     is_fetched: bool = False
+    is_block: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,10 @@ class TransientForecast:
         if self.plan.shard_weights and place != "embedding":
             self._gatherer.release_weights(place, backward=True)
 
+    def gather_block(self, unit: str) -> None:
+        """A block of a table is gathered into the room that there is for it."""
+        self._total.touch(self.plan.units[unit].gather)
+
     # --- Gradients -----------------------------------------------------------------------------------------------
 
     def begin_backward(self, contributions: Counter[str], *, is_last: bool) -> None:
@@ -184,7 +190,7 @@ class TransientForecast:
         self.arrive(unit)
         self._outstanding[unit] -= count
         waits = not self.plan.overlaps or unit in self.plan.used_elsewhere
-        if self._outstanding[unit] == 0 and not waits:
+        if self.plan.units[unit].is_block or (self._outstanding[unit] == 0 and not waits):
             self._start_reduction(unit)
 
     def end_backward(self) -> None:

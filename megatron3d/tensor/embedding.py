@@ -1,4 +1,4 @@
-"""Vocabulary-parallel word embedding: rows of the table cut over the tensor axis.
+"""Vocabulary-parallel word embedding, and output layer: rows of the table cut over the tensor axis.
 
 Each rank looks up the tokens it holds and contributes zeros for the others; the sum over the ranks is the embedding.
 The vocabulary is padded so that it divides; the padding rows belong to no token and to no checkpoint.
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron3d.params.grads import GradSink
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
-from megatron3d.tensor.linear import to_residual
+from megatron3d.tensor.linear import InputType, linear, to_residual
+from megatron3d.tensor.row_blocks import linear_by_blocks, lookup
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int, tp: int) -> int:
@@ -31,10 +31,13 @@ class _Lookup(torch.autograd.Function):
     """Rows of a table, whose gradients go to the sink row by row."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, table: nn.Parameter, sink: GradSink) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, table: nn.Parameter, context: LayerContext) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.table, ctx.sink = table, sink
-        return F.embedding(rows, table)
+        ctx.table, ctx.sink = table, context.sink
+        blocks = context.gate.blocks_of(table)
+        if blocks is None:
+            return F.embedding(rows, table)
+        return lookup(rows.flatten(), blocks).view(*rows.shape, -1)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[None, None, None]:
@@ -84,7 +87,28 @@ class VocabParallelEmbedding(ParallelModule):
         """Token ids [S, B] (int64, the whole S) to [S, B, H] on the residual stream."""
         row_SB = tokens_SB - self.first_row
         elsewhere_SB = (row_SB < 0) | (row_SB >= self.rows_per_rank)
-        x_SBH = _Lookup.apply(row_SB.masked_fill(elsewhere_SB, 0), self.weight, self.context.sink)
+        x_SBH = _Lookup.apply(row_SB.masked_fill(elsewhere_SB, 0), self.weight, self.context)
         if self.context.tp.size > 1:
             x_SBH = x_SBH.masked_fill(elsewhere_SB.unsqueeze(-1), 0.0)
         return to_residual(x_SBH, self.context)
+
+    def scores(self, x: Tensor, bias: nn.Parameter | None = None, *, input_type: InputType, cuts_off: bool) -> Tensor:
+        """x W^T + b, the logits of this rank's rows.
+
+        Args:
+            x: [S, B, H] or [P, H], of the type `input_type`; see `tensor.linear.linear`.
+            bias: [Vp/tp] or None.
+            input_type: see there.
+            cuts_off: whether the result has columns of these rows alone. A table that comes in blocks may have some
+                more, of rows that belong to no token; a loss leaves columns from `num_valid_rows` on out anyway, and
+                wants the tensor whole.
+
+        Returns:
+            [S, B, Vp/tp] with the whole S, or a little wider unless `cuts_off`.
+        """
+        context = self.context
+        blocks = context.gate.blocks_of(self.weight)
+        if blocks is None:
+            return linear(x, self.weight, bias, context=context, input_type=input_type)
+        y = linear_by_blocks(x, self.weight, bias, blocks=blocks, context=context, input_type=input_type)
+        return y[..., : self.rows_per_rank] if cuts_off else y

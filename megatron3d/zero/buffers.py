@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,24 +41,32 @@ def size_bytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
+class Reduction(Protocol):
+    """What may be under way to the owners of gradients."""
+
+    def finish_scatter(self) -> None:
+        """Wait for it, and add what came."""
+        ...
+
+
 class TransientBuffers:
     """What is gathered or on its way in all units of a rank: transient bytes now and at most, and reductions."""
 
     def __init__(self) -> None:
         self.held_bytes = 0
         self.peak_bytes = 0
-        self._in_flight: deque[GradBuffer] = deque()
+        self._in_flight: deque[Reduction] = deque()
 
     def take(self, num_bytes: int) -> None:
         """Count a transient buffer that is allocated (a negative number: freed)."""
         self.held_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
 
-    def add_reduction(self, buffer: GradBuffer) -> None:
+    def add_reduction(self, reduction: Reduction) -> None:
         """Note a reduction that has started, and finish the oldest ones where too many are under way."""
-        if buffer in self._in_flight:
-            self._in_flight.remove(buffer)  # its reduction before this one is over
-        self._in_flight.append(buffer)
+        if reduction in self._in_flight:
+            self._in_flight.remove(reduction)  # the one of the same buffer before this one is over
+        self._in_flight.append(reduction)
         while len(self._in_flight) > MAX_IN_FLIGHT:
             self._in_flight.popleft().finish_scatter()
 

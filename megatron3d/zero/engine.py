@@ -20,11 +20,14 @@ from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import Declared
 from megatron3d.zero.buffers import TransientBuffers, size_bytes
+from megatron3d.zero.cut_tables import Blocks, cut_tables, tables_to_cut
 from megatron3d.zero.delayed import DelayedUpdate
 from megatron3d.zero.full_parameters import FullParameters
 from megatron3d.zero.gatherer import Places, UnitGatherer
+from megatron3d.zero.kinds import kind_axes
 from megatron3d.zero.offload_step import OffloadedStates
-from megatron3d.zero.unit import FlatParameter, FlatUnit, UnitOptions, WeightUnit
+from megatron3d.zero.policy import Policy
+from megatron3d.zero.unit import FlatParameter, FlatUnit, UnitOptions, WeightUnit, unit_layout
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,13 @@ class ZeroEngine:
         self.parameters = dict(parameters)
         self.transient = TransientBuffers()
         self.units: dict[str, WeightUnit] = {}
+        blocks = _blocks_of(parameters, mesh, options.policy)
         for name, unit in parameters.items():
             tied = mesh.tied if unit.is_tied else None
             kind = FlatUnit if unit.trains else WeightUnit
-            self.units[name] = kind(name, unit.declared, mesh, options, tied=tied, transient=self.transient)
+            self.units[name] = kind(
+                name, unit.declared, mesh, options, tied=tied, transient=self.transient, blocks=blocks.get(name)
+            )
         self.trained = {name: unit for name, unit in self.units.items() if isinstance(unit, FlatUnit)}
         self.full_parameters = FullParameters(self.trained, mesh, options)
         for unit in self.trained.values():
@@ -90,6 +96,7 @@ class ZeroEngine:
             places or {},
             releases=options.policy.shard_params,
             prefetch=options.prefetch,
+            tables=dict(table for unit in self.units.values() for table in unit.blocked_tables()),
         )
         if gate is not None:
             gate.bind(self.gatherer)
@@ -334,3 +341,14 @@ class ZeroEngine:
             + sum(one.buffer_bytes for one in (self._away, self._delayed) if one is not None),
             files=sum(backing.file_bytes for backing in backings),
         )
+
+
+def _blocks_of(parameters: Mapping[str, UnitParameters], mesh: Mesh, policy: Policy) -> dict[str, Blocks]:
+    """The blocks of each unit that is a table to be cut; none where weights are not sharded."""
+    if not policy.shard_params:
+        return {}
+    axes = {name: kind_axes(unit.declared[0].spec.kind, mesh, policy) for name, unit in parameters.items()}
+    layouts = {name: unit_layout(one.declared, axes[name], whole_rows=False) for name, one in parameters.items()}
+    for name in tables_to_cut(layouts):
+        layouts[name] = unit_layout(parameters[name].declared, axes[name], whole_rows=True)
+    return cut_tables(layouts, lambda kind: kind_axes(kind, mesh, policy).shard.size)

@@ -9,9 +9,9 @@ the whole is padded to a multiple of the ranks that sum its gradients, so that e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from math import prod
+from math import lcm, prod
 
 from megatron3d.params.spec import ParamKind, ParamSpec, TpGradient
 
@@ -80,6 +80,13 @@ class FlatLayout:
         """Whether the parameters train; those of one unit all do or are all frozen."""
         return self.slots[0].spec.trains
 
+    @property
+    def table_width(self) -> int | None:
+        """The length of a row where the unit is one table whose rows are cut over the tensor axis; None elsewhere."""
+        slot = self.slots[0]
+        is_table = len(self.slots) == 1 and slot.spec.is_table and slot.spec.tp_dim == 0 and len(slot.shape) == 2
+        return slot.shape[1] if is_table else None
+
     def slice_of(self, rank: int, num_ranks: int) -> Span:
         """The equal part of the buffer that belongs to one of `num_ranks` ranks."""
         share = self.length // num_ranks
@@ -117,13 +124,14 @@ def kind_of(specs: Sequence[ParamSpec]) -> ParamKind:
     return first.kind
 
 
-def flat_layout(specs: Sequence[ParamSpec], *, tp: int, num_ranks: int) -> FlatLayout:
+def flat_layout(specs: Sequence[ParamSpec], *, tp: int, num_ranks: int, whole_rows: bool = False) -> FlatLayout:
     """Lay out the local shards of a unit's parameters.
 
     Args:
         specs: the unit's parameters, of one kind; their order is kept within a segment.
         tp: ranks that shard each of them.
         num_ranks: ranks that sum their gradients; the length of the buffer becomes a multiple of this.
+        whole_rows: whether the slice of each of these ranks is to have whole rows, of a unit that is one table.
 
     Raises:
         ValueError: the parameters are of several kinds.
@@ -141,5 +149,6 @@ def flat_layout(specs: Sequence[ParamSpec], *, tp: int, num_ranks: int) -> FlatL
         spec = slots[-1].spec
         span = Span(start, position)
         segments.append(Segment(spec.decays, spec.is_hidden_matrix, spec.tp_gradient, spec.tied_copy, span))
-    multiple = num_ranks * ALIGNMENT
-    return FlatLayout(tuple(slots), tuple(segments), -(-position // multiple) * multiple, kind)
+    layout = FlatLayout(tuple(slots), tuple(segments), position, kind)
+    unit = lcm(ALIGNMENT, layout.table_width or 1) if whole_rows else ALIGNMENT
+    return replace(layout, length=-(-position // (num_ranks * unit)) * num_ranks * unit)

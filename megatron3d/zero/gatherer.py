@@ -15,7 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from megatron3d.params.gate import WeightUse
+from megatron3d.params.row_blocks import BlockedTable
 from megatron3d.zero.buffers import WeightBuffer
 
 Places = Mapping[int, Mapping[str, WeightUse]]  # by stage, in the order of its forward
@@ -29,10 +32,20 @@ class UnitGatherer:
         places: what each stage of this rank uses where.
         releases: whether weights are freed after use.
         prefetch: number of places whose gathers are started ahead.
+        tables: parameters whose weights come in blocks, within the places that use them.
     """
 
-    def __init__(self, weights: Mapping[str, WeightBuffer], places: Places, *, releases: bool, prefetch: int) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, WeightBuffer],
+        places: Places,
+        *,
+        releases: bool,
+        prefetch: int,
+        tables: Mapping[nn.Parameter, BlockedTable] | None = None,
+    ) -> None:
         self.releases = releases
+        self._tables = dict(tables or {})
         self._weights, self._places, self._prefetch = dict(weights), places, prefetch
         self._where = {name: (stage, i) for stage, known in places.items() for i, name in enumerate(known)}
         self._kept: set[str] = set()
@@ -59,6 +72,10 @@ class UnitGatherer:
         for name in there.backward if backward else there.forward:
             if name not in self._kept:
                 self._weights[name].free()
+
+    def blocks_of(self, table: nn.Parameter) -> BlockedTable | None:
+        """The weights of a table that is cut into blocks; None of one that is not."""
+        return self._tables.get(table)
 
     def begin_backward(self) -> None:
         """A backward of some stage begins."""

@@ -26,9 +26,11 @@ from megatron3d.params.boxes import ShardView
 from megatron3d.params.grads import GradPlace, GradSink
 from megatron3d.params.init import initial_shard
 from megatron3d.params.module import Declared
+from megatron3d.zero.block_buffers import BlockBacking, BlockedGradients, BlockedWeights
 from megatron3d.zero.buffers import GradBuffer, TransientBuffers, WeightBacking, WeightBuffer
-from megatron3d.zero.flat import Slot, Span, flat_layout, kind_of
-from megatron3d.zero.kinds import kind_axes
+from megatron3d.zero.cut_tables import Blocks, block_name
+from megatron3d.zero.flat import FlatLayout, Slot, Span, flat_layout, kind_of
+from megatron3d.zero.kinds import KindAxes, kind_axes
 from megatron3d.zero.offload import MASTER, Offload, states_record, weights_record
 from megatron3d.zero.policy import Policy
 
@@ -73,10 +75,17 @@ class FlatParameter:
     decays: bool
 
 
+def unit_layout(declared: Sequence[Declared], axes: KindAxes, *, whole_rows: bool) -> FlatLayout:
+    """Where the parameters of a unit lie; with whole rows where it is a table that is cut into blocks."""
+    specs = [one.spec for one in declared]
+    return flat_layout(specs, tp=axes.tensor.size, num_ranks=axes.grad.size, whole_rows=whole_rows)
+
+
 class WeightUnit:
     """The weights of one unit on one rank, which are all that there is of frozen parameters.
 
-    `tied` is the axis of the other holders where the unit is a tied table, else None.
+    `tied` is the axis of the other holders where the unit is a tied table, else None; `blocks` are those that stage 3
+    cuts a large table into.
     """
 
     def __init__(
@@ -88,11 +97,11 @@ class WeightUnit:
         *,
         tied: Axis | None,
         transient: TransientBuffers | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
-        self.name, self.options, self.tied = name, options, tied
-        specs = [one.spec for one in declared]
-        self.axes = kind_axes(kind_of(specs), mesh, options.policy)
-        self.layout = flat_layout(specs, tp=self.axes.tensor.size, num_ranks=self.axes.grad.size)
+        self.name, self.options, self.tied, self.blocks = name, options, tied, blocks
+        self.axes = kind_axes(kind_of([one.spec for one in declared]), mesh, options.policy)
+        self.layout = unit_layout(declared, self.axes, whole_rows=blocks is not None)
         self.own = self.layout.slice_of(self.axes.shard.rank, self.axes.shard.size)
         self._by_name = {one.spec.name: one for one in declared}
         self.beside = self._allocate_beside()
@@ -107,23 +116,52 @@ class WeightUnit:
         return {kind: torch.zeros(self.own.length, dtype=dtype, device=device) for kind, dtype in kinds.items()}
 
     def _allocate_weights(self, transient: TransientBuffers) -> None:
-        options, offload, initial = self.options, self.options.offload, self._initial()
-        if offload.weights is not None:
-            offload.weights.add(self.name, weights_record(self.own.length, options.param_dtype))
-        self.weights = WeightBuffer(
-            initial,
-            self.own,
-            self.axes.shard,
-            dtype=options.param_dtype,
-            is_sharded=options.policy.shard_params,
-            transient=transient,
-            keeps_master=self._keeps_master_on_device(initial),
-            backing=None if offload.weights is None else WeightBacking(offload.weights, self.name),
-        )
+        initial = self._initial()
+        keeps_master = self._keeps_master_on_device(initial)
+        dtype, axis = self.options.param_dtype, self.axes.shard
+        if self.blocks is None:
+            self.weights = WeightBuffer(
+                initial,
+                self.own,
+                axis,
+                dtype=dtype,
+                is_sharded=self.options.policy.shard_params,
+                transient=transient,
+                keeps_master=keeps_master,
+                backing=self._backing(),
+            )
+        else:
+            self.weights = BlockedWeights(
+                initial,
+                self.own,
+                axis,
+                blocks=self.blocks,
+                dtype=dtype,
+                transient=transient,
+                keeps_master=keeps_master,
+                backing=self._block_backing(self.blocks),
+            )
         for slot in self.layout.slots:
             one, view = self._by_name[slot.spec.name], self.weights.full[slot.span.slice].view(slot.shape)
             one.owner.register_parameter(one.attribute, nn.Parameter(view, requires_grad=slot.spec.trains))
         self.weights.free()
+
+    def _backing(self) -> WeightBacking | None:
+        backing = self.options.offload.weights
+        if backing is None:
+            return None
+        backing.add(self.name, weights_record(self.own.length, self.options.param_dtype))
+        return WeightBacking(backing, self.name)
+
+    def _block_backing(self, blocks: Blocks) -> BlockBacking | None:
+        backing = self.options.offload.weights
+        if backing is None:
+            return None
+        width = self.own.length // blocks[0].rows_per_rank
+        lengths = tuple(block.rows_of_each * width for block in blocks)
+        for number, length in enumerate(lengths):
+            backing.add(block_name(self.name, number), weights_record(length, self.options.param_dtype))
+        return BlockBacking(backing, self.name, lengths)
 
     def _keeps_master_on_device(self, initial: Tensor) -> bool:
         """Whether fp32 weights are kept beside those of the layers; `initial` are the unit's first ones, fp32."""
@@ -146,6 +184,12 @@ class WeightUnit:
             return self.weights.shard
         assert self._opened is not None, f"the weights of unit {self.name} are offloaded and not open"
         return self._opened
+
+    def blocked_tables(self) -> Iterator[tuple[nn.Parameter, BlockedWeights]]:
+        """The parameter of a table that is cut into blocks, with its weights; nothing of any other unit."""
+        if isinstance(self.weights, BlockedWeights):
+            for declared in self._by_name.values():
+                yield declared.parameter, self.weights
 
     @property
     def stores_layer_weights(self) -> bool:
@@ -196,18 +240,11 @@ class FlatUnit(WeightUnit):
         *,
         tied: Axis | None,
         transient: TransientBuffers | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
         transient = transient or TransientBuffers()
-        super().__init__(name, declared, mesh, options, tied=tied, transient=transient)
-        self.grads = GradBuffer(
-            self.layout.length,
-            self.own,
-            self.axes,
-            dtype=options.grad_dtype,
-            device=options.device,
-            is_resident=not options.policy.shard_grads,
-            transient=transient,
-        )
+        super().__init__(name, declared, mesh, options, tied=tied, transient=transient, blocks=blocks)
+        self.grads = self._allocate_gradients(transient)
         self.flat_parameters = tuple(
             FlatParameter(nn.Parameter(self._master_of(span)), span, decays)
             for decays, span in self.layout.optimizer_spans(self.own)
@@ -216,6 +253,21 @@ class FlatUnit(WeightUnit):
         self._outstanding = 0
         self._until_start = 0
         self._is_reduced = False
+
+    def _allocate_gradients(self, transient: TransientBuffers) -> GradBuffer:
+        dtype, device = self.options.grad_dtype, self.options.device
+        if self.blocks is not None:
+            blocks = self.blocks
+            return BlockedGradients(self.own, self.axes, blocks=blocks, dtype=dtype, device=device, transient=transient)
+        return GradBuffer(
+            self.layout.length,
+            self.own,
+            self.axes,
+            dtype=dtype,
+            device=device,
+            is_resident=not self.options.policy.shard_grads,
+            transient=transient,
+        )
 
     def _keeps_master_on_device(self, initial: Tensor) -> bool:
         offload = self.options.offload
@@ -253,7 +305,9 @@ class FlatUnit(WeightUnit):
         """Send the gradients of the unit's parameters to its buffer."""
         for slot in self.layout.slots:
             parameter = self._by_name[slot.spec.name].parameter
-            if self.grads.is_resident:
+            if isinstance(self.grads, BlockedGradients):
+                sink.bind_blocks(parameter, self.grads, self._on_arrival)
+            elif self.grads.is_resident:
                 place = sink.bind(parameter, self._buffer_of(slot), self._on_arrival)
                 place.is_empty = True
                 self._places.append(place)

@@ -34,6 +34,7 @@ from megatron3d.comm import collectives, p2p
 from megatron3d.comm.device import HostCopies
 from megatron3d.offload.block_file import BlockFile
 from megatron3d.offload.file_store import FileStore
+from megatron3d.zero.block_buffers import BlockedWeights
 from megatron3d.zero.buffers import WeightBuffer, size_bytes
 
 LONGEST_NAP_S = 2e-3
@@ -91,6 +92,8 @@ class Detector:
             (BlockFile, "write", _slow(self, BlockFile.write)),
             (WeightBuffer, "start_gather", _poison_gathered(WeightBuffer.start_gather)),
             (WeightBuffer, "free", _poison_freed(WeightBuffer.free)),
+            (BlockedWeights, "start_gather", _poison_block_to_come(BlockedWeights.start_gather)),
+            (BlockedWeights, "free", _poison_freed_blocks(BlockedWeights.free)),
         ):
             self._patches.enter_context(mock.patch.object(owner, name, value))
         return self
@@ -280,6 +283,26 @@ def _poison_freed(real: Callable[[WeightBuffer], None]) -> Callable[[WeightBuffe
         if self.is_sharded and _is_there(self.full):
             self.finish_gather()
             poison(self.full)
+        real(self)
+
+    return free
+
+
+def _poison_block_to_come(real: Callable[[BlockedWeights], None]) -> Callable[[BlockedWeights], None]:
+    def start_gather(self: BlockedWeights) -> None:
+        is_new = not self._slots
+        real(self)
+        if is_new:
+            poison(self._slots[1])
+
+    return start_gather
+
+
+def _poison_freed_blocks(real: Callable[[BlockedWeights], None]) -> Callable[[BlockedWeights], None]:
+    def free(self: BlockedWeights) -> None:
+        self.finish_gather()
+        for slot in self._slots:
+            poison(slot)
         real(self)
 
     return free

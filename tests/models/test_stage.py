@@ -177,9 +177,10 @@ def test_the_owner_of_a_tied_table_is_the_first_stage_and_the_copy_starts_equal(
 def test_units_hold_every_parameter_once_by_block() -> None:
     (stage,) = stages_of(model_config(untie_embeddings_and_output_weights=True), 1, context_of())
     units = stage.units()
-    assert list(units) == ["embedding.word", "embedding", "layers.0", "layers.1", "layers.2", "head"]
+    assert list(units) == ["embedding.word", "embedding", "layers.0", "layers.1", "layers.2", "head", "head.output"]
     assert [name for members in units.values() for name in members] == list(stage.parameters_by_name())
-    assert units["head"] == ["head.norm.weight", "head.norm.bias", "head.output.weight"]
+    assert units["head"] == ["head.norm.weight", "head.norm.bias"] and units["head.output"] == ["head.output.weight"]
+    assert stage.places()["head"].forward == ("head", "head.output")
     assert all(name.startswith("layers.1.") for name in units["layers.1"])
     weight = ParamSpec("layers.12.mlp.up.weight", (2, 2), Init("zeros"), decays=True)
     assert (unit_of(weight), unit_of(replace(weight, trains=False))) == ("layers.12", "layers.12.frozen")

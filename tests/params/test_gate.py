@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron3d.params.gate import WeightGate
@@ -21,6 +21,9 @@ class Book:
 
     def release_weights(self, place: str, *, backward: bool) -> None:
         self.entries.append(f"{'b' if backward else 'f'}-{place}")
+
+    def blocks_of(self, table: nn.Parameter) -> None:
+        self.entries.append(f"?{tuple(table.shape)}")
 
 
 def bound(*, releases: bool = True) -> tuple[WeightGate, Book]:

@@ -139,6 +139,36 @@ def test_prefetching_and_recomputing_layer_by_layer_gather_no_more(pool: Pool, o
         assert only(counts, "shard")["all_gather"] == gathered
 
 
+def counted_step_of_cut_tables(rank: int, world_size: int, case: Case) -> tuple[Counts, dict[str, tuple[int, int]]]:
+    """Counts of one step on this rank, and of each unit its flat length and the number of its blocks."""
+    mesh = make_mesh(case.layout)
+    parts = parts_of(case, mesh)
+    data = build_gpt_data(parts.config.data, seq_length=S, vocab_size=parts.config.model.vocab_size, eod_token=0)
+    with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
+        batch = batches.read(0, GLOBAL_BATCH, mesh.batch.rank, mesh.batch.size)
+    mesh.meter.reset()
+    train_step(parts, batch, RATES, step=0)
+    units = parts.engine.units
+    return mesh.meter.read(), {name: (unit.layout.length, len(unit.blocks or ())) for name, unit in units.items()}
+
+
+def test_a_table_in_blocks_is_gathered_in_as_many_parts_and_its_lookups_send_rows(pool: Pool) -> None:
+    """Stage 3 of an untied model: bytes of gathers and reductions are those of whole units, in one call for each block;
+    but the lookup's gradient is the rows and their numbers (int64), gathered from every rank."""
+    case = Case("gpt2-untied", Layout(dp=2), "--zero-stage 3 --vocab-size 1029")
+    micros = GLOBAL_BATCH // 2 // B
+    for counts, units in pool.run(2, counted_step_of_cut_tables, case):
+        (word, blocks), (output, blocks_of_output) = units.pop("embedding.word"), units.pop("head.output")
+        others = FP32 * sum(length for length, _ in units.values())
+        assert blocks == blocks_of_output > 1 and not any(count for _, count in units.values())
+        calls = micros * (2 * len(units) + blocks + 2 * blocks)
+        rows = (2, 2 * TOKENS * (H * FP32 + 8))
+        assert only(counts, "shard") == {
+            "all_gather": (calls + micros * rows[0], micros * (2 * others + FP32 * (word + 2 * output) + rows[1])),
+            "reduce_scatter": (micros * (len(units) + blocks), micros * (others + FP32 * output)),
+        }
+
+
 def test_tied_embedding_costs_one_all_reduce_between_the_ends(pool: Pool) -> None:
     results = pool.run(4, counted_step, Case("gpt2", Layout(pp=4)))
     for stage, (counts, units) in enumerate(results):

@@ -39,6 +39,7 @@ INTERLEAVED = "--num-virtual-stages-per-pipeline-rank 2"
 ZB_V = "--pipeline-schedule zb-v"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers"
 SP = "--sequence-parallel"
+CUT = "--vocab-size 1029"  # a table so large that stage 3 cuts it into blocks
 
 DP2, PP2, PP2_TP2 = Layout(dp=2), Layout(pp=2), Layout(pp=2, tp=2)
 DP4, PP4, TP2_DP2, PP2_DP2 = Layout(dp=4), Layout(pp=4), Layout(tp=2, dp=2), Layout(pp=2, dp=2)
@@ -54,6 +55,12 @@ CASES = {
     "zero 3 prefetch 0": (DP2, "--zero-stage 3 --zero-prefetch-units 0"),
     "zero 3 recompute": (DP2, f"--zero-stage 3 --zero-prefetch-units 2 {RECOMPUTE} 2"),
     "zero 3 untied": (DP2, "--zero-stage 3 --untie-embeddings-and-output-weights"),
+    "zero 3 cut table": (DP2, f"--zero-stage 3 {CUT}"),
+    "zero 3 cut tables prefetch 0 bf16": (
+        DP2,
+        f"--zero-stage 3 --zero-prefetch-units 0 --untie-embeddings-and-output-weights {CUT} {BF16}",
+    ),
+    "cut table in files": (DP2, f"--zero-stage 3 {CUT} {FILES} {DELAYED}"),
     "host": (DP2, "--zero-stage 2 --offload-optimizer cpu"),
     "host weights": (DP2, "--zero-stage 3 --offload-optimizer cpu --offload-params cpu"),
     "files": (DP2, f"--zero-stage 3 {FILES}"),
@@ -78,6 +85,7 @@ CASES = {
     "tp interleaved": (PP2_TP2, f"{SP} {INTERLEAVED}"),
     "shards of 2, zero 3": (SHARDS_OF_2, "--zero-stage 3 --zero-shard-size 2"),
     "shards of 2, zero 1": (SHARDS_OF_2, f"--zero-stage 1 --zero-shard-size 2 {OVERLAP}"),
+    "zb-v zero 3 cut table": (PP2_DP2, f"{ZB_V} --zero-stage 3 {CUT}"),
     "four stages": (PP4, ""),
     "four stages interleaved": (PP4, INTERLEAVED),
     "four stages zb-v": (PP4, ZB_V),
@@ -91,6 +99,7 @@ CASES = {
     "pipeline delayed files": (PP2_DP2, f"--zero-stage 3 {FILES} {DELAYED}"),
 }
 USUAL = ("zero 1 overlap", "zero 2 overlap bf16", "zero 3 recompute", "delayed files", "delayed overlap", "zb-v zero 1")
+USUAL += ("cut table in files",)
 
 
 @dataclass(frozen=True)

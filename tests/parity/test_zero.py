@@ -7,6 +7,7 @@ on one rank are in test_schedules.py, with both stages.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.state import Progress
 from tests.dist.pool import Pool
 from tests.parity.compare import check_against_one_process, reference, relative
-from tests.parity.runs import Case, Trace, assemble, batches, parts_of, trace, trace_cases
+from tests.parity.runs import BRIEF_STEPS, Case, Trace, assemble, batches, parts_of, trace, trace_cases
 
 SP = "--sequence-parallel"
 ZERO2, ZERO3 = "--zero-stage 2", "--zero-stage 3"
@@ -73,6 +74,54 @@ def test_sharded_gradients_and_weights_give_the_training_of_one_process(
     by_rank = pool.run(world_size, trace_cases, batch, timeout_s=300)
     for number, case in enumerate(batch):
         check_against_one_process(case, [traces_of_rank[number] for traces_of_rank in by_rank], parity_table)
+
+
+# Tables so large that stage 3 cuts them into blocks of rows; with the longer sequences every rank looks up more rows
+# than it owns, so that gradients of lookups go by blocks too.
+CUT, CUT_LONG = "--vocab-size 1029", "--vocab-size 1029 --seq-length 136"
+ALL_FILES = "--offload-optimizer nvme --offload-params nvme --offload-dir DIR"
+CUT_CASES = [
+    (Case("gpt2", Layout(dp=2), ZERO3), CUT),
+    (Case("bert-untied", Layout(dp=2), ZERO3, BRIEF_STEPS), CUT),
+    (Case("gpt2", Layout(dp=2), f"{ZERO3} {ALL_FILES}", BRIEF_STEPS), CUT),
+    (Case("gpt2", Layout(pp=2), f"{ZERO3} --pipeline-schedule zb-h1", BRIEF_STEPS), CUT),
+    (Case("gpt2", Layout(tp=2, dp=2), f"{SP} {ZERO3} {GROUPS_OF_TWO_LAYERS}", BRIEF_STEPS), CUT),
+    (Case("llama", Layout(pp=2, dp=2), f"{ZERO3} --zero-prefetch-units 0", BRIEF_STEPS), CUT),
+    (Case("gpt2", Layout(dp=4, zero_shard=2), f"{ZERO3} {PAIRS}", BRIEF_STEPS), CUT),
+    (Case("bert-untied", Layout(tp=2, dp=2), f"{SP} {ZERO3}", BRIEF_STEPS), CUT),
+    (
+        Case("gpt2", Layout(pp=2, dp=2), f"{ZERO3} --pipeline-schedule zb-v", BRIEF_STEPS),
+        CUT,
+    ),
+    (Case("gpt2", Layout(dp=8), ZERO3, BRIEF_STEPS), CUT_LONG),
+]
+
+
+def trace_cut(rank: int, world_size: int, cases: list[Case], directory: str) -> list[Trace]:
+    """Body of a worker: traces of cases whose tables are cut, on every rank that has one."""
+    found = []
+    for case in cases:
+        parts = parts_of(replace(case, options=case.options.replace("DIR", directory)), make_mesh(case.layout))
+        tables = [unit for name, unit in parts.engine.units.items() if name in ("embedding.word", "head.output")]
+        assert all(unit.blocks for unit in tables), f"{case}: a table is whole"
+        found.append(trace(parts, num_steps=case.num_steps))
+    return found
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_tables_cut_into_blocks_give_the_training_of_one_process(
+    pool: Pool, parity_table: list[str], tmp_path: Path, world_size: int
+) -> None:
+    cases = [
+        (replace(case, options=f"{case.options} {cut}"), cut)
+        for case, cut in CUT_CASES
+        if case.layout.world_size == world_size
+    ]
+    by_rank = pool.run(world_size, trace_cut, [case for case, _ in cases], str(tmp_path), timeout_s=300)
+    for number, (case, cut) in enumerate(cases):
+        traces = [traces_of_rank[number] for traces_of_rank in by_rank]
+        check_against_one_process(case, traces, parity_table, of_model=cut)
 
 
 def sixteen_bit(rank: int, world_size: int, options: str) -> list[tuple[list[float], list[float]]]:

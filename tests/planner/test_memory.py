@@ -28,7 +28,10 @@ UNTIED = "--untie-embeddings-and-output-weights"
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 PRECISIONS = ("", "--bf16", "--bf16 --grad-reduce-in-bf16")
 LAYOUTS_OF_4 = ("", "--zero-shard-size 2", f"{TP} 2", f"{TP} 2 --sequence-parallel {UNTIED}", f"{PP} 2")
+CUT = "--vocab-size 2003"  # tables that stage 3 cuts into blocks
 MORE_OF_4 = (
+    f"--zero-stage 3 --bf16 --grad-reduce-in-bf16 {PP} 2 {CUT}",
+    f"--zero-stage 3 --optimizer adafactor {TP} 2 {UNTIED} {CUT}",
     f"{TP} 2 {PP} 2",
     f"{PP} 2 {UNTIED} --zero-stage 2",
     f"{PP} 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 --zero-stage 3 --bf16",
@@ -59,6 +62,7 @@ OFFLOADED = (
     "--zero-stage 3 --offload-optimizer PLACE --offload-params PLACE --bf16 --exp-avg-dtype bf16",
     "--zero-stage 3 --offload-optimizer PLACE --offload-params PLACE --bf16 --freeze-params *.attention.* embedding.*",
     "--zero-stage 1 --offload-optimizer PLACE --freeze-params layers.0.*",
+    f"--zero-stage 3 --offload-optimizer PLACE --offload-params PLACE --bf16 {CUT}",
 )
 
 

@@ -17,6 +17,7 @@ from tests.planner.models import BERT, DROPOUT, FULL, GPT, LLAMA, NO_DROPOUT, SE
 TOLERANCE = 0.05
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 FROZEN = "--freeze-params embedding.* *.attention.* *.mlp.up.weight *.mlp_norm.bias"
+WORDS, UNTIED = "--vocab-size 12000", "--untie-embeddings-and-output-weights"
 MORE = "--global-batch-size 8"  # micro-batches than the two of the models' own
 Case = tuple[str, str]
 
@@ -60,6 +61,9 @@ TWO: dict[str, Case] = {
     **{f"llama full zero {stage}": ("gpt", f"{LLAMA} {FULL} {MORE} --zero-stage {stage}") for stage in (1, 2, 3)},
     **{f"wide zero {stage}": ("gpt", f"{WIDE} --zero-stage {stage}") for stage in (1, 2, 3)},
     **{f"wide bf16 zero {stage}": ("gpt", f"{WIDE} --bf16 --zero-stage {stage}") for stage in (1, 2, 3)},
+    "wide bf16 zero 3 many words": ("gpt", f"{WIDE} --bf16 --zero-stage 3 {WORDS}"),
+    "wide bf16 zero 3 many words untied": ("gpt", f"{WIDE} --bf16 --zero-stage 3 {WORDS} {UNTIED}"),
+    "wide zero 3 many words pp zb-h1": ("gpt", f"{WIDE} {PP} 2 --zero-stage 3 --pipeline-schedule zb-h1 {WORDS}"),
     "bert zero 3": ("bert", f"{BERT} {MORE} --zero-stage 3"),
     "wide bf16 zero 2 offload": ("gpt", f"{WIDE} --bf16 --zero-stage 2 --offload-optimizer cpu"),
     "wide zero 3 all offload": ("gpt", f"{WIDE} --zero-stage 3 --offload-optimizer cpu --offload-params cpu"),
@@ -97,3 +101,25 @@ def test_the_predicted_peak_is_the_measured_one(
     for predicted, one in pairs:
         assert predicted.activations + predicted.buffers > 0.02 * one.peak  # beside the state, which is exact
         assert predicted.peak == pytest.approx(one.peak, rel=TOLERANCE), predicted
+
+
+# Half of its parameters are the table of its words; see docs/zero.md.
+HALF_A_TABLE = (
+    "--num-layers 8 --hidden-size 512 --num-attention-heads 8 --seq-length 32 --max-position-embeddings 32 "
+    f"--vocab-size 50257 --micro-batch-size 1 --global-batch-size 4 --bf16 {NO_DROPOUT}"
+)
+
+
+def test_stage_3_takes_at_most_55_percent_of_stage_1_where_half_of_the_model_is_a_table() -> None:
+    peaks = []
+    for stage in (1, 3):
+        config = config_of(f"{HALF_A_TABLE} --zero-stage {stage}", 4)
+        peaks.append(ledger_of(StageRecords(config, "cpu"), plan_of(config))[0].peak)
+    assert peaks[1] <= 0.55 * peaks[0], peaks
+
+
+@pytest.mark.slow
+def test_stage_3_is_measured_to_take_at_most_55_percent_of_stage_1(pool: Pool) -> None:
+    cases = [("gpt", f"{HALF_A_TABLE} --zero-stage {stage}") for stage in (1, 3)]
+    for at_1, at_3 in pool.run(4, measure_all, cases, timeout_s=300):
+        assert at_3.peak <= 0.55 * at_1.peak, (at_1, at_3)
