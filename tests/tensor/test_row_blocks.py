@@ -35,7 +35,7 @@ class Cut:
 
     def buffers(self) -> Iterator[tuple[RowBlock, Tensor]]:
         for block in BLOCKS:
-            buffer = torch.zeros(block.num_rows, H)
+            buffer = torch.full((block.num_rows, H), torch.nan)  # which a gradient overwrites
             yield block, buffer
             self.gradient[block.columns_of(torch.arange(self.num_rows)).flatten()] += buffer
 

@@ -76,7 +76,7 @@ def sums_of_gradients(rank: int, world_size: int, num_looked_up: int, is_16_bit:
     for pass_of_two in range(2):
         dense = quarters(10 * pass_of_two + rank, rows, H)
         for block, buffer in gradients.buffers():
-            buffer.add_(dense[block.columns_of(torch.arange(rows)).flatten()])
+            buffer.copy_(dense[block.columns_of(torch.arange(rows)).flatten()])
         gradients.add_rows(*looked_up(rank, pass_of_two, rows, num_looked_up))
     gradients.finish_scatter()
     return gradients.own.view(-1, H).clone(), transient.peak_bytes, transient.held_bytes
