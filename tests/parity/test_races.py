@@ -99,7 +99,7 @@ CASES = {
     "pipeline delayed files": (PP2_DP2, f"--zero-stage 3 {FILES} {DELAYED}"),
 }
 USUAL = ("zero 1 overlap", "zero 2 overlap bf16", "zero 3 recompute", "delayed files", "delayed overlap", "zb-v zero 1")
-USUAL += ("cut table in files",)
+USUAL += ("zero 3 cut table",)
 
 
 @dataclass(frozen=True)
