@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from math import prod
 
 from megatron3d.comm.layout import Layout
@@ -142,17 +143,25 @@ def state_bytes(
     owns = [_own_span(parallel, layout, shard_rank) for layout in layouts]
     blocks = blocks_of(parallel, {str(number): layout for number, layout in enumerate(layouts)})
     total = StateForecast()
-    for number, (layout, own) in enumerate(zip(layouts, owns, strict=True)):
-        total += _weights_elsewhere(parallel, optim, own, blocks.get(str(number)))
+    parts = [_parts(own, blocks.get(str(number))) for number, own in enumerate(owns)]
+    for layout, own, lengths in zip(layouts, owns, parts, strict=True):
+        total += _weights_elsewhere(parallel, optim, lengths)
         if not layout.trains:
             total += StateForecast(weights=_weight_bytes(parallel, optim, layout.length, own.length))
             continue
         moments = moment_bytes(optim, layout, own)
         total += _on_device(parallel, optim, layout.length, own.length)
         is_offloaded = parallel.offload_optimizer != "none"
-        total += _states_elsewhere(parallel, optim, own) if is_offloaded else StateForecast(moments=moments)
-    trained = [own for layout, own in zip(layouts, owns, strict=True) if layout.trains]
-    return total + _offload_buffers(parallel, optim, trained)
+        total += _states_elsewhere(parallel, optim, lengths) if is_offloaded else StateForecast(moments=moments)
+    trained = [lengths for layout, lengths in zip(layouts, parts, strict=True) if layout.trains]
+    return total + _offload_buffers(parallel, optim, list(chain.from_iterable(trained)))
+
+
+def _parts(own: Span, blocks: Blocks | None) -> list[int]:
+    """Elements of what a rank owns of a unit, by record where they are offloaded: one, or one for each block."""
+    if blocks is None:
+        return [own.length]
+    return [own.length // block.rows_per_rank * block.rows_of_each for block in blocks]
 
 
 def _own_span(parallel: ParallelConfig, layout: FlatLayout, shard_rank: int) -> Span:
@@ -270,16 +279,14 @@ def _state_sizes(optim: OptimConfig, optimizer: str) -> tuple[int, ...]:
     return tuple(sizes.get(state, FP32) for state in UPDATE_RULES[optimizer].states)
 
 
-def _states_elsewhere(parallel: ParallelConfig, optim: OptimConfig, own: Span) -> StateForecast:
-    """What offloading keeps of one unit that trains: a record of master weights and moments."""
-    return _record(parallel.offload_optimizer, _record_bytes(optim, own.length))
+def _states_elsewhere(parallel: ParallelConfig, optim: OptimConfig, lengths: Sequence[int]) -> StateForecast:
+    """What offloading keeps of one unit that trains: records of master weights and moments."""
+    records = [_record(parallel.offload_optimizer, _record_bytes(optim, length)) for length in lengths]
+    return sum(records, StateForecast())
 
 
-def _weights_elsewhere(parallel: ParallelConfig, optim: OptimConfig, own: Span, blocks: Blocks | None) -> StateForecast:
-    """What offloading keeps of one unit's sharded weights: a record of them, or of each block of a table."""
-    lengths = [own.length]
-    if blocks is not None:
-        lengths = [own.length // block.rows_per_rank * block.rows_of_each for block in blocks]
+def _weights_elsewhere(parallel: ParallelConfig, optim: OptimConfig, lengths: Sequence[int]) -> StateForecast:
+    """What offloading keeps of one unit's sharded weights: records of them."""
     records = [_record(parallel.offload_params, length * BYTES[optim.precision]) for length in lengths]
     return sum(records, StateForecast())
 
@@ -298,12 +305,13 @@ def _record_bytes(optim: OptimConfig, length: int) -> int:
     return position
 
 
-def _offload_buffers(parallel: ParallelConfig, optim: OptimConfig, owns: list[Span]) -> StateForecast:
-    """What offloading holds on the host beside the records, once a step has been made."""
+def _offload_buffers(parallel: ParallelConfig, optim: OptimConfig, lengths: Sequence[int]) -> StateForecast:
+    """What offloading holds on the host beside the records, which hold so many elements each, once a step has been
+    made."""
     element = BYTES[optim.precision]
-    if parallel.offload_optimizer == "none" or not owns:
+    if parallel.offload_optimizer == "none" or not lengths:
         return StateForecast()
-    largest, total = max(own.length for own in owns), sum(own.length for own in owns)
+    largest, total = max(lengths), sum(lengths)
     staging = FILE_SLOTS * _record_bytes(optim, largest) if parallel.offload_optimizer == "nvme" else 0
     copies = total * (FP32 + element) if parallel.offload_delayed_update else 0
     landed = FILE_SLOTS * largest * FP32 if parallel.device == "cuda" and not parallel.offload_delayed_update else 0

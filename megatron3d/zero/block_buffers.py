@@ -42,10 +42,14 @@ class BlockBacking(WeightBacking):
         """Start copying this rank's part of a block to the device."""
         return self.backing.start_fetch(self._names[number], into)
 
+    def start_store_block(self, number: int, part: Tensor) -> Waitable:
+        """Start replacing this rank's part of a block by one on the device."""
+        return self.backing.start_store(self._names[number], part)
+
     def start_store(self, shard: Tensor) -> Waitable:
         """Start replacing the shard by one on the device."""
         parts = shard.split(self.lengths)
-        return _All([self.backing.start_store(*one) for one in zip(self._names, parts, strict=True)])
+        return _All([self.start_store_block(number, part) for number, part in enumerate(parts)])
 
     @contextmanager
     def opened(self, *, writes: bool) -> Iterator[Tensor]:
@@ -136,6 +140,15 @@ class BlockedWeights(WeightBuffer):
             self.finish_gather()
             self._transient.take(-sum(size_bytes(slot) for slot in self._slots))
             self._slots, self._numbers = [], [None] * BLOCKS_AT_ONCE
+
+    def set_shard(self, values: Tensor, at: Span | None = None) -> None:
+        """As `WeightBuffer.set_shard`; a range is that of a block."""
+        if at is None or self._block_backing is None:
+            super().set_shard(values, at)
+            return
+        self.finish_gather()
+        number = next(n for n, block in enumerate(self._blocks) if block.start * self._width == at.start)
+        self._block_backing.start_store_block(number, values.to(self.full.dtype).to(self.full.device)).wait()
 
     def weights(self) -> Iterator[tuple[RowBlock, Tensor]]:
         """Every block with its weights [N, H], until the next one is asked for."""

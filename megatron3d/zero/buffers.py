@@ -157,11 +157,12 @@ class WeightBuffer:
         if not self.is_sharded:
             self._gathering = start_all_gather_into(self._alias, self.shard, self._axis)
 
-    def set_shard(self, values: Tensor) -> None:
-        """Replace this rank's part by values that are on the host; `start_publish` then brings it to the others."""
+    def set_shard(self, values: Tensor, at: Span | None = None) -> None:
+        """Replace this rank's part, or the range `at` of it, by values that are on the host; `start_publish` then
+        brings it to the others."""
         self.finish_gather()
         if self._backing is None:
-            self.shard.copy_(values)
+            (self.shard if at is None else self.shard[at.slice]).copy_(values)
         else:
             self._backing.start_store(values.to(self.full.dtype).to(self.full.device)).wait()
 

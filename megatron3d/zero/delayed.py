@@ -30,7 +30,7 @@ from megatron3d.comm.device import HostCopies, empty_on_host
 from megatron3d.offload.backing import Fields
 from megatron3d.zero.buffers import size_bytes
 from megatron3d.zero.offload import MASTER
-from megatron3d.zero.offload_step import OffloadedStates
+from megatron3d.zero.offload_step import OffloadedStates, StatePart
 from megatron3d.zero.unit import FlatUnit
 
 
@@ -67,9 +67,10 @@ class DelayedUpdate:
         for copy in copies:
             copy.wait()
 
-        def work(name: str, fields: Fields) -> None:
-            self._states.update(optimizer, name, fields, self._gradients[name])
-            self._waiting[name].copy_(fields[MASTER])
+        def work(part: StatePart, fields: Fields) -> None:
+            within = part.span.slice
+            self._states.update(optimizer, part, fields, self._gradients[part.unit][within])
+            self._waiting[part.unit][within].copy_(fields[MASTER])
 
         self._running = self._thread.submit(self._states.for_each, work)
 

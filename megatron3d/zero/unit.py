@@ -273,10 +273,21 @@ class FlatUnit(WeightUnit):
         offload = self.options.offload
         if offload.states is None:
             return True
-        offload.states.add(self.name, states_record(self.own.length, offload.state_kinds))
-        with offload.states.opened([self.name], writes=True) as records:
-            records[self.name][MASTER].copy_(initial[self.own.slice])
+        own = initial[self.own.slice]
+        for name, span in self.state_records():
+            offload.states.add(name, states_record(span.length, offload.state_kinds))
+            with offload.states.opened([name], writes=True) as records:
+                records[name][MASTER].copy_(own[span.slice])
         return False
+
+    def state_records(self) -> list[tuple[str, Span]]:
+        """The records that offloaded states are kept in, and the range of the part that this rank updates which each
+        holds: one of all, or one of each block of a table that is cut."""
+        if self.blocks is None:
+            return [(self.name, Span(0, self.own.length))]
+        width = self.own.length // self.blocks[0].rows_per_rank
+        spans = [Span(block.start * width, block.stop * width) for block in self.blocks]
+        return [(block_name(self.name, number), span) for number, span in enumerate(spans)]
 
     @property
     def master(self) -> Tensor:
@@ -392,14 +403,17 @@ class FlatUnit(WeightUnit):
         self._is_reduced = False
 
     @contextmanager
-    def gradients_attached(self, gradients: Tensor) -> Iterator[None]:
-        """Let the optimizer see `gradients`, of the part that this rank updates, for the length of its step.
+    def gradients_attached(self, gradients: Tensor, at: Span | None = None) -> Iterator[None]:
+        """Let the optimizer see `gradients`, of the part that this rank updates or of the range `at` of it, for the
+        length of its step.
 
         Only who makes the step calls this, in whichever thread it runs: outside of it no flat parameter has a
         gradient, and nothing else sets or clears one.
         """
+        at = at or Span(0, self.own.length)
         for flat in self.flat_parameters:
-            flat.parameter.grad = gradients[flat.span.shifted(-self.own.start).slice]
+            within = flat.span.shifted(-self.own.start).intersect(at).shifted(-at.start)
+            flat.parameter.grad = gradients[within.slice] if within.length else None
         try:
             yield
         finally:

@@ -18,6 +18,7 @@ ALL_CPU = "--offload-optimizer cpu --offload-params cpu"
 ALL_FILES = "--offload-optimizer nvme --offload-params nvme --offload-dir DIR"
 MIXED = "--offload-optimizer nvme --offload-params cpu --offload-dir DIR"
 SP = "--sequence-parallel"
+CUT = "--vocab-size 1029"  # a table that stage 3 cuts into blocks
 BF16 = "--bf16 --grad-reduce-in-bf16"
 
 # (model, layout, options without offloading, what is offloaded)
@@ -34,6 +35,7 @@ CASES = [
         f"--zero-stage 3 {BF16} --recompute-granularity full --recompute-method uniform",
         (ALL_FILES,),
     ),
+    ("gpt2", Layout(dp=2), f"--zero-stage 3 {CUT} --exp-avg-dtype bf16", (CPU, ALL_FILES, MIXED)),
     ("gpt2", Layout(dp=2), "--zero-stage 1 --overlap-param-gather", (FILES,)),
     ("gpt2", Layout(dp=2), "--fp16 --zero-stage 2 --initial-loss-scale 4194304", (FILES,)),
     ("gpt2", Layout(tp=2, dp=2), f"{SP} --zero-stage 1", (CPU, FILES)),
