@@ -106,6 +106,11 @@ def published_without_latest(root: Path) -> Path | None:
     return _finished(root, name) if _NAME.fullmatch(name) else None
 
 
+def size_of(checkpoint: Path) -> int:
+    """Bytes of all files of a checkpoint."""
+    return sum(entry.stat().st_size for entry in checkpoint.iterdir())
+
+
 def was_saved_to(root: Path) -> bool:
     """Whether a checkpoint was ever published in `root`, or is `root` itself, be it whole or not."""
     if not root.is_dir():

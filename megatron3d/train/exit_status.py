@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron3d.errors import Megatron3dError, PeerError, StorageError
+from megatron3d.files.fields import Fields
 from megatron3d.files.json_text import is_whole_number, parse_object
 from megatron3d.storage.durable import flush_to_disk
 
@@ -70,18 +71,29 @@ def saved_step(directory: str | Path) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-def clear_exit_status(directory: str | Path) -> None:
+def clear_exit_status(directory: str | Path) -> int | None:
     """Remove the file of an earlier run; one rank calls this at the start, before another can write.
+
+    Returns the last step that the earlier run finished; None where no file says it.
 
     Raises: StorageError if it is there and cannot be removed, as no checkpoint could be written there either.
     """
     path = Path(directory) / FILE_NAME
+    step = _step_in(path)
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
             f"{path} of an earlier run cannot be removed: {error.strerror}; make --save writable or name another."
         ) from error
+    return step
+
+
+def _step_in(path: Path) -> int | None:
+    try:
+        return Fields(parse_object(path.read_bytes()), FILE_NAME).integer("step")
+    except (OSError, ValueError):
+        return None
 
 
 def write_exit_status(directory: str | Path, status: ExitStatus) -> str | None:

@@ -50,7 +50,7 @@ def joined(
     launch, parallel = context.launch, config.parallel
     context.save = save
     if save and launch.rank == 0:
-        clear_exit_status(save)
+        context.ended_after = clear_exit_status(save)
     device = pick_device(parallel.device, local_rank=launch.local_rank, local_world_size=launch.local_world_size)
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     layout = layout_of(parallel, query_groups=config.model.num_query_groups)

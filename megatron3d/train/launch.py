@@ -38,12 +38,14 @@ class RunContext:
 
     `save` is the --save directory, set as soon as it is known: a launcher that looks there for the exit status must
     not find that of an earlier run. `step` is the last step that is finished, None until it is known where the run
-    starts. `stop` is set by signals once the run has joined the job (see `joined`); before, they end the process.
+    starts. `ended_after` is the last step of the earlier run in that directory, on rank 0, where its exit status had
+    one. `stop` is set by signals once the run has joined the job (see `joined`); before, they end the process.
     """
 
     launch: Launch
     save: str | None = None
     step: int | None = None
+    ended_after: int | None = None
     stop: StopFlag = field(init=False)
 
     def __post_init__(self) -> None:

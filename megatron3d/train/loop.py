@@ -90,7 +90,7 @@ def train(parts: TrainingSetup, streams: Streams, context: RunContext) -> Progre
         restored = state.restore(parts, content)
         context.step = restored.progress.step
         stop_while_starting(context, parts.mesh)
-        with Reports(parts, restored) as reports:
+        with Reports(parts, restored, context) as reports:
             newest = restored.source if reports.resumed_in_place else None
             retention = Retention(parts.config.checkpoint, parts.mesh, newest=newest, note=reports.note)
             loop = _Loop(parts, streams, reports, context, retention, content, restored, renew)
@@ -189,6 +189,7 @@ class _Loop:
         # A finished run that is started again was evaluated before its last checkpoint was saved.
         is_proved = not is_finished_already and self.evaluated_step != last and self._evaluate()
         self._finish(is_proved)
+        self.reports.end()
         self.parts.engine.finish_update()  # only now: the last checkpoint has it due, for a run that goes on longer
         self.failure.raise_on_all_ranks(self._saved())
 
@@ -294,7 +295,8 @@ class _Loop:
             if reason is not None:
                 self._stop(reason, evaluation_due=is_due_later)
 
-        return evaluate(self.parts, prepared, num_batches=num_batches, before_batch=give_up_if_asked)
+        with self.reports.timed("evaluations_s"):
+            return evaluate(self.parts, prepared, num_batches=num_batches, before_batch=give_up_if_asked)
 
     def _save_at_interval(self) -> None:
         """Save as the run goes on: with --async-save begin to, once the save before is over."""
@@ -302,20 +304,29 @@ class _Loop:
             self._save()
             return
         self._wait_for_save("the next save is due")
-        self.saved_step = self.progress.step if self.async_saves.begin(self._begin_save) else -1
+        with self.reports.timed("saves_s"):
+            has_begun = self.async_saves.begin(self._begin_save)
+        self.saved_step = self.progress.step if has_begun else -1
 
     def _begin_save(self, background: AsyncSave) -> Path:
         if made_again := self.renew_hold():
             self.reports.note(made_again)
-        return state.save(self.parts, self.progress, self.schedule, self.content, background=background)
+        spent = self.reports.time_spent()
+        return state.save(
+            self.parts, self.progress, self.schedule, self.content, background=background, time_spent=spent
+        )
 
     def _publish_save(self) -> None:
-        if self.async_saves is not None and not self.async_saves.publish_written():
-            self.saved_step = -1
+        if self.async_saves is not None:
+            with self.reports.timed("saves_s"):
+                is_well = self.async_saves.publish_written()
+            self.saved_step = self.saved_step if is_well else -1
 
     def _wait_for_save(self, why: str) -> None:
-        if self.async_saves is not None and not self.async_saves.wait(why):
-            self.saved_step = -1
+        if self.async_saves is not None:
+            with self.reports.timed("saves_s"):
+                is_well = self.async_saves.wait(why)
+            self.saved_step = self.saved_step if is_well else -1
 
     def _save(self, *, evaluation_due: bool = False) -> None:
         """Save and wait for it; a save under way is waited for, and may be the one that is wanted."""
@@ -323,14 +334,23 @@ class _Loop:
         if self.parts.config.checkpoint.save and self.saved_step != self.progress.step:
             if made_again := self.renew_hold():
                 self.reports.note(made_again)
-            path = state.save(self.parts, self.progress, self.schedule, self.content, evaluation_due=evaluation_due)
+            began_s = time.monotonic()
+            path = state.save(
+                self.parts,
+                self.progress,
+                self.schedule,
+                self.content,
+                evaluation_due=evaluation_due,
+                time_spent=self.reports.time_spent(),
+            )
             self.saved_step = self.progress.step
             self.retention.saved(path)
-            self.reports.note(f"saved {path}")
+            self.reports.saved(path, self.progress.step, elapsed_s=time.monotonic() - began_s)
 
     def _stop(self, reason: str, *, evaluation_due: bool = False) -> None:
         self._save(evaluation_due=evaluation_due)
         self.failure.raise_on_all_ranks(self._saved())
+        self.reports.end()
         raise StopRequested(f"stopped after step {self.progress.step} because {reason}; {self._saved()}")
 
     def _saved(self) -> str:

@@ -6,7 +6,8 @@ Records, in the order they stand in the file:
 - `{"event": "resume", "from_step": N, ...}` after each resume from step N, with the fields of `StartRecord` again, as
   the layout may have changed;
 - per training step the fields of `StepRecord`;
-- per evaluation `{"step": N, "valid_loss": X}`, for a model of several losses also each of them and the accuracies.
+- per evaluation `{"step": N, "valid_loss": X}`, for a model of several losses also each of them and the accuracies;
+- per save `{"step": N, "save_s": X, "save_bytes": B, "wall_s": Y}`.
 
 Numbers are written so that reading them gives the same double. JSON has no NaN or infinity: such a value is written as
 null, and its record gets `"finite": false`.
@@ -64,7 +65,8 @@ class StepRecord:
     - `step_time_s` of the step alone, without evaluations and saves;
     - `tflops_per_device`, of the model's operations, and `mfu`, their share of the device's peak, 0 to 1, where that is
       known (or given by `--peak-tflops`);
-    - `peak_memory_bytes` of rank 0 so far: of the allocator on CUDA, of the whole process on a CPU.
+    - `peak_memory_bytes` of rank 0 so far: of the allocator on CUDA, of the whole process on a CPU;
+    - `goodput`, `wall_s` and `lost_steps` of the run so far (`goodput.py`).
 
     `losses` has those of a model of several losses by name, such as `lm_loss`, whose weighted sum is `loss`; each is
     written under its own name.
@@ -84,6 +86,9 @@ class StepRecord:
     tflops_per_device: float | None = None
     mfu: float | None = None
     peak_memory_bytes: int | None = None
+    goodput: float | None = None
+    wall_s: float | None = None
+    lost_steps: int | None = None
     losses: Mapping[str, float] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, Any]:
@@ -108,10 +113,17 @@ class MetricsFile:
         self._torn_at: int | None = None
         self._opening: Callable[[], None] | None = None
 
-    def begin(self, record: StartRecord, *, resumed_step: int, evaluation_due: bool = False) -> None:
+    def begin(
+        self,
+        record: StartRecord,
+        *,
+        resumed_step: int,
+        evaluation_due: bool = False,
+        more: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """`resume` from this step, or `start` where it is 0. Raises: as they do."""
         if resumed_step:
-            self.resume(resumed_step, record, evaluation_due=evaluation_due)
+            self.resume(resumed_step, record, evaluation_due=evaluation_due, more=more)
         else:
             self.start(record)
 
@@ -123,16 +135,24 @@ class MetricsFile:
         self._opening = lambda: self._start(record)
         self._open()
 
-    def resume(self, step: int, record: StartRecord, *, evaluation_due: bool = False) -> None:
+    def resume(
+        self,
+        step: int,
+        record: StartRecord,
+        *,
+        evaluation_due: bool = False,
+        more: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """Continue after `step`: forget what was written beyond it, and note the layout of the run from here on.
 
         `evaluation_due` means that the evaluation after `step` will be made now; if it stands there already, it goes.
+        `more` is noted by name, such as the time that was spent so far.
 
         A file that is missing or empty (the path is new) starts with a start record that says so by `from_step`.
 
         Raises: DataError if the file is not a metrics file; TrackerError if the file system refuses.
         """
-        self._opening = lambda: self._resume(step, record, evaluation_due)
+        self._opening = lambda: self._resume(step, record, evaluation_due, more)
         self._open()
 
     def cut_back(self, step: int, *, with_evaluation: bool = True) -> None:
@@ -177,6 +197,14 @@ class MetricsFile:
         self._open()
         self._append({"step": step, "valid_loss": valid_loss, **more})
 
+    def save(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Append the time and size of the save after `step`.
+
+        Raises: TrackerError if the file system refuses.
+        """
+        self._open()
+        self._append({"step": step, **numbers})
+
     def close(self) -> None:
         """Close the file; another record opens it again.
 
@@ -215,10 +243,10 @@ class MetricsFile:
             raise _tracker_error(self.path, error) from error
         self._append({"event": "start", **asdict(record)})
 
-    def _resume(self, step: int, record: StartRecord, evaluation_due: bool) -> None:
+    def _resume(self, step: int, record: StartRecord, evaluation_due: bool, more: Mapping[str, float]) -> None:
         self.cut_back(step, with_evaluation=not evaluation_due)
         empty = not self.path.exists() or self.path.stat().st_size == 0
-        self._append({"event": "start" if empty else "resume", "from_step": step, **asdict(record)})
+        self._append({"event": "start" if empty else "resume", "from_step": step, **more, **asdict(record)})
 
     def _append(self, record: Mapping[str, Any]) -> None:
         """Write one line; the system has it then, so it survives a kill of the process (not a loss of power)."""

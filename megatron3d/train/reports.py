@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron3d.checkpoint.directory import size_of
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.comm.device import device_name, peak_memory_bytes
 from megatron3d.config.serialize import to_dict
+from megatron3d.errors import DataError
 from megatron3d.models.flops import peak_tflops, pretraining_flops
 from megatron3d.optim.build import state_bytes
 from megatron3d.pipeline.simulate import simulate
@@ -25,7 +30,9 @@ from megatron3d.planner.memory import RankModel
 from megatron3d.planner.stage_records import StageRecords
 from megatron3d.train.dropout import dropout_note
 from megatron3d.train.evaluate import Evaluation
-from megatron3d.train.metrics import StartRecord, StepRecord
+from megatron3d.train.goodput import Goodput, Kind, TimeSpent, spent_when_resuming
+from megatron3d.train.launch import RunContext
+from megatron3d.train.metrics import StartRecord, StepRecord, salvage
 from megatron3d.train.progress import ProgressReporter, StepReport, format_bytes, format_count
 from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.speed import Devices
@@ -40,7 +47,8 @@ TERA = 1e12
 class Reports:
     """A context manager; every rank makes one, and those of ranks above 0 write nothing."""
 
-    def __init__(self, parts: TrainingSetup, restored: Restored) -> None:
+    def __init__(self, parts: TrainingSetup, restored: Restored, context: RunContext) -> None:
+        """`context` knows when this process began, and where the run before ended."""
         self.parts, self.restored = parts, restored
         options = parts.config.checkpoint
         source = restored.source
@@ -52,6 +60,9 @@ class Reports:
         model, frozen = parts.config.model, parts.config.train.freeze_params
         self._sample_flops = pretraining_flops(model, frozen).of([model.seq_length])
         self._progress: ProgressReporter | None = None
+        self._ended_after = context.ended_after if self.resumed_in_place else None
+        self._started_s = context.launch.started_s
+        self._goodput = Goodput(restored.time_spent, started_s=self._started_s)
 
     def __enter__(self) -> Reports:
         """Open the files and report what starts."""
@@ -61,6 +72,8 @@ class Reports:
         if not self._is_writer:
             return self
         resumed = self.restored.progress
+        spent = self._spent_before()
+        self._goodput = Goodput(spent, started_s=self._started_s)
         self._exits.callback(self._trackers.close)
         self._trackers.open(
             record,
@@ -68,9 +81,15 @@ class Reports:
             resumed_step=resumed.step,
             resumed_samples=resumed.consumed_samples,
             evaluation_due=self.restored.evaluation_due,
+            more={"wall_s": spent.wall_s, "lost_steps": spent.lost_steps},
         )
         self._progress = self._exits.enter_context(self._reporter(resumed))
         self._introduce(record, frozen)
+        if lost := spent.lost_steps - self.restored.time_spent.lost_steps:
+            steps = "step was" if lost == 1 else "steps were"
+            self.note(f"{lost} {steps} lost since the checkpoint of step {resumed.step} and will be made again")
+        if spent.wall_s:
+            self.note(f"before this resume: {spent.summary()}")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -90,6 +109,8 @@ class Reports:
         """Report one step; like the rates, `loss_scale` is the one the step used, not the one that follows."""
         if self._progress is None:
             return
+        self._goodput.add("steps_s", elapsed_s)
+        spent = self._goodput.spent()
         config = self.parts.config
         tokens = batch_size * config.model.seq_length
         is_fp16 = config.optim.precision == "fp16"
@@ -111,7 +132,9 @@ class Reports:
         self._progress.step(report)
         consumed, tokens = progress.consumed_samples, progress.consumed_samples * config.model.seq_length
         counts = {"consumed_samples": consumed, "consumed_tokens": tokens, "batch_size": batch_size}
-        self._trackers.step(step_record(report, self._devices, **counts))
+        record = step_record(report, self._devices, **counts)
+        so_far = {"goodput": spent.goodput, "wall_s": spent.wall_s, "lost_steps": spent.lost_steps}
+        self._trackers.step(replace(record, **so_far))
 
     def left_out(self, progress: Progress, rates: Rates, *, batch_size: int) -> None:
         """Report an iteration of --iterations-to-skip: its step, and samples that count as consumed."""
@@ -142,6 +165,43 @@ class Reports:
             self._progress.evaluation(step, found.loss, name="test", more=found.scalars())
             more = {f"test_{name}": value for name, value in found.scalars().items()}
             self._trackers.draw(step, {"test_loss": found.loss, **more})
+
+    def saved(self, path: Path, step: int, *, elapsed_s: float) -> None:
+        """Report a checkpoint that was written, with the time that training waited for it."""
+        if self._progress is None:
+            return
+        self._goodput.add("saves_s", elapsed_s)
+        size = size_of(path)
+        rate = f"{format_bytes(size)} in {elapsed_s:.2f} s, {size / elapsed_s / 1e9:.2f} GB/s"
+        self._progress.note(f"saved {path} ({rate})")
+        wall_s = self._goodput.spent().wall_s
+        self._trackers.save(step, {"save_s": elapsed_s, "save_bytes": size, "wall_s": wall_s})
+
+    def end(self) -> None:
+        """Report where the time of the run went."""
+        self.note(self.time_spent().summary())
+
+    @contextmanager
+    def timed(self, kind: Kind) -> Iterator[None]:
+        """Count the time of a block that ends well."""
+        began_s = time.monotonic()
+        yield
+        self._goodput.add(kind, time.monotonic() - began_s)
+
+    def time_spent(self) -> TimeSpent:
+        """The time of the run until now; rank 0 alone knows all of it."""
+        return self._goodput.spent()
+
+    def _spent_before(self) -> TimeSpent:
+        """What the run has spent until this process; to be asked before the metrics file is cut back."""
+        step, file = self.restored.progress.step, self.parts.config.train.metrics_file
+        if not step:
+            return self.restored.time_spent
+        records: list[dict[str, Any]] = []
+        if file:
+            with suppress(OSError, DataError):  # a file that cannot be read is reported when it is opened to go on
+                records, _ = salvage(Path(file))
+        return spent_when_resuming(self.restored.time_spent, step, records, ended_after=self._ended_after)
 
     def note(self, text: str) -> None:
         """Write a line, on rank 0."""

@@ -7,11 +7,12 @@ fp32 masters, from which every precision's weights follow.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron3d.checkpoint.async_save import AsyncSave
+from megatron3d.checkpoint.index import Index
 from megatron3d.checkpoint.load import agreed_index, load_tensors, read_document
 from megatron3d.checkpoint.ranks import from_first, gathered, on_every_rank
 from megatron3d.checkpoint.save import save_checkpoint
@@ -26,12 +27,14 @@ from megatron3d.optim.schedule import ScheduleSettings, reconcile, schedule_diff
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.freeze import is_frozen
 from megatron3d.train.compare import CONTENT_DOCUMENT, SavedRun, compare_resumed, compare_weights, read_saved_run
+from megatron3d.train.goodput import TimeSpent
 from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.source import Source, sources
 from megatron3d.zero.replicas import require_equal_replicas
 
 OLD = "old_weights"  # prefix of tensors: what the layers compute with while a delayed update is due
 UPDATE_DUE = "update_due"
+TIME_DOCUMENT = "time"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Restored:
 
     `damage` says what is wrong with the checkpoint that was asked for, where another was taken instead. `lines`
     report what the run changes. `evaluation_due` means that the run before was stopped within the evaluation
-    that follows this step.
+    that follows this step. `time_spent` is that of the run until the checkpoint, zero where it does not say.
     """
 
     progress: Progress
@@ -74,6 +77,7 @@ class Restored:
     why: str = ""
     lines: tuple[str, ...] = ()
     evaluation_due: bool = False
+    time_spent: TimeSpent = field(default_factory=TimeSpent)
 
 
 def save(
@@ -84,11 +88,12 @@ def save(
     *,
     evaluation_due: bool = False,
     background: AsyncSave | None = None,
+    time_spent: TimeSpent | None = None,
 ) -> Path:
     """Write a checkpoint of this moment below --save; collective over all ranks. `content` is what the run reads.
 
     `evaluation_due` says that the evaluation after this step is still to be made. With `background` the checkpoint is
-    begun there instead, to be finished later.
+    begun there instead, to be finished later. `time_spent` is that of the run so far, as rank 0 knows it.
 
     Raises:
         NumericsError: what would be saved is not finite, or ranks that must hold the same values do not.
@@ -99,6 +104,7 @@ def save(
         _check_replicas(parts, progress.step)
         documents = _documents(parts, progress, schedule, evaluation_due=evaluation_due)
         documents |= {} if content is None else {CONTENT_DOCUMENT: content.to_json()}
+        documents |= {} if time_spent is None else {TIME_DOCUMENT: time_spent.to_json()}
         return _save(parts, progress.step, documents, background)
 
 
@@ -195,7 +201,7 @@ def restore(parts: TrainingSetup, content: Content | None = None) -> Restored:
 def _restore_from(source: Source, parts: TrainingSetup, content: Content | None) -> Restored:
     options, group = parts.config.checkpoint, parts.mesh.world.group
     directory = source.directory
-    agreed_index(directory, group)
+    index = agreed_index(directory, group)
     saved = on_every_rank(lambda: _saved_run(directory, parts.config.model.architecture), group)
     if source.weights_only:
         lines = compare_weights(saved, parts.config, content)
@@ -228,7 +234,18 @@ def _restore_from(source: Source, parts: TrainingSetup, content: Content | None)
     progress = Progress(**state["progress"])
     # Checkpoints from before there was this entry were written after the evaluation of their step.
     is_due = state.get("evaluation_due", False)
-    return Restored(progress, schedule, directory, why=source.why, lines=tuple(lines), evaluation_due=is_due)
+    spent = on_every_rank(lambda: _time_spent(directory, index), group)
+    return Restored(progress, schedule, directory, None, source.why, tuple(lines), is_due, spent)
+
+
+def _time_spent(directory: Path, index: Index) -> TimeSpent:
+    """That of the run until this checkpoint; versions before this one did not store it."""
+    if f"{TIME_DOCUMENT}.json" not in index.documents:
+        return TimeSpent()
+    try:
+        return TimeSpent.from_json(read_document(directory, TIME_DOCUMENT))
+    except ValueError as error:
+        raise CheckpointError(f"{directory}: {error}; load an earlier checkpoint with --ckpt-step") from error
 
 
 def _dropped_optimizer_before(saved: SavedRun, state: Mapping[str, Any], optimizer_kind: str) -> bool:

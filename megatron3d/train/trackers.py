@@ -89,6 +89,7 @@ class Trackers:
         resumed_step: int,
         resumed_samples: int = 0,
         evaluation_due: bool = False,
+        more: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Begin, or continue after `resumed_step` where it is not 0.
 
@@ -98,6 +99,7 @@ class Trackers:
             resumed_step: the step of the checkpoint that training starts from.
             resumed_samples: the samples consumed until then.
             evaluation_due: whether the evaluation after that step is made now.
+            more: what the metrics file notes of a resume, by name.
 
         Raises: TrackerError if a place can never be written, such as a path below a file; ConfigError if a package is
             missing.
@@ -105,7 +107,7 @@ class Trackers:
         if self._train.metrics_file:
             file = MetricsFile(self._train.metrics_file, warn=self._warn)
             self._metrics = Tracker(f"--metrics-file {file.path}", file, warn=self._warn)
-            at = {"resumed_step": resumed_step, "evaluation_due": evaluation_due}
+            at: dict[str, Any] = {"resumed_step": resumed_step, "evaluation_due": evaluation_due, "more": more}
             self._begin(self._metrics, resumed_step, lambda one: one.begin(record, **at))
         for name, writer in self._curve_writers(run, resumed_step):
             tracker = Tracker(name, writer, warn=self._warn)
@@ -144,6 +146,12 @@ class Trackers:
         theirs = evaluation_scalars(losses)
         self.draw(step, {"valid_loss": valid_loss, **more, **theirs})
         self._draw_over_samples(step, consumed_samples, theirs)
+
+    def save(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Record the time and size of the save after `step`."""
+        if self._metrics is not None:
+            self._metrics.attempt(step, lambda file: file.save(step, numbers))
+        self.draw(step, numbers)
 
     def draw(self, step: int, scalars: Mapping[str, float]) -> None:
         """Add a point to each named curve."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -84,10 +86,28 @@ def test_a_run_whose_rank_was_killed_goes_on_bit_for_bit(launcher: Launcher, tmp
     with launcher.job(again, 2) as job:
         assert job.wait() == [0, 0]
         assert f"starting from {tmp_path}/save/iter_0000003" in job.said(0)
+        assert "2 steps were lost since the checkpoint of step 3 and will be made again" in job.said(0)
+        assert re.search(r"goodput \d+\.\d % of .*steps .*saves .*evaluations .*2 lost steps ", job.said(0))
+    _check_goodput(tmp_path / "save" / "iter_0000008", killed)
     assert losses(killed) == losses(whole)
     valid = [[(r["step"], r["valid_loss"]) for r in records(path) if "valid_loss" in r] for path in (whole, killed)]
     assert valid[0] == valid[1]
     assert exit_status(tmp_path / "save")["code"] == 0
+
+
+def _check_goodput(checkpoint: Path, metrics: Path) -> None:
+    """Goodput by the times of the steps that stand in the metrics file, which are those that counted."""
+    spent = json.loads((checkpoint / "time.json").read_text())
+    steps_s = list(itertools.accumulate(record["step_time_s"] for record in steps(metrics)))
+    assert spent["steps_s"] == pytest.approx(steps_s[-1])
+    assert spent["lost_steps"] == 2 and spent["lost_s"] > 0 and spent["evaluations_s"] > 0
+    saves_s = [record["save_s"] for record in records(metrics) if "save_s" in record]
+    assert len(saves_s) == 3 and spent["saves_s"] == pytest.approx(sum(saves_s[:-1]))
+    walls = [record["wall_s"] for record in records(metrics) if "wall_s" in record]
+    assert walls == sorted(walls)
+    for record, so_far_s in zip(steps(metrics), steps_s, strict=True):
+        assert record["goodput"] == pytest.approx(so_far_s / record["wall_s"])
+        assert record["lost_steps"] == (2 if record["step"] > 3 else 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
