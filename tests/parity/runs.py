@@ -42,6 +42,7 @@ MODELS = {
     "gpt2-deep": "--num-layers 8",
     "gpt2-untied": "--untie-embeddings-and-output-weights",
     "gpt2-1p": "--apply-layernorm-1p",
+    "gpt2-words": "--vocab-size 1029",  # whose table stage 3 of ZeRO cuts into blocks of rows
     "gpt2-mqa": "--group-query-attention",
     "llama": (
         "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "

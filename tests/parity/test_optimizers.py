@@ -61,7 +61,7 @@ CASES = [
     for layout, options, model, names in [
         (Layout(dp=2), "--zero-stage 1", "gpt2", ("adam-l2", "adam-bf16", "lion-bf16", "muon-lion")),
         (Layout(tp=2), SP, "llama", ("lion", "lamb", "adafactor", "muon")),
-        (Layout(dp=2), "--zero-stage 3", "gpt2", ("lamb", "adafactor", "muon-moonlight")),
+        (Layout(dp=2), "--zero-stage 3", "gpt2-words", ("lamb", "adafactor", "muon-moonlight")),
         (Layout(tp=2, dp=2), f"{SP} --zero-stage 2", "llama", ("lamb", "adafactor", "muon", "adam-bf16")),
         (Layout(tp=4), "", "gpt2", ("adafactor", "muon")),
         (Layout(tp=2, dp=2), f"{SP} --zero-stage 3", "bert", ("lamb", "adafactor", "muon")),

@@ -176,15 +176,17 @@ MOVES = [
 
 def move_on(rank: int, world_size: int, directory: str) -> list[dict[str, list[tuple[Box, Tensor]]]]:
     """Train and save at stage 0; load at each stage, compare, and save there for the next."""
-    first = Case("gpt2", Layout(dp=world_size), f"--bf16 --save {directory}/0")
+    first = Case("gpt2-words", Layout(dp=world_size), f"--bf16 --save {directory}/0")
     parts = parts_of(first, make_mesh(first.layout))
     trace(parts, num_steps=2)
     schedule = settings_from_config(parts.config.optim, parts.config.train)
     state.save(parts, Progress(step=2), schedule)
     found = [held(parts)]
     for number, (layout, options) in enumerate([move for move in MOVES if move[0].world_size == world_size], 1):
-        moved = Case("gpt2", layout, f"{options} --load {directory}/{number - 1} --save {directory}/{number}")
+        moved = Case("gpt2-words", layout, f"{options} --load {directory}/{number - 1} --save {directory}/{number}")
         parts = parts_of(moved, make_mesh(layout))
+        is_cut = any(unit.blocks for unit in parts.engine.units.values())
+        assert is_cut == parts.engine.options.policy.shard_params
         state.restore(parts)
         state.save(parts, Progress(step=2 + number), schedule)
         found.append(held(parts))
@@ -203,7 +205,7 @@ def held(parts: TrainingSetup) -> dict[str, list[tuple[Box, Tensor]]]:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_checkpoints_move_between_stages_bit_for_bit(pool: Pool, tmp_path: Path, world_size: int) -> None:
     by_rank = pool.run(world_size, move_on, str(tmp_path))
-    weights = reference("gpt2")[1]
+    weights = reference("gpt2-words")[1]
     shapes = {
         f"{kind}/{name}": shape for kind in ("weights", "exp_avg", "exp_avg_sq") for name, shape in weights.items()
     }

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron3d.params.row_blocks import RowBlock
+from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext, unsharded_context
+from megatron3d.tensor.embedding import VocabParallelEmbedding
 from megatron3d.tensor.row_blocks import linear_by_blocks, lookup
 
 RANKS, OF_EACH, H = 3, 5, 8
@@ -78,6 +80,36 @@ def test_a_product_by_blocks_and_all_its_gradients_are_those_of_the_whole_table(
     torch.testing.assert_close(cut.gradient, whole.grad)
     if bias is not None and all_of_bias is not None and all_of_bias.grad is not None:
         torch.testing.assert_close(bias.grad, all_of_bias.grad[: bias.numel()])
+
+
+def test_logits_of_a_table_in_blocks_end_with_its_rows_unless_a_loss_takes_them() -> None:
+    cut, padded = cut_table(), 13
+    context = bound(cut)
+    layer = VocabParallelEmbedding(context, 12, H, padded_size=padded, init=Init("zeros"))
+    layer.weight = cut.table
+    context.gate.bind(Blocks(cut))
+    x = torch.randn(4, H, generator=torch.Generator().manual_seed(6))
+    expected = x @ cut.table.detach().t()
+    widths = [layer.scores(x, input_type="local", cuts_off=cuts_off) for cuts_off in (True, False)]
+    torch.testing.assert_close(widths, [expected[:, :padded], expected])
+
+
+class Blocks:
+    """A gatherer of one table."""
+
+    releases = True
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut = cut
+
+    def gather_weights(self, place: str, *, backward: bool) -> None:
+        """Nothing."""
+
+    def release_weights(self, place: str, *, backward: bool) -> None:
+        """Nothing."""
+
+    def blocks_of(self, table: nn.Parameter) -> Cut:
+        return self.cut
 
 
 def test_gradients_of_the_input_add_up_in_fp32_where_the_layer_computes_in_bf16() -> None:
