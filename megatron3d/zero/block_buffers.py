@@ -109,9 +109,8 @@ class BlockedWeights(WeightBuffer):
         self._blocks, self._block_backing = blocks, backing
         self._width = own.length // blocks[0].rows_per_rank
         self._slots: list[Tensor] = []
-        self._numbers: list[int | None] = [
-            None
-        ] * BLOCKS_AT_ONCE  # of the blocks that are in the slots, or on their way there
+        # Which blocks are in the slots, or on their way there.
+        self._numbers: list[int | None] = [None] * BLOCKS_AT_ONCE
         self._fetching_blocks: dict[int, Waitable] = {}
         self._gathering_blocks: dict[int, Pending] = {}
 
