@@ -17,6 +17,14 @@ from megatron3d.errors import MemoryShortError, StorageError
 from megatron3d.train.progress import format_bytes
 
 
+def save_copy_note(num_bytes: int, device_type: str) -> list[str]:
+    """A line about the copy that asynchronous saves hold on the host, if they do."""
+    if not num_bytes:
+        return []
+    beside = "; it is memory of this machine beside the peak" if device_type == "cpu" else ""
+    return [f"--async-save holds a copy of what a rank saves on the host: about {format_bytes(num_bytes)}{beside}"]
+
+
 class AsyncSaves:
     """The saves of one run that training does not wait for."""
 

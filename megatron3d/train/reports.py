@@ -28,6 +28,7 @@ from megatron3d.pipeline.split.stages import describe
 from megatron3d.planner.ledger import first_microbatches, ledger_of_rank
 from megatron3d.planner.memory import RankModel
 from megatron3d.planner.stage_records import StageRecords
+from megatron3d.train.async_saves import save_copy_note
 from megatron3d.train.dropout import dropout_note
 from megatron3d.train.evaluate import Evaluation
 from megatron3d.train.goodput import Goodput, Kind, TimeSpent, spent_when_resuming
@@ -225,6 +226,8 @@ class Reports:
         predicted = record.predicted_bytes_per_rank
         needed = ", ".join(f"{name} {format_bytes(predicted[name])}" for name in ("peak", "activations", "buffers"))
         self.note(f"predicted for a step on the fullest rank: {needed}")
+        for line in save_copy_note(predicted["save_copy"], self.parts.model.device.type):
+            self.note(line)
         source = self.restored.source
         plan = self.parts.model.rows.plan
         if plan.num_stages > 1:
