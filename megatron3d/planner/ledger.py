@@ -136,7 +136,7 @@ def ledger_of_rank(
     in_step = peak_use(stages, *row)
     after = max(one(parallel, optim, units, device_type=device_type) for one in (publish_temporary, update_temporary))
     peak = max(in_step, MemoryUse(work=after), key=lambda one: one.total)
-    copy = save_copy_bytes(config, parts)
+    copy = save_copy_bytes(parallel, optim, config.checkpoint, parts)
     return Ledger(pp_rank, state, peak.activations, peak.total - peak.activations, save_copy=copy)
 
 

@@ -175,8 +175,23 @@ class Reports:
         size = size_of(path)
         rate = f"{format_bytes(size)} in {elapsed_s:.2f} s, {size / elapsed_s / 1e9:.2f} GB/s"
         self._progress.note(f"saved {path} ({rate})")
+        self._record_save(step, elapsed_s, size)
+
+    def saved_meanwhile(self, path: Path, step: int, *, waited_s: float, took_s: float) -> None:
+        """Report a checkpoint that was written while training went on, `took_s` after its step; the time that training
+        waited for it is counted already (`timed`)."""
+        if self._progress is None:
+            return
+        size = size_of(path)
+        self._progress.note(
+            f"saved {path} ({format_bytes(size)}, {took_s:.2f} s after its step, of which training waited "
+            f"{waited_s:.2f} s)"
+        )
+        self._record_save(step, waited_s, size)
+
+    def _record_save(self, step: int, waited_s: float, size: int) -> None:
         wall_s = self._goodput.spent().wall_s
-        self._trackers.save(step, {"save_s": elapsed_s, "save_bytes": size, "wall_s": wall_s})
+        self._trackers.save(step, {"save_s": waited_s, "save_bytes": size, "wall_s": wall_s})
 
     def end(self) -> None:
         """Report where the time of the run went."""
