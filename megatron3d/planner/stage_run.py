@@ -151,7 +151,8 @@ class StageRun:
                     recorder, units[name], self.blocks[units[name]], parameter, of_gradients, copies=self._on_cpu
                 )
                 tables[parameter] = table
-                sink.bind_blocks(parameter, table, lambda: None)
+                if declared.spec.trains:
+                    sink.bind_blocks(parameter, table, lambda: None)
                 continue
             if not declared.spec.trains:
                 continue

@@ -64,6 +64,7 @@ TWO: dict[str, Case] = {
     "wide bf16 zero 3 many words": ("gpt", f"{WIDE} --bf16 --zero-stage 3 {WORDS}"),
     "wide bf16 zero 3 many words untied": ("gpt", f"{WIDE} --bf16 --zero-stage 3 {WORDS} {UNTIED}"),
     "wide zero 3 many words pp zb-h1": ("gpt", f"{WIDE} {PP} 2 --zero-stage 3 --pipeline-schedule zb-h1 {WORDS}"),
+    "wide zero 3 many words frozen": ("gpt", f"{WIDE} --zero-stage 3 {WORDS} {FROZEN}"),
     "bert zero 3": ("bert", f"{BERT} {MORE} --zero-stage 3"),
     "wide bf16 zero 2 offload": ("gpt", f"{WIDE} --bf16 --zero-stage 2 --offload-optimizer cpu"),
     "wide zero 3 all offload": ("gpt", f"{WIDE} --zero-stage 3 --offload-optimizer cpu --offload-params cpu"),
