@@ -43,8 +43,8 @@ from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.planner.layout import layout_of
 from megatron3d.planner.sizes import BYTES, FP32
 from megatron3d.tensor.context import LayerContext
-from megatron3d.zero.cut_tables import Blocks, cut_tables, tables_to_cut
-from megatron3d.zero.flat import FlatLayout, Slot, Span, flat_layout, kind_of
+from megatron3d.zero.cut_tables import Blocks, cut_tables, unit_layout
+from megatron3d.zero.flat import FlatLayout, Slot, Span, kind_of
 from megatron3d.zero.kinds import KINDS
 from megatron3d.zero.policy import policy_of
 
@@ -106,15 +106,15 @@ def parts_of_rank(config: RunConfig, plan: PipelinePlan, pp_rank: int) -> RankMo
         for unit, members in stage.units().items():
             # A tied table at both ends of one rank is one table, so the first of its two descriptions is enough.
             specs.setdefault(unit, [declared[member].spec for member in members])
-    units = {name: _flat_layout(its, layout) for name, its in specs.items()}
-    for name in tables_to_cut(units) if policy_of(config.parallel.zero_stage).shard_params else ():
-        units[name] = _flat_layout(specs[name], layout, whole_rows=True)
+    sharded = policy_of(config.parallel.zero_stage).shard_params
+    units = {name: _layout_of(its, layout, shards_weights=sharded) for name, its in specs.items()}
     return RankModel(stages, units)
 
 
-def _flat_layout(specs: Sequence[ParamSpec], layout: Layout, *, whole_rows: bool = False) -> FlatLayout:
+def _layout_of(specs: Sequence[ParamSpec], layout: Layout, *, shards_weights: bool) -> FlatLayout:
     axes = KINDS[kind_of(specs)]
-    return flat_layout(specs, tp=layout.size(axes.tensor), num_ranks=layout.size(axes.grad), whole_rows=whole_rows)
+    tp, num_ranks = layout.size(axes.tensor), layout.size(axes.grad)
+    return unit_layout(specs, tp=tp, num_ranks=num_ranks, shards_weights=shards_weights)
 
 
 def blocks_of(parallel: ParallelConfig, units: Mapping[str, FlatLayout]) -> dict[str, Blocks]:

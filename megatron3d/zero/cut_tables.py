@@ -7,12 +7,12 @@ those of a layer. In models so small that their layers are smaller than `SMALLES
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 from megatron3d.params.row_blocks import RowBlock
-from megatron3d.params.spec import ParamKind
-from megatron3d.zero.flat import FlatLayout
+from megatron3d.params.spec import ParamKind, ParamSpec
+from megatron3d.zero.flat import FlatLayout, flat_layout
 
 SMALLEST_BLOCK = 1 << 14  # elements: below that a collective costs what its start costs
 BLOCKS_AT_ONCE = 2  # of weights: one that is used, and the next on its way
@@ -20,12 +20,20 @@ BLOCKS_AT_ONCE = 2  # of weights: one that is used, and the next on its way
 Blocks = tuple[RowBlock, ...]
 
 
-def tables_to_cut(layouts: Mapping[str, FlatLayout]) -> list[str]:
-    """The units of a rank that are tables larger than any other unit; they are to be laid out with whole rows.
+def unit_layout(specs: Sequence[ParamSpec], *, tp: int, num_ranks: int, shards_weights: bool) -> FlatLayout:
+    """Where the parameters of a unit lie, as `flat_layout`; a table that some rank may cut has whole rows.
 
-    Args:
-        layouts: of all units of the rank; with whole rows those to be cut are the same.
+    That depends on the table alone, as the holders of a tied one sum its gradients: one of them may cut it and another
+    not, having larger units beside it.
     """
+    plain = flat_layout(specs, tp=tp, num_ranks=num_ranks)
+    if not shards_weights or plain.table_width is None or plain.length <= SMALLEST_BLOCK:
+        return plain
+    return flat_layout(specs, tp=tp, num_ranks=num_ranks, whole_rows=True)
+
+
+def tables_to_cut(layouts: Mapping[str, FlatLayout]) -> list[str]:
+    """The units of a rank that are tables larger than any other unit; `layouts` are those of all its units."""
     largest = _largest_other(layouts)
     return [name for name, one in layouts.items() if one.table_width is not None and one.length > largest]
 
@@ -34,7 +42,7 @@ def cut_tables(layouts: Mapping[str, FlatLayout], num_ranks: Callable[[ParamKind
     """The blocks of each of these units, of nearly equal size.
 
     Args:
-        layouts: of all units of the rank, those to be cut with whole rows.
+        layouts: of all units of the rank, by `unit_layout`.
         num_ranks: ranks that own parts of a unit of a kind.
     """
     largest, names = _largest_other(layouts), tables_to_cut(layouts)

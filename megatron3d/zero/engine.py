@@ -20,14 +20,14 @@ from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import Declared
 from megatron3d.zero.buffers import TransientBuffers, size_bytes
-from megatron3d.zero.cut_tables import Blocks, cut_tables, tables_to_cut
+from megatron3d.zero.cut_tables import Blocks, cut_tables
 from megatron3d.zero.delayed import DelayedUpdate
 from megatron3d.zero.full_parameters import FullParameters
 from megatron3d.zero.gatherer import Places, UnitGatherer
 from megatron3d.zero.kinds import kind_axes
 from megatron3d.zero.offload_step import OffloadedStates
 from megatron3d.zero.policy import Policy
-from megatron3d.zero.unit import FlatParameter, FlatUnit, UnitOptions, WeightUnit, unit_layout
+from megatron3d.zero.unit import FlatParameter, FlatUnit, UnitOptions, WeightUnit, layout_of_unit
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,5 @@ def _blocks_of(parameters: Mapping[str, UnitParameters], mesh: Mesh, policy: Pol
     if not policy.shard_params:
         return {}
     axes = {name: kind_axes(unit.declared[0].spec.kind, mesh, policy) for name, unit in parameters.items()}
-    layouts = {name: unit_layout(one.declared, axes[name], whole_rows=False) for name, one in parameters.items()}
-    for name in tables_to_cut(layouts):
-        layouts[name] = unit_layout(parameters[name].declared, axes[name], whole_rows=True)
+    layouts = {name: layout_of_unit(one.declared, axes[name], policy) for name, one in parameters.items()}
     return cut_tables(layouts, lambda kind: kind_axes(kind, mesh, policy).shard.size)

@@ -28,8 +28,8 @@ from megatron3d.params.init import initial_shard
 from megatron3d.params.module import Declared
 from megatron3d.zero.block_buffers import BlockBacking, BlockedGradients, BlockedWeights
 from megatron3d.zero.buffers import GradBuffer, TransientBuffers, WeightBacking, WeightBuffer
-from megatron3d.zero.cut_tables import Blocks, block_name
-from megatron3d.zero.flat import FlatLayout, Slot, Span, flat_layout, kind_of
+from megatron3d.zero.cut_tables import Blocks, block_name, unit_layout
+from megatron3d.zero.flat import FlatLayout, Slot, Span, kind_of
 from megatron3d.zero.kinds import KindAxes, kind_axes
 from megatron3d.zero.offload import MASTER, Offload, states_record, weights_record
 from megatron3d.zero.policy import Policy
@@ -75,10 +75,10 @@ class FlatParameter:
     decays: bool
 
 
-def unit_layout(declared: Sequence[Declared], axes: KindAxes, *, whole_rows: bool) -> FlatLayout:
-    """Where the parameters of a unit lie; with whole rows where it is a table that is cut into blocks."""
-    specs = [one.spec for one in declared]
-    return flat_layout(specs, tp=axes.tensor.size, num_ranks=axes.grad.size, whole_rows=whole_rows)
+def layout_of_unit(declared: Sequence[Declared], axes: KindAxes, policy: Policy) -> FlatLayout:
+    """Where the parameters of a unit lie."""
+    specs, sharded = [one.spec for one in declared], policy.shard_params
+    return unit_layout(specs, tp=axes.tensor.size, num_ranks=axes.grad.size, shards_weights=sharded)
 
 
 class WeightUnit:
@@ -101,7 +101,7 @@ class WeightUnit:
     ) -> None:
         self.name, self.options, self.tied, self.blocks = name, options, tied, blocks
         self.axes = kind_axes(kind_of([one.spec for one in declared]), mesh, options.policy)
-        self.layout = unit_layout(declared, self.axes, whole_rows=blocks is not None)
+        self.layout = layout_of_unit(declared, self.axes, options.policy)
         self.own = self.layout.slice_of(self.axes.shard.rank, self.axes.shard.size)
         self._by_name = {one.spec.name: one for one in declared}
         self.beside = self._allocate_beside()
