@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron3d.checkpoint.host_buffer import HostBuffer
 from megatron3d.checkpoint.shard_file import bytes_of, shard_header
 from megatron3d.checkpoint.writer_process import Part, WriteOrder
+from megatron3d.comm.device import synchronize
 from megatron3d.storage.checksum import crc32
 
 _THREADS = 2  # one is bound by the latency of memory; more would compete with other ranks of the machine
@@ -73,6 +74,8 @@ class Staged:
         part = self._append(path, len(header) + sum(tensor.nbytes for tensor in boxes.values()))
         image = self._buffer.data[part.start : part.stop]
         image[: len(header)] = np.frombuffer(header, np.uint8)
+        for device in {tensor.device for tensor in boxes.values()}:
+            synchronize(device)  # the threads below know nothing of the streams that fill the tensors
         copies, position = [], len(header)
         for name in names:
             copies.append((image[position : position + boxes[name].nbytes], boxes[name]))

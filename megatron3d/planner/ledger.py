@@ -29,6 +29,7 @@ from megatron3d.planner.memory import (
     shard_size,
 )
 from megatron3d.planner.replay import MemoryUse, left_of
+from megatron3d.planner.save_copy import save_copy_bytes
 from megatron3d.planner.sizes import BYTES, FP32
 from megatron3d.planner.stage_records import StageRecords
 from megatron3d.planner.stage_run import message_bytes
@@ -48,12 +49,19 @@ class Ledger:
         state: exact, from step to step.
         activations: kept for backwards at the peak of a step.
         buffers: everything else that is there then and not state.
+        save_copy: what asynchronous saves hold on the host, about.
     """
 
     pp_rank: int
     state: StateForecast
     activations: int
     buffers: int
+    save_copy: int = 0
+
+    @property
+    def host(self) -> int:
+        """Bytes of host memory beside what a device on the host takes."""
+        return self.state.host + self.save_copy
 
     @property
     def peak(self) -> int:
@@ -70,8 +78,9 @@ class Ledger:
             "activations": self.activations,
             "buffers": self.buffers,
             "peak": self.peak,
-            "host": state.host,
+            "host": self.host,
             "files": state.files,
+            "save_copy": self.save_copy,
         }
 
 
@@ -127,7 +136,8 @@ def ledger_of_rank(
     in_step = peak_use(stages, *row)
     after = max(one(parallel, optim, units, device_type=device_type) for one in (publish_temporary, update_temporary))
     peak = max(in_step, MemoryUse(work=after), key=lambda one: one.total)
-    return Ledger(pp_rank, state, peak.activations, peak.total - peak.activations)
+    copy = save_copy_bytes(parallel, optim, config.checkpoint, parts)
+    return Ledger(pp_rank, state, peak.activations, peak.total - peak.activations, save_copy=copy)
 
 
 def sharing_of(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from megatron3d.checkpoint.async_save import AsyncSave
 from megatron3d.comm.collectives import count_votes
@@ -17,14 +18,29 @@ from megatron3d.errors import MemoryShortError, StorageError
 from megatron3d.train.progress import format_bytes
 
 
+class Published(Protocol):
+    """Takes a checkpoint that has become the latest, the seconds that training waited for it in all, and those since
+    its step."""
+
+    def __call__(self, path: Path, *, waited_s: float, took_s: float) -> None: ...
+
+
+def save_copy_note(num_bytes: int, device_type: str) -> list[str]:
+    """A line about the copy that asynchronous saves hold on the host, if they do."""
+    if not num_bytes:
+        return []
+    beside = "; it is memory of this machine beside the peak" if device_type == "cpu" else ""
+    return [f"--async-save holds a copy of what a rank saves on the host: about {format_bytes(num_bytes)}{beside}"]
+
+
 class AsyncSaves:
     """The saves of one run that training does not wait for."""
 
-    def __init__(self, mesh: Mesh, *, published: Callable[[Path], None], note: Callable[[str], None]) -> None:
-        """`published` takes each checkpoint that has become the latest; `note` takes lines for the log."""
+    def __init__(self, mesh: Mesh, *, published: Published, note: Callable[[str], None]) -> None:
+        """`note` takes lines for the log."""
         self._mesh, self._published, self._note = mesh, published, note
         self._save = AsyncSave(group=mesh.world.group, rank=mesh.rank, world_size=mesh.world.size)
-        self._began_s = 0.0
+        self._began_s, self._waited_s = 0.0, 0.0  # of the save under way
 
     def begin(self, save: Callable[[AsyncSave], Path]) -> bool:
         """Begin a save, for which no other may be under way; False if that failed, which a line reports. Collective.
@@ -37,8 +53,9 @@ class AsyncSaves:
         except (StorageError, MemoryShortError) as error:
             self._report_failure(str(error))
             return False
-        waited_s, size = time.monotonic() - self._began_s, format_bytes(self._save.buffer_bytes)
-        self._note(f"saving {path} in the background: training waited {waited_s:.2f} s for the copy ({size} on rank 0)")
+        self._waited_s = time.monotonic() - self._began_s
+        size = format_bytes(self._save.buffer_bytes)
+        self._note(f"saving {path}: training waited {self._waited_s:.2f} s for the copy ({size} on rank 0) and goes on")
         return True
 
     def publish_written(self) -> bool:
@@ -55,19 +72,21 @@ class AsyncSaves:
         path = self._save.under_way
         if path is None:
             return True
-        began_s = time.monotonic()
+        before_s = self._waited_s
         is_well = self._finish()
-        self._note(f"waited {time.monotonic() - began_s:.2f} s for {path.name}, because {why}")
+        self._note(f"waited {self._waited_s - before_s:.2f} s for {path.name}, because {why}")
         return is_well
 
     def _finish(self) -> bool:
+        began_s = time.monotonic()
         try:
             path = self._save.finish()
         except StorageError as error:
             self._report_failure(str(error))
             return False
-        self._published(path)
-        self._note(f"saved {path} ({time.monotonic() - self._began_s:.2f} s after its step)")
+        finally:
+            self._waited_s += time.monotonic() - began_s
+        self._published(path, waited_s=self._waited_s, took_s=time.monotonic() - self._began_s)
         return True
 
     def _report_failure(self, reason: str) -> None:

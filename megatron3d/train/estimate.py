@@ -20,6 +20,7 @@ from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.planner.ledger import Ledger, ledger_of, worst
 from megatron3d.planner.memory import least_state_bytes
 from megatron3d.planner.stage_records import StageRecords
+from megatron3d.train.async_saves import save_copy_note
 from megatron3d.train.plan import plan_of
 from megatron3d.train.progress import format_bytes, format_count
 from megatron3d.train.vocabulary import open_vocabulary
@@ -79,6 +80,7 @@ def describe(found: Estimate) -> str:
             f"stage {parallel.zero_stage}, {config.optim.precision}, schedule {found.plan.order}, on {device_type}",
             *_table(["pp rank", *COLUMNS], [[str(one.pp_rank), *_sizes(one)] for one in found.ledgers]),
             f"pipeline rank {top.pp_rank} needs most: {format_bytes(top.peak)} on its device",
+            *save_copy_note(max(one.save_copy for one in found.ledgers), device_type),
         ]
     )
 
@@ -143,7 +145,7 @@ class Limits:
 
     def allow(self, found: Estimate) -> bool:
         """Whether every rank stays within."""
-        host = max(one.state.host for one in found.ledgers)
+        host = max(one.host for one in found.ledgers)
         return found.worst.peak <= self.device and (self.host is None or host <= self.host)
 
 

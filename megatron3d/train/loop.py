@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron3d.checkpoint.async_save import AsyncSave
+from megatron3d.checkpoint.directory import step_of
 from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
 from megatron3d.config.sections.data import DataConfig
@@ -141,7 +142,7 @@ class _Loop:
         self.batches = PreparedBatches(self.streams.train, self.parts.mesh, self.failure)
         self.profiler = StepProfiler(self.parts.config.train, self.parts.mesh, self.parts.model.device)
         if self.parts.config.checkpoint.saves_asynchronously:
-            self.async_saves = AsyncSaves(self.parts.mesh, published=self.retention.saved, note=self.reports.note)
+            self.async_saves = AsyncSaves(self.parts.mesh, published=self._published, note=self.reports.note)
 
     def run(self) -> None:
         """Train to the end, or to where the run is asked to stop."""
@@ -315,6 +316,10 @@ class _Loop:
         return state.save(
             self.parts, self.progress, self.schedule, self.content, background=background, time_spent=spent
         )
+
+    def _published(self, path: Path, *, waited_s: float, took_s: float) -> None:
+        self.retention.saved(path)
+        self.reports.saved_meanwhile(path, step_of(path), waited_s=waited_s, took_s=took_s)
 
     def _publish_save(self) -> None:
         if self.async_saves is not None:

@@ -28,6 +28,7 @@ from megatron3d.pipeline.split.stages import describe
 from megatron3d.planner.ledger import first_microbatches, ledger_of_rank
 from megatron3d.planner.memory import RankModel
 from megatron3d.planner.stage_records import StageRecords
+from megatron3d.train.async_saves import save_copy_note
 from megatron3d.train.dropout import dropout_note
 from megatron3d.train.evaluate import Evaluation
 from megatron3d.train.goodput import Goodput, Kind, TimeSpent, spent_when_resuming
@@ -174,8 +175,23 @@ class Reports:
         size = size_of(path)
         rate = f"{format_bytes(size)} in {elapsed_s:.2f} s, {size / elapsed_s / 1e9:.2f} GB/s"
         self._progress.note(f"saved {path} ({rate})")
+        self._record_save(step, elapsed_s, size)
+
+    def saved_meanwhile(self, path: Path, step: int, *, waited_s: float, took_s: float) -> None:
+        """Report a checkpoint that was written while training went on, `took_s` after its step; the time that training
+        waited for it is counted already (`timed`)."""
+        if self._progress is None:
+            return
+        size = size_of(path)
+        self._progress.note(
+            f"saved {path} ({format_bytes(size)}, {took_s:.2f} s after its step, of which training waited "
+            f"{waited_s:.2f} s)"
+        )
+        self._record_save(step, waited_s, size)
+
+    def _record_save(self, step: int, waited_s: float, size: int) -> None:
         wall_s = self._goodput.spent().wall_s
-        self._trackers.save(step, {"save_s": elapsed_s, "save_bytes": size, "wall_s": wall_s})
+        self._trackers.save(step, {"save_s": waited_s, "save_bytes": size, "wall_s": wall_s})
 
     def end(self) -> None:
         """Report where the time of the run went."""
@@ -225,6 +241,8 @@ class Reports:
         predicted = record.predicted_bytes_per_rank
         needed = ", ".join(f"{name} {format_bytes(predicted[name])}" for name in ("peak", "activations", "buffers"))
         self.note(f"predicted for a step on the fullest rank: {needed}")
+        for line in save_copy_note(predicted["save_copy"], self.parts.model.device.type):
+            self.note(line)
         source = self.restored.source
         plan = self.parts.model.rows.plan
         if plan.num_stages > 1:

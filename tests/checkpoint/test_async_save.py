@@ -8,6 +8,8 @@ import random
 import select
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron3d.checkpoint import publish, staging
+from megatron3d.checkpoint import publish, staging, writer_process
 from megatron3d.checkpoint.async_save import AsyncSave
 from megatron3d.checkpoint.directory import latest_checkpoint, list_checkpoints, step_of, verify
 from megatron3d.checkpoint.host_buffer import HostBuffer
@@ -349,6 +351,11 @@ def test_a_kill_at_any_call_to_the_system_leaves_a_whole_checkpoint_and_no_proce
     assert number > 20
     assert seen == sorted(seen), "once the new checkpoint is the latest it stays so"
     assert (seen[0], seen[-1]) == (1, 9)
+
+
+def test_the_writer_process_needs_neither_torch_nor_a_package_of_storage() -> None:
+    program = "import sys; sys.modules |= dict.fromkeys(('torch', 'safetensors')); import " + writer_process.__name__
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from megatron3d.checkpoint import publish
+from megatron3d.checkpoint import async_save, publish
 from megatron3d.checkpoint.async_save import AsyncSave
 from megatron3d.checkpoint.directory import find_checkpoint, list_checkpoints, step_of, verify
+from megatron3d.checkpoint.index import read_index
+from megatron3d.checkpoint.writer_process import WriteOutcome
 from megatron3d.errors import StorageError
 from tests.dist.pool import Pool
-from tests.runs.harness import MOCK, Ended, losses, on_rank, run, run_ok, words
+from tests.runs.harness import MOCK, Ended, losses, on_rank, records, run, run_ok, words
 
 ASYNC = "--async-save --save-interval 2"
 LAYOUTS = {
     "one process": (1, ""),
     "ZeRO 3 with gathers under way": (2, "--zero-stage 3 --bf16"),
     "a delayed update": (2, "--zero-stage 1 --overlap-param-gather --offload-optimizer cpu --offload-delayed-update"),
+    "DP2": (2, ""),
     "TP2": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP2": (2, "--pipeline-model-parallel-size 2"),
 }
@@ -32,9 +36,18 @@ def saved_steps(save: Path) -> list[int]:
     return [step_of(path) for path in found]
 
 
-def _lose() -> Path:
-    """Stands for a writer process that is lost: the save under way fails."""
-    raise StorageError("the process that writes checkpoints was ended")
+def most_written(directory: Path) -> int:
+    """Bytes of tensors in the largest file of a checkpoint."""
+    written: Counter[str] = Counter()
+    for tensor in read_index(directory).tensors.values():
+        for stored in tensor.boxes:
+            written[stored.file] += stored.box.numel * tensor.dtype.itemsize
+    return max(written.values())
+
+
+def lost(outcome: WriteOutcome, flight: object) -> None:
+    """Stands for what a save under way is held to: it fails once its file is written."""
+    raise StorageError(f"what was written after step {outcome.step} is lost")
 
 
 def run_both(rank: int, world_size: int, argv: Sequence[str], folder: str) -> list[Ended]:
@@ -70,6 +83,11 @@ def test_losses_and_tensor_files_are_those_of_a_run_that_waits_for_its_saves(
     assert all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
     assert [f"saved {one}/iter_000000{step}" in ended[0].out for step in (2, 4, 6)] == [True] * 3
     assert "training waited" in ended[0].out
+    (predicted,) = {record["predicted_bytes_per_rank"]["save_copy"] for record in records(tmp_path / "async.jsonl")[:1]}
+    print(
+        "RATIO", layout, predicted, most_written(find_checkpoint(one)), predicted / most_written(find_checkpoint(one))
+    )
+    assert predicted == pytest.approx(most_written(find_checkpoint(one)), rel=0.05)
     assert "because the run ends" in ended[0].out  # the save of step 6 was begun as any other
 
 
@@ -104,7 +122,7 @@ def test_a_save_that_fails_is_reported_and_training_goes_on(tmp_path: Path) -> N
 
 
 def test_the_save_of_a_run_that_ends_is_made_again_if_it_fails_in_the_background(tmp_path: Path) -> None:
-    with mock.patch.object(AsyncSave, "finish", side_effect=_lose):
+    with mock.patch.object(async_save, "_require_written", lost):
         ended = run_ok(MOCK, "--async-save --save-interval 6 --save", tmp_path)
     assert [line for line in ended.log if line.startswith("warning: a save failed")] != []
     assert saved_steps(tmp_path) == [6]

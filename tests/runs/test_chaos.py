@@ -181,6 +181,7 @@ def test_a_run_that_is_killed_stopped_and_damaged_at_random_loses_nothing(
     save, metrics = tmp_path / "save", tmp_path / "metrics.jsonl"
     chaos = Chaos(chance, save, metrics)
     options = _options(layout, tmp_path / "offload", save, metrics)
+    options += ["--async-save"] * (seed % 2)  # each layout has an odd seed and an even one
     for _ in range(MAX_STARTS):
         chaos.done["starts"] += 1
         had_checkpoint = bool(list_checkpoints(save))

@@ -11,7 +11,7 @@ import pytest
 
 from megatron3d.errors import DataError
 from tools.bench import compare, scaling
-from tools.bench.checkpoint import compare_checkpoints
+from tools.bench.checkpoint import compare_checkpoints, compare_stalls
 from tools.bench.peers import megatron3d_samples, torch_samples
 from tools.bench.peers.start import PeerFailed
 from tools.bench.peers.work import LAYOUTS, PEERS_OF_BERT, Peer, Work, find_peers
@@ -93,6 +93,13 @@ def test_checkpoints_have_a_ratio_to_each_other_way_of_the_same_kind() -> None:
     assert re.search(
         r"^checksums .* alone .*: \S+ s, \S+% of the time of save_checkpoint and \S+% of .*load_tensors$", share
     )
+
+
+@pytest.mark.heavy
+def test_the_stall_of_an_asynchronous_save_has_a_ratio_to_each_other() -> None:
+    table = compare_stalls(5, num_rounds=1)
+    assert [row[0] for row in table.rows if row[-1]] == ["DCP async_save", "DCP async_save, buffers kept"]
+    assert [row[0] for row in table.rows if not row[-1]] == ["--async-save"] and table.key == "stall"
 
 
 @pytest.mark.heavy

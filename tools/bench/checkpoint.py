@@ -11,17 +11,21 @@ a Markdown table; the ratios are taken within rounds, in which all take turns.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron3d.checkpoint import publish
+from megatron3d.checkpoint.async_save import AsyncSave
 from megatron3d.checkpoint.load import load_tensors
 from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.params.boxes import Box, ShardView
@@ -33,6 +37,8 @@ from tools.bench.tables import Table
 TENSOR_SHAPE = (1024, 1024)  # 4 MiB of fp32, about one weight of a small model
 SAVE, LOAD, CHECKSUMS = "save_checkpoint", "load_tensors", "checksums alone"
 COLUMNS = ("way", "median s", "fastest s", "MB/s", "megatron3d to it")
+STALL = "--async-save"
+STALL_COLUMNS = ("way", "median s", "longest s", "s for each GB", "megatron3d to it")
 
 
 def main() -> None:
@@ -44,7 +50,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="rounds (default 5)")
     parser.add_argument("--directory", type=Path, help="where to write; default a temporary directory")
     options = parser.parse_args()
-    print(compare_checkpoints(options.megabytes, num_rounds=options.repeat, directory=options.directory))
+    for compare in (compare_checkpoints, compare_stalls):
+        print(compare(options.megabytes, num_rounds=options.repeat, directory=options.directory), "\n")
 
 
 def compare_checkpoints(megabytes: int, *, num_rounds: int, directory: Path | None = None) -> Table:
@@ -66,6 +73,48 @@ def compare_checkpoints(megabytes: int, *, num_rounds: int, directory: Path | No
     return table
 
 
+def compare_stalls(megabytes: int, *, num_rounds: int, directory: Path | None = None) -> Table:
+    """How long training stands still for a save that is written while it goes on, ours and DCP's.
+
+    Ours stands still twice, for the copy and for publishing. Both have written once before they are timed.
+    """
+    views = _views(megabytes)
+    plain = {name: view.data.view(TENSOR_SHAPE) for name, view in views.items()}
+    saves = AsyncSave(group=None, rank=0, world_size=1)
+    with tempfile.TemporaryDirectory(dir=directory) as root, torch_dcp.alone(), closing(saves):
+        steps = itertools.count(1)
+        ways: dict[str, Callable[[], float]] = {
+            STALL: lambda: _stall_s(saves, Path(root), next(steps), views),
+            "DCP async_save": torch_dcp.AsyncSaves(plain, Path(root, "new"), keeps_buffers=False).stall_s,
+            "DCP async_save, buffers kept": torch_dcp.AsyncSaves(plain, Path(root, "kept"), keeps_buffers=True).stall_s,
+        }
+        take_turns(ways, 1)
+        seconds, _ = take_turns(ways, num_rounds)
+    caption = (
+        f"Training stands still for a save of {megabytes} MB of fp32 that is written while it goes on, in one process, "
+        f"{torch.get_num_threads()} threads: {num_rounds} rounds."
+    )
+    table = Table("stall", caption, STALL_COLUMNS)
+    for name, times in seconds.items():
+        median_s, ratio = statistics.median(times), str(speed_ratio(seconds[STALL], times)) if name != STALL else ""
+        table.rows.append((name, f"{median_s:.3f}", f"{max(times):.3f}", f"{median_s / megabytes * 1000:.3f}", ratio))
+    return table
+
+
+def _stall_s(saves: AsyncSave, root: Path, step: int, views: Mapping[str, ShardView]) -> float:
+    os.sync()
+    start_s = time.perf_counter()
+    path = saves.begin(root, step, views, documents={})
+    begun_s = time.perf_counter()
+    while not saves.is_written():
+        time.sleep(0.001)
+    written_s = time.perf_counter()
+    saves.finish()
+    stall_s = begun_s - start_s + time.perf_counter() - written_s
+    publish.prune(path, 1)
+    return stall_s
+
+
 def _timed_s(name: str, way: Callable[[], object], root: Path) -> float:
     os.sync()
     if "load" in name:
@@ -84,11 +133,15 @@ def _fill_page_cache(root: Path) -> None:
                     pass
 
 
-def _ways(root: Path, megabytes: int) -> dict[str, Callable[[], object]]:
-    """By name, the savers before the loaders, so that the first round has something to load."""
+def _views(megabytes: int) -> dict[str, ShardView]:
     names = [f"model/layers.{n}.weight" for n in range(max(1, megabytes * 10**6 // (4 * TENSOR_SHAPE[0] * 1024)))]
     box = Box((0, 0), TENSOR_SHAPE)
-    views = {name: ShardView(TENSOR_SHAPE, (box,), torch.randn(box.numel)) for name in names}
+    return {name: ShardView(TENSOR_SHAPE, (box,), torch.randn(box.numel)) for name in names}
+
+
+def _ways(root: Path, megabytes: int) -> dict[str, Callable[[], object]]:
+    """By name, the savers before the loaders, so that the first round has something to load."""
+    views = _views(megabytes)
     plain = {name: view.data.view(TENSOR_SHAPE) for name, view in views.items()}
     torch_file, safe_file = root / "plain.pt", root / "plain.safetensors"
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tools.bench.checkpoint import compare_checkpoints
+from tools.bench.checkpoint import compare_checkpoints, compare_stalls
 from tools.bench.peers.start import exit_when_terminated
 from tools.bench.peers.work import (
     OURS,
@@ -94,6 +94,7 @@ def measure(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[Table,
         yield table, failed + add_startup(table, two, 2, args.rounds, **options)
     if "checkpoint" in args.what:  # last, in this process: its memory counts in none of the others
         yield compare_checkpoints(args.megabytes, **rounds), []
+        yield compare_stalls(args.megabytes, **rounds), []
 
 
 def named(names: list[str], peers: tuple[Peer, ...]) -> list[Peer]:
