@@ -21,6 +21,7 @@ Shapes: B micro-batch, N query heads, G key and value heads, S queries and keys,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
@@ -69,12 +70,15 @@ class _CausalBlocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BNSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = ctx.saved_tensors
-        q_BNSD, k_BGSD, v_BGSD, *_ = inputs
+        q_BNSD, k_BGSD, v_BGSD, y_BNSD, log_sum_BNS = ctx.saved_tensors
         gradients = torch.empty_like(q_BNSD), torch.empty_like(k_BGSD), torch.empty_like(v_BGSD)
+        heads, size = q_BNSD.shape[1], q_BNSD.shape[3]
+        q_BNSW = _widened(q_BNSD * (1 / sqrt(size)), -log_sum_BNS.unsqueeze(-1))
+        g_BNSW = _widened(grad_BNSD, -(grad_BNSD.float() * y_BNSD).sum(-1, keepdim=True))
+        k_BNSW, v_BNSW = (_widened(_for_each_head(x, heads), None) for x in (k_BGSD, v_BGSD))
         for some in _sample_groups(q_BNSD):
-            kept = tuple(x[some] for x in inputs)
-            _backward_of_samples(grad_BNSD[some], kept, tuple(x[some] for x in gradients))
+            widened = _Widened(*(x[some].flatten(0, 1) for x in (q_BNSW, k_BNSW, v_BNSW, g_BNSW)), size)
+            _backward_of_samples(widened, *(x[some] for x in gradients))
         return gradients
 
 
@@ -85,17 +89,24 @@ def _sample_groups(q_BNSD: Tensor) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, samples, step))
 
 
-def _backward_of_samples(g_BNSD: Tensor, kept: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
-    """Fill the three gradients of some samples from what the forward kept. M = B * N is the batch of products."""
-    q_BNSD, k_BGSD, v_BGSD, y_BNSD, log_sum_BNS = kept
-    dq_BNSD, dk_BGSD, dv_BGSD = gradients
-    heads, length, size = q_BNSD.shape[1:]
-    scale = 1 / sqrt(size)
-    q_MSW = _widened(q_BNSD * scale, -log_sum_BNS.unsqueeze(-1))
-    g_MSW = _widened(g_BNSD, -(g_BNSD.float() * y_BNSD).sum(-1, keepdim=True))
-    k_MSW, v_MSW = (_widened(_for_each_head(x, heads), None) for x in (k_BGSD, v_BGSD))
-    q_MSD, g_MSD, k_MSD = (x[..., :size] for x in (q_MSW, g_MSW, k_MSW))
-    dq_MSD = q_MSD.new_zeros(q_MSD.shape, dtype=torch.float32)
+@dataclass(frozen=True)
+class _Widened:
+    """The operands of some samples, [M, S, D + extra] with M = B * N and D the head size: queries times 1 / sqrt(D) and
+    -L, keys and values with ones, gradients of the output with -D_q."""
+
+    q_MSW: Tensor
+    k_MSW: Tensor
+    v_MSW: Tensor
+    g_MSW: Tensor
+    head_size: int
+
+
+def _backward_of_samples(widened: _Widened, dq_BNSD: Tensor, dk_BGSD: Tensor, dv_BGSD: Tensor) -> None:
+    """Fill the three gradients of some samples."""
+    q_MSW, k_MSW, v_MSW, g_MSW = widened.q_MSW, widened.k_MSW, widened.v_MSW, widened.g_MSW
+    size, length = widened.head_size, q_MSW.shape[1]
+    q_MSD, k_MSD, g_MSD = (x[..., :size] for x in (q_MSW, k_MSW, g_MSW))
+    dq_MSD: Tensor | None = None  # of the blocks so far; fp32 once it is a sum
     for first in range(0, length, KEY_BLOCK):
         keys, queries = slice(first, first + KEY_BLOCK), slice(first, length)
         p_MST = torch.bmm(q_MSW[:, queries], k_MSW[:, keys].transpose(1, 2)).exp_()
@@ -103,12 +114,17 @@ def _backward_of_samples(g_BNSD: Tensor, kept: tuple[Tensor, ...], gradients: tu
         ds_MST = torch.bmm(g_MSW[:, queries], v_MSW[:, keys].transpose(1, 2)).mul_(p_MST)
         _write_of_groups(dv_BGSD[:, :, keys], torch.bmm(p_MST.transpose(1, 2), g_MSD[:, queries]))
         _write_of_groups(dk_BGSD[:, :, keys], torch.bmm(ds_MST.transpose(1, 2), q_MSD[:, queries]))
-        dq_MSD[:, queries] += torch.bmm(ds_MST, k_MSD[:, keys])
-    torch.mul(dq_MSD.view(dq_BNSD.shape), scale, out=dq_BNSD)
+        of_block_MSD = torch.bmm(ds_MST, k_MSD[:, keys])
+        if dq_MSD is None:
+            dq_MSD = of_block_MSD if length <= KEY_BLOCK else of_block_MSD.float()
+        else:
+            dq_MSD[:, queries] += of_block_MSD
+    if dq_MSD is not None:
+        torch.mul(dq_MSD.view(dq_BNSD.shape), 1 / sqrt(size), out=dq_BNSD)
 
 
 def _widened(x_BNSD: Tensor, number_BNS1: Tensor | None) -> Tensor:
-    """[B * N, S, D + extra]: x, then a fp32 number a row in two parts that add up to it, or ones to meet them."""
+    """[B, N, S, D + extra]: x, then a fp32 number a row in two parts that add up to it, or ones to meet them."""
     samples, heads, length, size = x_BNSD.shape
     wide = x_BNSD.new_zeros(samples, heads, length, size + _EXTRA)
     wide[..., :size] = x_BNSD
@@ -118,7 +134,7 @@ def _widened(x_BNSD: Tensor, number_BNS1: Tensor | None) -> Tensor:
         high = number_BNS1.to(x_BNSD.dtype)
         wide[..., size : size + 1] = high
         wide[..., size + 1 : size + 2] = number_BNS1 - high
-    return wide.view(samples * heads, length, size + _EXTRA)
+    return wide
 
 
 def _write_of_groups(out_BGTD: Tensor, of_heads_MTD: Tensor) -> None:

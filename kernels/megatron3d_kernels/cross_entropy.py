@@ -183,11 +183,13 @@ def _reference_sums(logits: torch.Tensor, target: torch.Tensor, shard: Shard, ov
     column, here = _local_column(target, shard)
     target_logit = valid.gather(1, column[:, None]).squeeze(1).to(dtype)
     for rows in row_chunks(logits, CHUNK_ELEMENTS):
+        wide = valid[rows].to(dtype)  # a maximum of narrow numbers takes longer than of widened ones
         # A row of minus infinities is counted from the lowest finite number, so that it gives zeros.
-        torch.clamp(valid[rows].amax(-1).to(dtype), min=torch.finfo(dtype).min, out=row_max[rows])
-        exponentials = (valid[rows] - row_max[rows, None]).exp_()
+        torch.clamp(wide.amax(-1), min=torch.finfo(dtype).min, out=row_max[rows])
+        is_copy = valid.dtype != dtype
+        exponentials = torch.sub(wide, row_max[rows, None], out=wide if overwrite or is_copy else None).exp_()
         torch.sum(exponentials, -1, out=sum_exp[rows])
-        if overwrite:
+        if overwrite and is_copy:
             valid[rows] = exponentials
     return row_max, sum_exp, torch.where(here, target_logit, 0)
 

@@ -79,24 +79,25 @@ class _LayerNormByChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """torch's kernel on a widened chunk at a time; it would add up the gradients of parameters in x's dtype."""
+        """torch's kernel for the narrow input gradient, whose arithmetic is wide. The gradients of parameters it would
+        add up in x's dtype, so those are made of a widened chunk at a time."""
         x, weight, mean, inverse_std = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         rows, grad_rows, scale = as_rows(x), as_rows(grad_y), weight.float()
-        grad_x = x.new_empty(rows.shape) if need_x else None
+        shift, of_rows = scale if need_bias else None, torch.ops.aten.native_layer_norm_backward
+        grad_x = None
+        if need_x:
+            grad_x, _, _ = of_rows(grad_rows, rows, weight.shape, mean, inverse_std, scale, shift, [True, False, False])
+            grad_x = grad_x.view(x.shape)
         grad_weight, grad_bias = torch.zeros_like(scale), torch.zeros_like(scale)
-        needs = [need_x, need_weight, need_bias]
-        for some in row_chunks(rows, NORM_CHUNK_ELEMENTS):
+        for some in row_chunks(rows, NORM_CHUNK_ELEMENTS) if need_weight or need_bias else ():
             wide_rows = (grad_rows[some].float(), rows[some].float())
-            parameters = (weight.shape, mean[some], inverse_std[some], scale, scale if need_bias else None)
-            of_x, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(*wide_rows, *parameters, needs)
-            if grad_x is not None:
-                grad_x[some] = of_x
+            parameters = (weight.shape, mean[some], inverse_std[some], scale, shift)
+            _, of_weight, of_bias = of_rows(*wide_rows, *parameters, [False, need_weight, need_bias])
             if need_weight:
                 grad_weight += of_weight
             if need_bias:
                 grad_bias += of_bias
-        grad_x = None if grad_x is None else grad_x.view(x.shape)
         grad_shift = grad_bias.to(ctx.bias_dtype) if need_bias else None
         return grad_x, grad_weight.to(weight.dtype) if need_weight else None, grad_shift, None
 

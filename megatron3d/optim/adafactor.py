@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.flat import FlatOptimizer, ParameterUpdate
-from megatron3d.optim.norms import squared_norm
 from megatron3d.params.boxes import Box, ShardView
+from megatron3d.params.norms import squared_norm
 from megatron3d.params.owned_slice import FullAccess, OwnedSlice
 
 BETA2_DECAY = -0.8

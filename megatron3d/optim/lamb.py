@@ -22,7 +22,7 @@ from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.adam import new_moments
 from megatron3d.optim.flat import FlatOptimizer, ParameterUpdate, chunks
 from megatron3d.optim.moments import read_moment, write_moment
-from megatron3d.optim.norms import squared_norm
+from megatron3d.params.norms import squared_norm
 from megatron3d.params.owned_slice import FullAccess
 
 

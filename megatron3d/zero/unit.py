@@ -26,6 +26,7 @@ from megatron3d.params.boxes import ShardView
 from megatron3d.params.grads import GradPlace, GradSink
 from megatron3d.params.init import initial_shard
 from megatron3d.params.module import Declared
+from megatron3d.params.norms import squared_norm
 from megatron3d.zero.block_buffers import BlockBacking, BlockedGradients, BlockedWeights
 from megatron3d.zero.buffers import GradBuffer, TransientBuffers, WeightBacking, WeightBuffer
 from megatron3d.zero.cut_tables import Blocks, block_name, unit_layout
@@ -33,10 +34,6 @@ from megatron3d.zero.flat import FlatLayout, Slot, Span, kind_of
 from megatron3d.zero.kinds import KindAxes, kind_axes
 from megatron3d.zero.offload import MASTER, Offload, states_record, weights_record
 from megatron3d.zero.policy import Policy
-
-# Elements that one norm adds up in fp32. On the CPU torch adds squares one after another: over 10^8 elements the sum
-# comes out 4 % too small and depends on the layout, over this many it is exact to 1e-6.
-NORM_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -391,8 +388,7 @@ class FlatUnit(WeightUnit):
             span = segment.span.intersect(self.own)
             if not is_copy and span.length:
                 grads = self.own_grads[span.shifted(-self.own.start).slice]
-                norm = torch.nn.utils.get_total_norm(grads.split(NORM_CHUNK))
-                total += norm.double().square()
+                total += squared_norm(grads)
         return total
 
     def clear_grads(self) -> None:
