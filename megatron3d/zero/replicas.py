@@ -5,9 +5,9 @@ data-parallel replicas, parameters that tensor parallelism does not cut, and the
 in one of them makes ranks train different models, and no loss shows it. So each rank hashes its bits, and the ranks of
 each axis compare hashes: one small all-gather per axis.
 
-The hash is a sum of the elements' bits times odd weights, modulo 2**64. An odd weight has an inverse, so a change of a
-single element always changes the sum, and as integers add up exactly its order does not matter: it is computed where
-the values are.
+The hash is a sum of the bits, in words of 64, times odd weights, modulo 2**64. An odd weight has an inverse, so a
+change within a single word always changes the sum, and as integers add up exactly its order does not matter: it is
+computed where the values are.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from megatron3d.errors import NumericsError
 from megatron3d.params.boxes import ShardView
 from megatron3d.zero.unit import WeightUnit
 
-_CHUNK = 1 << 16  # elements hashed at once: their 64-bit products are a few buffers of half a MiB
+_CHUNK = 1 << 16  # words hashed at once: where their products are stored, that is a few buffers of half a MiB
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # 2**64 over the golden ratio, as a signed number
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORD_BYTES = 8
 _SHOWN = 3
 
 
@@ -124,11 +125,26 @@ def bit_hash(data: Tensor, weights: Tensor) -> Tensor:
     no two places count alike.
     """
     bits = data.view(_BITS[data.itemsize])
-    count = weights.numel()
-    sums = [(chunk.long() * weights[: chunk.numel()]).sum() for chunk in bits.split(count)]
+    chunks = bits.split(weights.numel() * _WORD_BYTES // data.itemsize)
+    sums = [_dot(words, weights[: words.numel()]) for words in map(_words, chunks)]
     if len(sums) == 1:
         return sums[0]
     return bit_hash(torch.stack(sums), weights * weights)
+
+
+def _words(bits: Tensor) -> Tensor:
+    """The same as 64-bit words, int64 [ceil(bytes / 8)]; the last is filled up with zeros."""
+    per_word = _WORD_BYTES // bits.itemsize
+    if bits.numel() % per_word or bits.storage_offset() % per_word:
+        filled = bits.new_zeros(-(-bits.numel() // per_word) * per_word)
+        filled[: bits.numel()] = bits
+        bits = filled
+    return bits.view(torch.int64)
+
+
+def _dot(words: Tensor, weights: Tensor) -> Tensor:
+    """The sum of products, int64 []; torch's, which stores no products, takes integers on a CPU alone."""
+    return torch.dot(words, weights) if words.device.type == "cpu" else (words * weights).sum()
 
 
 def _differences(held: list[_Held], hashes: Mapping[str, Tensor], axis: Axis) -> list[str]:

@@ -8,14 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron3d.zero import replicas
 from megatron3d.zero.replicas import bit_hash, odd_weights
 
 WEIGHTS = odd_weights(8, torch.device("cpu"))
-INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def words_of(data: Tensor) -> list[int]:
+    """Eight bytes each, little-endian, the last filled up with zeros."""
+    content = data.view(torch.uint8).numpy().tobytes()
+    return [
+        int.from_bytes(content[at : at + 8], "little", signed=at + 8 <= len(content))
+        for at in range(0, len(content), 8)
+    ]
 
 
 def hash_in_integers(bits: list[int], power: int = 1) -> int:
-    """The sum of elements times weights in chunks of eight, then of the chunks' sums times their squares, mod 2**64."""
+    """The sum of words times weights in chunks of eight, then of the chunks' sums times their squares, mod 2**64."""
     weights = [weight**power for weight in WEIGHTS.tolist()]
     sums = [sum(b * w for b, w in zip(bits[at : at + 8], weights)) for at in range(0, len(bits), 8)]
     wrapped = [(one + 2**63) % 2**64 - 2**63 for one in sums]
@@ -30,11 +40,28 @@ def hash_of(data: Tensor) -> int:
     return int(bit_hash(data, WEIGHTS))
 
 
-@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 64, 65, 600])
 def test_it_is_the_sum_of_bits_times_weights_modulo_two_to_the_64(length: int, dtype: torch.dtype) -> None:
     data = noise(length, dtype)
-    assert hash_of(data) == hash_in_integers(data.view(INTEGERS[dtype]).tolist())
+    assert hash_of(data) == hash_in_integers(words_of(data))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
+def test_it_does_not_depend_on_where_the_values_lie(dtype: torch.dtype) -> None:
+    data = noise(75).mul(50).to(dtype)
+    for offset in range(4):
+        room = torch.zeros(offset + 75, dtype=dtype)
+        room[offset:] = data
+        assert hash_of(room[offset:]) == hash_of(data)
+
+
+@pytest.mark.parametrize("length", [0, 5, 700])
+def test_devices_without_a_product_of_integers_get_the_same(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = noise(length)
+    expected = hash_of(data)
+    monkeypatch.setattr(replicas, "_dot", lambda words, weights: (words * weights).sum())
+    assert hash_of(data) == expected
 
 
 @settings(max_examples=200, deadline=None)
