@@ -146,6 +146,7 @@ PEERS = (
     Peer("torchtitan", f"{_FOLDER}torchtitan_llama", *_TORCHTITAN, note=_LLAMA),
     _MEGATRON3D,
 )
+BARE = Peer("bare kernels", f"{_FOLDER}bare_kernels", "megatron3d", "pip install -e .")
 # The same with several ranks.
 PEERS_ON_RANKS = (
     Peer("torch", f"{_FOLDER}torch_ranks", *_TORCH, layouts=LAYOUTS[:4]),
