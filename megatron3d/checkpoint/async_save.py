@@ -75,6 +75,10 @@ class AsyncSave:
         """Whether this rank's part of the save under way is written or has failed."""
         return self._writer.has_ended()
 
+    def is_written_within(self, timeout_s: float) -> bool:
+        """The same after so many seconds at most."""
+        return self._writer.has_ended(timeout_s=timeout_s)
+
     def begin(
         self, root: Path, step: int, tensors: Mapping[str, ShardView], *, documents: Mapping[str, dict[str, Any]]
     ) -> Path:

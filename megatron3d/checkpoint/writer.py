@@ -34,6 +34,9 @@ class WriterProcess:
         assert self._is_over, "a process writes one thing at a time"
         self._answer, self._is_over, self._failure = b"", False, None
         try:
+            if self._process is not None and self._process.poll() is not None:  # while it had nothing to do
+                _wait(self._process)
+                self._process = None
             if self._process is None:
                 self._process = self._start()
             assert self._process.stdin is not None
@@ -59,9 +62,9 @@ class WriterProcess:
         """The number of the process; None while there is none."""
         return None if self._process is None else self._process.pid
 
-    def has_ended(self) -> bool:
-        """Whether the order is over, well or not, so that `outcome` need not wait."""
-        while not self._is_over and self._is_readable(timeout_s=0.0):
+    def has_ended(self, *, timeout_s: float = 0.0) -> bool:
+        """Whether the order is over, well or not, so that `outcome` need not wait; waits for that so long."""
+        while not self._is_over and self._is_readable(timeout_s=timeout_s):
             self._read()
         return self._is_over or self._failure is not None
 
@@ -81,7 +84,9 @@ class WriterProcess:
     def _is_readable(self, *, timeout_s: float) -> bool:
         if self._process is None or self._process.stdout is None:
             return False
-        return bool(select.select([self._process.stdout], [], [], timeout_s)[0])
+        poll = select.poll()  # `select.select` takes no descriptor above 1,023
+        poll.register(self._process.stdout, select.POLLIN)
+        return bool(poll.poll(1000.0 * timeout_s))
 
     def _read(self) -> None:
         """Take what has come of the answer; waits for some."""

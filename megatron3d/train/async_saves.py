@@ -17,6 +17,8 @@ from megatron3d.comm.mesh import Mesh
 from megatron3d.errors import MemoryShortError, StorageError
 from megatron3d.train.progress import format_bytes
 
+_PATIENCE_S = 10.0  # until a wait that is not over has a line
+
 
 class Published(Protocol):
     """Takes a checkpoint that has become the latest, the seconds that training waited for it in all, and those since
@@ -73,9 +75,22 @@ class AsyncSaves:
         if path is None:
             return True
         before_s = self._waited_s
+        self._await_written(path, why)
         is_well = self._finish()
         self._note(f"waited {self._waited_s - before_s:.2f} s for {path.name}, because {why}")
         return is_well
+
+    def _await_written(self, path: Path, why: str) -> None:
+        """Wait for a while until all ranks have written, and say so if they have not."""
+        began_s = time.monotonic()
+        missing = count_votes(not self._save.is_written_within(_PATIENCE_S), self._mesh.world)
+        now_s = time.monotonic()
+        self._waited_s += now_s - began_s
+        if missing:
+            self._note(
+                f"warning: training waits for {path}, because {why}: {missing} of {self._mesh.world.size} ranks have "
+                f"not written their part {now_s - self._began_s:.0f} s after its step; look at the disk of --save"
+            )
 
     def _finish(self) -> bool:
         began_s = time.monotonic()

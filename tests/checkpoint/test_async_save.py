@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import random
+import resource
 import select
 import shutil
 import signal
@@ -265,6 +266,32 @@ def test_a_failure_on_one_rank_is_raised_on_all_and_the_next_save_is_whole(
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == [10, 30]
     assert all(verify(path, "full") == [] for path in list_checkpoints(tmp_path))
     assert hidden(tmp_path) == []
+
+
+def test_a_writer_process_that_was_lost_between_two_saves_costs_none(tmp_path: Path, kept: AsyncSave) -> None:
+    save(kept, tmp_path, 10, seed=1)
+    lost = kept.writer_pid
+    assert lost is not None
+    os.kill(lost, signal.SIGKILL)
+    os.waitid(os.P_PID, lost, os.WEXITED | os.WNOWAIT)
+    assert seed_of(save(kept, tmp_path, 20, seed=3)) == 3
+    assert kept.writer_pid not in (lost, None)
+
+
+def test_an_answer_is_heard_at_a_descriptor_that_select_does_not_take(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+    try:
+        with opened() as saves:
+            begin(saves, tmp_path, 10, large(1.0))
+            assert saves.is_written_within(60.0)
+            saves.finish()
+    finally:
+        for one in held:
+            os.close(one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [verify(path, "full") for path in list_checkpoints(tmp_path)] == [[]]
 
 
 def test_memory_that_cannot_be_had_is_named_before_anything_is_written(tmp_path: Path) -> None:

@@ -92,8 +92,13 @@ def test_losses_and_tensor_files_are_those_of_a_run_that_waits_for_its_saves(
 
 
 def test_the_next_save_waits_for_the_one_before_and_says_so(tmp_path: Path) -> None:
-    with mock.patch.object(AsyncSave, "is_written", lambda _: False):
+    with (
+        mock.patch.object(AsyncSave, "is_written", lambda _: False),
+        mock.patch.object(AsyncSave, "is_written_within", lambda save, _: "4" not in save.under_way.name),
+    ):
         ended = run_ok(MOCK, ASYNC, "--save", tmp_path)
+    (warning,) = [line for line in ended.log if line.startswith("warning: training waits for ")]
+    assert "iter_0000004, because the next save is due: 1 of 1 ranks have not written their part" in warning
     waits = [line for line in ended.log if line.startswith("waited ")]
     assert [line.partition(" s for ")[2] for line in waits] == [
         "iter_0000002, because the next save is due",
