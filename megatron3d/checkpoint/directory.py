@@ -107,8 +107,11 @@ def published_without_latest(root: Path) -> Path | None:
 
 
 def size_of(checkpoint: Path) -> int:
-    """Bytes of all files of a checkpoint."""
-    return sum(entry.stat().st_size for entry in checkpoint.iterdir())
+    """Bytes of all files of a checkpoint; 0 if it cannot be read, say because somebody has removed it."""
+    try:
+        return sum(entry.stat().st_size for entry in checkpoint.iterdir())
+    except OSError:
+        return 0  # for a report, which must not end a run
 
 
 def was_saved_to(root: Path) -> bool:

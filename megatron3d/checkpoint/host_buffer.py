@@ -6,6 +6,7 @@ between the two and nothing is left behind when both have ended. Unlike /dev/shm
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 
@@ -38,6 +39,12 @@ class HostBuffer:
             os.posix_fallocate(self.fd, 0, size_bytes)
             self._map(size_bytes, mmap.MAP_POPULATE)
         except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise MemoryShortError(
+                    f"--async-save needs {size_bytes:,} bytes of host memory for its copy of what this rank saves, "
+                    "more than a file may have here (ulimit -f), and such memory counts as one; raise the limit or "
+                    "leave the option out"
+                ) from error
             raise MemoryShortError(
                 f"--async-save needs {size_bytes:,} bytes of host memory for its copy of what this rank saves, which "
                 f"the system refused ({error.strerror}); leave the option out, or save less on this machine "

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron3d.checkpoint import publish, staging, writer_process
 from megatron3d.checkpoint.async_save import AsyncSave
-from megatron3d.checkpoint.directory import latest_checkpoint, list_checkpoints, step_of, verify
+from megatron3d.checkpoint.directory import latest_checkpoint, list_checkpoints, size_of, step_of, verify
 from megatron3d.checkpoint.host_buffer import HostBuffer
 from megatron3d.checkpoint.load import assemble, load_tensors
 from megatron3d.checkpoint.save import save_checkpoint
@@ -421,3 +421,18 @@ def test_a_buffer_grows_with_what_it_holds_kept() -> None:
     buffer.data[0] = 9
     assert (len(buffer.data), buffer.data[9], int(before())) == (5 << 20, 7, 72)
     buffer.close()
+
+
+def test_a_buffer_beyond_the_largest_file_names_the_limit() -> None:
+    buffer, limits = HostBuffer(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(MemoryShortError, match=r"5,242,880 bytes .*ulimit -f"):
+            buffer.reserve(5 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        buffer.close()
+
+
+def test_a_checkpoint_that_is_gone_is_reported_as_empty(tmp_path: Path) -> None:
+    assert size_of(tmp_path / "iter_0000005") == 0

@@ -114,7 +114,7 @@ def option_problems(args: argparse.Namespace, given: GivenRun) -> list[str]:
             continue
         if given.checkpoint.use_checkpoint_args and option.section in ("model", "data"):
             continue  # perhaps the checkpoint's and not the user's: a config file may ask for that
-        words = f"{option.spelling} {value}"
+        words = option.spelling if value is True else f"{option.spelling} {value}"
         if option.name in INSTEAD:
             problems.append(f"{words} is not for fine-tuning; {INSTEAD[option.name]}.")
         elif option.section == "model":
