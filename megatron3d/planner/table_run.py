@@ -59,10 +59,8 @@ class RecordedTable:
         return self._blocks[0].num_ranks * self._blocks[0].rows_per_rank
 
     def weights(self) -> Iterator[tuple[RowBlock, Tensor]]:
-        """Every block; a gather of each is noted."""
-        for block, weight_NH in zip(self._blocks, self._weights, strict=True):
-            self._recorder.mark(Kind.GATHER_BLOCK, self._unit)
-            yield block, weight_NH
+        """Every block; they have their room already."""
+        yield from zip(self._blocks, self._weights, strict=True)
 
     def buffers(self) -> Iterator[tuple[RowBlock, Tensor]]:
         """Every block; that its gradient needs a buffer, and that it has come, is noted."""
