@@ -34,7 +34,7 @@ class Work(Protocol):
         ...
 
 
-class Exchange:
+class DirectTransfer:
     """Parts on their way between this rank and all others."""
 
     def __init__(
@@ -57,16 +57,16 @@ class Exchange:
         return not self._works
 
 
-def start_all_gather(gathered: Tensor, x: Tensor, axis: Axis) -> Exchange:
+def start_all_gather(gathered: Tensor, x: Tensor, axis: Axis) -> DirectTransfer:
     """Fill `gathered` [n * size, ...] with every rank's contiguous `x` [n, ...], which may be the own part of it."""
     parts = gathered.view(axis.size, *x.shape)
     if parts[axis.rank].data_ptr() != x.data_ptr():
         parts[axis.rank].copy_(x)
     works = _exchange([x] * axis.size, parts, axis)
-    return Exchange(works, x, total=gathered)
+    return DirectTransfer(works, x, total=gathered)
 
 
-def start_reduce_scatter(part: Tensor, x: Tensor, axis: Axis) -> Exchange:
+def start_reduce_scatter(part: Tensor, x: Tensor, axis: Axis) -> DirectTransfer:
     """Sum the contiguous `x` [n * size, ...] over the ranks into `part` [n, ...], which may be the own part of it."""
     parts = x.view(axis.size, *part.shape)
     arriving = [torch.empty_like(part) for _ in range(axis.size - 1)]
@@ -74,7 +74,7 @@ def start_reduce_scatter(part: Tensor, x: Tensor, axis: Axis) -> Exchange:
     works = _exchange(parts, [*arriving[:rank], part, *arriving[rank:]], axis)
     # Counted from this rank, so that no rank's part comes first in all sums.
     in_order = arriving[rank:] + arriving[:rank]
-    return Exchange(works, parts[rank], in_order, total=part)
+    return DirectTransfer(works, parts[rank], in_order, total=part)
 
 
 def _exchange(outgoing: Sequence[Tensor] | Tensor, incoming: Sequence[Tensor] | Tensor, axis: Axis) -> list[dist.Work]:
