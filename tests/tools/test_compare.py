@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from megatron3d.errors import DataError
 from tools.bench import compare, scaling
 from tools.bench.checkpoint import compare_checkpoints, compare_stalls
+from tools.bench.overhead import compare_overhead, median_step_s
 from tools.bench.peers import megatron3d_samples, torch_samples
 from tools.bench.peers.start import PeerFailed
 from tools.bench.peers.work import LAYOUTS, PEERS_OF_BERT, Peer, Work, find_peers
@@ -108,6 +110,24 @@ def test_the_training_script_is_timed_until_its_first_loss_and_named_if_it_ends_
     assert 0.1 < first_loss_after_s(ours, TINY) < 600
     with pytest.raises(PeerFailed, match=r"megatron3d: rank 0 ended with code 2: .*hidden"):
         first_loss_after_s(ours, replace(TINY, hidden_size=33))
+
+
+@pytest.mark.heavy
+def test_the_command_line_has_a_row_beside_the_bare_kernels() -> None:
+    table, failures = compare_overhead(TINY, num_rounds=1, num_steps=2)
+    assert ([row[0] for row in table.rows], failures) == (["bare kernels", "megatron3d", "pretrain_gpt.py"], [])
+    assert [bool(row[-1]) for row in table.rows] == [False, True, True]
+
+
+def test_seconds_of_the_command_line_are_those_between_the_ends_of_steps(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    ends = (1.0, 9.0, 10.0, 12.0, 12.5)
+    records = [{"event": "start", "wall_s": 0.5}, *({"loss": 1.0, "step_time_s": 0.1, "wall_s": end} for end in ends)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert median_step_s(file) == 1.0  # of 1, 2 and 0.5
+    file.write_text("")
+    with pytest.raises(PeerFailed, match="times of 0 steps alone"):
+        median_step_s(file)
 
 
 def test_rounds_alternate_their_order_and_leave_out_who_fails() -> None:

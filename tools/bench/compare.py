@@ -112,7 +112,7 @@ def compare_steps(
     """The table of training steps in one precision, and one line for every peer that failed; `model` begins its key."""
     installed, notes = split_installed(peers)
     competitors = {peer.name: (peer, replace(work, compiled=peer.compiled)) for peer in installed}
-    timed, failures = time_steps(competitors, num_rounds=num_rounds, num_steps=num_steps)
+    timed, _, failures = time_steps(competitors, num_rounds=num_rounds, num_steps=num_steps)
     table = Table(f"{model} {work.dtype}", describe(work, num_rounds, num_steps), COLUMNS)
     for name, one in timed.items():
         ratio = str(speed_ratio(timed[OURS].seconds, one.seconds)) if OURS in timed and name != OURS else ""

@@ -30,7 +30,7 @@ def compare_samples(peers: list[Peer], work: Work, *, num_documents: int, num_ro
         write_corpus(work, num_documents)
         starts, failures = take_turns({peer.name: partial(_start_s, peer, work) for peer in installed}, 2)
         competitors = {peer.name: (peer, work) for peer in installed if peer.name in starts}
-        timed, failed = time_steps(competitors, num_rounds=num_rounds, num_steps=1)
+        timed, _, failed = time_steps(competitors, num_rounds=num_rounds, num_steps=1)
     caption = (
         f"{num_documents:,} documents of about {MEAN_LENGTH} tokens, sequence {work.seq_length}, one thread, files in "
         f"the page cache: medians of {num_rounds} rounds of {SAMPLES_PER_STEP:,} samples."

@@ -81,7 +81,7 @@ def add_family(table: Table, peers: list[Peer], works: list[Work], *, num_rounds
         for peer in installed
         if work.ranks == 1 or work.layout in peer.layouts
     }
-    timed, failures = time_steps(competitors, num_rounds=num_rounds, num_steps=num_steps)
+    timed, _, failures = time_steps(competitors, num_rounds=num_rounds, num_steps=num_steps)
     others = [one for one in timed.values() if one.peer.name != OURS]
     best = max(others, key=lambda one: one.tokens_per_s, default=None)
     for one in timed.values():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from types import MappingProxyType
 
 from tools.bench.peers.start import PeerFailed, RunningPeer, Turn
 from tools.bench.peers.work import Peer, Work
@@ -51,9 +52,16 @@ class Timed:
 
 
 def time_steps(
-    competitors: Mapping[str, tuple[Peer, Work]], *, num_rounds: int, num_steps: int
-) -> tuple[dict[str, Timed], list[str]]:
-    """Those that lived to the end, by their names, and the messages of those that failed."""
+    competitors: Mapping[str, tuple[Peer, Work]],
+    *,
+    num_rounds: int,
+    num_steps: int,
+    others: Mapping[str, Callable[[], float]] = MappingProxyType({}),
+) -> tuple[dict[str, Timed], dict[str, list[float]], list[str]]:
+    """Those that lived to the end, by their names, and the messages of those that failed.
+
+    `others` take their turns between them, in ways of their own; the second result has their seconds.
+    """
     running: dict[str, RunningPeer] = {}
     failures: list[str] = []
     last: dict[str, Turn] = {}
@@ -68,15 +76,16 @@ def time_steps(
                 running[name] = RunningPeer(peer, work)
             except PeerFailed as failure:
                 failures.append(str(failure))
-        seconds, failed = take_turns({name: partial(turn, name) for name in running}, num_rounds)
+        seconds, failed = take_turns({name: partial(turn, name) for name in running} | dict(others), num_rounds)
     finally:
         for one in running.values():
             one.close()
     timed = {
         name: Timed(*competitors[name], times, last[name], running[name].num_parameters)
         for name, times in seconds.items()
+        if name in running
     }
-    return timed, failures + failed
+    return timed, {name: seconds[name] for name in others if name in seconds}, failures + failed
 
 
 def split_installed(peers: list[Peer]) -> tuple[list[Peer], list[str]]:
