@@ -7,7 +7,20 @@ from __future__ import annotations
 
 # Room -> rooms it may import, besides itself, torch, numpy and the standard library. `errors` imports nothing, so
 # every room may have it, but for the kernels, which know nothing of this project.
-_TRAIN = {"process", "files", "storage", "config", "comm", "params", "kernels", "tensor", "nn", "models", "pipeline"}
+_TRAIN = {
+    "process",
+    "files",
+    "storage",
+    "config",
+    "comm",
+    "params",
+    "kernels",
+    "tensor",
+    "nn",
+    "moe",
+    "models",
+    "pipeline",
+}
 _TRAIN |= {"offload", "zero", "optim", "checkpoint", "data", "convert", "planner"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -25,7 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "params": {"errors", "kernels"},
     "tensor": {"errors", "comm", "params", "kernels"},
     "nn": {"errors", "tensor", "params", "kernels", "config"},
-    "models": {"errors", "nn", "tensor", "params", "config"},
+    # The exchange of rows between ranks is a collective of its own; the losses of balance go to the sink of `nn`.
+    "moe": {"errors", "comm", "tensor", "nn", "params", "kernels", "config"},
+    "models": {"errors", "moe", "nn", "tensor", "params", "config"},
     # `files` loads an order of the user's own.
     "pipeline": {"errors", "files", "storage"},
     "offload": {"errors", "storage", "comm", "params"},

@@ -42,6 +42,7 @@ def test_pyright_finds_no_error_in_the_package_and_its_programs() -> None:
 # What None means in each field of a resolved run that may be None; the others never are.
 MEANING_OF_NONE = {
     "parallel": {
+        "expert_tensor_parallel_size": "as many ranks as share each layer",
         "pipeline_schedule": "a written layout stands instead, whose stages say which order it needs",
         "num_layers_per_virtual_pipeline_stage": "the stages of a rank are not counted by their layers",
         "num_virtual_stages_per_pipeline_rank": "the stages of a rank are not given as a number",
@@ -72,6 +73,14 @@ MEANING_OF_NONE = {
         "recompute_num_layers": "whole layers are not recomputed",
         "peak_tflops": "that of the device, if it is known",
         "profile_pipeline": "no picture",
+    },
+    "model": {
+        "num_experts": "a dense model",
+        "moe_ffn_hidden_size": "that of dense layers",
+        "moe_router_num_groups": "experts are chosen of all",
+        "moe_router_group_topk": "experts are chosen of all",
+        "moe_router_topk_scaling_factor": "weights as they are",
+        "moe_shared_expert_intermediate_size": "no expert that all tokens pass",
     },
     "optim": {
         "lr_decay_iters": "the length is in samples",

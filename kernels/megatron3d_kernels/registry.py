@@ -6,11 +6,11 @@ The same functions exist without a registry in the file of each kernel; how one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron3d_kernels import products
+from megatron3d_kernels import grouped_products, products
 from megatron3d_kernels.activation import activation
 from megatron3d_kernels.attention import attention
 from megatron3d_kernels.cross_entropy import Sums, cross_entropy_backward, local_max, local_softmax_sums
@@ -57,6 +57,22 @@ class Registry(Selection):
     ) -> None:
         """The same, added to a buffer or put in its place; see `products.add_weight_gradient`."""
         products.add_weight_gradient(buffer_OI, grad_TO, x_TI, library=self._library, overwrites=overwrites)
+
+    def grouped_linear(
+        self,
+        x_RI: torch.Tensor,
+        weights_OI: Sequence[torch.Tensor],
+        biases_O: Sequence[torch.Tensor | None],
+        counts: Sequence[int],
+    ) -> torch.Tensor:
+        """The linear layers of many experts, each of its own rows; see `grouped_products.grouped_linear`."""
+        return grouped_products.grouped_linear(x_RI, weights_OI, biases_O, counts, library=self._library)
+
+    def grouped_input_gradient(
+        self, grad_RO: torch.Tensor, weights_OI: Sequence[torch.Tensor], counts: Sequence[int]
+    ) -> torch.Tensor:
+        """The gradient of their input; see `grouped_products.grouped_input_gradient`."""
+        return grouped_products.grouped_input_gradient(grad_RO, weights_OI, counts, library=self._library)
 
     def layer_norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5

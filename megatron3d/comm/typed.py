@@ -16,6 +16,7 @@ forward and backward are those of Shoeybi et al. 2019 (Megatron-LM, section 3) a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -83,6 +84,23 @@ class _Shard(torch.autograd.Function):
         return collectives.all_gather(grad, ctx.axis, dim=ctx.dim), None, None
 
 
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        ctx.axis, ctx.send, ctx.receive = axis, send, receive
+        return _rows_to_all(x, axis, send, receive)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _rows_to_all(grad, ctx.axis, ctx.receive, ctx.send), None, None, None
+
+
+def _rows_to_all(x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    width = x.shape[1]
+    sent, received = ([rows * width for rows in sizes] for sizes in (send, receive))
+    return collectives.all_to_all(x.reshape(-1), axis, send=sent, receive=received).view(-1, width)
+
+
 def all_reduce(x: Tensor, axis: Axis, *, dst: Literal["R", "I"]) -> Tensor:
     """P to R or I: the sum over the ranks. Backward: to I the identity, to R an all-reduce."""
     return x if axis.size == 1 else _AllReduce.apply(x, axis, dst)
@@ -106,3 +124,9 @@ def reduce_scatter(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
 def shard(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
     """I to V: this rank's part along `dim`. Backward: an all-gather."""
     return x if axis.size == 1 else _Shard.apply(x, axis, dim)
+
+
+def all_to_all(x: Tensor, axis: Axis, *, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    """V to V: stretches of the rows of [n, m] to the ranks of the axis, `send` rows for each, and from each `receive`
+    of its rows. Backward: the way back."""
+    return x if axis.size == 1 else _AllToAll.apply(x, axis, send, receive)

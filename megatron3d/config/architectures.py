@@ -99,7 +99,12 @@ class DescribedArchitecture:
 
 ARCHITECTURES: Mapping[str, ModelTraits] = MappingProxyType(
     {
-        "gpt": ModelTraits("GPT", hf_families=("gpt2", "llama"), presets=("gpt3", "megatron")),
+        "gpt": ModelTraits(
+            "GPT",
+            own_options=frozenset({"num_experts"}),
+            hf_families=("gpt2", "llama"),
+            presets=("gpt3", "megatron"),
+        ),
         "bert": ModelTraits(
             "BERT",
             samples="sentences",

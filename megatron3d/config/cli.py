@@ -30,10 +30,12 @@ from megatron3d.config.presets import PRESETS
 from megatron3d.config.rules.bounds import with_defaults_where_wrong
 from megatron3d.config.rules.doubt import NO_DOUBT, Doubt
 from megatron3d.config.run import DraftRun, GivenRun
+from megatron3d.config.sections.experts import GivenExperts
 from megatron3d.errors import CheckpointError, ConfigError
 from megatron3d.files.user_code import is_user_code, located
 
 _CODE = (("model", "architecture"), ("parallel", "pipeline_schedule"))  # may name a file of the user's
+_NUM_EXPERTS = ("model", "num_experts")
 _FILE_FLAGS = {
     "--config": "config",
     "--preset": "preset",
@@ -135,7 +137,8 @@ def read_command(
     found.problems[:0] = [stray_sentence(word, "the first flag") for word in stray]
     config_file = _config_file(found)
     engine_file = read_deepspeed_file(found.files["deepspeed_config"]) if "deepspeed_config" in found.files else None
-    by_flag, by_file = judge(found.foreign), judge(config_file.foreign)
+    is_dense = ({**config_file.settings, **found.settings}).get(_NUM_EXPERTS) == 1
+    by_flag, by_file = judge(found.foreign, is_dense=is_dense), judge(config_file.foreign, is_dense=is_dense)
     by_default = architecture or "gpt"
     settings: dict[tuple[str, str], Any] = {("model", "architecture"): by_default}
     of_preset = _preset_settings(found.files.get("preset") or config_file.preset, found.problems)
@@ -388,10 +391,22 @@ def _problems_between(
 
 def _lines_of_run(settings: Settings, unread: set[str]) -> list[str]:
     """A line for each option of ours that has no effect in this run."""
+    lines = list(_lines_of_dense(settings))
     interval = settings.get(("checkpoint", "save_interval"))
     if interval is None or settings.get(("checkpoint", "save")) is not None or "save" in unread:
-        return []
-    return [f"--save-interval {interval} is accepted without effect: nothing is saved without --save."]
+        return lines
+    return [*lines, f"--save-interval {interval} is accepted without effect: nothing is saved without --save."]
+
+
+def _lines_of_dense(settings: Settings) -> Iterator[str]:
+    """A line for each option of experts that is given beside --num-experts 1."""
+    if settings.get(_NUM_EXPERTS) != 1:
+        return
+    for option in OPTIONS:
+        value = settings.get(option.key, option.default)
+        if option.name in GivenExperts.__dataclass_fields__ and value != option.default:
+            text = "" if value is True else f" {' '.join(value) if isinstance(value, tuple) else value}"
+            yield f"{option.spelling}{text} is accepted without effect: --num-experts 1 is a dense model."
 
 
 def _doubt(

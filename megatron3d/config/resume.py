@@ -42,10 +42,17 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
                 "rotary_interleaved normalization norm_epsilon apply_layernorm_1p norm_position "
                 "activation add_bias_linear add_qkv_bias "
                 "qk_layernorm untie_embeddings_and_output_weights apply_residual_connection_post_layernorm "
-                "bert_binary_head num_token_types"
+                "bert_binary_head num_token_types "
+                "num_experts moe_layer_freq moe_ffn_hidden_size moe_router_topk moe_router_score_function "
+                "moe_router_pre_softmax moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor "
+                "moe_router_dtype moe_router_enable_expert_bias moe_router_force_load_balancing "
+                "moe_shared_expert_intermediate_size moe_shared_expert_gate"
             ),
             Effect.SAMPLES: "seq_length",
-            Effect.REPORTED: "hidden_dropout attention_dropout",
+            Effect.REPORTED: (
+                "hidden_dropout attention_dropout moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff "
+                "moe_input_jitter_eps moe_router_bias_update_rate"
+            ),
             # The switches are in activation and num_query_groups; stored tables have no padding; the initial weights
             # are past.
             Effect.FREE: (
@@ -56,7 +63,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
             Effect.REPORTED: "grad_reduce_in_bf16 offload_delayed_update",
             Effect.FREE: (
                 "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size "
-                "expert_model_parallel_size sequence_parallel pipeline_schedule num_layers_per_virtual_pipeline_stage "
+                "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel pipeline_schedule "
+                "num_layers_per_virtual_pipeline_stage "
                 "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_virtual_pipeline_stage "
                 "pipeline_model_parallel_layout pipeline_split_costs pipeline_memory_limit_gb "
                 "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers "

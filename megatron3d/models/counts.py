@@ -16,6 +16,24 @@ def num_parameters(model: ModelConfig) -> int:
     return sum(spec.numel for spec in declared_specs(model))
 
 
+def num_active_parameters(model: ModelConfig) -> int:
+    """Those that one token passes: of the experts of a layer the K that it chooses."""
+    return round(sum(spec.numel * active_share(model, spec) for spec in declared_specs(model)))
+
+
+def active_share(model: ModelConfig, spec: ParamSpec) -> float:
+    """The share of tokens that pass a parameter: K of E for those of experts, else all."""
+    if spec.kind != "expert" or not model.num_experts:
+        return 1.0
+    return model.moe_router_topk / model.num_experts
+
+
+def is_router(spec: ParamSpec) -> bool:
+    """Whether it is the matrix that scores experts, or the gate of a shared one: a product in every layer that has it,
+    though no linear map of hidden vectors."""
+    return spec.name.startswith("layers.") and spec.is_table
+
+
 @lru_cache(maxsize=64)  # a model of a hundred layers takes a tenth of a second, and reports ask after every step
 def declared_specs(model: ModelConfig, frozen: tuple[str, ...] = ()) -> tuple[ParamSpec, ...]:
     """Every parameter that the layers of a resolved model declare, each once, in the order of the layers; those that a

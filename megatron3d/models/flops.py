@@ -13,6 +13,8 @@ out, and recomputed activations are not counted again: these are the operations 
 L layers of 12 H^2 weights and ND = H this is 72 L H^2 (1 + S/6H + V/12LH) per token.
 A BERT's output layer, with its H x H transform, sees only the tokens that are masked: 15 % of all, and is counted so.
 
+Of the experts of a layer a token passes K of E: their matrices count K / E, and beside them the scores of all experts.
+
 A frozen matrix has no product for its own gradient, and one before which nothing trains none for its input's either;
 the backward of attention's products ends where none of queries, keys and values depend on what trains. Which matrix
 comes first follows from the order of the declarations, which is that of the forward. A classifier has no output layer;
@@ -30,7 +32,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from megatron3d.config.sections.model import ModelConfig
-from megatron3d.models.counts import classifier_specs, declared_specs
+from megatron3d.models.counts import active_share, classifier_specs, declared_specs, is_router
 from megatron3d.params.spec import ParamSpec
 
 _MASKED_SHARE = 0.15
@@ -141,10 +143,10 @@ def _products(model: ModelConfig, specs: Sequence[ParamSpec]) -> Iterator[_Produ
         attends = place.startswith("layers.")
         num_matrices = 0
         for spec in declared:
-            if spec.is_hidden_matrix:
+            if spec.is_hidden_matrix or is_router(spec):
                 if attends and num_matrices == 1:  # the first matrix makes queries, keys and values
                     yield _Product(place, of_pair, 1 + 2 * depends, is_of_pairs=True)
-                yield _Product(place, 2.0 * spec.numel, 1 + depends + spec.trains)
+                yield _Product(place, 2.0 * spec.numel * active_share(model, spec), 1 + depends + spec.trains)
                 num_matrices += 1
             depends = depends or spec.trains
         if attends and num_matrices < 2:

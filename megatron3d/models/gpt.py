@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.losses import masked_loss_sum
-from megatron3d.models.stage import BlockBuilder, MicroBatch, Stage, StagePart, assemble_stage
+from megatron3d.models.stage import BlockBuilder, MicroBatch, Stage, StagePart, assemble_stage, model_block
 from megatron3d.models.vocabulary import TiedTable, vocabulary_table
-from megatron3d.nn.block import Block
+from megatron3d.moe.balance import balance_specs
 from megatron3d.nn.dropout import drop_hidden
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.loss_sink import LossSpec
@@ -82,7 +82,7 @@ def build_gpt_stage(
     part: StagePart,
     context: LayerContext,
     *,
-    block: BlockBuilder = Block,
+    block: BlockBuilder = model_block,
 ) -> Stage:
     """Build one stage of a GPT on the meta device.
 
@@ -99,4 +99,5 @@ def build_gpt_stage(
     elif part.is_last and not config.untie_embeddings_and_output_weights:
         embedding = TiedTable(config, context)
     head = GPTHead(config, context) if part.is_last else None
-    return assemble_stage(config, train, part, context, embedding=embedding, head=head, losses=LOSSES, block=block)
+    losses = (*LOSSES, *balance_specs(config))
+    return assemble_stage(config, train, part, context, embedding=embedding, head=head, losses=losses, block=block)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
+from megatron3d.moe.layer import MixtureOfExperts
 from megatron3d.nn.block import Block
 from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.inputs import KeyValueCache, LayerInputs
@@ -209,6 +210,12 @@ class BlockBuilder(Protocol):
         ...
 
 
+def model_block(config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool) -> Block:
+    """The block of a layer as the model's options describe it: with experts where it has some."""
+    experts = MixtureOfExperts if config.experts_of(layer) else None
+    return Block(config, context, layer=layer, recompute_core=recompute_core, feed_forward=experts)
+
+
 StageBuilder = Callable[[ModelConfig, TrainConfig, StagePart, LayerContext], Stage]
 
 
@@ -221,7 +228,7 @@ def assemble_stage(
     embedding: nn.Module | None,
     head: nn.Module | None,
     losses: tuple[LossSpec, ...],
-    block: BlockBuilder = Block,
+    block: BlockBuilder = model_block,
     reads_first_only: bool = False,
 ) -> Stage:
     """A stage with the blocks of its part between a model's own ends, recomputed as `train` says.

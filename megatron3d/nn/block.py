@@ -6,15 +6,27 @@ the norm before each half.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
+from megatron3d.errors import ConfigError
 from megatron3d.nn.attention import SelfAttention
 from megatron3d.nn.dropout import drop_hidden
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.mlp import MLP
 from megatron3d.nn.norm import residual_norm
 from megatron3d.tensor.context import LayerContext
+
+
+class FeedForwardBuilder(Protocol):
+    """Makes the feed-forward half of a layer: a module from ([S, B, H] of the residual stream, `LayerInputs`) to
+    [S, B, H]."""
+
+    def __call__(self, config: ModelConfig, context: LayerContext, *, layer: int) -> nn.Module:
+        """That of one layer."""
+        ...
 
 
 class Block(nn.Module):
@@ -34,8 +46,18 @@ class Block(nn.Module):
         layer: int,
         recompute_core: bool = False,
         first_only: bool = False,
+        feed_forward: FeedForwardBuilder | None = None,
     ) -> None:
+        """`feed_forward` makes the second half; by default an MLP.
+
+        Raises: ConfigError if the layer has experts and nothing is given that makes them.
+        """
         super().__init__()
+        if feed_forward is None and config.experts_of(layer):
+            raise ConfigError(
+                f"--num-experts {config.num_experts} asks for experts in layer {layer}, whose block is made without; "
+                "leave it out, or give the block megatron3d.moe.layer.MixtureOfExperts"
+            )
         assert not (first_only and context.sequence_parallel), "one rank of several holds the first position"
         assert not (first_only and config.is_causal), "the first position of a causal model attends to itself alone"
         self.config, self.context, self.layer, self.first_only = config, context, layer, first_only
@@ -44,19 +66,19 @@ class Block(nn.Module):
             config, context, layer=layer, recompute_core=recompute_core, first_only=first_only
         )
         self.mlp_norm = residual_norm(config, context)
-        self.mlp = MLP(config, context)
+        self.mlp = MLP(config, context) if feed_forward is None else feed_forward(config, context, layer=layer)
 
     def forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
         """[S, B, H] to [S, B, H] (S local under sequence parallelism), or to [1, B, H] of the first position."""
         if self.config.norm_position == "post":
             attended_SBH = self._drop(self.attention(x_SBH, inputs), inputs, "attention")
             x_SBH = self.attention_norm(self._kept(x_SBH) + attended_SBH)
-            return self.mlp_norm(x_SBH + self._drop(self.mlp(x_SBH), inputs, "mlp"))
+            return self.mlp_norm(x_SBH + self._drop(self.mlp(x_SBH, inputs), inputs, "mlp"))
         normed_SBH = self.attention_norm(x_SBH)
         attended_SBH = self._drop(self.attention(normed_SBH, inputs), inputs, "attention")
         x_SBH = self._kept(self._residual(x_SBH, normed_SBH)) + attended_SBH
         normed_SBH = self.mlp_norm(x_SBH)
-        return self._residual(x_SBH, normed_SBH) + self._drop(self.mlp(normed_SBH), inputs, "mlp")
+        return self._residual(x_SBH, normed_SBH) + self._drop(self.mlp(normed_SBH, inputs), inputs, "mlp")
 
     def _kept(self, x_SBH: Tensor) -> Tensor:
         return x_SBH[:1] if self.first_only else x_SBH

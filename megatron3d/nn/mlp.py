@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.attention import output_init
+from megatron3d.nn.inputs import LayerInputs
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.linear import ColumnParallelLinear, RowParallelLinear
@@ -17,10 +18,11 @@ from megatron3d.tensor.linear import ColumnParallelLinear, RowParallelLinear
 class MLP(nn.Module):
     """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where the activation is gated."""
 
-    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+    def __init__(self, config: ModelConfig, context: LayerContext, *, width: int | None = None) -> None:
+        """`width` is F, by default that of the model."""
         super().__init__()
         self.config, self.kernels = config, context.kernels
-        inner, bias = config.ffn_hidden_size, config.add_bias_linear
+        inner, bias = width or config.ffn_hidden_size, config.add_bias_linear
         parts = (inner, inner) if config.is_gated else ()
         normal = Init("normal", config.init_method_std)
         self.up = ColumnParallelLinear(
@@ -28,8 +30,9 @@ class MLP(nn.Module):
         )
         self.down = RowParallelLinear(context, inner, config.hidden_size, bias=bias, init=output_init(config))
 
-    def forward(self, x_SBH: Tensor) -> Tensor:
-        """[S, B, H] on the residual stream to [S, B, H] on the residual stream."""
+    def forward(self, x_SBH: Tensor, inputs: LayerInputs | None = None) -> Tensor:
+        """[S, B, H] on the residual stream to [S, B, H] on the residual stream; `inputs`, which every feed-forward half
+        is given, are not needed."""
         return self.down(self._activate(self.up(x_SBH)))
 
     def _activate(self, x_SBF: Tensor) -> Tensor:

@@ -78,5 +78,6 @@ class _OnGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.action()
+        action, ctx.action = ctx.action, None  # which may hold tensors, and a backward comes once
+        action()
         return grad, None

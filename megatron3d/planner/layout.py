@@ -22,6 +22,7 @@ def layout_of(parallel: ParallelConfig, *, query_groups: int | None = None) -> L
         dp=parallel.data_parallel_size,
         cp=parallel.context_parallel_size,
         ep=parallel.expert_model_parallel_size,
+        etp=parallel.expert_tensor_parallel_size,
         zero_shard=parallel.zero_shard_size,
         kv_copies=1 if query_groups is None else max(1, parallel.tensor_model_parallel_size // query_groups),
     )

@@ -93,9 +93,19 @@ class RankModel:
 def parts_of_rank(config: RunConfig, plan: PipelinePlan, pp_rank: int) -> RankModel:
     """Describe what a pipeline rank of a resolved run holds; its tensor-parallel ranks hold equal shares."""
     layout = layout_of(config.parallel, query_groups=config.model.num_query_groups)
-    tp, kv = (Axis(name, layout.size(name), 0, layout.ranks_along(name, 0), None, Meter()) for name in ("tp", "kv"))
+    tp, kv, expert, expert_tp = (
+        Axis(name, layout.size(name), 0, layout.ranks_along(name, 0), None, Meter())
+        for name in ("tp", "kv", "expert", "expert_tp")
+    )
     sequence_parallel = config.parallel.sequence_parallel and tp.size > 1
-    context = LayerContext(tp, sequence_parallel, GradSink(), kv=kv if kv.size > 1 else None)
+    context = LayerContext(
+        tp,
+        sequence_parallel,
+        GradSink(),
+        kv=kv if kv.size > 1 else None,
+        expert=expert,
+        expert_tp=expert_tp,
+    )
     build = architecture_of(config.model).build_stage
     stages = {
         number: build(config.model, config.train, part_of(plan, number), context) for number in plan.stages_of(pp_rank)
@@ -215,6 +225,7 @@ def least_state_bytes(
     """
     optimizer = optim.optimizer
     held = num_parameters // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    held //= parallel.expert_model_parallel_size  # as if all parameters were those of experts
     own = held // shard_size(parallel)
     if some_frozen:
         return _weight_bytes(parallel, optim, held, own)

@@ -2,9 +2,9 @@
 
 A stage is recorded (`stage_run.py`) with at most three layers of each kind: the first, one that stands for all in the
 middle, and the last. The record is cut where the gate of the weights is passed, and the middle is repeated for the
-layers that were left out. Layers of a stage are alike but for whether and with which others they are recomputed, and
-which of their parameters are frozen. Where all before it is frozen, a layer with something that trains is the first of
-its kind, so that the layers into which a gradient goes are never mistaken for others.
+layers that were left out. Layers of a stage are alike but for whether and with which others they are recomputed, which
+of their parameters are frozen, and whether they have experts. Where all before it is frozen, a layer with something
+that trains is the first of its kind, so that the layers into which a gradient goes are never mistaken for others.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import pairwise
 from types import MappingProxyType
 
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.models.stage import StagePart
 from megatron3d.models.zoo import architecture_of
@@ -32,10 +33,12 @@ _Unit = tuple[int, ...]  # positions of layers that are recomputed as one, or of
 
 @dataclass(frozen=True)
 class _Kind:
-    """How a unit differs from others: whether it is recomputed, and the names in each layer of what is frozen."""
+    """How a unit differs from others: whether it is recomputed, the names in each layer of what is frozen, and whether
+    each layer has experts."""
 
     recompute: bool
     frozen: tuple[frozenset[str], ...]
+    has_experts: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,11 @@ class StageRecords:
         which come in blocks."""
         frozen, frozen_ends = self._frozen_of(part)
         units = _units(self.config.train, len(part.layers))
-        kinds = [_Kind(recompute, tuple(frozen[position] for position in unit)) for unit, recompute in units.items()]
+        experts = [self.config.model.experts_of(layer) > 0 for layer in part.layers]
+        kinds = [
+            _Kind(recompute, tuple(frozen[i] for i in unit), tuple(experts[i] for i in unit))
+            for unit, recompute in units.items()
+        ]
         shown = _shown(kinds)
         chosen = sorted(set(shown))
         key = (part.is_first, part.is_last, frozen_ends, tuple(kinds[i] for i in chosen), splits, *blocks.items())
@@ -112,7 +119,17 @@ class StageRecords:
         short = StagePart(range(len(layers)), part.is_first, part.is_last)
         found = _units(train, len(layers))
         assert [len(unit) for unit in found] == [len(kind.frozen) for kind in kinds], f"{found} are not like {kinds}"
-        return [*found], _recorded(run_of(replace(self.config, train=train)), short, splits=splits)
+        config = replace(self.config, model=self._with_experts_in(kinds), train=train)
+        return [*found], _recorded(run_of(config), short, splits=splits)
+
+    def _with_experts_in(self, kinds: Sequence[_Kind]) -> ModelConfig:
+        """The model with experts in those of its first layers that stand for layers with experts."""
+        model = self.config.model
+        if not model.has_experts:
+            return model
+        has_experts = [int(has) for kind in kinds for has in kind.has_experts]
+        rest = model.num_layers - len(has_experts)
+        return replace(model, moe_layer_freq=f"{has_experts}+[0]*{rest}")
 
 
 def _recorded(run: StageRun, part: StagePart, *, splits: bool) -> StageSteps:

@@ -113,11 +113,15 @@ class StageRun:
         config = self.config
         layout = layout_of(config.parallel, query_groups=config.model.num_query_groups)
         rank = layout.ranks_along("tp", 0)[self._tp_rank]
-        tp, kv = (self._axis(name, layout.ranks_along(name, rank), rank) for name in ("tp", "kv"))
+        tp, kv, expert, expert_tp = (
+            self._axis(name, layout.ranks_along(name, rank), rank) for name in ("tp", "kv", "expert", "expert_tp")
+        )
         sequence_parallel = config.parallel.sequence_parallel and tp.size > 1
         library = ONEDNN if config.train.matmul == "onednn" else TORCH
         kernels = CpuKernels(library=library) if self._on_cpu else GpuKernels()
-        context = LayerContext(tp, sequence_parallel, sink, kernels, gate, kv if kv.size > 1 else None)
+        context = LayerContext(
+            tp, sequence_parallel, sink, kernels, gate, kv if kv.size > 1 else None, expert, expert_tp
+        )
         model = config.model
         if not self._on_cpu:  # fused kernels draw what they drop, and keep no mask of it
             model = replace(model, attention_dropout=0.0)

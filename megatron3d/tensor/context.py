@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,6 +18,10 @@ from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 
 
+def _axis_of_one(name: str) -> Axis:
+    return Axis(name, 1, 0, (0,), None, Meter())
+
+
 @dataclass(frozen=True)
 class LayerContext:
     """Handed to every layer at construction.
@@ -29,6 +34,8 @@ class LayerContext:
         kernels: picks the implementation of each kernel.
         gate: asked by a stage before and after weights are used.
         kv: the ranks of `tp` that use the same key and value head; None where each has heads of its own.
+        expert: the ranks that hold different experts.
+        expert_tp: the ranks that shard each expert.
     """
 
     tp: Axis
@@ -37,6 +44,8 @@ class LayerContext:
     kernels: Registry = field(default_factory=Registry)
     gate: WeightGate = field(default_factory=WeightGate)
     kv: Axis | None = None
+    expert: Axis = field(default_factory=partial(_axis_of_one, "expert"))
+    expert_tp: Axis = field(default_factory=partial(_axis_of_one, "expert_tp"))
 
     @property
     def residual_gradient(self) -> Literal["equal", "partial"]:
@@ -62,4 +71,4 @@ class LayerContext:
 
 def unsharded_context() -> LayerContext:
     """The context of a model that is only described: all of it on one rank."""
-    return LayerContext(Axis("tp", 1, 0, (0,), None, Meter()), False, GradSink())
+    return LayerContext(_axis_of_one("tp"), False, GradSink())

@@ -159,7 +159,7 @@ class ReplicatedLinear(ParallelModule):
     """
 
     weight: nn.Parameter
-    bias: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -170,12 +170,16 @@ class ReplicatedLinear(ParallelModule):
         init: Init,
         tp_gradient: TpGradient,
         scores: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__(tp=context.tp.size)
         self.context = context
         shape = (out_features, in_features)
         self.declare("weight", shape, init=init, decays=True, tp_gradient=tp_gradient, is_table=scores)
-        self.declare("bias", (out_features,), init=Init("zeros"), decays=False, tp_gradient=tp_gradient)
+        if bias:
+            self.declare("bias", (out_features,), init=Init("zeros"), decays=False, tp_gradient=tp_gradient)
+        else:
+            self.register_parameter("bias", None)
 
     def forward(self, x_SBI: Tensor) -> Tensor:
         """[..., I] to [..., O]; gradients of the input have the type that those of the output have."""

@@ -20,7 +20,7 @@ def with_dropout(
     seed: int,
     first_samples: Sequence[int],
 ) -> list[MicroBatch]:
-    """Give each micro-batch its dropout stream, if the model drops anything.
+    """Give each micro-batch its dropout stream, if the model drops anything or a router draws noise.
 
     Args:
         micros: the micro-batches of a rank for one step.
@@ -28,7 +28,7 @@ def with_dropout(
         seed: of the step (`nn.dropout.step_seed`).
         first_samples: number of each micro-batch's first sample in the step's global batch.
     """
-    if model.hidden_dropout == 0.0 and model.attention_dropout == 0.0:
+    if model.hidden_dropout == 0.0 and model.attention_dropout == 0.0 and not model.has_experts:
         return list(micros)
     return [
         replace(micro, dropout=DropoutStream(seed, first)) for micro, first in zip(micros, first_samples, strict=True)

@@ -343,9 +343,11 @@ def frozen_parameters(parts: TrainingSetup) -> str | None:
 
 
 def _num_parameters(parts: TrainingSetup, units: Iterable[str]) -> int:
-    """Parameters of these units of every rank of the pipeline, a tied table counted once; collective over it."""
+    """Parameters of these units of every rank of the pipeline, a tied table counted once; collective over it. Ranks of
+    the expert axis hold equally many experts."""
     specs = [slot.spec for name in units for slot in parts.engine.units[name].layout.slots]
-    held = sum(spec.numel for spec in specs if not spec.tied_copy)
+    copies = {"dense": 1, "expert": parts.mesh.expert.size}
+    held = sum(spec.numel * copies[spec.kind] for spec in specs if not spec.tied_copy)
     return int(all_reduce(torch.tensor(held, device=parts.model.device), parts.mesh.pp))
 
 

@@ -136,7 +136,16 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
     sink, gate = GradSink(), WeightGate()
     sequence_parallel = config.parallel.sequence_parallel and mesh.tp.size > 1
     kernels = Registry(library=ONEDNN if config.train.matmul == "onednn" else TORCH)
-    context = LayerContext(mesh.tp, sequence_parallel, sink, kernels, gate, kv=mesh.kv if mesh.kv.size > 1 else None)
+    context = LayerContext(
+        mesh.tp,
+        sequence_parallel,
+        sink,
+        kernels,
+        gate,
+        kv=mesh.kv if mesh.kv.size > 1 else None,
+        expert=mesh.expert,
+        expert_tp=mesh.expert_tp,
+    )
     plan = plan_of(config)
     stages = {
         stage: builder(config.model, config.train, part_of(plan, stage), context)

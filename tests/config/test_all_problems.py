@@ -205,7 +205,7 @@ MISTAKES: tuple[tuple[dict[str, str | None], str], ...] = (
     ({"expert-choice": ""}, "--expert-choice is unknown"),
     ({"bf16": "", "fp16": ""}, "--bf16 and --fp16 are both given"),
     ({"swiglu": "", "squared-relu": ""}, "--swiglu and --squared-relu"),
-    ({"num-experts": "8"}, "--num-experts 8 is not supported"),
+    ({"moe-router-pre-softmax": ""}, "--moe-router-pre-softmax is about experts"),
     ({"fp8-format": "hybrid"}, "--fp8-format hybrid is not supported"),
     ({"split": "0,1"}, "--split 0,1 leaves nothing"),
     ({"log-interval": "often"}, "--log-interval often is not a number"),

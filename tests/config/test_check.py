@@ -122,7 +122,7 @@ def test_resolving_twice_is_resolving_once() -> None:
         ("--zero-shard-size 2", 2, "--zero-shard-size 2 shards nothing with --zero-stage 0"),
         ("--zero-stage 1 --zero-shard-size 0", 2, "it must be at least 1"),
         ("--context-parallel-size 2", 2, "--context-parallel-size 2 is not in this version"),
-        ("--expert-model-parallel-size 2", 2, "--expert-model-parallel-size 2 is not in this version"),
+        ("--expert-model-parallel-size 2", 2, "--expert-model-parallel-size 2 shards experts, and a GPT without"),
         # The model.
         ("--hidden-size 100", 1, "--hidden-size 100 is not a multiple of --num-attention-heads 8"),
         (

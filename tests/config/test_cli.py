@@ -113,7 +113,7 @@ def test_file_keys_may_be_field_names_or_flags_in_sections_or_flat(tmp_path: Pat
 
 def test_all_problems_of_file_and_flags_come_together(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
-    file.write_text(json.dumps({"bf16": "yes", "num_experts": 8, "num_layer": 4, "swiglu": True}))
+    file.write_text(json.dumps({"bf16": "yes", "moe_latent_size": 8, "num_layer": 4, "swiglu": True}))
     problems = problems_of(
         f"--config {file} --hidden-size twelve --seq-length --fp8-format hybrid --num-heads 4 --lr nan"
     )
@@ -121,7 +121,7 @@ def test_all_problems_of_file_and_flags_come_together(tmp_path: Path) -> None:
     assert sum(problem.startswith(str(file)) for problem in problems) == 3
     for word in (
         "yes",
-        "--num-experts 8",
+        "--moe-latent-size 8",
         "--num-layers?",
         "twelve",
         "--seq-length has no value",
@@ -201,7 +201,7 @@ MISWRITTEN_FILES = {
     '{"num_layers": 2, "num-layers": 3}': "num_layers and num-layers are the same option; leave one of them out.",
     '{"num_layers": 2, "model": {"num_layers": 3}}': "num_layers stands in two places of the file; leave one of them",
     '{"add_bias_linear": true, "disable-bias-linear": true}': "add_bias_linear and disable-bias-linear are the same",
-    '{"num_experts": 0}': "--num-experts 0 is not supported",
+    '{"moe_latent_size": 0}': "--moe-latent-size 0 is not supported",
 }
 
 
@@ -270,8 +270,7 @@ def test_a_word_that_belongs_to_no_flag_is_not_swallowed(line: str) -> None:
 @pytest.mark.parametrize(
     ("line", "instead"),
     [
-        ("--num-experts 8", "dense"),
-        ("--moe-router-topk 2", "dense"),
+        ("--moe-latent-size 8", "leave it out"),
         ("--standalone-embedding-stage", "--pipeline-model-parallel-layout"),
         ("--fp8-hybrid", "--bf16"),
         ("--retro-add-retriever", "pretrain_gpt.py"),

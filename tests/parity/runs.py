@@ -67,6 +67,21 @@ FROZEN = {
     "gpt2-begun": "--freeze-params embedding.* layers.0.* layers.1.*",
     "gpt2-mixed": "--freeze-params *.attention.* *.mlp.up.weight *.mlp_norm.bias embedding.position.*",
 }
+# Mixtures of experts: gated experts whose weights add up to one; and, with biases, all that a router may do.
+EXPERTS = {
+    "experts": (
+        "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --ffn-hidden-size 64 "
+        "--untie-embeddings-and-output-weights --num-experts 4 --moe-z-loss-coeff 1e-3"
+    ),
+    "experts-many": (
+        "--ffn-hidden-size 32 --num-experts 8 --moe-router-topk 4 --moe-layer-freq ([0]*1+[1]*3) "
+        "--moe-ffn-hidden-size 48 --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+        "--moe-router-bias-update-rate 0.01 --moe-router-num-groups 4 --moe-router-group-topk 2 "
+        "--moe-router-topk-scaling-factor 1.5 --moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate "
+        "--moe-input-jitter-eps 0.01 --moe-router-load-balancing-type seq_aux_loss global_aux_loss "
+        "--moe-aux-loss-coeff 0.01 0.02"
+    ),
+}
 BUILT_BY_TESTS = {"penalised": build_penalised_stage}  # GPTs with something that no model of the project has
 # Half of the samples are short, so that micro-batches differ in how many of their tokens are masked. With this seed
 # the first sentence labels are 1 and 0 in unequal numbers: else the head's gradients cancel to almost nothing.
@@ -150,8 +165,10 @@ def config_of(case: Case) -> RunConfig:
     """The resolved config of a case."""
     layout = case.layout
     degrees = f"--tensor-model-parallel-size {layout.tp} --pipeline-model-parallel-size {layout.pp}"
+    degrees += f" --expert-model-parallel-size {layout.ep}"
+    degrees += "" if layout.etp is None else f" --expert-tensor-parallel-size {layout.etp}"
     is_bert = case.model in BERTS
-    model = BERTS[case.model] if is_bert else f"{(MODELS | FROZEN).get(case.model, '')} --eod-mask-loss"
+    model = BERTS[case.model] if is_bert else f"{(MODELS | FROZEN | EXPERTS).get(case.model, '')} --eod-mask-loss"
     argv = f"{SHAPE} {model} --micro-batch-size {micro_batch_size(case)} {degrees} {case.options}".split()
     words = parse_args(argv, program="test", description="test", architecture="bert" if is_bert else "gpt")
     return resolve(words, case.layout.world_size)

@@ -19,6 +19,7 @@ from megatron3d.data.loader import GlobalBatches
 from megatron3d.errors import NumericsError
 from megatron3d.models.gpt import build_gpt_stage
 from megatron3d.models.stage import Stage, StagePart
+from megatron3d.nn.inputs import LayerInputs
 from megatron3d.optim.schedule import settings_from_config
 from megatron3d.params.boxes import Box, ShardView
 from megatron3d.params.module import ParallelModule
@@ -77,13 +78,13 @@ class Damped(ParallelModule):
         self.declare_total("tokens", (1,), is_partial=is_partial)
         self.declare_total("most", (hidden,), reduction="max", is_partial=is_partial)
 
-    def forward(self, x_SBH: Tensor) -> Tensor:
+    def forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
         """[S, B, H] to [S, B, H]."""
         seen_TH = x_SBH.detach().flatten(0, 1).double()
         x_SBH = self.contribute(x_SBH, "squares", seen_TH.square().sum(0))
         x_SBH = self.contribute(x_SBH, "tokens", torch.tensor([float(len(seen_TH))]))
         x_SBH = self.contribute(x_SBH, "most", seen_TH.abs().amax(0))
-        return self.inner(x_SBH) / (1 + self.mean + self.largest)
+        return self.inner(x_SBH, inputs) / (1 + self.mean + self.largest)
 
     def update_state(self) -> None:
         """A step of the running mean, and of the largest."""

@@ -48,6 +48,8 @@ def left(events: Sequence[Event], kind: Kind) -> int:
         ("--freeze-params embedding.* layers.*", False, True),
         (f"--freeze-params embedding.* layers.[3-7].* {FULL} uniform --recompute-num-layers 2", True, True),
         (f"--freeze-params layers.[3-7].mlp.* {FULL} block --recompute-num-layers 6", False, True),
+        ("--num-layers 10 --num-experts 4", False, True),
+        ("--num-layers 10 --num-experts 4 --moe-layer-freq [0]*4+[1]*6", True, False),
     ],
 )
 def test_one_layer_stands_for_all_in_the_middle(flags: str, splits: bool, is_first: bool) -> None:

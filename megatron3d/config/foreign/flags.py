@@ -58,11 +58,11 @@ class Verdict:
     zero_bubble: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def judge(flags: Iterable[GivenFlag]) -> Verdict:
-    """The fate of each flag, in order; of synonyms of one option the later row of the table counts."""
+def judge(flags: Iterable[GivenFlag], *, is_dense: bool = False) -> Verdict:
+    """The fate of each flag, in order; of synonyms of one option the later row of the table counts. `is_dense` says
+    that a dense model is asked for, in which flags of experts are without effect."""
     flags = tuple(flags)
     verdict = Verdict()
-    is_dense = any(flag.name == "--num-experts" and _is_harmless(flag) for flag in flags)
     for flag in flags:
         if flag.name in _ALL_SYNONYMS:
             verdict.problems += [stray_sentence(word, flag.name) for word in flag.values]

@@ -45,7 +45,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(
         "num_layers hidden_size num_attention_heads seq_length max_position_embeddings ffn_hidden_size kv_channels "
         "num_query_groups vocab_size make_vocab_size_divisible_by tensor_model_parallel_size "
-        "pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
+        "pipeline_model_parallel_size context_parallel_size expert_model_parallel_size expert_tensor_parallel_size "
         "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers num_layers_per_virtual_pipeline_stage "
         "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_virtual_pipeline_stage "
         "tiktoken_num_special_tokens micro_batch_size global_batch_size gradient_accumulation_steps train_tokens "
@@ -54,23 +54,26 @@ BOUNDS: tuple[Bound, ...] = (
         "profile_pipeline_step keep_last save_retain_interval check_weight_hash_across_dp_replicas_interval "
         "profile_step_end "
         "lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
-        "loss_scale_window hysteresis muon_num_ns_steps zero_shard_size muon_num_ns_steps mask_max_ngram",
+        "loss_scale_window hysteresis muon_num_ns_steps zero_shard_size muon_num_ns_steps mask_max_ngram "
+        "moe_ffn_hidden_size moe_router_topk moe_router_num_groups moe_router_group_topk "
+        "moe_shared_expert_intermediate_size num_experts",
         at_least=1,
     ),
     Bound(
         "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples lr_warmup_tokens weight_decay start_weight_decay "
         "end_weight_decay clip_grad eval_iters ckpt_step seed num_workers eod_token num_token_types init_method_std "
-        "zero_prefetch_units profile_step_start",
+        "zero_prefetch_units profile_step_start moe_z_loss_coeff",
         at_least=0,
     ),
     Bound(
         "norm_epsilon rotary_base adam_eps loss_scale initial_loss_scale min_loss_scale peak_tflops "
-        "muon_extra_scale_factor pipeline_memory_limit_gb distributed_timeout_minutes exit_duration_in_mins",
+        "muon_extra_scale_factor pipeline_memory_limit_gb distributed_timeout_minutes exit_duration_in_mins "
+        "moe_router_topk_scaling_factor moe_router_bias_update_rate",
         above=0,
     ),
     Bound(
         "hidden_dropout attention_dropout adam_beta1 adam_beta2 sgd_momentum lion_beta1 lion_beta2 muon_momentum "
-        "lr_warmup_fraction",
+        "lr_warmup_fraction moe_input_jitter_eps",
         at_least=0,
         below=1,
     ),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from megatron3d.config.architectures import ARCHITECTURES, named
 from megatron3d.config.derive import model_parallel_size
+from megatron3d.config.rules.experts import expert_problems
 from megatron3d.config.rules.pipeline import pipeline_problems
 from megatron3d.config.run import DraftRun, GivenRun
 from megatron3d.config.sections.model import GivenModel
@@ -27,6 +28,7 @@ def model_and_layout_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from tensor_parallel_rule(run.model, run.parallel)
     yield from pipeline_problems(given.parallel, run.parallel, run.model.num_layers)
     yield from unsupported_parallelism_rule(run.parallel)
+    yield from expert_problems(run.model, run.parallel)
     yield from zero_rule(run.parallel)
 
 
@@ -89,6 +91,7 @@ def architecture_rule(given: GivenModel, model: GivenModel) -> Iterator[str]:
         "norm_position": ("--norm-position post", model.norm_position == "post"),
         "bert_binary_head": ("--bert-no-binary-head", not model.bert_binary_head),
         "num_token_types": (f"--num-token-types {given.num_token_types}", bool(given.num_token_types)),
+        "num_experts": (f"--num-experts {given.num_experts}", model.has_experts),
     }
     for name, (words, is_used) in used.items():
         if is_used and name not in traits.own_options:
@@ -177,11 +180,6 @@ def unsupported_parallelism_rule(parallel: ParallelConfig) -> Iterator[str]:
         yield (
             f"--context-parallel-size {parallel.context_parallel_size} is not in this version; use 1, and "
             "--sequence-parallel with --tensor-model-parallel-size for long sequences."
-        )
-    if parallel.expert_model_parallel_size > 1:
-        yield (
-            f"--expert-model-parallel-size {parallel.expert_model_parallel_size} is not in this version, which has no "
-            "mixtures of experts; use 1."
         )
 
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 
 from megatron3d.config.activations import ACTIVATIONS, GATED_ACTIVATIONS
 from megatron3d.config.architectures import ARCHITECTURES, ModelTraits, traits_of
+from megatron3d.config.experts import balance_losses, expert_layers
 from megatron3d.config.fields import off_switch, option, switch
+from megatron3d.config.sections.experts import GivenExperts
 
 
 @dataclass(frozen=True)
-class GivenModel:
-    """The model as it is given. A field that is None is not given: it follows from the others, or the run lacks it."""
+class GivenTransformer:
+    """The options of the layers, those of experts aside."""
 
     architecture: str = option(
         "gpt",
@@ -120,6 +122,11 @@ class GivenModel:
 
 
 @dataclass(frozen=True)
+class GivenModel(GivenExperts, GivenTransformer):
+    """The model as it is given. A field that is None is not given: it follows from the others, or the run lacks it."""
+
+
+@dataclass(frozen=True)
 class ModelConfig(GivenModel):
     """The model, resolved: every size is known, and the layers read this one."""
 
@@ -139,3 +146,24 @@ class ModelConfig(GivenModel):
     def is_gated(self) -> bool:
         """Whether the MLP multiplies a gate into its up projection, which then has two fused parts."""
         return self.activation in GATED_ACTIVATIONS
+
+    def experts_of(self, layer: int) -> int:
+        """How many experts a layer has; 0 where it has one MLP that all tokens pass."""
+        if not self.has_experts or not expert_layers(self.moe_layer_freq, self.num_layers)[layer]:
+            return 0
+        return self.num_experts or 0
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        """Width inside each expert."""
+        return self.moe_ffn_hidden_size or self.ffn_hidden_size
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Layers with experts."""
+        return sum(self.experts_of(layer) > 0 for layer in range(self.num_layers))
+
+    @property
+    def balance_losses(self) -> tuple[tuple[str, float], ...]:
+        """The losses that balance the load of experts, with the weight of each."""
+        return balance_losses(self.moe_router_load_balancing_type, self.moe_aux_loss_coeff)

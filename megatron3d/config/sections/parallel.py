@@ -38,7 +38,14 @@ class GivenParallel:
         also=("--inter-layer-model-parallel-size",),
     )
     context_parallel_size: int = option(1, "--context-parallel-size", "Ranks that share each sequence (CP).")
-    expert_model_parallel_size: int = option(1, "--expert-model-parallel-size", "Ranks that share the experts (EP).")
+    expert_model_parallel_size: int = option(
+        1, "--expert-model-parallel-size", "Ranks that share the experts (EP).", also=("--moe-expert-parallel-size",)
+    )
+    expert_tensor_parallel_size: int | None = option(
+        None,
+        "--expert-tensor-parallel-size",
+        "Ranks that share each expert (ETP); default --tensor-model-parallel-size.",
+    )
     sequence_parallel: bool = switch(
         "--sequence-parallel", "Shard norms, dropout and residuals along the sequence over the TP ranks."
     )

@@ -1,0 +1,93 @@
+"""What the options of experts mean: which layers have some, and which losses balance them.
+
+Source: Megatron-LM's `--moe-layer-freq` for the two forms of a frequency.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import lru_cache
+
+from megatron3d.config.sections.experts import BALANCE_LOSSES, DEFAULT_BALANCE_COEFFICIENT
+
+_LONGEST = 4096  # layers of a list; a text such as [1]*10**9 would fill the memory
+
+
+@lru_cache(maxsize=64)
+def expert_layers(frequency: str, num_layers: int) -> tuple[bool, ...]:
+    """Which layers have experts, by `--moe-layer-freq`: layers 0, n, 2n ... for a number, else those with a 1.
+
+    Raises:
+        ValueError: the text is neither a positive number nor such a list; its message is what is wrong, a clause.
+    """
+    if frequency.strip().isdecimal():
+        every = int(frequency)
+        if every < 1:
+            raise ValueError("counts layers from 1 on")
+        return tuple(layer % every == 0 for layer in range(num_layers))
+    try:
+        pattern = _value(ast.parse(frequency.strip(), mode="eval").body)
+    except (SyntaxError, RecursionError):
+        pattern = None
+    if not isinstance(pattern, list) or not all(one in (0, 1) for one in pattern):
+        raise ValueError("is neither a number nor a list of zeros and ones such as ([0]*3+[1]*9)")
+    if len(pattern) != num_layers:
+        raise ValueError(f"is about {len(pattern)} layers, and there are {num_layers}")
+    return tuple(one == 1 for one in pattern)
+
+
+def _value(node: ast.expr) -> list[int] | int | None:
+    """A list, a number, or a sum or product of them; None for anything else."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, int) and not isinstance(node.value, bool) else None
+    if isinstance(node, ast.List):
+        values = [_value(one) for one in node.elts]
+        return [one for one in values if isinstance(one, int)] if all(isinstance(one, int) for one in values) else None
+    if not isinstance(node, ast.BinOp):
+        return None
+    left, right = _value(node.left), _value(node.right)
+    if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+        return [*left, *right]
+    if isinstance(node.op, ast.Mult):
+        many, times = (left, right) if isinstance(left, list) else (right, left)
+        if isinstance(many, list) and isinstance(times, int) and len(many) * times <= _LONGEST:
+            return many * times
+    return None
+
+
+def balance_losses(kinds: tuple[str, ...], coefficients: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    """The losses that balance the load, with the weight of each; those of weight 0 are left out.
+
+    Raises:
+        ValueError: a kind or a weight is none, or there are not as many of these as of those; its message is a sentence
+            without a full stop.
+    """
+    names = kinds or BALANCE_LOSSES[:1]
+    if names == ("none",):
+        return ()
+    unknown = [name for name in names if name not in BALANCE_LOSSES]
+    if unknown:
+        raise ValueError(
+            f"--moe-router-load-balancing-type {' '.join(unknown)} is not among the losses of this version; use some "
+            f"of {', '.join(BALANCE_LOSSES)}, or none"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"--moe-router-load-balancing-type {' '.join(names)} names a loss twice; name it once")
+    words = coefficients or (str(DEFAULT_BALANCE_COEFFICIENT),) * len(names)
+    if len(words) != len(names):
+        raise ValueError(
+            f"--moe-aux-loss-coeff {' '.join(words)} has {len(words)} weights for the {len(names)} losses of "
+            f"--moe-router-load-balancing-type ({', '.join(names)}); give one for each"
+        )
+    weights = [_weight(word) for word in words]
+    return tuple((name, weight) for name, weight in zip(names, weights, strict=True) if weight)
+
+
+def _weight(word: str) -> float:
+    try:
+        weight = float(word)
+    except ValueError:
+        weight = -1.0
+    if not 0.0 <= weight < float("inf"):
+        raise ValueError(f"--moe-aux-loss-coeff {word} is no weight of a loss; give a number of at least 0")
+    return weight

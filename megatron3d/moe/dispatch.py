@@ -1,0 +1,114 @@
+"""Rows for experts: which row of which expert each choice of a token is, and the sum of what comes back.
+
+A token that chooses K experts has K rows. Rows are sorted by expert, and those of one expert by token; a choice that is
+not kept has none. Going there copies a token into its rows, and coming back adds them up, weighted,
+
+    y_t = sum over its experts e, in ascending order, of  w_te  row_te          in fp32 at least,
+
+so the sum of a token does not depend on which rows lie beside it. Both ways have a backward of their own, which is the
+other way: no gradient is added by concurrent threads.
+
+Source: Gale et al. 2022 (MegaBlocks, arXiv:2211.15841), section 5, for sorted rows instead of [S, E, C] masks.
+
+Shapes: T tokens, K choices of each, R rows, H hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of tokens lie, all of a rank's tokens and all experts.
+
+    Attributes:
+        choice_R: which choice each row is, as a number in [T, K] flattened, int64.
+        row_TK: the row of each choice, int64; what stands at choices that are not kept is some row.
+        kept_TK: which choices are kept; None where all are.
+        counts_E: rows of each expert, int64.
+    """
+
+    choice_R: Tensor
+    row_TK: Tensor
+    kept_TK: Tensor | None
+    counts_E: Tensor
+
+
+def sort_rows(expert_TK: Tensor, num_experts: int, kept_TK: Tensor | None = None) -> Rows:
+    """The rows of tokens whose experts, int64 in ascending order, are these; `kept_TK` says which choices count."""
+    key = expert_TK.flatten()
+    num_rows = key.numel()
+    if kept_TK is not None:
+        key = key.masked_fill(~kept_TK.flatten(), num_experts)
+        num_rows = int(kept_TK.sum())
+    choice_R = key.argsort(stable=True)
+    places = torch.arange(key.numel(), device=key.device)
+    row = torch.empty_like(choice_R).scatter_(0, choice_R, places)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=key.device)
+    counts_E = counts.scatter_add_(0, key, torch.ones_like(key))[:num_experts]
+    row_TK = row.view_as(expert_TK)
+    return Rows(choice_R[:num_rows], row_TK.clamp_max(max(0, num_rows - 1)), kept_TK, counts_E)
+
+
+def take_rows(x_TH: Tensor, rows: Rows) -> Tensor:
+    """Each token in every row of it, [R, H]."""
+    return _TakeRows.apply(x_TH, rows.choice_R, rows.row_TK, rows.kept_TK)
+
+
+def add_rows(y_RH: Tensor, weight_TK: Tensor, rows: Rows) -> Tensor:
+    """The weighted sum of each token's rows, [T, H] in the dtype of `y_RH`; `weight_TK` is fp32 or wider."""
+    return _AddRows.apply(y_RH, weight_TK, rows.choice_R, rows.row_TK, rows.kept_TK)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, choice_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
+        ctx.save_for_backward(row_TK, kept_TK)
+        return x_TH[choice_R // row_TK.shape[1]]
+
+    @staticmethod
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:
+        row_TK, kept_TK = ctx.saved_tensors
+        ones = torch.ones(row_TK.shape, device=grad_RH.device)
+        return _weighted_sum(grad_RH, ones, row_TK, kept_TK), None, None, None
+
+
+class _AddRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y_RH: Tensor, weight_TK: Tensor, choice_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(y_RH, weight_TK, choice_R)
+        return _weighted_sum(y_RH, weight_TK, row_TK, kept_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        y_RH, weight_TK, choice_R = ctx.saved_tensors
+        weight_R1 = weight_TK.flatten()[choice_R].unsqueeze(1)
+        spread_RH = grad_TH[choice_R // weight_TK.shape[1]]
+        # One product a row, put at the choice that the row is.
+        wide = _sum_dtype(y_RH)
+        products_R = (y_RH.to(wide) * spread_RH.to(wide)).sum(1)
+        grad_weight = torch.zeros(weight_TK.numel(), dtype=weight_TK.dtype, device=grad_TH.device)
+        grad_weight.scatter_(0, choice_R, products_R.to(weight_TK.dtype))
+        return (spread_RH * weight_R1).to(y_RH.dtype), grad_weight.view_as(weight_TK), None, None, None
+
+
+def _weighted_sum(y_RH: Tensor, weight_TK: Tensor, row_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
+    """The weighted rows of each token, added one after another."""
+    num_tokens, wide = row_TK.shape[0], _sum_dtype(y_RH)
+    total_TH = torch.zeros(num_tokens, y_RH.shape[1], dtype=wide, device=y_RH.device)
+    if y_RH.shape[0]:
+        weight_TK = weight_TK if kept_TK is None else weight_TK * kept_TK
+        for row_T, weight_T in zip(row_TK.unbind(1), weight_TK.unbind(1), strict=True):
+            total_TH.addcmul_(y_RH[row_T].to(wide), weight_T.to(wide).unsqueeze(1))
+    return total_TH.to(y_RH.dtype)
+
+
+def _sum_dtype(y_RH: Tensor) -> torch.dtype:
+    return torch.promote_types(y_RH.dtype, torch.float32)

@@ -1,0 +1,110 @@
+"""The feed-forward half of a block as a mixture of experts: each token passes a few of many MLPs.
+
+Four steps, each in a file: the router chooses (`router.py`), rows are made and sent (`dispatch.py`, `exchange.py`),
+experts compute (`experts.py`), and rows come back and are added up. What was chosen is counted, for the losses that
+balance the load (`balance.py`) and for whoever reports it. No token is dropped.
+
+Each rank of the tensor axis routes tokens of its own. Under sequence parallelism it has its own; without, where all
+ranks hold all tokens, each takes its part of the sequence and the parts are gathered again behind the experts, so that
+nothing is sent or computed twice (Singh et al. 2023, arXiv:2303.06318, section 4.2, drop duplicates in this way).
+
+Shapes: S sequence (local under sequence parallelism), B micro-batch, H hidden, T tokens of this rank (S x B, position
+by position), K experts of each, R rows.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron3d_kernels.dropout import child_keys
+from torch import Tensor, nn
+
+from megatron3d.comm import typed
+from megatron3d.comm.collectives import own_part
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.moe.balance import add_balance
+from megatron3d.moe.dispatch import add_rows, sort_rows, take_rows
+from megatron3d.moe.exchange import RowExchange
+from megatron3d.moe.experts import Experts
+from megatron3d.moe.router import LOAD, Router, TokenPlaces
+from megatron3d.nn.inputs import LayerInputs
+from megatron3d.nn.mlp import MLP
+from megatron3d.params.spec import Init
+from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.linear import ReplicatedLinear
+
+
+class MixtureOfExperts(nn.Module):
+    """The experts of one layer with their router, and the expert that all tokens pass, where there is one: a
+    `nn.block.FeedForwardBuilder`."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext, *, layer: int) -> None:
+        super().__init__()
+        self.config, self.context, self.layer = config, context, layer
+        self.router = Router(config, context)
+        self.exchange = RowExchange(context.expert, context.expert_tp, self.router.num_experts)
+        self.experts = Experts(config, context, numbers=self.exchange.numbers)
+        width = config.moe_shared_expert_intermediate_size
+        self.shared = MLP(config, context, width=width) if width else None
+        self.shared_gate = _shared_gate(config, context) if width and config.moe_shared_expert_gate else None
+
+    def forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
+        """[S, B, H] on the residual stream to [S, B, H] on the residual stream."""
+        own_SBH, places = self._own_tokens(x_SBH, inputs)
+        y_TH = self._route(own_SBH.flatten(0, 1), places, inputs)
+        y_SBH = self._all_tokens(y_TH.view_as(own_SBH), x_SBH.shape[0])
+        return y_SBH if self.shared is None else y_SBH + self._pass_shared(x_SBH)
+
+    def _route(self, x_TH: Tensor, places: TokenPlaces, inputs: LayerInputs) -> Tensor:
+        routing = self.router(x_TH, places)
+        kept_TK = None if places.valid_T is None else places.valid_T.unsqueeze(1).expand_as(routing.expert_TK)
+        rows = sort_rows(routing.expert_TK, self.router.num_experts, kept_TK)
+        here_RH, arrival = self.exchange.send(take_rows(x_TH, rows), rows.counts_E)
+        done_RH = self.experts(here_RH, arrival.counts)
+        y_TH = add_rows(self.exchange.send_back(done_RH, arrival), routing.weight_TK, rows)
+        if inputs.losses is not None:
+            y_TH = add_balance(y_TH, self.router, routing, places, inputs.losses)
+        return self.router.contribute(y_TH, LOAD, routing.counts_E)
+
+    def _own_tokens(self, x_SBH: Tensor, inputs: LayerInputs) -> tuple[Tensor, TokenPlaces]:
+        """This rank's part of the sequence, filled up to the length of the longest part, and where it stands."""
+        context = self.context
+        length, samples = x_SBH.shape[:2]
+        valid_T = None
+        if context.sequence_parallel:
+            positions_S = context.positions(x_SBH)
+            length = length * context.tp.size
+        else:
+            missing = -length % context.tp.size
+            x_SBH = typed.shard(F.pad(x_SBH, (0, 0, 0, 0, 0, missing)) if missing else x_SBH, context.tp)
+            positions_S = own_part(torch.arange(length + missing, device=x_SBH.device), context.tp)
+            if missing:
+                valid_T = (positions_S < length).repeat_interleave(samples)
+        sample_T = torch.arange(samples, device=x_SBH.device).repeat(positions_S.shape[0])
+        keys = None if inputs.dropout is None else partial(self._keys, inputs, positions_S, samples)
+        return x_SBH, TokenPlaces(sample_T, samples, length, keys, valid_T)
+
+    def _keys(self, inputs: LayerInputs, positions_S: Tensor, samples: int) -> Tensor:
+        assert inputs.dropout is not None, "keys are of a training step"
+        keys_B = inputs.dropout.keys(f"layers.{self.layer}.router", samples, positions_S.device)
+        return child_keys(keys_B, positions_S.unsqueeze(1)).flatten()
+
+    def _all_tokens(self, y_SBH: Tensor, length: int) -> Tensor:
+        """Back on the residual stream."""
+        if self.context.sequence_parallel or self.context.tp.size == 1:
+            return y_SBH
+        return typed.all_gather(y_SBH, self.context.tp, dst="I")[:length]
+
+    def _pass_shared(self, x_SBH: Tensor) -> Tensor:
+        assert self.shared is not None, "there is a shared expert"
+        y_SBH = self.shared(x_SBH)
+        return y_SBH if self.shared_gate is None else y_SBH * self.shared_gate(x_SBH).sigmoid()
+
+
+def _shared_gate(config: ModelConfig, context: LayerContext) -> ReplicatedLinear:
+    """A score of each token, from which the gate of the shared expert is made."""
+    init = Init("normal", config.init_method_std)
+    gradient = context.residual_gradient
+    return ReplicatedLinear(context, config.hidden_size, 1, init=init, tp_gradient=gradient, scores=True, bias=False)

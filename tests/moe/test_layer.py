@@ -1,0 +1,197 @@
+"""A mixture of experts against transformers, and against the sum that its paper writes, values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.moe.layer import MixtureOfExperts
+from megatron3d.nn.inputs import LayerInputs
+from megatron3d.params.module import declared_parameters, materialize_all
+from megatron3d.tensor.context import unsharded_context
+from tests.nn.dense import model_config
+
+S, B, H, F, E, K = 6, 2, 16, 12, 8, 3
+NEAR = 1e-6  # transformers computes softmax in fp32
+GATED = {"activation": "swiglu", "add_bias_linear": False}
+
+
+@pytest.fixture(autouse=True)
+def in_float64() -> Iterator[None]:
+    """Differences of the order of additions are then far below those of a mistake."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def layer_of(**changes: object) -> tuple[ModelConfig, MixtureOfExperts]:
+    """A layer with random weights, in float64."""
+    given = {"hidden_size": H, "num_experts": E, "moe_router_topk": K, "moe_ffn_hidden_size": F}
+    config = model_config(**{**given, "moe_router_dtype": "fp64", **changes})
+    layer = MixtureOfExperts(config, unsharded_context(), layer=0)
+    materialize_all(layer, seed=1, tp=1, tp_rank=0, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(2)
+    for declared in declared_parameters(layer).values():
+        values = torch.randn(declared.parameter.shape, generator=generator) * 0.5
+        declared.owner.register_parameter(declared.attribute, nn.Parameter(values))
+    for name, buffer in list(layer.router.named_buffers()):
+        layer.router.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype), persistent=False)
+    return config, layer
+
+
+def hidden() -> Tensor:
+    return torch.randn(S, B, H, generator=torch.Generator().manual_seed(3))
+
+
+def run(layer: MixtureOfExperts) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output, and the gradients of a sum of weighted outputs, of the input too."""
+    x_SBH = hidden().requires_grad_()
+    y_SBH = layer(x_SBH, LayerInputs())
+    (y_SBH * weights_of_outputs()).sum().backward()
+    assert x_SBH.grad is not None, "the input gets a gradient"
+    return y_SBH.detach(), {"x": x_SBH.grad, **{n: p.grad for n, p in layer.named_parameters()}}
+
+
+def weights_of_outputs() -> Tensor:
+    return torch.randn(S, B, H, generator=torch.Generator().manual_seed(4))
+
+
+def as_written(config: ModelConfig, layer: MixtureOfExperts, x_SBH: Tensor, router: Tensor) -> Tensor:
+    """Token by token and expert by expert."""
+    rows = []
+    for x in x_SBH.flatten(0, 1):
+        logits = router @ x
+        sigmoid = config.moe_router_score_function == "sigmoid"
+        scores = logits.sigmoid() if sigmoid else logits.softmax(0)
+        ranked = scores + layer.router.bias if config.moe_router_enable_expert_bias else scores
+        if config.moe_router_num_groups:
+            each = E // config.moe_router_num_groups
+            size = config.moe_router_topk // config.moe_router_group_topk
+            groups = [ranked[i : i + each].sort(descending=True).values[:size].sum() for i in range(0, E, each)]
+            best = sorted(range(len(groups)), key=lambda i: -groups[i])[: config.moe_router_group_topk]
+            inside = [i for g in best for i in range(g * each, (g + 1) * each)]
+        else:
+            inside = list(range(E))
+        chosen = sorted(inside, key=lambda i: -ranked[i])[:K]
+        if sigmoid:
+            weights = scores[chosen] / scores[chosen].sum()
+        else:
+            weights = scores[chosen] if config.moe_router_pre_softmax else logits[chosen].softmax(0)
+        y = torch.zeros(H)
+        for weight, i in zip(weights, chosen, strict=True):
+            y = y + weight * (config.moe_router_topk_scaling_factor or 1.0) * expert(config, layer, i, x)
+        rows.append(y)
+    y_SBH = torch.stack(rows).view(x_SBH.shape)
+    if layer.shared is not None:
+        gate = 1.0 if layer.shared_gate is None else (x_SBH @ layer.shared_gate.weight.t()).sigmoid()
+        inner = x_SBH @ layer.shared.up.weight.t() + layer.shared.up.bias
+        act = nn.functional.gelu(inner, approximate="tanh")
+        y_SBH = y_SBH + gate * (act @ layer.shared.down.weight.t() + layer.shared.down.bias)
+    return y_SBH
+
+
+def expert(config: ModelConfig, layer: MixtureOfExperts, number: int, x: Tensor) -> Tensor:
+    one = layer.experts[str(number)]
+    inner = one.up.weight @ x
+    if config.is_gated:
+        return one.down.weight @ (nn.functional.silu(inner[:F]) * inner[F:])
+    return one.down.weight @ nn.functional.gelu(inner + one.up.bias, approximate="tanh") + one.down.bias
+
+
+SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5}
+ROUTERS = {
+    "after": {},
+    "before": {"moe_router_pre_softmax": True, **GATED},
+    "sigmoid": {**SIGMOID, **GATED},
+    "bias": {**SIGMOID, "moe_router_enable_expert_bias": True},
+    "groups": {**SIGMOID, "moe_router_num_groups": 4, "moe_router_group_topk": 3, **GATED},
+    "groups before": {"moe_router_pre_softmax": True, "moe_router_num_groups": 2, "moe_router_group_topk": 1},
+    "shared": {"moe_shared_expert_intermediate_size": 20},
+    "shared gate": {"moe_shared_expert_intermediate_size": 20, "moe_shared_expert_gate": True},
+}
+
+
+@pytest.mark.parametrize("changes", ROUTERS.values(), ids=ROUTERS)
+def test_outputs_and_gradients_are_those_of_the_sum_as_written(changes: dict[str, object]) -> None:
+    config, layer = layer_of(**changes)
+    if config.moe_router_enable_expert_bias:
+        layer.router.bias.copy_(torch.linspace(-0.4, 0.4, E))
+    y_SBH, gradients = run(layer)
+    layer.zero_grad()
+    x_SBH = hidden().requires_grad_()
+    expected_SBH = as_written(config, layer, x_SBH, layer.router.weight)
+    torch.testing.assert_close(y_SBH, expected_SBH, rtol=0, atol=1e-12)
+    (expected_SBH * weights_of_outputs()).sum().backward()
+    expected = {"x": x_SBH.grad, **{n: p.grad for n, p in layer.named_parameters()}}
+    for name, gradient in gradients.items():
+        want = torch.zeros_like(gradient) if expected[name] is None else expected[name]
+        torch.testing.assert_close(gradient, want, rtol=0, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+THEIRS = {
+    "mixtral": (
+        MixtralSparseMoeBlock,
+        MixtralConfig(hidden_size=H, intermediate_size=F, num_local_experts=E, num_experts_per_tok=K),
+        {},
+    ),
+    "qwen3": (
+        Qwen3MoeSparseMoeBlock,
+        Qwen3MoeConfig(
+            hidden_size=H, moe_intermediate_size=F, num_experts=E, num_experts_per_tok=K, norm_topk_prob=False
+        ),
+        {"moe_router_pre_softmax": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_outputs_and_gradients_are_those_of_transformers(name: str) -> None:
+    block, their_config, changes = THEIRS[name]
+    _, layer = layer_of(**GATED, **changes)
+    theirs = block(their_config)
+    with torch.no_grad():
+        theirs.gate.weight.copy_(layer.router.weight)
+        for i in range(E):
+            theirs.experts.gate_up_proj[i].copy_(layer.experts[str(i)].up.weight)
+            theirs.experts.down_proj[i].copy_(layer.experts[str(i)].down.weight)
+    y_SBH, gradients = run(layer)
+    x_BSH = hidden().transpose(0, 1).contiguous().requires_grad_()
+    found = theirs(x_BSH)
+    y_BSH = found[0] if isinstance(found, tuple) else found
+    (y_BSH * weights_of_outputs().transpose(0, 1)).sum().backward()
+    torch.testing.assert_close(y_SBH, y_BSH.detach().transpose(0, 1), rtol=0, atol=NEAR)
+    torch.testing.assert_close(gradients["x"], x_BSH.grad.transpose(0, 1), rtol=0, atol=10 * NEAR)
+    torch.testing.assert_close(gradients["router.weight"], theirs.gate.weight.grad, rtol=0, atol=10 * NEAR)
+    for i in range(E):
+        want = theirs.experts.down_proj.grad[i]
+        torch.testing.assert_close(gradients[f"experts.{i}.down.weight"], want, rtol=0, atol=10 * NEAR)
+
+
+def test_an_expert_without_tokens_has_gradients_of_zero_and_all_tokens_may_choose_one() -> None:
+    _, layer = layer_of(moe_router_topk=1, moe_router_pre_softmax=True, **GATED)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[5] = 0.1
+    x_SBH = hidden().abs()  # positive, so that all choose expert 5
+    y_SBH = layer(x_SBH, LayerInputs())
+    y_SBH.sum().backward()
+    for i in range(E):
+        gradient = layer.experts[str(i)].up.weight.grad
+        assert gradient is not None and (gradient.abs().sum() > 0) == (i == 5)
+
+
+def test_bias_follows_the_load_in_whole_numbers() -> None:
+    _, layer = layer_of(**SIGMOID, moe_router_enable_expert_bias=True, moe_router_bias_update_rate=0.25)
+    layer.router.tokens_per_expert.copy_(torch.tensor([9.0, 3, 3, 3, 3, 3, 3, 0]))  # the mean is 27 / 8
+    layer.router.update_state()
+    moved = torch.tensor([-1.0, 1, 1, 1, 1, 1, 1, 1], dtype=torch.float32) * 0.25
+    torch.testing.assert_close(layer.router.bias, moved - moved.mean())

@@ -1,0 +1,95 @@
+"""Mixtures of experts: the layout changes speed and memory, never the result.
+
+With the routing of one process (`routing.py`), 20 steps give its losses, gradient norms, gradients and biases.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import make_mesh
+from megatron3d.train.setup import TrainingSetup
+from tests.dist.pool import Pool
+from tests.parity import compare
+from tests.parity.compare import check_against_one_process
+from tests.parity.routing import Choices, recording, replaying
+from tests.parity.runs import Case, Trace, batches, brief, parts_of, trace
+
+GATED, MANY = "experts", "experts-many"
+SP = "--sequence-parallel"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2"
+
+CASES = [
+    Case(GATED, Layout(dp=2)),
+    Case(GATED, Layout(dp=2, ep=2), "--zero-stage 1"),
+    brief(Case(GATED, Layout(dp=2, ep=2), f"--zero-stage 3 {FULL}")),
+    Case(GATED, Layout(tp=2), SP),
+    brief(Case(GATED, Layout(tp=2, ep=2, etp=1))),
+    brief(Case(GATED, Layout(pp=2), "--pipeline-schedule zb-h1 --micro-batch-size 1")),
+    Case(MANY, Layout(dp=2, ep=2), "--zero-stage 2"),
+    brief(Case(MANY, Layout(tp=2))),
+    brief(Case(MANY, Layout(tp=2, ep=2, etp=1), f"{SP} {FULL}")),
+]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of one process: what was chosen, and the biases of the routers after the last step."""
+
+    choices: Choices
+    biases: dict[str, Tensor]
+
+
+def biases_of(parts: TrainingSetup) -> dict[str, Tensor]:
+    """The declared state of the routers that a rank has."""
+    return {name: value.clone() for name, value in parts.states.values().items()}
+
+
+@functools.cache
+def recorded(model: str) -> Reference:
+    """The reference of a model, which `compare.reference` trains."""
+    made: list[TrainingSetup] = []
+
+    def parts_and_keep(*args: object) -> TrainingSetup:
+        made.append(parts_of(*args))
+        return made[-1]
+
+    with recording() as record, mock.patch.object(compare, "parts_of", parts_and_keep):
+        compare.reference(model)
+    return Reference(record.choices(), biases_of(made[0]))
+
+
+def replayed(
+    rank: int, world_size: int, cases: list[Case], choices: dict[str, Choices]
+) -> list[tuple[Trace, dict[str, Tensor]]]:
+    """Body of a worker: traces of cases with the routing of one process, and the biases at the end."""
+    found = []
+    for case in cases:
+        with replaying(choices[case.model]):
+            parts = parts_of(case, make_mesh(case.layout))
+            found.append((trace(parts, num_steps=case.num_steps), biases_of(parts)))
+    return found
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("world_size", "batch"), batches(CASES))
+def test_experts_train_as_in_one_process_at_every_layout(
+    pool: Pool, parity_table: list[str], world_size: int, batch: list[Case]
+) -> None:
+    references = {model: recorded(model) for model in {case.model for case in batch}}
+    choices = {model: one.choices for model, one in references.items()}
+    by_rank = pool.run(world_size, replayed, batch, choices)
+    for number, case in enumerate(batch):
+        check_against_one_process(case, [found[number][0] for found in by_rank], parity_table)
+        if case.num_steps < len(compare.reference(case.model)[0].losses):
+            continue
+        for found in by_rank:
+            for name, bias in found[number][1].items():
+                assert torch.equal(bias, references[case.model].biases[name]), f"{case}: {name}"
