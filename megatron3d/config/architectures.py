@@ -102,7 +102,7 @@ ARCHITECTURES: Mapping[str, ModelTraits] = MappingProxyType(
         "gpt": ModelTraits(
             "GPT",
             own_options=frozenset({"num_experts"}),
-            hf_families=("gpt2", "llama"),
+            hf_families=("gpt2", "llama", "mixtral", "qwen3_moe"),
             presets=("gpt3", "megatron"),
         ),
         "bert": ModelTraits(

@@ -27,6 +27,7 @@ from megatron3d.params.boxes import ShardView
 from megatron3d.params.module import Declared, declared_states
 from megatron3d.train.module_states import ModuleStates
 from megatron3d.train.setup import Model, build_model
+from megatron3d.zero.kinds import KINDS
 
 
 def generation_config(stored: RunConfig, parallel: GivenParallel, *, world_size: int, bf16: bool) -> RunConfig:
@@ -97,7 +98,7 @@ def allocate_model(
 
 def _allocate(declared: Declared, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> ShardView:
     """Give a declared parameter memory, all zeros; returns what of it a checkpoint fills."""
-    spec, tp = declared.spec, mesh.tp
+    spec, tp = declared.spec, mesh.axis(KINDS[declared.spec.kind].tensor)
     values = torch.zeros(spec.local_shape(tp.size), dtype=dtype, device=device)
     declared.owner.register_parameter(declared.attribute, nn.Parameter(values, requires_grad=False))
     boxes, covered = spec.boxes(tp.size, tp.rank, 0, values.numel())

@@ -45,7 +45,13 @@ class Said:
 
 def config_at(layout: Layout, checkpoint: Path) -> RunConfig:
     """The run of a checkpoint at a layout."""
-    parallel = GivenParallel(tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, device="cpu")
+    parallel = GivenParallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        device="cpu",
+    )
     stored = from_dict(read_document(checkpoint, "run"))
     return generation_config(stored, parallel, world_size=layout.world_size, bf16=False)
 

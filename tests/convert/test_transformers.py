@@ -103,6 +103,17 @@ def test_logits_of_an_imported_model_equal_those_of_transformers_in_one_process_
         compare(one, expected, batch)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_logits_of_imported_experts_are_the_same_where_ranks_hold_some_of_them(
+    pool: Pool, tmp_path: Path, name: str
+) -> None:
+    theirs, _, checkpoint = imported(name, tmp_path)
+    batch = batch_for(name)
+    for one in pool.run(2, said, checkpoint, Layout(tp=2, ep=2, etp=1), batch):
+        assert one is not None, "every rank has the last stage"
+        compare(one, expected_of(theirs, batch), batch)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_goes_through_a_checkpoint_bit_for_bit_and_transformers_loads_it_whole(
     tmp_path: Path, name: str

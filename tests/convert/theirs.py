@@ -46,6 +46,14 @@ _LLAMA: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_QWEN: dict[str, Any] = {
+    **_LLAMA,
+    "moe_intermediate_size": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "mlp_only_layers": [1],
+    "tie_word_embeddings": False,
+}
 # Name -> transformers' class of the model, that of its config, and the config's values.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert-pretraining": ("BertForPreTraining", "BertConfig", _BERT),
@@ -58,6 +66,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA | {"tie_word_embeddings": False}),
     "llama-tied": ("LlamaForCausalLM", "LlamaConfig", _LLAMA | {"tie_word_embeddings": True}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", _LLAMA | {"num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _QWEN),
+    "qwen3-moe-normed": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _QWEN | {"norm_topk_prob": True}),
 }
 
 

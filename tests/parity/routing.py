@@ -76,3 +76,14 @@ def replaying(choices: Choices) -> Iterator[None]:
 
     with mock.patch.object(Router, "choose", replay):
         yield
+
+
+@contextmanager
+def to_the_first() -> Iterator[None]:
+    """Let every token choose the first experts, which one rank holds where experts are sharded."""
+
+    def choose(self: Router, selection_TE: Tensor, places: TokenPlaces) -> Tensor:
+        return torch.arange(self.config.moe_router_topk).repeat(selection_TE.shape[0], 1)
+
+    with mock.patch.object(Router, "choose", choose):
+        yield

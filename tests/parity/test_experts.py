@@ -6,7 +6,7 @@ With the routing of one process (`routing.py`), 20 steps give its losses, gradie
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import pytest
@@ -27,15 +27,43 @@ SP = "--sequence-parallel"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2"
 
 CASES = [
-    Case(GATED, Layout(dp=2)),
     Case(GATED, Layout(dp=2, ep=2), "--zero-stage 1"),
-    brief(Case(GATED, Layout(dp=2, ep=2), f"--zero-stage 3 {FULL}")),
-    Case(GATED, Layout(tp=2), SP),
     brief(Case(GATED, Layout(tp=2, ep=2, etp=1))),
-    brief(Case(GATED, Layout(pp=2), "--pipeline-schedule zb-h1 --micro-batch-size 1")),
+    brief(Case(GATED, Layout(dp=2, ep=2), f"--zero-stage 3 {FULL}")),
     Case(MANY, Layout(dp=2, ep=2), "--zero-stage 2"),
-    brief(Case(MANY, Layout(tp=2))),
     brief(Case(MANY, Layout(tp=2, ep=2, etp=1), f"{SP} {FULL}")),
+]
+# Each degree, stage of ZeRO, schedule and way of recomputation with each other somewhere.
+MORE = [
+    Case(GATED, Layout(dp=2)),
+    Case(GATED, Layout(tp=2), SP),
+    Case(GATED, Layout(dp=2, etp=2)),
+    Case(GATED, Layout(pp=2), "--pipeline-schedule zb-h1 --micro-batch-size 1"),
+    Case(MANY, Layout(tp=2)),
+    Case(MANY, Layout(pp=2), f"--pipeline-schedule zb-v {FULL}"),
+    Case(GATED, Layout(dp=4, ep=4), "--zero-stage 3"),
+    Case(GATED, Layout(dp=4, ep=2), f"--zero-stage 2 {FULL}"),
+    Case(GATED, Layout(dp=4, ep=2, zero_shard=2), "--zero-stage 3 --zero-shard-size 2"),
+    Case(GATED, Layout(dp=4, ep=2), "--zero-stage 1 --offload-optimizer cpu"),
+    Case(GATED, Layout(tp=2, dp=2, ep=2), f"{SP} --zero-stage 1"),
+    Case(GATED, Layout(tp=2, dp=2, ep=4, etp=1), "--zero-stage 2"),
+    Case(GATED, Layout(tp=2, dp=2, ep=2, etp=1), f"{SP} --zero-stage 3 {FULL}"),
+    Case(GATED, Layout(tp=2, pp=2, ep=2, etp=1), f"{SP} --pipeline-schedule zb-v"),
+    Case(GATED, Layout(pp=2, dp=2, ep=2), "--zero-stage 2 --pipeline-schedule zb-h1 --micro-batch-size 1"),
+    Case(MANY, Layout(pp=2, dp=2, ep=2), "--zero-stage 3"),
+    Case(MANY, Layout(pp=2, dp=2, ep=2), f"--num-layers-per-virtual-pipeline-stage 1 {FULL}"),
+    Case(MANY, Layout(tp=2, dp=2, ep=2, etp=2), f"{SP} --zero-stage 2"),
+    Case(MANY, Layout(tp=4, ep=4, etp=1)),
+    Case(MANY, Layout(dp=4, ep=2, etp=2), "--zero-stage 1"),
+]
+OPTIMIZERS = [
+    (Case(GATED, layout, options), f"--optimizer {name}")
+    for layout, options in (
+        (Layout(dp=2, ep=2), "--zero-stage 2"),
+        (Layout(tp=2, ep=2, etp=1), SP),
+        (Layout(tp=2, dp=2, ep=2), f"{SP} --zero-stage 3"),
+    )
+    for name in ("muon", "lamb", "adafactor")
 ]
 
 
@@ -53,8 +81,8 @@ def biases_of(parts: TrainingSetup) -> dict[str, Tensor]:
 
 
 @functools.cache
-def recorded(model: str) -> Reference:
-    """The reference of a model, which `compare.reference` trains."""
+def recorded(model: str, options: str = "") -> Reference:
+    """The reference of a model, which `compare.reference` trains with these options of its own."""
     made: list[TrainingSetup] = []
 
     def parts_and_keep(*args: object) -> TrainingSetup:
@@ -62,7 +90,7 @@ def recorded(model: str) -> Reference:
         return made[-1]
 
     with recording() as record, mock.patch.object(compare, "parts_of", parts_and_keep):
-        compare.reference(model)
+        compare.reference(model, options)
     return Reference(record.choices(), biases_of(made[0]))
 
 
@@ -79,13 +107,19 @@ def replayed(
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("world_size", "batch"), batches(CASES))
+@pytest.mark.parametrize(
+    ("world_size", "batch"),
+    [
+        *batches(CASES),
+        *(pytest.param(*one.values, id=f"more-{one.id}", marks=pytest.mark.slow) for one in batches(MORE)),
+    ],
+)
 def test_experts_train_as_in_one_process_at_every_layout(
     pool: Pool, parity_table: list[str], world_size: int, batch: list[Case]
 ) -> None:
     references = {model: recorded(model) for model in {case.model for case in batch}}
     choices = {model: one.choices for model, one in references.items()}
-    by_rank = pool.run(world_size, replayed, batch, choices)
+    by_rank = pool.run(world_size, replayed, batch, choices, timeout_s=400)
     for number, case in enumerate(batch):
         check_against_one_process(case, [found[number][0] for found in by_rank], parity_table)
         if case.num_steps < len(compare.reference(case.model)[0].losses):
@@ -93,3 +127,15 @@ def test_experts_train_as_in_one_process_at_every_layout(
         for found in by_rank:
             for name, bias in found[number][1].items():
                 assert torch.equal(bias, references[case.model].biases[name]), f"{case}: {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.parametrize(("case", "of_model"), OPTIMIZERS, ids=str)
+def test_every_optimizer_sees_experts_as_other_matrices(
+    pool: Pool, parity_table: list[str], case: Case, of_model: str
+) -> None:
+    choices = {case.model: recorded(case.model, of_model).choices}
+    case = replace(case, options=f"{case.options} {of_model}")
+    by_rank = pool.run(case.layout.world_size, replayed, [case], choices)
+    check_against_one_process(case, [found[0][0] for found in by_rank], parity_table, of_model=of_model)

@@ -69,6 +69,7 @@ def _misfits(model: ModelConfig) -> list[str]:
         "apply_residual_connection_post_layernorm": False,
         "num_query_groups": model.num_attention_heads,
         "kv_channels": model.hidden_size // model.num_attention_heads,
+        "num_experts": (None, 1),
     }
     return option_misfits(model, expected)
 

@@ -36,7 +36,7 @@ def _to_model(hf: HfConfig) -> ModelConfig:
             ffn_hidden_size=hf.integer("intermediate_size"),
             vocab_size=hf.integer("vocab_size"),
             position_embedding_type="rope",
-            rotary_base=_rotary_base(hf),
+            rotary_base=rotary_base(hf),
             normalization="RMSNorm",
             norm_epsilon=hf.number("rms_norm_eps", 1e-6),
             activation=gated(hf.values.get("hidden_act", "silu"), hf),
@@ -49,12 +49,16 @@ def _to_model(hf: HfConfig) -> ModelConfig:
     )
 
 
-def _rotary_base(hf: HfConfig) -> float:
-    """The base of the rotary frequencies, which version 5 of transformers moved into `rope_parameters`."""
+def rotary_base(hf: HfConfig, *, default: float = 10000.0) -> float:
+    """The base of the rotary frequencies, which version 5 of transformers moved into `rope_parameters`.
+
+    Raises:
+        CheckpointError: it is no positive number, or the frequencies are scaled.
+    """
     nested = hf.nested("rope_parameters")
     nested.expect("rope_type", "default")
     nested.expect("partial_rotary_factor", 1.0, 1)
-    base = nested.number("rope_theta", hf.number("rope_theta", 10000.0))
+    base = nested.number("rope_theta", hf.number("rope_theta", default))
     if base <= 0:
         raise CheckpointError(f"{hf.path}: rope_theta {base} must be above 0; correct it")
     return base
@@ -93,31 +97,46 @@ def _misfits(model: ModelConfig) -> list[str]:
         "add_qkv_bias": model.add_bias_linear and model.add_qkv_bias,
         "qk_layernorm": False,
         "apply_residual_connection_post_layernorm": False,
+        "num_experts": (None, 1),
     }
     return option_misfits(model, expected)
 
 
 def _rows(model: ModelConfig, num_classes: int) -> list[TensorRule]:
+    rows = end_rows(model)
+    for layer in range(model.num_layers):
+        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+        rows += [*attention_rows(model, ours, theirs), *mlp_rows(model, ours, theirs)]
+    return rows
+
+
+def end_rows(model: ModelConfig) -> list[TensorRule]:
+    """What is not in layers: the embedding, the last norm, and the output layer where it is not tied."""
     hidden = model.hidden_size
     rows = [table_row("embedding.word", "model.embed_tokens", model.vocab_size, hidden)]
-    for layer in range(model.num_layers):
-        rows += _layer_rows(model, f"layers.{layer}", f"model.layers.{layer}")
     rows += norm_rows("head.norm", "model.norm", hidden, bias=False)
     if model.untie_embeddings_and_output_weights:
         rows.append(table_row("head.output", "lm_head", model.vocab_size, hidden))
     return rows
 
 
-def _layer_rows(model: ModelConfig, ours: str, theirs: str) -> list[TensorRule]:
-    hidden, inner, sizes = model.hidden_size, model.ffn_hidden_size, qkv_sizes(model)
+def attention_rows(model: ModelConfig, ours: str, theirs: str) -> list[TensorRule]:
+    """The attention of a layer, and both norms."""
+    hidden, sizes, bias = model.hidden_size, qkv_sizes(model), model.add_bias_linear
     qkv = [f"{theirs}.self_attn.{one}_proj" for one in "qkv"]
-    gate_up = [f"{theirs}.mlp.{one}_proj" for one in ("gate", "up")]
-    bias = model.add_bias_linear
     return [
         *norm_rows(f"{ours}.attention_norm", f"{theirs}.input_layernorm", hidden, bias=False),
         *linear_rows(f"{ours}.attention.qkv", qkv, (sum(sizes), hidden), sizes=sizes, bias=bias),
         *linear_rows(f"{ours}.attention.projection", [f"{theirs}.self_attn.o_proj"], (hidden, sizes[0]), bias=bias),
         *norm_rows(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", hidden, bias=False),
+    ]
+
+
+def mlp_rows(model: ModelConfig, ours: str, theirs: str) -> list[TensorRule]:
+    """The MLP of a layer that all tokens pass."""
+    hidden, inner, bias = model.hidden_size, model.ffn_hidden_size, model.add_bias_linear
+    gate_up = [f"{theirs}.mlp.{one}_proj" for one in ("gate", "up")]
+    return [
         *linear_rows(f"{ours}.mlp.up", gate_up, (2 * inner, hidden), sizes=(inner, inner), bias=bias),
         *linear_rows(f"{ours}.mlp.down", [f"{theirs}.mlp.down_proj"], (hidden, inner), bias=bias),
     ]

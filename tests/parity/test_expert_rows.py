@@ -1,0 +1,135 @@
+"""Rows of experts: how many are exchanged, what if all go to one rank; and experts in checkpoints of other layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import make_mesh
+from megatron3d.data.loader import GlobalBatches
+from megatron3d.models.counts import declared_specs
+from megatron3d.optim.schedule import settings_from_config
+from megatron3d.train import state
+from megatron3d.train.setup import TrainingSetup
+from megatron3d.train.step import train_step
+from tests.dist.pool import Pool
+from tests.parity.compare import GRADIENT_TOLERANCE, LOSS_TOLERANCE, relative
+from tests.parity.routing import to_the_first
+from tests.parity.runs import RATES, Case, Trace, assemble, config_of, data_of, parts_of, trace
+
+GATED = "experts"
+S, H, LAYERS, BATCH, E, K = 16, 32, 4, 8, 4, 2
+FP32, INT64 = 4, 8
+SP = "--sequence-parallel"
+FULL = "--recompute-granularity full"
+
+COSTS = [
+    # A layer sends rows, gets them back, and their gradients go the same two ways.
+    (Layout(dp=2, ep=2), "--micro-batch-size 2", 4, 1),
+    (Layout(tp=2, ep=2, etp=1), f"{SP} --micro-batch-size 2", 4, 1),
+    # Without sequence parallelism all ranks hold all tokens, and each sends its part of them.
+    (Layout(tp=2, ep=2, etp=1), "--micro-batch-size 2", 4, 1),
+    (Layout(dp=2, ep=2), f"{FULL} --micro-batch-size 2", 6, 2),
+]
+
+
+def counted(rank: int, world_size: int, layout: Layout, options: str) -> tuple[int, int]:
+    """Calls and bytes of a rank's all-to-alls over the expert axis in one step."""
+    mesh = make_mesh(layout)
+    parts = parts_of(Case(GATED, layout, options), mesh)
+    data = data_of(parts.config)
+    with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
+        batch = batches.read(0, BATCH, mesh.batch.rank, mesh.batch.size)
+    mesh.meter.reset()
+    train_step(parts, batch, RATES, step=0)
+    return mesh.meter.read()["expert", "all_to_all"]
+
+
+@pytest.mark.parametrize(("layout", "options", "payloads", "counts"), COSTS, ids=str)
+def test_rows_are_exchanged_once_each_way_and_counts_once_a_layer(
+    pool: Pool, layout: Layout, options: str, payloads: int, counts: int
+) -> None:
+    """Summed over the ranks of an expert group, each exchange moves K rows of H numbers for each token of theirs."""
+    found = pool.run(2, counted, layout, options)
+    micros = BATCH // 2 // layout.dp
+    assert {calls for calls, _ in found} == {micros * LAYERS * (payloads + counts)}
+    rows = BATCH * S * K
+    of_counts = 2 * E * INT64 * micros * LAYERS * counts
+    assert sum(size for _, size in found) == LAYERS * payloads * rows * H * FP32 + of_counts
+
+
+EXTREME = [
+    Case(GATED, Layout(dp=2, ep=2), "--zero-stage 3"),
+    Case(GATED, Layout(tp=2, ep=2, etp=1), f"{SP} {FULL}"),
+]
+
+
+def traced_to_the_first(rank: int, world_size: int, cases: list[Case]) -> list[Trace]:
+    """Body of a worker: three steps in which all tokens choose the first experts."""
+    with to_the_first():
+        return [trace(parts_of(case, make_mesh(case.layout)), num_steps=3) for case in cases]
+
+
+def test_all_tokens_may_choose_the_experts_of_one_rank(pool: Pool) -> None:
+    (expected,) = traced_to_the_first(0, 1, [Case(GATED, Layout())])
+    specs = declared_specs(config_of(Case(GATED, Layout())).model)
+    shapes = {spec.name: spec.shape for spec in specs}
+    whole = assemble([expected], shapes)
+    idle = [name for name in whole if ".experts.2." in name or ".experts.3." in name]
+    assert len(idle) == 2 * 2 * LAYERS and all(float(whole[name].abs().max()) == 0 for name in idle)
+    by_rank = pool.run(2, traced_to_the_first, EXTREME)
+    for number, case in enumerate(EXTREME):
+        traces = [found[number] for found in by_rank]
+        assert relative(traces[0].losses, expected.losses) < LOSS_TOLERANCE, str(case)
+        for name, gradient in assemble(traces, shapes).items():
+            largest = max(float(whole[name].abs().max()), torch.finfo().tiny)
+            assert float((gradient - whole[name]).abs().max()) <= GRADIENT_TOLERANCE * largest, f"{case}: {name}"
+
+
+SAVED = Case("experts-many", Layout(dp=2, ep=2), "--zero-stage 1")
+RESUMED = [Case("experts-many", Layout(tp=2, ep=2, etp=1), SP), Case("experts-many", Layout(tp=2), "--zero-stage 3")]
+
+
+def everything(parts: TrainingSetup) -> Trace:
+    """Weights, state of modules and moments that a rank has, as a trace has gradients."""
+    views = dict(parts.model_views())
+    for kind in ("exp_avg", "exp_avg_sq"):
+        views |= {f"{kind}/{n}": view for n, view in parts.engine.state_views(parts.optimizer, kind).items()}
+    with torch.no_grad():
+        return Trace([], [], {n: [(b, t.clone()) for b, t in view.box_tensors()] for n, view in views.items()})
+
+
+def saved(rank: int, world_size: int, directory: str) -> tuple[Trace, dict[str, tuple[int, ...]]]:
+    parts = parts_of(Case(SAVED.model, SAVED.layout, f"{SAVED.options} --save {directory}"), make_mesh(SAVED.layout))
+    trace(parts, num_steps=2)
+    state.save(parts, state.Progress(2, 16, 2, 16), settings_from_config(parts.config.optim, parts.config.train))
+    shapes = {name: view.full_shape for name, view in parts.model_views().items()}
+    return everything(parts), shapes
+
+
+def restored(rank: int, world_size: int, cases: list[Case], directory: str) -> list[Trace]:
+    found = []
+    for case in cases:
+        parts = parts_of(Case(case.model, case.layout, f"{case.options} --load {directory}"), make_mesh(case.layout))
+        assert state.restore(parts).progress.step == 2
+        found.append(everything(parts))
+    return found
+
+
+def test_a_checkpoint_of_sharded_experts_loads_at_any_layout_bit_for_bit(pool: Pool, tmp_path: Path) -> None:
+    of_ranks = pool.run(2, saved, str(tmp_path))
+    shapes = {name: shape for _, known in of_ranks for name, shape in known.items()}
+    of_router = (".bias", ".previous")  # state, which has no moments
+    trained = {name: shape for name, shape in shapes.items() if not (".router" in name and name.endswith(of_router))}
+    shapes |= {f"{kind}/{name}": shape for name, shape in trained.items() for kind in ("exp_avg", "exp_avg_sq")}
+    expected = assemble([one for one, _ in of_ranks], shapes)
+    assert not any(value.isnan().any() for value in expected.values())
+    by_rank = pool.run(2, restored, RESUMED, str(tmp_path))
+    everywhere = [[found[number] for found in by_rank] for number in range(len(RESUMED))]
+    for traces in [*everywhere, restored(0, 1, [Case(SAVED.model, Layout())], str(tmp_path))]:
+        found = assemble(traces, shapes)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
