@@ -28,7 +28,7 @@ from megatron3d.moe.balance import add_balance
 from megatron3d.moe.dispatch import add_rows, sort_rows, take_rows
 from megatron3d.moe.exchange import RowExchange
 from megatron3d.moe.experts import Experts
-from megatron3d.moe.router import LOAD, Router, TokenPlaces
+from megatron3d.moe.router import Router, TokenPlaces
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.mlp import MLP
 from megatron3d.params.spec import Init
@@ -66,7 +66,7 @@ class MixtureOfExperts(nn.Module):
         y_TH = add_rows(self.exchange.send_back(done_RH, arrival), routing.weight_TK, rows)
         if inputs.losses is not None:
             y_TH = add_balance(y_TH, self.router, routing, places, inputs.losses)
-        return self.router.contribute(y_TH, LOAD, routing.counts_E)
+        return self.router.count(y_TH, routing, places)
 
     def _own_tokens(self, x_SBH: Tensor, inputs: LayerInputs) -> tuple[Tensor, TokenPlaces]:
         """This rank's part of the sequence, filled up to the length of the longest part, and where it stands."""

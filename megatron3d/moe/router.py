@@ -34,7 +34,7 @@ from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-LOAD = "tokens_per_expert"
+LOAD, ENTROPY = "tokens_per_expert", "entropy"  # names of totals of a step
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Router(ParallelModule):
         shape, init = (self.num_experts, config.hidden_size), Init("normal", config.init_method_std)
         self.declare("weight", shape, init=init, decays=True, tp_gradient="partial", is_table=True)
         self.declare_total(LOAD, (self.num_experts,), is_partial=True)
+        self.declare_total(ENTROPY, (1,), is_partial=True)
         if config.moe_router_enable_expert_bias:
             self.declare_state("bias", (self.num_experts,), torch.float32)
         if "global_aux_loss" in dict(config.balance_losses):
@@ -119,6 +120,19 @@ class Router(ParallelModule):
                 num_chosen=config.moe_router_topk,
             )
         return selection_TE.topk(config.moe_router_topk, dim=-1).indices.sort(dim=-1).values
+
+    def count(self, x: Tensor, routing: Routing, places: TokenPlaces) -> Tensor:
+        """`x`, which flows on to the output; when its gradient comes, the tokens of each expert and the entropies of
+        their scores have been counted."""
+        if not torch.is_grad_enabled():
+            return x
+        with torch.no_grad():
+            scores_TE = self.scores(routing.logits_TE)
+            entropy_T = torch.special.entr(scores_TE).sum(-1)
+            if places.valid_T is not None:
+                entropy_T = entropy_T * places.valid_T
+        x = self.contribute(x, ENTROPY, entropy_T.sum().view(1))
+        return self.contribute(x, LOAD, routing.counts_E)
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         """The scores of all experts, which add up to 1 for each token, [T, E]: what the losses of balance are about."""

@@ -69,7 +69,7 @@ class StepRecord:
     - `goodput`, `wall_s` and `lost_steps` of the run so far (`goodput.py`).
 
     `losses` has those of a model of several losses by name, such as `lm_loss`, whose weighted sum is `loss`; each is
-    written under its own name.
+    written under its own name, as is each of `expert_loads` of a mixture of experts (`train/expert_load.py`).
     """
 
     step: int
@@ -90,12 +90,14 @@ class StepRecord:
     wall_s: float | None = None
     lost_steps: int | None = None
     losses: Mapping[str, float] = field(default_factory=dict)
+    expert_loads: Mapping[str, float] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, Any]:
         """What is written of the step, by name."""
-        named = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "losses"}
+        nested = ("losses", "expert_loads")
+        named = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in nested}
         always = ("loss", "grad_norm")  # null says that there was none, or none that is finite
-        return {k: v for k, v in named.items() if v is not None or k in always} | dict(self.losses)
+        return {k: v for k, v in named.items() if v is not None or k in always} | {**self.losses, **self.expert_loads}
 
 
 class MetricsFile:

@@ -38,7 +38,8 @@ class StepReport:
     `step` is the number of steps made, from 1; `loss` the mean over the global batch; `tokens` and `flops` those of
     the whole step over all devices; `elapsed_s` the time of the step alone. `grad_norm` is None where it is not
     computed, `loss_scale` except with fp16, `memory_bytes` (the peak of one device) where it is not known. `skipped`
-    says that the weights stayed as they were. `losses` has the terms of `loss` by name where there are several.
+    says that the weights stayed as they were. `losses` has the terms of `loss` by name where there are several, and
+    `expert_loads` how tokens were spread over experts, which no line shows.
     """
 
     step: int
@@ -52,6 +53,7 @@ class StepReport:
     loss_scale: float | None = None
     memory_bytes: int | None = None
     losses: Mapping[str, float] = field(default_factory=dict)
+    expert_loads: Mapping[str, float] = field(default_factory=dict)
 
 
 class ProgressReporter:

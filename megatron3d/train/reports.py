@@ -129,6 +129,7 @@ class Reports:
             loss_scale=scale,
             memory_bytes=peak_memory_bytes(self.parts.model.device),
             losses=losses,
+            expert_loads=result.expert_loads,
         )
         self._progress.step(report)
         consumed, tokens = progress.consumed_samples, progress.consumed_samples * config.model.seq_length
@@ -289,6 +290,7 @@ def step_record(
         mfu=devices.mfu(report.flops, report.elapsed_s),
         peak_memory_bytes=report.memory_bytes,
         losses=report.losses,
+        expert_loads=report.expert_loads,
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from megatron3d.optim.build import set_rates
 from megatron3d.optim.clip import clip_factor
 from megatron3d.pipeline.run import Backward, Recorder, run
 from megatron3d.train.dropout import first_samples, with_dropout
+from megatron3d.train.expert_load import expert_loads
 from megatron3d.train.setup import TrainingSetup
 
 
@@ -49,6 +50,8 @@ class StepResult:
         grad_norm: global norm before clipping.
         skipped: whether the update was left out because gradients were not finite (fp16).
         stop_votes: how many ranks asked to stop.
+        expert_loads: how tokens were spread over experts, by name (`train/expert_load.py`); empty in a dense model, and
+            where the update was left out.
     """
 
     loss: float
@@ -56,6 +59,7 @@ class StepResult:
     grad_norm: float
     skipped: bool
     stop_votes: int
+    expert_loads: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_finite(self) -> bool:
@@ -94,15 +98,17 @@ def train_step(
     losses = {name: total / counts[name] for name, total in zip(counts, totals, strict=True)}
     loss = objective(parts.model.losses, losses)
     grad_norm = math.sqrt(squared_norm) / parts.scaler.scale
+    loads: Mapping[str, float] = {}
     skipped = not _finite_or_raise(parts, losses, loss, grad_norm)
     if not skipped:
         set_rates(parts.optimizer, lr=rates.lr, weight_decay=rates.weight_decay)
         parts.engine.scale_grads(clip_factor(grad_norm, parts.config.optim.clip_grad) / parts.scaler.scale)
         parts.engine.step(parts.optimizer)
         parts.states.update()
+        loads = expert_loads(parts)
     parts.scaler.update(not skipped)
     parts.engine.clear_grads()
-    return StepResult(loss, losses, grad_norm, skipped, int(votes))
+    return StepResult(loss, losses, grad_norm, skipped, int(votes), loads)
 
 
 def global_counts(parts: TrainingSetup, batch: Samples | GroupedSamples) -> dict[str, int]:

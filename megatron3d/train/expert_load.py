@@ -1,0 +1,42 @@
+"""How evenly the routers of a step sent tokens to experts, by layer: what a step reports of its experts.
+
+expert_load/layer_3        tokens of the fullest expert over the mean; 1 is even, and E is one expert for all
+router_entropy/layer_3     entropy of a token's scores, the mean over tokens, in nats; log E is undecided
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron3d.comm.collectives import all_reduce
+from megatron3d.moe.layer import MixtureOfExperts
+from megatron3d.moe.router import ENTROPY, LOAD
+from megatron3d.train.setup import TrainingSetup
+
+
+def expert_loads(parts: TrainingSetup) -> dict[str, float]:
+    """The loads of a step whose totals have been reduced, by name; collective over all ranks, and nothing of a dense
+    model."""
+    model = parts.config.model
+    layers = [layer for layer in range(model.num_layers) if model.experts_of(layer)]
+    if not layers:
+        return {}
+    found = torch.zeros(2, model.num_layers, dtype=torch.float64, device=parts.model.device)
+    if parts.mesh.grad.rank == parts.mesh.tp.rank == 0:  # ranks that hold the same layers have the same totals
+        for stage in parts.model.stages.values():
+            for module in stage.modules():
+                if isinstance(module, MixtureOfExperts):
+                    found[:, module.layer] = _load_of(module)
+    loads, entropies = all_reduce(found, parts.mesh.world).tolist()
+    return {
+        **{f"expert_load/layer_{layer}": loads[layer] for layer in layers},
+        **{f"router_entropy/layer_{layer}": entropies[layer] for layer in layers},
+    }
+
+
+def _load_of(module: MixtureOfExperts) -> torch.Tensor:
+    """Load and entropy of one layer, fp64 [2]."""
+    load_E, entropy = module.router.get_buffer(LOAD), module.router.get_buffer(ENTROPY)
+    total = load_E.sum().clamp_min(1)
+    tokens = total / module.config.moe_router_topk
+    return torch.stack([load_E.max() * len(load_E) / total, entropy[0] / tokens])
