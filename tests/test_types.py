@@ -80,6 +80,7 @@ MEANING_OF_NONE = {
         "moe_router_num_groups": "experts are chosen of all",
         "moe_router_group_topk": "experts are chosen of all",
         "moe_router_topk_scaling_factor": "weights as they are",
+        "moe_expert_capacity_factor": "no token is dropped",
         "moe_shared_expert_intermediate_size": "no expert that all tokens pass",
     },
     "optim": {

@@ -45,7 +45,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
                 "bert_binary_head num_token_types "
                 "num_experts moe_layer_freq moe_ffn_hidden_size moe_router_topk moe_router_score_function "
                 "moe_router_pre_softmax moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor "
-                "moe_router_dtype moe_router_enable_expert_bias moe_router_force_load_balancing "
+                "moe_router_dtype moe_expert_capacity_factor moe_min_capacity moe_token_drop_policy "
+                "moe_router_enable_expert_bias moe_router_force_load_balancing "
                 "moe_shared_expert_intermediate_size moe_shared_expert_gate"
             ),
             Effect.SAMPLES: "seq_length",

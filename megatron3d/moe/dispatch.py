@@ -38,21 +38,26 @@ class Rows:
     kept_TK: Tensor | None
     counts_E: Tensor
 
+    def first(self, num_rows: int) -> Rows:
+        """Without choices that are not kept, which come last: there are `num_rows` others."""
+        if num_rows == self.choice_R.shape[0]:
+            return self
+        row_TK = self.row_TK.clamp_max(max(0, num_rows - 1))
+        return Rows(self.choice_R[:num_rows], row_TK, self.kept_TK, self.counts_E)
+
 
 def sort_rows(expert_TK: Tensor, num_experts: int, kept_TK: Tensor | None = None) -> Rows:
-    """The rows of tokens whose experts, int64 in ascending order, are these; `kept_TK` says which choices count."""
+    """The rows of tokens whose experts, int64 in ascending order, are these; `kept_TK` says which choices count, and
+    the others come last until `Rows.first` takes them away."""
     key = expert_TK.flatten()
-    num_rows = key.numel()
     if kept_TK is not None:
         key = key.masked_fill(~kept_TK.flatten(), num_experts)
-        num_rows = int(kept_TK.sum())
     choice_R = key.argsort(stable=True)
     places = torch.arange(key.numel(), device=key.device)
     row = torch.empty_like(choice_R).scatter_(0, choice_R, places)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=key.device)
     counts_E = counts.scatter_add_(0, key, torch.ones_like(key))[:num_experts]
-    row_TK = row.view_as(expert_TK)
-    return Rows(choice_R[:num_rows], row_TK.clamp_max(max(0, num_rows - 1)), kept_TK, counts_E)
+    return Rows(choice_R, row.view_as(expert_TK), kept_TK, counts_E)
 
 
 def take_rows(x_TH: Tensor, rows: Rows) -> Tensor:

@@ -44,6 +44,11 @@ class Arrival:
     gathered: tuple[int, ...]
     order_R: Tensor | None
 
+    @property
+    def num_sent(self) -> int:
+        """Rows that this rank sends."""
+        return sum(self.sent)
+
 
 class RowExchange:
     """The way of rows over the two axes of experts."""
@@ -57,12 +62,32 @@ class RowExchange:
         each = self._num_experts // self._expert.size
         return range(each * self._expert.rank, each * (self._expert.rank + 1))
 
-    def send(self, rows_RH: Tensor, counts_E: Tensor) -> tuple[Tensor, Arrival]:
-        """Rows sorted by expert, of which each has `counts_E`, to those of this rank's experts, sorted by them."""
-        arrival = self._arrival(counts_E, rows_RH.shape[0])
+    def count(self, counts_E: Tensor, *, expected: int) -> Arrival:
+        """How rows come here that are sorted by expert, of which each has `counts_E`; collective, and read back to the
+        host. Where memory is counted, and values are not, there are `expected`."""
+        here_PXL = self._counts_here(counts_E)
+        if counts_E.is_meta:
+            sent, here = _expected(expected, self._num_experts, self._expert.size, self._expert_tp.size)
+        else:
+            numbers = torch.cat([counts_E, here_PXL.flatten()]).tolist()
+            sent, here = numbers[: self._num_experts], numbers[self._num_experts :]
+        ranks, each = self._expert.size, len(self.numbers)
+        by_source = [here[first : first + each] for first in range(0, len(here), each)]
+        totals = [sum(counts) for counts in by_source]
+        mine = self._expert_tp.rank * ranks
+        return Arrival(
+            counts=tuple(map(sum, zip(*by_source, strict=True))),
+            sent=tuple(sum(sent[first : first + each]) for first in range(0, len(sent), each)),
+            received=tuple(totals[mine : mine + ranks]),
+            gathered=tuple(sum(totals[first : first + ranks]) for first in range(0, len(totals), ranks)),
+            order_R=None if len(by_source) == 1 else _by_expert(by_source, counts_E.device),
+        )
+
+    def send(self, rows_RH: Tensor, arrival: Arrival) -> Tensor:
+        """Rows sorted by expert to those of this rank's experts, sorted by them."""
         rows_RH = typed.all_to_all(rows_RH, self._expert, send=arrival.sent, receive=arrival.received)
         rows_RH = self._over_parts(rows_RH, arrival)
-        return (rows_RH if arrival.order_R is None else _Permute.apply(rows_RH, arrival.order_R)), arrival
+        return rows_RH if arrival.order_R is None else _Permute.apply(rows_RH, arrival.order_R)
 
     def send_back(self, rows_RH: Tensor, arrival: Arrival) -> Tensor:
         """What this rank's parts of experts give, a partial sum over `expert_tp`, to the ranks of the tokens."""
@@ -87,25 +112,6 @@ class RowExchange:
         own = arrival.gathered[self._expert_tp.rank]
         parts = typed.all_to_all(rows_RH, self._expert_tp, send=arrival.gathered, receive=[own] * ranks)
         return parts.view(ranks, own, -1).sum(0)
-
-    def _arrival(self, counts_E: Tensor, num_rows: int) -> Arrival:
-        here_PXL = self._counts_here(counts_E)
-        if counts_E.is_meta:
-            sent, here = _expected(num_rows, self._num_experts, self._expert.size, self._expert_tp.size)
-        else:
-            numbers = torch.cat([counts_E, here_PXL.flatten()]).tolist()
-            sent, here = numbers[: self._num_experts], numbers[self._num_experts :]
-        ranks, each = self._expert.size, len(self.numbers)
-        by_source = [here[first : first + each] for first in range(0, len(here), each)]
-        totals = [sum(counts) for counts in by_source]
-        mine = self._expert_tp.rank * ranks
-        return Arrival(
-            counts=tuple(map(sum, zip(*by_source, strict=True))),
-            sent=tuple(sum(sent[first : first + each]) for first in range(0, len(sent), each)),
-            received=tuple(totals[mine : mine + ranks]),
-            gathered=tuple(sum(totals[first : first + ranks]) for first in range(0, len(totals), ranks)),
-            order_R=None if len(by_source) == 1 else _by_expert(by_source, counts_E.device),
-        )
 
     def _counts_here(self, counts_E: Tensor) -> Tensor:
         """Rows from each rank of both axes for each of this rank's experts, [P, X, L]."""

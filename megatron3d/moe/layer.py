@@ -2,7 +2,8 @@
 
 Four steps, each in a file: the router chooses (`router.py`), rows are made and sent (`dispatch.py`, `exchange.py`),
 experts compute (`experts.py`), and rows come back and are added up. What was chosen is counted, for the losses that
-balance the load (`balance.py`) and for whoever reports it. No token is dropped.
+balance the load (`balance.py`) and for whoever reports it. No token is dropped unless experts have a capacity
+(`capacity.py`).
 
 Each rank of the tensor axis routes tokens of its own. Under sequence parallelism it has its own; without, where all
 ranks hold all tokens, each takes its part of the sequence and the parts are gathered again behind the experts, so that
@@ -25,7 +26,7 @@ from megatron3d.comm import typed
 from megatron3d.comm.collectives import own_part
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.moe.balance import add_balance
-from megatron3d.moe.dispatch import add_rows, sort_rows, take_rows
+from megatron3d.moe.dispatch import Rows, add_rows, sort_rows, take_rows
 from megatron3d.moe.exchange import RowExchange
 from megatron3d.moe.experts import Experts
 from megatron3d.moe.router import Router, TokenPlaces
@@ -59,14 +60,20 @@ class MixtureOfExperts(nn.Module):
 
     def _route(self, x_TH: Tensor, places: TokenPlaces, inputs: LayerInputs) -> Tensor:
         routing = self.router(x_TH, places)
-        kept_TK = None if places.valid_T is None else places.valid_T.unsqueeze(1).expand_as(routing.expert_TK)
-        rows = sort_rows(routing.expert_TK, self.router.num_experts, kept_TK)
-        here_RH, arrival = self.exchange.send(take_rows(x_TH, rows), rows.counts_E)
+        rows = sort_rows(routing.expert_TK, self.router.num_experts, routing.kept_TK)
+        arrival = self.exchange.count(rows.counts_E, expected=self._expected_rows(rows))
+        rows = rows.first(arrival.num_sent)
+        here_RH = self.exchange.send(take_rows(x_TH, rows), arrival)
         done_RH = self.experts(here_RH, arrival.counts)
         y_TH = add_rows(self.exchange.send_back(done_RH, arrival), routing.weight_TK, rows)
         if inputs.losses is not None:
             y_TH = add_balance(y_TH, self.router, routing, places, inputs.losses)
         return self.router.count(y_TH, routing, places)
+
+    def _expected_rows(self, rows: Rows) -> int:
+        """With an even load."""
+        factor = self.config.moe_expert_capacity_factor
+        return int(rows.choice_R.shape[0] * (1 if factor is None else min(1, factor)))
 
     def _own_tokens(self, x_SBH: Tensor, inputs: LayerInputs) -> tuple[Tensor, TokenPlaces]:
         """This rank's part of the sequence, filled up to the length of the longest part, and where it stands."""
@@ -84,7 +91,7 @@ class MixtureOfExperts(nn.Module):
                 valid_T = (positions_S < length).repeat_interleave(samples)
         sample_T = torch.arange(samples, device=x_SBH.device).repeat(positions_S.shape[0])
         keys = None if inputs.dropout is None else partial(self._keys, inputs, positions_S, samples)
-        return x_SBH, TokenPlaces(sample_T, samples, length, keys, valid_T)
+        return x_SBH, TokenPlaces(sample_T, samples, length, keys, valid_T, has_capacity=inputs.cache is None)
 
     def _keys(self, inputs: LayerInputs, positions_S: Tensor, samples: int) -> Tensor:
         assert inputs.dropout is not None, "keys are of a training step"

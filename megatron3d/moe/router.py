@@ -29,12 +29,13 @@ from megatron3d_kernels.dropout import child_keys
 from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
+from megatron3d.moe.capacity import capacity_of, kept_choices
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-LOAD, ENTROPY = "tokens_per_expert", "entropy"  # names of totals of a step
+LOAD, ENTROPY, DROPPED = "tokens_per_expert", "entropy", "dropped"  # names of totals of a step
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class TokenPlaces:
         length: of a sample, S, with the tokens of other ranks.
         keys: makes a random key of each token, int64 [T], a function of run, step, layer, sample and position alone;
             None where nothing random is drawn, as in evaluation.
+        has_capacity: whether these are whole sequences, of which an expert may drop tokens.
         valid_T: which are tokens; others fill up a shard and pass no expert. None where all are.
     """
 
@@ -55,6 +57,7 @@ class TokenPlaces:
     length: int
     keys: Callable[[], Tensor] | None
     valid_T: Tensor | None
+    has_capacity: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,15 @@ class Routing:
         expert_TK: the experts of each token, int64, ascending.
         weight_TK: how much each weighs, in the dtype of the router, with a gradient.
         logits_TE: of all experts, with a gradient.
-        counts_E: tokens of each expert, int64.
+        counts_E: tokens of each expert, int64, those included that its capacity drops.
+        kept_TK: which choices are kept; None where all are.
     """
 
     expert_TK: Tensor
     weight_TK: Tensor
     logits_TE: Tensor
     counts_E: Tensor
+    kept_TK: Tensor | None
 
 
 class Router(ParallelModule):
@@ -95,6 +100,7 @@ class Router(ParallelModule):
         self.declare("weight", shape, init=init, decays=True, tp_gradient="partial", is_table=True)
         self.declare_total(LOAD, (self.num_experts,), is_partial=True)
         self.declare_total(ENTROPY, (1,), is_partial=True)
+        self.declare_total(DROPPED, (1,), is_partial=True)
         if config.moe_router_enable_expert_bias:
             self.declare_state("bias", (self.num_experts,), torch.float32)
         if "global_aux_loss" in dict(config.balance_losses):
@@ -105,7 +111,9 @@ class Router(ParallelModule):
         dtype = _DTYPES[self.config.moe_router_dtype]
         logits_TE = _Logits.apply(self._jittered(x_TH, places), self.weight, self.context, dtype)
         expert_TK = self.choose(self._selection(logits_TE.detach()), places)
-        return Routing(expert_TK, self._weights(logits_TE, expert_TK), logits_TE, self._count(expert_TK, places))
+        weight_TK = self._weights(logits_TE, expert_TK)
+        kept_TK = self.keep(expert_TK, weight_TK, places)
+        return Routing(expert_TK, weight_TK, logits_TE, self._count(expert_TK, places), kept_TK)
 
     def choose(self, selection_TE: Tensor, places: TokenPlaces) -> Tensor:
         """The K experts of largest value of each token, ascending, int64 [T, K]."""
@@ -121,9 +129,25 @@ class Router(ParallelModule):
             )
         return selection_TE.topk(config.moe_router_topk, dim=-1).indices.sort(dim=-1).values
 
+    def keep(self, expert_TK: Tensor, weight_TK: Tensor, places: TokenPlaces) -> Tensor | None:
+        """Which choices their experts have room for, bool [T, K]; None where all are kept."""
+        valid_TK = None if places.valid_T is None else places.valid_T.unsqueeze(1).expand_as(expert_TK)
+        capacity = capacity_of(self.config, places.length) if places.has_capacity else None
+        if capacity is None:
+            return valid_TK
+        return kept_choices(
+            expert_TK if valid_TK is None else expert_TK.masked_fill(~valid_TK, -1),
+            weight_TK,
+            places.sample_T,
+            capacity=capacity,
+            by_weight=self.config.moe_token_drop_policy == "probs",
+            num_experts=self.num_experts,
+            tp=self.context.tp,
+        )
+
     def count(self, x: Tensor, routing: Routing, places: TokenPlaces) -> Tensor:
-        """`x`, which flows on to the output; when its gradient comes, the tokens of each expert and the entropies of
-        their scores have been counted."""
+        """`x`, which flows on to the output; when its gradient comes, the tokens of each expert, the entropies of
+        their scores and the choices that are dropped have been counted."""
         if not torch.is_grad_enabled():
             return x
         with torch.no_grad():
@@ -131,7 +155,9 @@ class Router(ParallelModule):
             entropy_T = torch.special.entr(scores_TE).sum(-1)
             if places.valid_T is not None:
                 entropy_T = entropy_T * places.valid_T
+            kept = routing.counts_E.sum() if routing.kept_TK is None else routing.kept_TK.sum()
         x = self.contribute(x, ENTROPY, entropy_T.sum().view(1))
+        x = self.contribute(x, DROPPED, (routing.counts_E.sum() - kept).view(1))
         return self.contribute(x, LOAD, routing.counts_E)
 
     def scores(self, logits_TE: Tensor) -> Tensor:

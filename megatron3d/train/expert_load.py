@@ -2,6 +2,7 @@
 
 expert_load/layer_3        tokens of the fullest expert over the mean; 1 is even, and E is one expert for all
 router_entropy/layer_3     entropy of a token's scores, the mean over tokens, in nats; log E is undecided
+dropped_share/layer_3      choices that experts had no room for, of all, where they have a capacity
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.moe.layer import MixtureOfExperts
-from megatron3d.moe.router import ENTROPY, LOAD
+from megatron3d.moe.router import DROPPED, ENTROPY, LOAD
 from megatron3d.train.setup import TrainingSetup
 
 
@@ -21,22 +22,21 @@ def expert_loads(parts: TrainingSetup) -> dict[str, float]:
     layers = [layer for layer in range(model.num_layers) if model.experts_of(layer)]
     if not layers:
         return {}
-    found = torch.zeros(2, model.num_layers, dtype=torch.float64, device=parts.model.device)
+    found = torch.zeros(3, model.num_layers, dtype=torch.float64, device=parts.model.device)
     if parts.mesh.grad.rank == parts.mesh.tp.rank == 0:  # ranks that hold the same layers have the same totals
         for stage in parts.model.stages.values():
             for module in stage.modules():
                 if isinstance(module, MixtureOfExperts):
                     found[:, module.layer] = _load_of(module)
-    loads, entropies = all_reduce(found, parts.mesh.world).tolist()
-    return {
-        **{f"expert_load/layer_{layer}": loads[layer] for layer in layers},
-        **{f"router_entropy/layer_{layer}": entropies[layer] for layer in layers},
-    }
+    values = dict(zip(("expert_load", "router_entropy", "dropped_share"), all_reduce(found, parts.mesh.world).tolist()))
+    if model.moe_expert_capacity_factor is None:
+        del values["dropped_share"]
+    return {f"{name}/layer_{layer}": of_layers[layer] for name, of_layers in values.items() for layer in layers}
 
 
 def _load_of(module: MixtureOfExperts) -> torch.Tensor:
-    """Load and entropy of one layer, fp64 [2]."""
-    load_E, entropy = module.router.get_buffer(LOAD), module.router.get_buffer(ENTROPY)
+    """Load, entropy and dropped share of one layer, fp64 [3]."""
+    load_E, entropy, dropped = (module.router.get_buffer(name) for name in (LOAD, ENTROPY, DROPPED))
     total = load_E.sum().clamp_min(1)
     tokens = total / module.config.moe_router_topk
-    return torch.stack([load_E.max() * len(load_E) / total, entropy[0] / tokens])
+    return torch.stack([load_E.max() * len(load_E) / total, entropy[0] / tokens, dropped[0] / total])

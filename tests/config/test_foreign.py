@@ -148,7 +148,7 @@ def test_one_expert_is_a_dense_model_and_silences_what_belongs_to_experts() -> N
     run_of("--num-experts 1 --moe-loss-coeff 0.01 --mlp-type standard --topk 1 --create-moe-param-group", said=said)
     assert len(said) == 5
     assert run_of("--num-experts 4 --moe-loss-coeff 0.1 --create-moe-param-group").model.moe_aux_loss_coeff == ("0.1",)
-    assert len(problems_of("--num-experts 4 --moe-min-capacity 4 --mlp-type residual")) == 2
+    assert len(problems_of("--num-experts 4 --moe-eval-capacity-factor 2 --mlp-type residual")) == 2
     assert len(problems_of("--num-experts 1 4")) == 1
 
 

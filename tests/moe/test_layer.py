@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.moe.layer import MixtureOfExperts
 from megatron3d.nn.inputs import LayerInputs
+from megatron3d.params.grads import GradSink
 from megatron3d.params.module import declared_parameters, materialize_all
-from megatron3d.tensor.context import unsharded_context
+from megatron3d.tensor.context import LayerContext, unsharded_context
+from tests.dist.pool import Pool
 from tests.nn.dense import model_config
 
 S, B, H, F, E, K = 6, 2, 16, 12, 8, 3
@@ -24,23 +29,32 @@ NEAR = 1e-6  # transformers computes softmax in fp32
 GATED = {"activation": "swiglu", "add_bias_linear": False}
 
 
-@pytest.fixture(autouse=True)
-def in_float64() -> Iterator[None]:
-    """Differences of the order of additions are then far below those of a mistake."""
+@contextmanager
+def wide() -> Iterator[None]:
+    """In float64 differences of the order of additions are far below those of a mistake."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
-def layer_of(**changes: object) -> tuple[ModelConfig, MixtureOfExperts]:
+@pytest.fixture(autouse=True)
+def in_float64() -> Iterator[None]:
+    """All of this file."""
+    with wide():
+        yield
+
+
+def layer_of(context: LayerContext | None = None, **changes: object) -> tuple[ModelConfig, MixtureOfExperts]:
     """A layer with random weights, in float64."""
     given = {"hidden_size": H, "num_experts": E, "moe_router_topk": K, "moe_ffn_hidden_size": F}
     config = model_config(**{**given, "moe_router_dtype": "fp64", **changes})
-    layer = MixtureOfExperts(config, unsharded_context(), layer=0)
+    layer = MixtureOfExperts(config, context or unsharded_context(), layer=0)
     materialize_all(layer, seed=1, tp=1, tp_rank=0, device=torch.device("cpu"))
-    generator = torch.Generator().manual_seed(2)
-    for declared in declared_parameters(layer).values():
+    for name, declared in declared_parameters(layer).items():
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
         values = torch.randn(declared.parameter.shape, generator=generator) * 0.5
         declared.owner.register_parameter(declared.attribute, nn.Parameter(values))
     for name, buffer in list(layer.router.named_buffers()):
@@ -195,3 +209,30 @@ def test_bias_follows_the_load_in_whole_numbers() -> None:
     layer.router.update_state()
     moved = torch.tensor([-1.0, 1, 1, 1, 1, 1, 1, 1], dtype=torch.float32) * 0.25
     torch.testing.assert_close(layer.router.bias, moved - moved.mean())
+
+
+# --- Ranks with parts of a sequence -----------------------------------------------------------------------------------
+
+LENGTH = 5  # which two ranks do not divide
+
+
+def passed(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and gradient of the input, the same on all ranks, and this rank's gradient of the router: of a layer with
+    half of the experts on each rank."""
+    mesh = make_mesh(Layout(tp=world_size, ep=world_size, etp=1))
+    context = LayerContext(mesh.tp, False, GradSink(), expert=mesh.expert, expert_tp=mesh.expert_tp)
+    with wide():
+        _, layer = layer_of(context, moe_router_load_balancing_type=("none",), moe_expert_capacity_factor=1.0, **GATED)
+        x_SBH = hidden()[:LENGTH].requires_grad_()
+        y_SBH = layer(x_SBH, LayerInputs())
+        (y_SBH * weights_of_outputs()[:LENGTH]).sum().backward()
+    return y_SBH.detach(), x_SBH.grad, layer.router.weight.grad
+
+
+def test_a_sequence_that_ranks_cannot_divide_passes_like_any_other(pool: Pool) -> None:
+    y_SBH, grad_SBH, grad_EH = passed(0, 1)
+    by_rank = pool.run(2, passed)
+    for found in by_rank:
+        torch.testing.assert_close(found[0], y_SBH, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found[1], grad_SBH, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sum(found[2] for found in by_rank), grad_EH, rtol=0, atol=1e-12)

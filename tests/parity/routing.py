@@ -1,9 +1,9 @@
 """Routing recorded in one process and replayed elsewhere.
 
 The K largest of some numbers jump where two of them are nearly equal, and rounding depends on the layout. So a run of
-another layout may send a token elsewhere, and from then on it is another run. With the choice of the reference it is
-the same run, in everything but rounding. A choice is known by the key of its token, which is a function of step, layer,
-sample and position.
+another layout may send a token elsewhere, and from then on it is another run. With the choice of the reference, and
+what its capacities keep, it is the same run in everything but rounding. A choice is known by the key of its token,
+which is a function of step, layer, sample and position.
 """
 
 from __future__ import annotations
@@ -21,61 +21,73 @@ from megatron3d.moe.router import Router, TokenPlaces
 
 @dataclass
 class Choices:
-    """The experts of tokens by their keys: int64 [N] in ascending order, and [N, K]."""
+    """The experts of tokens by their keys: int64 [N] in ascending order, and [N, K], with whether each is kept."""
 
     keys_N: Tensor
     experts_NK: Tensor
+    kept_NK: Tensor
 
-    def of(self, keys_T: Tensor) -> Tensor:
-        """The experts of these tokens, [T, K]."""
+    def at(self, keys_T: Tensor) -> Tensor:
+        """Where these tokens stand."""
         at = torch.searchsorted(self.keys_N, keys_T)
         assert torch.equal(self.keys_N[at], keys_T), "a token that the reference has not seen"
-        return self.experts_NK[at]
+        return at
 
 
 @dataclass
 class Recording:
-    """What routers choose while it is recorded."""
+    """What routers choose and keep while it is recorded."""
 
-    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def choices(self) -> Choices:
         """All of it."""
-        keys = torch.cat([keys for keys, _ in self.seen])
+        keys, experts, kept = (torch.cat(one) for one in zip(*self.seen, strict=True))
         order = keys.argsort()
-        return Choices(keys[order], torch.cat([experts for _, experts in self.seen])[order])
+        return Choices(keys[order], experts[order], kept[order])
 
 
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """Record what routers of training steps choose within the context."""
-    record, choose = Recording(), Router.choose
+    """Record what routers of training steps choose and keep within the context."""
+    record, keep = Recording(), Router.keep
 
-    def choose_and_record(self: Router, selection_TE: Tensor, places: TokenPlaces) -> Tensor:
-        chosen = choose(self, selection_TE, places)
+    def keep_and_record(self: Router, expert_TK: Tensor, weight_TK: Tensor, places: TokenPlaces) -> Tensor | None:
+        kept = keep(self, expert_TK, weight_TK, places)
         if places.keys is not None:
-            record.seen.append((places.keys(), chosen))
-        return chosen
+            all_kept = torch.ones_like(expert_TK, dtype=torch.bool)
+            record.seen.append((places.keys(), expert_TK, all_kept if kept is None else kept))
+        return kept
 
-    with mock.patch.object(Router, "choose", choose_and_record):
+    with mock.patch.object(Router, "keep", keep_and_record):
         yield record
 
 
 @contextmanager
 def replaying(choices: Choices) -> Iterator[None]:
-    """Let routers choose what was recorded; what fills up a shard, and is no token, passes the first experts."""
+    """Let routers choose and keep what was recorded; what fills up a shard, and is no token, chooses the first experts
+    and is not kept."""
 
     def replay(self: Router, selection_TE: Tensor, places: TokenPlaces) -> Tensor:
-        assert places.keys is not None, "only training steps are recorded"
-        keys_T = places.keys()
-        if places.valid_T is None:
-            return choices.of(keys_T)
-        chosen = torch.arange(choices.experts_NK.shape[1]).repeat(len(keys_T), 1)
-        chosen[places.valid_T] = choices.of(keys_T[places.valid_T])
-        return chosen
+        first = torch.arange(choices.experts_NK.shape[1])
+        return _of_tokens(choices, choices.experts_NK, first, places)
 
-    with mock.patch.object(Router, "choose", replay):
+    def keep(self: Router, expert_TK: Tensor, weight_TK: Tensor, places: TokenPlaces) -> Tensor:
+        return _of_tokens(choices, choices.kept_NK, torch.zeros(choices.kept_NK.shape[1], dtype=torch.bool), places)
+
+    with mock.patch.object(Router, "choose", replay), mock.patch.object(Router, "keep", keep):
         yield
+
+
+def _of_tokens(choices: Choices, values_NK: Tensor, others_K: Tensor, places: TokenPlaces) -> Tensor:
+    """The values of a rank's tokens, [T, K], with `others_K` where no token stands."""
+    assert places.keys is not None, "only training steps are recorded"
+    keys_T, valid_T = places.keys(), places.valid_T
+    if valid_T is None:
+        return values_NK[choices.at(keys_T)]
+    values_TK = others_K.repeat(len(keys_T), 1)
+    values_TK[valid_T] = values_NK[choices.at(keys_T[valid_T])]
+    return values_TK
 
 
 @contextmanager

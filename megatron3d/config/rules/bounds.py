@@ -62,13 +62,13 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(
         "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples lr_warmup_tokens weight_decay start_weight_decay "
         "end_weight_decay clip_grad eval_iters ckpt_step seed num_workers eod_token num_token_types init_method_std "
-        "zero_prefetch_units profile_step_start moe_z_loss_coeff",
+        "zero_prefetch_units profile_step_start moe_z_loss_coeff moe_min_capacity",
         at_least=0,
     ),
     Bound(
         "norm_epsilon rotary_base adam_eps loss_scale initial_loss_scale min_loss_scale peak_tflops "
         "muon_extra_scale_factor pipeline_memory_limit_gb distributed_timeout_minutes exit_duration_in_mins "
-        "moe_router_topk_scaling_factor moe_router_bias_update_rate",
+        "moe_router_topk_scaling_factor moe_router_bias_update_rate moe_expert_capacity_factor",
         above=0,
     ),
     Bound(

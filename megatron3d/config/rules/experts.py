@@ -31,6 +31,11 @@ def expert_problems(model: GivenModel, parallel: ParallelConfig) -> Iterator[str
         balance_losses(model.moe_router_load_balancing_type, model.moe_aux_loss_coeff)
     except ValueError as error:
         yield f"{error}."
+    if model.moe_min_capacity and model.moe_expert_capacity_factor is None:
+        yield (
+            f"--moe-min-capacity {model.moe_min_capacity} is the least capacity of experts that have one, and these "
+            "take all tokens; give --moe-expert-capacity-factor too, or leave it out."
+        )
     if model.moe_shared_expert_gate and not model.moe_shared_expert_intermediate_size:
         yield (
             "--moe-shared-expert-gate is the gate of a shared expert, and there is none; give "

@@ -68,6 +68,21 @@ class GivenExperts:
     moe_router_force_load_balancing: bool = switch(
         "--moe-router-force-load-balancing", "Send equally many tokens to all experts, for benchmarks alone."
     )
+    moe_expert_capacity_factor: float | None = option(
+        None,
+        "--moe-expert-capacity-factor",
+        "Tokens of a sequence that an expert takes, over those of an even load; default all that choose it.",
+        also=("--moe-train-capacity-factor",),
+    )
+    moe_min_capacity: int = option(
+        0, "--moe-min-capacity", "Tokens of a sequence that it takes in any case.", unit="tokens"
+    )
+    moe_token_drop_policy: str = option(
+        "probs",
+        "--moe-token-drop-policy",
+        "Which go first where more choose it: those of largest weight, or the earlier.",
+        choices=("probs", "position"),
+    )
     moe_shared_expert_intermediate_size: int | None = option(
         None,
         "--moe-shared-expert-intermediate-size",

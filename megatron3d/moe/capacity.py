@@ -1,0 +1,69 @@
+"""Capacity: at most so many tokens of a sequence for one expert, and which of them are dropped where more choose it.
+
+    C = ceil(K S / E x factor)        of each sequence of S tokens and each of E experts, K choices of a token
+
+Of the tokens of a sequence that choose an expert, the C first are kept: those of largest weight, and of equal ones the
+earlier, or simply the earlier (--moe-token-drop-policy). A choice that is dropped adds nothing to its token. Since each
+sequence has a capacity of its own, what is dropped depends neither on the layout nor on what else is in the batch; the
+tensor-parallel ranks, which have parts of a sequence, tell each other choices and weights.
+
+Source: Lepikhin et al. 2020 (GShard), section 2.2, where a group of tokens is what one device has.
+
+Shapes: T tokens of this rank, K choices, N choices of all tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron3d.comm.collectives import all_gather, own_part
+from megatron3d.comm.mesh import Axis
+from megatron3d.config.sections.model import ModelConfig
+
+
+def capacity_of(config: ModelConfig, length: int) -> int | None:
+    """Tokens of a sequence of this length that an expert takes; None where it takes all."""
+    factor, experts = config.moe_expert_capacity_factor, config.num_experts
+    if factor is None or experts is None:
+        return None
+    needed = math.ceil(config.moe_router_topk * length / experts * factor)
+    return max(needed, config.moe_min_capacity)
+
+
+def kept_choices(
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    sample_T: Tensor,
+    *,
+    capacity: int,
+    by_weight: bool,
+    num_experts: int,
+    tp: Axis,
+) -> Tensor:
+    """Which choices are kept, bool [T, K].
+
+    Args:
+        expert_TK: chosen experts, int64; those of -1 are none and are not kept.
+        weight_TK: their weights.
+        sample_T: the sample of each token, int64; tokens stand position by position, and those of a rank of `tp` before
+            those of the next.
+        capacity: tokens of a sample that an expert takes.
+        by_weight: whether larger weights go first.
+        num_experts: E.
+        tp: the ranks that have the other tokens of these samples.
+    """
+    group = torch.where(expert_TK < 0, -1, sample_T.unsqueeze(1) * num_experts + expert_TK)
+    group_N, weight_N = all_gather(group, tp).flatten(), all_gather(weight_TK.detach(), tp).flatten()
+    order_N = torch.arange(len(group_N), device=group_N.device)
+    if by_weight:
+        order_N = weight_N.argsort(descending=True, stable=True)
+    order_N = order_N[group_N[order_N].argsort(stable=True)]
+    sorted_N = group_N[order_N]
+    first_N = torch.searchsorted(sorted_N, sorted_N)  # where the group of each begins
+    rank_N = torch.arange(len(sorted_N), device=group_N.device) - first_N
+    kept_N = torch.empty_like(sorted_N, dtype=torch.bool)
+    kept_N[order_N] = (rank_N < capacity) & (sorted_N >= 0)
+    return own_part(kept_N.view(-1, expert_TK.shape[1]), tp)

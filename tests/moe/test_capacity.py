@@ -1,0 +1,79 @@
+"""What experts with a capacity keep, against a loop over sequences, and where ranks have parts of sequences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import make_mesh
+from megatron3d.moe.capacity import capacity_of, kept_choices
+from tests.dist.pool import Pool
+from tests.nn.dense import model_config
+
+
+def drawn(positions: int, samples: int, experts: int, chosen: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts, weights (few values, so that some are equal) and samples of tokens that stand position by position."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens = positions * samples
+    expert_TK = torch.rand(tokens, experts, generator=draw).topk(chosen).indices.sort().values
+    weight_TK = torch.randint(1, 4, (tokens, chosen), generator=draw) / 4
+    return expert_TK, weight_TK, torch.arange(samples).repeat(positions)
+
+
+def by_hand(
+    expert_TK: Tensor, weight_TK: Tensor, sample_T: Tensor, *, capacity: int, by_weight: bool, num_experts: int
+) -> Tensor:
+    kept = torch.zeros_like(expert_TK, dtype=torch.bool)
+    for sample in range(int(sample_T.max()) + 1):
+        for expert in range(num_experts):
+            found = [
+                (-float(weight_TK[t, k]) if by_weight else 0.0, t, k)
+                for t, k in (expert_TK == expert).nonzero().tolist()
+                if sample_T[t] == sample
+            ]
+            for _, t, k in sorted(found)[:capacity]:
+                kept[t, k] = True
+    return kept
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    positions=st.integers(1, 9),
+    samples=st.integers(1, 3),
+    chosen=st.integers(1, 4),
+    capacity=st.integers(1, 5),
+    by_weight=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_first_of_each_sequence_are_kept(
+    positions: int, samples: int, chosen: int, capacity: int, by_weight: bool, seed: int
+) -> None:
+    tokens = drawn(positions, samples, 4, chosen, seed)
+    how = {"capacity": capacity, "by_weight": by_weight, "num_experts": 4}
+    assert torch.equal(kept_choices(*tokens, **how, tp=make_mesh(Layout()).tp), by_hand(*tokens, **how))
+
+
+def kept_by_rank(rank: int, world_size: int) -> list[Tensor]:
+    tp = make_mesh(Layout(tp=world_size)).tp
+    tokens = [whole.chunk(world_size)[rank] for whole in drawn(6, 2, 4, 2, 0)]
+    return [kept_choices(*tokens, capacity=2, by_weight=one, num_experts=4, tp=tp) for one in (True, False)]
+
+
+def test_ranks_with_parts_of_sequences_keep_the_same(pool: Pool) -> None:
+    alone = kept_by_rank(0, 1)
+    for number, whole in enumerate(alone):
+        assert 0 < int(whole.sum()) < whole.numel()
+        assert torch.equal(torch.cat([found[number] for found in pool.run(2, kept_by_rank)]), whole)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
+def test_a_capacity_is_that_of_an_even_load_times_the_factor(factor: float) -> None:
+    config = model_config(num_experts=8, moe_router_topk=3, moe_expert_capacity_factor=factor, moe_min_capacity=2)
+    assert capacity_of(config, 10) == max(2, math.ceil(3 * 10 / 8 * factor))
+    assert capacity_of(model_config(num_experts=8), 10) is None
