@@ -139,6 +139,17 @@ def test_every_layout_gives_the_text_of_one_process(checkpoint: Checkpoint, pool
             assert found[2 * number : 2 * number + 2] == expected, f"rank {rank} at {layout}"
 
 
+@pytest.mark.slow
+def test_experts_generate_what_they_learned_at_every_layout(checkpoint: Checkpoint, pool: Pool) -> None:
+    """A step of one token for each sequence is less than two tensor-parallel ranks can share."""
+    model, config = opened(checkpoint("experts"))
+    alone = generate(model, config, PROMPT_IDS, GREEDY, EOD)
+    assert sum(text == rest for text, rest in zip(alone, RESTS, strict=True)) >= len(RESTS) - 1
+    for layout in (Layout(tp=2), Layout(pp=2)):
+        for found in pool.run(2, _generate_at, checkpoint("experts"), (layout,)):
+            assert found[0] == alone[:5], str(layout)
+
+
 def _generate_in_training(rank: int, world_size: int, directory: Path) -> tuple[list[list[int]], bool]:
     """Body of a worker: text of a model in training under sequence parallelism; whether its weights stayed theirs."""
     options = "--sequence-parallel --tensor-model-parallel-size 2 --finetune --load"

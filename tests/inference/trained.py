@@ -46,6 +46,7 @@ MODELS = {
         "--untie-embeddings-and-output-weights --ffn-hidden-size 64 --group-query-attention --num-query-groups 2"
     ),
 }
+EXPERTS = {"experts": "--ffn-hidden-size 32 --num-experts 4 --moe-aux-loss-coeff 0"}
 
 
 def config_of(model: str, *options: str, world_size: int = 1) -> RunConfig:
@@ -53,7 +54,7 @@ def config_of(model: str, *options: str, world_size: int = 1) -> RunConfig:
     argv = (
         "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --micro-batch-size 6 --train-iters 400 --lr 1e-2 "
         "--hidden-dropout 0 --attention-dropout 0 --make-vocab-size-divisible-by 8 --mock-data --device cpu "
-        f"--tokenizer-type ByteTokenizer --seq-length {POSITIONS} {MODELS[model]}"
+        f"--tokenizer-type ByteTokenizer --seq-length {POSITIONS} {(MODELS | EXPERTS)[model]}"
     ).split()
     config = checked(parse_args([*argv, *options], program="test", description="test"), world_size)
     return open_vocabulary(config)[0]

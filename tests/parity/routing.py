@@ -91,6 +91,26 @@ def _of_tokens(choices: Choices, values_NK: Tensor, others_K: Tensor, places: To
 
 
 @contextmanager
+def noting_flips(choices: Choices) -> Iterator[list[float]]:
+    """Let routers choose freely, and note each token that goes elsewhere than was recorded: by how much the last of its
+    experts was ahead of the next."""
+    margins: list[float] = []
+    choose = Router.choose
+
+    def choose_and_compare(self: Router, selection_TE: Tensor, places: TokenPlaces) -> Tensor:
+        chosen_TK = choose(self, selection_TE, places)
+        assert places.keys is not None, "only training steps are recorded"
+        flipped_T = (chosen_TK != choices.experts_NK[choices.at(places.keys())]).any(1)
+        ranked_TE = selection_TE.sort(descending=True).values
+        last = chosen_TK.shape[1] - 1
+        margins.extend((ranked_TE[:, last] - ranked_TE[:, last + 1])[flipped_T].tolist())
+        return chosen_TK
+
+    with mock.patch.object(Router, "choose", choose_and_compare):
+        yield margins
+
+
+@contextmanager
 def to_the_first() -> Iterator[None]:
     """Let every token choose the first experts, which one rank holds where experts are sharded."""
 

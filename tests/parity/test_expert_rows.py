@@ -13,6 +13,7 @@ from megatron3d.data.loader import GlobalBatches
 from megatron3d.models.counts import declared_specs
 from megatron3d.optim.schedule import settings_from_config
 from megatron3d.train import state
+from megatron3d.train.evaluate import evaluate
 from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.step import train_step
 from tests.dist.pool import Pool
@@ -87,6 +88,22 @@ def test_all_tokens_may_choose_the_experts_of_one_rank(pool: Pool) -> None:
         for name, gradient in assemble(traces, shapes).items():
             largest = max(float(whole[name].abs().max()), torch.finfo().tiny)
             assert float((gradient - whole[name]).abs().max()) <= GRADIENT_TOLERANCE * largest, f"{case}: {name}"
+
+
+def evaluated(rank: int, world_size: int, case: Case) -> dict[str, float]:
+    """Losses of the initial weights over two batches."""
+    mesh = make_mesh(case.layout)
+    parts = parts_of(case, mesh)
+    data = data_of(parts.config)
+    with GlobalBatches(data.reader(data.valid), num_workers=0) as batches:
+        return dict(evaluate(parts, batches, num_batches=2).losses)
+
+
+def test_an_evaluation_gives_the_losses_of_one_process(pool: Pool) -> None:
+    alone = evaluated(0, 1, Case("experts-many", Layout()))
+    assert alone.keys() == {"lm", "seq_balance", "global_balance"}
+    for found in pool.run(2, evaluated, Case("experts-many", Layout(tp=2, ep=2, etp=1), SP)):
+        assert found == pytest.approx(alone, rel=LOSS_TOLERANCE)
 
 
 SAVED = Case("experts-many", Layout(dp=2, ep=2), "--zero-stage 1")

@@ -1,6 +1,8 @@
 """Mixtures of experts: the layout changes speed and memory, never the result.
 
-With the routing of one process (`routing.py`), 20 steps give its losses, gradient norms, gradients and biases.
+With the routing of one process (`routing.py`), 20 steps give its losses, gradient norms, gradients and biases. With
+free routing each step from its weights gives its loss, and a token goes elsewhere only where two experts were as good
+as equal.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from torch import Tensor
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
+from megatron3d.convert.hf import fill_views
 from megatron3d.train.setup import TrainingSetup
+from megatron3d.train.step import StepResult, train_step
 from tests.dist.pool import Pool
-from tests.parity import compare
-from tests.parity.compare import check_against_one_process
-from tests.parity.routing import Choices, recording, replaying
+from tests.parity import compare, runs
+from tests.parity.compare import LOSS_TOLERANCE, check_against_one_process, relative
+from tests.parity.routing import Choices, noting_flips, recording, replaying
 from tests.parity.runs import Case, Trace, batches, brief, parts_of, trace
 
 GATED, MANY = "experts", "experts-many"
@@ -139,3 +143,60 @@ def test_every_optimizer_sees_experts_as_other_matrices(
     case = replace(case, options=f"{case.options} {of_model}")
     by_rank = pool.run(case.layout.world_size, replayed, [case], choices)
     check_against_one_process(case, [found[0][0] for found in by_rank], parity_table, of_model=of_model)
+
+
+# --- Free routing -----------------------------------------------------------------------------------------------------
+
+FREE = [
+    Case(GATED, Layout(dp=2, ep=2), "--zero-stage 1"),
+    Case(GATED, Layout(tp=2, ep=2, etp=1), SP),
+    Case(GATED, Layout(pp=2), "--pipeline-schedule zb-v"),
+]
+MOST_MARGIN = 1e-4
+
+
+def weights_of_steps(model: str) -> list[dict[str, Tensor]]:
+    """The weights that each step of one process begins with."""
+    weights: list[dict[str, Tensor]] = []
+
+    def keep_and_train(parts: TrainingSetup, *args: object, **options: object) -> StepResult:
+        weights.append({name: v.data.view(v.full_shape).clone() for name, v in parts.engine.weight_views().items()})
+        return train_step(parts, *args, **options)
+
+    with mock.patch.object(runs, "train_step", keep_and_train):
+        trace(parts_of(Case(model, Layout()), make_mesh(Layout())))
+    return weights
+
+
+def free_steps(
+    rank: int, world_size: int, cases: list[Case], weights: list[dict[str, Tensor]], choices: Choices
+) -> list[list[tuple[float, list[float]]]]:
+    """Body of a worker: the loss of each step from these weights, and the margins of tokens that went elsewhere."""
+    found = []
+    for case in cases:
+        parts = parts_of(case, make_mesh(case.layout))
+        steps = []
+        for step, given in enumerate(weights):
+            assert not fill_views(parts.engine.weight_views(), given), "every weight is given"
+            parts.engine.publish()
+            parts.engine.finish_publish()
+            with noting_flips(choices) as margins:
+                (loss,) = trace(parts, num_steps=1, first_step=step).losses
+            steps.append((loss, margins))
+        found.append(steps)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_free_routing_differs_only_where_experts_are_as_good_as_equal(pool: Pool, parity_table: list[str]) -> None:
+    weights, choices = weights_of_steps(GATED), recorded(GATED).choices
+    expected = compare.reference(GATED)[0].losses
+    by_rank = pool.run(2, free_steps, FREE, weights, choices)
+    for number, case in enumerate(FREE):
+        flips = [margin for steps in by_rank for _, margins in steps[number] for margin in margins]
+        parity_table.append(f"{case!s} {len(flips)} tokens went elsewhere, by margins up to {max(flips, default=0.0)}")
+        assert all(margin < MOST_MARGIN for margin in flips), f"{case}: {sorted(flips)[-5:]}"
+        for step, loss in enumerate(expected):
+            if not any(steps[number][step][1] for steps in by_rank):
+                assert relative([by_rank[0][number][step][0]], [loss]) < LOSS_TOLERANCE, f"{case}: step {step}"

@@ -19,6 +19,7 @@ TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 FROZEN = "--freeze-params embedding.* *.attention.* *.mlp.up.weight *.mlp_norm.bias"
 WORDS, UNTIED = "--vocab-size 12000", "--untie-embeddings-and-output-weights"
 MORE = "--global-batch-size 8"  # micro-batches than the two of the models' own
+EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-z-loss-coeff 0.001"
 Case = tuple[str, str]
 
 ONE: dict[str, Case] = {
@@ -31,6 +32,8 @@ ONE: dict[str, Case] = {
     "llama bf16": ("gpt", f"{LLAMA} --bf16"),
     "llama bf16 selective": ("gpt", f"{LLAMA} --bf16 {SELECTIVE}"),
     "llama full": ("gpt", f"{LLAMA} {FULL}"),
+    "experts": ("gpt", f"{LLAMA} {EXPERTS}"),
+    "experts bf16 full": ("gpt", f"{LLAMA} {EXPERTS} --bf16 {FULL}"),
     "bert": ("bert", BERT),
     "bert bf16": ("bert", f"{BERT} --bf16"),
     "bert full": ("bert", f"{BERT} {FULL}"),
@@ -65,6 +68,7 @@ TWO: dict[str, Case] = {
     "wide bf16 zero 3 many words untied": ("gpt", f"{WIDE} --bf16 --zero-stage 3 {WORDS} {UNTIED}"),
     "wide zero 3 many words pp zb-h1": ("gpt", f"{WIDE} {PP} 2 --zero-stage 3 --pipeline-schedule zb-h1 {WORDS}"),
     "wide zero 3 many words frozen": ("gpt", f"{WIDE} --zero-stage 3 {WORDS} {FROZEN}"),
+    "experts ep zero 2": ("gpt", f"{LLAMA} {EXPERTS} --expert-model-parallel-size 2 --zero-stage 2 {MORE}"),
     "bert zero 3": ("bert", f"{BERT} {MORE} --zero-stage 3"),
     "wide bf16 zero 2 offload": ("gpt", f"{WIDE} --bf16 --zero-stage 2 --offload-optimizer cpu"),
     "wide zero 3 all offload": ("gpt", f"{WIDE} --zero-stage 3 --offload-optimizer cpu --offload-params cpu"),
