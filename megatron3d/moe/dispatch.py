@@ -79,8 +79,7 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:
         row_TK, kept_TK = ctx.saved_tensors
-        ones = torch.ones(row_TK.shape, device=grad_RH.device)
-        return _weighted_sum(grad_RH, ones, row_TK, kept_TK), None, None, None
+        return _weighted_sum(grad_RH, None, row_TK, kept_TK), None, None, None
 
 
 class _AddRows(torch.autograd.Function):
@@ -101,17 +100,27 @@ class _AddRows(torch.autograd.Function):
         products_R = (y_RH.to(wide) * spread_RH.to(wide)).sum(1)
         grad_weight = torch.zeros(weight_TK.numel(), dtype=weight_TK.dtype, device=grad_TH.device)
         grad_weight.scatter_(0, choice_R, products_R.to(weight_TK.dtype))
-        return (spread_RH * weight_R1).to(y_RH.dtype), grad_weight.view_as(weight_TK), None, None, None
+        return spread_RH.mul_(weight_R1), grad_weight.view_as(weight_TK), None, None, None
 
 
-def _weighted_sum(y_RH: Tensor, weight_TK: Tensor, row_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
-    """The weighted rows of each token, added one after another."""
-    num_tokens, wide = row_TK.shape[0], _sum_dtype(y_RH)
-    total_TH = torch.zeros(num_tokens, y_RH.shape[1], dtype=wide, device=y_RH.device)
-    if y_RH.shape[0]:
-        weight_TK = weight_TK if kept_TK is None else weight_TK * kept_TK
-        for row_T, weight_T in zip(row_TK.unbind(1), weight_TK.unbind(1), strict=True):
-            total_TH.addcmul_(y_RH[row_T].to(wide), weight_T.to(wide).unsqueeze(1))
+def _weighted_sum(y_RH: Tensor, weight_TK: Tensor | None, row_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
+    """The rows of each token, times their weights if there are any, added one after another."""
+    wide = _sum_dtype(y_RH)
+    if not y_RH.shape[0]:
+        return y_RH.new_zeros(row_TK.shape[0], y_RH.shape[1])
+    if kept_TK is not None:
+        weight_TK = kept_TK.to(wide) if weight_TK is None else weight_TK * kept_TK
+    total_TH: Tensor | None = None
+    for number, row_T in enumerate(row_TK.unbind(1)):
+        rows_TH = y_RH[row_T].to(wide)
+        weight_T1 = None if weight_TK is None else weight_TK[:, number : number + 1].to(wide)
+        if total_TH is None:
+            total_TH = rows_TH if weight_T1 is None else rows_TH.mul_(weight_T1)
+        elif weight_T1 is None:
+            total_TH.add_(rows_TH)
+        else:
+            total_TH.addcmul_(rows_TH, weight_T1)
+    assert total_TH is not None, "a token has at least one expert"
     return total_TH.to(y_RH.dtype)
 
 

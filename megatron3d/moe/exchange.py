@@ -111,7 +111,7 @@ class RowExchange:
             return rows_RH
         own = arrival.gathered[self._expert_tp.rank]
         parts = typed.all_to_all(rows_RH, self._expert_tp, send=arrival.gathered, receive=[own] * ranks)
-        return parts.view(ranks, own, -1).sum(0)
+        return parts.view(ranks, own, rows_RH.shape[1]).sum(0)  # own may be 0
 
     def _counts_here(self, counts_E: Tensor) -> Tensor:
         """Rows from each rank of both axes for each of this rank's experts, [P, X, L]."""

@@ -54,8 +54,9 @@ def layer_of(context: LayerContext | None = None, **changes: object) -> tuple[Mo
     layer = MixtureOfExperts(config, context or unsharded_context(), layer=0)
     materialize_all(layer, seed=1, tp=1, tp_rank=0, device=torch.device("cpu"))
     for name, declared in declared_parameters(layer).items():
-        generator = torch.Generator().manual_seed(sum(map(ord, name)))
-        values = torch.randn(declared.parameter.shape, generator=generator) * 0.5
+        spec, generator = declared.spec, torch.Generator().manual_seed(sum(map(ord, name)))
+        rank = 0 if context is None or spec.kind == "dense" else context.expert_tp.rank
+        values = spec.take(torch.randn(spec.shape, generator=generator) * 0.5, declared.owner.tp, rank)
         declared.owner.register_parameter(declared.attribute, nn.Parameter(values))
     for name, buffer in list(layer.router.named_buffers()):
         layer.router.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype), persistent=False)
@@ -213,25 +214,27 @@ def test_bias_follows_the_load_in_whole_numbers() -> None:
 
 # --- Ranks with parts of a sequence -----------------------------------------------------------------------------------
 
-LENGTH = 5  # which two ranks do not divide
+LENGTHS = (5, 1)  # which two ranks do not divide; of one position the second has none
+LAYOUTS = (Layout(tp=2, ep=2, etp=1), Layout(tp=2))  # half of the experts on each rank, and half of each expert
 
 
-def passed(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Output and gradient of the input, the same on all ranks, and this rank's gradient of the router: of a layer with
-    half of the experts on each rank."""
-    mesh = make_mesh(Layout(tp=world_size, ep=world_size, etp=1))
+def passed(rank: int, world_size: int, layout: Layout, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and gradient of the input, the same on all ranks, and this rank's gradient of the router."""
+    mesh = make_mesh(layout)
     context = LayerContext(mesh.tp, False, GradSink(), expert=mesh.expert, expert_tp=mesh.expert_tp)
     with wide():
         _, layer = layer_of(context, moe_router_load_balancing_type=("none",), moe_expert_capacity_factor=1.0, **GATED)
-        x_SBH = hidden()[:LENGTH].requires_grad_()
+        x_SBH = hidden()[:length].requires_grad_()
         y_SBH = layer(x_SBH, LayerInputs())
-        (y_SBH * weights_of_outputs()[:LENGTH]).sum().backward()
+        (y_SBH * weights_of_outputs()[:length]).sum().backward()
     return y_SBH.detach(), x_SBH.grad, layer.router.weight.grad
 
 
-def test_a_sequence_that_ranks_cannot_divide_passes_like_any_other(pool: Pool) -> None:
-    y_SBH, grad_SBH, grad_EH = passed(0, 1)
-    by_rank = pool.run(2, passed)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_sequence_that_ranks_cannot_divide_passes_like_any_other(pool: Pool, layout: Layout, length: int) -> None:
+    y_SBH, grad_SBH, grad_EH = passed(0, 1, Layout(), length)
+    by_rank = pool.run(2, passed, layout, length)
     for found in by_rank:
         torch.testing.assert_close(found[0], y_SBH, rtol=0, atol=1e-12)
         torch.testing.assert_close(found[1], grad_SBH, rtol=0, atol=1e-12)
