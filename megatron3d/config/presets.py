@@ -8,8 +8,10 @@ its 1.3B row prints 24 heads of 128 for a width of 2048, which does not give 1.3
 128; its 13B row prints a width of 5140 with 40 heads of 128, kept as printed. Turing-NLG: Microsoft 2020. MT-NLG:
 Smith et al. 2022 (arXiv:2201.11990), section 3.1. megatron-*: Narayanan et al. 2021 (arXiv:2104.04473), table 1.
 Llama 2: Touvron et al. 2023 (arXiv:2307.09288); Llama 3: Grattafiori et al. 2024 (arXiv:2407.21783), table 3, at the
-sequence length of their first training phase. BERT: Devlin et al. 2018 (arXiv:1810.04805), section 3, with the norm's
-epsilon and vocabulary of the released weights; megatron-bert-*: Shoeybi et al. 2019 (arXiv:1909.08053), table 4.
+sequence length of their first training phase. Mixtral: Jiang et al. 2024 (arXiv:2401.04088), table 1; Qwen3: Yang et
+al. 2025 (arXiv:2505.09388), table 2; deepspeed-moe: Rajbhandari et al. 2022 (arXiv:2201.05596), table 2. BERT: Devlin
+et al. 2018 (arXiv:1810.04805), section 3, with the norm's epsilon and vocabulary of the released weights;
+megatron-bert-*: Shoeybi et al. 2019 (arXiv:1909.08053), table 4.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class _LlamaFamily:
     rotary_base: float
 
     def preset(
-        self, name: str, published: str, *, layers: int, hidden: int, heads: int, groups: int, ffn: int
+        self, name: str, published: str, *, layers: int, hidden: int, heads: int, groups: int, ffn: int, **more: Any
     ) -> Preset:
         """One size of this generation: rotary positions, RMSNorm, SwiGLU, no biases, no dropout, untied embeddings."""
         model = {
@@ -90,6 +92,7 @@ class _LlamaFamily:
             "untie_embeddings_and_output_weights": True,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
+            **more,
         }
         return Preset(name, MappingProxyType(model), published, self.source)
 
@@ -129,6 +132,9 @@ _MT_NLG = _GPTFamily("Smith et al. 2022, section 3.1", 50257, 2048)
 _SC21 = _GPTFamily("Narayanan et al. 2021, table 1", 51200, 2048)
 _LLAMA2 = _LlamaFamily("Touvron et al. 2023, with the counts of the released weights", 32000, 4096, 10000.0)
 _LLAMA3 = _LlamaFamily("Grattafiori et al. 2024, with the counts of the released weights", 128256, 8192, 500000.0)
+_MIXTRAL = _LlamaFamily("Jiang et al. 2024, with the counts of the released weights", 32000, 32768, 1e6)
+_QWEN3 = _LlamaFamily("Yang et al. 2025, with the counts of the released weights", 151936, 32768, 1e6)
+_DEEPSPEED_MOE = _GPTFamily("Rajbhandari et al. 2022, table 2", 50257, 2048)
 _BERT = _BertFamily("Devlin et al. 2018, section 3", "post", 1e-12)
 _MEGATRON_BERT = _BertFamily("Shoeybi et al. 2019, table 4", "pre", 1e-5)
 
@@ -163,6 +169,33 @@ _ROWS: tuple[Preset, ...] = (
     _LLAMA3.preset("llama3-8b", "8.030B", layers=32, hidden=4096, heads=32, groups=8, ffn=14336),
     _LLAMA3.preset("llama3-70b", "70.554B", layers=80, hidden=8192, heads=64, groups=8, ffn=28672),
     _LLAMA3.preset("llama3-405b", "405.853B", layers=126, hidden=16384, heads=128, groups=8, ffn=53248),
+    _MIXTRAL.preset("mixtral-8x7b", "46.703B", layers=32, hidden=4096, heads=32, groups=8, ffn=14336, num_experts=8),
+    _QWEN3.preset(
+        "qwen3-30b-a3b",
+        "30.532B",
+        layers=48,
+        hidden=2048,
+        heads=32,
+        groups=4,
+        ffn=6144,
+        kv_channels=128,
+        qk_layernorm=True,
+        norm_epsilon=1e-6,
+        num_experts=128,
+        moe_router_topk=8,
+        moe_ffn_hidden_size=768,
+    ),
+    _DEEPSPEED_MOE.preset(
+        "deepspeed-moe-1.3b-128",
+        "52B",
+        layers=24,
+        hidden=2048,
+        heads=16,
+        num_experts=128,
+        moe_layer_freq="[0,1]*12",
+        moe_router_topk=1,
+        moe_router_pre_softmax=True,
+    ),
     _BERT.preset("bert-base", "110M", layers=12, hidden=768, heads=12),
     _BERT.preset("bert-large", "340M", layers=24, hidden=1024, heads=16),
     _MEGATRON_BERT.preset("megatron-bert-336m", "336M", layers=24, hidden=1024, heads=16),

@@ -14,6 +14,7 @@ from megatron3d.config.check import checked
 from megatron3d.config.placeholders import with_placeholders
 from megatron3d.config.presets import PRESETS, Preset
 from megatron3d.config.run import GivenRun, RunConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.counts import num_parameters
 from megatron3d.pipeline.plan import PipelinePlan
@@ -70,6 +71,7 @@ def describe(found: Estimate) -> str:
         "tp": parallel.tensor_model_parallel_size,
         "pp": parallel.pipeline_model_parallel_size,
         "dp": parallel.data_parallel_size,
+        **_expert_degrees(parallel),
     }
     layout = ", ".join(f"{name} {size}" for name, size in degrees.items())
     device_type = likely_device_type(parallel.device)
@@ -83,6 +85,13 @@ def describe(found: Estimate) -> str:
             *save_copy_note(max(one.save_copy for one in found.ledgers), device_type),
         ]
     )
+
+
+def _expert_degrees(parallel: ParallelConfig) -> dict[str, int]:
+    """Those that differ from the degrees of dense layers."""
+    degrees = {"ep": parallel.expert_model_parallel_size} if parallel.expert_model_parallel_size > 1 else {}
+    etp = parallel.expert_tensor_parallel_size
+    return degrees if etp is None else {**degrees, "etp": etp}
 
 
 def _sizes(one: Ledger) -> list[str]:

@@ -7,11 +7,16 @@ dropped_share/layer_3      choices that experts had no room for, of all, where t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from megatron3d.comm.collectives import all_reduce
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.models.counts import num_active_parameters
 from megatron3d.moe.layer import MixtureOfExperts
 from megatron3d.moe.router import DROPPED, ENTROPY, LOAD
+from megatron3d.train.progress import format_count
 from megatron3d.train.setup import TrainingSetup
 
 
@@ -32,6 +37,27 @@ def expert_loads(parts: TrainingSetup) -> dict[str, float]:
     if model.moe_expert_capacity_factor is None:
         del values["dropped_share"]
     return {f"{name}/layer_{layer}": of_layers[layer] for name, of_layers in values.items() for layer in layers}
+
+
+def expert_notes(model: ModelConfig) -> Iterator[str]:
+    """What a run's start reports about its experts; nothing of a dense model."""
+    layers = model.num_expert_layers
+    if not layers:
+        return
+    yield (
+        f"{model.num_experts} experts in {layers} of {model.num_layers} layers, of which a token passes "
+        f"{model.moe_router_topk}: {format_count(num_active_parameters(model))} parameters are active"
+    )
+    if "aux_loss" in dict(model.balance_losses):
+        yield (
+            "--moe-router-load-balancing-type aux_loss is a loss of each micro-batch, so losses differ between layouts "
+            "that cut the batch in other ways; seq_aux_loss does not depend on that"
+        )
+    if model.moe_router_force_load_balancing:
+        yield (
+            "--moe-router-force-load-balancing sends tokens to every expert in turn, whatever the router says: what "
+            "this run measures is speed, of an even load"
+        )
 
 
 def _load_of(module: MixtureOfExperts) -> torch.Tensor:

@@ -31,6 +31,7 @@ from megatron3d.planner.stage_records import StageRecords
 from megatron3d.train.async_saves import save_copy_note
 from megatron3d.train.dropout import dropout_note
 from megatron3d.train.evaluate import Evaluation
+from megatron3d.train.expert_load import expert_notes
 from megatron3d.train.goodput import Goodput, Kind, TimeSpent, spent_when_resuming
 from megatron3d.train.launch import RunContext
 from megatron3d.train.metrics import StartRecord, StepRecord, salvage
@@ -239,6 +240,8 @@ class Reports:
     def _introduce(self, record: StartRecord, frozen: str | None) -> None:
         held = ", ".join(f"{name} {format_bytes(size)}" for name, size in record.bytes_per_rank.items())
         self.note(f"{record.model}: {format_count(record.parameters)} parameters on {self.parts.mesh.layout}, {held}")
+        for line in expert_notes(self.parts.config.model):
+            self.note(line)
         predicted = record.predicted_bytes_per_rank
         needed = ", ".join(f"{name} {format_bytes(predicted[name])}" for name in ("peak", "activations", "buffers"))
         self.note(f"predicted for a step on the fullest rank: {needed}")
@@ -308,6 +311,8 @@ def start_record(parts: TrainingSetup, *, predicted: Mapping[str, int] | None = 
     offloaded = {"host": held.host, "files": held.files} if config.parallel.offload_optimizer != "none" else {}
     row = parts.model.rows.training(first_microbatches(config.train, config.parallel.data_parallel_size))
     degrees = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "zero": config.parallel.zero_stage}
+    if config.model.has_experts:
+        degrees |= {"ep": layout.ep, "etp": layout.expert_tp}
     return StartRecord(
         model=config.model.traits.title,
         parameters=_num_parameters(parts, parts.engine.units),

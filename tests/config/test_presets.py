@@ -11,7 +11,7 @@ from megatron3d.config.cli import parse_args
 from megatron3d.config.derive import resolve_model
 from megatron3d.config.presets import PRESETS
 from megatron3d.errors import ConfigError
-from megatron3d.models.counts import num_parameters
+from megatron3d.models.counts import num_active_parameters, num_parameters
 
 # A printed count is right to half a unit of its last digit; beyond that, counts agree to 1 %.
 RELATIVE_TOLERANCE = 0.01
@@ -43,10 +43,19 @@ def test_released_weights_have_exactly_these_counts() -> None:
         "llama3-8b": 8_030_261_248,
         "llama3-70b": 70_553_706_496,
         "llama3-405b": 405_853_388_800,
+        "mixtral-8x7b": 46_702_792_704,
+        "qwen3-30b-a3b": 30_532_122_624,
         "bert-base": 110_106_428,  # with both heads of pretraining
         "bert-large": 336_226_108,
     }
     assert {name: num_parameters(PRESETS[name].model_config()) for name in released} == released
+
+
+@pytest.mark.parametrize(("name", "published"), [("mixtral-8x7b", "12.9B"), ("qwen3-30b-a3b", "3.3B")])
+def test_a_token_passes_as_many_parameters_as_their_authors_print(name: str, published: str) -> None:
+    count, rounding = printed(published)
+    found = num_active_parameters(PRESETS[name].model_config())
+    assert abs(found - count) <= rounding + RELATIVE_TOLERANCE * count
 
 
 @pytest.mark.parametrize("name", PRESETS)
