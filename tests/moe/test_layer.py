@@ -214,8 +214,9 @@ def test_bias_follows_the_load_in_whole_numbers() -> None:
 
 # --- Ranks with parts of a sequence -----------------------------------------------------------------------------------
 
-LENGTHS = (5, 1)  # which two ranks do not divide; of one position the second has none
-LAYOUTS = (Layout(tp=2, ep=2, etp=1), Layout(tp=2))  # half of the experts on each rank, and half of each expert
+# Half of the experts on each rank, and half of each expert; lengths that two ranks do not divide, of which one gives the
+# second rank nothing.
+SHARDED = [(Layout(tp=2, ep=2, etp=1), 5), (Layout(tp=2), 1)]
 
 
 def passed(rank: int, world_size: int, layout: Layout, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,8 +231,7 @@ def passed(rank: int, world_size: int, layout: Layout, length: int) -> tuple[Ten
     return y_SBH.detach(), x_SBH.grad, layer.router.weight.grad
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("layout", "length"), SHARDED, ids=str)
 def test_a_sequence_that_ranks_cannot_divide_passes_like_any_other(pool: Pool, layout: Layout, length: int) -> None:
     y_SBH, grad_SBH, grad_EH = passed(0, 1, Layout(), length)
     by_rank = pool.run(2, passed, layout, length)

@@ -29,8 +29,8 @@ FULL = "--recompute-granularity full"
 
 COSTS = [
     # A layer sends rows, gets them back, and their gradients go the same two ways.
-    (Layout(dp=2, ep=2), "--micro-batch-size 2", 4, 1),
-    (Layout(tp=2, ep=2, etp=1), f"{SP} --micro-batch-size 2", 4, 1),
+    pytest.param(Layout(dp=2, ep=2), "--micro-batch-size 2", 4, 1, marks=pytest.mark.slow),
+    pytest.param(Layout(tp=2, ep=2, etp=1), f"{SP} --micro-batch-size 2", 4, 1, marks=pytest.mark.slow),
     # Without sequence parallelism all ranks hold all tokens, and each sends its part of them.
     (Layout(tp=2, ep=2, etp=1), "--micro-batch-size 2", 4, 1),
     (Layout(dp=2, ep=2), f"{FULL} --micro-batch-size 2", 6, 2),
