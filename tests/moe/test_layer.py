@@ -214,8 +214,8 @@ def test_bias_follows_the_load_in_whole_numbers() -> None:
 
 # --- Ranks with parts of a sequence -----------------------------------------------------------------------------------
 
-# Half of the experts on each rank, and half of each expert; lengths that two ranks do not divide, of which one gives the
-# second rank nothing.
+# Half of the experts on each rank, and half of each expert; lengths that two ranks do not divide, of which one gives
+# the second rank nothing.
 SHARDED = [(Layout(tp=2, ep=2, etp=1), 5), (Layout(tp=2), 1)]
 
 
