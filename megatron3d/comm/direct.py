@@ -34,7 +34,7 @@ class Work(Protocol):
         ...
 
 
-class DirectTransfer:
+class Exchange:
     """Parts on their way between this rank and all others."""
 
     def __init__(
@@ -57,16 +57,16 @@ class DirectTransfer:
         return not self._works
 
 
-def start_all_gather(gathered: Tensor, x: Tensor, axis: Axis) -> DirectTransfer:
+def start_all_gather(gathered: Tensor, x: Tensor, axis: Axis) -> Exchange:
     """Fill `gathered` [n * size, ...] with every rank's contiguous `x` [n, ...], which may be the own part of it."""
     parts = gathered.view(axis.size, *x.shape)
     if parts[axis.rank].data_ptr() != x.data_ptr():
         parts[axis.rank].copy_(x)
     works = _exchange([x] * axis.size, parts, axis)
-    return DirectTransfer(works, x, total=gathered)
+    return Exchange(works, x, total=gathered)
 
 
-def start_reduce_scatter(part: Tensor, x: Tensor, axis: Axis) -> DirectTransfer:
+def start_reduce_scatter(part: Tensor, x: Tensor, axis: Axis) -> Exchange:
     """Sum the contiguous `x` [n * size, ...] over the ranks into `part` [n, ...], which may be the own part of it."""
     parts = x.view(axis.size, *part.shape)
     arriving = [torch.empty_like(part) for _ in range(axis.size - 1)]
@@ -74,7 +74,7 @@ def start_reduce_scatter(part: Tensor, x: Tensor, axis: Axis) -> DirectTransfer:
     works = _exchange(parts, [*arriving[:rank], part, *arriving[rank:]], axis)
     # Counted from this rank, so that no rank's part comes first in all sums.
     in_order = arriving[rank:] + arriving[:rank]
-    return DirectTransfer(works, parts[rank], in_order, total=part)
+    return Exchange(works, parts[rank], in_order, total=part)
 
 
 def _exchange(outgoing: Sequence[Tensor] | Tensor, incoming: Sequence[Tensor] | Tensor, axis: Axis) -> list[dist.Work]:
