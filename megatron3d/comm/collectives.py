@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron3d.comm import direct
 from megatron3d.comm.mesh import Axis
 from megatron3d.comm.waiting import Waiting
 
@@ -29,7 +28,7 @@ class Pending:
     """A collective on its way: `wait` returns its result once it is there."""
 
     def __init__(
-        self, result: Tensor, work: direct.Work | None = None, axis: Axis | None = None, collective: str = ""
+        self, result: Tensor, work: dist.Work | None = None, axis: Axis | None = None, collective: str = ""
     ) -> None:
         """`axis` and `collective` name what is waited for; only a result that is there already needs none."""
         self._result, self._work = result, work
@@ -66,7 +65,9 @@ def start_all_gather(x: Tensor, axis: Axis) -> Pending:
         return Pending(x)
     gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     axis.meter.add(axis.name, "all_gather", gathered.nbytes)
-    return Pending(gathered, _start_gather(gathered, x.contiguous(), axis), axis, "all_gather")
+    return Pending(
+        gathered, _gather_flat(gathered, x.contiguous(), group=axis.group, async_op=True), axis, "all_gather"
+    )
 
 
 def start_all_gather_into(gathered: Tensor, x: Tensor, axis: Axis) -> Pending:
@@ -76,7 +77,7 @@ def start_all_gather_into(gathered: Tensor, x: Tensor, axis: Axis) -> Pending:
             gathered.copy_(x)
         return Pending(gathered)
     axis.meter.add(axis.name, "all_gather", gathered.nbytes)
-    return Pending(gathered, _start_gather(gathered, x, axis), axis, "all_gather")
+    return Pending(gathered, _gather_flat(gathered, x, group=axis.group, async_op=True), axis, "all_gather")
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
@@ -86,7 +87,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     _require_divisible(x.shape[0], axis)
     part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     axis.meter.add(axis.name, "reduce_scatter", x.nbytes)
-    return Pending(part, _start_scatter(part, x.contiguous(), axis), axis, "reduce_scatter")
+    return Pending(part, _scatter_flat(part, x.contiguous(), group=axis.group, async_op=True), axis, "reduce_scatter")
 
 
 def start_reduce_scatter_into(part: Tensor, x: Tensor, axis: Axis) -> Pending:
@@ -98,7 +99,7 @@ def start_reduce_scatter_into(part: Tensor, x: Tensor, axis: Axis) -> Pending:
         return Pending(part)
     _require_divisible(x.shape[0], axis)
     axis.meter.add(axis.name, "reduce_scatter", x.nbytes)
-    return Pending(part, _start_scatter(part, x, axis), axis, "reduce_scatter")
+    return Pending(part, _scatter_flat(part, x, group=axis.group, async_op=True), axis, "reduce_scatter")
 
 
 def all_reduce(x: Tensor, axis: Axis, *, reduction: str = "sum") -> Tensor:
@@ -181,22 +182,6 @@ def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
         all_reduce(torch.zeros(1, device=_device_of(axis)), axis)
-
-
-def _start_gather(gathered: Tensor, x: Tensor, axis: Axis) -> direct.Work:
-    """The contiguous `x` of all ranks into `gathered`, by messages where the backend is gloo."""
-    if not axis.by_messages:
-        return _gather_flat(gathered, x, group=axis.group, async_op=True)
-    with _waiting("all_gather", axis):  # a peer that is gone may be found when the message is posted
-        return direct.start_all_gather(gathered, x, axis)
-
-
-def _start_scatter(part: Tensor, x: Tensor, axis: Axis) -> direct.Work:
-    """The sum of the contiguous `x` of all ranks into their parts, by messages where the backend is gloo."""
-    if not axis.by_messages:
-        return _scatter_flat(part, x, group=axis.group, async_op=True)
-    with _waiting("reduce_scatter", axis):
-        return direct.start_reduce_scatter(part, x, axis)
 
 
 def _waiting(collective: str, axis: Axis) -> Waiting:

@@ -33,7 +33,6 @@ class Axis:
         ranks: their global ranks, in order.
         group: the process group, None where size is 1.
         meter: counts what is communicated.
-        by_messages: whether gathers and reduce-scatters are made of messages (`direct.py`), as gloo's are.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Axis:
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None
     meter: Meter
-    by_messages: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,7 @@ def make_mesh(layout: Layout, *, timeout: timedelta = timedelta(minutes=10)) -> 
         key = (name if name in _OWN_GROUP else "", groups)
         if key not in made:
             made[key] = _new_groups(groups, timeout)
-        group = made[key] if len(ranks) > 1 else None
-        by_messages = group is not None and dist.get_backend(group) == "gloo"
-        axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, group, meter, by_messages)
+        axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, made[key] if len(ranks) > 1 else None, meter)
     return Mesh(layout, rank, meter, Axis("alone", 1, 0, (rank,), None, meter), **axes)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class _Done(dist.Work):
-    """A collective that is over, and what its backend would hold until somebody waits for it."""
+    """A collective that is over, and the copy that its backend would hold until somebody waits for it."""
 
     def __init__(self, copy: Tensor | None = None) -> None:
         super().__init__()
@@ -32,8 +32,8 @@ class _Done(dist.Work):
 class ShapeOnlyGroup(dist.ProcessGroup):
     """The collectives of `comm/collectives.py` that layers use; any other fails.
 
-    `copies` means that the collectives take the memory that those on gloo take (`direct.py`): a reduce-scatter holds
-    the parts of all other ranks until it is waited for. NCCL's take none.
+    `copies` means that the collectives take the memory that gloo's take: a gather as much again as it brings while it
+    starts, a reduce-scatter as much again as it reads until it is waited for. NCCL's take none.
     """
 
     def __init__(self, rank: int, size: int, *, copies: bool) -> None:
@@ -47,10 +47,12 @@ class ShapeOnlyGroup(dist.ProcessGroup):
         return _Done()
 
     def _allgather_base(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
+        if self._copies:
+            output.new_empty(output.shape)
         return _Done()
 
     def _reduce_scatter_base(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
-        return _Done(input.new_empty(input.numel() - output.numel()) if self._copies else None)
+        return _Done(input.new_empty(input.shape) if self._copies else None)
 
     def alltoall_base(
         self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None

@@ -33,7 +33,7 @@ from megatron3d.planner.save_copy import save_copy_bytes
 from megatron3d.planner.sizes import BYTES, FP32
 from megatron3d.planner.stage_records import StageRecords
 from megatron3d.planner.stage_run import message_bytes
-from megatron3d.planner.temporaries import update_temporary
+from megatron3d.planner.temporaries import publish_temporary, update_temporary
 from megatron3d.planner.timeline import RankStages, peak_use
 from megatron3d.planner.transient import TransientPlan, TransientUnit
 from megatron3d.zero.cut_tables import BLOCKS_AT_ONCE, block_name
@@ -134,8 +134,8 @@ def ledger_of_rank(
         sends_linger=device_type == "cpu",
     )
     in_step = peak_use(stages, *row)
-    update = MemoryUse(work=update_temporary(parallel, optim, units, device_type=device_type))
-    peak = max(in_step, update, key=lambda one: one.total)
+    after = max(one(parallel, optim, units, device_type=device_type) for one in (publish_temporary, update_temporary))
+    peak = max(in_step, MemoryUse(work=after), key=lambda one: one.total)
     copy = save_copy_bytes(parallel, optim, config.checkpoint, parts)
     return Ledger(pp_rank, state, peak.activations, peak.total - peak.activations, save_copy=copy)
 
@@ -146,16 +146,16 @@ def sharing_of(
     """What each stage of a rank gathers for a while."""
     policy = policy_of(parallel.zero_stage)
     gradient, element = 2 if parallel.grad_reduce_in_bf16 else FP32, BYTES[precision]
-    num_shards = shard_size(parallel)
-    from_others = (
-        (num_shards - 1) / num_shards if device_type == "cpu" else 0
-    )  # gloo's: the parts of all other ranks arrive
+    copies = device_type == "cpu" and shard_size(parallel) > 1
+    is_fetched = parallel.offload_params != "none"
     blocks = blocks_of(parallel, parts.units)
     units = {
         name: TransientUnit(
             gradients=layout.length * gradient if policy.shard_grads and layout.trains else 0,
             weights=layout.length * element if policy.shard_params else 0,
-            scatter=int(layout.length * gradient * from_others) if layout.trains else 0,
+            scatter=layout.length * gradient if copies and layout.trains else 0,
+            gather=layout.length * element if copies else 0,
+            is_fetched=is_fetched,
         )
         for name, layout in parts.units.items()
         if name not in blocks
@@ -163,10 +163,11 @@ def sharing_of(
     for name, found in blocks.items():
         sizes = [parts.units[name].length * block.rows_of_each // block.rows_per_rank for block in found]
         largest = max(sizes) * element
-        units[name] = TransientUnit(weights=BLOCKS_AT_ONCE * largest)
+        gather = largest if copies else 0
+        units[name] = TransientUnit(weights=BLOCKS_AT_ONCE * largest, gather=gather, is_fetched=is_fetched)
         for number, size in enumerate(sizes if parts.units[name].trains else []):
             units[block_name(name, number)] = TransientUnit(
-                gradients=size * gradient, scatter=int(size * gradient * from_others), is_block=True
+                gradients=size * gradient, scatter=size * gradient if copies else 0, is_block=True
             )
     users = [name for stage in parts.stages.values() for name in stage.units()]
     twice = frozenset(name for name in users if users.count(name) > 1)

@@ -34,6 +34,7 @@ class Kind(Enum):
     LEAVE = "a forward leaves a place"
     ENTER_BACKWARD = "a backward comes to a place"
     LEAVE_BACKWARD = "a backward leaves a place"
+    GATHER_BLOCK = "a block of a table is gathered"
     ARRIVE = "a gradient of a unit needs its buffer"
     DEFERRED = "weight gradients of a unit, which were deferred, come next"
     CONTRIBUTE = "a gradient of a unit has been added to its buffer"

@@ -132,6 +132,8 @@ def _apply_to_transient(event: Event, transient: TransientForecast) -> None:
         transient.enter_backward(event.name)
     elif event.kind is Kind.LEAVE_BACKWARD:
         transient.leave_backward(event.name)
+    elif event.kind is Kind.GATHER_BLOCK:
+        transient.gather_block(event.name)
     elif event.kind is Kind.ARRIVE:
         transient.arrive(event.name)
     elif event.kind is Kind.CONTRIBUTE:

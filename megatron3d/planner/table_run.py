@@ -59,8 +59,10 @@ class RecordedTable:
         return self._blocks[0].num_ranks * self._blocks[0].rows_per_rank
 
     def weights(self) -> Iterator[tuple[RowBlock, Tensor]]:
-        """Every block; they have their room already."""
-        yield from zip(self._blocks, self._weights, strict=True)
+        """Every block; a gather of each is noted."""
+        for block, weight_NH in zip(self._blocks, self._weights, strict=True):
+            self._recorder.mark(Kind.GATHER_BLOCK, self._unit)
+            yield block, weight_NH
 
     def buffers(self) -> Iterator[tuple[RowBlock, Tensor]]:
         """Every block; that its gradient needs a buffer, and that it has come, is noted."""

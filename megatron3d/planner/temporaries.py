@@ -13,10 +13,20 @@ from megatron3d.optim.flat import CHUNK_CPU, CHUNK_DEVICE
 from megatron3d.params.spec import ParamKind
 from megatron3d.planner.layout import layout_of
 from megatron3d.planner.memory import shard_size
-from megatron3d.planner.sizes import FP32
+from megatron3d.planner.sizes import BYTES, FP32
 from megatron3d.zero.flat import FlatLayout, Slot
 from megatron3d.zero.full_parameters import assign_owners
 from megatron3d.zero.kinds import KINDS
+from megatron3d.zero.policy import policy_of
+
+
+def publish_temporary(
+    parallel: ParallelConfig, optim: OptimConfig, units: Iterable[FlatLayout], *, device_type: str
+) -> int:
+    """Bytes that the gathers of updated weights take for themselves: gloo's as much again as they bring."""
+    if device_type != "cpu" or shard_size(parallel) == 1 or policy_of(parallel.zero_stage).shard_params:
+        return 0
+    return sum(layout.length for layout in units if layout.trains) * BYTES[optim.precision]
 
 
 def update_temporary(

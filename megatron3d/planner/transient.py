@@ -23,14 +23,17 @@ from megatron3d.zero.gatherer import UnitGatherer
 class TransientUnit:
     """Bytes of one unit that come and go: its whole gradients and its whole weights, 0 where they stay.
 
-    `scatter` is what a reduction takes for itself until it is waited for, as those on gloo do. A table that comes in
-    blocks has the room for its blocks of weights, and each of its blocks (`is_block`) has gradients, which are reduced
-    after each contribution.
+    `scatter` is what a reduction takes for itself until it is waited for, as gloo's do; `gather` is the same of a
+    gather, which is over long before anybody waits for it. `is_fetched` says that the weights come from a backing off
+    the device first, and are gathered only when waited for. A table that comes in blocks has the room for its blocks
+    of weights, and each of its blocks (`is_block`) has gradients, which are reduced after each contribution.
     """
 
     gradients: int = 0
     weights: int = 0
     scatter: int = 0
+    gather: int = 0
+    is_fetched: bool = False
     is_block: bool = False
 
 
@@ -75,25 +78,34 @@ class _Total:
         self.held_bytes += size_bytes
         self.highest = max(self.highest, self.held_bytes)
 
+    def touch(self, size_bytes: int) -> None:
+        """Take and release at once."""
+        self.highest = max(self.highest, self.held_bytes + size_bytes)
+
 
 class _Counted:
-    """A unit's weights as the gatherer knows them: here or on their way, or not."""
+    """A unit's weights as the gatherer knows them: here, on their way, or not."""
 
     def __init__(self, unit: TransientUnit, total: _Total) -> None:
-        self._unit, self._total, self._is_here = unit, total, False
+        self._unit, self._total, self._is_here, self._is_moving = unit, total, False, False
 
     def start_gather(self) -> None:
         """They are coming."""
         if not self._is_here:
-            self._is_here = True
+            self._is_here = self._is_moving = True
             self._total.add(self._unit.weights)
+            self._total.touch(0 if self._unit.is_fetched else self._unit.gather)
 
     def finish_gather(self) -> None:
-        """They may be read: they have had their memory since they were coming."""
+        """They may be read."""
+        if self._is_moving:
+            self._is_moving = False
+            self._total.touch(self._unit.gather if self._unit.is_fetched else 0)
 
     def free(self) -> None:
         """They are gone."""
         if self._is_here:
+            self.finish_gather()
             self._is_here = False
             self._total.add(-self._unit.weights)
 
@@ -153,6 +165,10 @@ class TransientForecast:
         """A backward leaves it; the embedding, whose input takes no gradient, never says so."""
         if self.plan.shard_weights and place != "embedding":
             self._gatherer.release_weights(place, backward=True)
+
+    def gather_block(self, unit: str) -> None:
+        """A block of a table is gathered into the room that there is for it."""
+        self._total.touch(self.plan.units[unit].gather)
 
     # --- Gradients -----------------------------------------------------------------------------------------------
 

@@ -58,27 +58,6 @@ def test_gathering_into_the_buffer_that_holds_the_own_part_fills_the_others(pool
     assert pool.run(3, _gather_in_place) == [[1.0, 1.0, 2.0, 2.0, 3.0, 3.0]] * 3
 
 
-def _several_in_flight(rank: int, world_size: int) -> None:
-    """Gathers and sums of several sizes on two axes with the same ranks, waited for in the opposite order."""
-    mesh = make_mesh(Layout(dp=world_size))
-    sizes = [3, 1000, 1, 70_000]
-    started, expected = [], []
-    for number, (size, axis) in enumerate(zip(sizes, [mesh.grad, mesh.shard, mesh.grad, mesh.batch], strict=True)):
-        parts = torch.stack([_of(100 * number + r, world_size, size) for r in range(world_size)])
-        started += [
-            collectives.start_all_gather(parts[rank], axis),
-            collectives.start_reduce_scatter_into(parts[rank][rank], parts[rank].flatten(), axis),
-        ]
-        expected += [parts.clone().flatten(0, 1), parts.sum(0)[rank]]
-    for pending, wanted in reversed([*zip(started, expected, strict=True)]):
-        torch.testing.assert_close(pending.wait(), wanted)
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_collectives_in_flight_together_keep_their_own_results(pool: Pool, world_size: int) -> None:
-    pool.run(world_size, _several_in_flight)
-
-
 def _counts(rank: int, world_size: int) -> tuple[dict[tuple[str, str], tuple[int, int]], bool]:
     mesh = make_mesh(Layout(tp=2, dp=2))
     x = torch.zeros(4, 6)

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from megatron3d.comm import collectives, p2p
 from megatron3d.comm.device import HostCopies
-from megatron3d.comm.mesh import Axis
 from megatron3d.offload.block_file import BlockFile
 from megatron3d.offload.file_store import FileStore
 from megatron3d.zero.block_buffers import BlockedWeights
@@ -84,8 +83,8 @@ class Detector:
         for owner, name, value in (
             (collectives, "dist", shim),
             (p2p, "dist", shim),
-            (collectives, "_start_gather", _gather(self, collectives._start_gather)),
-            (collectives, "_start_scatter", _scatter(self, collectives._start_scatter)),
+            (collectives, "_gather_flat", _gather(self, collectives._gather_flat)),
+            (collectives, "_scatter_flat", _scatter(self, collectives._scatter_flat)),
             (HostCopies, "start", _host_copy(self)),
             (FileStore, "start_read", _file_read(self, FileStore.start_read)),
             (FileStore, "start_write", _file_write(self, FileStore.start_write)),
@@ -214,9 +213,9 @@ class _Distributed:
 
 
 def _gather(detector: Detector, real: Callable[..., Any]) -> Callable[..., Watched]:
-    def gather(whole: Tensor, x: Tensor, axis: Axis) -> Watched:
+    def gather(whole: Tensor, x: Tensor, *, group: Any, async_op: bool) -> Watched:
         private, source = torch.empty_like(whole), x.detach().clone()
-        work = real(private, source, axis)
+        work = real(private, source, group=group, async_op=async_op)
         # This rank's part of the destination, where that is the source, may be read all along.
         spares = _elements_of(x, whole)
         return detector.watch("all_gather", work.wait, reads=[x], lands_in=private, lands_at=whole, spares=spares)
@@ -225,9 +224,9 @@ def _gather(detector: Detector, real: Callable[..., Any]) -> Callable[..., Watch
 
 
 def _scatter(detector: Detector, real: Callable[..., Any]) -> Callable[..., Watched]:
-    def scatter(part: Tensor, x: Tensor, axis: Axis) -> Watched:
+    def scatter(part: Tensor, x: Tensor, *, group: Any, async_op: bool) -> Watched:
         private, source = torch.empty_like(part), x.detach().clone()
-        work = real(private, source, axis)
+        work = real(private, source, group=group, async_op=async_op)
         if _elements_of(part, x) is None:
             return detector.watch("reduce_scatter", work.wait, reads=[x], lands_in=private, lands_at=part)
         # In place the rest of the source is undefined, also afterwards.
