@@ -52,7 +52,7 @@ def test_both_berts_have_the_same_parameters_and_begin_with_the_same_loss() -> N
     work = replace(TINY, vocab_size=512)
     theirs, ours = (importlib.import_module(peer.module).build(work) for peer in PEERS_OF_BERT)
     assert theirs.num_parameters == ours.num_parameters
-    assert theirs.step() == pytest.approx(ours.step(), rel=0.02)  # both are near log(512) + log(2) at their start
+    assert theirs.step() == pytest.approx(ours.step(), rel=0.05)  # near log(512) + log(2), other draws
 
 
 @pytest.mark.heavy
