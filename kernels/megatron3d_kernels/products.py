@@ -37,7 +37,7 @@ _LEAST_ROWS = 64
 """Rows of a block, however wide: with fewer the time goes into reading the other operand again."""
 _WORTH_A_COPY = 2
 """How many times wider one bf16 operand must be for a copy of the other to cost less than it saves; between operands
-of one width it costs more (`tools/bench/matmul.py`)."""
+of one width it costs more."""
 
 
 def has_onednn() -> bool:

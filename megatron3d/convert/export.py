@@ -6,6 +6,7 @@ The padding of the vocabulary exists in memory alone (see docs/decisions/0003) a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,6 +135,7 @@ def _num_classes_here(index: Index) -> int | None:
 def _rows_here(family: Family, model: ModelConfig, index: Index, checkpoint: Path) -> list[TensorRule]:
     """The rows of the components that a checkpoint has, each whole; none of its weights may be left over."""
     stored = {n.removeprefix("model/"): t.shape for n, t in index.tensors.items() if n.startswith("model/")}
+    stored = {n: shape for n, shape in stored.items() if not any(re.fullmatch(p, n) for p in family.for_training)}
     check_num_layers(model, len(stored), checkpoint / "run.json")
     rows = family.rows(model, _num_classes_here(index) or 2)
     components = {"trunk", *(row.component for row in rows if row.ours in stored)}

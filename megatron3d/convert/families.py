@@ -32,7 +32,7 @@ def family_of(model: ModelConfig) -> Family:
             "be exported; its architecture would name one in hf_families"
         )
     misfits = {kind: FAMILIES[kind].misfits(model) for kind in known}
-    nearest = min(misfits, key=lambda kind: len(misfits[kind]))
+    nearest = min(reversed(misfits), key=lambda kind: len(misfits[kind]))  # of two as near the later, which has more
     if misfits[nearest]:
         raise ConfigError(
             f"no model of Hugging Face's that we know computes the same: the nearest is {nearest}, but here "

@@ -125,6 +125,7 @@ class Family:
         rows: the tensors of the model, given also how many classes its classifier has.
         class_name: transformers' class that has exactly these components.
         derived: patterns of names whose tensors follow from the others (masks, copies of a tied table).
+        for_training: patterns of our names whose tensors only training reads, and which therefore do not leave.
         copies: tensors that are written a second time under another name: there -> of which; given the model.
     """
 
@@ -136,6 +137,7 @@ class Family:
     rows: Callable[[ModelConfig, int], list[TensorRule]]
     class_name: Callable[[frozenset[Component]], str]
     derived: tuple[str, ...] = ()
+    for_training: tuple[str, ...] = ()
     copies: Callable[[ModelConfig], Mapping[str, str]] = field(default=lambda model: {})
 
 

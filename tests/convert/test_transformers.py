@@ -7,6 +7,7 @@ writes what is imported and reads what is exported.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from megatron3d.config.cli import parse_args
 from megatron3d.convert.export import export_model
 from megatron3d.convert.hf import read_model, save_model
 from megatron3d.data.loader import GlobalBatches
+from megatron3d.errors import ConfigError
 from megatron3d.models.zoo import architecture_of
 from megatron3d.optim.schedule import settings_from_config
 from megatron3d.train import state
@@ -112,6 +114,23 @@ def test_logits_of_imported_experts_are_the_same_where_ranks_hold_some_of_them(
     for one in pool.run(2, said, checkpoint, Layout(tp=2, ep=2, etp=1), batch):
         assert one is not None, "every rank has the last stage"
         compare(one, expected_of(theirs, batch), batch)
+
+
+def test_what_only_training_reads_of_experts_does_not_leave(tmp_path: Path) -> None:
+    found = read_model(imported("mixtral", tmp_path)[1])
+    state = {f"layers.{layer}.mlp.router.previous": torch.ones(4, dtype=torch.int64) for layer in range(2)}
+    whole = replace(found, tensors={**found.tensors, **state})
+    export_model(save_model(whole, tmp_path / "trained"), tmp_path / "there")
+    again = read_model(tmp_path / "there").tensors
+    assert again.keys() == found.tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in found.tensors.items())
+
+
+def test_experts_with_a_capacity_have_no_place_there(tmp_path: Path) -> None:
+    found = read_model(imported("mixtral", tmp_path)[1])
+    limited = replace(found, model=replace(found.model, moe_expert_capacity_factor=1.25))
+    with pytest.raises(ConfigError, match=r"moe_expert_capacity_factor 1\.25"):
+        export_model(save_model(limited, tmp_path / "trained"), tmp_path / "there")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -36,8 +36,10 @@ _NOT_THERE = {
     "moe_router_num_groups": None,
     "moe_router_topk_scaling_factor": None,
     "moe_shared_expert_intermediate_size": None,
+    "moe_expert_capacity_factor": None,
     "moe_router_force_load_balancing": False,
 }
+_FOR_TRAINING = (r"layers\.\d+\.mlp\.router\.previous",)  # of the loss of balance over the global batch
 
 
 def _given(hf: HfConfig) -> dict[str, Any]:
@@ -165,6 +167,7 @@ MIXTRAL = Family(
     misfits=_mixtral_misfits,
     rows=_mixtral_rows,
     class_name=_class_name_of("Mixtral"),
+    for_training=_FOR_TRAINING,
     derived=(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
 )
 
@@ -234,5 +237,6 @@ QWEN3_MOE = Family(
     misfits=_qwen3_misfits,
     rows=_qwen3_rows,
     class_name=_class_name_of("Qwen3Moe"),
+    for_training=_FOR_TRAINING,
     derived=(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
 )
