@@ -76,7 +76,7 @@ class AsyncSave:
         return self._writer.has_ended()
 
     def is_written_within(self, timeout_s: float) -> bool:
-        """The same after so many seconds at most."""
+        """Wait up to `timeout_s` seconds for `is_written`; returns whether it holds."""
         return self._writer.has_ended(timeout_s=timeout_s)
 
     def begin(

@@ -28,7 +28,7 @@ class HostBuffer:
         self.data: NDArray[np.uint8] = np.empty(0, np.uint8)
 
     def reserve(self, size_bytes: int) -> None:
-        """Have at least so many bytes, all of them in memory.
+        """Grow the buffer to at least `size_bytes`, with every page allocated.
 
         Raises:
             MemoryShortError: the system has no more.
@@ -52,7 +52,7 @@ class HostBuffer:
             ) from error
 
     def follow(self, size_bytes: int) -> None:
-        """Map at least so many bytes, which the process that made the buffer has reserved."""
+        """Map at least `size_bytes`, which the process that made the buffer has reserved."""
         if size_bytes > len(self.data):
             self._map(size_bytes, 0)
 

@@ -73,13 +73,13 @@ def balance_losses(kinds: tuple[str, ...], coefficients: tuple[str, ...]) -> tup
         )
     if len(set(names)) < len(names):
         raise ValueError(f"--moe-router-load-balancing-type {' '.join(names)} names a loss twice; name it once")
-    words = coefficients or (str(DEFAULT_BALANCE_COEFFICIENT),) * len(names)
-    if len(words) != len(names):
+    texts = coefficients or (str(DEFAULT_BALANCE_COEFFICIENT),) * len(names)
+    if len(texts) != len(names):
         raise ValueError(
-            f"--moe-aux-loss-coeff {' '.join(words)} has {len(words)} weights for the {len(names)} losses of "
+            f"--moe-aux-loss-coeff {' '.join(texts)} has {len(texts)} weights for the {len(names)} losses of "
             f"--moe-router-load-balancing-type ({', '.join(names)}); give one for each"
         )
-    weights = [_weight(word) for word in words]
+    weights = [_weight(text) for text in texts]
     return tuple((name, weight) for name, weight in zip(names, weights, strict=True) if weight)
 
 

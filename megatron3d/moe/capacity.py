@@ -1,4 +1,4 @@
-"""Capacity: at most so many tokens of a sequence for one expert, and which of them are dropped where more choose it.
+"""Expert capacity: the most tokens of a sequence that one expert takes, and which are dropped when more choose it.
 
     C = ceil(K S / E x factor)        of each sequence of S tokens and each of E experts, K choices of a token
 

@@ -317,8 +317,7 @@ def _record_bytes(optim: OptimConfig, length: int) -> int:
 
 
 def _offload_buffers(parallel: ParallelConfig, optim: OptimConfig, lengths: Sequence[int]) -> StateForecast:
-    """What offloading holds on the host beside the records, which hold so many elements each, once a step has been
-    made."""
+    """Host memory that offloading holds after the first step besides the records; `lengths` are their elements."""
     element = BYTES[optim.precision]
     if parallel.offload_optimizer == "none" or not lengths:
         return StateForecast()

@@ -173,7 +173,7 @@ class TransientForecast:
     # --- Gradients -----------------------------------------------------------------------------------------------
 
     def begin_backward(self, contributions: Counter[str], *, is_last: bool) -> None:
-        """A backward begins that brings so many gradients to each unit; `is_last` says that no more will come."""
+        """Begin a backward that brings `contributions` gradients to each unit; `is_last` means no backward follows."""
         self._outstanding, self._is_last = Counter(contributions), is_last
         self._gatherer.begin_backward()
 

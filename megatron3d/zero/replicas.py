@@ -5,9 +5,9 @@ data-parallel replicas, parameters that tensor parallelism does not cut, and the
 in one of them makes ranks train different models, and no loss shows it. So each rank hashes its bits, and the ranks of
 each axis compare hashes: one small all-gather per axis.
 
-The hash is a sum of the bits, in words of 64, times odd weights, modulo 2**64. An odd weight has an inverse, so a
-change within a single word always changes the sum, and as integers add up exactly its order does not matter: it is
-computed where the values are.
+The hash reads the bits as 64-bit words, multiplies each by an odd weight and sums the products modulo 2**64. An odd
+weight has an inverse, so a change within a single word always changes the sum. Integer addition is exact, so the order
+of the sum does not matter, and each device hashes its own values.
 """
 
 from __future__ import annotations

@@ -325,8 +325,9 @@ def seed_of(directory: Path | None) -> int:
 
 
 def killed_while_saving(root: Path, at: crash.Calls | None, polls: int | None) -> tuple[int, int]:
-    """Save step 20 in a forked process that is killed at a call to the system, or after so many looks whether its
-    writer has ended; its exit code, and the number of its writer process."""
+    """Save step 20 in a forked process that is killed at a system call, or after polling its writer `polls` times.
+
+    Returns its exit code and the pid of its writer."""
     note = root.parent / f"{root.name}.pid"
 
     def body() -> None:
