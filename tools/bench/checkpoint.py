@@ -61,7 +61,8 @@ def compare_checkpoints(megabytes: int, *, num_rounds: int, directory: Path | No
         take_turns(ways, 1)
         seconds, _ = take_turns(ways, num_rounds)
     checksums_s = statistics.median(seconds.pop(CHECKSUMS))
-    caption = f"{megabytes} MB of fp32 in one process, {torch.get_num_threads()} threads: {num_rounds} rounds."
+    threads = torch.get_num_threads()
+    caption = f"{megabytes} MB of fp32 in one process, threads of a process {threads}: {num_rounds} rounds."
     table = Table("checkpoint", caption, COLUMNS)
     for name, times in seconds.items():
         ours = LOAD if "load" in name else SAVE
@@ -92,7 +93,7 @@ def compare_stalls(megabytes: int, *, num_rounds: int, directory: Path | None = 
         seconds, _ = take_turns(ways, num_rounds)
     caption = (
         f"Training stands still for a save of {megabytes} MB of fp32 that is written while it goes on, in one process, "
-        f"{torch.get_num_threads()} threads: {num_rounds} rounds."
+        f"threads of a process {torch.get_num_threads()}: {num_rounds} rounds."
     )
     table = Table("stall", caption, STALL_COLUMNS)
     for name, times in seconds.items():

@@ -121,5 +121,5 @@ def describe(work: Work, num_rounds: int, num_steps: int) -> str:
         f"{work.num_layers} layers, hidden {work.hidden_size}, {work.num_attention_heads} heads, sequence "
         f"{work.seq_length}, vocabulary {work.vocab_size:,}, micro-batch {work.micro_batch}, {work.dtype}, "
         f"threads of a process {work.threads}, {os.cpu_count()} cores of {processor_name()}: medians of "
-        f"{num_rounds} rounds of {num_steps} steps."
+        f"{num_rounds} rounds of {num_steps} step{'s' * (num_steps != 1)}."
     )
