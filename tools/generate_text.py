@@ -5,7 +5,7 @@
         --json --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --temperature 0.8 --top-p 0.95
 
 The model's shape and its tokenizer are those of `run.json` in the checkpoint; any layout reads any checkpoint. The
-prompts are divided among the data-parallel replicas. See docs/generation.md.
+prompts are divided among the data-parallel replicas, unless these share experts. See docs/generation.md.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     run = p.add_argument_group("where it runs")
     run.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share a layer")
     run.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share depth")
+    run.add_argument(
+        "--expert-model-parallel-size", type=int, default=1, metavar="N", help="ranks that hold different experts"
+    )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one, else cpu")
     run.add_argument("--bf16", action="store_true", help="compute in bf16 (default fp32, whatever trained it)")
     run.add_argument(
@@ -155,6 +158,7 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
     parallel = GivenParallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
         device=args.device,
     )
     if not stored.model.is_causal:

@@ -9,9 +9,9 @@ its 1.3B row prints 24 heads of 128 for a width of 2048, which does not give 1.3
 Smith et al. 2022 (arXiv:2201.11990), section 3.1. megatron-*: Narayanan et al. 2021 (arXiv:2104.04473), table 1.
 Llama 2: Touvron et al. 2023 (arXiv:2307.09288); Llama 3: Grattafiori et al. 2024 (arXiv:2407.21783), table 3, at the
 sequence length of their first training phase. Mixtral: Jiang et al. 2024 (arXiv:2401.04088), table 1; Qwen3: Yang et
-al. 2025 (arXiv:2505.09388), table 2; deepspeed-moe: Rajbhandari et al. 2022 (arXiv:2201.05596), table 2. BERT: Devlin
-et al. 2018 (arXiv:1810.04805), section 3, with the norm's epsilon and vocabulary of the released weights;
-megatron-bert-*: Shoeybi et al. 2019 (arXiv:1909.08053), table 4.
+al. 2025 (arXiv:2505.09388), table 2; OLMoE: Muennighoff et al. 2024 (arXiv:2409.02060), table 1; deepspeed-moe:
+Rajbhandari et al. 2022 (arXiv:2201.05596), table 2. BERT: Devlin et al. 2018 (arXiv:1810.04805), section 3, with the
+norm's epsilon and vocabulary of the released weights; megatron-bert-*: Shoeybi et al. 2019 (arXiv:1909.08053), table 4.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ _LLAMA2 = _LlamaFamily("Touvron et al. 2023, with the counts of the released wei
 _LLAMA3 = _LlamaFamily("Grattafiori et al. 2024, with the counts of the released weights", 128256, 8192, 500000.0)
 _MIXTRAL = _LlamaFamily("Jiang et al. 2024, with the counts of the released weights", 32000, 32768, 1e6)
 _QWEN3 = _LlamaFamily("Yang et al. 2025, with the counts of the released weights", 151936, 32768, 1e6)
+_OLMOE = _LlamaFamily("Muennighoff et al. 2024, with the counts of the released weights", 50304, 4096, 10000.0)
 _DEEPSPEED_MOE = _GPTFamily("Rajbhandari et al. 2022, table 2", 50257, 2048)
 _BERT = _BertFamily("Devlin et al. 2018, section 3", "post", 1e-12)
 _MEGATRON_BERT = _BertFamily("Shoeybi et al. 2019, table 4", "pre", 1e-5)
@@ -184,6 +185,20 @@ _ROWS: tuple[Preset, ...] = (
         num_experts=128,
         moe_router_topk=8,
         moe_ffn_hidden_size=768,
+    ),
+    _OLMOE.preset(
+        "olmoe-1b-7b",
+        "6.919B",
+        layers=16,
+        hidden=2048,
+        heads=16,
+        groups=16,
+        ffn=1024,
+        qk_layernorm=True,
+        qk_layernorm_across_heads=True,
+        num_experts=64,
+        moe_router_topk=8,
+        moe_router_pre_softmax=True,
     ),
     _DEEPSPEED_MOE.preset(
         "deepspeed-moe-1.3b-128",

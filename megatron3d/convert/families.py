@@ -11,11 +11,11 @@ from megatron3d.convert.family import Family
 from megatron3d.convert.maps.bert import BERT, MEGATRON_BERT
 from megatron3d.convert.maps.gpt2 import GPT2
 from megatron3d.convert.maps.llama import LLAMA
-from megatron3d.convert.maps.mixture import MIXTRAL, QWEN3_MOE
+from megatron3d.convert.maps.mixture import MIXTURES
 from megatron3d.errors import ConfigError
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {f.model_type: f for f in (BERT, MEGATRON_BERT, GPT2, LLAMA, MIXTRAL, QWEN3_MOE)}
+    {f.model_type: f for f in (BERT, MEGATRON_BERT, GPT2, LLAMA, *MIXTURES)}
 )
 
 

@@ -1,7 +1,8 @@
 """Generation: prompts in, the tokens that follow out, at any layout.
 
 The last stage computes the next tokens; one rank chooses, and all ranks of the model replica get its choice, so no
-rank can go another way. Prompts are divided among the data-parallel replicas.
+rank can go another way. Prompts are divided among the data-parallel replicas, unless these share
+experts.
 
 Dims: B sequences, T places (see `forward.py`), V vocabulary.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron3d.comm.collectives import broadcast, gather_values
+from megatron3d.comm.mesh import Axis, Mesh
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.errors import ConfigError, NumericsError
@@ -64,7 +66,7 @@ def generate(
     limits = new_token_limits(prompts, config.model, options)
     requests = [_Request(number, *pair) for number, pair in enumerate(zip(prompts, limits, strict=True))]
     model, config = without_sequence_parallelism(model, config)
-    readers = model.mesh.batch
+    readers = _readers(model.mesh)
     own = requests[readers.rank :: readers.size]
     ends = frozenset((eod,) if isinstance(eod, int) else eod or ())
     done: dict[int, list[int]] = {}
@@ -73,6 +75,13 @@ def generate(
         done |= batch.complete(options, frozenset() if options.ignore_eod else ends)
     by_number = {number: tokens for part in gather_values(done, readers) for number, tokens in part.items()}
     return [by_number[number] for number in range(len(prompts))]
+
+
+def _readers(mesh: Mesh) -> Axis:
+    """The ranks among which prompts are divided: not replicas of the model that share experts, which exchange rows in
+    every layer and so must compute as often as each other."""
+    holders = {*mesh.expert.ranks, *mesh.expert_tp.ranks}
+    return mesh.batch if holders <= {*mesh.tp.ranks} else mesh.alone
 
 
 def new_token_limits(prompts: Sequence[Sequence[int]], config: ModelConfig, options: SamplingOptions) -> list[int]:
@@ -139,7 +148,7 @@ class _Batch:
         return {request.number: tokens for request, tokens in zip(self.requests, new, strict=True)}
 
     def _next_tokens(self, logits_BV: Tensor | None, options: SamplingOptions, *, step: int) -> Tensor:
-        """The next token of every sequence, int64 [B], the same on all ranks of the model replica."""
+        """The next token of every sequence, int64 [B], the same on all ranks that work on it."""
         mesh, device = self.model.mesh, self.model.device
         next_B = torch.zeros(len(self.requests), dtype=torch.int64, device=device)
         if logits_BV is not None:
@@ -149,4 +158,5 @@ class _Batch:
             next_B = choose_tokens(logits_BV, options, torch.tensor(draws, dtype=torch.float64, device=device))
             # Sums of probabilities may differ in the last digit from device to device: one rank's choice counts.
             next_B = broadcast(next_B, mesh.tp)
-        return broadcast(next_B, mesh.pp, source=self.model.rows.plan.stage_to_rank[-1])
+        next_B = broadcast(next_B, mesh.pp, source=self.model.rows.plan.stage_to_rank[-1])
+        return next_B if _readers(mesh).size == mesh.batch.size else broadcast(next_B, mesh.batch)

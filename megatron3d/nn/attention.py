@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.attention_core import Masking, ProbabilityDropout, attend
 from megatron3d.nn.inputs import LayerInputs
-from megatron3d.nn.norm import Norm
+from megatron3d.nn.norm import Norm, ShardedRMSNorm, sharded_rms_norms
 from megatron3d.nn.recompute import recomputed
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
@@ -62,7 +62,10 @@ class SelfAttention(nn.Module):
             parts=(query, key, key),
         )
         self.projection = RowParallelLinear(context, query, config.hidden_size, bias=bias, init=scaled)
-        if config.qk_layernorm:
+        if config.qk_layernorm_across_heads:
+            self.query_norm = ShardedRMSNorm(config, context, query)
+            self.key_norm = ShardedRMSNorm(config, context, key)
+        elif config.qk_layernorm:
             # Every rank uses these weights on its own heads, so their gradient is a partial sum at any layout.
             self.query_norm = Norm(config, context, head, tp_gradient="partial")
             self.key_norm = Norm(config, context, head, tp_gradient="partial")
@@ -86,10 +89,13 @@ class SelfAttention(nn.Module):
             return part_SBO.unflatten(-1, (-1, self.config.kv_channels)).permute(1, 2, 0, 3)  # [B, N or G, S, D]
 
         q_SBO, k_SBO, v_SBO = self.qkv(x_SBH).split(self.local_parts, dim=-1)
+        if self.config.qk_layernorm_across_heads:
+            norms = (self.query_norm, self.key_norm)
+            q_SBO, k_SBO = sharded_rms_norms((q_SBO, k_SBO), norms, self.context)
         if self.context.kv is not None:
             k_SBO, v_SBO = self.context.whole_heads(torch.stack((k_SBO, v_SBO))).unbind()
         q, k, v = (heads(part_SBO) for part_SBO in (q_SBO, k_SBO, v_SBO))
-        if self.config.qk_layernorm:
+        if self.config.qk_layernorm and not self.config.qk_layernorm_across_heads:
             q, k = self.query_norm(q), self.key_norm(k)
         if inputs.rotary is not None:
             cos, sin = inputs.rotary

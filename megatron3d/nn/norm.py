@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
@@ -41,6 +44,34 @@ class Norm(ParallelModule):
         if self.is_rms:
             return self.kernels.rms_norm(x, weight, self.epsilon)
         return self.kernels.layer_norm(x, weight, self.bias, self.epsilon)
+
+
+class ShardedRMSNorm(ParallelModule):
+    """RMSNorm of features that are sharded over the tensor axis, of which each rank has its part, and of the weight.
+
+    The mean of squares is that of all ranks' features: `sharded_rms_norms` makes it.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, config: ModelConfig, context: LayerContext, size: int) -> None:
+        super().__init__(tp=context.tp.size)
+        self.size, self.epsilon, self.is_stored_less_one = size, config.norm_epsilon, config.apply_layernorm_1p
+        start = Init("zeros" if self.is_stored_less_one else "ones")
+        self.declare("weight", (size,), init=start, decays=False, tp_dim=0)
+
+    def forward(self, x: Tensor, squares: Tensor) -> Tensor:
+        """Normalise this rank's features, [..., size/tp]; `squares`, [...], is the sum of the squares of all ranks'."""
+        weight = self.weight.to(squares.dtype) + 1 if self.is_stored_less_one else self.weight
+        scale = (squares / self.size + self.epsilon).rsqrt().unsqueeze(-1)
+        return (x * scale).to(x.dtype) * weight.to(x.dtype)
+
+
+def sharded_rms_norms(xs: Sequence[Tensor], norms: Sequence[nn.Module], context: LayerContext) -> tuple[Tensor, ...]:
+    """Several tensors [..., features of this rank], each by its `ShardedRMSNorm`, for one sum over the ranks."""
+    wide = torch.promote_types(xs[0].dtype, torch.float32)
+    squares = context.total(torch.stack([x.to(wide).square().sum(-1) for x in xs]))
+    return tuple(norm(x, own) for norm, x, own in zip(norms, xs, squares, strict=True))
 
 
 def residual_norm(config: ModelConfig, context: LayerContext) -> Norm:

@@ -63,6 +63,10 @@ class LayerContext:
         full_length = count * self.tp.size if self.sequence_parallel else count
         return self.local_sequence(torch.arange(full_length, device=x_SBH.device))
 
+    def total(self, partial: Tensor) -> Tensor:
+        """P to R on `tp`: the sum of what the ranks have, each of which uses it in its own way."""
+        return typed.all_reduce(partial, self.tp, dst="R")
+
     def whole_heads(self, part_SBd: Tensor) -> Tensor:
         """Key and value heads, [..., D] of type R on `kv`, from the part of each that every rank of it has, [..., d] of
         type V: each rank uses its copy, so the backward sums the gradients and cuts them again."""

@@ -45,13 +45,16 @@ def test_released_weights_have_exactly_these_counts() -> None:
         "llama3-405b": 405_853_388_800,
         "mixtral-8x7b": 46_702_792_704,
         "qwen3-30b-a3b": 30_532_122_624,
+        "olmoe-1b-7b": 6_919_161_856,
         "bert-base": 110_106_428,  # with both heads of pretraining
         "bert-large": 336_226_108,
     }
     assert {name: num_parameters(PRESETS[name].model_config()) for name in released} == released
 
 
-@pytest.mark.parametrize(("name", "published"), [("mixtral-8x7b", "12.9B"), ("qwen3-30b-a3b", "3.3B")])
+@pytest.mark.parametrize(
+    ("name", "published"), [("mixtral-8x7b", "12.9B"), ("qwen3-30b-a3b", "3.3B"), ("olmoe-1b-7b", "1.3B")]
+)
 def test_a_token_passes_as_many_parameters_as_their_authors_print(name: str, published: str) -> None:
     count, rounding = printed(published)
     found = num_active_parameters(PRESETS[name].model_config())

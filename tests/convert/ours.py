@@ -17,7 +17,9 @@ from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.parallel import GivenParallel
 from megatron3d.config.serialize import from_dict
 from megatron3d.inference.embed import EmbedOptions, embed, load_encoder
+from megatron3d.inference.generate import generate
 from megatron3d.inference.load import generation_config, load_model
+from megatron3d.inference.sampling import SamplingOptions
 from megatron3d.models.bert_classifier import build_bert_classifier_stage
 from megatron3d.models.stage import MicroBatch
 from megatron3d.models.zoo import architecture_of
@@ -66,6 +68,18 @@ def said(rank: int, world_size: int, checkpoint: Path, layout: Layout, batch: Ba
     with torch.no_grad():
         model = load_model(config, mesh, torch.device("cpu"), checkpoint, builder=builder)
         return _logits(model, config, mesh, batch, scores_classes=classes is not None)
+
+
+def said_and_generated(
+    rank: int, world_size: int, checkpoint: Path, layout: Layout, batch: Batch, num_tokens: int
+) -> tuple[Said | None, Tensor]:
+    """The same of a GPT, and the tokens that greedy generation adds to each row [B, num_tokens]."""
+    config, mesh = config_at(layout, checkpoint), make_mesh(layout)
+    with torch.no_grad():
+        model = load_model(config, mesh, torch.device("cpu"), checkpoint)
+        options = SamplingOptions(num_tokens, greedy=True)
+        new = generate(model, config, batch.tokens_BS.tolist(), options, None)
+        return _logits(model, config, mesh, batch, scores_classes=False), torch.tensor(new)
 
 
 def _logits(model: Model, config: RunConfig, mesh: Mesh, batch: Batch, *, scores_classes: bool) -> Said | None:

@@ -29,7 +29,7 @@ from megatron3d.optim.schedule import settings_from_config
 from megatron3d.train import state
 from megatron3d.train.setup import build_parts
 from megatron3d.train.step import train_step
-from tests.convert.ours import Batch, Said, said
+from tests.convert.ours import Batch, Said, said, said_and_generated
 from tests.convert.theirs import CLASSES, MODELS, VOCAB, build, saved
 from tests.dist.pool import Pool
 from tests.parity.runs import BERTS as TRAINED_BERTS
@@ -105,15 +105,29 @@ def test_logits_of_an_imported_model_equal_those_of_transformers_in_one_process_
         compare(one, expected, batch)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
-def test_logits_of_imported_experts_are_the_same_where_ranks_hold_some_of_them(
-    pool: Pool, tmp_path: Path, name: str
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        (Layout(dp=2, ep=2), Layout(tp=2, ep=2, etp=1)),
+        pytest.param((Layout(tp=2, dp=2, ep=2),), marks=pytest.mark.slow),
+    ],
+    ids=["world2", "world4"],
+)
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe"])
+def test_imported_experts_give_the_same_logits_and_greedy_tokens_where_ranks_hold_some_of_them(
+    pool: Pool, tmp_path: Path, name: str, layouts: tuple[Layout, ...]
 ) -> None:
     theirs, _, checkpoint = imported(name, tmp_path)
     batch = batch_for(name)
-    for one in pool.run(2, said, checkpoint, Layout(tp=2, ep=2, etp=1), batch):
-        assert one is not None, "every rank has the last stage"
-        compare(one, expected_of(theirs, batch), batch)
+    tokens_BS = batch.tokens_BS
+    with torch.no_grad():
+        for _ in range(4):
+            tokens_BS = torch.cat([tokens_BS, theirs(tokens_BS).logits[:, -1:].argmax(-1)], 1)
+    for layout in layouts:
+        for one, generated in pool.run(layout.world_size, said_and_generated, checkpoint, layout, batch, 4):
+            assert one is not None, "every rank has the last stage"
+            compare(one, expected_of(theirs, batch), batch)
+            assert torch.equal(generated, tokens_BS[:, -4:])
 
 
 def test_what_only_training_reads_of_experts_does_not_leave(tmp_path: Path) -> None:

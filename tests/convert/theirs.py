@@ -54,6 +54,13 @@ _QWEN: dict[str, Any] = {
     "mlp_only_layers": [1],
     "tie_word_embeddings": False,
 }
+_OLMOE: dict[str, Any] = {
+    **_LLAMA,
+    "head_dim": HIDDEN // HEADS,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "tie_word_embeddings": False,
+}
 # Name -> transformers' class of the model, that of its config, and the config's values.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert-pretraining": ("BertForPreTraining", "BertConfig", _BERT),
@@ -69,6 +76,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", _LLAMA | {"num_local_experts": 4}),
     "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _QWEN),
     "qwen3-moe-normed": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _QWEN | {"norm_topk_prob": True}),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", _QWEN | {"shared_expert_intermediate_size": 20}),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", _OLMOE),
 }
 
 

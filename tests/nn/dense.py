@@ -115,12 +115,14 @@ def attention(
     if mask_BST is None:
         mask_BST = torch.ones(x_SBH.shape[1], length, length, dtype=torch.bool).tril()
     q, k, v = affine(x_SBH, weights, f"{name}.qkv").split([heads * size, groups * size, groups * size], -1)
+    if config.qk_layernorm_across_heads:
+        q, k = norm(q, weights, f"{name}.query_norm", config), norm(k, weights, f"{name}.key_norm", config)
     outputs = []
     for head in range(heads):
         group = head // (heads // groups)
         query = q[..., head * size : (head + 1) * size]
         key, value = (one[..., group * size : (group + 1) * size] for one in (k, v))
-        if config.qk_layernorm:
+        if config.qk_layernorm and not config.qk_layernorm_across_heads:
             query = norm(query, weights, f"{name}.query_norm", config)
             key = norm(key, weights, f"{name}.key_norm", config)
         if config.position_embedding_type == "rope":

@@ -60,6 +60,11 @@ CASES = [
     Case("rotation with another base", {**ROPE, "rotary_base": 500.0, "rotary_percent": 0.5, "kv_channels": 8}),
     Case("qk norm", {"qk_layernorm": True, "num_query_groups": 2}),
     Case("qk rms norm", {**LLAMA, "qk_layernorm": True, "add_qkv_bias": True}),
+    Case("qk norm across heads", {**LLAMA, "qk_layernorm": True, "qk_layernorm_across_heads": True, "kv_channels": 6}),
+    Case(
+        "qk norm across grouped heads",
+        {**LLAMA, "qk_layernorm": True, "qk_layernorm_across_heads": True, "num_query_groups": 2},
+    ),
 ]
 MULTI_QUERY = Case("multi-query", {**ROPE, "num_query_groups": 1})
 

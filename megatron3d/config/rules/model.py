@@ -47,6 +47,16 @@ def attention_rule(given: GivenModel, model: GivenModel) -> Iterator[str]:
             f"--num-query-groups {groups} does not divide --num-attention-heads {heads}; use one of "
             f"{_divisors_text(heads)}."
         )
+    if model.qk_layernorm_across_heads and not model.qk_layernorm:
+        yield (
+            "--qk-layernorm-across-heads is about the norms of queries and keys, and there are none; give "
+            "--qk-layernorm too."
+        )
+    if model.qk_layernorm_across_heads and model.normalization != "RMSNorm":
+        yield (
+            f"--qk-layernorm-across-heads is an RMSNorm, and --normalization is {model.normalization}; use "
+            "--normalization RMSNorm, or leave it out."
+        )
     if model.position_embedding_type == "rope" and model.kv_channels:
         rotated = int(model.kv_channels * model.rotary_percent)
         if rotated % 2 or rotated == 0:

@@ -89,6 +89,9 @@ class GivenTransformer:
         "--add-qkv-bias", "A bias in the query, key and value projection even with --disable-bias-linear."
     )
     qk_layernorm: bool = switch("--qk-layernorm", "Normalise each head's queries and keys.")
+    qk_layernorm_across_heads: bool = switch(
+        "--qk-layernorm-across-heads", "With --qk-layernorm: normalise those of all heads together, as OLMoE does."
+    )
     untie_embeddings_and_output_weights: bool = switch(
         "--untie-embeddings-and-output-weights", "Give the output layer weights of its own."
     )

@@ -8,6 +8,7 @@ Source of names and layouts: transformers' `modeling_llama.py` (5.23), which the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron3d.config.derive import resolve_model
@@ -126,7 +127,7 @@ def attention_rows(model: ModelConfig, ours: str, theirs: str) -> list[TensorRul
     qkv = [f"{theirs}.self_attn.{one}_proj" for one in "qkv"]
     return [
         *norm_rows(f"{ours}.attention_norm", f"{theirs}.input_layernorm", hidden, bias=False),
-        *linear_rows(f"{ours}.attention.qkv", qkv, (sum(sizes), hidden), sizes=sizes, bias=bias),
+        *linear_rows(f"{ours}.attention.qkv", qkv, (sum(sizes), hidden), sizes=sizes, bias=bias or model.add_qkv_bias),
         *linear_rows(f"{ours}.attention.projection", [f"{theirs}.self_attn.o_proj"], (hidden, sizes[0]), bias=bias),
         *norm_rows(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", hidden, bias=False),
     ]
@@ -134,11 +135,16 @@ def attention_rows(model: ModelConfig, ours: str, theirs: str) -> list[TensorRul
 
 def mlp_rows(model: ModelConfig, ours: str, theirs: str) -> list[TensorRule]:
     """The MLP of a layer that all tokens pass."""
-    hidden, inner, bias = model.hidden_size, model.ffn_hidden_size, model.add_bias_linear
-    gate_up = [f"{theirs}.mlp.{one}_proj" for one in ("gate", "up")]
+    names = [f"{theirs}.mlp.{one}_proj" for one in ("gate", "up", "down")]
+    return gated_rows(f"{ours}.mlp", names, model.hidden_size, model.ffn_hidden_size, bias=model.add_bias_linear)
+
+
+def gated_rows(ours: str, theirs: Sequence[str], hidden: int, inner: int, *, bias: bool = False) -> list[TensorRule]:
+    """A gated MLP, of which `theirs` are gate, up and down projection."""
+    gate, up, down = theirs
     return [
-        *linear_rows(f"{ours}.mlp.up", gate_up, (2 * inner, hidden), sizes=(inner, inner), bias=bias),
-        *linear_rows(f"{ours}.mlp.down", [f"{theirs}.mlp.down_proj"], (hidden, inner), bias=bias),
+        *linear_rows(f"{ours}.up", [gate, up], (2 * inner, hidden), sizes=(inner, inner), bias=bias),
+        *linear_rows(f"{ours}.down", [down], (hidden, inner), bias=bias),
     ]
 
 
