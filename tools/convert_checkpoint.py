@@ -1,9 +1,11 @@
-"""Models from Hugging Face's directories into checkpoints, and checkpoints into such directories.
+"""Models from Hugging Face's directories into checkpoints, checkpoints into such directories, and dense models into
+mixtures of experts.
 
     python tools/convert_checkpoint.py hf-import --hf bert-base-uncased --save CHECKPOINTS
     python tools/convert_checkpoint.py hf-export --load CHECKPOINTS --hf NEW_DIRECTORY
+    python tools/convert_checkpoint.py upcycle --load CHECKPOINTS --save NEW_CHECKPOINTS --num-experts 8
 
-Kinds of model: bert, megatron-bert (BERT with norms before), gpt2, llama. See docs/huggingface.md.
+Kinds of Hugging Face models: see docs/huggingface.md; upcycling: docs/moe.md.
 """
 
 from __future__ import annotations
@@ -11,15 +13,22 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from megatron3d.config.options import BY_NAME
 from megatron3d.config.tool_parser import ToolParser
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")  # as in convert.export, which imports torch
+EXPERT_OPTIONS = (  # those that decide what a mixture of experts computes of a token
+    *("num_experts", "moe_layer_freq", "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax"),
+    *("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor", "moe_router_dtype"),
+    "moe_router_enable_expert_bias",
+)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = ToolParser(description="Between Hugging Face's directories and checkpoints.")
+    p = ToolParser(description="Between Hugging Face's directories and checkpoints, and dense models into experts.")
     kinds = p.add_subparsers(dest="action", required=True)
     take = kinds.add_parser("hf-import", help="a Hugging Face directory into a checkpoint", allow_abbrev=False)
     take.add_argument("--hf", required=True, metavar="DIR", help="config.json, weights and tokenizer")
@@ -46,6 +55,20 @@ def parser() -> argparse.ArgumentParser:
     give.add_argument("--vocab-file", metavar="FILE", help="where the tokenizer's files are now, if they were moved")
     give.add_argument("--merge-file", metavar="FILE")
     give.add_argument("--tokenizer-model", metavar="PATH")
+    mix = kinds.add_parser("upcycle", help="a dense model into a mixture of experts", allow_abbrev=False)
+    mix.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one of them")
+    mix.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default the latest)")
+    mix.add_argument("--save", required=True, metavar="DIR", help="where the new one goes; holds none yet")
+    mix.add_argument(
+        "--moe-upcycling-granularity", type=int, default=1, metavar="G", help="experts that one MLP is cut into"
+    )
+    mix.add_argument("--seed", type=int, default=1234, metavar="N", help="of the router's weights (default 1234)")
+    for name in EXPERT_OPTIONS:
+        flag = BY_NAME[name].flag
+        if flag.kind == "on":
+            mix.add_argument(flag.spellings[0], dest=name, action="store_true", help=flag.help)
+        else:
+            mix.add_argument(*flag.spellings, dest=name, required=name == "num_experts", metavar="X", help=flag.help)
     return p
 
 
@@ -65,7 +88,10 @@ from megatron3d.config.tokenizer_copy import beside_checkpoint
 from megatron3d.convert.export import DTYPES, ExportOptions, export_model
 from megatron3d.convert.hf import HfModel, read_model, save_model
 from megatron3d.convert.tokenizer_choice import with_given
+from megatron3d.convert.upcycle import upcycle
 from megatron3d.data.hf_tokenizer import reading_note
+from megatron3d.errors import ConfigError
+from megatron3d.models.counts import num_active_parameters, num_parameters
 from megatron3d.models.zoo import architecture_of
 from megatron3d.params.init import initial_shard
 from megatron3d.train.launch import RunContext, run_main
@@ -123,10 +149,39 @@ def write_hf(args: argparse.Namespace) -> None:
         print(note)
 
 
+def write_upcycled(args: argparse.Namespace) -> None:
+    """Write a dense checkpoint as a mixture of experts, and print what it is."""
+    checkpoint = find_checkpoint(Path(args.load), args.ckpt_step)
+    granularity = args.moe_upcycling_granularity
+    made = upcycle(checkpoint, Path(args.save), experts=_experts_given(args), granularity=granularity, seed=args.seed)
+    model = made.model
+    print(
+        f"{made.directory}: {model.traits.title} of {num_parameters(model)} parameters, of which "
+        f"{num_active_parameters(model)} are active: {model.num_experts} experts of width "
+        f"{model.expert_ffn_hidden_size} in {model.num_expert_layers} of {model.num_layers} layers, "
+        f"{model.moe_router_topk} for each token"
+    )
+    print("it computes what the dense model does; optimizer state is not taken along, so start from it with --finetune")
+
+
+def _experts_given(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of experts that stand on the command line. Raises: ConfigError for values of another type."""
+    given = {name: vars(args)[name] for name in EXPERT_OPTIONS if vars(args)[name] not in (None, False)}
+    found, problems = {}, []
+    for name, value in given.items():
+        try:
+            found[name] = BY_NAME[name].convert(value)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return found
+
+
 def main(context: RunContext) -> None:
-    """Import or export, as the first word says."""
+    """Import, export or upcycle, as the first word says."""
     args = parser().parse_args()
-    {"hf-import": import_model, "hf-export": write_hf}[args.action](args)
+    {"hf-import": import_model, "hf-export": write_hf, "upcycle": write_upcycled}[args.action](args)
 
 
 if __name__ == "__main__":

@@ -234,26 +234,49 @@ def save_model(found: HfModel, save: Path) -> Path:
         ConfigError: `save` holds checkpoints already.
         StorageError: the file system refused.
     """
-    if steps := [step_of(path) for path in list_checkpoints(save)]:
-        raise ConfigError(
-            f"--save {save} holds checkpoints already (of steps {', '.join(map(str, steps))}); give a new directory"
-        )
+    require_unused(save)
     folder = save / TOKENIZER_FOLDER
     has_tokenizer = found.data.tokenizer_type is not None
     copy_tokenizer(found.directory, folder, with_tokenizer=has_tokenizer)
     data = named_in(found.data, folder) if has_tokenizer else found.data
-    run = derive(GivenRun(model=found.model, data=data, train=GivenTrain(micro_batch_size=1)), 1)
+    return save_weights(save, found.model, data, found.tensors, {HF_DOCUMENT: dict(found.settings)})
+
+
+def require_unused(save: Path) -> None:
+    """Refuse a directory for a new model that has checkpoints of another. Raises: ConfigError."""
+    if steps := [step_of(path) for path in list_checkpoints(save)]:
+        raise ConfigError(
+            f"--save {save} holds checkpoints already (of steps {', '.join(map(str, steps))}); give a new directory"
+        )
+
+
+def save_weights(
+    save: Path, model: ModelConfig, data: DataConfig, tensors: Mapping[str, Tensor], documents: Mapping[str, Any]
+) -> Path:
+    """Write a checkpoint of weights alone, of step 0, which training takes with `--finetune`; returns its directory.
+
+    Args:
+        save: where it goes.
+        model: its shape.
+        data: its tokenizer.
+        tensors: full tensors by our names, on the CPU.
+        documents: what lies beside the run's description.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    run = derive(GivenRun(model=model, data=data, train=GivenTrain(micro_batch_size=1)), 1)
     views = {
         f"model/{name}": ShardView(
             tuple(tensor.shape), (Box((0,) * tensor.dim(), tuple(tensor.shape)),), tensor.flatten()
         )
-        for name, tensor in found.tensors.items()
+        for name, tensor in tensors.items()
     }
     return save_checkpoint(
         save,
         0,
         views,
-        documents={"run": to_dict(run), "state": {"weights_only": True}, HF_DOCUMENT: dict(found.settings)},
+        documents={"run": to_dict(run), "state": {"weights_only": True}, **documents},
         keep_last=None,
         group=None,
         rank=0,
