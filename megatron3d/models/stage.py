@@ -22,7 +22,7 @@ from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.inputs import KeyValueCache, LayerInputs
 from megatron3d.nn.loss_sink import LossSink, LossSpec
 from megatron3d.nn.positions import rotary_table
-from megatron3d.nn.recompute import LayerGroup, plan_recompute, run_layers
+from megatron3d.nn.recompute import ContextPair, LayerGroup, plan_recompute, run_layers
 from megatron3d.params.freeze import freeze
 from megatron3d.params.gate import WeightGate, WeightUse
 from megatron3d.params.module import Declared, declared_parameters
@@ -81,7 +81,8 @@ class StagePart:
 @dataclass(frozen=True)
 class StageModules:
     """The modules of a stage, the gate of their weights, and the losses that the model declares, those of other stages
-    included; the embedding and the head are None where the stage has none."""
+    included; the embedding and the head are None where the stage has none. `replay` keeps what the collectives of
+    recomputed layers give."""
 
     embedding: nn.Module | None
     blocks: Mapping[int, nn.Module]
@@ -89,6 +90,7 @@ class StageModules:
     groups: tuple[LayerGroup, ...]
     gate: WeightGate
     losses: tuple[LossSpec, ...]
+    replay: ContextPair | None = None
 
     def __post_init__(self) -> None:
         """Raises: ValueError if two losses have one name."""
@@ -106,7 +108,7 @@ class Stage(nn.Module):
         self.embedding = modules.embedding
         self.layers = nn.ModuleDict({str(number): block for number, block in modules.blocks.items()})
         self.head = modules.head
-        self.gate, self.losses = modules.gate, modules.losses
+        self.gate, self.losses, self.replay = modules.gate, modules.losses, modules.replay
 
     def forward(self, x_SBH: Tensor | None, micro: MicroBatch) -> Tensor:
         """Run the stage.
@@ -126,7 +128,7 @@ class Stage(nn.Module):
             x_SBH = self.gate.close("embedding", self.embedding(micro, inputs))
         assert x_SBH is not None, "only the first stage runs without a hidden tensor"
         layers = [self._gated(f"layers.{number}", layer) for number, layer in self.layers.items()]
-        x_SBH = run_layers(layers, self.groups, x_SBH, inputs)
+        x_SBH = run_layers(layers, self.groups, x_SBH, inputs, replay=self.replay)
         if self.head is None:
             return x_SBH
         tied = not self.config.untie_embeddings_and_output_weights
@@ -248,7 +250,8 @@ def assemble_stage(
         method=train.recompute_method,
         layers_each=train.recompute_num_layers,
     )
-    stage = Stage(config, part, StageModules(embedding, blocks, head, groups, context.gate, losses))
+    replay = context.replay.contexts if train.recompute_reuse_communication else None
+    stage = Stage(config, part, StageModules(embedding, blocks, head, groups, context.gate, losses, replay))
     freeze(stage, train.freeze_params)
     return stage
 

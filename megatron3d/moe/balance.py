@@ -87,7 +87,7 @@ def _counts_by_sample(router: Router, routing: Routing, places: TokenPlaces) -> 
     ones = _of_tokens(ones, places)
     counts = torch.zeros(samples * experts, dtype=torch.float32, device=place_TK.device)
     counts.scatter_add_(0, place_TK.flatten(), ones.flatten())
-    return all_reduce(counts, router.context.tp).view(samples, experts)
+    return router.context.replay.run(lambda: all_reduce(counts, router.context.tp)).view(samples, experts)
 
 
 def _of_sequences(router: Router, routing: Routing, scores_TE: Tensor, places: TokenPlaces) -> Tensor:
@@ -97,7 +97,7 @@ def _of_sequences(router: Router, routing: Routing, scores_TE: Tensor, places: T
 
 
 def _of_micro_batch(router: Router, routing: Routing, scores_TE: Tensor, places: TokenPlaces) -> Tensor:
-    counts_E = all_reduce(routing.counts_E.float(), router.context.tp)
+    counts_E = router.context.replay.run(lambda: all_reduce(routing.counts_E.float(), router.context.tp))
     tokens = places.length * places.num_samples
     factor = places.num_samples * router.num_experts / (router.config.moe_router_topk * tokens**2)
     return (counts_E * scores_TE.sum(0)).sum() * factor

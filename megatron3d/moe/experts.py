@@ -25,6 +25,7 @@ from megatron3d.nn.attention import output_init
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.linear import declare_linear
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -95,16 +96,8 @@ class ExpertLinear(ParallelModule):
         # Where the outputs are partial sums, one rank adds the bias. The gradients of all sums are the same, so each
         # rank has the bias's whole gradient.
         self._adds_bias = tp_dim == 0 or context.expert_tp.rank == 0
-        self.declare(
-            "weight", (out_features, in_features), init=init, decays=True, tp_dim=tp_dim, parts=parts, kind="expert"
-        )
-        if bias:
-            cut = 0 if tp_dim == 0 else None
-            self.declare(
-                "bias", (out_features,), init=Init("zeros"), decays=False, tp_dim=cut, parts=parts, kind="expert"
-            )
-        else:
-            self.register_parameter("bias", None)
+        shape = (out_features, in_features)
+        declare_linear(self, shape, bias=bias, init=init, tp_dim=tp_dim, parts=parts, kind="expert")
 
     @property
     def added_bias(self) -> nn.Parameter | None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,7 +136,8 @@ class Router(ParallelModule):
         capacity = capacity_of(self.config, places.length) if places.has_capacity else None
         if capacity is None:
             return valid_TK
-        return kept_choices(
+        choose = partial(
+            kept_choices,
             expert_TK if valid_TK is None else expert_TK.masked_fill(~valid_TK, -1),
             weight_TK,
             places.sample_T,
@@ -144,6 +146,7 @@ class Router(ParallelModule):
             num_experts=self.num_experts,
             tp=self.context.tp,
         )
+        return self.context.replay.run(choose)
 
     def count(self, x: Tensor, routing: Routing, places: TokenPlaces) -> Tensor:
         """`x`, which flows on to the output; when its gradient comes, the tokens of each expert, the entropies of

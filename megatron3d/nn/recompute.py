@@ -3,15 +3,16 @@
 "full" recomputes whole layers: `uniform` in groups of n (only a group's input is kept), `block` for the first n
 layers of the stage, each by itself. "selective" recomputes the attention core alone, inside `SelfAttention`.
 Dropout masks are pure functions of their place, so a second forward drops what the first one dropped; and what it adds
-to a loss is there already.
+to a loss is there already. It communicates again, unless the results of its collectives are kept (`comm/replay.py`).
 
-Source: Chen et al. 2016; Korthikanti et al. 2022, section 4 (selective).
+Source: Chen et al. 2016; Korthikanti et al. 2022, section 4 (selective); Singh et al. 2023, section 4.3, for what is
+not communicated again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from megatron3d.nn.inputs import LayerInputs
 
 Layer = Callable[[Tensor, LayerInputs], Tensor]
+Context = AbstractContextManager[None]
+ContextPair = Callable[[], tuple[Context, Context]]  # for a forward and for its recomputation
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,16 @@ def plan_recompute(
     return tuple(LayerGroup(range(i, min(i + size, num_layers)), True) for i in range(0, num_layers, size))
 
 
-def run_layers(layers: Sequence[Layer], groups: Sequence[LayerGroup], x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
-    """Run the layers in order, recomputing the groups that say so when gradients are wanted."""
+def run_layers(
+    layers: Sequence[Layer],
+    groups: Sequence[LayerGroup],
+    x_SBH: Tensor,
+    inputs: LayerInputs,
+    *,
+    replay: ContextPair | None = None,
+) -> Tensor:
+    """Run the layers in order, recomputing the groups that say so when gradients are wanted; `replay` as in
+    `recomputed`."""
 
     def run(group: LayerGroup) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
@@ -65,22 +76,32 @@ def run_layers(layers: Sequence[Layer], groups: Sequence[LayerGroup], x_SBH: Ten
 
     for group in groups:
         if group.recompute and torch.is_grad_enabled():
-            x_SBH = recomputed(run(group), x_SBH, inputs=inputs)
+            x_SBH = recomputed(run(group), x_SBH, inputs=inputs, replay=replay)
         else:
             x_SBH = run(group)(x_SBH)
     return x_SBH
 
 
-def recomputed(function: Callable[..., Tensor], *tensors: Tensor, inputs: LayerInputs) -> Tensor:
+def recomputed(
+    function: Callable[..., Tensor], *tensors: Tensor, inputs: LayerInputs, replay: ContextPair | None = None
+) -> Tensor:
     """function(*tensors), of which only these tensors are kept: the backward calls it again for everything else.
 
     Args:
         function: has no other effect than to add to the losses of `inputs`; the second call adds nothing.
         tensors: its arguments.
         inputs: of the layers that it is a part of.
+        replay: keeps the results of its collectives too, for the second call; without, that communicates again.
     """
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), nullcontext() if inputs.losses is None else inputs.losses.recomputation()
+    def contexts() -> tuple[Context, Context]:
+        first, second = (nullcontext(), nullcontext()) if replay is None else replay()
+        return first, second if inputs.losses is None else _both(inputs.losses.recomputation(), second)
 
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+@contextmanager
+def _both(outer: Context, inner: Context) -> Iterator[None]:
+    with outer, inner:
+        yield

@@ -14,6 +14,7 @@ from megatron3d.comm import typed
 from megatron3d.comm.collectives import own_part
 from megatron3d.comm.mesh import Axis
 from megatron3d.comm.meter import Meter
+from megatron3d.comm.replay import Replay
 from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 
@@ -36,6 +37,7 @@ class LayerContext:
         kv: the ranks of `tp` that use the same key and value head; None where each has heads of its own.
         expert: the ranks that hold different experts.
         expert_tp: the ranks that shard each expert.
+        replay: what the collectives of a forward gave, for its recomputation.
     """
 
     tp: Axis
@@ -46,6 +48,7 @@ class LayerContext:
     kv: Axis | None = None
     expert: Axis = field(default_factory=partial(_axis_of_one, "expert"))
     expert_tp: Axis = field(default_factory=partial(_axis_of_one, "expert_tp"))
+    replay: Replay = field(default_factory=Replay)
 
     @property
     def residual_gradient(self) -> Literal["equal", "partial"]:
@@ -70,7 +73,9 @@ class LayerContext:
     def whole_heads(self, part_SBd: Tensor) -> Tensor:
         """Key and value heads, [..., D] of type R on `kv`, from the part of each that every rank of it has, [..., d] of
         type V: each rank uses its copy, so the backward sums the gradients and cuts them again."""
-        return part_SBd if self.kv is None else typed.all_gather(part_SBd, self.kv, dst="R", dim=-1)
+        if self.kv is None:
+            return part_SBd
+        return typed.all_gather(part_SBd, self.kv, dst="R", dim=-1, replay=self.replay)
 
 
 def unsharded_context() -> LayerContext:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megatron3d.comm import typed
 from megatron3d.comm.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
 from megatron3d.params.module import ParallelModule
-from megatron3d.params.spec import Init, TpGradient
+from megatron3d.params.spec import ZEROS, Init, ParamKind, TpGradient
 from megatron3d.tensor.context import LayerContext
 
 InputType = Literal["I", "V", "local"]
@@ -44,7 +44,9 @@ class _Linear(torch.autograd.Function):
         # Under sequence parallelism only the shard is kept, and nothing where no gradient of the weight is made of it.
         ctx.save_for_backward(x if weight.requires_grad else None)
         ctx.weight, ctx.bias, ctx.context, ctx.input_type = weight, bias, context, input_type
-        gathered = start_all_gather(x, context.tp).wait() if input_type == "V" else x
+        gathered = x
+        if input_type == "V":
+            gathered = context.replay.run(lambda: start_all_gather(x, context.tp).wait())
         return context.kernels.linear(gathered, weight, bias)
 
     @staticmethod
@@ -88,6 +90,40 @@ def linear(
     return _Linear.apply(x, weight, bias, context, input_type)
 
 
+def declare_linear(
+    module: ParallelModule,
+    shape: tuple[int, int],
+    *,
+    bias: bool,
+    init: Init,
+    tp_dim: int | None = None,
+    parts: tuple[int, ...] = (),
+    tp_gradient: TpGradient = "equal",
+    is_table: bool = False,
+    kind: ParamKind = "dense",
+) -> None:
+    """Declare the weight [O, I] of a linear layer and, if it has one, its bias [O], which is sharded where the outputs
+    are. `tp_gradient` is about what is not sharded; `ParamSpec` has the meaning of each value."""
+    module.declare(
+        "weight",
+        shape,
+        init=init,
+        decays=True,
+        tp_dim=tp_dim,
+        parts=parts,
+        tp_gradient=tp_gradient,
+        is_table=is_table,
+        kind=kind,
+    )
+    if not bias:
+        module.register_parameter("bias", None)
+        return
+    cut = 0 if tp_dim == 0 else None
+    module.declare(
+        "bias", shape[:1], init=ZEROS, decays=False, tp_dim=cut, parts=parts, tp_gradient=tp_gradient, kind=kind
+    )
+
+
 class ColumnParallelLinear(ParallelModule):
     """Output features cut over the tensor axis: I or V in, V along the last dimension out.
 
@@ -110,11 +146,7 @@ class ColumnParallelLinear(ParallelModule):
     ) -> None:
         super().__init__(tp=context.tp.size)
         self.context = context
-        self.declare("weight", (out_features, in_features), init=init, decays=True, tp_dim=0, parts=parts)
-        if bias:
-            self.declare("bias", (out_features,), init=Init("zeros"), decays=False, tp_dim=0, parts=parts)
-        else:
-            self.register_parameter("bias", None)
+        declare_linear(self, (out_features, in_features), bias=bias, init=init, tp_dim=0, parts=parts)
 
     def forward(self, x_SBI: Tensor) -> Tensor:
         """[S, B, I] (S local under sequence parallelism) to [S, B, O/tp]."""
@@ -134,12 +166,8 @@ class RowParallelLinear(ParallelModule):
     def __init__(self, context: LayerContext, in_features: int, out_features: int, *, bias: bool, init: Init) -> None:
         super().__init__(tp=context.tp.size)
         self.context = context
-        self.declare("weight", (out_features, in_features), init=init, decays=True, tp_dim=1)
-        if bias:
-            gradient = context.residual_gradient
-            self.declare("bias", (out_features,), init=Init("zeros"), decays=False, tp_gradient=gradient)
-        else:
-            self.register_parameter("bias", None)
+        gradient = context.residual_gradient
+        declare_linear(self, (out_features, in_features), bias=bias, init=init, tp_dim=1, tp_gradient=gradient)
 
     def forward(self, x_SBI: Tensor) -> Tensor:
         """[S, B, I/tp] to [S, B, O] (S local under sequence parallelism)."""
@@ -175,11 +203,7 @@ class ReplicatedLinear(ParallelModule):
         super().__init__(tp=context.tp.size)
         self.context = context
         shape = (out_features, in_features)
-        self.declare("weight", shape, init=init, decays=True, tp_gradient=tp_gradient, is_table=scores)
-        if bias:
-            self.declare("bias", (out_features,), init=Init("zeros"), decays=False, tp_gradient=tp_gradient)
-        else:
-            self.register_parameter("bias", None)
+        declare_linear(self, shape, bias=bias, init=init, tp_gradient=tp_gradient, is_table=scores)
 
     def forward(self, x_SBI: Tensor) -> Tensor:
         """[..., I] to [..., O]; gradients of the input have the type that those of the output have."""
@@ -189,5 +213,5 @@ class ReplicatedLinear(ParallelModule):
 def to_residual(partial_SBH: Tensor, context: LayerContext) -> Tensor:
     """P to the type of the residual stream: V along the sequence under sequence parallelism, else I."""
     if context.sequence_parallel:
-        return typed.reduce_scatter(partial_SBH, context.tp, dim=0)
-    return typed.all_reduce(partial_SBH, context.tp, dst="I")
+        return typed.reduce_scatter(partial_SBH, context.tp, dim=0, replay=context.replay)
+    return typed.all_reduce(partial_SBH, context.tp, dst="I", replay=context.replay)

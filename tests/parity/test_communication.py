@@ -139,6 +139,20 @@ def test_prefetching_and_recomputing_layer_by_layer_gather_no_more(pool: Pool, o
         assert only(counts, "shard")["all_gather"] == gathered
 
 
+@pytest.mark.parametrize("options", ["", SP])
+def test_recomputing_from_kept_results_communicates_as_if_nothing_were_recomputed(pool: Pool, options: str) -> None:
+    """Of a layer that is recomputed by communicating again, the second forward repeats all collectives but the last."""
+    layout, ways = Layout(tp=2), ("", RECOMPUTED, f"{RECOMPUTED} --recompute-reuse-communication")
+    plain, again, kept = (
+        pool.run(2, counted_step, Case("gpt2", layout, f"{options} --micro-batch-size {B} {way}")) for way in ways
+    )
+    repeated = GLOBAL_BATCH // B * LAYERS * (1 if options != SP else 3)
+    for without, naive, reusing in zip(plain, again, kept, strict=True):
+        assert only(reusing[0], "tp") == only(without[0], "tp")
+        calls = [sum(calls for calls, _ in only(counts, "tp").values()) for counts in (without[0], naive[0])]
+        assert calls[1] - calls[0] == repeated
+
+
 def counted_step_of_cut_tables(rank: int, world_size: int, case: Case) -> tuple[Counts, dict[str, tuple[int, int]]]:
     """Counts of one step on this rank, and of each unit its flat length and the number of its blocks."""
     mesh = make_mesh(case.layout)

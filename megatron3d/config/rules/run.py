@@ -287,6 +287,11 @@ def recompute_rule(given: GivenTrain, train: GivenTrain) -> Iterator[str]:
             f"--recompute-num-layers {given.recompute_num_layers} has no meaning without --recompute-granularity full; "
             "give that, or drop it."
         )
+    if train.recompute_reuse_communication and granularity != "full":
+        yield (
+            "--recompute-reuse-communication is about layers that are recomputed, and none are without "
+            "--recompute-granularity full; give that, or drop it."
+        )
     if train.recompute_method == "block" and granularity == "full" and given.recompute_num_layers is None:
         yield "--recompute-method block needs --recompute-num-layers, the layers of each stage to recompute; give it."
 

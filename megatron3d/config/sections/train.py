@@ -105,6 +105,11 @@ class GivenTrain:
         "Layers of a group (uniform, default 1) or layers recomputed (block).",
         also=("--checkpoint-num-layers", "--activations-checkpoint-num-layers"),
     )
+    recompute_reuse_communication: bool = switch(
+        "--recompute-reuse-communication",
+        "With full: keep what the collectives of layers give, so that recomputing them communicates nothing.",
+        also=("--moe-comm-aware-checkpointing",),
+    )
     matmul: str = option(
         "auto",
         "--matmul",
