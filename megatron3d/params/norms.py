@@ -8,10 +8,18 @@ from torch import Tensor
 # Elements whose squares one norm adds up in fp32: on the CPU torch adds them one after another, which over 10^8
 # elements comes out percents too small, and over this many is exact to 1e-7.
 NORM_CHUNK = 1 << 12
+_AT_ONCE = 1 << 24  # elements whose norms of chunks are in memory together
 
 
 def squared_norm(tensor: Tensor) -> Tensor:
     """The sum of squares of a flat tensor, fp64 scalar."""
+    total = _squared_norm(tensor[:_AT_ONCE])
+    for first in range(_AT_ONCE, tensor.numel(), _AT_ONCE):
+        total += _squared_norm(tensor[first : first + _AT_ONCE])
+    return total
+
+
+def _squared_norm(tensor: Tensor) -> Tensor:
     in_rows = tensor.numel() - tensor.numel() % NORM_CHUNK
     rows, rest = tensor[:in_rows].view(-1, NORM_CHUNK), tensor[in_rows:]
     total = torch.linalg.vector_norm(rest).double().square()

@@ -15,7 +15,7 @@ from megatron3d.planner.layout import layout_of
 from megatron3d.planner.memory import shard_size
 from megatron3d.planner.sizes import BYTES, FP32
 from megatron3d.zero.flat import FlatLayout, Slot
-from megatron3d.zero.full_parameters import assign_owners
+from megatron3d.zero.full_parameters import assign_owners, tile_elements, tiles_of
 from megatron3d.zero.kinds import KINDS
 from megatron3d.zero.policy import policy_of
 
@@ -34,8 +34,8 @@ def update_temporary(
 ) -> int:
     """Bytes that an update takes at most at once, beside the state; torch's fused ones take none.
 
-    Elementwise updates work on chunks; Adafactor on one matrix; Muon on one whole matrix at a time of all those that a
-    rank owns.
+    Elementwise updates work on chunks; Adafactor on one matrix; Muon on one whole matrix at a time of those that are
+    exchanged together.
     """
     layouts = [layout for layout in units if layout.trains]
     largest = max((_largest_piece(layout) for layout in layouts), default=0)
@@ -45,7 +45,8 @@ def update_temporary(
         of_kind: dict[ParamKind, list[FlatLayout]] = {
             kind: [one for one in layouts if one.kind == kind] for kind in KINDS
         }
-        return max(_full_matrices(parallel, optim, found, kind) for kind, found in of_kind.items())
+        most = tile_elements(device_type)
+        return max(_full_matrices(parallel, optim, found, kind, most=most) for kind, found in of_kind.items())
     if optim.optimizer == "adafactor":
         return max([FP32 * prod(slot.shape) for layout in layouts for slot in layout.slots], default=0)
     return widened + chunk * UPDATE_RULES[optim.optimizer].scratch_numbers
@@ -55,18 +56,19 @@ def _largest_piece(layout: FlatLayout) -> int:
     return layout.length
 
 
-def _full_matrices(parallel: ParallelConfig, optim: OptimConfig, layouts: Sequence[FlatLayout], kind: ParamKind) -> int:
+def _full_matrices(
+    parallel: ParallelConfig, optim: OptimConfig, layouts: Sequence[FlatLayout], kind: ParamKind, *, most: int
+) -> int:
     """The most that `FullParameters.map_full` and Muon's function of a matrix take on any rank that shares these."""
     num_shards, tp = shard_size(parallel, kind), layout_of(parallel).size(KINDS[kind].tensor)
     placed = [(layout, slot) for layout in layouts for slot in layout.slots if slot.spec.is_hidden_matrix]
-    owners = assign_owners([slot.spec for _, slot in placed], shard=num_shards, tp=tp)
-    found = [0]
-    for shard_rank, tp_rank in product(range(num_shards), range(tp)):
-        owns = [layout.slice_of(shard_rank, num_shards) for layout, _ in placed]
-        held = sum(slot.span.intersect(own).length for (_, slot), own in zip(placed, owns, strict=True))
-        fetched = [
-            (slot, owner) for (_, slot), owner in zip(placed, owners, strict=True) if owner.shard_rank == shard_rank
-        ]
+    specs = [slot.spec for _, slot in placed]
+    owners = assign_owners(specs, shard=num_shards, tp=tp)
+    found, tiles = [0], tiles_of(specs, owners, most=most)
+    for shard_rank, tp_rank, tile in product(range(num_shards), range(tp), tiles):
+        travel = [(*placed[number], owners[number]) for number in tile]
+        held = sum(slot.span.intersect(layout.slice_of(shard_rank, num_shards)).length for layout, slot, _ in travel)
+        fetched = [(slot, owner) for _, slot, owner in travel if owner.shard_rank == shard_rank]
         cut = sum(prod(slot.shape) for slot, owner in fetched if owner.tp_rank is not None)
         equal = sum(prod(slot.shape) for slot, owner in fetched if owner.tp_rank is None)
         mine = [slot for slot, owner in fetched if owner.tp_rank in (tp_rank, None)]

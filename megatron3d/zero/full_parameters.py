@@ -6,7 +6,9 @@ two exchanges (first the parts of each shard, then the shards), worked on there,
 matrices of a step are assigned so that all ranks have about equally much to do. Ranks that hold the same part
 (stage 0, replicas) repeat each other's work, bit for bit.
 
-A step so sends and receives on each rank at most four times what the rank holds, in the dtype of the values.
+A step so sends and receives on each rank at most four times what the rank holds, in the dtype of the values. Matrices
+travel in tiles, so that what is in memory for a while does not grow with their number (Singh et al. 2023,
+arXiv:2303.06318, section 4.1, tile an elementwise step).
 """
 
 from __future__ import annotations
@@ -26,6 +28,14 @@ from megatron3d.params.spec import ParamSpec
 from megatron3d.zero.flat import Slot
 from megatron3d.zero.kinds import KINDS, KindAxes, kind_axes
 from megatron3d.zero.unit import FlatUnit, UnitOptions
+
+# Larger tiles take fewer exchanges, of which a GPU's have the larger latency beside their bandwidth.
+TILE_CPU, TILE_DEVICE = 1 << 22, 1 << 26
+
+
+def tile_elements(device_type: str) -> int:
+    """The most elements of the matrices that one rank works on at a time, where none is larger."""
+    return TILE_CPU if device_type == "cpu" else TILE_DEVICE
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,22 @@ def assign_owners(specs: Sequence[ParamSpec], *, shard: int, tp: int) -> list[Ow
         for t in range(tp) if is_replicated else (tp_rank,):
             load[shard_rank, t] += work[number]
     return [owners[number] for number in range(len(specs))]
+
+
+def tiles_of(specs: Sequence[ParamSpec], owners: Sequence[Owner], *, most: int) -> list[list[int]]:
+    """The numbers of the matrices that travel together: of each owner at least one, and as many as have `most` elements
+    together."""
+    tiles: list[list[int]] = []
+    last: dict[Owner, tuple[int, int]] = {}  # of each owner its last tile, and the elements that it has there
+    for number, (spec, owner) in enumerate(zip(specs, owners, strict=True)):
+        tile, elements = last.get(owner, (0, 0))
+        if elements and elements + spec.numel > most:
+            tile, elements = tile + 1, 0
+        last[owner] = (tile, elements + spec.numel)
+        if tile == len(tiles):
+            tiles.append([])
+        tiles[tile].append(number)
+    return tiles
 
 
 @dataclass(frozen=True)
@@ -123,15 +149,14 @@ class FullParameters:
     ) -> None:
         by_name = {place.owned.spec.name: place for name in self._stepped for place in self._places[name]}
         places = [by_name[owned.spec.name] for owned in owned_slices]
-        owners = assign_owners([owned.spec for owned in owned_slices], shard=axes.shard.size, tp=axes.tensor.size)
-        there = [value.to(self._device) for value in values]
-        routes = _Routes(places, owners, axes.shard, axes.tensor, there[0])
-        full_tensors = routes.gather_full(routes.shards_of(there))
-        for number, full in full_tensors.items():
-            full.copy_(function(owned_slices[number].spec, full))
-        for value, part in zip(values, routes.parts_of(routes.shards_back(full_tensors)), strict=True):
-            if value.data_ptr() != part.data_ptr():
-                value.copy_(part)
+        specs = [owned.spec for owned in owned_slices]
+        owners = assign_owners(specs, shard=axes.shard.size, tp=axes.tensor.size)
+        for tile in tiles_of(specs, owners, most=tile_elements(self._device.type)):
+            there = [values[number].to(self._device) for number in tile]
+            routes = _Routes([places[n] for n in tile], [owners[n] for n in tile], axes.shard, axes.tensor, there[0])
+            for number, part in zip(tile, _mapped(routes, there, function), strict=True):
+                if values[number].data_ptr() != part.data_ptr():
+                    values[number].copy_(part)
 
 
 def _place(unit: FlatUnit, slot: Slot) -> _Place:
@@ -222,6 +247,14 @@ class _Routes:
         if self.tp.size == 1:
             return full.flatten()
         return self.places[number].owned.spec.take(full, self.tp.size, tp_rank).flatten()
+
+
+def _mapped(routes: _Routes, parts: Sequence[Tensor], function: Callable[[ParamSpec, Tensor], Tensor]) -> list[Tensor]:
+    """The parts of the function of each whole matrix."""
+    full_tensors = routes.gather_full(routes.shards_of(parts))
+    for number, full in full_tensors.items():
+        full.copy_(function(routes.places[number].owned.spec, full))
+    return routes.parts_of(routes.shards_back(full_tensors))
 
 
 def _length(within: slice) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from megatron3d.optim.build import build_optimizer, other_state_views, set_rates
 from megatron3d.params.grads import GradSink
 from megatron3d.params.init import initial_full
 from megatron3d.params.spec import Init, ParamSpec
+from megatron3d.zero import full_parameters
 from megatron3d.zero.engine import ZeroEngine
-from megatron3d.zero.full_parameters import assign_owners
+from megatron3d.zero.full_parameters import assign_owners, tiles_of
 from tests.dist.pool import Pool
 from tests.optim.formulas import Whole
 from tests.zero.test_engine import Boxes, backward, boxes_of, put_together
@@ -197,6 +199,22 @@ def test_a_step_has_few_exchanges_on_each_axis(pool: Pool, name: str, operation:
             assert calls == ({operation: count} if count else {})
 
 
+def _steps_in_tiles(rank: int, world_size: int) -> None:
+    mesh = make_mesh(Layout(tp=2, dp=2, ep=2, etp=1))
+    for config in (CONFIGS["muon"], CONFIGS["muon-variant"]):
+        at_once = train(mesh, 1, config)
+        with mock.patch.object(full_parameters, "TILE_CPU", 1):
+            in_tiles = train(mesh, 1, config)
+        for kind, boxes in at_once.items():
+            for name, pieces in boxes.items():
+                for (box, found), (other_box, other) in zip(pieces, in_tiles[kind][name], strict=True):
+                    assert box == other_box and torch.equal(found, other), (kind, name)
+
+
+def test_matrices_that_travel_one_by_one_are_updated_bit_for_bit_as_together(pool: Pool) -> None:
+    pool.run(4, _steps_in_tiles)
+
+
 SPECS = st.lists(st.tuples(st.integers(1, 64), st.integers(1, 64), st.booleans()), min_size=1, max_size=12)
 
 
@@ -218,3 +236,20 @@ def test_matrices_are_dealt_so_that_no_rank_has_more_than_one_matrix_above_the_m
     if not any(spec.is_replicated for spec in specs):
         assert max(load.values()) <= sum(work) / len(load) + max(work)
     assert owners == assign_owners(specs, shard=shard, tp=tp), "every rank deals alike"
+
+
+@given(SPECS, st.integers(1, 4), st.integers(1, 4), st.integers(1, 5000))
+def test_a_tile_holds_of_each_owner_one_matrix_or_no_more_than_its_size(
+    sizes: list[tuple[int, int, bool]], shard: int, tp: int, most: int
+) -> None:
+    specs = [
+        ParamSpec(f"p{i}", (rows, columns), Init("zeros"), True, tp_dim=None if alike else 0)
+        for i, (rows, columns, alike) in enumerate(sizes)
+    ]
+    owners = assign_owners(specs, shard=shard, tp=tp)
+    tiles = tiles_of(specs, owners, most=most)
+    assert sorted(number for tile in tiles for number in tile) == list(range(len(specs)))
+    for tile in tiles:
+        for owner in {owners[number] for number in tile}:
+            own = [specs[number].numel for number in tile if owners[number] == owner]
+            assert own and (len(own) == 1 or sum(own) <= most)
