@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tools.bench.checkpoint import compare_checkpoints, compare_stalls
+from tools.bench.experts import compare_experts
 from tools.bench.overhead import compare_overhead
 from tools.bench.peers.start import exit_when_terminated
 from tools.bench.peers.work import (
@@ -39,7 +40,7 @@ from tools.bench.tables import Table, write_tables
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 COLUMNS = ("peer", "version", "tokens/s", "best", "megatron3d to it", "peak MiB", "M parameters")
-WHAT = ("step", "bert", "overhead", "samples", "startup", "checkpoint")
+WHAT = ("step", "bert", "overhead", "experts", "samples", "startup", "checkpoint")
 BERT = {"seq_length": 128, "micro_batch": 16, "vocab_size": 30522}
 
 
@@ -86,6 +87,9 @@ def measure(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[Table,
     if "overhead" in args.what:
         for dtype in args.dtype:
             yield compare_overhead(work_of(args, dtype), **rounds, num_steps=args.steps)
+    if "experts" in args.what:
+        for dtype in args.dtype:
+            yield compare_experts(work_of(args, dtype), **rounds, num_steps=args.steps)
     if "samples" in args.what:
         peers = named(names, PEERS_OF_SAMPLES)
         yield compare_samples(peers, work_of(args, "fp32"), **rounds, num_documents=args.documents)

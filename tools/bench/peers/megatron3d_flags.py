@@ -16,4 +16,4 @@ def flags_of(work: Work, *, mock_data: bool = True) -> list[str]:
         f"--pipeline-model-parallel-size {work.pipeline_ranks}"
     )
     chosen = {"--mock-data": mock_data, "--sequence-parallel": work.layout == "tp_sp", "--bf16": work.dtype == "bf16"}
-    return flags.split() + [flag for flag, wanted in chosen.items() if wanted]
+    return flags.split() + [flag for flag, wanted in chosen.items() if wanted] + work.options.split()

@@ -28,6 +28,7 @@ class Work:
         threads: of each process.
         corpus: prefix of the .bin and .idx files where the work is to read samples.
         compiled: whether the model goes through torch.compile, where the peer offers it.
+        options: further options of this project's command line, which other peers do not have.
         timeout_s: a peer that gives no answer for as long is killed and named.
     """
 
@@ -42,6 +43,7 @@ class Work:
     ranks: int = 1
     threads: int = 2
     compiled: bool = False
+    options: str = ""
     corpus: str = ""
     timeout_s: float = 300.0
 
