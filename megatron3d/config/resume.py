@@ -58,7 +58,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
             # The switches are in activation and num_query_groups; stored tables have no padding; the initial weights
             # are past.
             Effect.FREE: (
-                "swiglu squared_relu openai_gelu group_query_attention make_vocab_size_divisible_by init_method_std"
+                "swiglu squared_relu openai_gelu group_query_attention make_vocab_size_divisible_by init_method_std "
+                "moe_pad_expert_input_to_capacity moe_token_dispatcher_type"
             ),
         },
         "parallel": {
@@ -87,7 +88,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
                 "exit_duration_in_mins exit_signal_handler log_interval tensorboard_dir wandb_project wandb_exp_name "
                 "wandb_entity wandb_save_dir metrics_file check_weight_hash_across_dp_replicas_interval "
                 "recompute_granularity recompute_activations recompute_method "
-                "recompute_num_layers peak_tflops profile_pipeline profile_pipeline_step batch_size_steps "
+                "recompute_num_layers recompute_reuse_communication peak_tflops profile_pipeline profile_pipeline_step "
+                "batch_size_steps "
                 "profile profile_step_start profile_step_end profile_ranks profile_dir"
             ),
         },

@@ -1,7 +1,8 @@
 """Rows for experts: which row of which expert each choice of a token is, and the sum of what comes back.
 
 A token that chooses K experts has K rows. Rows are sorted by expert, and those of one expert by token; a choice that is
-not kept has none. Going there copies a token into its rows, and coming back adds them up, weighted,
+not kept has none. Padded, every expert has equally many rows, of which the last are zeros that nothing comes back
+from. Going there copies a token into its rows, and coming back adds them up, weighted,
 
     y_t = sum over its experts e, in ascending order, of  w_te  row_te          in fp32 at least,
 
@@ -27,16 +28,18 @@ class Rows:
     """Where the rows of tokens lie, all of a rank's tokens and all experts.
 
     Attributes:
-        choice_R: which choice each row is, as a number in [T, K] flattened, int64.
+        choice_R: which choice each row is, as a number in [T, K] flattened, int64; some choice where it is padding.
         row_TK: the row of each choice, int64; what stands at choices that are not kept is some row.
         kept_TK: which choices are kept; None where all are.
-        counts_E: rows of each expert, int64.
+        counts_E: rows of each expert, int64, those that are padding left out.
+        filled_R: which rows are choices, and not padding; None where all are.
     """
 
     choice_R: Tensor
     row_TK: Tensor
     kept_TK: Tensor | None
     counts_E: Tensor
+    filled_R: Tensor | None = None
 
     def first(self, num_rows: int) -> Rows:
         """Without choices that are not kept, which come last: there are `num_rows` others."""
@@ -60,54 +63,74 @@ def sort_rows(expert_TK: Tensor, num_experts: int, kept_TK: Tensor | None = None
     return Rows(choice_R, row.view_as(expert_TK), kept_TK, counts_E)
 
 
+def pad_rows(expert_TK: Tensor, num_experts: int, rows_each: int, kept_TK: Tensor | None = None) -> Rows:
+    """The same with `rows_each` for every expert, which no more tokens choose; nothing depends on values of the
+    device."""
+    found = sort_rows(expert_TK, num_experts, kept_TK)
+    start_E = found.counts_E.cumsum(0) - found.counts_E
+    expert_N, num_rows = expert_TK.flatten(), num_experts * rows_each
+    row_N = expert_N * rows_each + found.row_TK.flatten() - start_E[expert_N]
+    is_kept_N = torch.ones_like(row_N, dtype=torch.bool) if kept_TK is None else kept_TK.flatten()
+    row_N = row_N.masked_fill(~is_kept_N, num_rows)
+    choice_R = row_N.new_full((num_rows + 1,), -1)  # the last takes those that are not kept
+    choice_R = choice_R.scatter_(0, row_N, torch.arange(len(row_N), device=row_N.device))[:num_rows]
+    row_TK = row_N.clamp_max(num_rows - 1).view_as(expert_TK)
+    return Rows(choice_R.clamp_min(0), row_TK, kept_TK, found.counts_E, filled_R=choice_R >= 0)
+
+
 def take_rows(x_TH: Tensor, rows: Rows) -> Tensor:
     """Each token in every row of it, [R, H]."""
-    return _TakeRows.apply(x_TH, rows.choice_R, rows.row_TK, rows.kept_TK)
+    return _TakeRows.apply(x_TH, rows)
 
 
-def add_rows(y_RH: Tensor, weight_TK: Tensor, rows: Rows) -> Tensor:
-    """The weighted sum of each token's rows, [T, H] in the dtype of `y_RH`; `weight_TK` is fp32 or wider."""
-    return _AddRows.apply(y_RH, weight_TK, rows.choice_R, rows.row_TK, rows.kept_TK)
+def add_rows(y_RH: Tensor, weight_TK: Tensor, rows: Rows, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The weighted sum of each token's rows, [T, H] in this dtype, by default that of `y_RH`; `weight_TK` is fp32 or
+    wider."""
+    return _AddRows.apply(y_RH, weight_TK, rows, dtype or y_RH.dtype)
 
 
 class _TakeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, choice_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
-        ctx.save_for_backward(row_TK, kept_TK)
-        return x_TH[choice_R // row_TK.shape[1]]
+    def forward(ctx: Any, x_TH: Tensor, rows: Rows) -> Tensor:
+        ctx.save_for_backward(rows.row_TK, rows.kept_TK)
+        taken_RH = x_TH[rows.choice_R // rows.row_TK.shape[1]]
+        return taken_RH if rows.filled_R is None else taken_RH.mul_(rows.filled_R.unsqueeze(1))
 
     @staticmethod
-    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
         row_TK, kept_TK = ctx.saved_tensors
-        return _weighted_sum(grad_RH, None, row_TK, kept_TK), None, None, None
+        return _weighted_sum(grad_RH, None, row_TK, kept_TK, grad_RH.dtype), None
 
 
 class _AddRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y_RH: Tensor, weight_TK: Tensor, choice_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(y_RH, weight_TK, choice_R)
-        return _weighted_sum(y_RH, weight_TK, row_TK, kept_TK)
+    def forward(ctx: Any, y_RH: Tensor, weight_TK: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(y_RH, weight_TK, rows.choice_R, rows.filled_R)
+        return _weighted_sum(y_RH, weight_TK, rows.row_TK, rows.kept_TK, dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        y_RH, weight_TK, choice_R = ctx.saved_tensors
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_RH, weight_TK, choice_R, filled_R = ctx.saved_tensors
         weight_R1 = weight_TK.flatten()[choice_R].unsqueeze(1)
+        if filled_R is not None:
+            weight_R1 = weight_R1 * filled_R.unsqueeze(1)
         spread_RH = grad_TH[choice_R // weight_TK.shape[1]]
         # One product a row, put at the choice that the row is.
         wide = _sum_dtype(y_RH)
-        products_R = (y_RH.to(wide) * spread_RH.to(wide)).sum(1)
-        grad_weight = torch.zeros(weight_TK.numel(), dtype=weight_TK.dtype, device=grad_TH.device)
-        grad_weight.scatter_(0, choice_R, products_R.to(weight_TK.dtype))
-        return spread_RH.mul_(weight_R1), grad_weight.view_as(weight_TK), None, None, None
+        products_R = (y_RH.to(wide) * spread_RH.to(wide)).sum(1).to(weight_TK.dtype)
+        grad_weight = torch.zeros(weight_TK.numel() + 1, dtype=weight_TK.dtype, device=grad_TH.device)
+        at_R = choice_R if filled_R is None else choice_R.masked_fill(~filled_R, weight_TK.numel())
+        grad_weight = grad_weight.scatter_(0, at_R, products_R)[:-1].view_as(weight_TK)
+        return spread_RH.mul_(weight_R1).to(y_RH.dtype), grad_weight, None, None
 
 
-def _weighted_sum(y_RH: Tensor, weight_TK: Tensor | None, row_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
+def _weighted_sum(
+    y_RH: Tensor, weight_TK: Tensor | None, row_TK: Tensor, kept_TK: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """The rows of each token, times their weights if there are any, added one after another."""
     wide = _sum_dtype(y_RH)
     if not y_RH.shape[0]:
-        return y_RH.new_zeros(row_TK.shape[0], y_RH.shape[1])
+        return y_RH.new_zeros(row_TK.shape[0], y_RH.shape[1], dtype=dtype)
     if kept_TK is not None:
         weight_TK = kept_TK.to(wide) if weight_TK is None else weight_TK * kept_TK
     total_TH: Tensor | None = None
@@ -121,7 +144,7 @@ def _weighted_sum(y_RH: Tensor, weight_TK: Tensor | None, row_TK: Tensor, kept_T
         else:
             total_TH.addcmul_(rows_TH, weight_T1)
     assert total_TH is not None, "a token has at least one expert"
-    return total_TH.to(y_RH.dtype)
+    return total_TH.to(dtype)
 
 
 def _sum_dtype(y_RH: Tensor) -> torch.dtype:

@@ -1,9 +1,8 @@
 """The feed-forward half of a block as a mixture of experts: each token passes a few of many MLPs.
 
-Four steps, each in a file: the router chooses (`router.py`), rows are made and sent (`dispatch.py`, `exchange.py`),
-experts compute (`experts.py`), and rows come back and are added up. What was chosen is counted, for the losses that
-balance the load (`balance.py`) and for whoever reports it. No token is dropped unless experts have a capacity
-(`capacity.py`).
+Four steps: the router chooses (`router.py`), a transport sends tokens to experts (`transport.py`), experts compute
+(`experts.py`), and what they give comes back and is added up. What was chosen is counted, for the losses that balance
+the load (`balance.py`) and for whoever reports it. No token is dropped unless experts have a capacity (`capacity.py`).
 
 Each rank of the tensor axis routes tokens of its own. Under sequence parallelism it has its own; without, where all
 ranks hold all tokens, each takes its part of the sequence and the parts are gathered again behind the experts, so that
@@ -26,10 +25,10 @@ from megatron3d.comm import typed
 from megatron3d.comm.collectives import own_part
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.moe.balance import add_balance
-from megatron3d.moe.dispatch import Rows, add_rows, sort_rows, take_rows
-from megatron3d.moe.exchange import RowExchange
+from megatron3d.moe.exchange import own_experts
 from megatron3d.moe.experts import Experts
 from megatron3d.moe.router import Router, TokenPlaces
+from megatron3d.moe.transport import transport_of
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.mlp import MLP
 from megatron3d.params.spec import Init
@@ -45,8 +44,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.config, self.context, self.layer = config, context, layer
         self.router = Router(config, context)
-        self.exchange = RowExchange(context.expert, context.expert_tp, self.router.num_experts)
-        self.experts = Experts(config, context, numbers=self.exchange.numbers)
+        self.transport = transport_of(config, context, self.router.num_experts)
+        self.experts = Experts(config, context, numbers=own_experts(context.expert, self.router.num_experts))
         width = config.moe_shared_expert_intermediate_size
         self.shared = MLP(config, context, width=width) if width else None
         self.shared_gate = _shared_gate(config, context) if width and config.moe_shared_expert_gate else None
@@ -60,20 +59,11 @@ class MixtureOfExperts(nn.Module):
 
     def _route(self, x_TH: Tensor, places: TokenPlaces, inputs: LayerInputs) -> Tensor:
         routing = self.router(x_TH, places)
-        rows = sort_rows(routing.expert_TK, self.router.num_experts, routing.kept_TK)
-        arrival = self.exchange.count(rows.counts_E, expected=self._expected_rows(rows))
-        rows = rows.first(arrival.num_sent)
-        here_RH = self.exchange.send(take_rows(x_TH, rows), arrival)
-        done_RH = self.experts(here_RH, arrival.counts)
-        y_TH = add_rows(self.exchange.send_back(done_RH, arrival), routing.weight_TK, rows)
+        arrived = self.transport.dispatch(x_TH, routing, places)
+        y_TH = arrived.combine(self.experts(arrived.rows_RH, arrived.counts))
         if inputs.losses is not None:
             y_TH = add_balance(y_TH, self.router, routing, places, inputs.losses)
         return self.router.count(y_TH, routing, places)
-
-    def _expected_rows(self, rows: Rows) -> int:
-        """With an even load."""
-        factor = self.config.moe_expert_capacity_factor
-        return int(rows.choice_R.shape[0] * (1 if factor is None else min(1, factor)))
 
     def _own_tokens(self, x_SBH: Tensor, inputs: LayerInputs) -> tuple[Tensor, TokenPlaces]:
         """This rank's part of the sequence, filled up to the length of the longest part, and where it stands."""
@@ -102,7 +92,7 @@ class MixtureOfExperts(nn.Module):
         """Back on the residual stream."""
         if self.context.sequence_parallel or self.context.tp.size == 1:
             return y_SBH
-        return typed.all_gather(y_SBH, self.context.tp, dst="I")[:length]
+        return typed.all_gather(y_SBH, self.context.tp, dst="I", replay=self.context.replay)[:length]
 
     def _pass_shared(self, x_SBH: Tensor) -> Tensor:
         assert self.shared is not None, "there is a shared expert"

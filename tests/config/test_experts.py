@@ -76,6 +76,8 @@ def test_the_losses_of_balance_have_a_weight_each() -> None:
         (f"{EIGHT} --moe-router-load-balancing-type aux_loss aux_loss", 1, "names a loss twice"),
         (f"{EIGHT} --moe-shared-expert-gate", 1, "give --moe-shared-expert-intermediate-size too"),
         (f"{EIGHT} --moe-min-capacity 4", 1, "give --moe-expert-capacity-factor too"),
+        (f"{EIGHT} --moe-pad-expert-input-to-capacity", 1, "give --moe-expert-capacity-factor too"),
+        (f"{EIGHT} --recompute-reuse-communication", 1, "none are without --recompute-granularity full"),
         (f"{EIGHT} --moe-expert-capacity-factor 0", 1, "it must be above 0"),
         (f"{EIGHT} --moe-input-jitter-eps 1", 1, "it must be at least 0 and below 1"),
         (f"{EIGHT} --expert-model-parallel-size 3", 3, "does not divide --num-experts 8"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
@@ -212,29 +216,108 @@ def test_bias_follows_the_load_in_whole_numbers() -> None:
     torch.testing.assert_close(layer.router.bias, moved - moved.mean())
 
 
+# --- Transports ------------------------------------------------------------------------------------------------------
+
+PADDED: dict[str, object] = {"moe_pad_expert_input_to_capacity": True}
+GATHERED: dict[str, object] = {"moe_token_dispatcher_type": "allgather"}
+_READS = ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero")
+
+
+@contextmanager
+def counting_reads() -> Iterator[list[str]]:
+    """Note each read of a value from the device."""
+    reads: list[str] = []
+
+    def noting(name: str) -> Callable[..., object]:
+        read = getattr(Tensor, name)
+        return lambda *args, **options: reads.append(name) or read(*args, **options)
+
+    with ExitStack() as patched:
+        for name in _READS:
+            patched.enter_context(mock.patch.object(Tensor, name, noting(name)))
+        yield reads
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 9.0])
+@pytest.mark.parametrize(("changes", "reads"), [(PADDED, 0), (GATHERED, 1), (GATHERED | PADDED, 0)], ids=str)
+def test_every_transport_gives_the_same_and_padding_reads_no_count(
+    changes: dict[str, object], reads: int, factor: float
+) -> None:
+    given = {"moe_expert_capacity_factor": factor, "moe_router_topk": 3}
+    with counting_reads() as uneven:
+        y_SBH, gradients = run(layer_of(**given)[1])
+    with counting_reads() as found:
+        other_SBH, others = run(layer_of(**given, **changes)[1])
+    assert len(uneven) == 1 and len(found) == reads, (uneven, found)
+    torch.testing.assert_close(other_SBH, y_SBH, rtol=0, atol=1e-13)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=0, atol=1e-13, msg=name)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the most elements of any tensor that an operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if isinstance(one, Tensor):
+                self.elements = max(self.elements, one.numel())
+        return result
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"moe_expert_capacity_factor": 256.0}, GATHERED], ids=["dropless", "capacity", "gathered"]
+)
+def test_a_thousand_experts_take_memory_of_tokens_by_experts_and_no_more(changes: dict[str, object]) -> None:
+    """With T tokens, E experts and a capacity C nothing has the size [T, E, C]: the largest are the scores [T, E] and
+    the router's weight [E, H]."""
+    experts, chosen = 1024, 2
+    _, layer = layer_of(num_experts=experts, moe_router_topk=chosen, moe_ffn_hidden_size=2, **changes)
+    x_SBH = hidden().requires_grad_()
+    with _Largest() as largest:
+        layer(x_SBH, LayerInputs()).sum().backward()
+    assert largest.elements <= experts * max(S * B, H), largest.elements
+
+
 # --- Ranks with parts of a sequence -----------------------------------------------------------------------------------
 
 # Half of the experts on each rank, and half of each expert; lengths that two ranks do not divide, of which one gives
 # the second rank nothing.
-SHARDED = [(Layout(tp=2, ep=2, etp=1), 5), (Layout(tp=2), 1)]
+SHARDED = [
+    (Layout(tp=2, ep=2, etp=1), 5, {}),
+    (Layout(tp=2), 1, {}),
+    (Layout(tp=2, ep=2, etp=1), 5, PADDED),
+    (Layout(tp=2), 5, PADDED),
+    (Layout(tp=2, ep=2, etp=1), 5, GATHERED),
+    (Layout(tp=2), 5, GATHERED | PADDED),
+]
 
 
-def passed(rank: int, world_size: int, layout: Layout, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def passed(
+    rank: int, world_size: int, layout: Layout, length: int, changes: dict[str, object]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output and gradient of the input, the same on all ranks, and this rank's gradient of the router."""
     mesh = make_mesh(layout)
     context = LayerContext(mesh.tp, False, GradSink(), expert=mesh.expert, expert_tp=mesh.expert_tp)
     with wide():
-        _, layer = layer_of(context, moe_router_load_balancing_type=("none",), moe_expert_capacity_factor=1.0, **GATED)
+        given = {"moe_router_load_balancing_type": ("none",), "moe_expert_capacity_factor": 1.0}
+        _, layer = layer_of(context, **given, **GATED, **changes)
         x_SBH = hidden()[:length].requires_grad_()
         y_SBH = layer(x_SBH, LayerInputs())
         (y_SBH * weights_of_outputs()[:length]).sum().backward()
     return y_SBH.detach(), x_SBH.grad, layer.router.weight.grad
 
 
-@pytest.mark.parametrize(("layout", "length"), SHARDED, ids=str)
-def test_a_sequence_that_ranks_cannot_divide_passes_like_any_other(pool: Pool, layout: Layout, length: int) -> None:
-    y_SBH, grad_SBH, grad_EH = passed(0, 1, Layout(), length)
-    by_rank = pool.run(2, passed, layout, length)
+@pytest.mark.parametrize(("layout", "length", "changes"), SHARDED, ids=str)
+def test_a_sequence_that_ranks_cannot_divide_passes_like_any_other(
+    pool: Pool, layout: Layout, length: int, changes: dict[str, object]
+) -> None:
+    y_SBH, grad_SBH, grad_EH = passed(0, 1, Layout(), length, {})
+    by_rank = pool.run(2, passed, layout, length, changes)
     for found in by_rank:
         torch.testing.assert_close(found[0], y_SBH, rtol=0, atol=1e-12)
         torch.testing.assert_close(found[1], grad_SBH, rtol=0, atol=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,9 @@ S, H, LAYERS, BATCH, E, K = 16, 32, 4, 8, 4, 2
 FP32, INT64 = 4, 8
 SP = "--sequence-parallel"
 FULL = "--recompute-granularity full"
+REUSING = f"{FULL} --recompute-reuse-communication"
+PADDED = "--moe-expert-capacity-factor 1 --moe-pad-expert-input-to-capacity"
+GATHERED = "--moe-token-dispatcher-type allgather"
 
 COSTS = [
     # A layer sends rows, gets them back, and their gradients go the same two ways.
@@ -34,11 +38,15 @@ COSTS = [
     # Without sequence parallelism all ranks hold all tokens, and each sends its part of them.
     (Layout(tp=2, ep=2, etp=1), "--micro-batch-size 2", 4, 1),
     (Layout(dp=2, ep=2), f"{FULL} --micro-batch-size 2", 6, 2),
+    # Recomputed from what was kept, a layer communicates as if it were not; padded, no count is exchanged.
+    (Layout(dp=2, ep=2), f"{REUSING} --micro-batch-size 2", 4, 1),
+    pytest.param(Layout(tp=2, ep=2, etp=1), f"{SP} {REUSING} --micro-batch-size 2", 4, 1, marks=pytest.mark.slow),
+    (Layout(dp=2, ep=2), f"{PADDED} --micro-batch-size 2", 4, 0),
 ]
 
 
-def counted(rank: int, world_size: int, layout: Layout, options: str) -> tuple[int, int]:
-    """Calls and bytes of a rank's all-to-alls over the expert axis in one step."""
+def counted(rank: int, world_size: int, layout: Layout, options: str) -> dict[str, tuple[int, int]]:
+    """Calls and bytes of a rank's collectives over the expert axis in one step."""
     mesh = make_mesh(layout)
     parts = parts_of(Case(GATED, layout, options), mesh)
     data = data_of(parts.config)
@@ -46,7 +54,7 @@ def counted(rank: int, world_size: int, layout: Layout, options: str) -> tuple[i
         batch = batches.read(0, BATCH, mesh.batch.rank, mesh.batch.size)
     mesh.meter.reset()
     train_step(parts, batch, RATES, step=0)
-    return mesh.meter.read()["expert", "all_to_all"]
+    return {collective: count for (axis, collective), count in mesh.meter.read().items() if axis == "expert"}
 
 
 @pytest.mark.parametrize(("layout", "options", "payloads", "counts"), COSTS, ids=str)
@@ -54,7 +62,7 @@ def test_rows_are_exchanged_once_each_way_and_counts_once_a_layer(
     pool: Pool, layout: Layout, options: str, payloads: int, counts: int
 ) -> None:
     """Summed over the ranks of an expert group, each exchange moves K rows of H numbers for each token of theirs."""
-    found = pool.run(2, counted, layout, options)
+    found = [one["all_to_all"] for one in pool.run(2, counted, layout, options)]
     micros = BATCH // 2 // layout.dp
     assert {calls for calls, _ in found} == {micros * LAYERS * (payloads + counts)}
     rows = BATCH * S * K
@@ -62,9 +70,50 @@ def test_rows_are_exchanged_once_each_way_and_counts_once_a_layer(
     assert sum(size for _, size in found) == LAYERS * payloads * rows * H * FP32 + of_counts
 
 
+def test_gathers_move_each_token_once_for_every_rank(pool: Pool) -> None:
+    """Tokens and what experts give, and the gradients of both: four exchanges of N tokens of all ranks. Beside them the
+    numbers of the chosen experts, and their weights with their gradients."""
+    micros, tokens = BATCH // 2 // 2, 2 * 2 * S
+    hidden, chosen = tokens * H * FP32, tokens * K
+    for found in pool.run(2, counted, Layout(dp=2, ep=2), f"{GATHERED} --micro-batch-size 2"):
+        layers = micros * LAYERS
+        assert found == {
+            "all_gather": (4 * layers, layers * (2 * hidden + chosen * (INT64 + FP32))),
+            "reduce_scatter": (3 * layers, layers * (2 * hidden + chosen * FP32)),
+        }
+
+
+KEPT = [
+    (Case("experts-many", Layout(tp=2, ep=2, etp=1)), SP),
+    (Case(GATED, Layout(dp=2, ep=2)), f"{GATHERED} --zero-stage 3"),
+    (Case("gpt2-drops", Layout(tp=2)), ""),
+]
+
+
+def traced_both_ways(rank: int, world_size: int) -> list[tuple[Trace, Trace]]:
+    """Body of a worker: two steps of each case, recomputed by communicating again and from what was kept."""
+    return [
+        tuple(
+            trace(parts_of(replace(case, options=f"{options} {way}"), make_mesh(case.layout)), num_steps=2)
+            for way in (FULL, REUSING)
+        )
+        for case, options in KEPT
+    ]
+
+
+def test_recomputing_from_kept_results_changes_no_bit(pool: Pool) -> None:
+    for pairs in pool.run(2, traced_both_ways):
+        for again, kept in pairs:
+            assert again.losses == kept.losses and again.norms == kept.norms
+            for name, pieces in again.gradients.items():
+                for (box, values), (other_box, others) in zip(pieces, kept.gradients[name], strict=True):
+                    assert box == other_box and torch.equal(values, others), name
+
+
 EXTREME = [
     Case(GATED, Layout(dp=2, ep=2), "--zero-stage 3"),
     Case(GATED, Layout(tp=2, ep=2, etp=1), f"{SP} {FULL}"),
+    Case(GATED, Layout(tp=2, ep=2, etp=1), f"{GATHERED}"),
 ]
 
 

@@ -20,6 +20,7 @@ FROZEN = "--freeze-params embedding.* *.attention.* *.mlp.up.weight *.mlp_norm.b
 WORDS, UNTIED = "--vocab-size 12000", "--untie-embeddings-and-output-weights"
 MORE = "--global-batch-size 8"  # micro-batches than the two of the models' own
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-z-loss-coeff 0.001"
+REUSING = "--recompute-reuse-communication"
 Case = tuple[str, str]
 
 ONE: dict[str, Case] = {
@@ -48,6 +49,7 @@ TWO: dict[str, Case] = {
     "llama tp": ("gpt", f"{LLAMA} {TP} 2"),
     "gpt dropout tp sp": ("gpt", f"{GPT} {DROPOUT} {TP} 2 --sequence-parallel"),
     "llama tp sp": ("gpt", f"{LLAMA} {TP} 2 --sequence-parallel"),
+    "llama tp full reusing": ("gpt", f"{LLAMA} {TP} 2 {FULL} {REUSING}"),
     "llama tp sp bf16": ("gpt", f"{LLAMA} {TP} 2 --sequence-parallel --bf16"),
     "llama tp sp shared head": ("gpt", f"{LLAMA} {TP} 2 --sequence-parallel --num-query-groups 1"),
     "bert tp sp": ("bert", f"{BERT} {TP} 2 --sequence-parallel"),
@@ -69,6 +71,12 @@ TWO: dict[str, Case] = {
     "wide zero 3 many words pp zb-h1": ("gpt", f"{WIDE} {PP} 2 --zero-stage 3 --pipeline-schedule zb-h1 {WORDS}"),
     "wide zero 3 many words frozen": ("gpt", f"{WIDE} --zero-stage 3 {WORDS} {FROZEN}"),
     "experts ep zero 2": ("gpt", f"{LLAMA} {EXPERTS} --expert-model-parallel-size 2 --zero-stage 2 {MORE}"),
+    "experts ep full reusing": ("gpt", f"{LLAMA} {EXPERTS} --expert-model-parallel-size 2 {FULL} {REUSING}"),
+    "experts ep gathered padded": (
+        "gpt",
+        f"{LLAMA} {EXPERTS} --expert-model-parallel-size 2 --moe-token-dispatcher-type allgather "
+        "--moe-expert-capacity-factor 1 --moe-pad-expert-input-to-capacity",
+    ),
     "bert zero 3": ("bert", f"{BERT} {MORE} --zero-stage 3"),
     "wide bf16 zero 2 offload": ("gpt", f"{WIDE} --bf16 --zero-stage 2 --offload-optimizer cpu"),
     "wide zero 3 all offload": ("gpt", f"{WIDE} --zero-stage 3 --offload-optimizer cpu --offload-params cpu"),

@@ -36,6 +36,11 @@ def expert_problems(model: GivenModel, parallel: ParallelConfig) -> Iterator[str
             f"--moe-min-capacity {model.moe_min_capacity} is the least capacity of experts that have one, and these "
             "take all tokens; give --moe-expert-capacity-factor too, or leave it out."
         )
+    if model.moe_pad_expert_input_to_capacity and model.moe_expert_capacity_factor is None:
+        yield (
+            "--moe-pad-expert-input-to-capacity fills rows up to a capacity, and these experts take all tokens; give "
+            "--moe-expert-capacity-factor too, or leave it out."
+        )
     if model.moe_shared_expert_gate and not model.moe_shared_expert_intermediate_size:
         yield (
             "--moe-shared-expert-gate is the gate of a shared expert, and there is none; give "

@@ -8,6 +8,7 @@ from megatron3d.config.fields import option, options, switch
 
 BALANCE_LOSSES = ("seq_aux_loss", "global_aux_loss", "aux_loss")
 DEFAULT_BALANCE_COEFFICIENT = 0.01
+TRANSPORTS = ("alltoall", "allgather")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,16 @@ class GivenExperts:
         "--moe-token-drop-policy",
         "Which go first where more choose it: those of largest weight, or the earlier.",
         choices=("probs", "position"),
+    )
+    moe_pad_expert_input_to_capacity: bool = switch(
+        "--moe-pad-expert-input-to-capacity",
+        "Fill the rows of every expert up to its capacity, so that no count is exchanged or read back.",
+    )
+    moe_token_dispatcher_type: str = option(
+        "alltoall",
+        "--moe-token-dispatcher-type",
+        "How tokens reach the ranks of their experts: rows to these alone, or all tokens to all of them.",
+        choices=TRANSPORTS,
     )
     moe_shared_expert_intermediate_size: int | None = option(
         None,
