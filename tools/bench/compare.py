@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tools.bench.checkpoint import compare_checkpoints, compare_stalls
-from tools.bench.experts import compare_experts
+from tools.bench.expert_step import compare_experts
 from tools.bench.overhead import compare_overhead
 from tools.bench.peers.start import exit_when_terminated
 from tools.bench.peers.work import (
