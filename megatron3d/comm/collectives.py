@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron3d.comm import pairwise
 from megatron3d.comm.mesh import Axis
 from megatron3d.comm.waiting import Waiting
 
@@ -28,7 +29,7 @@ class Pending:
     """A collective on its way: `wait` returns its result once it is there."""
 
     def __init__(
-        self, result: Tensor, work: dist.Work | None = None, axis: Axis | None = None, collective: str = ""
+        self, result: Tensor, work: pairwise.Work | None = None, axis: Axis | None = None, collective: str = ""
     ) -> None:
         """`axis` and `collective` name what is waited for; only a result that is there already needs none."""
         self._result, self._work = result, work
@@ -65,9 +66,7 @@ def start_all_gather(x: Tensor, axis: Axis) -> Pending:
         return Pending(x)
     gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     axis.meter.add(axis.name, "all_gather", gathered.nbytes)
-    return Pending(
-        gathered, _gather_flat(gathered, x.contiguous(), group=axis.group, async_op=True), axis, "all_gather"
-    )
+    return Pending(gathered, _start_gather(gathered, x.contiguous(), axis), axis, "all_gather")
 
 
 def start_all_gather_into(gathered: Tensor, x: Tensor, axis: Axis) -> Pending:
@@ -87,7 +86,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     _require_divisible(x.shape[0], axis)
     part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     axis.meter.add(axis.name, "reduce_scatter", x.nbytes)
-    return Pending(part, _scatter_flat(part, x.contiguous(), group=axis.group, async_op=True), axis, "reduce_scatter")
+    return Pending(part, _start_scatter(part, x.contiguous(), axis), axis, "reduce_scatter")
 
 
 def start_reduce_scatter_into(part: Tensor, x: Tensor, axis: Axis) -> Pending:
@@ -182,6 +181,20 @@ def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
         all_reduce(torch.zeros(1, device=_device_of(axis)), axis)
+
+
+def _start_gather(gathered: Tensor, x: Tensor, axis: Axis) -> pairwise.Work:
+    """The contiguous `x` of all ranks into `gathered`, which holds nothing of it yet."""
+    if axis.pairwise:
+        return pairwise.start_all_gather(gathered, x, axis)
+    return _gather_flat(gathered, x, group=axis.group, async_op=True)
+
+
+def _start_scatter(part: Tensor, x: Tensor, axis: Axis) -> pairwise.Work:
+    """The sum of the contiguous `x` of all ranks into their parts, which are no parts of it."""
+    if axis.pairwise:
+        return pairwise.start_reduce_scatter(part, x, axis)
+    return _scatter_flat(part, x, group=axis.group, async_op=True)
 
 
 def _waiting(collective: str, axis: Axis) -> Waiting:

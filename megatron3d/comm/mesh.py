@@ -33,6 +33,7 @@ class Axis:
         ranks: their global ranks, in order.
         group: the process group, None where size is 1.
         meter: counts what is communicated.
+        pairwise: whether gathers and reduce-scatters of activations go pair by pair (`pairwise.py`), as on gloo.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Axis:
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None
     meter: Meter
+    pairwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def make_mesh(layout: Layout, *, timeout: timedelta = timedelta(minutes=10)) -> 
         key = (name if name in _OWN_GROUP else "", groups)
         if key not in made:
             made[key] = _new_groups(groups, timeout)
-        axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, made[key] if len(ranks) > 1 else None, meter)
+        group = made[key] if len(ranks) > 1 else None
+        pairwise = group is not None and dist.get_backend(group) == "gloo"
+        axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, group, meter, pairwise)
     return Mesh(layout, rank, meter, Axis("alone", 1, 0, (rank,), None, meter), **axes)
 
 

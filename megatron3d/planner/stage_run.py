@@ -131,7 +131,7 @@ class StageRun:
         """An axis of ranks of which this one alone is there."""
         position, size = ranks.index(rank), len(ranks)
         group = ShapeOnlyGroup(position, size, copies=self._on_cpu) if size > 1 else None
-        return Axis(name, size, position, ranks, group, Meter())
+        return Axis(name, size, position, ranks, group, Meter(), pairwise=self._on_cpu)
 
     def _materialize(
         self, stage: Stage, sink: GradSink, recorder: StorageRecorder, device: torch.device

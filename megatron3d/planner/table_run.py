@@ -46,7 +46,7 @@ class RecordedTable:
         self._recorder, self._unit, self._blocks = recorder, unit, blocks
         size, width = blocks[0].num_ranks, parameter.shape[1]
         group = ShapeOnlyGroup(0, size, copies=copies) if size > 1 else None
-        self._axis = Axis("shard", size, 0, tuple(range(size)), group, Meter())
+        self._axis = Axis("shard", size, 0, tuple(range(size)), group, Meter(), pairwise=copies)
         rows, device = [block.num_rows for block in blocks], parameter.device
         self._weights = [torch.empty(count, width, dtype=parameter.dtype, device=device) for count in rows]
         self._gradients = [torch.empty(count, width, dtype=of_gradients, device=device) for count in rows]

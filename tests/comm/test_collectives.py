@@ -58,6 +58,38 @@ def test_gathering_into_the_buffer_that_holds_the_own_part_fills_the_others(pool
     assert pool.run(3, _gather_in_place) == [[1.0, 1.0, 2.0, 2.0, 3.0, 3.0]] * 3
 
 
+def _dropped(rank: int, world_size: int) -> None:
+    """Gathers and sums of several sizes on axes with the same ranks, of which every second is dropped at once."""
+    mesh = make_mesh(Layout(dp=world_size))
+    axes, sizes = [mesh.grad, mesh.shard, mesh.grad, mesh.batch], [3, 1000, 1, 70_000]
+    under_way = []
+    for number, (axis, size) in enumerate(zip(axes * 2, sizes * 2, strict=True)):
+        parts = torch.stack([_of(100 * number + r, world_size, size) for r in range(world_size)])
+        gathering = collectives.start_all_gather(parts[rank], axis)
+        summing = collectives.start_reduce_scatter(parts[rank], axis)
+        if number % 2:
+            under_way += [(gathering, parts.flatten(0, 1)), (summing, parts.sum(0)[rank : rank + 1])]
+        del gathering, summing
+    for pending, expected in reversed(under_way):
+        torch.testing.assert_close(pending.wait(), expected)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_collectives_that_nobody_waits_for_leave_the_results_of_others_alone(pool: Pool, world_size: int) -> None:
+    pool.run(world_size, _dropped)
+
+
+def _sum_of_bf16(rank: int, world_size: int) -> None:
+    axis = make_mesh(Layout(dp=world_size)).grad
+    parts = torch.stack([_of(r, 2 * world_size, 50) for r in range(world_size)]).bfloat16()
+    found = collectives.reduce_scatter(parts[rank], axis)
+    assert torch.equal(found, parts.double().sum(0).bfloat16()[2 * rank : 2 * rank + 2])
+
+
+def test_a_reduce_scatter_of_bf16_rounds_each_sum_once(pool: Pool) -> None:
+    pool.run(4, _sum_of_bf16)
+
+
 def _counts(rank: int, world_size: int) -> tuple[dict[tuple[str, str], tuple[int, int]], bool]:
     mesh = make_mesh(Layout(tp=2, dp=2))
     x = torch.zeros(4, 6)

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron3d.comm import collectives, p2p
+from megatron3d.comm import collectives, p2p, pairwise
 from megatron3d.comm.device import HostCopies
 from megatron3d.offload.block_file import BlockFile
 from megatron3d.offload.file_store import FileStore
@@ -85,6 +85,8 @@ class Detector:
             (p2p, "dist", shim),
             (collectives, "_gather_flat", _gather(self, collectives._gather_flat)),
             (collectives, "_scatter_flat", _scatter(self, collectives._scatter_flat)),
+            (pairwise, "start_all_gather", _gather(self, pairwise.start_all_gather)),
+            (pairwise, "start_reduce_scatter", _scatter(self, pairwise.start_reduce_scatter)),
             (HostCopies, "start", _host_copy(self)),
             (FileStore, "start_read", _file_read(self, FileStore.start_read)),
             (FileStore, "start_write", _file_write(self, FileStore.start_write)),
@@ -213,9 +215,9 @@ class _Distributed:
 
 
 def _gather(detector: Detector, real: Callable[..., Any]) -> Callable[..., Watched]:
-    def gather(whole: Tensor, x: Tensor, *, group: Any, async_op: bool) -> Watched:
+    def gather(whole: Tensor, x: Tensor, *among: Any, **options: Any) -> Watched:
         private, source = torch.empty_like(whole), x.detach().clone()
-        work = real(private, source, group=group, async_op=async_op)
+        work = real(private, source, *among, **options)
         # This rank's part of the destination, where that is the source, may be read all along.
         spares = _elements_of(x, whole)
         return detector.watch("all_gather", work.wait, reads=[x], lands_in=private, lands_at=whole, spares=spares)
@@ -224,9 +226,9 @@ def _gather(detector: Detector, real: Callable[..., Any]) -> Callable[..., Watch
 
 
 def _scatter(detector: Detector, real: Callable[..., Any]) -> Callable[..., Watched]:
-    def scatter(part: Tensor, x: Tensor, *, group: Any, async_op: bool) -> Watched:
+    def scatter(part: Tensor, x: Tensor, *among: Any, **options: Any) -> Watched:
         private, source = torch.empty_like(part), x.detach().clone()
-        work = real(private, source, group=group, async_op=async_op)
+        work = real(private, source, *among, **options)
         if _elements_of(part, x) is None:
             return detector.watch("reduce_scatter", work.wait, reads=[x], lands_in=private, lands_at=part)
         # In place the rest of the source is undefined, also afterwards.
