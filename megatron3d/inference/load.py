@@ -73,11 +73,14 @@ def load_model(
         CheckpointError: it is damaged or holds another model.
     """
     model, views = allocate_model(config, mesh, device, builder or architecture_of(config.model).build_stage)
+    states = declared_states(model.stages.values())
+    may_be_missing = {f"model/{name}" for name, one in states.items() if one.spec.may_be_missing}
     load_tensors(
         directory,
         {f"model/{name}": view for name, view in views.items()},
         group=mesh.world.group,
         may_be_left=lambda name: not name.startswith("model/") or name.startswith("model/head."),
+        may_be_missing=may_be_missing.__contains__,
     )
     return model
 

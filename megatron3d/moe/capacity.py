@@ -2,12 +2,14 @@
 
     C = ceil(K S / E x factor)        of each sequence of S tokens and each of E experts, K choices of a token
 
-Of the tokens of a sequence that choose an expert, the C first are kept: those of largest weight, and of equal ones the
-earlier, or simply the earlier (--moe-token-drop-policy). A choice that is dropped adds nothing to its token. Since each
+Of the tokens of a sequence that choose an expert, the C first are kept (--moe-token-drop-policy): those of largest
+weight, and of equal ones the earlier; or simply the earlier; or, in training, those of the largest random numbers. A
+choice that is dropped adds nothing to its token. Since each
 sequence has a capacity of its own, what is dropped depends neither on the layout nor on what else is in the batch; the
 tensor-parallel ranks, which have parts of a sequence, tell each other choices and weights.
 
-Source: Lepikhin et al. 2020 (GShard), section 2.2, where a group of tokens is what one device has.
+Source: Lepikhin et al. 2020 (GShard), section 2.2, where a group of tokens is what one device has; Kim et al. 2021
+(arXiv:2109.10465) for random selection.
 
 Shapes: T tokens of this rank, K choices, N choices of all tensor-parallel ranks.
 """
@@ -35,11 +37,10 @@ def capacity_of(config: ModelConfig, length: int) -> int | None:
 
 def kept_choices(
     expert_TK: Tensor,
-    weight_TK: Tensor,
+    priority_TK: Tensor | None,
     sample_T: Tensor,
     *,
     capacity: int,
-    by_weight: bool,
     num_experts: int,
     tp: Axis,
 ) -> Tensor:
@@ -47,19 +48,18 @@ def kept_choices(
 
     Args:
         expert_TK: chosen experts, int64; those of -1 are none and are not kept.
-        weight_TK: their weights.
+        priority_TK: what is larger goes first; None where the earlier token does.
         sample_T: the sample of each token, int64; tokens stand position by position, and those of a rank of `tp` before
             those of the next.
         capacity: tokens of a sample that an expert takes.
-        by_weight: whether larger weights go first.
         num_experts: E.
         tp: the ranks that have the other tokens of these samples.
     """
     group = torch.where(expert_TK < 0, -1, sample_T.unsqueeze(1) * num_experts + expert_TK)
-    group_N, weight_N = all_gather(group, tp).flatten(), all_gather(weight_TK.detach(), tp).flatten()
+    group_N = all_gather(group, tp).flatten()
     order_N = torch.arange(len(group_N), device=group_N.device)
-    if by_weight:
-        order_N = weight_N.argsort(descending=True, stable=True)
+    if priority_TK is not None:
+        order_N = all_gather(priority_TK, tp).flatten().argsort(descending=True, stable=True)
     order_N = order_N[group_N[order_N].argsort(stable=True)]
     sorted_N = group_N[order_N]
     first_N = torch.searchsorted(sorted_N, sorted_N)  # where the group of each begins

@@ -37,6 +37,7 @@ from megatron3d.tensor.context import LayerContext
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 LOAD, ENTROPY, DROPPED = "tokens_per_expert", "entropy", "dropped"  # names of totals of a step
+_OF_SELECTION = 1 << 32  # number of the key of random selection among those of a token; noise has the first
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ class Router(ParallelModule):
         self.declare_total(DROPPED, (1,), is_partial=True)
         if config.moe_router_enable_expert_bias:
             self.declare_state("bias", (self.num_experts,), torch.float32)
-        if "global_aux_loss" in dict(config.balance_losses):
-            self.declare_state("previous", (self.num_experts,), torch.int64)
+        # Counted in every run, so that one may add the loss of the global batch to those of the run before.
+        self.declare_state("previous", (self.num_experts,), torch.int64, may_be_missing=True)
 
     def forward(self, x_TH: Tensor, places: TokenPlaces) -> Routing:
         """Route the tokens of this rank, [T, H]."""
@@ -139,10 +140,9 @@ class Router(ParallelModule):
         choose = partial(
             kept_choices,
             expert_TK if valid_TK is None else expert_TK.masked_fill(~valid_TK, -1),
-            weight_TK,
+            self._priority(expert_TK, weight_TK, places),
             places.sample_T,
             capacity=capacity,
-            by_weight=self.config.moe_token_drop_policy == "probs",
             num_experts=self.num_experts,
             tp=self.context.tp,
         )
@@ -178,8 +178,7 @@ class Router(ParallelModule):
             above = load * self.num_experts - load.sum()  # whole numbers
             self.bias.sub_(self.config.moe_router_bias_update_rate * above.sign().float())
             self.bias.sub_(self.bias.mean())
-        if "previous" in self.state_specs:
-            self.previous.copy_(load)
+        self.previous.copy_(load)
 
     def _selection(self, logits_TE: Tensor) -> Tensor:
         """What the largest are chosen of."""
@@ -188,6 +187,16 @@ class Router(ParallelModule):
             return logits_TE.softmax(-1) if self.config.moe_router_pre_softmax else logits_TE
         scores_TE = logits_TE.sigmoid()
         return scores_TE + self.bias if "bias" in self.state_specs else scores_TE
+
+    def _priority(self, expert_TK: Tensor, weight_TK: Tensor, places: TokenPlaces) -> Tensor | None:
+        """Which choices go first where an expert has not room for all, the largest; None where the earlier do."""
+        policy = self.config.moe_token_drop_policy
+        if policy == "position":
+            return None
+        if policy == "random" and places.keys is not None:
+            own_T = child_keys(places.keys(), torch.full_like(places.sample_T, _OF_SELECTION))
+            return child_keys(own_T.unsqueeze(1), expert_TK)
+        return weight_TK.detach()
 
     def _weights(self, logits_TE: Tensor, expert_TK: Tensor) -> Tensor:
         config = self.config

@@ -60,6 +60,7 @@ class ParallelModule(nn.Module):
         init: Init = ZEROS,
         tp_dim: int | None = None,
         beside: str = "",
+        may_be_missing: bool = False,
     ) -> None:
         """Declare state that is saved and resharded but gets no gradient; see `params/state.py` for its two kinds.
 
@@ -71,6 +72,7 @@ class ParallelModule(nn.Module):
             tp_dim: the dimension that the tensor-parallel ranks shard; None where all hold the same.
             beside: local name of the parameter that it has an element for each element of; empty for state of the
                 module itself, which becomes its buffer `name`.
+            may_be_missing: whether a checkpoint may lack it; state of the module only.
         """
         if beside:
             cut = self.specs[beside]
@@ -79,7 +81,7 @@ class ParallelModule(nn.Module):
             self.state_specs[f"{name}/{beside}"] = StateSpec(cut, dtype, beside=beside, kind=name)
             return
         cut = ParamSpec(name, shape, init, decays=False, tp_dim=tp_dim, trains=False)
-        self.state_specs[name] = StateSpec(cut, dtype)
+        self.state_specs[name] = StateSpec(cut, dtype, may_be_missing=may_be_missing)
         empty = torch.empty(cut.local_shape(self.tp), dtype=dtype, device="meta")
         self.register_buffer(name, empty, persistent=False)
 

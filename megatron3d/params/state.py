@@ -37,12 +37,15 @@ class StateSpec:
         dtype: of the values, in memory and in checkpoints.
         beside: local name of the parameter that it is beside; empty for state of the module.
         kind: of state beside a parameter what it is, such as "average".
+        may_be_missing: whether a checkpoint may lack it, as that of a model which was converted; then it keeps its
+            first values.
     """
 
     cut: ParamSpec
     dtype: torch.dtype
     beside: str = ""
     kind: str = ""
+    may_be_missing: bool = False
 
 
 @dataclass(frozen=True)

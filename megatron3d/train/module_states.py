@@ -55,6 +55,10 @@ class ModuleStates:
             for cut in [self._declared[name].spec.cut]
         }
 
+    def may_be_missing(self, name: str) -> bool:
+        """Whether a checkpoint may lack the state of this full name, which then keeps its first values."""
+        return name in self._declared and self._declared[name].spec.may_be_missing
+
     def replicated(self) -> list[tuple[Axis, dict[str, Tensor]]]:
         """The values that all ranks of an axis hold alike, for `require_equal_replicas`."""
         replicated = {

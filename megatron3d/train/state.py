@@ -292,9 +292,14 @@ def _load(directory: Path, parts: TrainingSetup, frozen: Sequence[str], *, with_
             _views(parts, with_optimizer=with_optimizer, with_copies=True),
             group=parts.mesh.world.group,
             may_be_left=lambda name: not name.startswith("model/"),
-            may_be_missing=lambda name: not name.startswith("model/") and is_frozen(name.partition("/")[2], frozen),
+            may_be_missing=lambda name: _may_be_missing(name, parts, frozen),
         )
     parts.engine.publish()
+
+
+def _may_be_missing(name: str, parts: TrainingSetup, frozen: Sequence[str]) -> bool:
+    kind, _, own = name.partition("/")
+    return parts.states.may_be_missing(own) if kind == "model" else is_frozen(own, frozen)
 
 
 def _schedule(saved: ScheduleSettings, parts: TrainingSetup) -> tuple[ScheduleSettings, list[str]]:

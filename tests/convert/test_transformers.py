@@ -140,6 +140,22 @@ def test_what_only_training_reads_of_experts_does_not_leave(tmp_path: Path) -> N
     assert all(torch.equal(again[name], tensor) for name, tensor in found.tensors.items())
 
 
+def test_imported_experts_train_with_the_loss_that_reads_the_counts_of_the_step_before(tmp_path: Path) -> None:
+    checkpoint = imported("mixtral", tmp_path)[2]
+    words = f"--config {checkpoint / 'run.json'} --load {checkpoint.parent} --finetune --train-iters 4 --lr 1e-3 "
+    words += "--mock-data --micro-batch-size 2 --global-batch-size 4 --moe-router-load-balancing-type global_aux_loss"
+    config = resolve(parse_args(words.split(), program="t", description="t", log=lambda line: None), 1)
+    parts = build_parts(config, make_mesh(Layout()), torch.device("cpu"), architecture_of(config.model).build_stage)
+    state.restore(parts)
+    counts = parts.states.values()["layers.3.mlp.router.previous"]
+    assert counts.tolist() == [0, 0, 0, 0]
+    data = data_of(config)
+    with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
+        first = train_step(parts, batches.read(0, 4, 0, 1), RATES, step=0)
+    assert first.losses["global_balance"] == pytest.approx(1.0), "the counts before the first step are even"
+    assert int(counts.sum()) == 4 * config.model.seq_length * config.model.moe_router_topk
+
+
 def test_experts_with_a_capacity_have_no_place_there(tmp_path: Path) -> None:
     found = read_model(imported("mixtral", tmp_path)[1])
     limited = replace(found, model=replace(found.model, moe_expert_capacity_factor=1.25))

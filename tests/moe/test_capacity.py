@@ -8,11 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron3d_kernels.dropout import child_keys
 from torch import Tensor
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.moe.capacity import capacity_of, kept_choices
+from megatron3d.moe.router import Router, TokenPlaces
+from megatron3d.tensor.context import unsharded_context
 from tests.dist.pool import Pool
 from tests.nn.dense import model_config
 
@@ -27,13 +30,13 @@ def drawn(positions: int, samples: int, experts: int, chosen: int, seed: int) ->
 
 
 def by_hand(
-    expert_TK: Tensor, weight_TK: Tensor, sample_T: Tensor, *, capacity: int, by_weight: bool, num_experts: int
+    expert_TK: Tensor, priority_TK: Tensor | None, sample_T: Tensor, *, capacity: int, num_experts: int
 ) -> Tensor:
     kept = torch.zeros_like(expert_TK, dtype=torch.bool)
     for sample in range(int(sample_T.max()) + 1):
         for expert in range(num_experts):
             found = [
-                (-float(weight_TK[t, k]) if by_weight else 0.0, t, k)
+                (0 if priority_TK is None else -priority_TK[t, k].item(), t, k)
                 for t, k in (expert_TK == expert).nonzero().tolist()
                 if sample_T[t] == sample
             ]
@@ -54,15 +57,17 @@ def by_hand(
 def test_the_first_of_each_sequence_are_kept(
     positions: int, samples: int, chosen: int, capacity: int, by_weight: bool, seed: int
 ) -> None:
-    tokens = drawn(positions, samples, 4, chosen, seed)
-    how = {"capacity": capacity, "by_weight": by_weight, "num_experts": 4}
+    expert_TK, weight_TK, sample_T = drawn(positions, samples, 4, chosen, seed)
+    tokens = (expert_TK, weight_TK if by_weight else None, sample_T)
+    how = {"capacity": capacity, "num_experts": 4}
     assert torch.equal(kept_choices(*tokens, **how, tp=make_mesh(Layout()).tp), by_hand(*tokens, **how))
 
 
 def kept_by_rank(rank: int, world_size: int) -> list[Tensor]:
     tp = make_mesh(Layout(tp=world_size)).tp
-    tokens = [whole.chunk(world_size)[rank] for whole in drawn(6, 2, 4, 2, 0)]
-    return [kept_choices(*tokens, capacity=2, by_weight=one, num_experts=4, tp=tp) for one in (True, False)]
+    expert_TK, weight_TK, sample_T = (whole.chunk(world_size)[rank] for whole in drawn(6, 2, 4, 2, 0))
+    how = {"capacity": 2, "num_experts": 4, "tp": tp}
+    return [kept_choices(expert_TK, priority, sample_T, **how) for priority in (weight_TK, None)]
 
 
 def test_ranks_with_parts_of_sequences_keep_the_same(pool: Pool) -> None:
@@ -77,3 +82,32 @@ def test_a_capacity_is_that_of_an_even_load_times_the_factor(factor: float) -> N
     config = model_config(num_experts=8, moe_router_topk=3, moe_expert_capacity_factor=factor, moe_min_capacity=2)
     assert capacity_of(config, 10) == max(2, math.ceil(3 * 10 / 8 * factor))
     assert capacity_of(model_config(num_experts=8), 10) is None
+
+
+def test_random_selection_keeps_other_tokens_in_each_step_and_in_an_evaluation_those_of_largest_weight() -> None:
+    config = model_config(
+        num_experts=4,
+        moe_router_topk=1,
+        moe_router_pre_softmax=True,
+        moe_expert_capacity_factor=1.0,
+        moe_token_drop_policy="random",
+    )
+    router = Router(config, unsharded_context())
+    tokens = 64
+    expert_TK = torch.zeros(tokens, 1, dtype=torch.int64)
+    weight_TK = torch.linspace(0, 1, tokens).unsqueeze(1)
+
+    def kept(step: int | None) -> list[int]:
+        keys_T = None if step is None else child_keys(step, torch.arange(tokens))
+        keys = None if keys_T is None else lambda: keys_T
+        places = TokenPlaces(torch.zeros(tokens, dtype=torch.int64), 1, tokens, keys, None)
+        found = router.keep(expert_TK, weight_TK, places)
+        assert found is not None
+        return found[:, 0].nonzero()[:, 0].tolist()
+
+    largest = list(range(48, 64))
+    assert kept(None) == largest
+    by_step = [kept(step) for step in range(40)]
+    assert all(len(one) == 16 for one in by_step) and kept(0) == by_step[0] != by_step[1]
+    times = torch.tensor([token for one in by_step for token in one]).bincount(minlength=tokens)
+    assert times.min() > 0 and times.max() < 30, "each token has one chance in four"

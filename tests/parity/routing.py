@@ -72,8 +72,14 @@ def replaying(choices: Choices) -> Iterator[None]:
         first = torch.arange(choices.experts_NK.shape[1])
         return _of_tokens(choices, choices.experts_NK, first, places)
 
+    keep_freely = Router.keep
+
     def keep(self: Router, expert_TK: Tensor, weight_TK: Tensor, places: TokenPlaces) -> Tensor:
-        return _of_tokens(choices, choices.kept_NK, torch.zeros(choices.kept_NK.shape[1], dtype=torch.bool), places)
+        kept_TK = _of_tokens(choices, choices.kept_NK, torch.zeros(choices.kept_NK.shape[1], dtype=torch.bool), places)
+        if self.config.moe_token_drop_policy == "random":  # which depends on no rounding
+            free_TK = keep_freely(self, expert_TK, weight_TK, places)
+            assert free_TK is not None and torch.equal(free_TK, kept_TK), "another layout keeps other tokens"
+        return kept_TK
 
     with mock.patch.object(Router, "choose", replay), mock.patch.object(Router, "keep", keep):
         yield

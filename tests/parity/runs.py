@@ -80,7 +80,7 @@ EXPERTS = {
         "--moe-router-topk-scaling-factor 1.5 --moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate "
         "--moe-input-jitter-eps 0.01 --moe-router-load-balancing-type seq_aux_loss global_aux_loss "
         "--moe-aux-loss-coeff 0.01 0.02 "
-        "--moe-expert-capacity-factor 1"
+        "--moe-expert-capacity-factor 1 --moe-token-drop-policy random"
     ),
 }
 BUILT_BY_TESTS = {"penalised": build_penalised_stage}  # GPTs with something that no model of the project has

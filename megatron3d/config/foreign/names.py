@@ -98,6 +98,7 @@ _ADVICE = {
     "write both by --adam-beta1 and --adam-beta2": "betas adam-betas",
     "use --tensorboard-dir, --wandb-project or --metrics-file": "report-to log-file log-dir",
     "start it by torchrun, once on each node": "launcher master-addr master-port node-rank rdzv-endpoint",
+    "use --moe-token-drop-policy random, with --moe-expert-capacity-factor": "use-rts rts moe-use-rts",
 }
 
 

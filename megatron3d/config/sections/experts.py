@@ -81,8 +81,8 @@ class GivenExperts:
     moe_token_drop_policy: str = option(
         "probs",
         "--moe-token-drop-policy",
-        "Which go first where more choose it: those of largest weight, or the earlier.",
-        choices=("probs", "position"),
+        "Which go first where more choose it: those of largest weight, the earlier, or in training random ones.",
+        choices=("probs", "position", "random"),
     )
     moe_pad_expert_input_to_capacity: bool = switch(
         "--moe-pad-expert-input-to-capacity",
