@@ -71,11 +71,14 @@ MODULE_MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # What may be imported inside a function, because few runs need it and its own imports take long: torch's distributed
-# checkpointing 0.8 s, without which a run without --save does; matplotlib 0.5 s, which only --profile-pipeline needs.
+# checkpointing 0.8 s, without which a run without --save does; matplotlib 0.5 s, which only --profile-pipeline needs;
+# TensorBoard, which only --tensorboard-dir needs.
 MAY_IMPORT_LATE: dict[str, set[str]] = {
     "megatron3d.checkpoint.save": {"megatron3d.checkpoint.store"},
     "megatron3d.checkpoint.load": {"megatron3d.checkpoint.store"},
     "megatron3d.checkpoint.async_save": {"megatron3d.checkpoint.store"},
     "megatron3d.train.profile": {"megatron3d.pipeline.draw.measured"},
+    "megatron3d.train.writers": {"torch.utils.tensorboard"},
 }
-START_MODULE, SLOW_PACKAGES = "megatron3d.train.loop", ("matplotlib", "torch.distributed.checkpoint")
+START_MODULE = "megatron3d.train.loop"
+SLOW_PACKAGES = ("matplotlib", "torch.distributed.checkpoint", "torch.utils.tensorboard")

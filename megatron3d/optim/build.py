@@ -19,19 +19,18 @@ from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.config.update_rules import UPDATE_RULES
 from megatron3d.errors import ConfigError
 from megatron3d.optim.adafactor import Adafactor
-from megatron3d.optim.adam import AdamOfMoments
+from megatron3d.optim.adam import FusedAdam
 from megatron3d.optim.combined import CombinedOptimizer
 from megatron3d.optim.external import external_adam
 from megatron3d.optim.flat import FlatOptimizer
 from megatron3d.optim.lamb import Lamb
 from megatron3d.optim.lion import Lion
 from megatron3d.optim.muon import Muon
+from megatron3d.optim.sgd import FusedSgd
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.owned_slice import FullAccess
 
-_ELEMENTWISE: Mapping[str, type[FlatOptimizer]] = {
-    "lion": Lion,
-}
+_ELEMENTWISE: Mapping[str, type[FlatOptimizer]] = {"lion": Lion, "sgd": FusedSgd}
 _OVER_FULL_PARAMETERS = {"lamb": Lamb, "adafactor": Adafactor}
 
 
@@ -77,8 +76,6 @@ def build_optimizer(
     groups = _groups(listed)
     if config.optimizer in ("adam", "adamw"):
         return _adam(groups, config)
-    if config.optimizer == "sgd":
-        return _sgd(groups, config)
     if config.optimizer in _ELEMENTWISE:
         return _ELEMENTWISE[config.optimizer](groups, config)
     if full is None:
@@ -98,32 +95,7 @@ def _groups(parameters: list[tuple[nn.Parameter, bool]]) -> list[dict[str, Any]]
 def _adam(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     if config.optimizer_implementation != "torch":
         return external_adam(groups, config)
-    if "bf16" in (config.exp_avg_dtype, config.exp_avg_sq_dtype):
-        return AdamOfMoments(groups, config)
-    betas = (config.adam_beta1, config.adam_beta2)
-    optimizer = torch.optim.Adam(
-        groups,
-        lr=0.0,
-        betas=betas,
-        eps=config.adam_eps,
-        weight_decay=0.0,
-        fused=True,
-        decoupled_weight_decay=config.decoupled_weight_decay,
-    )
-    _allocate(optimizer, ("exp_avg", "exp_avg_sq"), counts=True)
-    return optimizer
-
-
-def _sgd(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    optimizer = torch.optim.SGD(
-        groups,
-        lr=0.0,
-        momentum=config.sgd_momentum,
-        weight_decay=0.0,
-        fused=True,
-    )
-    _allocate(optimizer, state_names(config), counts=False)
-    return optimizer
+    return FusedAdam(groups, config)
 
 
 def _muon(parameters: list[tuple[nn.Parameter, bool]], config: OptimConfig, full: FullAccess) -> torch.optim.Optimizer:
@@ -132,16 +104,6 @@ def _muon(parameters: list[tuple[nn.Parameter, bool]], config: OptimConfig, full
     others = _groups([(flat, decays) for flat, decays in parameters if flat not in matrices])
     scalar = Lion(others, config) if config.muon_scalar_optimizer == "lion" else _adam(others, config)
     return CombinedOptimizer([Muon(_groups(hidden), config, full), scalar])
-
-
-def _allocate(optimizer: torch.optim.Optimizer, names: tuple[str, ...], *, counts: bool) -> None:
-    """Zeros for every parameter; torch would allocate them at the first step, too late for loading a checkpoint."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = {name: torch.zeros_like(parameter) for name in names}
-            if counts:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            optimizer.state[parameter].update(state)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:

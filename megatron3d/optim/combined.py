@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from megatron3d.optim.flat import EagerOptimizer
 
-class CombinedOptimizer(torch.optim.Optimizer):
+
+class CombinedOptimizer(EagerOptimizer):
     """One optimizer whose groups and states are those of others, which make its steps."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -7,6 +7,7 @@ unit of the model. Gradients are used up: an optimizer may keep its update in th
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,7 +22,19 @@ CHUNK_CPU = 1 << 16
 CHUNK_DEVICE = 1 << 26
 
 
-class FlatOptimizer(torch.optim.Optimizer):
+class EagerOptimizer(torch.optim.Optimizer):
+    """An optimizer that is never traced by torch.compile.
+
+    torch keeps `add_param_group` out of what it compiles by a wrapper that imports the compiler at its first call,
+    which takes most of a second; here the function itself is called.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch does it."""
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+
+class FlatOptimizer(EagerOptimizer):
     """Parameters in groups with "lr", "weight_decay" and "decays"; a step counter for each parameter.
 
     `config` has the coefficients; a subclass says what state it keeps and how it updates.
@@ -71,3 +84,11 @@ def chunks(tensor: Tensor) -> Iterator[slice]:
     """Ranges that cover a flat tensor, each small enough for elementwise passes to stay in the cache."""
     size = CHUNK_CPU if tensor.device.type == "cpu" else CHUNK_DEVICE
     return (slice(start, min(start + size, tensor.numel())) for start in range(0, tensor.numel(), size))
+
+
+def by_rates(updates: Sequence[ParameterUpdate]) -> list[list[ParameterUpdate]]:
+    """Updates in groups with the same rates and number, which torch's fused kernels take in one call."""
+    groups: dict[tuple[float, float, int], list[ParameterUpdate]] = {}
+    for one in updates:
+        groups.setdefault((one.lr, one.weight_decay, one.count), []).append(one)
+    return list(groups.values())

@@ -12,7 +12,7 @@ where nobody else holds them, which it never does for tensors without memory.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -64,17 +64,26 @@ _BY_THE_ENGINE = frozenset(
 )
 
 
+def _left_to_torch(*_: Any) -> Any:
+    return NotImplemented
+
+
 class StorageRecorder(TorchDispatchMode):
     """Records while it is entered; `take` gives what has been recorded since the last call.
 
     Args:
         scratch: bytes that the kernel of an operation takes within the call, from the operation, its arguments and its
             results.
+        result_of: what an operation returns, from the operation and its arguments; NotImplemented leaves it to torch.
     """
 
-    def __init__(self, scratch: Callable[[Any, tuple[Any, ...], Any], int]) -> None:
+    def __init__(
+        self,
+        scratch: Callable[[Any, tuple[Any, ...], Any], int],
+        result_of: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any] = _left_to_torch,
+    ) -> None:
         super().__init__()
-        self._scratch = scratch
+        self._scratch, self._result_of = scratch, result_of
         self._events: list[Event] = []
         self._known: dict[int, weakref.ref[Any]] = {}
         self._num_taken = 0
@@ -85,7 +94,9 @@ class StorageRecorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation and note the storages that it makes."""
-        out = func(*args, **(kwargs or {}))
+        out = self._result_of(func, args, kwargs or {})
+        if out is NotImplemented:
+            out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor, replaces=args[0] if self._in_backward and func in _BY_THE_ENGINE else None)
@@ -99,6 +110,11 @@ class StorageRecorder(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._known[id(storage)] = weakref.ref(storage)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch keeps modes out of what it compiles by a wrapper that imports the compiler, unless a mode says no."""
+        return False
 
     def mark(self, kind: Kind, name: str) -> None:
         """Note something that is no allocation."""

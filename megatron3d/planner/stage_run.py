@@ -31,6 +31,7 @@ from megatron3d.planner.kernel_scratch import cpu_scratch, no_scratch
 from megatron3d.planner.kernels_without_memory import CpuKernels, GpuKernels
 from megatron3d.planner.layout import layout_of
 from megatron3d.planner.recording import Event, Kind, StorageRecorder
+from megatron3d.planner.result_shapes import result_of
 from megatron3d.planner.sizes import BYTES, DTYPES
 from megatron3d.planner.table_run import RecordedTable
 from megatron3d.tensor.context import LayerContext
@@ -90,7 +91,8 @@ class StageRun:
         """Build a stage and run it; `splits` defers weight gradients, as schedules with split backwards do."""
         sink, gate = GradSink(), WeightGate()
         stage = self._stage(part, sink, gate)
-        recorder = StorageRecorder(cpu_scratch if self._on_cpu else no_scratch)
+        results = (result_of,) if self.without_memory.type == "meta" else ()
+        recorder = StorageRecorder(cpu_scratch if self._on_cpu else no_scratch, *results)
         gatherer = _RecordingGatherer(recorder)
         gate.bind(gatherer)
         device = self.without_memory

@@ -31,7 +31,7 @@ class ModuleStates:
             materialize_state(one, seed=seed, tp=mesh.tp.size, tp_rank=mesh.tp.rank, device=device)
         for module, name in self._totals():
             total = module.get_buffer(name)
-            module.register_buffer(name, torch.zeros_like(total, device=device), persistent=False)
+            module.register_buffer(name, torch.zeros(total.shape, dtype=total.dtype, device=device), persistent=False)
 
     def _totals(self) -> Iterator[tuple[ParallelModule, str]]:
         return ((module, name) for module in self._modules for name in module.total_specs)

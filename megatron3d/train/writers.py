@@ -11,12 +11,13 @@ import importlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron3d.errors import ConfigError, TrackerError, install_extra
 from megatron3d.train.metrics import may_pass
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 FLUSH_S = 10.0  # what a crash can take from the curves
 REOPEN_S = 30.0  # between attempts to open a place that failed: each costs a thread or a connection
@@ -50,6 +51,8 @@ class TensorBoardWriter:
 
     def open(self) -> None:
         """Begin an event file. Raises: TrackerError if the directory cannot be made or written."""
+        from torch.utils.tensorboard import SummaryWriter
+
         self._reopen_at = self._clock() + REOPEN_S
         try:
             self._writer = SummaryWriter(str(self._directory), purge_step=self._purge_step)
