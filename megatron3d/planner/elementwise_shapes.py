@@ -112,12 +112,13 @@ def dense_strides(shape: Sequence[int], given: Sequence[Sequence[int]]) -> list[
 
 def _common_dtype(args: Sequence[Any]) -> torch.dtype | None:
     """The dtype in which torch computes with tensors and numbers, where it is plain."""
-    tensors, numbers = ([one for one in args if isinstance(one, kind)] for kind in (Tensor, float))
+    tensors = [one for one in args if isinstance(one, Tensor)]
+    has_number = any(isinstance(one, float) for one in args)
     dtypes = {one.dtype for one in tensors}
     if len(tensors) == 2 and len(dtypes) == 2:
-        dtypes = {torch.result_type(*tensors)}
+        dtypes = {torch.result_type(tensors[0], tensors[1])}
     found = dtypes.pop()
-    return None if dtypes or (numbers and not found.is_floating_point) else found
+    return None if dtypes or (has_number and not found.is_floating_point) else found
 
 
 def _broadcast(shapes: Sequence[torch.Size]) -> tuple[int, ...]:
