@@ -49,11 +49,12 @@ def wire_bytes(collective: str, payload_bytes: int, num_ranks: int) -> float:
     """Bytes that one rank sends for a collective by the bandwidth-optimal ring.
 
     With n bytes in the whole tensor: all-gather, reduce-scatter and a pipelined broadcast (on average over the ranks)
-    n(N-1)/N, all-reduce twice that; a message n at its sender and nothing at its receiver.
+    n(N-1)/N, all-reduce twice that; an all-to-all, of which each rank receives n, the same where all send each other
+    equally much; a message n at its sender and nothing at its receiver.
 
     Source: Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
     """
     share = (num_ranks - 1) / num_ranks
     factors = {"all_gather": share, "reduce_scatter": share, "all_reduce": 2 * share, "broadcast": share}
-    factors |= {"send": 1.0, "receive": 0.0}
+    factors |= {"all_to_all": share, "send": 1.0, "receive": 0.0}
     return payload_bytes * factors[collective]

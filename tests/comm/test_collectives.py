@@ -148,6 +148,7 @@ def test_wire_bytes_are_what_a_simulated_ring_sends(num_ranks: int) -> None:
     assert wire_bytes("all_gather", payload, num_ranks) == pytest.approx(sent)
     assert wire_bytes("reduce_scatter", payload, num_ranks) == pytest.approx(sent)
     assert wire_bytes("all_reduce", payload, num_ranks) == pytest.approx(2 * sent)
+    assert wire_bytes("all_to_all", payload, num_ranks) == pytest.approx(sent)  # one stretch to each other rank
     assert wire_bytes("send", payload, num_ranks) == payload
 
 

@@ -16,7 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megatron3d.moe.router import Router, TokenPlaces
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.moe.router import Router, TokenPlaces, in_best_groups
 
 
 @dataclass
@@ -98,8 +99,7 @@ def _of_tokens(choices: Choices, values_NK: Tensor, others_K: Tensor, places: To
 
 @contextmanager
 def noting_flips(choices: Choices) -> Iterator[list[float]]:
-    """Let routers choose freely, and note each token that goes elsewhere than was recorded: by how much the last of its
-    experts was ahead of the next."""
+    """Let routers choose freely, and note each token that goes elsewhere than was recorded, with its margin."""
     margins: list[float] = []
     choose = Router.choose
 
@@ -107,13 +107,27 @@ def noting_flips(choices: Choices) -> Iterator[list[float]]:
         chosen_TK = choose(self, selection_TE, places)
         assert places.keys is not None, "only training steps are recorded"
         flipped_T = (chosen_TK != choices.experts_NK[choices.at(places.keys())]).any(1)
-        ranked_TE = selection_TE.sort(descending=True).values
-        last = chosen_TK.shape[1] - 1
-        margins.extend((ranked_TE[:, last] - ranked_TE[:, last + 1])[flipped_T].tolist())
+        margins.extend(margins_of(self.config, selection_TE)[flipped_T].tolist())
         return chosen_TK
 
     with mock.patch.object(Router, "choose", choose_and_compare):
         yield margins
+
+
+def margins_of(config: ModelConfig, selection_TE: Tensor) -> Tensor:
+    """By how much the last of each token's experts is ahead of the next, or the last of its groups of the next."""
+    chosen, groups, best = config.moe_router_topk, config.moe_router_num_groups, config.moe_router_group_topk
+    margin_T = torch.full((selection_TE.shape[0],), torch.inf)
+    if groups is not None and best is not None:
+        largest = selection_TE.unflatten(-1, (groups, -1)).topk(chosen // best, dim=-1).values
+        margin_T = _lead(largest.sum(-1), best)
+        selection_TE = in_best_groups(selection_TE, num_groups=groups, best=best, num_chosen=chosen)
+    return torch.minimum(margin_T, _lead(selection_TE, chosen))
+
+
+def _lead(values_TX: Tensor, number: int) -> Tensor:
+    ranked_TX = values_TX.sort(descending=True).values
+    return ranked_TX[:, number - 1] - ranked_TX[:, number]
 
 
 @contextmanager

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.models.counts import declared_specs
+from megatron3d.moe.layer import MixtureOfExperts
+from megatron3d.moe.router import Routing, TokenPlaces
+from megatron3d.moe.transport import Arrived
 from megatron3d.optim.schedule import settings_from_config
 from megatron3d.train import state
 from megatron3d.train.evaluate import evaluate
@@ -19,10 +25,10 @@ from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.step import train_step
 from tests.dist.pool import Pool
 from tests.parity.compare import GRADIENT_TOLERANCE, LOSS_TOLERANCE, relative
-from tests.parity.routing import to_the_first
+from tests.parity.routing import Choices, recording, replaying, to_the_first
 from tests.parity.runs import RATES, Case, Trace, assemble, config_of, data_of, parts_of, trace
 
-GATED = "experts"
+GATED, MANY = "experts", "experts-many"
 S, H, LAYERS, BATCH, E, K = 16, 32, 4, 8, 4, 2
 FP32, INT64 = 4, 8
 SP = "--sequence-parallel"
@@ -84,7 +90,7 @@ def test_gathers_move_each_token_once_for_every_rank(pool: Pool) -> None:
 
 
 KEPT = [
-    (Case("experts-many", Layout(tp=2, ep=2, etp=1)), SP),
+    (Case(MANY, Layout(tp=2, ep=2, etp=1)), SP),
     (Case(GATED, Layout(dp=2, ep=2)), f"{GATHERED} --zero-stage 3"),
     (Case("gpt2-drops", Layout(tp=2)), ""),
 ]
@@ -110,11 +116,85 @@ def test_recomputing_from_kept_results_changes_no_bit(pool: Pool) -> None:
                     assert box == other_box and torch.equal(values, others), name
 
 
-EXTREME = [
-    Case(GATED, Layout(dp=2, ep=2), "--zero-stage 3"),
-    Case(GATED, Layout(tp=2, ep=2, etp=1), f"{SP} {FULL}"),
-    Case(GATED, Layout(tp=2, ep=2, etp=1), f"{GATHERED}"),
-]
+def keep_counts(module: MixtureOfExperts, rows: Counter[tuple[int, int]]) -> None:
+    """Add up the rows that come to this rank's experts of a layer."""
+    dispatch = module.transport.dispatch
+
+    def dispatch_and_keep(x_TH: Tensor, routing: Routing, places: TokenPlaces) -> Arrived:
+        arrived = dispatch(x_TH, routing, places)
+        rows.update({(module.layer, int(n)): count for n, count in zip(module.experts, arrived.counts, strict=True)})
+        return arrived
+
+    module.transport = mock.Mock(dispatch=dispatch_and_keep)
+
+
+def received(case: Case) -> tuple[dict[tuple[int, int], int], dict[tuple[str, str], tuple[int, int]]]:
+    """The rows that this rank received in one step, by layer and expert, and the calls and bytes of its collectives."""
+    mesh = make_mesh(case.layout)
+    parts = parts_of(case, mesh)
+    rows = Counter[tuple[int, int]]()
+    for stage in parts.model.stages.values():
+        for module in stage.modules():
+            if isinstance(module, MixtureOfExperts):
+                keep_counts(module, rows)
+    mesh.meter.reset()
+    trace(parts, num_steps=1)
+    return dict(rows), mesh.meter.read()
+
+
+def received_as_recorded(
+    rank: int, world_size: int, case: Case, choices: Choices
+) -> tuple[dict[tuple[int, int], int], dict[tuple[str, str], tuple[int, int]]]:
+    """Body of a worker: the same with the routing of another run."""
+    with replaying(choices):
+        return received(case)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2, ep=2, etp=1), pytest.param(Layout(tp=4, ep=4, etp=1), marks=pytest.mark.slow)], ids=str
+)
+def test_ranks_that_hold_the_same_tokens_receive_together_what_one_rank_would(pool: Pool, layout: Layout) -> None:
+    """Without sequence parallelism every tensor rank holds all tokens, and each sends another part of them. The parts
+    are gathered behind the experts, and their gradients before them."""
+    with recording() as record:
+        alone, _ = received(Case(GATED, Layout()))
+    assert sum(alone.values()) == LAYERS * BATCH * S * K
+    by_rank = pool.run(layout.world_size, received_as_recorded, Case(GATED, layout), record.choices())
+    together = Counter[tuple[int, int]]()
+    for rows, _ in by_rank:
+        together.update(rows)
+    assert together == alone
+    micros = BATCH // 4
+    sent_rows = LAYERS * BATCH * S * K // layout.tp
+    for rows, collectives in by_rank:
+        payload = 2 * (sum(rows.values()) + sent_rows) * H * FP32  # there and back, forward and backward
+        counts = micros * LAYERS * E * INT64
+        assert collectives["expert", "all_to_all"] == (micros * LAYERS * (4 + 1), payload + counts)
+        added, loss = 2 * LAYERS * BATCH * S * H * FP32, layout.tp * 3 * BATCH * S * FP32
+        assert collectives["tp", "all_gather"] == ((2 * LAYERS + 1) * micros, added + loss)
+
+
+EXTREME = {
+    GATED: [
+        Case(GATED, Layout(dp=2, ep=2), "--zero-stage 3"),
+        Case(GATED, Layout(tp=2, ep=2, etp=1), f"{SP} {FULL}"),
+        Case(GATED, Layout(tp=2, ep=2, etp=1), GATHERED),
+    ]
+}
+MORE_EXTREME = {
+    GATED: [
+        Case(GATED, Layout(dp=4, ep=4), "--zero-stage 3"),
+        Case(GATED, Layout(pp=2, dp=2, ep=2), f"--zero-stage 3 {FULL}"),
+        Case(GATED, Layout(tp=2, pp=2, ep=2, etp=1), "--pipeline-schedule zb-v"),
+        Case(GATED, Layout(tp=2, dp=2, ep=2), f"{SP} --zero-stage 2"),
+    ],
+    # With a capacity, of which all that the first experts are chosen for is twice as much.
+    MANY: [
+        Case(MANY, Layout(dp=4, ep=4), "--zero-stage 3"),
+        Case(MANY, Layout(pp=2, dp=2, ep=2), "--zero-stage 3 --num-layers-per-virtual-pipeline-stage 1"),
+        Case(MANY, Layout(tp=4, ep=2, etp=2), ""),
+    ],
+}
 
 
 def traced_to_the_first(rank: int, world_size: int, cases: list[Case]) -> list[Trace]:
@@ -123,15 +203,24 @@ def traced_to_the_first(rank: int, world_size: int, cases: list[Case]) -> list[T
         return [trace(parts_of(case, make_mesh(case.layout)), num_steps=3) for case in cases]
 
 
-def test_all_tokens_may_choose_the_experts_of_one_rank(pool: Pool) -> None:
-    (expected,) = traced_to_the_first(0, 1, [Case(GATED, Layout())])
-    specs = declared_specs(config_of(Case(GATED, Layout())).model)
-    shapes = {spec.name: spec.shape for spec in specs}
+@pytest.mark.parametrize(
+    ("model", "cases"),
+    [
+        *EXTREME.items(),
+        *(pytest.param(*one, id=f"more-{one[0]}", marks=pytest.mark.slow) for one in MORE_EXTREME.items()),
+    ],
+)
+def test_all_tokens_may_choose_the_same_experts(pool: Pool, model: str, cases: list[Case]) -> None:
+    (expected,) = traced_to_the_first(0, 1, [Case(model, Layout())])
+    config = config_of(Case(model, Layout())).model
+    shapes = {spec.name: spec.shape for spec in declared_specs(config) if spec.name in expected.gradients}
     whole = assemble([expected], shapes)
-    idle = [name for name in whole if ".experts.2." in name or ".experts.3." in name]
-    assert len(idle) == 2 * 2 * LAYERS and all(float(whole[name].abs().max()) == 0 for name in idle)
-    by_rank = pool.run(2, traced_to_the_first, EXTREME)
-    for number, case in enumerate(EXTREME):
+    numbers = range(config.moe_router_topk, config.num_experts or 0)
+    idle = [name for name in whole if any(f".experts.{number}." in name for number in numbers)]
+    assert len(idle) >= 2 * len(numbers) * config.num_expert_layers
+    assert all(float(whole[name].abs().max()) == 0 for name in idle)
+    by_rank = pool.run(cases[0].layout.world_size, traced_to_the_first, cases)
+    for number, case in enumerate(cases):
         traces = [found[number] for found in by_rank]
         assert relative(traces[0].losses, expected.losses) < LOSS_TOLERANCE, str(case)
         for name, gradient in assemble(traces, shapes).items():
@@ -149,14 +238,28 @@ def evaluated(rank: int, world_size: int, case: Case) -> dict[str, float]:
 
 
 def test_an_evaluation_gives_the_losses_of_one_process(pool: Pool) -> None:
-    alone = evaluated(0, 1, Case("experts-many", Layout()))
+    alone = evaluated(0, 1, Case(MANY, Layout()))
     assert alone.keys() == {"lm", "seq_balance", "global_balance"}
-    for found in pool.run(2, evaluated, Case("experts-many", Layout(tp=2, ep=2, etp=1), SP)):
+    for found in pool.run(2, evaluated, Case(MANY, Layout(tp=2, ep=2, etp=1), SP)):
         assert found == pytest.approx(alone, rel=LOSS_TOLERANCE)
 
 
-SAVED = Case("experts-many", Layout(dp=2, ep=2), "--zero-stage 1")
-RESUMED = [Case("experts-many", Layout(tp=2, ep=2, etp=1), SP), Case("experts-many", Layout(tp=2), "--zero-stage 3")]
+SAVED_STEPS = 2
+RESUMED = [
+    (
+        Case(MANY, Layout(dp=2, ep=2), "--zero-stage 1"),
+        [Case(MANY, Layout(tp=2, ep=2, etp=1), SP), Case(MANY, Layout(tp=2), "--zero-stage 3")],
+    ),
+    pytest.param(
+        Case(MANY, Layout(dp=4, ep=4), "--zero-stage 3"),
+        [
+            Case(MANY, Layout(tp=2, dp=2, ep=2), "--zero-stage 1"),
+            Case(MANY, Layout(tp=2, dp=2, ep=2, etp=1), f"{SP} --zero-stage 2"),
+            Case(MANY, Layout(tp=2, pp=2, ep=2, etp=1)),
+        ],
+        marks=pytest.mark.slow,
+    ),
+]
 
 
 def everything(parts: TrainingSetup) -> Trace:
@@ -168,34 +271,57 @@ def everything(parts: TrainingSetup) -> Trace:
         return Trace([], [], {n: [(b, t.clone()) for b, t in view.box_tensors()] for n, view in views.items()})
 
 
-def saved(rank: int, world_size: int, directory: str) -> tuple[Trace, dict[str, tuple[int, ...]]]:
-    parts = parts_of(Case(SAVED.model, SAVED.layout, f"{SAVED.options} --save {directory}"), make_mesh(SAVED.layout))
-    trace(parts, num_steps=2)
-    state.save(parts, state.Progress(2, 16, 2, 16), settings_from_config(parts.config.optim, parts.config.train))
+def saved(
+    rank: int, world_size: int, case: Case, choices: Choices, directory: str
+) -> tuple[Trace, dict[str, tuple[int, ...]]]:
+    """Body of a worker: what it has after some steps, of which it has saved a checkpoint, and the full shapes."""
+    case = replace(case, options=f"{case.options} --save {directory}")
+    parts = parts_of(case, make_mesh(case.layout))
+    with replaying(choices):
+        trace(parts, num_steps=SAVED_STEPS)
+    samples = SAVED_STEPS * BATCH
+    progress = state.Progress(SAVED_STEPS, samples, SAVED_STEPS, samples)
+    state.save(parts, progress, settings_from_config(parts.config.optim, parts.config.train))
     shapes = {name: view.full_shape for name, view in parts.model_views().items()}
     return everything(parts), shapes
 
 
-def restored(rank: int, world_size: int, cases: list[Case], directory: str) -> list[Trace]:
+def restored(
+    rank: int, world_size: int, cases: list[Case], choices: Choices, directory: str
+) -> list[tuple[Trace, list[float]]]:
+    """Body of a worker: what each case has of the checkpoint, and the losses of as many steps more."""
     found = []
     for case in cases:
-        parts = parts_of(Case(case.model, case.layout, f"{case.options} --load {directory}"), make_mesh(case.layout))
-        assert state.restore(parts).progress.step == 2
-        found.append(everything(parts))
+        parts = parts_of(replace(case, options=f"{case.options} --load {directory}"), make_mesh(case.layout))
+        assert state.restore(parts).progress.step == SAVED_STEPS
+        has = everything(parts)
+        with replaying(choices):
+            found.append((has, trace(parts, num_steps=SAVED_STEPS, first_step=SAVED_STEPS).losses))
     return found
 
 
-def test_a_checkpoint_of_sharded_experts_loads_at_any_layout_bit_for_bit(pool: Pool, tmp_path: Path) -> None:
-    of_ranks = pool.run(2, saved, str(tmp_path))
+@pytest.mark.parametrize(("case", "resumed"), RESUMED, ids=["ep2", "ep4"])
+def test_a_checkpoint_of_sharded_experts_goes_on_at_any_layout_bit_for_bit(
+    pool: Pool, tmp_path: Path, case: Case, resumed: list[Case]
+) -> None:
+    """What is restored is what was saved, bit for bit, and the steps after it have the losses of one process that was
+    never interrupted, whose routing all replay."""
+    alone = Case(case.model, Layout())
+    with recording() as record:
+        uninterrupted = trace(parts_of(alone, make_mesh(Layout())), num_steps=2 * SAVED_STEPS).losses
+    choices, directory = record.choices(), str(tmp_path)
+    of_ranks = pool.run(case.layout.world_size, saved, case, choices, directory)
     shapes = {name: shape for _, known in of_ranks for name, shape in known.items()}
     of_router = (".bias", ".previous")  # state, which has no moments
     trained = {name: shape for name, shape in shapes.items() if not (".router" in name and name.endswith(of_router))}
     shapes |= {f"{kind}/{name}": shape for name, shape in trained.items() for kind in ("exp_avg", "exp_avg_sq")}
     expected = assemble([one for one, _ in of_ranks], shapes)
     assert not any(value.isnan().any() for value in expected.values())
-    by_rank = pool.run(2, restored, RESUMED, str(tmp_path))
-    everywhere = [[found[number] for found in by_rank] for number in range(len(RESUMED))]
-    for traces in [*everywhere, restored(0, 1, [Case(SAVED.model, Layout())], str(tmp_path))]:
-        found = assemble(traces, shapes)
+    by_rank = pool.run(case.layout.world_size, restored, resumed, choices, directory)
+    of_cases = [[found[number] for found in by_rank] for number in range(len(resumed))]
+    for ranks in [*of_cases, restored(0, 1, [alone], choices, directory)]:
+        found = assemble([has for has, _ in ranks], shapes)
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
+        for _, losses in ranks:
+            assert relative(losses, uninterrupted[SAVED_STEPS:]) < LOSS_TOLERANCE

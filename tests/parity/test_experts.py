@@ -8,6 +8,7 @@ as equal.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -29,6 +30,7 @@ from tests.parity.runs import Case, Trace, batches, brief, parts_of, trace
 GATED, MANY = "experts", "experts-many"
 SP = "--sequence-parallel"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2"
+INTERLEAVED = "--num-layers-per-virtual-pipeline-stage 1"
 
 CASES = [
     Case(GATED, Layout(dp=2, ep=2), "--zero-stage 1"),
@@ -37,7 +39,7 @@ CASES = [
     Case(MANY, Layout(dp=2, ep=2), "--zero-stage 2"),
     brief(Case(MANY, Layout(tp=2, ep=2, etp=1), f"{SP} {FULL}")),
 ]
-# Each degree, stage of ZeRO, schedule and way of recomputation with each other somewhere.
+# Each value of what `values_of` names with each of the others somewhere.
 MORE = [
     Case(GATED, Layout(dp=2)),
     Case(GATED, Layout(tp=2), SP),
@@ -55,10 +57,23 @@ MORE = [
     Case(GATED, Layout(tp=2, pp=2, ep=2, etp=1), f"{SP} --pipeline-schedule zb-v"),
     Case(GATED, Layout(pp=2, dp=2, ep=2), "--zero-stage 2 --pipeline-schedule zb-h1 --micro-batch-size 1"),
     Case(MANY, Layout(pp=2, dp=2, ep=2), "--zero-stage 3"),
-    Case(MANY, Layout(pp=2, dp=2, ep=2), f"--num-layers-per-virtual-pipeline-stage 1 {FULL}"),
+    Case(MANY, Layout(pp=2, dp=2, ep=2), f"{INTERLEAVED} {FULL}"),
     Case(MANY, Layout(tp=2, dp=2, ep=2, etp=2), f"{SP} --zero-stage 2"),
     Case(MANY, Layout(tp=4, ep=4, etp=1)),
     Case(MANY, Layout(dp=4, ep=2, etp=2), "--zero-stage 1"),
+    Case(GATED, Layout(dp=4, ep=4)),
+    Case(GATED, Layout(tp=2, dp=2, ep=4, etp=1), f"--zero-stage 1 {FULL}"),
+    Case(GATED, Layout(tp=4, ep=4, etp=1), SP),
+    Case(GATED, Layout(pp=2, dp=2, ep=2), f"--zero-stage 1 {FULL}"),
+    Case(GATED, Layout(pp=2, dp=2, ep=2), f"--zero-stage 1 {INTERLEAVED}"),
+    Case(GATED, Layout(pp=2, dp=2, ep=2), "--zero-stage 3 --pipeline-schedule zb-v"),
+    Case(MANY, Layout(tp=2, dp=2, ep=2), "--zero-stage 3"),
+    Case(MANY, Layout(pp=2, dp=2, ep=2), f"--zero-stage 1 --pipeline-schedule zb-v {FULL}"),
+    Case(MANY, Layout(pp=2, dp=2, ep=2), f"--zero-stage 3 {INTERLEAVED}"),
+    Case(GATED, Layout(pp=2, dp=4, ep=4), "--zero-stage 2 --micro-batch-size 1"),
+    Case(GATED, Layout(tp=2, pp=2, dp=2, ep=4, etp=1), f"{SP} --zero-stage 2 --pipeline-schedule zb-v {FULL}"),
+    Case(MANY, Layout(pp=2, dp=4, ep=4), "--micro-batch-size 1"),
+    Case(MANY, Layout(pp=2, dp=4, ep=4), f"--zero-stage 2 --micro-batch-size 1 {INTERLEAVED}"),
 ]
 OPTIMIZERS = [
     (Case(GATED, layout, options), f"--optimizer {name}")
@@ -69,6 +84,38 @@ OPTIMIZERS = [
     )
     for name in ("muon", "lamb", "adafactor")
 ]
+
+
+def values_of(case: Case) -> dict[str, set[object]]:
+    """What a row is an example of, by factor; under "cut" every way in which it cuts the model or the batch."""
+    layout, options = case.layout, case.options
+    tensor = {"sp" if SP in options else "tp"} if layout.tp > 1 else set()
+    order = "zb-v" if "zb-v" in options else "interleaved" if INTERLEAVED in options else "1f1b"
+    pipeline = {order} if layout.pp > 1 and "zb-h1" not in options else set()
+    stage = int(options.split("--zero-stage ")[1][0]) if "--zero-stage" in options else 0
+    return {
+        "ep": {layout.ep},
+        "cut": tensor | pipeline or {"dp"},
+        "stage of ZeRO": {stage},
+        "recomputed": {FULL in options},
+        "capacity": {case.model == MANY},
+    }
+
+
+VALUES: dict[str, tuple[object, ...]] = {
+    "ep": (2, 4),
+    "cut": ("dp", "tp", "sp", "1f1b", "interleaved", "zb-v"),
+    "stage of ZeRO": (0, 1, 2, 3),
+    "recomputed": (False, True),
+    "capacity": (False, True),
+}
+
+
+def test_the_rows_have_each_value_with_each_value_of_every_other_factor() -> None:
+    rows = [values_of(case) for case in CASES + MORE]
+    for one, other in itertools.combinations(VALUES, 2):
+        for pair in itertools.product(VALUES[one], VALUES[other]):
+            assert any(pair[0] in row[one] and pair[1] in row[other] for row in rows), f"no row has {one, other} {pair}"
 
 
 @dataclass(frozen=True)
@@ -151,33 +198,38 @@ FREE = [
     Case(GATED, Layout(dp=2, ep=2), "--zero-stage 1"),
     Case(GATED, Layout(tp=2, ep=2, etp=1), SP),
     Case(GATED, Layout(pp=2), "--pipeline-schedule zb-v"),
+    Case(MANY, Layout(tp=2, ep=2, etp=1), SP),
 ]
 MOST_MARGIN = 1e-4
 
 
-def weights_of_steps(model: str) -> list[dict[str, Tensor]]:
-    """The weights that each step of one process begins with."""
-    weights: list[dict[str, Tensor]] = []
+def starts_of_steps(model: str) -> list[dict[str, Tensor]]:
+    """The weights and the declared state that each step of one process begins with."""
+    starts: list[dict[str, Tensor]] = []
 
     def keep_and_train(parts: TrainingSetup, *args: object, **options: object) -> StepResult:
-        weights.append({name: v.data.view(v.full_shape).clone() for name, v in parts.engine.weight_views().items()})
+        weights = {name: v.data.view(v.full_shape).clone() for name, v in parts.engine.weight_views().items()}
+        starts.append(weights | biases_of(parts))
         return train_step(parts, *args, **options)
 
     with mock.patch.object(runs, "train_step", keep_and_train):
         trace(parts_of(Case(model, Layout()), make_mesh(Layout())))
-    return weights
+    return starts
 
 
 def free_steps(
-    rank: int, world_size: int, cases: list[Case], weights: list[dict[str, Tensor]], choices: Choices
+    rank: int, world_size: int, cases: list[Case], starts: list[dict[str, Tensor]], choices: Choices
 ) -> list[list[tuple[float, list[float]]]]:
-    """Body of a worker: the loss of each step from these weights, and the margins of tokens that went elsewhere."""
+    """Body of a worker: the loss of each step from these starts, and the margins of tokens that went elsewhere."""
     found = []
     for case in cases:
         parts = parts_of(case, make_mesh(case.layout))
         steps = []
-        for step, given in enumerate(weights):
-            assert not fill_views(parts.engine.weight_views(), given), "every weight is given"
+        for step, given in enumerate(starts):
+            states = parts.states.values()
+            assert not fill_views(parts.engine.weight_views(), {n: v for n, v in given.items() if n not in states})
+            for name, value in states.items():
+                value.copy_(given[name])
             parts.engine.publish()
             parts.engine.finish_publish()
             with noting_flips(choices) as margins:
@@ -189,11 +241,15 @@ def free_steps(
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_free_routing_differs_only_where_experts_are_as_good_as_equal(pool: Pool, parity_table: list[str]) -> None:
-    weights, choices = weights_of_steps(GATED), recorded(GATED).choices
-    expected = compare.reference(GATED)[0].losses
-    by_rank = pool.run(2, free_steps, FREE, weights, choices)
-    for number, case in enumerate(FREE):
+@pytest.mark.parametrize("model", [GATED, MANY])
+def test_free_routing_differs_only_where_experts_are_as_good_as_equal(
+    pool: Pool, parity_table: list[str], model: str
+) -> None:
+    starts, choices = starts_of_steps(model), recorded(model).choices
+    cases = [case for case in FREE if case.model == model]
+    expected = compare.reference(model)[0].losses
+    by_rank = pool.run(2, free_steps, cases, starts, choices)
+    for number, case in enumerate(cases):
         flips = [margin for steps in by_rank for _, margins in steps[number] for margin in margins]
         parity_table.append(f"{case!s} {len(flips)} tokens went elsewhere, by margins up to {max(flips, default=0.0)}")
         assert all(margin < MOST_MARGIN for margin in flips), f"{case}: {sorted(flips)[-5:]}"
