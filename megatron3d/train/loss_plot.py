@@ -2,18 +2,20 @@
 
 The raw training loss is drawn thin, its moving mean bold, the validation loss as points; the title says how large the
 model is and how it was cut. Where evaluations measured accuracies (a BERT's), a panel below shows them beside the
-unigram baseline, which is what the best constant answer would reach. Steps whose loss was not finite or whose update
-was skipped are left out of the curves and marked at the bottom edge.
+unigram baseline, which is what the best constant answer would reach; where layers have experts, one shows how much
+fuller than the mean the fullest of each layer is. Steps whose loss was not finite or whose update was skipped are left
+out of the curves and marked at the bottom edge.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -31,6 +33,7 @@ TEXT_COLOR = "#222222"
 MUTED_COLOR = "#6b6b6b"
 SMOOTHING_SHARE = 0.03  # the moving mean covers about this share of the run
 AXIS_QUANTILE = 0.995  # the few losses above it leave the picture if they would flatten the rest
+MOST_LAYERS_IN_LEGEND = 8
 
 
 def plot_losses(metrics_path: str | Path, png_path: str | Path) -> None:
@@ -53,15 +56,20 @@ def plot_losses(metrics_path: str | Path, png_path: str | Path) -> None:
     margins = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)  # inches
     figure = Figure(figsize=(9.6, 5.4), dpi=200, layout=margins)
     FigureCanvasAgg(figure)
-    curves = accuracy_curves(records)
-    axes, *below = figure.subplots(2 if curves else 1, 1, sharex=True, squeeze=False).flatten()
+    panels: list[Callable[[Axes], None]] = []
+    if accuracies := accuracy_curves(records):
+        panels.append(lambda panel: _draw_accuracies(panel, accuracies))
+    if loads := load_curves(records):
+        panels.append(lambda panel: _draw_loads(panel, loads))
+    axes, *below = figure.subplots(1 + len(panels), 1, sharex=True, squeeze=False).flatten()
     _draw_train(axes, train)
     _draw_valid(axes, valid)
     _mark_left_out(axes, left_out)
     _decorate(axes, start, [*train, *valid])
-    for panel in below:
-        axes.set_xlabel("")
-        _draw_accuracies(panel, curves)
+    for panel, draw in zip(below, panels, strict=True):
+        draw(panel)
+    for above in (axes, *below)[:-1]:
+        above.set_xlabel("")
     _save(figure, Path(png_path))
 
 
@@ -91,6 +99,16 @@ def accuracy_curves(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, 
     return curves
 
 
+def load_curves(records: list[dict[str, Any]]) -> dict[int, list[tuple[int, float]]]:
+    """(step, tokens of the fullest expert over the mean) of each layer with experts, by its number."""
+    curves: dict[int, list[tuple[int, float]]] = {}
+    for record in records:
+        for name, load in record.items():
+            if name.startswith("expert_load/layer_") and load is not None:
+                curves.setdefault(int(name.rpartition("_")[2]), []).append((record["step"], load))
+    return curves
+
+
 def _draw_accuracies(axes: Axes, curves: Mapping[str, list[tuple[int, float]]]) -> None:
     """Each accuracy as a line with points; the baseline, which nothing was learnt for, dashed and grey."""
     colors = iter((VALID_COLOR, TRAIN_COLOR, TEXT_COLOR))
@@ -103,12 +121,29 @@ def _draw_accuracies(axes: Axes, curves: Mapping[str, list[tuple[int, float]]]) 
         label = f"{name}{' baseline' if is_baseline else ''}, last {shares[-1]:.1%}"
         axes.plot(steps, shares, linewidth=1.4, markersize=4, label=label, **style)
     axes.set_ylim(bottom=0.0)
+    axes.legend(fontsize=10, loc="best", labelcolor=TEXT_COLOR, edgecolor="none", framealpha=0.9)
+    _decorate_panel(axes, "validation accuracy")
+
+
+def _draw_loads(axes: Axes, curves: Mapping[int, list[tuple[int, float]]]) -> None:
+    """The moving mean of each layer, dark for the last; an even load is the line at 1."""
+    shades = colormaps["viridis_r"]
+    for place, (layer, curve) in enumerate(sorted(curves.items())):
+        steps, loads = [step for step, _ in curve], [load for _, load in curve]
+        means = smoothed(loads, round(SMOOTHING_SHARE * len(loads) / 2))
+        axes.plot(steps, means, color=shades((place + 1) / len(curves)), linewidth=1.4, label=f"layer {layer}")
+    axes.axhline(1.0, color=MUTED_COLOR, linewidth=0.8, linestyle="--")
+    if len(curves) <= MOST_LAYERS_IN_LEGEND:
+        axes.legend(fontsize=10, loc="best", ncols=2, labelcolor=TEXT_COLOR, edgecolor="none", framealpha=0.9)
+    _decorate_panel(axes, "fullest expert\nover the mean")
+
+
+def _decorate_panel(axes: Axes, label: str) -> None:
     axes.set_xlabel("step", fontsize=11, color=TEXT_COLOR)
-    axes.set_ylabel("validation accuracy", fontsize=11, color=TEXT_COLOR)
+    axes.set_ylabel(label, fontsize=11, color=TEXT_COLOR)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=MUTED_COLOR, labelsize=10)
-    axes.legend(fontsize=10, loc="best", labelcolor=TEXT_COLOR, edgecolor="none", framealpha=0.9)
 
 
 def _draw_train(axes: Axes, train: list[tuple[int, float]]) -> None:

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron3d.errors import DataError, StorageError
-from megatron3d.train.loss_plot import accuracy_curves, plot_losses, smoothed
+from megatron3d.train.loss_plot import accuracy_curves, load_curves, plot_losses, smoothed
 from megatron3d.train.metrics import MetricsFile, StartRecord, StepRecord, read_records
 
 START = StartRecord(
@@ -220,18 +221,24 @@ def test_a_run_of_any_length_draws_a_png_of_the_promised_size(tmp_path: Path, st
     assert struct.unpack(">II", data[16:24]) == (1920, 1080)
 
 
-def test_accuracies_of_evaluations_get_a_panel_of_their_own(tmp_path: Path) -> None:
+def test_accuracies_of_evaluations_and_loads_of_experts_get_panels_of_their_own(tmp_path: Path) -> None:
     file = written(tmp_path / "plain.jsonl", 1, 20)
     file.close()
+    with written(tmp_path / "experts.jsonl", 1, 20) as experts:
+        loads = {"expert_load/layer_1": 1.5, "router_entropy/layer_1": 0.1, "expert_load/layer_11": 2.0}
+        experts.step(replace(one_step(21, 4.0), expert_loads=loads))
     with written(tmp_path / "more.jsonl", 1, 20) as more:
         more.evaluation(20, 4.0, {"valid_masked_accuracy": 0.3, "valid_unigram_accuracy": 0.05, "valid_lm_loss": 4.0})
     assert accuracy_curves(read_records(tmp_path / "plain.jsonl")) == {}
     assert accuracy_curves(read_records(tmp_path / "more.jsonl")) == {"masked": [(20, 0.3)], "unigram": [(20, 0.05)]}
-    for name in ("plain", "more"):
+    assert load_curves(read_records(tmp_path / "more.jsonl")) == {}
+    assert load_curves(read_records(tmp_path / "experts.jsonl")) == {1: [(21, 1.5)], 11: [(21, 2.0)]}
+    names = ("plain", "more", "experts")
+    for name in names:
         plot_losses(tmp_path / f"{name}.jsonl", tmp_path / f"{name}.png")
-    sizes = [struct.unpack(">II", (tmp_path / f"{name}.png").read_bytes()[16:24]) for name in ("plain", "more")]
-    assert sizes == [(1920, 1080)] * 2
-    assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "more.png").read_bytes()
+    sizes = [struct.unpack(">II", (tmp_path / f"{name}.png").read_bytes()[16:24]) for name in names]
+    assert sizes == [(1920, 1080)] * 3
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in names}) == 3
 
 
 def test_a_file_without_a_loss_is_not_drawn(tmp_path: Path) -> None:

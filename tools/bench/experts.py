@@ -1,0 +1,280 @@
+"""Mixtures of experts against dense models: what is gained at equal compute, from one command that resumes.
+
+    python -m tools.bench.experts --input books.jsonl.gz wikipedia.jsonl.gz     train all, print the table
+    python -m tools.bench.experts --input ... --write                           put it and the pictures into docs too
+    python -m tools.bench.experts --tokens 150000 --seeds 1                     a short one on the standard library
+
+Three models see the same tokens in the same order: a dense one, the same with experts of which a token passes as many
+operations, and a dense one of several times the compute. Each is trained from several seeds, which are those of
+weights and order alike. Rates are constant after a warm-up, so every point of a curve is what a run of that length
+gives, and with more --tokens the same runs go on. The held-out loss is that of the tokens, without the losses of
+balance. What is done is not repeated: a run that was interrupted goes on from its last checkpoint. Without --input the
+text is what every Python installation carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron3d.config.check import resolve
+from megatron3d.config.cli import parse_args
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.tool_parser import ToolParser
+from megatron3d.data.prepare.corpus import find_inputs, iterate_texts
+from megatron3d.errors import ConfigError, DataError
+from megatron3d.models.counts import num_active_parameters, num_parameters
+from megatron3d.models.flops import flops_per_token
+from megatron3d.process.command import run_command
+from megatron3d.train.loss_plot import plot_losses
+from megatron3d.train.metrics import read_records
+from tools.bench.experts_plot import Curve, plot_curves
+from tools.bench.tables import Table, write_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, IMAGES = ROOT / "docs" / "moe.md", ROOT / "docs" / "images"
+VOCAB_SIZE, SEQ_LENGTH, GLOBAL_BATCH = 1024, 128, 16
+INTERVAL = 60  # steps from one evaluation to the next
+COMMON = (
+    "--num-attention-heads 4 --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
+    "--hidden-dropout 0 --attention-dropout 0 --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1 --split 97,3,0 "
+    "--lr-decay-style constant --lr-decay-iters 1000000 --lr-warmup-iters 20 --log-interval 50 --num-workers 0 "
+    f"--device cpu --seq-length {SEQ_LENGTH} --vocab-size {VOCAB_SIZE} --micro-batch-size {GLOBAL_BATCH} "
+    f"--global-batch-size {GLOBAL_BATCH}"
+)
+COLUMNS = (
+    "model",
+    "parameters",
+    "active",
+    "MFLOPs a token",
+    "tokens/s",
+    "held-out loss (lowest to highest)",
+    "compute to the last loss of `dense`",
+    "compute to the last loss of `experts`",
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model by its name, how it is described, and the options that it has beside `COMMON`."""
+
+    name: str
+    description: str
+    options: str
+
+
+_SMALL = "--num-layers 4 --hidden-size 64 --ffn-hidden-size 176 --lr 4e-3"
+DENSE, EXPERTS, LARGE = CONTENDERS = (
+    Contender("dense", "4 layers, hidden 64", _SMALL),
+    Contender(
+        "experts",
+        "the same with 16 experts of half the width in each layer, of which a token passes 2",
+        f"{_SMALL} --num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 88",
+    ),
+    Contender(
+        "dense-large", "4 layers, hidden 160", "--num-layers 4 --hidden-size 160 --ffn-hidden-size 432 --lr 2e-3"
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A contender from one seed for so many steps, in a directory that longer and shorter ones share."""
+
+    contender: Contender
+    seed: int
+    num_steps: int
+    directory: Path
+
+    @property
+    def metrics(self) -> Path:
+        """Its metrics file."""
+        return self.directory / "metrics.jsonl"
+
+    def command(self, data: Path) -> list[str]:
+        """The options of pretrain_gpt.py; the same again, or for more steps, go on where it stopped."""
+        own = f"--seed {self.seed} --train-iters {self.num_steps} --eval-interval {INTERVAL} --save-interval {INTERVAL}"
+        words = f"{COMMON} {self.contender.options} {own} --eval-iters 16 --keep-last 1".split()
+        paths = {"--save": self.directory / "checkpoint", "--metrics-file": self.metrics, "--data-path": data}
+        return [*words, *(word for name, path in paths.items() for word in (name, str(path)))]
+
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, held-out loss of the tokens) of each evaluation so far, up to the last step."""
+        records = read_records(self.metrics) if self.metrics.exists() else []
+        # Only a model of several losses has them by name.
+        found = [(r["step"], r.get("valid_lm_loss", r["valid_loss"])) for r in records if "valid_loss" in r]
+        return [(step, loss) for step, loss in found if loss is not None and step <= self.num_steps]
+
+    def tokens_per_second(self) -> float:
+        """Of its faster steps, a tenth of all: others may have waited for the processor."""
+        rates = [r["tokens_per_second"] for r in read_records(self.metrics) if "tokens_per_second" in r]
+        return statistics.quantiles(rates, n=10)[-1] if len(rates) > 1 else rates[0]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--input", nargs="+", metavar="FILE", help="a corpus as preprocess_data.py reads it")
+    p.add_argument("--tokens", type=int, default=1_000_000, help="of a run (default 1,000,000)")
+    p.add_argument("--seeds", type=int, default=3, help="runs of each model (default 3)")
+    p.add_argument("--output", type=Path, default=ROOT / "out" / "experts", help="where runs go (default out/experts)")
+    p.add_argument("--write", action="store_true", help="replace the table of docs/moe.md and its pictures")
+    return p
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train what is not trained yet, print, and write the page where asked.
+
+    Raises:
+        ConfigError: a number is not above 0.
+        DataError: the corpus cannot be read, or a run ended before its last step.
+    """
+    args = parser().parse_args(arguments)
+    num_steps = args.tokens // (GLOBAL_BATCH * SEQ_LENGTH * INTERVAL) * INTERVAL
+    if num_steps < 1 or args.seeds < 1:
+        raise ConfigError(
+            f"--tokens {args.tokens} and --seeds {args.seeds} leave nothing to train; give at least one seed and "
+            f"{GLOBAL_BATCH * SEQ_LENGTH * INTERVAL} tokens, after which the first evaluation is"
+        )
+    data = tokenized(args.input, args.output / "data")
+    runs = [
+        Run(contender, seed, num_steps, args.output / f"{contender.name}-{seed}")
+        for seed in range(1, args.seeds + 1)
+        for contender in CONTENDERS
+    ]
+    for run in runs:
+        finish(run, data)
+    table = table_of(runs)
+    print(table)
+    if args.write:
+        plot_curves([curve_of(runs, contender) for contender in CONTENDERS], IMAGES / "experts_curves.png")
+        plot_losses(next(run for run in runs if run.contender is EXPERTS).metrics, IMAGES / "experts_load.png")
+        write_tables(PAGE, [table])
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+def tokenized(inputs: Sequence[str] | None, directory: Path) -> Path:
+    """The prefix of the tokenized corpus, which is made unless it is there."""
+    prefix = directory / "corpus"
+    done = directory / "done"
+    if done.exists():
+        return directory / "corpus_text_document"
+    directory.mkdir(parents=True, exist_ok=True)
+    text = directory / "corpus.jsonl"
+    if inputs is None:
+        run_tool("quickstart_corpus.py", "--output", text)
+    else:
+        write_shuffled(inputs, text)
+    run_tool("train_tokenizer.py", "--input", text, "--output-dir", directory, "--vocab-size", VOCAB_SIZE)
+    files = ("--vocab-file", directory / "vocab.json", "--merge-file", directory / "merges.txt", "--append-eod")
+    run_tool(
+        "preprocess_data.py", "--input", text, "--output-prefix", prefix, "--tokenizer-type", "GPT2BPETokenizer", *files
+    )
+    done.touch()
+    return directory / "corpus_text_document"
+
+
+def write_shuffled(inputs: Sequence[str], path: Path) -> None:
+    """All documents in the order of their hashes, so that the held-out ones are a fair sample."""
+    texts = iterate_texts(find_inputs(inputs, note=print), "text")
+    ordered = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in ordered)
+
+
+def run_tool(name: str, *words: object) -> None:
+    """Run a tool of this project, which prints its own progress.
+
+    Raises: DataError if it fails; it has printed why.
+    """
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise DataError(f"tools/{name} ended with exit code {code}; its message is above")
+
+
+def finish(run: Run, data: Path) -> None:
+    """Train a run to its end, or from its last checkpoint, unless it is finished.
+
+    Raises: DataError if it ends before.
+    """
+    run.directory.mkdir(parents=True, exist_ok=True)
+    log = run.directory / "log.txt"
+    if run.losses()[-1:] and run.losses()[-1][0] == run.num_steps:
+        return
+    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *run.command(data)]
+    with log.open("a", encoding="utf-8") as file:
+        code = subprocess.run(command, check=False, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise DataError(
+            f"{run.contender.name} of seed {run.seed} ended with exit code {code}; {log} says why, and the same "
+            "command goes on where it stopped"
+        )
+    print(f"{run.contender.name}, seed {run.seed}: held-out loss {run.losses()[-1][1]:.4f}", flush=True)
+
+
+# --- Results ----------------------------------------------------------------------------------------------------------
+
+
+def curve_of(runs: Sequence[Run], contender: Contender) -> Curve:
+    """The held-out losses of a contender over tokens, of each seed."""
+    own = [run.losses() for run in runs if run.contender is contender]
+    tokens = [step * GLOBAL_BATCH * SEQ_LENGTH for step, _ in own[0]]
+    losses = [[loss for _, loss in one] for one in own]
+    return Curve(contender.name, tokens, losses, flops_per_token(model_of(contender)))
+
+
+def model_of(contender: Contender) -> ModelConfig:
+    """The resolved model."""
+    words = f"{COMMON} {contender.options} --mock-data --train-iters 1".split()
+    return resolve(parse_args(words, program="experts", description=""), 1).model
+
+
+def table_of(runs: Sequence[Run]) -> Table:
+    """What each contender is and reaches."""
+    curves = {contender.name: curve_of(runs, contender) for contender in CONTENDERS}
+    seeds = len(curves[DENSE.name].losses)
+    documents = ", ".join(f"`{one.name}` {one.description}" for one in CONTENDERS)
+    caption = (
+        f"{documents}; sequence {SEQ_LENGTH}, vocabulary {VOCAB_SIZE:,}, {curves[DENSE.name].tokens[-1]:,} tokens, "
+        f"fp32, one process; means of {seeds} seeds."
+    )
+    table = Table("experts", caption, COLUMNS)
+    for contender in CONTENDERS:
+        table.rows.append(_row(contender, curves, [run for run in runs if run.contender is contender]))
+    return table
+
+
+def _row(contender: Contender, curves: Mapping[str, Curve], runs: Sequence[Run]) -> tuple[str, ...]:
+    model, curve = model_of(contender), curves[contender.name]
+    last = [losses[-1] for losses in curve.losses]
+    return (
+        contender.name,
+        f"{num_parameters(model) / 1e6:.2f} M",
+        f"{num_active_parameters(model) / 1e6:.2f} M",
+        f"{curve.flops_per_token / 1e6:.2f}",
+        f"{statistics.median(run.tokens_per_second() for run in runs):,.0f}",
+        f"{statistics.mean(last):.3f} ({min(last):.3f} to {max(last):.3f})",
+        *_compute_to_last_losses(curve, (curves[DENSE.name], curves[EXPERTS.name])),
+    )
+
+
+def _compute_to_last_losses(curve: Curve, others: Sequence[Curve]) -> Iterator[str]:
+    """The operations until a curve's mean loss is the last of each other, over all those that the other took."""
+    for other in others:
+        tokens = curve.tokens_to(other.mean[-1])
+        share = None if tokens is None else tokens * curve.flops_per_token / other.flops
+        yield "not reached" if share is None else f"{share:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(sys.argv[1:])))
