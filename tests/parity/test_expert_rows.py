@@ -17,7 +17,7 @@ from megatron3d.data.loader import GlobalBatches
 from megatron3d.models.counts import declared_specs
 from megatron3d.moe.layer import MixtureOfExperts
 from megatron3d.moe.router import Routing, TokenPlaces
-from megatron3d.moe.transport import Arrived
+from megatron3d.moe.transport import Dispatched
 from megatron3d.optim.schedule import settings_from_config
 from megatron3d.train import state
 from megatron3d.train.evaluate import evaluate
@@ -120,7 +120,7 @@ def keep_counts(module: MixtureOfExperts, rows: Counter[tuple[int, int]]) -> Non
     """Add up the rows that come to this rank's experts of a layer."""
     dispatch = module.transport.dispatch
 
-    def dispatch_and_keep(x_TH: Tensor, routing: Routing, places: TokenPlaces) -> Arrived:
+    def dispatch_and_keep(x_TH: Tensor, routing: Routing, places: TokenPlaces) -> Dispatched:
         arrived = dispatch(x_TH, routing, places)
         rows.update({(module.layer, int(n)): count for n, count in zip(module.experts, arrived.counts, strict=True)})
         return arrived

@@ -6,8 +6,8 @@ import pytest
 
 from megatron3d.models.counts import num_parameters
 from megatron3d.models.flops import flops_per_token
-from tools.bench.experts import DENSE, EXPERTS, LARGE, model_of
-from tools.bench.experts_plot import Curve
+from tools.bench.compare_experts import DENSE, EXPERTS, LARGE, model_of
+from tools.bench.curves import Curve
 
 
 def test_a_loss_is_reached_on_the_straight_line_between_two_evaluations() -> None:

@@ -1,8 +1,8 @@
 """Mixtures of experts against dense models: what is gained at equal compute, from one command that resumes.
 
-    python -m tools.bench.experts --input books.jsonl.gz wikipedia.jsonl.gz     train all, print the table
-    python -m tools.bench.experts --input ... --write                           put it and the pictures into docs too
-    python -m tools.bench.experts --tokens 150000 --seeds 1                     a short one on the standard library
+    python -m tools.bench.compare_experts --input books.jsonl.gz wikipedia.jsonl.gz    train all, print the table
+    python -m tools.bench.compare_experts --input ... --write                          put it into docs/moe.md too
+    python -m tools.bench.compare_experts --tokens 150000 --seeds 1                    on the standard library's sources
 
 Three models see the same tokens in the same order: a dense one, the same with experts of which a token passes as many
 operations, and a dense one of several times the compute. Each is trained from several seeds, which are those of
@@ -35,7 +35,7 @@ from megatron3d.models.flops import flops_per_token
 from megatron3d.process.command import run_command
 from megatron3d.train.loss_plot import plot_losses
 from megatron3d.train.metrics import read_records
-from tools.bench.experts_plot import Curve, plot_curves
+from tools.bench.curves import Curve, plot_curves
 from tools.bench.tables import Table, write_tables
 
 ROOT = Path(__file__).resolve().parents[2]
