@@ -7,7 +7,7 @@
 Three models see the same tokens in the same order: a dense one, the same with experts of which a token passes as many
 operations, and a dense one of several times the compute. Each is trained from several seeds, which are those of
 weights and order alike. Rates are constant after a warm-up, so every point of a curve is what a run of that length
-gives, and with more --tokens the same runs are continued. The held-out loss is that of the tokens, without the losses of
+gives, and with more --tokens the same runs are continued. The held-out loss is that of the tokens, without those of
 balance. What is done is not repeated: a run that was interrupted resumes from its last checkpoint. Without --input the
 text is what every Python installation carries.
 """
