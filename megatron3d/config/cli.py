@@ -265,6 +265,8 @@ def _read_file_flag(flag: GivenFlag, found: _SortedFlags) -> None:
 
 def _read_option(flag: GivenFlag, option: Option, found: _SortedFlags) -> None:
     """Set one option by its flag, or note why not."""
+    if option.flag.several and flag.values[1:]:
+        option = BY_NAME[option.flag.several]
     kind = option.flag.kind
     if kind in ("on", "off"):
         if flag.has_equals:

@@ -95,6 +95,7 @@ def derive_model(model: GivenModel) -> GivenModel:
     activation = model.activation or _activation_by_switch(model)
     hidden, heads = model.hidden_size, model.num_attention_heads
     groups = model.num_query_groups or (1 if model.group_query_attention else heads)
+    counts = [int(word) for word in model.num_experts_by_layer if word.isdecimal()]
     return replace(
         model,
         activation=activation,
@@ -103,6 +104,7 @@ def derive_model(model: GivenModel) -> GivenModel:
         ffn_hidden_size=model.ffn_hidden_size or (_ffn_hidden_size(hidden, activation) if hidden else None),
         max_position_embeddings=model.max_position_embeddings or model.seq_length,
         num_token_types=_num_token_types(model),
+        num_experts=model.num_experts or max(counts, default=None),
     )
 
 

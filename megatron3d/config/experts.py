@@ -1,21 +1,24 @@
-"""What the options of experts mean: which layers have some, and which losses balance them.
+"""What the options of experts mean: which layers have some, and how many, and which losses balance them.
 
-Source: Megatron-LM's `--moe-layer-freq` for the two forms of a frequency.
+Source: Megatron-LM's `--moe-layer-freq` for numbers and lists.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from functools import lru_cache
 
 from megatron3d.config.sections.experts import BALANCE_LOSSES, DEFAULT_BALANCE_COEFFICIENT
 
 _LONGEST = 4096  # layers of a list; a text such as [1]*10**9 would fill the memory
+_SLICE = re.compile(r"[0-9]*::[0-9]*")
 
 
 @lru_cache(maxsize=64)
 def expert_layers(frequency: str, num_layers: int) -> tuple[bool, ...]:
-    """Which layers have experts, by `--moe-layer-freq`: layers 0, n, 2n ... for a number, else those with a 1.
+    """Which layers have experts, by `--moe-layer-freq`: layers 0, n, 2n ... for a number, those of a slice such as
+    1::2, else those with a 1.
 
     Raises:
         ValueError: the text is neither a positive number nor such a list; its message is what is wrong, a clause.
@@ -25,12 +28,18 @@ def expert_layers(frequency: str, num_layers: int) -> tuple[bool, ...]:
         if every < 1:
             raise ValueError("counts layers from 1 on")
         return tuple(layer % every == 0 for layer in range(num_layers))
+    if _SLICE.fullmatch(frequency.strip()):
+        first, _, every = (int(word) if word else None for word in frequency.strip().split(":"))
+        if every == 0:
+            raise ValueError("counts layers from 1 on")
+        chosen = range(num_layers)[first::every]
+        return tuple(layer in chosen for layer in range(num_layers))
     try:
         pattern = _value(ast.parse(frequency.strip(), mode="eval").body)
     except (SyntaxError, RecursionError):
         pattern = None
     if not isinstance(pattern, list) or not all(one in (0, 1) for one in pattern):
-        raise ValueError("is neither a number nor a list of zeros and ones such as ([0]*3+[1]*9)")
+        raise ValueError("is no number, no slice such as 1::2 and no list of zeros and ones such as ([0]*3+[1]*9)")
     if len(pattern) != num_layers:
         raise ValueError(f"is about {len(pattern)} layers, and there are {num_layers}")
     return tuple(one == 1 for one in pattern)
@@ -53,6 +62,22 @@ def _value(node: ast.expr) -> list[int] | int | None:
         if isinstance(many, list) and isinstance(times, int) and len(many) * times <= _LONGEST:
             return many * times
     return None
+
+
+def experts_by_layer(counts: tuple[str, ...], has_experts: tuple[bool, ...]) -> tuple[int, ...]:
+    """How many experts each layer has, by `--num-experts` with several numbers, those of the layers with experts.
+
+    Raises:
+        ValueError: a word is no number of experts, or there are not as many as such layers; its message is what is
+            wrong, a clause.
+    """
+    wrong = [word for word in counts if not (word.isdecimal() and int(word) > 1)]
+    if wrong:
+        raise ValueError(f"has {wrong[0]}, and each layer with experts has at least 2")
+    if len(counts) != sum(has_experts):
+        raise ValueError(f"has {len(counts)} numbers for the {sum(has_experts)} layers with experts (--moe-layer-freq)")
+    given = iter(counts)
+    return tuple(int(next(given)) if has else 0 for has in has_experts)
 
 
 def balance_losses(kinds: tuple[str, ...], coefficients: tuple[str, ...]) -> tuple[tuple[str, float], ...]:

@@ -18,6 +18,7 @@ class Flag:
     `spellings[0]` is Megatron-LM's present name and the one our messages use; the rest are older spellings that are
     still accepted. `kind` is "value", "on" (presence means True), "off" (presence means False) or "list".
     With `takes_code` a value may also name something in a user's own file, as `module:name` or `path/to/file.py:name`.
+    `several` names the field that is set instead where more than one value follows.
     """
 
     spellings: tuple[str, ...]
@@ -26,6 +27,7 @@ class Flag:
     unit: str = ""
     choices: tuple[Any, ...] = ()
     takes_code: bool = False
+    several: str = ""
 
 
 def option(
@@ -37,9 +39,10 @@ def option(
     choices: tuple[Any, ...] = (),
     also: tuple[str, ...] = (),
     takes_code: bool = False,
+    several: str = "",
 ) -> Any:
     """A field set by a flag with a value, such as `--num-layers 24`."""
-    flag = Flag((spelling, *also), help, "value", unit, choices, takes_code)
+    flag = Flag((spelling, *also), help, "value", unit, choices, takes_code, several)
     return field(default=default, metadata={"flag": flag})
 
 

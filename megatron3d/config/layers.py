@@ -16,6 +16,7 @@ from megatron3d.config.options import Settings
 _WAYS: tuple[tuple[str, ...], ...] = (
     ("activation", "swiglu", "squared_relu", "openai_gelu"),
     ("bf16", "fp16"),
+    ("num_experts", "num_experts_by_layer"),
     ("zero_stage", "use_distributed_optimizer"),
     ("train_iters", "train_samples", "train_tokens"),
     ("global_batch_size", "gradient_accumulation_steps"),

@@ -22,10 +22,10 @@ def num_active_parameters(model: ModelConfig) -> int:
 
 
 def active_share(model: ModelConfig, spec: ParamSpec) -> float:
-    """The share of tokens that pass a parameter: K of E for those of experts, else all."""
-    if spec.kind != "expert" or not model.num_experts:
+    """The share of tokens that pass a parameter: K of its layer's E for those of experts, else all."""
+    if spec.kind != "expert":
         return 1.0
-    return model.moe_router_topk / model.num_experts
+    return model.moe_router_topk / model.experts_of(int(spec.name.split(".")[1]))
 
 
 def is_router(spec: ParamSpec) -> bool:

@@ -26,12 +26,12 @@ from megatron3d.comm.mesh import Axis
 from megatron3d.config.sections.model import ModelConfig
 
 
-def capacity_of(config: ModelConfig, length: int) -> int | None:
-    """Tokens of a sequence of this length that an expert takes; None where it takes all."""
-    factor, experts = config.moe_expert_capacity_factor, config.num_experts
-    if factor is None or experts is None:
+def capacity_of(config: ModelConfig, num_experts: int, length: int) -> int | None:
+    """Tokens of a sequence of this length that one of a layer's experts takes; None where it takes all."""
+    factor = config.moe_expert_capacity_factor
+    if factor is None:
         return None
-    needed = math.ceil(config.moe_router_topk * length / experts * factor)
+    needed = math.ceil(config.moe_router_topk * length / num_experts * factor)
     return max(needed, config.moe_min_capacity)
 
 

@@ -8,6 +8,10 @@ Each rank of the tensor axis routes tokens of its own. Under sequence parallelis
 ranks hold all tokens, each takes its part of the sequence and the parts are gathered again behind the experts, so that
 nothing is sent or computed twice (Singh et al. 2023, arXiv:2303.06318, section 4.2, drop duplicates in this way).
 
+With `--mlp-type residual` each token also passes an MLP as wide as an expert, and the layer gives c_0 times what the
+experts give plus c_1 times what that gives, c = softmax(C x + b): Rajbhandari et al. 2022 (arXiv:2201.05596), section
+4.1, with the weights of DeepSpeed's code.
+
 Shapes: S sequence (local under sequence parallelism), B micro-batch, H hidden, T tokens of this rank (S x B, position
 by position), K experts of each, R rows.
 """
@@ -43,19 +47,21 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig, context: LayerContext, *, layer: int) -> None:
         super().__init__()
         self.config, self.context, self.layer = config, context, layer
-        self.router = Router(config, context)
+        self.router = Router(config, context, num_experts=config.experts_of(layer))
         self.transport = transport_of(config, context, self.router.num_experts)
         self.experts = Experts(config, context, numbers=own_experts(context.expert, self.router.num_experts))
-        width = config.moe_shared_expert_intermediate_size
+        is_residual = config.mlp_type == "residual"
+        width = config.expert_ffn_hidden_size if is_residual else config.moe_shared_expert_intermediate_size
         self.shared = MLP(config, context, width=width) if width else None
         self.shared_gate = _shared_gate(config, context) if width and config.moe_shared_expert_gate else None
+        self.mixing = _mixing(config, context) if is_residual else None
 
     def forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
         """[S, B, H] on the residual stream to [S, B, H] on the residual stream."""
         own_SBH, places = self._own_tokens(x_SBH, inputs)
         y_TH = self._route(own_SBH.flatten(0, 1), places, inputs)
         y_SBH = self._all_tokens(y_TH.view_as(own_SBH), x_SBH.shape[0])
-        return y_SBH if self.shared is None else y_SBH + self._pass_shared(x_SBH)
+        return y_SBH if self.shared is None else self._with_shared(y_SBH, x_SBH)
 
     def _route(self, x_TH: Tensor, places: TokenPlaces, inputs: LayerInputs) -> Tensor:
         routing = self.router(x_TH, places)
@@ -94,10 +100,16 @@ class MixtureOfExperts(nn.Module):
             return y_SBH
         return typed.all_gather(y_SBH, self.context.tp, dst="I", replay=self.context.replay)[:length]
 
-    def _pass_shared(self, x_SBH: Tensor) -> Tensor:
+    def _with_shared(self, y_SBH: Tensor, x_SBH: Tensor) -> Tensor:
+        """What the chosen experts give, with what the one gives that all tokens pass: its sum with it, or their mean by
+        two learned weights of each token."""
         assert self.shared is not None, "there is a shared expert"
-        y_SBH = self.shared(x_SBH)
-        return y_SBH if self.shared_gate is None else y_SBH * self.shared_gate(x_SBH).sigmoid()
+        shared_SBH = self.shared(x_SBH)
+        if self.mixing is not None:
+            wide = torch.promote_types(y_SBH.dtype, torch.float32)
+            weight_SB2 = self.mixing(x_SBH).softmax(-1, dtype=wide).to(y_SBH.dtype)
+            return y_SBH * weight_SB2[..., :1] + shared_SBH * weight_SB2[..., 1:]
+        return y_SBH + (shared_SBH if self.shared_gate is None else shared_SBH * self.shared_gate(x_SBH).sigmoid())
 
 
 def _shared_gate(config: ModelConfig, context: LayerContext) -> ReplicatedLinear:
@@ -105,3 +117,11 @@ def _shared_gate(config: ModelConfig, context: LayerContext) -> ReplicatedLinear
     init = Init("normal", config.init_method_std)
     gradient = context.residual_gradient
     return ReplicatedLinear(context, config.hidden_size, 1, init=init, tp_gradient=gradient, scores=True, bias=False)
+
+
+def _mixing(config: ModelConfig, context: LayerContext) -> ReplicatedLinear:
+    """Two scores of each token, from which the weights of experts and residual MLP are made."""
+    init = Init("normal", config.init_method_std)
+    return ReplicatedLinear(
+        context, config.hidden_size, 2, init=init, tp_gradient=context.residual_gradient, scores=True
+    )

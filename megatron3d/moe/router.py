@@ -93,11 +93,9 @@ class Router(ParallelModule):
     previous: Tensor
     tokens_per_expert: Tensor
 
-    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+    def __init__(self, config: ModelConfig, context: LayerContext, *, num_experts: int) -> None:
         super().__init__(tp=context.tp.size)
-        self.config, self.context = config, context
-        assert config.num_experts is not None, "a router has experts"
-        self.num_experts = config.num_experts
+        self.config, self.context, self.num_experts = config, context, num_experts
         shape, init = (self.num_experts, config.hidden_size), Init("normal", config.init_method_std)
         self.declare("weight", shape, init=init, decays=True, tp_gradient="partial", is_table=True)
         self.declare_total(LOAD, (self.num_experts,), is_partial=True)
@@ -134,7 +132,7 @@ class Router(ParallelModule):
     def keep(self, expert_TK: Tensor, weight_TK: Tensor, places: TokenPlaces) -> Tensor | None:
         """Which choices their experts have room for, bool [T, K]; None where all are kept."""
         valid_TK = None if places.valid_T is None else places.valid_T.unsqueeze(1).expand_as(expert_TK)
-        capacity = capacity_of(self.config, places.length) if places.has_capacity else None
+        capacity = capacity_of(self.config, self.num_experts, places.length) if places.has_capacity else None
         if capacity is None:
             return valid_TK
         choose = partial(

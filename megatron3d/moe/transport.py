@@ -74,7 +74,7 @@ class AllToAll:
 
     def dispatch(self, x_TH: Tensor, routing: Routing, places: TokenPlaces) -> Dispatched:
         """A `Transport`."""
-        exchange, rows_each = self._exchange, padded_rows(self._config, places)
+        exchange, rows_each = self._exchange, padded_rows(self._config, self._num_experts, places)
         if rows_each is not None:
             rows = pad_rows(routing.expert_TK, self._num_experts, rows_each, routing.kept_TK)
             arrival = exchange.padded(rows_each, x_TH.device)
@@ -97,10 +97,11 @@ class AllGather:
 
     def __init__(self, config: ModelConfig, context: LayerContext, num_experts: int) -> None:
         self._config, self._context, self._numbers = config, context, own_experts(context.expert, num_experts)
+        self._num_experts = num_experts
 
     def dispatch(self, x_TH: Tensor, routing: Routing, places: TokenPlaces) -> Dispatched:
         """A `Transport`."""
-        rows_each = padded_rows(self._config, places)
+        rows_each = padded_rows(self._config, self._num_experts, places)
         rows, counts = self._context.replay.run(lambda: self._rows_here(routing, rows_each))
         x_NH, weight_NK = self._of_all(x_TH), self._of_all(routing.weight_TK)
 
@@ -142,10 +143,10 @@ class AllGather:
         return y_NH
 
 
-def padded_rows(config: ModelConfig, places: TokenPlaces) -> int | None:
+def padded_rows(config: ModelConfig, num_experts: int, places: TokenPlaces) -> int | None:
     """Rows that each expert gets of a rank's tokens with padding to capacity; None without, and in generation, where no
     expert has a capacity."""
-    capacity = capacity_of(config, places.length)
+    capacity = capacity_of(config, num_experts, places.length)
     if not config.moe_pad_expert_input_to_capacity or capacity is None or not places.has_capacity:
         return None
     of_sample = places.sample_T.shape[0] // places.num_samples

@@ -3,7 +3,7 @@
 A stage is recorded (`stage_run.py`) with at most three layers of each kind: the first, one that stands for all in the
 middle, and the last. The record is cut where the gate of the weights is passed, and the middle is repeated for the
 layers that were left out. Layers of a stage are alike but for whether and with which others they are recomputed, which
-of their parameters are frozen, and whether they have experts. Where all before it is frozen, a layer with something
+of their parameters are frozen, and how many experts they have. Where all before it is frozen, a layer with something
 that trains is the first of its kind, so that the layers into which a gradient goes are never mistaken for others.
 """
 
@@ -33,12 +33,12 @@ _Unit = tuple[int, ...]  # positions of layers that are recomputed as one, or of
 
 @dataclass(frozen=True)
 class _Kind:
-    """How a unit differs from others: whether it is recomputed, the names in each layer of what is frozen, and whether
-    each layer has experts."""
+    """How a unit differs from others: whether it is recomputed, the names in each layer of what is frozen, and how many
+    experts each layer has."""
 
     recompute: bool
     frozen: tuple[frozenset[str], ...]
-    has_experts: tuple[bool, ...]
+    experts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class StageRecords:
         which come in blocks."""
         frozen, frozen_ends = self._frozen_of(part)
         units = _units(self.config.train, len(part.layers))
-        experts = [self.config.model.experts_of(layer) > 0 for layer in part.layers]
+        experts = [self.config.model.experts_of(layer) for layer in part.layers]
         kinds = [
             _Kind(recompute, tuple(frozen[i] for i in unit), tuple(experts[i] for i in unit))
             for unit, recompute in units.items()
@@ -127,9 +127,11 @@ class StageRecords:
         model = self.config.model
         if not model.has_experts:
             return model
-        has_experts = [int(has) for kind in kinds for has in kind.has_experts]
+        experts = [count for kind in kinds for count in kind.experts]
+        has_experts = [int(count > 0) for count in experts]
+        counts = tuple(str(count) for count in experts if count) if model.num_experts_by_layer else ()
         rest = model.num_layers - len(has_experts)
-        return replace(model, moe_layer_freq=f"{has_experts}+[0]*{rest}")
+        return replace(model, moe_layer_freq=f"{has_experts}+[0]*{rest}", num_experts_by_layer=counts)
 
 
 def _recorded(run: StageRun, part: StagePart, *, splits: bool) -> StageSteps:

@@ -68,7 +68,7 @@ class LayerContext:
 
     def total(self, partial: Tensor) -> Tensor:
         """P to R on `tp`: the sum of what the ranks have, each of which uses it in its own way."""
-        return typed.all_reduce(partial, self.tp, dst="R")
+        return typed.all_reduce(partial, self.tp, dst="R", replay=self.replay)
 
     def whole_heads(self, part_SBd: Tensor) -> Tensor:
         """Key and value heads, [..., D] of type R on `kv`, from the part of each that every rank of it has, [..., d] of

@@ -44,8 +44,9 @@ def expert_notes(model: ModelConfig) -> Iterator[str]:
     layers = model.num_expert_layers
     if not layers:
         return
+    counts = " ".join(model.num_experts_by_layer) or model.num_experts
     yield (
-        f"{model.num_experts} experts in {layers} of {model.num_layers} layers, of which a token passes "
+        f"{counts} experts in {layers} of {model.num_layers} layers, of which a token passes "
         f"{model.moe_router_topk}: {format_count(num_active_parameters(model))} parameters are active"
     )
     if "aux_loss" in dict(model.balance_losses):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron3d.config.check import check, resolve
@@ -30,6 +32,8 @@ def given(words: str, *, architecture: str = "gpt") -> GivenRun:
         ("([0]*1+[1]*3)", (False, True, True, True)),
         ("[1, 0] * 2", (True, False, True, False)),
         ("2*[0]+[1]+[0]", (False, False, True, False)),
+        ("1::2", (False, True, False, True)),
+        ("::3", (True, False, False, True)),
     ],
 )
 def test_a_layer_frequency_is_a_number_or_a_list(frequency: str, layers: tuple[bool, ...]) -> None:
@@ -40,11 +44,20 @@ def test_a_layer_frequency_is_a_number_or_a_list(frequency: str, layers: tuple[b
 
 
 @pytest.mark.parametrize(
-    "frequency", ["0", "[1]*5", "[2]*4", "often", "__import__('os')", "[1]*4-[0]", "[1]*10**9", "(" * 300, "[[1]]*4"]
+    "frequency",
+    ["0", "[1]*5", "[2]*4", "often", "__import__('os')", "[1]*4-[0]", "[1]*10**9", "(" * 300, "[[1]]*4", "0::0", ":2"],
 )
 def test_a_frequency_of_another_length_or_form_is_refused(frequency: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         expert_layers(frequency, 4)
+
+
+def test_several_numbers_of_experts_are_those_of_the_layers_that_have_some() -> None:
+    model = resolve(given("--num-experts 2 4 8 --moe-layer-freq [1,0,1,1]"), 1).model
+    assert [model.experts_of(layer) for layer in range(4)] == [2, 0, 4, 8]
+    assert model.num_experts == 8 and model.has_experts
+    assert resolve(given("--num-experts-by-layer 2 4 8 --moe-layer-freq [1,0,1,1]"), 1).model == model
+    assert resolve(replace(given(""), model=model), 1).model == model, "resolving twice is once"
 
 
 def test_the_losses_of_balance_have_a_weight_each() -> None:
@@ -92,6 +105,14 @@ def test_the_losses_of_balance_have_a_weight_each() -> None:
         ("--moe-aux-loss-coeff 0.1", 1, "--moe-aux-loss-coeff 0.1 is about experts"),
         ("--expert-tensor-parallel-size 2", 2, "--expert-tensor-parallel-size 2 shards experts"),
         ("--num-experts 0", 1, "it must be at least 1"),
+        ("--num-experts 4 8", 1, "has 2 numbers for the 4 layers with experts"),
+        ("--num-experts 4 8 8 1", 1, "has 1, and each layer with experts has at least 2"),
+        ("--num-experts 4 8 many 8", 1, "--num-experts 4 8 many 8 has many"),
+        ("--num-experts 3 --num-experts-by-layer 4 4 8 8", 1, "contradict each other; give one of them"),
+        ("--num-experts 3 6 4 3 --expert-model-parallel-size 3", 3, "does not divide --num-experts 4"),
+        ("--num-experts 2 4 8 8 --moe-router-topk 4", 1, "--moe-router-topk 4 chooses among 2 experts"),
+        (f"{EIGHT} --mlp-type residual --moe-shared-expert-intermediate-size 8", 1, "leave one out"),
+        ("--mlp-type residual", 1, "--mlp-type residual is about experts; give --num-experts"),
     ],
 )
 def test_what_no_mixture_of_experts_can_be_is_refused_in_a_sentence(words: str, world: int, sentence: str) -> None:
@@ -108,3 +129,5 @@ def test_names_of_deepspeed_are_those_options() -> None:
     run = given(f"{EIGHT} --topk 4 --moe-loss-coeff 0.1 --moe-expert-parallel-size 2")
     model, parallel = run.model, run.parallel
     assert (model.moe_router_topk, model.moe_aux_loss_coeff, parallel.expert_model_parallel_size) == (4, ("0.1",), 2)
+    pyramid = resolve(given("--num-experts 4 8 --expert-interval 2 --mlp-type residual"), 1).model
+    assert [pyramid.experts_of(layer) for layer in range(4)] == [0, 4, 0, 8] and pyramid.mlp_type == "residual"

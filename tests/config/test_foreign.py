@@ -146,9 +146,9 @@ def test_no_pipeline_parallel_is_what_is_done_and_contradicts_pipeline_ranks() -
 def test_one_expert_is_a_dense_model_and_silences_what_belongs_to_experts() -> None:
     said: list[str] = []
     run_of("--num-experts 1 --moe-loss-coeff 0.01 --mlp-type standard --topk 1 --create-moe-param-group", said=said)
-    assert len(said) == 5
+    assert len(said) == 4
     assert run_of("--num-experts 4 --moe-loss-coeff 0.1 --create-moe-param-group").model.moe_aux_loss_coeff == ("0.1",)
-    assert len(problems_of("--num-experts 4 --moe-eval-capacity-factor 2 --mlp-type residual")) == 2
+    assert len(problems_of("--num-experts 4 --moe-eval-capacity-factor 2 --num-experts-switch 2")) == 2
     assert len(problems_of("--num-experts 1 4")) == 1
 
 

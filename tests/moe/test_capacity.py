@@ -80,8 +80,8 @@ def test_ranks_with_parts_of_sequences_keep_the_same(pool: Pool) -> None:
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
 def test_a_capacity_is_that_of_an_even_load_times_the_factor(factor: float) -> None:
     config = model_config(num_experts=8, moe_router_topk=3, moe_expert_capacity_factor=factor, moe_min_capacity=2)
-    assert capacity_of(config, 10) == max(2, math.ceil(3 * 10 / 8 * factor))
-    assert capacity_of(model_config(num_experts=8), 10) is None
+    assert capacity_of(config, 8, 10) == max(2, math.ceil(3 * 10 / 8 * factor))
+    assert capacity_of(model_config(num_experts=8), 8, 10) is None
 
 
 def test_random_selection_keeps_other_tokens_in_each_step_and_in_an_evaluation_those_of_largest_weight() -> None:
@@ -92,7 +92,7 @@ def test_random_selection_keeps_other_tokens_in_each_step_and_in_an_evaluation_t
         moe_expert_capacity_factor=1.0,
         moe_token_drop_policy="random",
     )
-    router = Router(config, unsharded_context())
+    router = Router(config, unsharded_context(), num_experts=4)
     tokens = 64
     expert_TK = torch.zeros(tokens, 1, dtype=torch.int64)
     weight_TK = torch.linspace(0, 1, tokens).unsqueeze(1)

@@ -110,6 +110,10 @@ def as_written(config: ModelConfig, layer: MixtureOfExperts, x_SBH: Tensor, rout
             y = y + weight * (config.moe_router_topk_scaling_factor or 1.0) * expert(config, layer, i, x)
         rows.append(y)
     y_SBH = torch.stack(rows).view(x_SBH.shape)
+    if layer.mixing is not None:
+        share = (x_SBH @ layer.mixing.weight.t() + layer.mixing.bias).softmax(-1)
+        residual = torch.stack([expert_of(config, layer.shared, x) for x in x_SBH.flatten(0, 1)]).view(x_SBH.shape)
+        return share[..., 0:1] * y_SBH + share[..., 1:2] * residual
     if layer.shared is not None:
         gate = 1.0 if layer.shared_gate is None else (x_SBH @ layer.shared_gate.weight.t()).sigmoid()
         inner = x_SBH @ layer.shared.up.weight.t() + layer.shared.up.bias
@@ -119,7 +123,10 @@ def as_written(config: ModelConfig, layer: MixtureOfExperts, x_SBH: Tensor, rout
 
 
 def expert(config: ModelConfig, layer: MixtureOfExperts, number: int, x: Tensor) -> Tensor:
-    one = layer.experts[str(number)]
+    return expert_of(config, layer.experts[str(number)], x)
+
+
+def expert_of(config: ModelConfig, one: nn.Module, x: Tensor) -> Tensor:
     inner = one.up.weight @ x
     if config.is_gated:
         return one.down.weight @ (nn.functional.silu(inner[:F]) * inner[F:])
@@ -135,6 +142,8 @@ ROUTERS = {
     "groups": {**SIGMOID, "moe_router_num_groups": 4, "moe_router_group_topk": 3, **GATED},
     "groups before": {"moe_router_pre_softmax": True, "moe_router_num_groups": 2, "moe_router_group_topk": 1},
     "shared": {"moe_shared_expert_intermediate_size": 20},
+    "residual": {"mlp_type": "residual"},
+    "residual gated": {"mlp_type": "residual", **GATED},
     "shared gate": {"moe_shared_expert_intermediate_size": 20, "moe_shared_expert_gate": True},
 }
 

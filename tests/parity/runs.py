@@ -82,6 +82,10 @@ EXPERTS = {
         "--moe-aux-loss-coeff 0.01 0.02 "
         "--moe-expert-capacity-factor 1 --moe-token-drop-policy random"
     ),
+    "experts-pyramid": (  # and residual
+        "--ffn-hidden-size 32 --num-experts 2 4 4 --moe-layer-freq 1::1 --mlp-type residual "
+        "--moe-router-topk 1 --moe-router-pre-softmax"
+    ),
 }
 BUILT_BY_TESTS = {"penalised": build_penalised_stage}  # GPTs with something that no model of the project has
 # Half of the samples are short, so that micro-batches differ in how many of their tokens are masked. With this seed

@@ -27,7 +27,7 @@ from tests.parity.compare import LOSS_TOLERANCE, check_against_one_process, rela
 from tests.parity.routing import Choices, noting_flips, recording, replaying
 from tests.parity.runs import Case, Trace, batches, brief, parts_of, trace
 
-GATED, MANY = "experts", "experts-many"
+GATED, MANY, PYRAMID = "experts", "experts-many", "experts-pyramid"
 SP = "--sequence-parallel"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2"
 INTERLEAVED = "--num-layers-per-virtual-pipeline-stage 1"
@@ -38,6 +38,7 @@ CASES = [
     brief(Case(GATED, Layout(dp=2, ep=2), f"--zero-stage 3 {FULL}")),
     Case(MANY, Layout(dp=2, ep=2), "--zero-stage 2"),
     brief(Case(MANY, Layout(tp=2, ep=2, etp=1), f"{SP} {FULL}")),
+    brief(Case(PYRAMID, Layout(tp=2, ep=2, etp=1), f"{SP} {FULL}")),
 ]
 # Each value of what `values_of` names with each of the others somewhere.
 MORE = [
@@ -60,6 +61,9 @@ MORE = [
     Case(MANY, Layout(pp=2, dp=2, ep=2), f"{INTERLEAVED} {FULL}"),
     Case(MANY, Layout(tp=2, dp=2, ep=2, etp=2), f"{SP} --zero-stage 2"),
     Case(MANY, Layout(tp=4, ep=4, etp=1)),
+    Case(PYRAMID, Layout(tp=2)),
+    Case(PYRAMID, Layout(dp=2, ep=2), "--zero-stage 3"),
+    Case(PYRAMID, Layout(tp=2, pp=2, ep=2, etp=1), "--pipeline-schedule zb-v"),
     Case(MANY, Layout(dp=4, ep=2, etp=2), "--zero-stage 1"),
     Case(GATED, Layout(dp=4, ep=4)),
     Case(GATED, Layout(tp=2, dp=2, ep=4, etp=1), f"--zero-stage 1 {FULL}"),

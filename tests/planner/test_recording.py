@@ -50,6 +50,7 @@ def left(events: Sequence[Event], kind: Kind) -> int:
         (f"--freeze-params layers.[3-7].mlp.* {FULL} block --recompute-num-layers 6", False, True),
         ("--num-layers 10 --num-experts 4", False, True),
         ("--num-layers 10 --num-experts 4 --moe-layer-freq [0]*4+[1]*6", True, False),
+        ("--num-layers 10 --num-experts 2 2 2 4 4 4 --moe-layer-freq [0]*4+[1]*6 --mlp-type residual", True, False),
     ],
 )
 def test_one_layer_stands_for_all_in_the_middle(flags: str, splits: bool, is_first: bool) -> None:

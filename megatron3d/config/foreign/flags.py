@@ -31,6 +31,7 @@ _ALL_HARMLESS: Mapping[str, str] = {flag: value for table in TABLES for flag, va
 _VALUED_SYNONYMS: Mapping[str, tuple[tuple[str, str], Mapping[tuple[str, str], Any]]] = {
     "--tokenizer-name-or-path": (("data", "tokenizer_model"), {("data", "tokenizer_type"): "HuggingFaceTokenizer"}),
     "--remote-device": (("parallel", "offload_params"), {}),
+    "--expert-interval": (("model", "moe_layer_freq"), {}),
 }
 # Spellings are suggested from here on: one letter of ten may differ, words may be missing in a long name.
 _NEAR = 0.83
@@ -106,7 +107,10 @@ def synonym_settings(flag: GivenFlag) -> Mapping[tuple[str, str], Any]:
     if not flag.values or _is_harmless(flag):
         return {}
     key, more = _VALUED_SYNONYMS[flag.name]
-    return {key: flag.values[0], **more}
+    value = flag.values[0]
+    if flag.name == "--expert-interval" and value.isdecimal() and int(value) > 0:
+        value = f"{int(value) - 1}::{int(value)}"  # the last layer of every so many
+    return {key: value, **more}
 
 
 def _fits(flag: GivenFlag, key: tuple[str, str], value: Any) -> bool:

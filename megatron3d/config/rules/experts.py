@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron3d.config.architectures import named
-from megatron3d.config.experts import balance_losses, expert_layers
+from megatron3d.config.experts import balance_losses, expert_layers, experts_by_layer
 from megatron3d.config.options import OPTIONS
 from megatron3d.config.sections.experts import GivenExperts
 from megatron3d.config.sections.model import GivenModel
@@ -21,12 +21,13 @@ def expert_problems(model: GivenModel, parallel: ParallelConfig) -> Iterator[str
         yield from _without_experts(model, parallel)
         return
     yield from _router_problems(model)
-    yield from _choice_problems(model)
     try:
-        if model.num_layers and not any(expert_layers(model.moe_layer_freq, model.num_layers)):
-            yield f"--moe-layer-freq {model.moe_layer_freq} leaves no layer with experts; leave out --num-experts too."
+        counts = _counts(model)
     except ValueError as error:
-        yield f"--moe-layer-freq {model.moe_layer_freq} {error}; give 1 for experts in every layer."
+        yield str(error)
+        counts = () if model.num_experts_by_layer else (model.num_experts or 0,)
+    for experts in sorted(set(counts)):
+        yield from _choice_problems(model, experts)
     try:
         balance_losses(model.moe_router_load_balancing_type, model.moe_aux_loss_coeff)
     except ValueError as error:
@@ -41,12 +42,52 @@ def expert_problems(model: GivenModel, parallel: ParallelConfig) -> Iterator[str
             "--moe-pad-expert-input-to-capacity fills rows up to a capacity, and these experts take all tokens; give "
             "--moe-expert-capacity-factor too, or leave it out."
         )
-    if model.moe_shared_expert_gate and not model.moe_shared_expert_intermediate_size:
+    shared = model.moe_shared_expert_intermediate_size
+    if model.mlp_type == "residual" and (shared or model.moe_shared_expert_gate):
+        option = f"--moe-shared-expert-intermediate-size {shared}" if shared else "--moe-shared-expert-gate"
+        yield (
+            f"--mlp-type residual has an MLP that all tokens pass already, mixed by learned weights, and {option} asks "
+            "for another; leave one out."
+        )
+    elif model.moe_shared_expert_gate and not model.moe_shared_expert_intermediate_size:
         yield (
             "--moe-shared-expert-gate is the gate of a shared expert, and there is none; give "
             "--moe-shared-expert-intermediate-size too."
         )
-    yield from _layout_problems(model, parallel)
+    yield from _layout_problems(model, parallel, counts)
+
+
+def _counts(model: GivenModel) -> tuple[int, ...]:
+    """The numbers of experts of the layers that have some.
+
+    Raises:
+        ValueError: there are no such layers; its message is a sentence.
+    """
+    if not model.num_layers:
+        return (model.num_experts or 0,)
+    try:
+        has_experts = expert_layers(model.moe_layer_freq, model.num_layers)
+    except ValueError as error:
+        raise ValueError(
+            f"--moe-layer-freq {model.moe_layer_freq} {error}; give 1 for experts in every layer."
+        ) from error
+    if not any(has_experts):
+        raise ValueError(
+            f"--moe-layer-freq {model.moe_layer_freq} leaves no layer with experts; leave out --num-experts too."
+        )
+    if not model.num_experts_by_layer:
+        return (model.num_experts or 0,)
+    given = " ".join(model.num_experts_by_layer)
+    try:
+        counts = experts_by_layer(model.num_experts_by_layer, has_experts)
+    except ValueError as error:
+        raise ValueError(f"--num-experts {given} {error}; give one number, or one for each of these.") from error
+    if model.num_experts != max(counts):
+        raise ValueError(
+            f"--num-experts {model.num_experts} and --num-experts-by-layer {given} contradict each other; give one "
+            "of them."
+        )
+    return tuple(count for count in counts if count)
 
 
 def _without_experts(model: GivenModel, parallel: ParallelConfig) -> Iterator[str]:
@@ -85,9 +126,9 @@ def _router_problems(model: GivenModel) -> Iterator[str]:
         )
 
 
-def _choice_problems(model: GivenModel) -> Iterator[str]:
-    """As many experts as are chosen, of as many groups."""
-    experts, chosen = model.num_experts or 0, model.moe_router_topk
+def _choice_problems(model: GivenModel, experts: int) -> Iterator[str]:
+    """As many experts of a layer as are chosen, of as many groups."""
+    chosen = model.moe_router_topk
     groups, of_groups = model.moe_router_num_groups, model.moe_router_group_topk
     if chosen > experts:
         yield f"--moe-router-topk {chosen} chooses among {experts} experts (--num-experts); use at most {experts}."
@@ -108,12 +149,13 @@ def _choice_problems(model: GivenModel) -> Iterator[str]:
         )
 
 
-def _layout_problems(model: GivenModel, parallel: ParallelConfig) -> Iterator[str]:
+def _layout_problems(model: GivenModel, parallel: ParallelConfig, counts: tuple[int, ...]) -> Iterator[str]:
     """Every rank of the two axes of experts holds equal parts of the same number of experts."""
     ep, tp = parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
-    experts, etp = model.num_experts or 0, parallel.expert_tensor_parallel_size or tp
-    if experts % ep:
-        yield f"--expert-model-parallel-size {ep} does not divide --num-experts {experts}; use a divisor of it."
+    etp = parallel.expert_tensor_parallel_size or tp
+    for experts in sorted(set(counts)):
+        if experts % ep:
+            yield f"--expert-model-parallel-size {ep} does not divide --num-experts {experts}; use a divisor of it."
     ranks, each = parallel.world_size // parallel.pipeline_model_parallel_size, etp * ep
     if ranks % each:
         yield (
@@ -134,6 +176,7 @@ def _layout_problems(model: GivenModel, parallel: ParallelConfig) -> Iterator[st
             etp,
         ),
         ("--moe-shared-expert-intermediate-size", model.moe_shared_expert_intermediate_size, _TP, tp),
+        ("--moe-ffn-hidden-size", model.moe_ffn_hidden_size if model.mlp_type == "residual" else None, _TP, tp),
     ):
         if width and width % degree:
             yield f"{option} {width} is not a multiple of {cut} {degree}, which cuts it; use another width."

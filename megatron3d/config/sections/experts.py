@@ -16,12 +16,18 @@ class GivenExperts:
     """The options of expert layers. They mean nothing in a dense model, which has no or one expert."""
 
     num_experts: int | None = option(
-        None, "--num-experts", "Experts of each expert layer, E; default none. One is a dense model."
+        None,
+        "--num-experts",
+        "Experts of each expert layer, E; default none. One is a dense model, several numbers are a pyramid.",
+        several="num_experts_by_layer",
+    )
+    num_experts_by_layer: tuple[str, ...] = options(
+        "--num-experts-by-layer", "Experts of the first layer that has some, of the second ...: a pyramid."
     )
     moe_layer_freq: str = option(
         "1",
         "--moe-layer-freq",
-        'Which layers have experts: 2 is every second from the first, "([0]*3+[1]*9)" a 1 for each that has.',
+        'Which layers have experts: 2 is every second from the first, 1::2 from the second, "([0]*3+[1]*9)" a list.',
     )
     moe_ffn_hidden_size: int | None = option(
         None, "--moe-ffn-hidden-size", "Width inside each expert; default --ffn-hidden-size."
@@ -102,8 +108,14 @@ class GivenExperts:
     moe_shared_expert_gate: bool = switch(
         "--moe-shared-expert-gate", "Multiply what the shared expert gives by a sigmoid of a learned score."
     )
+    mlp_type: str = option(
+        "standard",
+        "--mlp-type",
+        "What a layer with experts is: these alone, or (DeepSpeed-MoE) mixed with an MLP that all tokens pass.",
+        choices=("standard", "residual"),
+    )
 
     @property
     def has_experts(self) -> bool:
         """Whether it is a mixture of experts."""
-        return (self.num_experts or 0) > 1
+        return (self.num_experts or 0) > 1 or bool(self.num_experts_by_layer)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron3d.config.activations import ACTIVATIONS, GATED_ACTIVATIONS
 from megatron3d.config.architectures import ARCHITECTURES, ModelTraits, traits_of
-from megatron3d.config.experts import balance_losses, expert_layers
+from megatron3d.config.experts import balance_losses, expert_layers, experts_by_layer
 from megatron3d.config.fields import off_switch, option, switch
 from megatron3d.config.sections.experts import GivenExperts
 
@@ -152,9 +152,12 @@ class ModelConfig(GivenModel):
 
     def experts_of(self, layer: int) -> int:
         """How many experts a layer has; 0 where it has one MLP that all tokens pass."""
-        if not self.has_experts or not expert_layers(self.moe_layer_freq, self.num_layers)[layer]:
+        if not self.has_experts:
             return 0
-        return self.num_experts or 0
+        has_experts = expert_layers(self.moe_layer_freq, self.num_layers)
+        if self.num_experts_by_layer:
+            return experts_by_layer(self.num_experts_by_layer, has_experts)[layer]
+        return (self.num_experts or 0) if has_experts[layer] else 0
 
     @property
     def expert_ffn_hidden_size(self) -> int:

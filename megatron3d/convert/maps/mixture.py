@@ -237,6 +237,8 @@ def _misfits(kind: _Kind, model: ModelConfig) -> list[str]:
             "qk_layernorm": kind.qk_norms != "none",
             "qk_layernorm_across_heads": kind.qk_norms == "all",
             "apply_residual_connection_post_layernorm": False,
+            "num_experts_by_layer": ((),),
+            "mlp_type": "standard",
             "moe_router_score_function": "softmax",
             "moe_router_pre_softmax": (True, False) if kind.may_not_sum_to_one else False,
             "moe_router_num_groups": None,
