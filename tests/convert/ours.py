@@ -78,7 +78,7 @@ def said_and_generated(
     with torch.no_grad():
         model = load_model(config, mesh, torch.device("cpu"), checkpoint)
         options = SamplingOptions(num_tokens, greedy=True)
-        new = generate(model, config, batch.tokens_BS.tolist(), options, None)
+        new = generate(model, config, batch.tokens_BS.tolist(), options, None, batch_size=1)
         return _logits(model, config, mesh, batch, scores_classes=False), torch.tensor(new)
 
 

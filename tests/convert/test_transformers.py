@@ -23,11 +23,11 @@ from megatron3d.config.cli import parse_args
 from megatron3d.convert.export import export_model
 from megatron3d.convert.hf import read_model, save_model
 from megatron3d.data.loader import GlobalBatches
-from megatron3d.errors import ConfigError
+from megatron3d.errors import ConfigError, MisfitError
 from megatron3d.models.zoo import architecture_of
 from megatron3d.optim.schedule import settings_from_config
 from megatron3d.train import state
-from megatron3d.train.setup import build_parts
+from megatron3d.train.setup import TrainingSetup, build_parts
 from megatron3d.train.step import train_step
 from tests.convert.ours import Batch, Said, said, said_and_generated
 from tests.convert.theirs import CLASSES, MODELS, VOCAB, build, saved
@@ -140,20 +140,37 @@ def test_what_only_training_reads_of_experts_does_not_leave(tmp_path: Path) -> N
     assert all(torch.equal(again[name], tensor) for name, tensor in found.tensors.items())
 
 
-def test_imported_experts_train_with_the_loss_that_reads_the_counts_of_the_step_before(tmp_path: Path) -> None:
-    checkpoint = imported("mixtral", tmp_path)[2]
+def tuned(checkpoint: Path, options: str) -> TrainingSetup:
+    """The parts of a run that starts from a checkpoint's weights, with other options."""
     words = f"--config {checkpoint / 'run.json'} --load {checkpoint.parent} --finetune --train-iters 4 --lr 1e-3 "
-    words += "--mock-data --micro-batch-size 2 --global-batch-size 4 --moe-router-load-balancing-type global_aux_loss"
+    words += f"--mock-data --micro-batch-size 2 --global-batch-size 4 {options}"
     config = resolve(parse_args(words.split(), program="t", description="t", log=lambda line: None), 1)
-    parts = build_parts(config, make_mesh(Layout()), torch.device("cpu"), architecture_of(config.model).build_stage)
+    return build_parts(config, make_mesh(Layout()), torch.device("cpu"), architecture_of(config.model).build_stage)
+
+
+def test_imported_experts_train_with_the_loss_that_reads_the_counts_of_the_step_before(tmp_path: Path) -> None:
+    parts = tuned(imported("mixtral", tmp_path)[2], "--moe-router-load-balancing-type global_aux_loss")
     state.restore(parts)
-    counts = parts.states.values()["layers.3.mlp.router.previous"]
+    counts, model = parts.states.values()["layers.3.mlp.router.previous"], parts.config.model
     assert counts.tolist() == [0, 0, 0, 0]
-    data = data_of(config)
+    data = data_of(parts.config)
     with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
         first = train_step(parts, batches.read(0, 4, 0, 1), RATES, step=0)
     assert first.losses["global_balance"] == pytest.approx(1.0), "the counts before the first step are even"
-    assert int(counts.sum()) == 4 * config.model.seq_length * config.model.moe_router_topk
+    assert int(counts.sum()) == 4 * model.seq_length * model.moe_router_topk
+
+
+def test_a_checkpoint_with_other_experts_is_refused_by_the_option(tmp_path: Path) -> None:
+    checkpoint = imported("mixtral", tmp_path)[2]
+    for options, named in (
+        ("--num-experts 8", "--num-experts"),
+        ("--num-experts 2 4 4 4", "--num-experts-by-layer"),
+        ("--moe-layer-freq 2", "--moe-layer-freq"),
+        ("--moe-ffn-hidden-size 28", "--moe-ffn-hidden-size"),
+        ("--mlp-type residual", "--mlp-type"),
+    ):
+        with pytest.raises(MisfitError, match=named):
+            state.restore(tuned(checkpoint, options))
 
 
 def test_experts_with_a_capacity_have_no_place_there(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.config.serialize import from_dict
+from megatron3d.convert.export import export_model
 from megatron3d.convert.hf import read_model, save_model
 from megatron3d.convert.upcycle import upcycle, upcycled_model
 from megatron3d.data.loader import GlobalBatches
@@ -32,6 +33,8 @@ from tests.convert.theirs import POSITIONS, VOCAB, build, saved
 from tests.dist.pool import Pool
 from tests.parity.runs import RATES, data_of
 from tools import convert_checkpoint
+
+transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-5
 BATCH = Batch(torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(3)))
@@ -88,6 +91,18 @@ def test_they_are_so_where_ranks_hold_some_experts_and_parts_of_them(
     for layout in (Layout(dp=2, ep=2), Layout(tp=2)):
         for found in pool.run(2, said, checkpoint, layout, BATCH):
             assert found is not None and difference(found.tokens, expected.tokens) < TOLERANCE
+
+
+def test_transformers_computes_the_same_of_the_experts_after_an_export(
+    dense: Callable[[str], Path], tmp_path: Path
+) -> None:
+    expected = said(0, 1, dense("llama"), Layout(), BATCH)
+    checkpoint = mixed(dense("llama"), tmp_path / "save", granularity=2)
+    assert export_model(checkpoint, tmp_path / "there").class_name == "MixtralForCausalLM"
+    theirs = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "there")
+    with torch.no_grad():
+        found = theirs(BATCH.tokens_BS).logits
+    assert expected is not None and difference(found, expected.tokens) < TOLERANCE
 
 
 def test_a_virtual_group_has_one_row_of_the_router_and_groups_have_different_ones(
