@@ -81,4 +81,4 @@ MAY_IMPORT_LATE: dict[str, set[str]] = {
     "megatron3d.train.writers": {"torch.utils.tensorboard"},
 }
 START_MODULE = "megatron3d.train.loop"
-SLOW_PACKAGES = ("matplotlib", "torch.distributed.checkpoint", "torch.utils.tensorboard")
+SLOW_PACKAGES = ("matplotlib", "torch.distributed.checkpoint", "torch.utils.tensorboard", "rich", "google")

@@ -14,8 +14,6 @@ from types import MappingProxyType
 from typing import Any
 
 import sentencepiece
-from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2
 
 from megatron3d.data.tokenizer_interface import SpecialIds, Tokenizer
 from megatron3d.errors import DataError
@@ -97,6 +95,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 def parse_model(path: Path) -> Any:
     """What a model file holds: pieces, and how it was trained. Raises: DataError if it is no sentencepiece model."""
+    # Few runs read one themselves, and protobuf takes longer to import than the library.
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] protobuf makes it
     try:
         model.ParseFromString(path.read_bytes())

@@ -18,14 +18,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import TextIO
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+from typing import TYPE_CHECKING, TextIO
 
 from megatron3d.train.speed import Devices
 from megatron3d.train.timestamp import local_time, stamped
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 RECENT_STEPS = 100  # the time left follows changes of speed, but not every slow step
 REDRAW_S = 0.1  # drawing costs milliseconds, which steps of a small model would feel
@@ -179,6 +178,8 @@ class ProgressReporter:
 
     def _bar_numbers(self, last: StepReport) -> str:
         """The short text right of the bar."""
+        from rich.markup import escape
+
         rate = f"{format_count(last.tokens / last.elapsed_s)} tokens/s" if last.elapsed_s > 0 else ""
         left_s = self.seconds_left()
         left = f"{format_duration(left_s)} left" if left_s else ""
@@ -230,6 +231,10 @@ def _three_digits(number: float) -> str:
 
 def _bar(stream: TextIO, total_steps: int, first_step: int) -> Progress:
     """A started bar. It is drawn when a step ends, not by a thread, so it never competes with the training."""
+    # Only a terminal needs it.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
     bar = Progress(
         TextColumn("step {task.completed}/{task.total}"),
         BarColumn(),

@@ -17,6 +17,8 @@ SLOW = {
     "torch.distributed.checkpoint": "saves",
     "tensorboard": "--tensorboard-dir",
     "matplotlib": "--profile-pipeline",
+    "rich": "a terminal",
+    "google.protobuf": "sentencepiece models that are taken apart",
     "onnx": "exports",
     "transformers": "nothing",
 }
