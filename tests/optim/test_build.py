@@ -78,6 +78,29 @@ def test_flat_parameters_are_updated_as_whole_parameters_are(
             torch.testing.assert_close(optimizer.state[part][name], expected)
 
 
+def fused_adam(groups: list[dict]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-6, decoupled_weight_decay=True, fused=True)
+
+
+def fused_sgd(groups: list[dict]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, momentum=0.7, fused=True)
+
+
+@pytest.mark.parametrize(("config", "fused"), [(ADAM, fused_adam), (SGD, fused_sgd)], ids=["adam", "sgd"])
+def test_updates_are_those_of_torchs_own_optimizer_to_the_bit(
+    config: OptimConfig, fused: Callable[[list[dict]], torch.optim.Optimizer]
+) -> None:
+    parts, others = flat_parameters(), flat_parameters()
+    optimizer = build_optimizer(config, parts)
+    reference = fused(
+        [{"params": [p for p, its in others if its == decays], "decays": decays} for decays in (True, False)]
+    )
+    for step in range(len(RATES)):
+        step_flat(optimizer, parts, step)
+        step_flat(reference, others, step)
+    assert all(torch.equal(one, other) for (one, _), (other, _) in zip(parts, others))
+
+
 @pytest.mark.parametrize("config", [ADAM, SGD], ids=["adam", "sgd"])
 def test_state_is_there_before_the_first_step_and_stays_where_it_is(config: OptimConfig) -> None:
     parts = flat_parameters()
