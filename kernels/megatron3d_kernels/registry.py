@@ -32,12 +32,15 @@ class Registry(Selection):
         *,
         support: TritonSupport = TRITON,
         library: str = products.TORCH,
+        grouped: str | None = None,
     ) -> None:
-        """Decide once for all calls: kernels as `Selection` does, and the library of the products ("torch", "onednn").
+        """Decide once for all calls: kernels as `Selection` does, the library of the products ("torch", "onednn"), and
+        the way of grouped ones ("looped", "batched", "grouped"; None is by the measured table).
 
-        Raises KernelError as `Selection` does, and for a library that is unknown or not there.
+        Raises KernelError as `Selection` does, and for a library or way that is unknown or not there.
         """
         super().__init__(force, support=support)
+        self._grouped = grouped_products.require_way(grouped)
         self._library = products.require_library(library)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -66,13 +69,31 @@ class Registry(Selection):
         counts: Sequence[int],
     ) -> torch.Tensor:
         """The linear layers of many experts, each of its own rows; see `grouped_products.grouped_linear`."""
-        return grouped_products.grouped_linear(x_RI, weights_OI, biases_O, counts, library=self._library)
+        return grouped_products.grouped_linear(
+            x_RI, weights_OI, biases_O, counts, library=self._library, way=self._grouped
+        )
 
     def grouped_input_gradient(
         self, grad_RO: torch.Tensor, weights_OI: Sequence[torch.Tensor], counts: Sequence[int]
     ) -> torch.Tensor:
         """The gradient of their input; see `grouped_products.grouped_input_gradient`."""
-        return grouped_products.grouped_input_gradient(grad_RO, weights_OI, counts, library=self._library)
+        return grouped_products.grouped_input_gradient(
+            grad_RO, weights_OI, counts, library=self._library, way=self._grouped
+        )
+
+    def add_grouped_weight_gradients(
+        self,
+        buffers_OI: Sequence[torch.Tensor],
+        grad_RO: torch.Tensor,
+        x_RI: torch.Tensor,
+        counts: Sequence[int],
+        *,
+        overwrites: Sequence[bool],
+    ) -> None:
+        """The gradients of their weights; see `grouped_products.add_grouped_weight_gradients`."""
+        grouped_products.add_grouped_weight_gradients(
+            buffers_OI, grad_RO, x_RI, counts, overwrites=overwrites, library=self._library, way=self._grouped
+        )
 
     def layer_norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -93,7 +94,7 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, rows: Rows) -> Tensor:
         ctx.save_for_backward(rows.row_TK, rows.kept_TK)
-        taken_RH = x_TH[rows.choice_R // rows.row_TK.shape[1]]
+        taken_RH = x_TH.index_select(0, rows.choice_R // rows.row_TK.shape[1])
         return taken_RH if rows.filled_R is None else taken_RH.mul_(rows.filled_R.unsqueeze(1))
 
     @staticmethod
@@ -114,10 +115,11 @@ class _AddRows(torch.autograd.Function):
         weight_R1 = weight_TK.flatten()[choice_R].unsqueeze(1)
         if filled_R is not None:
             weight_R1 = weight_R1 * filled_R.unsqueeze(1)
-        spread_RH = grad_TH[choice_R // weight_TK.shape[1]]
+        spread_RH = grad_TH.index_select(0, choice_R // weight_TK.shape[1])
         # One product a row, put at the choice that the row is.
         wide = _sum_dtype(y_RH)
-        products_R = (y_RH.to(wide) * spread_RH.to(wide)).sum(1).to(weight_TK.dtype)
+        products_R11 = torch.bmm(y_RH.to(wide).unsqueeze(1), spread_RH.to(wide).unsqueeze(2))
+        products_R = products_R11.view(-1).to(weight_TK.dtype)
         grad_weight = torch.zeros(weight_TK.numel() + 1, dtype=weight_TK.dtype, device=grad_TH.device)
         at_R = choice_R if filled_R is None else choice_R.masked_fill(~filled_R, weight_TK.numel())
         grad_weight = grad_weight.scatter_(0, at_R, products_R)[:-1].view_as(weight_TK)
@@ -133,18 +135,22 @@ def _weighted_sum(
         return y_RH.new_zeros(row_TK.shape[0], y_RH.shape[1], dtype=dtype)
     if kept_TK is not None:
         weight_TK = kept_TK.to(wide) if weight_TK is None else weight_TK * kept_TK
-    total_TH: Tensor | None = None
+    if y_RH.device.type == "cpu" and y_RH.dtype == wide:
+        weight_TK = None if weight_TK is None else weight_TK.to(wide)
+        total_TH = F.embedding_bag(row_TK, y_RH, per_sample_weights=weight_TK, mode="sum")
+        return total_TH.to(dtype)
+    sum_TH: Tensor | None = None
     for number, row_T in enumerate(row_TK.unbind(1)):
         rows_TH = y_RH[row_T].to(wide)
         weight_T1 = None if weight_TK is None else weight_TK[:, number : number + 1].to(wide)
-        if total_TH is None:
-            total_TH = rows_TH if weight_T1 is None else rows_TH.mul_(weight_T1)
+        if sum_TH is None:
+            sum_TH = rows_TH if weight_T1 is None else rows_TH.mul_(weight_T1)
         elif weight_T1 is None:
-            total_TH.add_(rows_TH)
+            sum_TH.add_(rows_TH)
         else:
-            total_TH.addcmul_(rows_TH, weight_T1)
-    assert total_TH is not None, "a token has at least one expert"
-    return total_TH.to(dtype)
+            sum_TH.addcmul_(rows_TH, weight_T1)
+    assert sum_TH is not None, "a token has at least one expert"
+    return sum_TH.to(dtype)
 
 
 def _sum_dtype(y_RH: Tensor) -> torch.dtype:

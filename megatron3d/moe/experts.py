@@ -51,10 +51,8 @@ class _GroupedLinear(torch.autograd.Function):
         grad_RI = None
         if ctx.needs_input_grad[0]:
             grad_RI = context.kernels.grouped_input_gradient(grad_RO, ctx.weights, ctx.counts)
-        xs = [None] * len(ctx.weights) if x_RI is None else x_RI.split(ctx.counts)
-        for layer, weight, x, grad in zip(ctx.layers, ctx.weights, xs, grad_RO.split(ctx.counts), strict=True):
-            x = x if weight.requires_grad else None
-            context.sink.add_linear(weight, layer.bias, grad, x, kernels=context.kernels)
+        biases = [layer.bias for layer in ctx.layers]
+        context.sink.add_grouped_linear(ctx.weights, biases, grad_RO, x_RI, ctx.counts, kernels=context.kernels)
         return grad_RI, None, None, None, *(None for _ in ctx.weights)
 
 

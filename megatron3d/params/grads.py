@@ -9,7 +9,7 @@ gradient comes from autograd (norms, positions) reach the same buffers through a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -143,6 +143,58 @@ class GradSink:
             work()
         else:
             self._deferred.append(work)
+
+    def add_grouped_linear(
+        self,
+        weights: Sequence[nn.Parameter],
+        biases: Sequence[nn.Parameter | None],
+        grad_out: Tensor,
+        x: Tensor | None,
+        counts: Sequence[int],
+        *,
+        kernels: Registry = _DEFAULT_KERNELS,
+    ) -> None:
+        """Add the gradients of several linear layers of one shape, each of rows of its own; see `add_linear`.
+
+        Args:
+            weights: [O, I] each.
+            biases: [O] or None each.
+            grad_out: [R, O], gradient of the output, the rows of the first layer first.
+            x: [R, I], the input; None where all weights are frozen.
+            counts: rows of each layer.
+            kernels: make the products.
+        """
+        trained = [(bias, n) for n, bias in enumerate(biases) if bias is not None and bias.requires_grad]
+
+        @torch.no_grad()
+        def work() -> None:
+            if x is not None:
+                self._add_grouped_product(weights, grad_out, x, counts, kernels)
+            of_layers = grad_out.split(list(counts)) if trained else ()
+            for bias, number in trained:
+                self.add(bias, of_layers[number].sum(0))
+
+        if self._deferred is None:
+            work()
+        else:
+            self._deferred.append(work)
+
+    def _add_grouped_product(
+        self, weights: Sequence[nn.Parameter], grad_RO: Tensor, x_RI: Tensor, counts: Sequence[int], kernels: Registry
+    ) -> None:
+        bound = [self._destinations[weight] for weight in weights if weight in self._destinations]
+        places = [one.place_of() for one in bound if one.blocks is None]
+        if len(places) < len(weights) or any(place.buffer.dtype != grad_RO.dtype for place in places):
+            of_layers = zip(weights, grad_RO.split(list(counts)), x_RI.split(list(counts)), strict=True)
+            for weight, grad, x in of_layers:
+                if weight.requires_grad:
+                    self._add_product(weight, grad, x, kernels)
+            return
+        overwrites = [place.takes_first() for place in places]
+        buffers = [place.buffer for place in places]
+        kernels.add_grouped_weight_gradients(buffers, grad_RO, x_RI, counts, overwrites=overwrites)
+        for one in bound:
+            one.on_arrival()
 
     def add_rows(self, table: nn.Parameter, rows: Tensor, grad_rows: Tensor) -> None:
         """Add gradients to rows of a table: table[rows[t]] += grad_rows[t], one after another where rows repeat.

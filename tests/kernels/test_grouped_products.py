@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron3d_kernels import Registry, products
+from megatron3d_kernels.grouped_products import stacked
+from megatron3d_kernels.launch import KernelError
+from torch import Tensor
 
 NOISE = 1e-5
 
@@ -36,3 +41,54 @@ def test_each_layer_multiplies_its_own_rows(
         torch.testing.assert_close(y_RO[row].double(), expected, rtol=NOISE, atol=NOISE)
         expected = grad_RO[row].double() @ weights[number].double()
         torch.testing.assert_close(grad_RI[row].double(), expected, rtol=NOISE, atol=NOISE)
+
+
+OUT, IN = 8, 12
+EVEN, UNEVEN = [4, 4, 4], [3, 0, 6]
+
+
+def in_one_buffer(draw: torch.Generator, shape: tuple[int, ...], *, gap: int = 12) -> list[Tensor]:
+    """Three tensors at equal distances."""
+    size = math.prod(shape)
+    flat = torch.randn(3, size + gap, generator=draw)
+    return [one[:size].view(shape) for one in flat]
+
+
+@pytest.mark.parametrize(
+    ("way", "counts"), [("batched", EVEN), ("batched", UNEVEN), ("grouped", EVEN), ("grouped", UNEVEN), (None, EVEN)]
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_every_way_multiplies_as_the_loop_does(way: str | None, counts: list[int], has_bias: bool) -> None:
+    draw = torch.Generator().manual_seed(sum(counts))
+    x_RI, weights = torch.randn(sum(counts), IN, generator=draw), in_one_buffer(draw, (OUT, IN))
+    biases = in_one_buffer(draw, (OUT,)) if has_bias else [None] * 3
+    spread_RO = torch.randn(OUT, generator=draw).expand(sum(counts), OUT)  # as the gradient of a sum comes
+    kernels, loop = Registry(grouped=way), Registry(grouped="looped")
+    exactly = way == "grouped" and not has_bias
+    near = {"rtol": 0, "atol": 0} if exactly else {"rtol": NOISE, "atol": NOISE}
+    found, expected = (one.grouped_linear(x_RI, weights, biases, counts) for one in (kernels, loop))
+    torch.testing.assert_close(found, expected, **near)
+    found, expected = (one.grouped_input_gradient(spread_RO, weights, counts) for one in (kernels, loop))
+    torch.testing.assert_close(found, expected, **near)
+    for overwrites in ([True] * 3, [False] * 3, [True, False, True]):
+        before = in_one_buffer(draw, (OUT, IN))
+        copies = [one.clone() for one in before]
+        kernels.add_grouped_weight_gradients(before, spread_RO, x_RI, counts, overwrites=overwrites)
+        rows = zip(before, copies, spread_RO.split(counts), x_RI.split(counts), overwrites, strict=True)
+        for buffer, copy, grad, x, overwrite in rows:
+            wanted = grad.double().t() @ x.double() + (0 if overwrite else copy.double())
+            torch.testing.assert_close(buffer.double(), wanted, rtol=NOISE, atol=NOISE)
+
+
+def test_weights_at_equal_distances_are_read_where_they_lie() -> None:
+    weights = in_one_buffer(torch.Generator().manual_seed(1), (OUT, IN))
+    found = stacked(weights)
+    assert found is not None and found.data_ptr() == weights[0].data_ptr()
+    assert all(torch.equal(one, other) for one, other in zip(found, weights, strict=True))
+    assert stacked([weights[0], weights[2], weights[1]]) is None
+    assert stacked([weights[0], weights[1].clone()]) is None
+
+
+def test_a_way_that_is_none_is_refused() -> None:
+    with pytest.raises(KernelError, match="no way 'quick' to make grouped products; use one of looped, batched"):
+        Registry(grouped="quick")
