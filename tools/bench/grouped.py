@@ -16,6 +16,8 @@ import torch
 from megatron3d_kernels.grouped_products import LOOPED, WAYS, has_grouped
 from megatron3d_kernels.registry import Registry
 
+from megatron3d.comm.device import synchronize
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -68,7 +70,7 @@ def rates_of(ways: list[str], layers: int, args: argparse.Namespace, dtype: torc
 def _now_s(device: str) -> float:
     if device == "cpu":
         return time.process_time()
-    torch.cuda.synchronize()
+    synchronize(torch.device(device))
     return time.perf_counter()
 
 
