@@ -81,11 +81,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def build(name: str) -> nn.Module:
-    """The model in evaluation mode; every parameter is moved, so that no bias is 0 and no norm weight 1."""
+def build(name: str, **changes: Any) -> nn.Module:
+    """The model, with changes of its config, in evaluation mode; every parameter is moved, so that no bias is 0 and no
+    norm weight 1."""
     model_class, config_class, values = MODELS[name]
     torch.manual_seed(0)
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**values))
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**(values | changes)))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
