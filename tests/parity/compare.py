@@ -13,13 +13,14 @@ from tests.parity.runs import Case, Trace, assemble, parts_of, trace
 LOSS_TOLERANCE = 1e-5  # the promise; fp32 sums in another order give about 1e-7
 NORM_TOLERANCE = 1e-4  # the promise
 GRADIENT_TOLERANCE = 1e-5  # of the largest element of the same parameter's gradient
+AT_ONCE = "--micro-batch-size 8"  # the whole batch of `runs.SHAPE`: a sum over micro-batches is the layouts' alone
 
 
 @functools.cache
 def reference(model: str, options: str = "") -> tuple[Trace, dict[str, tuple[int, ...]]]:
     """One process's trace and the full shapes of its parameters; made once for all tests of a session."""
     torch.set_num_threads(1)
-    parts = parts_of(Case(model, Layout(), options), make_mesh(Layout()))
+    parts = parts_of(Case(model, Layout(), f"{AT_ONCE} {options}"), make_mesh(Layout()))
     shapes = {name: view.full_shape for name, view in parts.engine.weight_views().items()}
     return trace(parts), shapes
 

@@ -133,14 +133,16 @@ def brief(case: Case) -> Case:
 
 
 def micro_batch_size(case: Case) -> int:
-    """One process takes the batch sample by sample, a layout in larger pieces where it can: that must not matter.
+    """The reference takes the batch at once (`compare.reference`), a layout in smaller pieces: that must not matter.
 
-    Tensor parallelism alone takes four samples of a GPT at a time, as such a run costs as much as it has collectives;
-    those of a BERT stay pairs, which differ in how many tokens are masked.
+    One process and tensor parallelism alone take four samples of a GPT at a time, as a run costs as much as it has
+    calls and collectives; those of a BERT stay pairs on several ranks, which differ in how many tokens are masked.
     """
     layout = case.layout
-    if layout.world_size == 1 or layout.dp > 4:
+    if layout.dp > 4:
         return 1
+    if layout.world_size == 1:
+        return 4
     return 4 if layout.world_size == layout.tp and case.model not in BERTS else 2
 
 

@@ -42,6 +42,7 @@ from tests.parity.runs import (
     Case,
     Trace,
     assemble,
+    brief,
     config_of,
     data_of,
     parts_of,
@@ -57,11 +58,11 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 CPU = torch.device("cpu")
 
 CASES = [
-    Case(MODEL, Layout(tp=2)),
+    brief(Case(MODEL, Layout(tp=2))),
     Case(MODEL, Layout(tp=2), f"{SP} {FULL}"),
-    Case(MODEL, Layout(pp=2), "--pipeline-schedule zb-h1 --micro-batch-size 1"),
+    brief(Case(MODEL, Layout(pp=2), "--pipeline-schedule zb-h1 --micro-batch-size 1")),
     Case(MODEL, Layout(pp=2), "--pipeline-schedule zb-v"),
-    Case(MODEL, Layout(dp=2), "--zero-stage 1 --micro-batch-size 4"),
+    brief(Case(MODEL, Layout(dp=2), "--zero-stage 1 --micro-batch-size 4")),
     Case(MODEL, Layout(dp=2), f"--zero-stage 3 {FULL}"),
     Case(MODEL, Layout(tp=2, pp=2), f"{SP} --pipeline-schedule zb-v {FULL}"),
     Case(MODEL, Layout(pp=2, dp=2), "--zero-stage 2 --pipeline-schedule zb-h1 --micro-batch-size 1"),

@@ -1,8 +1,8 @@
 """Dropout inside the promise: with 0.1 of hidden elements and of attention probabilities dropped, the layout still
 changes no loss, gradient norm or gradient.
 
-Rows as in `test_layouts.py`, against one process that takes the batch sample by sample: 20 steps of a GPT at TP, SP, DP
-and PP, few of what else the mask must not depend on.
+Rows as in `test_layouts.py`, against one process that takes the batch at once: 20 steps of a GPT at TP, SP, DP and PP,
+few of what else the mask must not depend on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from tests.dist.pool import Pool
 from tests.parity.compare import LOSS_TOLERANCE, check_against_one_process, reference, relative
-from tests.parity.runs import Case, parts_of, trace, trace_cases
+from tests.parity.runs import Case, brief, parts_of, trace, trace_cases
 
 SP, ZERO1, ZERO3 = "--sequence-parallel", "--zero-stage 1", "--zero-stage 3"
 SELECTIVE, FULL = "--recompute-granularity selective", "--recompute-granularity full"
@@ -26,10 +26,10 @@ CASES = [
     Case("gpt2-drops", Layout(tp=2), f"{SP} {SELECTIVE}"),
     Case("gpt2-drops", Layout(dp=2), ZERO1),
     Case("gpt2-drops", Layout(pp=2)),
-    Case("bert-drops", Layout(tp=2), SP),
-    Case("bert-drops", Layout(pp=2), "--pipeline-schedule zb-h1"),
-    Case("bert-drops", Layout(dp=2), f"{ZERO3} {FULL}"),
-    Case("llama-drops", Layout(tp=2, pp=2), f"{SP} --pipeline-schedule zb-v"),
+    brief(Case("bert-drops", Layout(tp=2), SP)),
+    brief(Case("bert-drops", Layout(pp=2), "--pipeline-schedule zb-h1")),
+    brief(Case("bert-drops", Layout(dp=2), f"{ZERO3} {FULL}")),
+    brief(Case("llama-drops", Layout(tp=2, pp=2), f"{SP} --pipeline-schedule zb-v")),
 ]
 BATCHES = [
     pytest.param(size, list(group), id=f"world{size}")

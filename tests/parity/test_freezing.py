@@ -29,7 +29,7 @@ from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.state import Progress
 from tests.dist.pool import Pool
 from tests.parity.compare import LOSS_TOLERANCE, NORM_TOLERANCE, check_against_one_process, relative
-from tests.parity.runs import FROZEN, RATES, Case, data_of, parts_of, trace, trace_cases
+from tests.parity.runs import FROZEN, RATES, Case, brief, data_of, parts_of, trace, trace_cases
 from tests.parity.test_transformers import gpt2_tensors
 
 transformers = pytest.importorskip("transformers")
@@ -40,14 +40,14 @@ AWAY_STATES = "--offload-optimizer cpu"
 AWAY = f"{AWAY_STATES} --offload-params cpu"
 CASES = [
     Case("gpt2-mixed", Layout(tp=2), SP),
-    Case("gpt2-begun", Layout(tp=2), ""),
+    brief(Case("gpt2-begun", Layout(tp=2), "")),
     Case("gpt2-begun", Layout(pp=2), ""),  # nothing trains on the first stage
-    Case("gpt2-mixed", Layout(pp=2), "--pipeline-schedule zb-h1"),
-    Case("gpt2-begun", Layout(dp=2), "--zero-stage 1"),
-    Case("gpt2-mixed", Layout(dp=2), "--zero-stage 2"),
-    Case("gpt2-begun", Layout(dp=2), f"--zero-stage 3 {FULL}"),
+    brief(Case("gpt2-mixed", Layout(pp=2), "--pipeline-schedule zb-h1")),
+    brief(Case("gpt2-begun", Layout(dp=2), "--zero-stage 1")),
+    brief(Case("gpt2-mixed", Layout(dp=2), "--zero-stage 2")),
+    brief(Case("gpt2-begun", Layout(dp=2), f"--zero-stage 3 {FULL}")),
     Case("gpt2-mixed", Layout(dp=2), f"--zero-stage 3 {AWAY}"),
-    Case("gpt2-begun", Layout(pp=2, dp=2), "--zero-stage 3 --pipeline-schedule zb-v"),
+    brief(Case("gpt2-begun", Layout(pp=2, dp=2), "--zero-stage 3 --pipeline-schedule zb-v")),
     Case("gpt2-mixed", Layout(tp=2, dp=2), f"{SP} --zero-stage 3 {FULL}"),
 ]
 BATCHES = [

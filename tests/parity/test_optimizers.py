@@ -24,7 +24,7 @@ from megatron3d.train import state
 from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.step import Rates
 from tests.dist.pool import Pool
-from tests.parity.compare import LOSS_TOLERANCE, relative
+from tests.parity.compare import AT_ONCE, LOSS_TOLERANCE, relative
 from tests.parity.runs import Case, parts_of, trace
 
 NUM_STEPS = 10
@@ -81,7 +81,7 @@ BATCHES = [
 
 def build(name: str, case: Case, mesh: Mesh, extra: str = "") -> TrainingSetup:
     # Large micro-batches: what an optimizer is given are their sums, which other tables are about.
-    micro = f"--micro-batch-size {min(4, 8 // case.layout.dp)}" if case.layout.world_size > 1 else ""
+    micro = f"--micro-batch-size {min(4, 8 // case.layout.dp)}" if case.layout.world_size > 1 else AT_ONCE
     return parts_of(Case(case.model, case.layout, f"{case.options} {micro} {CHOICES[name].options} {extra}"), mesh)
 
 

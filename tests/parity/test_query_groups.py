@@ -16,15 +16,15 @@ from megatron3d.train import state
 from megatron3d.train.state import Progress
 from tests.dist.pool import Pool
 from tests.parity.compare import check_against_one_process, reference
-from tests.parity.runs import Case, Trace, assemble, parts_of, trace, trace_cases
+from tests.parity.runs import Case, Trace, assemble, brief, parts_of, trace, trace_cases
 from tests.parity.test_zero import held
 
 SP = "--sequence-parallel"
 TP4 = Layout(tp=4, kv_copies=2)  # of 4 query heads and 2 key and value heads a rank has one and half a one
 CASES = [
     Case("llama-gqa", TP4),
-    Case("llama-gqa", TP4, f"{SP} --recompute-granularity full"),
-    Case("gpt2-mqa", Layout(tp=2, pp=2, kv_copies=2), f"{SP} --pipeline-schedule zb-h1"),
+    brief(Case("llama-gqa", TP4, f"{SP} --recompute-granularity full")),
+    brief(Case("gpt2-mqa", Layout(tp=2, pp=2, kv_copies=2), f"{SP} --pipeline-schedule zb-h1")),
 ]
 
 

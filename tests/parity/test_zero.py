@@ -26,19 +26,21 @@ from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.state import Progress
 from tests.dist.pool import Pool
 from tests.parity.compare import check_against_one_process, reference, relative
-from tests.parity.runs import BRIEF_STEPS, Case, Trace, assemble, batches, parts_of, trace, trace_cases
+from tests.parity.runs import BRIEF_STEPS, Case, Trace, assemble, batches, brief, parts_of, trace, trace_cases
 
 SP = "--sequence-parallel"
 ZERO2, ZERO3 = "--zero-stage 2", "--zero-stage 3"
 PAIRS = "--zero-shard-size 2"
 GROUPS_OF_TWO_LAYERS = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2"
 
-CASES = [
+KINDS = [
     Case("gpt2", Layout(dp=2), f"{ZERO3} --recompute-granularity selective"),
-    Case("gpt2", Layout(dp=4), f"{ZERO2} --no-overlap-grad-reduce"),
     Case("llama-tied", Layout(dp=4, zero_shard=2), f"{ZERO3} {PAIRS} {GROUPS_OF_TWO_LAYERS}"),
     Case("gpt2", Layout(tp=2, dp=2), f"{SP} {ZERO3} {GROUPS_OF_TWO_LAYERS} --zero-prefetch-units 2"),
     Case("gpt2", Layout(pp=2, dp=2), ZERO2),
+]
+OTHERS = [
+    Case("gpt2", Layout(dp=4), f"{ZERO2} --no-overlap-grad-reduce"),
     Case(
         "llama",
         Layout(pp=2, dp=2),
@@ -59,6 +61,7 @@ CASES = [
     Case("llama", Layout(pp=2, dp=4, zero_shard=2), f"{ZERO3} {PAIRS}"),
     Case("llama", Layout(dp=8), ZERO3),
 ]
+CASES = [*KINDS, *map(brief, OTHERS)]
 SHORT = [
     Case("gpt2", Layout(dp=2), f"{ZERO3} --recompute-granularity selective"),
     Case("gpt2", Layout(pp=2, dp=2), ZERO2),
