@@ -1,6 +1,6 @@
 """Every optimizer trains, comes to the same losses at every layout, and resumes from a checkpoint of any other.
 
-Six steps of the tiny models in fp32, against one process, which takes ten. The updates themselves are compared with
+Four steps of the tiny models in fp32, against one process, which takes ten. The updates themselves are compared with
 formulas in `tests/zero/test_full_parameters.py`; here the model's gradients differ in their last bits between layouts,
 as real ones do.
 """
@@ -28,7 +28,7 @@ from tests.parity.compare import AT_ONCE, LOSS_TOLERANCE, relative
 from tests.parity.runs import Case, parts_of, trace
 
 NUM_STEPS = 10
-LAYOUT_STEPS, HALF = 6, 3
+LAYOUT_STEPS, HALF = 4, 2
 SP = "--sequence-parallel"
 
 
