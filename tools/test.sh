@@ -12,6 +12,7 @@
 # is 200 MB instead of 3 GB. The exit code is pytest's.
 set -euo pipefail
 unset OMP_NUM_THREADS OMP_THREAD_LIMIT  # nproc would take them for the number of cores; tests set threads themselves
+unset PYTHONDONTWRITEBYTECODE  # else every process that a test starts compiles the project again
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh test
 case "$*" in
