@@ -166,7 +166,10 @@ def replayed(
     ("world_size", "batch"),
     [
         *batches(CASES),
-        *(pytest.param(*one.values, id=f"more-{one.id}", marks=pytest.mark.slow) for one in batches(MORE)),
+        *(
+            pytest.param(*one.values, id=f"more-{one.id}", marks=pytest.mark.slow)
+            for one in batches(MORE, by_layout=True)
+        ),
     ],
 )
 def test_experts_train_as_in_one_process_at_every_layout(
