@@ -90,6 +90,11 @@ def balance_losses(kinds: tuple[str, ...], coefficients: tuple[str, ...]) -> tup
     names = kinds or BALANCE_LOSSES[:1]
     if names == ("none",):
         return ()
+    if "none" in names:
+        raise ValueError(
+            f"--moe-router-load-balancing-type {' '.join(names)} asks for losses and for none; give none alone, or "
+            "leave it out"
+        )
     unknown = [name for name in names if name not in BALANCE_LOSSES]
     if unknown:
         raise ValueError(

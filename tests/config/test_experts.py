@@ -84,6 +84,7 @@ def test_the_losses_of_balance_have_a_weight_each() -> None:
         (f"{EIGHT} --moe-layer-freq [1]*3", 1, "is about 3 layers, and there are 4"),
         (f"{EIGHT} --moe-layer-freq [0]*4", 1, "leaves no layer with experts"),
         (f"{EIGHT} --moe-router-load-balancing-type sinkhorn", 1, "sinkhorn is not among the losses"),
+        (f"{EIGHT} --moe-router-load-balancing-type none aux_loss", 1, "give none alone, or leave it out"),
         (f"{EIGHT} --moe-aux-loss-coeff 0.1 0.2", 1, "has 2 weights for the 1 losses"),
         (f"{EIGHT} --moe-aux-loss-coeff much", 1, "--moe-aux-loss-coeff much is no weight"),
         (f"{EIGHT} --moe-router-load-balancing-type aux_loss aux_loss", 1, "names a loss twice"),

@@ -54,7 +54,6 @@ COLUMNS = (
     "parameters",
     "active",
     "MFLOPs a token",
-    "tokens/s",
     "held-out loss (lowest to highest)",
     "compute to the last loss of `dense`",
     "compute to the last loss of `experts`",
@@ -111,11 +110,6 @@ class Run:
         # Only a model of several losses has them by name.
         found = [(r["step"], r.get("valid_lm_loss", r["valid_loss"])) for r in records if "valid_loss" in r]
         return [(step, loss) for step, loss in found if loss is not None and step <= self.num_steps]
-
-    def tokens_per_second(self) -> float:
-        """Of its faster steps, a tenth of all: others may have waited for the processor."""
-        rates = [r["tokens_per_second"] for r in read_records(self.metrics) if "tokens_per_second" in r]
-        return statistics.quantiles(rates, n=10)[-1] if len(rates) > 1 else rates[0]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -243,18 +237,22 @@ def table_of(runs: Sequence[Run]) -> Table:
     """What each contender is and reaches."""
     curves = {contender.name: curve_of(runs, contender) for contender in CONTENDERS}
     seeds = len(curves[DENSE.name].losses)
-    documents = ", ".join(f"`{one.name}` {one.description}" for one in CONTENDERS)
+    described = ", ".join(f"`{one.name}` {one.description}" for one in CONTENDERS)
     caption = (
-        f"{documents}; sequence {SEQ_LENGTH}, vocabulary {VOCAB_SIZE:,}, {curves[DENSE.name].tokens[-1]:,} tokens, "
+        f"{described}; sequence {SEQ_LENGTH}, vocabulary {VOCAB_SIZE:,}, {curves[DENSE.name].tokens[-1]:,} tokens, "
         f"fp32, one process; means of {seeds} seeds."
     )
     table = Table("experts", caption, COLUMNS)
     for contender in CONTENDERS:
-        table.rows.append(_row(contender, curves, [run for run in runs if run.contender is contender]))
+        table.rows.append(_row(contender, curves))
+    for name in (EXPERTS.name, LARGE.name):
+        pairs = zip(curves[name].losses, curves[DENSE.name].losses, strict=True)
+        differences = ", ".join(f"{losses[-1] - others[-1]:+.3f}" for losses, others in pairs)
+        table.notes.append(f"`{name}` less `{DENSE.name}`, seed by seed: {differences}")
     return table
 
 
-def _row(contender: Contender, curves: Mapping[str, Curve], runs: Sequence[Run]) -> tuple[str, ...]:
+def _row(contender: Contender, curves: Mapping[str, Curve]) -> tuple[str, ...]:
     model, curve = model_of(contender), curves[contender.name]
     last = [losses[-1] for losses in curve.losses]
     return (
@@ -262,7 +260,6 @@ def _row(contender: Contender, curves: Mapping[str, Curve], runs: Sequence[Run])
         f"{num_parameters(model) / 1e6:.2f} M",
         f"{num_active_parameters(model) / 1e6:.2f} M",
         f"{curve.flops_per_token / 1e6:.2f}",
-        f"{statistics.median(run.tokens_per_second() for run in runs):,.0f}",
         f"{statistics.mean(last):.3f} ({min(last):.3f} to {max(last):.3f})",
         *_compute_to_last_losses(curve, (curves[DENSE.name], curves[EXPERTS.name])),
     )
