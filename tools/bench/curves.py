@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 COLORS = ("#6b6b6b", "#c8501e", "#1f5fa8")
 TEXT_COLOR = "#222222"
@@ -68,11 +69,14 @@ def plot_curves(curves: Sequence[Curve], path: Path) -> None:
     left.set_ylabel("held-out loss (nats per token)", color=TEXT_COLOR)
     right.set_xlabel("operations (TFLOP, logarithmic)", color=TEXT_COLOR)
     right.set_xscale("log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    right.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    right.xaxis.set_minor_formatter(NullFormatter())
     left.set_ylim(top=curves[0].mean[min(1, len(curves[0].mean) - 1)])  # the first fall is the same for all
     for axes in (left, right):
         axes.grid(color="#dddddd", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=9, loc="upper right", labelcolor=TEXT_COLOR, edgecolor="none")
+        axes.legend(fontsize=9, loc="lower left", labelcolor=TEXT_COLOR, edgecolor="none")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
