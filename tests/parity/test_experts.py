@@ -30,6 +30,9 @@ from tests.parity.runs import Case, Trace, batches, brief, parts_of, trace
 GATED, MANY, PYRAMID = "experts", "experts-many", "experts-pyramid"
 SP = "--sequence-parallel"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2"
+REUSING = "--recompute-reuse-communication"
+PADDED = "--moe-pad-expert-input-to-capacity"
+GATHERED = "--moe-token-dispatcher-type allgather"
 INTERLEAVED = "--num-layers-per-virtual-pipeline-stage 1"
 
 CASES = [
@@ -78,6 +81,11 @@ MORE = [
     Case(GATED, Layout(tp=2, pp=2, dp=2, ep=4, etp=1), f"{SP} --zero-stage 2 --pipeline-schedule zb-v {FULL}"),
     Case(MANY, Layout(pp=2, dp=4, ep=4), "--micro-batch-size 1"),
     Case(MANY, Layout(pp=2, dp=4, ep=4), f"--zero-stage 2 --micro-batch-size 1 {INTERLEAVED}"),
+    # Other transports, and recomputation that communicates nothing.
+    Case(GATED, Layout(dp=2, ep=2), f"{GATHERED} --zero-stage 1 {FULL} {REUSING}"),
+    Case(MANY, Layout(tp=2, ep=2, etp=1), f"{SP} {GATHERED} {PADDED}"),
+    Case(MANY, Layout(dp=4, ep=2, etp=2), f"{GATHERED} --zero-stage 2"),
+    Case(MANY, Layout(tp=2, pp=2, ep=2, etp=1), f"{SP} {PADDED} --pipeline-schedule zb-v {FULL} {REUSING}"),
 ]
 OPTIMIZERS = [
     (Case(GATED, layout, options), f"--optimizer {name}")

@@ -166,7 +166,8 @@ def test_tables_replace_their_places_of_the_page_and_nothing_else(tmp_path: Path
 
 
 def test_the_page_has_one_place_for_every_table_that_the_commands_write() -> None:
-    tables = [f"{kind} {dtype}" for kind in ("step", "bert", "overhead", "scaling") for dtype in ("fp32", "bf16")]
+    kinds = ("step", "bert", "overhead", "experts", "scaling")
+    tables = [f"{kind} {dtype}" for kind in kinds for dtype in ("fp32", "bf16")]
     page = compare.PAGE.read_text()
     for key in (*tables, "samples", "startup", "checkpoint"):
         assert page.count(f"<!-- compare: {key} -->\n") == 1, key
