@@ -126,6 +126,10 @@ class Stage(nn.Module):
             assert self.embedding is not None, "the first stage has the embedding"
             self.gate.open("embedding")
             x_SBH = self.gate.close("embedding", self.embedding(micro, inputs))
+            if self.config.has_experts and torch.is_grad_enabled() and not x_SBH.requires_grad:
+                # A gradient reaches every layer with experts, frozen or not: ranks whose own experts are frozen take
+                # part in the exchanges of the backward, and loads are counted there at every layout.
+                x_SBH = x_SBH.detach().requires_grad_()
         assert x_SBH is not None, "only the first stage runs without a hidden tensor"
         layers = [self._gated(f"layers.{number}", layer) for number, layer in self.layers.items()]
         x_SBH = run_layers(layers, self.groups, x_SBH, inputs, replay=self.replay)
