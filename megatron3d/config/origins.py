@@ -69,7 +69,7 @@ class Origins:
         problem, semicolon, remedy = sentence.partition(";")
         parts, done = [], 0
         for found in _FLAG.finditer(problem):
-            option = BY_SPELLING.get(found.group())
+            option = self._set_by(found.group())
             if option is None:
                 continue
             end = found.end() + self._length_of_value(option, problem[found.end() :])
@@ -78,6 +78,12 @@ class Origins:
             parts += [problem[done:end], f" ({origin})" if origin else ""]
             done = end
         return "".join([*parts, problem[done:], semicolon, remedy])
+
+    def _set_by(self, flag: str) -> Option | None:
+        """The option that a flag sets: another one where it was given several values."""
+        option = BY_SPELLING.get(flag)
+        several = BY_NAME.get(option.flag.several) if option is not None else None
+        return several if several is not None and several.value_in(self.given) else option
 
     def _origin(self, option: Option) -> str:
         if option.name in self.of_given:

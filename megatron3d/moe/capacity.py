@@ -31,8 +31,8 @@ def capacity_of(config: ModelConfig, num_experts: int, length: int) -> int | Non
     factor = config.moe_expert_capacity_factor
     if factor is None:
         return None
-    needed = math.ceil(config.moe_router_topk * length / num_experts * factor)
-    return max(needed, config.moe_min_capacity)
+    needed = min(length, config.moe_router_topk * length / num_experts * factor)
+    return min(length, max(math.ceil(needed), config.moe_min_capacity))  # no expert has more tokens to take
 
 
 def kept_choices(

@@ -157,6 +157,11 @@ def test_a_mistake_is_reported_once_and_not_by_what_follows_from_it(changes: dic
             "--lr-warmup-iters 9 is not shorter than the decay of 7 iters (--lr-decay-iters",
         ),
         ("--config {file} --bf16 --min-lr 1", "--min-lr 1 is above --lr 0.001 (in {file}), from which"),
+        ("--num-experts 8 many --moe-layer-freq 2", "--num-experts 8 many has many, and each layer"),
+        (
+            "--num-experts 8 4 --moe-layer-freq 2 --expert-model-parallel-size 3",
+            "does not divide --num-experts 8; use a divisor",
+        ),
     ],
 )
 def test_a_value_that_no_flag_gave_is_told_with_its_origin(tmp_path: Path, flags: str, said: str) -> None:

@@ -84,6 +84,12 @@ def test_a_capacity_is_that_of_an_even_load_times_the_factor(factor: float) -> N
     assert capacity_of(model_config(num_experts=8), 8, 10) is None
 
 
+@pytest.mark.parametrize(("factor", "least"), [(1e300, 0), (1.7e308, 0), (1.0, 2**63 - 1)])
+def test_a_capacity_is_at_most_the_length_of_the_sequence(factor: float, least: int) -> None:
+    config = model_config(num_experts=4, moe_expert_capacity_factor=factor, moe_min_capacity=least)
+    assert capacity_of(config, 4, 16) == 16
+
+
 def test_random_selection_keeps_other_tokens_in_each_step_and_in_an_evaluation_those_of_largest_weight() -> None:
     config = model_config(
         num_experts=4,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron3d.config.architectures import named
 from megatron3d.config.experts import balance_losses, expert_layers, experts_by_layer
-from megatron3d.config.options import OPTIONS
+from megatron3d.config.options import BY_NAME, OPTIONS
 from megatron3d.config.sections.experts import GivenExperts
 from megatron3d.config.sections.model import GivenModel
 from megatron3d.config.sections.parallel import ParallelConfig
@@ -42,6 +42,7 @@ def expert_problems(model: GivenModel, parallel: ParallelConfig) -> Iterator[str
             "--moe-pad-expert-input-to-capacity fills rows up to a capacity, and these experts take all tokens; give "
             "--moe-expert-capacity-factor too, or leave it out."
         )
+    yield from _without_effect(model)
     shared = model.moe_shared_expert_intermediate_size
     if model.mlp_type == "residual" and (shared or model.moe_shared_expert_gate):
         option = f"--moe-shared-expert-intermediate-size {shared}" if shared else "--moe-shared-expert-gate"
@@ -107,6 +108,27 @@ def _without_experts(model: GivenModel, parallel: ParallelConfig) -> Iterator[st
                 f"{option} {size} shards experts, and {named(model.architecture)} without --num-experts has none; "
                 "use 1."
             )
+
+
+def _without_effect(model: GivenModel) -> Iterator[str]:
+    """Options about something that other options leave out."""
+    policy, rate = BY_NAME["moe_token_drop_policy"], BY_NAME["moe_router_bias_update_rate"]
+    if model.moe_token_drop_policy != policy.default and model.moe_expert_capacity_factor is None:
+        yield (
+            f"--moe-token-drop-policy {model.moe_token_drop_policy} is about experts with a capacity, and these take "
+            "all tokens; give --moe-expert-capacity-factor too, or leave it out."
+        )
+    if model.moe_router_bias_update_rate != rate.default and not model.moe_router_enable_expert_bias:
+        yield (
+            f"--moe-router-bias-update-rate {model.moe_router_bias_update_rate:g} is about the bias of experts, and "
+            "there is none; give --moe-router-enable-expert-bias too, or leave it out."
+        )
+    coefficients = " ".join(model.moe_aux_loss_coeff)
+    if model.moe_router_load_balancing_type == ("none",) and coefficients.strip("0. "):
+        yield (
+            f"--moe-aux-loss-coeff {coefficients} is the weight of a loss, and --moe-router-load-balancing-type none "
+            "has no loss; leave one out."
+        )
 
 
 def _router_problems(model: GivenModel) -> Iterator[str]:
