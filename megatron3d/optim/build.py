@@ -30,7 +30,10 @@ from megatron3d.optim.sgd import FusedSgd
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.owned_slice import FullAccess
 
-_ELEMENTWISE: Mapping[str, type[FlatOptimizer]] = {"lion": Lion, "sgd": FusedSgd}
+_ELEMENTWISE: Mapping[str, type[FlatOptimizer]] = {
+    "lion": Lion,
+    "sgd": FusedSgd,
+}
 _OVER_FULL_PARAMETERS = {"lamb": Lamb, "adafactor": Adafactor}
 
 
