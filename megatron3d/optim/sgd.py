@@ -7,13 +7,16 @@ Source: as `torch.optim.SGD`, without dampening; that class imports torch's comp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from megatron3d.optim.flat import FlatOptimizer, ParameterUpdate, by_rates
+
+_OFF: Mapping[str, Any] = {"dampening": 0.0, "nesterov": False, "maximize": False}
 
 
 class FusedSgd(FlatOptimizer):
@@ -25,6 +28,10 @@ class FusedSgd(FlatOptimizer):
 
     def update(self, updates: Sequence[ParameterUpdate]) -> None:
         """Elementwise, in one pass."""
+        coefficients = {
+            **_OFF,
+            "momentum": self.config.sgd_momentum,
+        }
         for alike in by_rates(updates):
             sgd(
                 [one.value for one in alike],
@@ -32,9 +39,6 @@ class FusedSgd(FlatOptimizer):
                 [one.state.get("momentum_buffer") for one in alike],
                 fused=True,
                 weight_decay=alike[0].weight_decay,
-                momentum=self.config.sgd_momentum,
                 lr=alike[0].lr,
-                dampening=0.0,
-                nesterov=False,
-                maximize=False,
+                **coefficients,
             )
