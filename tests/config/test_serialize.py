@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
+from megatron3d.config.derive import derive_model
 from megatron3d.config.field_types import wanted_type
 from megatron3d.config.options import OPTIONS, SECTIONS, Option, Settings
 from megatron3d.config.run import GivenRun, RunConfig
@@ -53,7 +54,10 @@ def values_of(option: Option) -> st.SearchStrategy[Any]:
 def run_of(values: Settings) -> RunConfig:
     """A run with any values, whether or not they fit together."""
     of = {section: {name: value for (where, name), value in values.items() if where == section} for section in SECTIONS}
-    return RunConfig(**{section: config_class(**of[section]) for section, config_class in SECTIONS.items()})
+    run = RunConfig(**{section: config_class(**of[section]) for section, config_class in SECTIONS.items()})
+    # The one value that may be None and follows from another, which every resolved run has.
+    experts = derive_model(run.model).num_experts
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, num_experts=experts))
 
 
 REQUIRED = {
@@ -80,8 +84,9 @@ def test_every_field_of_every_section_is_stored() -> None:
         assert list(stored[section]) == [field.name for field in dataclasses.fields(config_class)]
 
 
-def test_a_resolved_run_survives_json() -> None:
-    run = resolve(parse(SMALL), 2)
+@pytest.mark.parametrize("experts", ["", " --num-experts 4 8"])
+def test_a_resolved_run_survives_json(experts: str) -> None:
+    run = resolve(parse(SMALL + experts), 2)
     assert run.train.batch_size_steps == ((0, 4), (31, 8))
     assert from_dict(json.loads(to_json(run))) == run
 
