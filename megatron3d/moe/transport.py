@@ -60,7 +60,7 @@ class Transport(Protocol):
 
 
 def transport_of(config: ModelConfig, context: LayerContext, num_experts: int) -> Transport:
-    """The transport that the options name, of a layer with so many experts."""
+    """The transport that the options name, for a layer with `num_experts` experts."""
     kind = {"alltoall": AllToAll, "allgather": AllGather}[config.moe_token_dispatcher_type]
     return kind(config, context, num_experts)
 

@@ -18,6 +18,7 @@ Layout = Callable[[torch.dtype], tuple[Tensor, Tensor]]
 
 INTEGERS = {one for one in RESULTS if "bitwise" in str(one)}
 TRUTHS = {aten.where.self}
+BOUNDED = {aten.clamp.default, aten.clamp_.default}  # both bounds are optional, and one must be given
 MASKED = {one for one in RESULTS if "masked_fill" in str(one)}
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.int64, torch.float32))
 
@@ -61,6 +62,8 @@ def elementwise_arguments(operation: Any, tensors: tuple[Tensor, Tensor]) -> tup
     for kind in argument_kinds(operation):
         number = sum(isinstance(one, Tensor) for one in found)
         found.append(tensors[min(number, 1)] if kind == "Tensor" else 2)
+    if operation in BOUNDED:
+        found.append(2)
     if operation in TRUTHS:
         found[0] = found[0].bool()
     if operation in MASKED:
@@ -97,8 +100,10 @@ def cases(operation: Any, layout: str) -> Iterator[tuple[Any, ...]]:
         arguments = elementwise_arguments(operation, LAYOUTS[layout](one, other))
         try:
             operation(*arguments) if operation not in OUT else None
-        except (RuntimeError, NotImplementedError):
-            continue  # not for these dtypes or sizes, such as a sum in place that does not fit
+        except (RuntimeError, NotImplementedError) as error:
+            # torch itself has no such operation, such as a sum in place whose result does not fit: nothing to compare.
+            assert layout != "plain" or one != other, f"{operation} cannot be called: {error}"
+            continue
         yield arguments
 
 

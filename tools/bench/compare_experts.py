@@ -85,7 +85,7 @@ DENSE, EXPERTS, LARGE = CONTENDERS = (
 
 @dataclass(frozen=True)
 class Run:
-    """A contender from one seed for so many steps, in a directory that longer and shorter ones share."""
+    """The training run of a contender with one seed; a longer run continues a shorter one in its directory."""
 
     contender: Contender
     seed: int

@@ -109,7 +109,7 @@ def synonym_settings(flag: GivenFlag) -> Mapping[tuple[str, str], Any]:
     key, more = _VALUED_SYNONYMS[flag.name]
     value = flag.values[0]
     if flag.name == "--expert-interval" and value.isdecimal() and int(value) > 0:
-        value = f"{int(value) - 1}::{int(value)}"  # the last layer of every so many
+        value = f"{int(value) - 1}::{int(value)}"  # every n-th layer, beginning with layer n - 1
     return {key: value, **more}
 
 
