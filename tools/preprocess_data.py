@@ -15,13 +15,8 @@ from collections.abc import Sequence
 
 from megatron3d.config.tool_parser import ToolParser
 from megatron3d.data.prepare.corpus import FORMATS, find_inputs
-from megatron3d.data.prepare.preprocess import (
-    EncodeRequest,
-    PreprocessProgress,
-    SentenceSplitting,
-    output_prefix,
-    preprocess,
-)
+from megatron3d.data.prepare.encode import EncodeRequest, SentenceSplitting
+from megatron3d.data.prepare.preprocess import PreprocessProgress, output_prefix, preprocess
 from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import ConfigError

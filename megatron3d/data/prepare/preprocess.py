@@ -22,59 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron3d.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron3d.data.prepare.abbreviations import language_rules
-from megatron3d.data.prepare.corpus import Document, RawBatch, parse_documents, read_batches
-from megatron3d.data.prepare.sentences import split_sentences
-from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
+from megatron3d.data.prepare.corpus import read_batches
+from megatron3d.data.prepare.encode import EncodeRequest, encode_batch, tokenizer_of
 from megatron3d.errors import ConfigError, DataError, PeerError
 from megatron3d.process.parent import watch_parent
 
 _BATCHES_PER_WORKER = 4
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
-
-
-@dataclass(frozen=True)
-class SentenceSplitting:
-    """How texts are cut into sentences: by the rules of a language; `keep_newlines` keeps line ends in sentences."""
-
-    language: str = "english"
-    keep_newlines: bool = False
-
-
-@dataclass(frozen=True)
-class EncodeRequest:
-    """What every worker needs to know. Without `splitting` a text is one sequence; with `special_tokens` each sequence
-    has what the tokenizer's description puts before and behind a text."""
-
-    tokenizer: TokenizerSpec
-    json_keys: tuple[str, ...]
-    append_eod: bool
-    splitting: SentenceSplitting | None = None
-    special_tokens: bool = False
-
-
-@dataclass(frozen=True)
-class EncodedKey:
-    """The tokens of one key of one batch in a row, and how they are cut into sequences and documents."""
-
-    tokens: NDArray
-    sequence_lengths: NDArray[np.int64]
-    sequences_per_document: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """What a worker sends back."""
-
-    keys: tuple[EncodedKey, ...]
-    num_documents: int
-    text_bytes: int
-    input_bytes: int
 
 
 @dataclass(frozen=True)
@@ -128,7 +85,7 @@ def preprocess(
     --lang is unknown; DataError for input that cannot be read or holds no token at all; StorageError if the output
     cannot be written; PeerError if a worker was killed. No output appears in these cases.
     """
-    tokenizer = _tokenizer_of(request.tokenizer)
+    tokenizer = tokenizer_of(request.tokenizer)
     if request.append_eod and tokenizer.eod is None:
         raise ConfigError(
             f"--append-eod cannot be used: {request.tokenizer.tokenizer_type} has no end-of-document token; leave the "
@@ -167,66 +124,6 @@ def preprocess(
             report(progress)
         _require_tokens(files, dict(zip(request.json_keys, num_tokens)), progress.num_documents)
     return progress
-
-
-def encode_batch(request: EncodeRequest, batch: RawBatch) -> EncodedBatch:
-    """Parse and encode one batch; this is what a worker does. Raises: DataError naming file and line."""
-    tokenizer = _tokenizer_of(request.tokenizer)
-    text_bytes, keys = 0, []
-    for key in request.json_keys:
-        documents = parse_documents(batch, key)
-        text_bytes += sum(len(sentence.encode()) for document in documents for sentence in document.sentences)
-        if request.splitting is not None:
-            documents = [_split(document, request.splitting) for document in documents]
-        keys.append(_encode_documents(tokenizer, documents, request))
-    return EncodedBatch(tuple(keys), len(batch.records), text_bytes, batch.input_bytes)
-
-
-def _split(document: Document, splitting: SentenceSplitting) -> Document:
-    """A document with its text cut into sentences, unless it came as a list of them."""
-    if document.is_split:
-        return document
-    rules = language_rules(splitting.language)
-    sentences = [
-        sentence
-        for text in document.sentences
-        for sentence in split_sentences(text, rules, keep_newlines=splitting.keep_newlines)
-    ]
-    return Document(document.place, sentences, is_split=True)
-
-
-def _encode_documents(tokenizer: Tokenizer, documents: Sequence[Document], request: EncodeRequest) -> EncodedKey:
-    """Each sentence becomes a sequence unless it is empty; the end-of-document token joins the last of a document."""
-    tokens: list[int] = []
-    lengths: list[int] = []
-    sizes: list[int] = []
-    prefix, suffix = (tokenizer.prefix, tokenizer.suffix) if request.special_tokens else ((), ())
-    for document in documents:
-        num_before = len(lengths)
-        for sentence in document.sentences:
-            try:
-                ids = tokenizer.encode(sentence)
-            except DataError as error:
-                raise DataError(f"{document.place}: {error}") from error
-            if ids:
-                tokens += (*prefix, *ids, *suffix)
-                lengths.append(len(prefix) + len(ids) + len(suffix))
-        if request.append_eod and len(lengths) > num_before:
-            assert tokenizer.eod is not None, "--append-eod without an end-of-document token passed the checks"
-            tokens.append(tokenizer.eod)
-            lengths[-1] += 1
-        sizes.append(len(lengths) - num_before)
-    return EncodedKey(
-        np.array(tokens, dtype=token_dtype(tokenizer.vocab_size)),
-        np.array(lengths, dtype=np.int64),
-        np.array(sizes, dtype=np.int64),
-    )
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer_of(spec: TokenizerSpec) -> Tokenizer:
-    """The tokenizer, built once a process; forked workers find the parent's."""
-    return spec.build()
 
 
 def _map_in_order(work: Callable[[_In], _Out], items: Iterable[_In], workers: int) -> Iterator[_Out]:
