@@ -15,30 +15,24 @@ text is what every Python installation carries.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.tool_parser import ToolParser
-from megatron3d.data.prepare.corpus import find_inputs, iterate_texts
-from megatron3d.errors import ConfigError, DataError
+from megatron3d.errors import ConfigError
 from megatron3d.models.counts import num_active_parameters, num_parameters
 from megatron3d.models.flops import flops_per_token
 from megatron3d.process.command import run_command
 from megatron3d.train.loss_plot import plot_losses
-from megatron3d.train.metrics import read_records
 from tools.bench.curves import Curve, plot_curves
 from tools.bench.tables import Table, write_tables
+from tools.bench.training_runs import ROOT, Contender, Run, finish, tokenized
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE, IMAGES = ROOT / "docs" / "moe.md", ROOT / "docs" / "images"
 VOCAB_SIZE, SEQ_LENGTH, GLOBAL_BATCH = 1024, 128, 16
 INTERVAL = 60  # steps from one evaluation to the next
@@ -60,15 +54,6 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A model by its name, how it is described, and the options that it has beside `COMMON`."""
-
-    name: str
-    description: str
-    options: str
-
-
 _SMALL = "--num-layers 4 --hidden-size 64 --ffn-hidden-size 176 --lr 4e-3"
 DENSE, EXPERTS, LARGE = CONTENDERS = (
     Contender("dense", "4 layers, hidden 64", _SMALL),
@@ -81,35 +66,6 @@ DENSE, EXPERTS, LARGE = CONTENDERS = (
         "dense-large", "4 layers, hidden 160", "--num-layers 4 --hidden-size 160 --ffn-hidden-size 432 --lr 2e-3"
     ),
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """The training run of a contender with one seed; a longer run continues a shorter one in its directory."""
-
-    contender: Contender
-    seed: int
-    num_steps: int
-    directory: Path
-
-    @property
-    def metrics(self) -> Path:
-        """Its metrics file."""
-        return self.directory / "metrics.jsonl"
-
-    def command(self, data: Path) -> list[str]:
-        """The options of pretrain_gpt.py; the same again, or for more steps, go on where it stopped."""
-        own = f"--seed {self.seed} --train-iters {self.num_steps} --eval-interval {INTERVAL} --save-interval {INTERVAL}"
-        words = f"{COMMON} {self.contender.options} {own} --eval-iters 16 --keep-last 1".split()
-        paths = {"--save": self.directory / "checkpoint", "--metrics-file": self.metrics, "--data-path": data}
-        return [*words, *(word for name, path in paths.items() for word in (name, str(path)))]
-
-    def losses(self) -> list[tuple[int, float]]:
-        """(step, held-out loss of the tokens) of each evaluation so far, up to the last step."""
-        records = read_records(self.metrics) if self.metrics.exists() else []
-        # Only a model of several losses has them by name.
-        found = [(r["step"], r.get("valid_lm_loss", r["valid_loss"])) for r in records if "valid_loss" in r]
-        return [(step, loss) for step, loss in found if loss is not None and step <= self.num_steps]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -137,9 +93,9 @@ def main(arguments: Sequence[str]) -> None:
             f"--tokens {args.tokens} and --seeds {args.seeds} leave nothing to train; give at least one seed and "
             f"{GLOBAL_BATCH * SEQ_LENGTH * INTERVAL} tokens, after which the first evaluation is"
         )
-    data = tokenized(args.input, args.output / "data")
+    data = tokenized(args.input, args.output / "data", VOCAB_SIZE)
     runs = [
-        Run(contender, seed, num_steps, args.output / f"{contender.name}-{seed}")
+        Run(contender, seed, num_steps, args.output / f"{contender.name}-{seed}", COMMON, INTERVAL)
         for seed in range(1, args.seeds + 1)
         for contender in CONTENDERS
     ]
@@ -151,69 +107,6 @@ def main(arguments: Sequence[str]) -> None:
         plot_curves([curve_of(runs, contender) for contender in CONTENDERS], IMAGES / "experts_curves.png")
         plot_losses(next(run for run in runs if run.contender is EXPERTS).metrics, IMAGES / "experts_load.png")
         write_tables(PAGE, [table])
-
-
-# --- Runs -------------------------------------------------------------------------------------------------------------
-
-
-def tokenized(inputs: Sequence[str] | None, directory: Path) -> Path:
-    """The prefix of the tokenized corpus, which is made unless it is there."""
-    prefix = directory / "corpus"
-    done = directory / "done"
-    if done.exists():
-        return directory / "corpus_text_document"
-    directory.mkdir(parents=True, exist_ok=True)
-    text = directory / "corpus.jsonl"
-    if inputs is None:
-        run_tool("quickstart_corpus.py", "--output", text)
-    else:
-        write_shuffled(inputs, text)
-    run_tool("train_tokenizer.py", "--input", text, "--output-dir", directory, "--vocab-size", VOCAB_SIZE)
-    files = ("--vocab-file", directory / "vocab.json", "--merge-file", directory / "merges.txt", "--append-eod")
-    run_tool(
-        "preprocess_data.py", "--input", text, "--output-prefix", prefix, "--tokenizer-type", "GPT2BPETokenizer", *files
-    )
-    done.touch()
-    return directory / "corpus_text_document"
-
-
-def write_shuffled(inputs: Sequence[str], path: Path) -> None:
-    """All documents in the order of their hashes, so that the held-out ones are a fair sample."""
-    texts = iterate_texts(find_inputs(inputs, note=print), "text")
-    ordered = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in ordered)
-
-
-def run_tool(name: str, *words: object) -> None:
-    """Run a tool of this project, which prints its own progress.
-
-    Raises: DataError if it fails; it has printed why.
-    """
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        raise DataError(f"tools/{name} ended with exit code {code}; its message is above")
-
-
-def finish(run: Run, data: Path) -> None:
-    """Train a run to its end, or from its last checkpoint, unless it is finished.
-
-    Raises: DataError if it ends before.
-    """
-    run.directory.mkdir(parents=True, exist_ok=True)
-    log = run.directory / "log.txt"
-    if run.losses()[-1:] and run.losses()[-1][0] == run.num_steps:
-        return
-    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *run.command(data)]
-    with log.open("a", encoding="utf-8") as file:
-        code = subprocess.run(command, check=False, stdout=file, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise DataError(
-            f"{run.contender.name} of seed {run.seed} ended with exit code {code}; {log} says why, and the same "
-            "command goes on where it stopped"
-        )
-    print(f"{run.contender.name}, seed {run.seed}: held-out loss {run.losses()[-1][1]:.4f}", flush=True)
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
