@@ -15,9 +15,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron3d.data.prepare.compressed import DAMAGE, decompressed
+from megatron3d.data.prepare.spans import InputSpan, Position, whole_files
 from megatron3d.errors import ConfigError, DataError, install_extra
 from megatron3d.files import json_text
 from megatron3d.files.text import TextError, check_encoding, decode
@@ -31,14 +32,15 @@ _BATCH_RECORDS = 1024
 class RawBatch:
     """Records in a row of one file, not yet parsed: lines of JSON as bytes, or the values of a row by key.
 
-    `line_numbers` counts lines (or rows, or documents) of the file from 1. `input_bytes` is how far the reading of
-    all files has come, in bytes on the disk.
+    `path` is the file, or the name of the span; `line_numbers` counts its lines (or rows, or documents) from 1. `end`
+    is where the next batch begins. `input_bytes` is how far the reading of all spans has come, in bytes on the disk.
     """
 
     path: str
     line_numbers: list[int]
     records: list[bytes | dict[str, Any]]
     input_bytes: int
+    end: Position
 
 
 @dataclass(frozen=True)
@@ -69,30 +71,35 @@ def find_inputs(patterns: Sequence[str], *, note: Callable[[str], None]) -> list
                 spelled = f" (as {first})" if first != file else ""
                 note(f"--input {pattern}: {file} is named already{spelled}; it is read once, at its first place.")
     for file in files.values():
-        if _kind(file) not in (".jsonl", ".json", ".txt", ".parquet"):
+        if file_kind(file) not in (".jsonl", ".json", ".txt", ".parquet"):
             raise ConfigError(f"--input {file} has an ending that is not known; the formats are {FORMATS}.")
     return list(files.values())
 
 
-def read_batches(files: Sequence[Path], keys: Sequence[str]) -> Iterator[RawBatch]:
-    """The records of all files in order, in batches of about 256 KiB.
+def read_batches(
+    spans: Sequence[InputSpan], keys: Sequence[str], *, start: Position | None = None
+) -> Iterator[RawBatch]:
+    """The records of all spans in order, from `start` on, in batches of about 256 KiB.
 
     Raises: DataError if a file cannot be decompressed to its end, or read; ConfigError if parquet is not installed.
     """
+    start = start or Position(0, 0, spans[0].first if spans else 0)
     bytes_before = 0
-    for file in files:
+    for place, span in enumerate(spans):
         try:
-            if _kind(file) == ".parquet":
-                yield from _read_parquet(file, keys, bytes_before)
-            else:
-                yield from _read_text(file, bytes_before)
+            if place >= start.span:
+                begin = start if place == start.span else Position(place, 0, span.first)
+                if file_kind(span.file) == ".parquet":
+                    yield from _read_parquet(span, keys, begin, bytes_before)
+                else:
+                    yield from _read_text(span, begin, bytes_before)
+            bytes_before += span_bytes(span)
         except DAMAGE as error:
             raise DataError(
-                f"{file} is damaged or truncated: it cannot be decompressed ({error}). Copy or fetch it again."
+                f"{span.file} is damaged or truncated: it cannot be decompressed ({error}). Copy or fetch it again."
             ) from error
         except OSError as error:
-            raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
-        bytes_before += file.stat().st_size
+            raise DataError(f"{span.file} cannot be read ({error.strerror or error}).") from error
 
 
 def parse_documents(batch: RawBatch, key: str) -> list[Document]:
@@ -111,65 +118,118 @@ def parse_documents(batch: RawBatch, key: str) -> list[Document]:
 
 def iterate_texts(files: Sequence[Path], key: str) -> Iterator[str]:
     """Every text under `key` of all files, in order, parsed here. Raises as the two functions above."""
-    for batch in read_batches(files, [key]):
+    for batch in read_batches(whole_files(files), [key]):
         for document in parse_documents(batch, key):
             yield from document.sentences
 
 
-def _kind(file: Path) -> str:
+def file_kind(file: Path) -> str:
     """The ending that says the format, without that of the compression."""
-    suffixes = file.suffixes
-    return (suffixes[-2:-1] or [""])[0] if suffixes and suffixes[-1] in (".gz", ".zst") else file.suffix
+    return (file.suffixes[-2:-1] or [""])[0] if is_compressed(file) else file.suffix
 
 
-def _read_text(file: Path, bytes_before: int) -> Iterator[RawBatch]:
+def is_compressed(file: Path) -> bool:
+    """Whether the ending is that of a compression."""
+    return file.suffix in (".gz", ".zst")
+
+
+def span_bytes(span: InputSpan) -> int:
+    """The bytes on the disk that a span covers; for some of the rows of a parquet file those of the whole file."""
+    size = span.file.stat().st_size
+    if file_kind(span.file) == ".parquet":
+        return size
+    return (size if span.end is None else span.end) - span.first
+
+
+def _read_text(span: InputSpan, begin: Position, bytes_before: int) -> Iterator[RawBatch]:
     """Batches of lines of JSON, or the one document of a text file."""
-    with open(file, "rb") as raw, decompressed(raw, file.suffix) as stream:
-        if _kind(file) == ".txt":
-            record = {"text": _decode(stream.read(), str(file))}
-            yield RawBatch(str(file), [1], [record], bytes_before + file.stat().st_size)
+    with open(span.file, "rb") as raw, decompressed(raw, span.file.suffix) as stream:
+        if file_kind(span.file) == ".txt":
+            if begin.num_read == 0:
+                record = {"text": _decode(stream.read(), str(span.file))}
+                input_bytes = bytes_before + span.file.stat().st_size
+                yield RawBatch(span.name, [1], [record], input_bytes, Position(begin.span, 1))
             return
+        if stream is raw:
+            _without_mark(raw.read(4), span.file)  # a span of the middle is of the same encoding
+            raw.seek(begin.byte)
         numbers, lines, size = [], [], 0
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
-                line = _without_mark(line, file)
+        disk_bytes = bytes_before - span.first
+        end = begin
+        for number, line, byte in _numbered_lines(stream, begin if stream is raw else None, span.end):
+            if number <= begin.num_read:
+                continue
+            end = Position(begin.span, number, byte)
+            if byte == len(line):
+                line = _without_mark(line, span.file)
             if not line.strip():
                 continue
             numbers.append(number)
             lines.append(line)
             size += len(line)
             if size >= _BATCH_BYTES or len(lines) >= _BATCH_RECORDS:
-                yield RawBatch(str(file), numbers, lines, bytes_before + raw.tell())
+                yield RawBatch(span.name, numbers, lines, disk_bytes + raw.tell(), end)
                 numbers, lines, size = [], [], 0
         if lines:
-            yield RawBatch(str(file), numbers, lines, bytes_before + raw.tell())
+            yield RawBatch(span.name, numbers, lines, disk_bytes + raw.tell(), end)
 
 
-def _read_parquet(file: Path, keys: Sequence[str], bytes_before: int) -> Iterator[RawBatch]:
+def _numbered_lines(stream: BinaryIO, begin: Position | None, end: int | None) -> Iterator[tuple[int, bytes, int]]:
+    """Lines with their number and the byte behind them, counted from `begin` or else the start, up to byte `end`."""
+    number, byte = (begin.num_read, begin.byte) if begin else (0, 0)
+    for line in stream:
+        number += 1
+        byte += len(line)
+        yield number, line, byte
+        if end is not None and byte >= end:
+            return
+
+
+def _read_parquet(span: InputSpan, keys: Sequence[str], begin: Position, bytes_before: int) -> Iterator[RawBatch]:
     """Batches of rows, with the columns `keys` alone."""
+    arrow, parquet = _arrow_and_parquet(span.file)
     try:
-        parquet = importlib.import_module("pyarrow.parquet")
-        arrow = importlib.import_module("pyarrow")
+        table = parquet.ParquetFile(span.file)
+        missing = [key for key in keys if key not in table.schema_arrow.names]
+        if missing:
+            raise DataError(
+                f"{span.file} has no column {', '.join(missing)}; its columns are "
+                f"{', '.join(table.schema_arrow.names)}, name one with --json-keys."
+            )
+        total = table.metadata.num_rows
+        first, end = span.first + begin.num_read, total if span.end is None else min(span.end, total)
+        groups, row = _row_groups(table.metadata, first, end)
+        for part in table.iter_batches(batch_size=_BATCH_RECORDS, row_groups=groups, columns=list(keys)):
+            before, row = row, row + part.num_rows
+            rows = part.slice(max(0, first - before), end - max(first, before)).to_pylist()
+            if rows:
+                done = max(first, before) + len(rows)
+                numbers = list(range(done - len(rows) + 1, done + 1))
+                input_bytes = bytes_before + span.file.stat().st_size * done // max(1, total)
+                yield RawBatch(span.name, numbers, rows, input_bytes, Position(begin.span, done - span.first))
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{span.file} cannot be read as parquet ({error}).") from error
+
+
+def _row_groups(metadata: Any, first: int, end: int) -> tuple[list[int], int]:
+    """The row groups of a parquet file that hold rows `first` up to `end`, and the row with which these begin."""
+    groups, begin, row = [], first, 0
+    for group in range(metadata.num_row_groups):
+        before, row = row, row + metadata.row_group(group).num_rows
+        if row > first and before < end:
+            begin = before if not groups else begin
+            groups.append(group)
+    return groups, begin
+
+
+def _arrow_and_parquet(file: Path) -> tuple[Any, Any]:
+    """The modules of pyarrow. Raises: ConfigError if it is not installed."""
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise ConfigError(
             f"--input {file} needs the package pyarrow to be read; run: {install_extra('parquet')}"
         ) from error
-    try:
-        table = parquet.ParquetFile(file)
-        missing = [key for key in keys if key not in table.schema_arrow.names]
-        if missing:
-            raise DataError(
-                f"{file} has no column {', '.join(missing)}; its columns are {', '.join(table.schema_arrow.names)}, "
-                f"name one with --json-keys."
-            )
-        done, total = 0, max(1, table.metadata.num_rows)
-        for part in table.iter_batches(batch_size=_BATCH_RECORDS, columns=list(keys)):
-            rows = part.to_pylist()
-            done += len(rows)
-            numbers = list(range(done - len(rows) + 1, done + 1))
-            yield RawBatch(str(file), numbers, rows, bytes_before + file.stat().st_size * done // total)
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read as parquet ({error}).") from error
 
 
 def _parse(record: bytes | dict[str, Any], place: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from megatron3d.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron3d.data.prepare.abbreviations import language_rules
 from megatron3d.data.prepare.corpus import read_batches
 from megatron3d.data.prepare.encode import EncodeRequest, encode_batch, tokenizer_of
+from megatron3d.data.prepare.spans import whole_files
 from megatron3d.errors import ConfigError, DataError, PeerError
 from megatron3d.process.parent import watch_parent
 
@@ -101,7 +102,7 @@ def preprocess(
     total_bytes = max(1, sum(file.stat().st_size for file in files))
     start_s = time.monotonic()
     progress = PreprocessProgress(0, 0, 0, 0, 0, 0.0, 0.0)
-    batches = read_batches(files, request.json_keys)
+    batches = read_batches(whole_files(files), request.json_keys)
     with ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
         is_split = request.splitting is not None
