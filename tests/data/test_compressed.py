@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,6 +44,10 @@ STREAMS: dict[str, tuple[str, list[bytes]]] = {
     "gzip": (".gz", [gzip.compress(TEXT)]),
     "gzip in two members": (".gz", twice(gzip.compress)),
     "gzip and zeros": (".gz", [gzip.compress(TEXT), *[b"\0"] * 20]),
+    "xz": (".xz", [lzma.compress(TEXT)]),
+    "xz in two streams with padding between": (".xz", [lzma.compress(TEXT[:999]), bytes(4), lzma.compress(TEXT[999:])]),
+    "bzip2": (".bz2", [bz2.compress(TEXT)]),
+    "bzip2 in two streams": (".bz2", twice(bz2.compress)),
     "zstd": (".zst", [zstandard.compress(TEXT)]),
     "zstd in two frames": (".zst", twice(zstandard.compress)),
     "zstd with a checksum and no size": (".zst", [streamed_zstd(TEXT)]),
