@@ -14,9 +14,10 @@ import sys
 from collections.abc import Sequence
 
 from megatron3d.config.tool_parser import ToolParser
-from megatron3d.data.prepare.corpus import FORMATS, find_inputs
 from megatron3d.data.prepare.encode import EncodeRequest, SentenceSplitting
-from megatron3d.data.prepare.preprocess import PreprocessProgress, output_prefix, preprocess
+from megatron3d.data.prepare.inputs import INPUT_HELP, check_json_keys, find_inputs
+from megatron3d.data.prepare.preprocess import PreprocessProgress, output_prefix, preprocess, rejects_path
+from megatron3d.data.prepare.rejects import add_bad_record_arguments, limits_from_arguments
 from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import ConfigError
@@ -27,10 +28,17 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = ToolParser(description="Make token files from text.")
     data = p.add_argument_group("input and output")
-    data.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"paths or globs of {FORMATS} files")
-    data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys to read (default text)")
+    data.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
+    data.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys to read, a.b for b inside a (default text)",
+    )
     data.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin, .idx")
     data.add_argument("--dataset-impl", choices=["mmap"], help="accepted; the format is always the mapped one")
+    add_bad_record_arguments(p.add_argument_group("bad records, which P_rejects.jsonl lists"))
     tokenizer = p.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES, help="kind of tokenizer")
     tokenizer.add_argument("--vocab-file", metavar="FILE", help="vocab.json of GPT-2 or vocab.txt of BERT")
@@ -72,17 +80,18 @@ class ProgressLines:
         if progress.num_documents < self._next:
             return
         self._next = (progress.num_documents // self._interval + 1) * self._interval
-        print(
-            f"{progress.num_documents:,} documents, {progress.input_share:.1%} of the input, "
-            f"{progress.documents_per_s:,.0f} docs/s, {progress.megabytes_per_s:.2f} MB/s, "
-            f"{progress.left_s:,.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+        parts = [f"{progress.num_documents:,} documents"]
+        if progress.input_share is not None:
+            parts.append(f"{progress.input_share:.1%} of the input")
+        parts += [f"{progress.documents_per_s:,.0f} docs/s", f"{progress.megabytes_per_s:.2f} MB/s"]
+        if progress.left_s is not None:
+            parts.append(f"{progress.left_s:,.0f} s left")
+        print(", ".join(parts), file=sys.stderr, flush=True)
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises: ConfigError for what the options alone show to be impossible."""
+    check_json_keys(args.json_keys)
     for flag, value in (
         ("--workers", args.workers),
         ("--partitions", args.partitions),
@@ -106,6 +115,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Do what the arguments ask and print what was written."""
     check(args)
+    limits = limits_from_arguments(args)
     spec = TokenizerSpec(
         args.tokenizer_type,
         vocab_file=args.vocab_file,
@@ -124,10 +134,13 @@ def run(args: argparse.Namespace) -> None:
         request=request,
         workers=args.workers,
         report=ProgressLines(args.log_interval),
+        limits=limits,
     )
     for key in request.json_keys:
         target = output_prefix(args.output_prefix, key, split_sentences=args.split_sentences)
         print(f"wrote {target}.bin and .idx")
+    if done.rejected:
+        print(f"{done.rejected}; they are listed in {rejects_path(args.output_prefix)}")
     sentences = f", {done.num_sequences:,} sentences" if args.split_sentences else ""
     empty = f" ({done.num_empty:,} texts without a token)" if done.num_empty else ""
     print(

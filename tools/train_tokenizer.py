@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron3d.config.tool_parser import ToolParser
-from megatron3d.data.prepare.corpus import FORMATS, find_inputs
+from megatron3d.data.prepare.inputs import INPUT_HELP, find_inputs
 from megatron3d.data.prepare.train_bpe import train_byte_level_bpe, write_tokenizer
 from megatron3d.data.prepare.train_word_pieces import train_word_pieces, write_word_pieces
 from megatron3d.errors import ConfigError
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = ToolParser(description="Train a tokenizer.")
     p.add_argument("--kind", choices=("bpe", "word-pieces"), default="bpe", help="byte-level BPE (default), or BERT's")
-    p.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"paths or globs of {FORMATS} files")
+    p.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
     p.add_argument("--json-key", default="text", metavar="KEY", help="key of the text (default text)")
     p.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids, special ones counted")
     p.add_argument("--min-frequency", type=int, default=2, metavar="N", help="rarer pairs are not merged (default 2)")

@@ -18,19 +18,29 @@ MAX_DEPTH = 100  # of a document; those of our formats and of Hugging Face's nes
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse(data: bytes | str, *, unique_keys: bool = False) -> Any:
+class NestingError(ValueError):
+    """JSON that is nested too deep."""
+
+
+def parse(data: bytes | str, *, unique_keys: bool = False, max_depth: int | None = None) -> Any:
     """The value of a JSON text.
 
     With `unique_keys` an object must not have a key twice, of which JSON's readers take the last without a word.
+    Without `max_depth` the limit of the nesting is what is left of Python's for recursion, which depends on the caller.
 
     Raises:
-        ValueError: it is not UTF-8, not JSON, nested too deep to be read, or has a key twice and must not.
+        ValueError: it is not UTF-8, not JSON, or has a key twice and must not.
+        NestingError: it is nested deeper than `max_depth` levels, or too deep to be read.
     """
+    text = data if isinstance(data, str) else decode(data)
     try:
-        text = data if isinstance(data, str) else decode(data)
-        return json.loads(text, object_pairs_hook=_unique if unique_keys else None)
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise NestingError("it is nested too deep") from error
+    # Brackets are counted first, which takes no time: few texts have more of them than levels are allowed.
+    if max_depth is not None and text.count("[") + text.count("{") > max_depth and _is_deeper(value, max_depth):
+        raise NestingError(f"it is nested deeper than {max_depth} levels")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -224,13 +224,13 @@ def test_a_corpus_in_utf_16_is_refused_by_name(tmp_path: Path, run: Run, name: s
 
 
 BAD_LINES = [
-    (b'{"text": ' + b"[" * 100_000 + b"\n", "c.jsonl, line 1: this is no JSON (it is nested too deep)"),
+    (b'{"text": ' + b"[" * 100_000 + b"\n", "c.jsonl, line 1: this is no record (it is nested too deep)"),
     (b'{"text": "a"}\n\n{"text": \n', "c.jsonl, line 3: this is no JSON (Expecting value"),
     (b'{"text": "a"}\n["a"]\n', "c.jsonl, line 2: this is a JSON list; each line must hold one JSON object."),
     (b'{"title": "a", "n": 1}\n', "c.jsonl, line 1: there is no key 'text', only title, n; name one with --json-keys."),
     (b'{"text": 5}\n', "c.jsonl, line 1: 'text' is 5, not a text or a list of texts."),
     (b'{"text": "a\\ud800"}\n', "c.jsonl, line 1: character 1 is '\\ud800', half of a surrogate pair; remove it."),
-    (b'{"text": "\xff"}\n', "c.jsonl, line 1: this is no JSON (it is not UTF-8: byte 10 is 0xff"),
+    (b'{"text": "\xff"}\n', "c.jsonl, line 1: this is no text (it is not UTF-8: byte 10 is 0xff"),
 ]
 
 
@@ -240,14 +240,16 @@ def test_bad_line_is_named_and_nothing_is_written(
     tmp_path: Path, run: Run, content: bytes, message: str, workers: int
 ) -> None:
     (tmp_path / "c.jsonl").write_bytes(content)
-    code, printed = run("--input", tmp_path / "c.jsonl", "--output-prefix", tmp_path / "out", "--workers", workers)
+    words = ("--output-prefix", tmp_path / "out", "--workers", workers, "--strict")
+    code, printed = run("--input", tmp_path / "c.jsonl", *words)
     assert code == 3 and printed.startswith(f"{tmp_path}/{message}")
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
 
 
 def test_bad_line_late_in_the_file_has_its_number_with_workers(tmp_path: Path, run: Run) -> None:
     (tmp_path / "c.jsonl").write_bytes(as_json_lines(["x" * 200] * 5000) + b"{\n" + as_json_lines(["y"] * 3000))
-    code, printed = run("--input", tmp_path / "c.jsonl", "--output-prefix", tmp_path / "out", "--workers", 2)
+    words = ("--output-prefix", tmp_path / "out", "--workers", 2, "--strict")
+    code, printed = run("--input", tmp_path / "c.jsonl", *words)
     assert code == 3 and "c.jsonl, line 5001: this is no JSON" in printed
 
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron3d.data.prepare.corpus import find_inputs, iterate_texts
+from megatron3d.data.prepare.corpus import iterate_texts
+from megatron3d.data.prepare.inputs import find_inputs
 from megatron3d.errors import DataError
 from megatron3d.train.metrics import read_records
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron3d.data.indexed import token_dtype
 from megatron3d.data.prepare.abbreviations import language_rules
-from megatron3d.data.prepare.corpus import Document, RawBatch, parse_documents
+from megatron3d.data.prepare.records import Document, RawBatch, Reject, parse_documents
 from megatron3d.data.prepare.sentences import split_sentences
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import DataError
@@ -53,25 +53,30 @@ class EncodedKey:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What a worker sends back."""
+    """What a worker sends back: `num_documents` good records under each key, and the bad ones in order."""
 
     keys: tuple[EncodedKey, ...]
     num_documents: int
     text_bytes: int
     input_bytes: int
+    rejects: tuple[Reject, ...] = ()
 
 
 def encode_batch(request: EncodeRequest, batch: RawBatch) -> EncodedBatch:
-    """Parse and encode one batch; this is what a worker does. Raises: DataError naming file and line."""
+    """Parse and encode one batch; this is what a worker does.
+
+    Raises: DataError naming file and line for a text that the tokenizer refuses.
+    """
     tokenizer = tokenizer_of(request.tokenizer)
+    parsed = parse_documents(batch, request.json_keys)
     text_bytes, keys = 0, []
-    for key in request.json_keys:
-        documents = parse_documents(batch, key)
+    for documents in parsed.documents:
         text_bytes += sum(len(sentence.encode()) for document in documents for sentence in document.sentences)
         if request.splitting is not None:
             documents = [_split(document, request.splitting) for document in documents]
         keys.append(_encode_documents(tokenizer, documents, request))
-    return EncodedBatch(tuple(keys), len(batch.records), text_bytes, batch.input_bytes)
+    num_documents = len(batch.records) - len(parsed.rejects)
+    return EncodedBatch(tuple(keys), num_documents, text_bytes, batch.input_bytes, parsed.rejects)
 
 
 @functools.lru_cache(maxsize=1)

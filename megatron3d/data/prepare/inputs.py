@@ -19,26 +19,33 @@ from megatron3d.files.json_text import parse_object
 from megatron3d.files.regular import read_regular
 
 FORMATS = f".jsonl, .json, .txt (each also with {', '.join(COMPRESSIONS)}), .parquet and .arrow"
+INPUT_HELP = f"paths or globs of {FORMATS} files, folders that datasets saved, or - for JSON lines on standard input"
 STANDARD_INPUT = Path("-")
 _STATE = "state.json"  # of a folder that datasets saved
 _TEXT_KINDS = (".jsonl", ".json", ".txt")
-_COLUMN_KINDS = (".parquet", ".arrow")
+COLUMN_KINDS = (".parquet", ".arrow")
 
 
-def kind_of_file(file: Path) -> str:
+def file_kind(file: Path) -> str:
     """The ending that says the format, without that of the compression; standard input is lines of JSON."""
     if file == STANDARD_INPUT:
         return ".jsonl"
-    suffixes = file.suffixes
-    return (suffixes[-2:-1] or [""])[0] if suffixes and suffixes[-1] in COMPRESSIONS else file.suffix
+    return (file.suffixes[-2:-1] or [""])[0] if is_compressed(file) else file.suffix
 
 
-def size_on_disk(file: Path) -> int:
-    """The bytes of an input on the disk, by which progress is measured; 0 for standard input, whose end is not known.
+def is_compressed(file: Path) -> bool:
+    """Whether the ending is that of a compression."""
+    return file.suffix in COMPRESSIONS
 
-    Raises: OSError if the file is gone.
-    """
-    return 0 if file == STANDARD_INPUT else file.stat().st_size
+
+def check_json_keys(keys: Sequence[str]) -> None:
+    """Raises: ConfigError for keys that cannot be a part of the names of the output files."""
+    for key in keys:
+        if not key or any(character in key for character in ("/", os.sep, "\0")):
+            raise ConfigError(
+                f"--json-keys {key!r} cannot be a part of the name of a file (PREFIX_KEY_document); name keys that are "
+                f"not empty and have no {os.sep!r}."
+            )
 
 
 def find_inputs(patterns: Sequence[str], *, note: Callable[[str], None]) -> list[Path]:
@@ -57,10 +64,10 @@ def find_inputs(patterns: Sequence[str], *, note: Callable[[str], None]) -> list
                 spelled = f" (as {first})" if first != file else ""
                 note(f"--input {pattern}: {file} is named already{spelled}; it is read once, at its first place.")
     for file in files.values():
-        kind = kind_of_file(file)
-        if kind not in (*_TEXT_KINDS, *_COLUMN_KINDS):
+        kind = file_kind(file)
+        if kind not in (*_TEXT_KINDS, *COLUMN_KINDS):
             raise ConfigError(f"--input {file} has an ending that is not known; the formats are {FORMATS}.")
-        if kind in _COLUMN_KINDS and file.suffix != kind:
+        if kind in COLUMN_KINDS and file.suffix != kind:
             raise ConfigError(f"--input {file} is {kind} and compressed as a whole; decompress it: it is so inside.")
     return list(files.values())
 

@@ -24,8 +24,10 @@ from typing import TypeVar
 
 from megatron3d.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron3d.data.prepare.abbreviations import language_rules
-from megatron3d.data.prepare.corpus import read_batches
+from megatron3d.data.prepare.corpus import read_batches, span_bytes
 from megatron3d.data.prepare.encode import EncodeRequest, encode_batch, tokenizer_of
+from megatron3d.data.prepare.inputs import STANDARD_INPUT
+from megatron3d.data.prepare.rejects import BadRecordLimits, RejectsFile, RejectTally
 from megatron3d.data.prepare.spans import whole_files
 from megatron3d.errors import ConfigError, DataError, PeerError
 from megatron3d.process.parent import watch_parent
@@ -37,15 +39,20 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True)
 class PreprocessProgress:
-    """How far preprocessing has come. `input_share` is the part of the input files that was read, 0 to 1."""
+    """How far preprocessing has come.
+
+    `input_share` is the part of the input files that was read, 0 to 1, or None with standard input, whose end is not
+    known. `rejected` counts the bad records by reason in words, and is empty where there are none.
+    """
 
     num_documents: int
     num_empty: int
     num_sequences: int
     num_tokens: int
     text_bytes: int
-    input_share: float
+    input_share: float | None
     elapsed_s: float
+    rejected: str = ""
 
     @property
     def megabytes_per_s(self) -> float:
@@ -58,14 +65,21 @@ class PreprocessProgress:
         return self.num_documents / max(self.elapsed_s, 1e-9)
 
     @property
-    def left_s(self) -> float:
-        """Seconds left if the rest goes like the part done."""
+    def left_s(self) -> float | None:
+        """Seconds left if the rest goes like the part done; None if nobody knows what the rest is."""
+        if self.input_share is None:
+            return None
         return self.elapsed_s * (1 - self.input_share) / max(self.input_share, 1e-9)
 
 
 def output_prefix(prefix: str, key: str, *, split_sentences: bool = False) -> str:
     """Where the tokens of `key` go: Megatron-LM's names for documents that are and are not cut into sentences."""
     return f"{prefix}_{key}_{'sentence' if split_sentences else 'document'}"
+
+
+def rejects_path(prefix: str) -> Path:
+    """The file that lists the bad records of a run."""
+    return Path(f"{prefix}_rejects.jsonl")
 
 
 def preprocess(
@@ -75,16 +89,18 @@ def preprocess(
     request: EncodeRequest,
     workers: int,
     report: Callable[[PreprocessProgress], None],
+    limits: BadRecordLimits | None = None,
 ) -> PreprocessProgress:
     """Encode all documents of `files` into the `.bin/.idx` of `output_prefix`, one pair a key; the final progress.
 
     With `request.splitting` each sentence is a sequence; a text that is a list is taken as sentences already. An empty
-    text is a document without sequences, as in Megatron-LM, so that the keys of one corpus stay in step. `report` is
-    called after each batch.
+    text is a document without sequences, as in Megatron-LM, so that the keys of one corpus stay in step. A bad
+    record is left out of all keys and listed in `rejects_path`. `report` is called after each batch.
 
     Raises: ConfigError if --append-eod meets a tokenizer without such a token or with one of its own at the end, or
-    --lang is unknown; DataError for input that cannot be read or holds no token at all; StorageError if the output
-    cannot be written; PeerError if a worker was killed. No output appears in these cases.
+    --lang is unknown; DataError for input that cannot be read, holds no token at all or more bad records than `limits`
+    (by default the default ones) allow; StorageError if the output cannot be written; PeerError if a worker was killed.
+    No output appears in these cases.
     """
     tokenizer = tokenizer_of(request.tokenizer)
     if request.append_eod and tokenizer.eod is None:
@@ -99,17 +115,23 @@ def preprocess(
         )
     if request.splitting is not None:
         language_rules(request.splitting.language)
-    total_bytes = max(1, sum(file.stat().st_size for file in files))
+    spans = whole_files(files)
+    total_bytes = None if STANDARD_INPUT in files else max(1, sum(map(span_bytes, spans)))
     start_s = time.monotonic()
     progress = PreprocessProgress(0, 0, 0, 0, 0, 0.0, 0.0)
-    batches = read_batches(whole_files(files), request.json_keys)
+    limits = limits or BadRecordLimits()
+    tally = RejectTally(limits)
+    batches = read_batches(spans, request.json_keys, max_line_bytes=limits.max_line_bytes)
     with ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
         is_split = request.splitting is not None
         targets = [output_prefix(prefix, key, split_sentences=is_split) for key in request.json_keys]
         writers = [stack.enter_context(IndexedDatasetWriter(target, dtype)) for target in targets]
+        rejects = stack.enter_context(RejectsFile(rejects_path(prefix)))
         num_tokens = [0] * len(writers)
         for batch in _map_in_order(functools.partial(encode_batch, request), batches, workers):
+            rejects.add(batch.rejects)
+            tally.add(batch.num_documents + len(batch.rejects), batch.rejects)
             for place, (writer, encoded) in enumerate(zip(writers, batch.keys)):
                 writer.add_documents(encoded.tokens, encoded.sequence_lengths, encoded.sequences_per_document)
                 num_tokens[place] += len(encoded.tokens)
@@ -119,10 +141,12 @@ def preprocess(
                 progress.num_sequences + sum(len(encoded.sequence_lengths) for encoded in batch.keys),
                 sum(num_tokens),
                 progress.text_bytes + batch.text_bytes,
-                batch.input_bytes / total_bytes,
+                None if total_bytes is None else batch.input_bytes / total_bytes,
                 time.monotonic() - start_s,
+                tally.summary if tally.num_rejected else "",
             )
             report(progress)
+        tally.finish()
         _require_tokens(files, dict(zip(request.json_keys, num_tokens)), progress.num_documents)
     return progress
 
