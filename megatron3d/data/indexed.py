@@ -19,17 +19,17 @@ share its memory, and there the danger stays.
 from __future__ import annotations
 
 import struct
-from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from megatron3d.data.partial_files import PartialFiles, storing
 from megatron3d.data.token_file import TokenFile
 from megatron3d.errors import DataError
 from megatron3d.storage.atomic import open_partial
 from megatron3d.storage.durable import flush_to_disk
-from megatron3d.storage.refusals import storage_errors
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -163,27 +163,22 @@ class IndexedDataset:
             )
 
 
-def _storage_errors(path: Path) -> AbstractContextManager[None]:
-    return storage_errors("write", path, way_out="write several smaller files, or elsewhere")
-
-
 class IndexedDatasetWriter:
     """Writes `{prefix}.bin` and `{prefix}.idx` so that they appear together, whole, or not at all.
 
-    Used as a context manager: leaving it normally publishes the files, an exception removes what was written.
+    Used as a context manager: leaving it normally publishes the files, an exception removes what was written. Memory
+    does not grow with the dataset.
     """
 
-    def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
-        """Open a temporary `.bin` beside the target. Raises: StorageError if the place cannot be written."""
+    def __init__(self, prefix: str | Path, dtype: DTypeLike, *, files: PartialFiles | None = None) -> None:
+        """Open temporary files beside the target, unless it writes to `files`.
+
+        Raises: StorageError if the place cannot be written.
+        """
         self.prefix, self.dtype = str(prefix), np.dtype(dtype).newbyteorder("<")
         if self.dtype not in CODE_OF_DTYPE:
             raise ValueError(f"{dtype} has no code in the format; it has {[str(d) for d in CODE_OF_DTYPE]}")
-        self._lengths: list[NDArray[np.int32]] = []
-        self._document_sizes: list[NDArray[np.int64]] = []
-        with _storage_errors(Path(f"{prefix}.bin")):
-            self._bin = open_partial(Path(f"{prefix}.bin"))
-        self._bin_temporary = Path(self._bin.name)
-        self._idx_temporary: Path | None = None
+        self.files = files or PartialFiles(self.prefix)
 
     def __enter__(self) -> IndexedDatasetWriter:
         """The writer itself."""
@@ -193,15 +188,9 @@ class IndexedDatasetWriter:
         """Publish, or after an exception remove the temporary files."""
         try:
             if kind is None:
-                self._publish()
+                self.publish()
         finally:
-            try:
-                with _storage_errors(self._bin_temporary):
-                    self._bin.close()  # writes what is still buffered, which a full disk refuses here again
-            finally:
-                self._bin_temporary.unlink(missing_ok=True)
-                if self._idx_temporary is not None:
-                    self._idx_temporary.unlink(missing_ok=True)
+            self.files.close(remove=True)
 
     def add_document(self, tokens: NDArray | list[int], sequence_lengths: list[int] | None = None) -> None:
         """Append one document of `tokens`, one sequence unless `sequence_lengths` cuts it into several."""
@@ -230,10 +219,7 @@ class IndexedDatasetWriter:
             limits = np.iinfo(self.dtype.str)
             if tokens.min() < limits.min or tokens.max() > limits.max:
                 raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype} of {self.prefix}")
-        with _storage_errors(self._bin_temporary):
-            self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
-        self._lengths.append(lengths.astype(np.int32))
-        self._document_sizes.append(sizes)
+        self.files.append(np.asarray(tokens, dtype=self.dtype), lengths, sizes)
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
         """Append all documents of another dataset of the same dtype, in order."""
@@ -243,32 +229,59 @@ class IndexedDatasetWriter:
         for first in range(0, dataset.num_documents, _DOCUMENTS_PER_COPY):
             last = min(first + _DOCUMENTS_PER_COPY, dataset.num_documents)
             sequences = range(int(bounds[first]), int(bounds[last]))
-            parts = [np.empty(0, dtype=self.dtype), *(dataset.get(sequence) for sequence in sequences)]
             lengths = dataset.lengths[sequences.start : sequences.stop]
-            self.add_documents(np.concatenate(parts), lengths, np.diff(bounds[first : last + 1]))
+            tokens = _tokens_in_a_row(dataset, sequences)
+            self.add_documents(tokens, lengths, np.diff(bounds[first : last + 1]))
 
-    def _publish(self) -> None:
-        """Write the index, force both files to the disk and give them their names, the index last."""
+    def publish(self) -> None:
+        """Write the index, force both files to the disk and give them their names, the index last.
+
+        Raises: StorageError if the disk refuses.
+        """
         idx_path, bin_path = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
-        lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, dtype=np.int32)
-        sizes = np.concatenate(self._document_sizes) if self._document_sizes else np.empty(0, dtype=np.int64)
-        offsets = np.zeros(len(lengths), dtype=np.int64)
-        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-        bounds = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        header = struct.pack("<9sQBQQ", MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], len(lengths), len(bounds))
-        with _storage_errors(idx_path):
-            with open_partial(idx_path) as idx:
-                self._idx_temporary = Path(idx.name)
-                idx.write(header)
-                idx.write(lengths.astype("<i4").data)
-                idx.write((offsets * self.dtype.itemsize).astype("<i8").data)
-                idx.write(bounds.astype("<i8").data)
+        self.files.flush()
+        with storing(idx_path):
+            idx = open_partial(idx_path)
+            try:
+                self._write_index(idx)
                 flush_to_disk(idx)
-            flush_to_disk(self._bin)
-            # an index of an earlier run must never stand beside the new tokens
-            idx_path.unlink(missing_ok=True)
-            self._bin_temporary.replace(bin_path)
-            self._idx_temporary.replace(idx_path)
+                # an index of an earlier run must never stand beside the new tokens
+                idx_path.unlink(missing_ok=True)
+                Path(self.files.tokens.name).replace(bin_path)
+                Path(idx.name).replace(idx_path)
+            finally:
+                idx.close()
+                Path(idx.name).unlink(missing_ok=True)
+        self.files.close(remove=True)
+
+    def _write_index(self, idx: IO[bytes]) -> None:
+        """The index in its order, from the columns of lengths and document sizes, a million entries at a time."""
+        extent, code = self.files.extent, CODE_OF_DTYPE[self.dtype]
+        idx.write(struct.pack("<9sQBQQ", MAGIC, VERSION, code, extent.num_sequences, extent.num_documents + 1))
+        for lengths in self.files.lengths():
+            idx.write(lengths.astype("<i4").data)
+        end = 0
+        for lengths in self.files.lengths():
+            ends = end + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            idx.write((ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8").data)
+            end = int(ends[-1])
+        bound = 0
+        idx.write(struct.pack("<q", bound))
+        for sizes in self.files.sizes():
+            bounds = bound + np.cumsum(sizes, dtype=np.int64)
+            idx.write(bounds.astype("<i8").data)
+            bound = int(bounds[-1])
+
+
+def _tokens_in_a_row(dataset: IndexedDataset, sequences: range) -> NDArray:
+    """The tokens of `sequences`: one read where they follow each other in the file, as they do as a rule."""
+    if not sequences:
+        return np.empty(0, dtype=dataset.dtype)
+    lengths, offsets = (column[sequences.start : sequences.stop] for column in (dataset.lengths, dataset.offsets))
+    ends = offsets + lengths.astype(np.int64) * dataset.dtype.itemsize
+    if np.array_equal(offsets[1:], ends[:-1]):
+        return dataset.read_at(int(offsets[0]), int(lengths.sum(dtype=np.int64)))
+    return np.concatenate([dataset.get(sequence) for sequence in sequences])
 
 
 def _misplaced(offsets: NDArray[np.int64], ends: NDArray[np.int64]) -> tuple[int, int] | None:

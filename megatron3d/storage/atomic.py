@@ -62,6 +62,39 @@ def open_partial(path: Path) -> IO[bytes]:
         stream.close()  # another run took it for abandoned before it was locked
 
 
+def open_resumable(path: Path) -> IO[bytes]:
+    """The file `{path}.partial`, locked, with what an earlier run left in it: to be cut, written on and then renamed.
+
+    Its name is the same in each run, so one run at a time can have it. Other partial files beside `path` that nobody
+    writes are removed.
+
+    Raises: OSError if the system refuses; BlockingIOError, one of them, if another run has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    while True:
+        name = path.with_name(f"{path.name}.partial")
+        stream = open(name, "wb", opener=lambda file, flags: os.open(file, flags & ~os.O_TRUNC, 0o644))  # noqa: SIM115
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            raise
+        except OSError:
+            return stream  # a file system without locks
+        if _is_named(stream, name):
+            return stream
+        stream.close()  # the run that had it renamed or removed it before it was locked here
+
+
+def _is_named(stream: IO[bytes], name: Path) -> bool:
+    """Whether the open file still has this name."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(name))
+    except FileNotFoundError:
+        return False
+
+
 def _remove_abandoned(path: Path) -> None:
     """Remove the partial files beside `path` that no process has locked."""
     for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):

@@ -1,0 +1,158 @@
+"""The files of a token dataset that is still being written: token ids, and the two columns that its index is made of.
+
+Lengths and document sizes go to files as the ids do, so memory does not grow with the dataset. The files are temporary
+and removed where the writing ends, or resumable: named `{prefix}.bin.partial`, `.lengths.partial` and
+`.documents.partial`, so that a later run finds them, cuts them to what is known to be whole, and goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron3d.errors import DataError, InUseError
+from megatron3d.storage.atomic import open_partial, open_resumable
+from megatron3d.storage.durable import flush_to_disk
+from megatron3d.storage.refusals import storage_errors
+
+_COLUMN = np.dtype("<i4")
+_CHUNK_ENTRIES = 1 << 20
+_SPILLS = ("lengths", "documents")
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of a dataset has been written: bytes of tokens, sequences, documents."""
+
+    bin_bytes: int = 0
+    num_sequences: int = 0
+    num_documents: int = 0
+
+
+class PartialFiles:
+    """Three streams that are written together; `extent` is what was appended to them."""
+
+    def __init__(self, prefix: str, *, is_resumable: bool = False) -> None:
+        """Open the files beside `{prefix}.bin`; resumable ones as they are, until `cut` says how much of them counts.
+
+        Raises: StorageError if the place cannot be written; InUseError if another run is writing resumable ones.
+        """
+        self.prefix, self.extent = prefix, Extent()
+        self._streams: list[IO[bytes]] = []
+        try:
+            for ending in ("bin", *_SPILLS):
+                self._streams.append(_open(Path(f"{prefix}.{ending}"), is_resumable=is_resumable))
+        except BaseException:
+            self.close()
+            raise
+        self.tokens, self._lengths, self._sizes = self._streams
+
+    def cut(self, extent: Extent) -> None:
+        """Drop what lies behind `extent`, and append there from now on.
+
+        Raises: DataError if a file is shorter than that.
+        """
+        ends = (extent.bin_bytes, extent.num_sequences * _COLUMN.itemsize, extent.num_documents * _COLUMN.itemsize)
+        with storing(Path(self.tokens.name)):
+            for stream, end in zip(self._streams, ends):
+                size = Path(stream.name).stat().st_size
+                if size < end:
+                    raise DataError(
+                        f"{stream.name} holds {size} bytes, but {end} were on the disk when the run before noted how "
+                        f"far it was; run again without --resume."
+                    )
+                stream.truncate(end)
+                stream.seek(end)
+        self.extent = extent
+
+    def append(self, tokens: NDArray, lengths: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
+        """Append ids, tokens of each sequence, and sequences of each document. Raises: StorageError."""
+        with storing(Path(self.tokens.name)):
+            self.tokens.write(np.ascontiguousarray(tokens).data)
+            self._lengths.write(lengths.astype(_COLUMN).data)
+            self._sizes.write(sizes.astype(_COLUMN).data)
+        before = self.extent
+        self.extent = Extent(
+            before.bin_bytes + tokens.nbytes, before.num_sequences + len(lengths), before.num_documents + len(sizes)
+        )
+
+    def flush(self) -> None:
+        """Wait until all that was appended is on the disk. Raises: StorageError."""
+        with storing(Path(self.tokens.name)):
+            for stream in self._streams:
+                flush_to_disk(stream)
+
+    def lengths(self) -> Iterator[NDArray[np.int32]]:
+        """The tokens of each sequence, a million at a time; what was appended must have been flushed."""
+        return _read(Path(self._lengths.name))
+
+    def sizes(self) -> Iterator[NDArray[np.int32]]:
+        """The sequences of each document, likewise."""
+        return _read(Path(self._sizes.name))
+
+    def close(self, *, remove: bool = False) -> None:
+        """Close the files, and remove them under their partial names.
+
+        Raises: StorageError if what is still buffered cannot be written.
+        """
+        with storing(Path(f"{self.prefix}.bin")):
+            for stream in self._streams:
+                with suppress(OSError) if remove else nullcontext():  # nobody needs what is still buffered
+                    stream.close()
+                if remove:
+                    Path(stream.name).unlink(missing_ok=True)
+
+
+def reclaim(prefix: str, extent: Extent) -> bool:
+    """Prepare for a resumed run a dataset that an earlier one may have published, in part or wholly; whether wholly.
+
+    The files get their names one after another, the index last. Where the tokens have theirs and the columns are still
+    there, the tokens go back to their partial name, so that the rest is done again.
+    """
+    bin_path, partial = Path(f"{prefix}.bin"), Path(f"{prefix}.bin.partial")
+    spills = [Path(f"{prefix}.{ending}.partial") for ending in _SPILLS]
+    if partial.exists() or not bin_path.exists() or bin_path.stat().st_size != extent.bin_bytes:
+        return False
+    with storing(bin_path):
+        if all(spill.exists() for spill in spills):
+            Path(f"{prefix}.idx").unlink(missing_ok=True)
+            bin_path.replace(partial)
+            return False
+        for spill in spills:
+            spill.unlink(missing_ok=True)
+    return Path(f"{prefix}.idx").exists()
+
+
+def partial_paths(prefix: str) -> list[Path]:
+    """The names of resumable files."""
+    return [Path(f"{prefix}.{ending}.partial") for ending in ("bin", *_SPILLS)]
+
+
+def storing(path: Path) -> AbstractContextManager[None]:
+    """Turns what the system says about `path` into a StorageError."""
+    return storage_errors("write", path, way_out="write several smaller files, or elsewhere")
+
+
+def _open(path: Path, *, is_resumable: bool) -> IO[bytes]:
+    if not is_resumable:
+        with storing(path):
+            return open_partial(path)
+    with storing(path):
+        try:
+            return open_resumable(path)
+        except BlockingIOError as error:
+            raise InUseError(
+                f"{path}.partial is being written by another run; wait for it or choose another --output-prefix."
+            ) from error
+
+
+def _read(path: Path) -> Iterator[NDArray[np.int32]]:
+    with open(path, "rb") as stream:
+        while len(column := np.fromfile(stream, dtype=_COLUMN, count=_CHUNK_ENTRIES)):
+            yield column
