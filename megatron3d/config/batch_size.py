@@ -81,9 +81,8 @@ def iterations_for_samples(train: DraftTrain, samples: int, data_parallel_size: 
     return iterations
 
 
-def samples_for_iterations(train: DraftTrain, iterations: int, data_parallel_size: int) -> int:
-    """Samples that the first `iterations` steps consume."""
-    consumed = 0
+def samples_for_iterations(train: DraftTrain, iterations: int, data_parallel_size: int, *, consumed: int = 0) -> int:
+    """Samples consumed after `iterations` steps that follow the first `consumed` samples."""
     for size, last_sample in _spans(train, data_parallel_size, end=None):
         steps = iterations if last_sample is None else min(iterations, max(0, -(-(last_sample - consumed) // size)))
         iterations -= steps

@@ -4,6 +4,10 @@ The weights are made integers p_1 .. p_m with the sum q, and the choice repeats 
 corpora take turns so fairly that after any number n of samples, corpus i has served more than n*p_i/q - 1 and less
 than n*p_i/q + 1 of them. The table of one period (at most 65,536 entries) is all there is to compute; sample
 k is then entry k mod q, and the corpus has served p_i samples in each of the k // q whole periods before.
+
+Weights may change on the way (`blend_history.py`): a blend has *segments*, each from its first sample number on with
+weights of its own. A corpus then continues after the samples that it served in the segments before, so that none is
+repeated and none is lost, and sample k is still a pure function of k and the segments.
 """
 
 from __future__ import annotations
@@ -11,9 +15,12 @@ from __future__ import annotations
 import heapq
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Generic
 
@@ -115,53 +122,142 @@ def fair_turns(weights: Sequence[int]) -> NDArray[np.int32]:
     return turns
 
 
+@dataclass(frozen=True)
+class BlendSegment:
+    """The weights of a blend from one sample number on: an integer for each corpus, 0 for one that is not read."""
+
+    first_sample: int
+    weights: tuple[int, ...]
+
+    @cached_property
+    def _period(self) -> _Period:
+        return _period_of(self.weights)
+
+    def choose(self, offset: int) -> tuple[int, int]:
+        """Which corpus serves sample `first_sample + offset`, and how many it served in this segment before."""
+        period = self._period
+        periods, place = divmod(offset, len(period.turns))
+        corpus = int(period.turns[place])
+        return corpus, periods * self.weights[corpus] + int(period.served[place])
+
+    def served(self, num_samples: int) -> tuple[int, ...]:
+        """How many of the first `num_samples` of this segment each corpus serves."""
+        turns = self._period.turns
+        periods, place = divmod(num_samples, len(turns))
+        begun = np.bincount(turns[:place], minlength=len(self.weights)).tolist()
+        return tuple(periods * weight + more for weight, more in zip(self.weights, begun, strict=True))
+
+
+class BlendOrder:
+    """Which corpus serves which sample, over all segments."""
+
+    def __init__(self, segments: Sequence[BlendSegment]) -> None:
+        """Count what each segment but the last serves in all.
+
+        Raises: ValueError if the segments do not rise from sample 0, or give no weight or different numbers of them.
+        """
+        self.segments = tuple(segments)
+        self._firsts = [one.first_sample for one in self.segments]
+        if self._firsts[:1] != [0] or any(later <= earlier for earlier, later in pairwise(self._firsts)):
+            raise ValueError(f"segments of a blend begin at the samples {self._firsts}, which do not rise from 0")
+        if len({len(one.weights) for one in self.segments}) != 1:
+            raise ValueError(f"segments of a blend have different numbers of weights: {self.segments}")
+        self._before = [(0,) * len(self.segments[0].weights)]
+        for earlier, later in pairwise(self.segments):
+            served = earlier.served(later.first_sample - earlier.first_sample)
+            self._before.append(tuple(map(sum, zip(self._before[-1], served, strict=True))))
+
+    @classmethod
+    def constant(cls, weights: Sequence[int]) -> BlendOrder:
+        """The order of weights that never change."""
+        return cls([BlendSegment(0, tuple(weights))])
+
+    def choose(self, number: int) -> tuple[int, int]:
+        """Which corpus serves sample `number`, and with which of its own. Raises: IndexError for a negative number."""
+        if number < 0:
+            raise IndexError(f"sample {number} of a blend: samples are counted from 0")
+        place = bisect_right(self._firsts, number) - 1
+        corpus, own_number = self.segments[place].choose(number - self._firsts[place])
+        return corpus, self._before[place][corpus] + own_number
+
+    def served(self, num_samples: int) -> tuple[int, ...]:
+        """How many of the first `num_samples` each corpus serves."""
+        place = max(0, bisect_right(self._firsts, num_samples) - 1)
+        more = self.segments[place].served(num_samples - self._firsts[place])
+        return tuple(map(sum, zip(self._before[place], more, strict=True)))
+
+
 class Blend(Generic[Sample]):
     """The streams of several corpora mixed by integer weights; a `SampleStream` of the same kind itself."""
 
-    def __init__(self, streams: Sequence[SampleStream[Sample]], weights: Sequence[int]) -> None:
-        """Compute the table of one period. `weights` are positive, see `integer_weights`."""
-        if len(streams) != len(weights) or min(weights) < 1:
-            raise ValueError(f"{len(streams)} streams with the weights {list(weights)}")
-        self.streams, self.weights = tuple(streams), tuple(weights)
-        self._turns = fair_turns(weights)
-        # entry k: how many samples of the period before place k belong to the same corpus
-        self._served = np.empty(len(self._turns), dtype=np.int64)
-        for corpus, weight in enumerate(weights):
-            self._served[self._turns == corpus] = np.arange(weight)
+    def __init__(self, streams: Sequence[SampleStream[Sample] | None], order: BlendOrder) -> None:
+        """A stream for each corpus of the order; None for one that the last segment does not read."""
+        self.streams, self.order = tuple(streams), order
+        self.weights = order.segments[-1].weights
+        read = [stream for stream, weight in zip(streams, self.weights) if weight]
+        if len(streams) != len(self.weights) or None in read:
+            raise ValueError(f"{len(streams)} streams with the weights {list(self.weights)}")
+        self._read = [stream for stream in read if stream is not None]
 
     @property
     def seq_length(self) -> int:
         """S, the same in all corpora."""
-        return self.streams[0].seq_length
+        return self._read[0].seq_length
 
     @property
     def num_samples_per_epoch(self) -> int:
         """Samples of one epoch of every corpus together; weights decide how far each is read by then."""
-        return sum(stream.num_samples_per_epoch for stream in self.streams)
+        return sum(stream.num_samples_per_epoch for stream in self._read)
 
     def choose(self, number: int) -> tuple[int, int]:
         """Which corpus serves sample `number`, and with which of its own samples."""
-        if number < 0:
-            raise IndexError(f"sample {number} of a blend: samples are counted from 0")
-        periods, place = divmod(number, len(self._turns))
-        corpus = int(self._turns[place])
-        return corpus, periods * self.weights[corpus] + int(self._served[place])
+        return self.order.choose(number)
 
     def sample(self, number: int) -> Sample:
-        """A sample of the corpus whose turn it is."""
+        """A sample of the corpus whose turn it is. Raises: DataError if only earlier segments read that corpus."""
         corpus, own_number = self.choose(number)
-        return self.streams[corpus].sample(own_number)
+        return self._stream(corpus, number).sample(own_number)
 
     def locate(self, number: int, position: int) -> str:
         """Where token `position` of sample `number` comes from."""
         corpus, own_number = self.choose(number)
-        return self.streams[corpus].locate(own_number, position)
+        return self._stream(corpus, number).locate(own_number, position)
 
     def describe(self) -> str:
         """One line: each corpus with its share."""
-        period = len(self._turns)
-        parts = (f"{weight / period:.4%} {stream.describe()}" for weight, stream in zip(self.weights, self.streams))
-        return "; ".join(parts)
+        period = sum(self.weights)
+        shares = [weight / period for weight in self.weights if weight]
+        return "; ".join(f"{share:.4%} {stream.describe()}" for share, stream in zip(shares, self._read, strict=True))
+
+    def _stream(self, corpus: int, number: int) -> SampleStream[Sample]:
+        stream = self.streams[corpus]
+        if stream is None:
+            raise DataError(
+                f"sample {number} is of corpus {corpus} of the blend, which has left it since; samples from "
+                f"{self.order.segments[-1].first_sample} on can be read."
+            )
+        return stream
+
+
+@dataclass(frozen=True)
+class _Period:
+    """Whose turn it is at each place, and how many samples before it in the period belong to the same corpus."""
+
+    turns: NDArray[np.int32]
+    served: NDArray[np.int64]
+
+
+@lru_cache(maxsize=32)
+def _period_of(weights: tuple[int, ...]) -> _Period:
+    """The table of one period of weights of which some may be 0. Raises: ValueError if all are, or one is negative."""
+    if min(weights, default=0) < 0 or not any(weights):
+        raise ValueError(f"weights of a blend are {list(weights)}; at least one must be positive and none negative")
+    read = np.flatnonzero(weights).astype(np.int32)
+    turns = read[fair_turns([weights[corpus] for corpus in read])]
+    served = np.empty(len(turns), dtype=np.int64)
+    for corpus in read:
+        served[turns == corpus] = np.arange(weights[corpus])
+    return _Period(turns, served)
 
 
 def _as_fraction(word: str) -> Fraction | None:

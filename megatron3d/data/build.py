@@ -7,7 +7,8 @@ make of a corpus; which corpora and documents belong to which split is the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +16,38 @@ from numpy.typing import NDArray
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.data.bert import MIN_SEQ_LENGTH, BertForm, BertReader, BertSample, BertSamples
-from megatron3d.data.blend import Blend, Corpus, integer_weights, parse_data_path, read_data_args_file
+from megatron3d.data.blend import Blend, BlendOrder, Corpus, integer_weights, parse_data_path, read_data_args_file
+from megatron3d.data.blend_history import ContinuedBlend
 from megatron3d.data.gpt import DocumentRules, GPTReader, GPTSamples
 from megatron3d.data.indexed import IndexedDataset
 from megatron3d.data.masking import BertVocabulary, MaskingRules
 from megatron3d.data.mock import MockBertSamples, MockSamples
 from megatron3d.data.order import derive_seed
 from megatron3d.data.splits import SPLIT_NAMES, parse_split, split_documents
-from megatron3d.data.stream import SampleStream
+from megatron3d.data.stream import Sample, SampleStream
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class TrainingCorpora(Generic[Sample]):
+    """The corpora of the training data in the order of the options, and their integer weights.
+
+    `numbered(place, number)` reads the corpus at a place of the options in the order of samples that its number in
+    the run gives (`blend_history.py`).
+    """
+
+    weights: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+    num_samples_per_epoch: tuple[int, ...]
+    numbered: Callable[[int, int], SampleStream[Sample]]
+
+    def stream(self, blend: ContinuedBlend) -> Blend[Sample]:
+        """The blend of a resumed run with these corpora."""
+        streams: list[SampleStream[Sample] | None] = [None] * len(blend.history.corpora)
+        for place, number in enumerate(blend.numbers):
+            streams[number] = self.numbered(place, number)
+        return Blend(streams, BlendOrder(blend.history.segments))
 
 
 @dataclass(frozen=True)
@@ -32,7 +55,7 @@ class GPTData:
     """The streams of a run. A stream is None where its split is empty.
 
     `notes` are sentences the run should print: corpora that a split had to leave out. `vocab_size` bounds the ids,
-    None does not check them.
+    None does not check them. `corpora` are those of `train`, None for data without files.
     """
 
     train: SampleStream[NDArray[np.int64]] | None
@@ -41,6 +64,7 @@ class GPTData:
     rules: DocumentRules
     vocab_size: int | None
     notes: tuple[str, ...] = ()
+    corpora: TrainingCorpora[NDArray[np.int64]] | None = None
 
     def reader(self, stream: SampleStream[NDArray[np.int64]]) -> GPTReader:
         """What makes batches of one of the streams, for `GlobalBatches`."""
@@ -55,6 +79,7 @@ class BertData:
     valid: SampleStream[BertSample] | None
     test: SampleStream[BertSample] | None
     notes: tuple[str, ...] = ()
+    corpora: TrainingCorpora[BertSample] | None = None
 
     def reader(self, stream: SampleStream[BertSample]) -> BertReader:
         """What makes batches of one of the streams, for `GlobalBatches`."""
@@ -105,8 +130,8 @@ def build_gpt_data(data: DataConfig, *, seq_length: int, vocab_size: int, eod_to
     def samples(share: _Share) -> GPTSamples:
         return GPTSamples(share.dataset, share.documents, seq_length=seq_length, seed=share.seed)
 
-    streams, notes = _build_splits(data, samples)
-    return GPTData(streams["train"], streams["valid"], streams["test"], rules, bound, notes)
+    streams, corpora, notes = _build_splits(data, samples)
+    return GPTData(streams["train"], streams["valid"], streams["test"], rules, bound, notes, corpora)
 
 
 def build_bert_data(
@@ -133,8 +158,8 @@ def build_bert_data(
     def samples(share: _Share) -> BertSamples:
         return BertSamples(share.dataset, share.documents, form=form, seed=share.seed)
 
-    streams, notes = _build_splits(data, samples)
-    return BertData(streams["train"], streams["valid"], streams["test"], notes)
+    streams, corpora, notes = _build_splits(data, samples)
+    return BertData(streams["train"], streams["valid"], streams["test"], notes, corpora)
 
 
 def bert_form(data: DataConfig, seq_length: int, vocabulary: BertVocabulary, *, binary_head: bool = True) -> BertForm:
@@ -259,14 +284,19 @@ def _require_training_documents(data: DataConfig, shares: Sequence[_Share]) -> N
 
 def _build_splits(
     data: DataConfig, samples: Callable[[_Share], GPTSamples | BertSamples]
-) -> tuple[dict[str, SampleStream | None], tuple[str, ...]]:
+) -> tuple[dict[str, SampleStream | None], TrainingCorpora, tuple[str, ...]]:
     """The stream of each split, of the samples that `samples` makes of a share, and the notes of all."""
     shares = _shares_by_split(data)
-    streams, notes = {}, []
-    for split in SPLIT_NAMES:
-        streams[split], split_notes = _build_split(split, shares[split], samples)
-        notes += [*_empty_shares(data, split, shares[split]), *split_notes]
-    return streams, tuple(notes)
+    built = {split: _build_split(split, shares[split], samples) for split in SPLIT_NAMES}
+    notes = [note for split, one in built.items() for note in (*_empty_shares(data, split, shares[split]), *one.notes)]
+
+    def numbered(place: int, number: int) -> GPTSamples | BertSamples:
+        return samples(replace(shares["train"][place], seed=derive_seed(data.seed, "train", number)))
+
+    train = built["train"]
+    num_tokens, per_epoch = zip(*((one.num_tokens, one.num_samples_per_epoch) for one in train.streams))
+    corpora = TrainingCorpora(train.weights, num_tokens, per_epoch, numbered)
+    return {split: one.stream() for split, one in built.items()}, corpora, tuple(notes)
 
 
 def _empty_shares(data: DataConfig, split: str, shares: Sequence[_Share]) -> list[str]:
@@ -280,10 +310,23 @@ def _empty_shares(data: DataConfig, split: str, shares: Sequence[_Share]) -> lis
     return [f"Left out of the {split} data{reason}: {named}."]
 
 
-def _build_split(
-    split: str, shares: Sequence[_Share], samples: Callable[[_Share], GPTSamples | BertSamples]
-) -> tuple[SampleStream | None, list[str]]:
-    """The stream of one split, and notes on corpora that had to be left out of validation or test.
+@dataclass(frozen=True)
+class _Split:
+    """The streams of the corpora of one split with their integer weights, and notes on those that were left out."""
+
+    streams: tuple[GPTSamples | BertSamples, ...]
+    weights: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    def stream(self) -> SampleStream | None:
+        """All of it as one stream, None if there is nothing."""
+        if len(self.streams) < 2:
+            return self.streams[0] if self.streams else None
+        return Blend(self.streams, BlendOrder.constant(self.weights))
+
+
+def _build_split(split: str, shares: Sequence[_Share], samples: Callable[[_Share], GPTSamples | BertSamples]) -> _Split:
+    """The streams of one split, and notes on corpora that had to be left out of validation or test.
 
     Training needs a sample from every corpus. Validation and test leave out a corpus whose documents there are too
     short; only if that leaves nothing to validate on is it an error, since evaluations were asked for.
@@ -302,8 +345,6 @@ def _build_split(
             continue
         streams.append(stream)
         weights.append(stream.num_tokens if share.corpus.weight is None else share.corpus.weight)
-    if not streams:
-        if too_short and split == "valid":
-            raise too_short[0]
-        return None, notes
-    return (streams[0] if len(streams) == 1 else Blend(streams, integer_weights(weights))), notes
+    if not streams and too_short and split == "valid":
+        raise too_short[0]
+    return _Split(tuple(streams), integer_weights(weights) if streams else (), tuple(notes))

@@ -68,6 +68,11 @@ class Content:
         """Plain values for `content.json`; `content_from_json` takes them back."""
         return asdict(self)
 
+    @property
+    def training(self) -> tuple[CorpusContent, ...]:
+        """The corpora of the training data."""
+        return self.corpora.get("all") or self.corpora.get("train", ())
+
     def digests(self) -> dict[str, str]:
         """Share and digest of each thing read, by a name for people: what all ranks must agree on, wherever it lies."""
         found = {
@@ -82,6 +87,7 @@ class Content:
         return found
 
 
+_TRAINING = ("all", "train")
 _OPTIONS = {
     "all": "--data-path",
     "train": "--train-data-path",
@@ -201,12 +207,17 @@ def _described_files(data: DataConfig) -> Iterator[tuple[str, Path, bytes]]:
 
 
 def content_differences(saved: Content, now: Content) -> list[Difference]:
-    """In what two runs read different things; files that only moved are no difference (see `moved`)."""
+    """In what two runs read different things; files that only moved are no difference (see `moved`).
+
+    Nor are corpora of the training data in another order. Other weights of the same corpora are reported, because a
+    resumed run continues each of them (`blend_history.py`).
+    """
     found = []
     for part in ("all", "train", "valid", "test"):
         ours, theirs = now.corpora.get(part, ()), saved.corpora.get(part, ())
-        if not _same_corpora(theirs, ours):
-            effect = Effect.REPORTED if part in ("valid", "test") else Effect.SAMPLES
+        if not same_corpora(theirs, ours) and not (part in _TRAINING and _blend(theirs) == _blend(ours)):
+            is_reported = part not in _TRAINING or _digests(theirs) == _digests(ours)
+            effect = Effect.REPORTED if is_reported else Effect.SAMPLES
             found.append(Difference(effect, f"the data of {_OPTIONS[part]}", _shown(theirs), _shown(ours)))
     return found + tokenizer_differences(saved, now) + code_differences(saved.code, now.code)
 
@@ -236,7 +247,7 @@ def moved(saved: Content, now: Content) -> list[str]:
     pairs = []
     for part, ours in now.corpora.items():
         theirs = saved.corpora.get(part, ())
-        if _same_corpora(theirs, ours):
+        if same_corpora(theirs, ours):
             pairs += [(a.prefix, b.prefix) for a, b in zip(theirs, ours, strict=True) if a.digest is not None]
     if saved.tokenizer and now.tokenizer and same_tokenizer(saved.tokenizer, now.tokenizer):
         pairs += list(zip(saved.tokenizer.files, now.tokenizer.files))
@@ -270,11 +281,20 @@ def require_same_tokenizer(saved: Content | None, data: DataConfig, vocab_size: 
         )
 
 
-def _same_corpora(saved: Sequence[CorpusContent], now: Sequence[CorpusContent]) -> bool:
-    """Whether two blends are equal, as far as digests are known."""
+def same_corpora(saved: Sequence[CorpusContent], now: Sequence[CorpusContent]) -> bool:
+    """Whether two lists of corpora are equal, as far as digests are known."""
     if [one.share for one in saved] != [one.share for one in now]:
         return False
     return all(a.digest == b.digest or None in (a.digest, b.digest) for a, b in zip(saved, now, strict=True))
+
+
+def _blend(corpora: Sequence[CorpusContent]) -> list[tuple[str, str]]:
+    """Digests and shares whatever the order of the corpora."""
+    return sorted((one.digest or one.prefix, one.share) for one in corpora)
+
+
+def _digests(corpora: Sequence[CorpusContent]) -> list[str]:
+    return sorted(one.digest or one.prefix for one in corpora)
 
 
 def _corpora(data: DataConfig) -> dict[str, tuple[Corpus, ...]]:

@@ -82,6 +82,12 @@ class GlobalBatches(Generic[BatchT]):
         self._read_ahead_of(self._threads, part)
         return future.result()
 
+    def read_by(self, reader: Callable[[int, int], BatchT]) -> None:
+        """Let another reader make the batches from now on; what was read ahead is dropped."""
+        self._reader = reader
+        for guess in list(self._ahead):
+            self._ahead.pop(guess).cancel()
+
     def close(self) -> None:
         """Stop the threads; what they have read ahead is dropped. The object cannot read afterwards."""
         if self._threads is not None:

@@ -154,7 +154,8 @@ def _refusal(
     if samples:
         lines += [
             f"{directory} counts samples that are not those of this run, which would see some twice and some never. "
-            "Give the options of the checkpoint, or resume with the new ones by --override-sample-order:",
+            "Give the options of the checkpoint, or resume with the new ones by --override-sample-order (corpora of "
+            "equal content continue where they stopped):",
             *(f"  {one}" for one in samples),
         ]
     if tokenizer:

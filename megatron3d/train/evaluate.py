@@ -7,7 +7,7 @@ constant answer would reach on the same labels: the share of the most frequent o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,26 +54,32 @@ class Evaluation:
 
 
 def evaluate(
-    parts: TrainingSetup, batches: BatchReader, *, num_batches: int, before_batch: Callable[[], None] | None = None
+    parts: TrainingSetup,
+    batches: BatchReader,
+    *,
+    num_batches: int,
+    first_sample: int = 0,
+    before_batch: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """Mean losses over the labels of `num_batches` (at least 1) global batches.
+    """Mean losses over the labels of `num_batches` (at least 1) global batches from `first_sample` on.
 
     With a delayed update these are those of the updated weights, which are what a checkpoint of this moment holds.
     `before_batch` is called before each batch on all ranks; it may save and raise to give up, as nothing is under way.
     """
+    size = parts.config.train.global_batch_size
     with parts.engine.updated_weights():
-        return _evaluate(parts, batches, num_batches, before_batch)
+        return _evaluate(parts, batches, range(first_sample, first_sample + num_batches * size, size), before_batch)
 
 
 def _evaluate(
-    parts: TrainingSetup, batches: BatchReader, num_batches: int, before_batch: Callable[[], None] | None
+    parts: TrainingSetup, batches: BatchReader, firsts: Sequence[int], before_batch: Callable[[], None] | None
 ) -> Evaluation:
     readers, size, specs = parts.mesh.batch, parts.config.train.global_batch_size, parts.model.losses
     totals, histogram = torch.zeros(0), torch.zeros(0)
-    for number in range(num_batches):
+    for number, first in enumerate(firsts):
         if before_batch is not None:
             before_batch()
-        batch = batches.read(number * size, size, readers.rank, readers.size)
+        batch = batches.read(first, size, readers.rank, readers.size)
         sums = _sums_hits_and_counts(parts, batch)
         totals = sums if number == 0 else totals + sums
         if any(spec.accuracy and spec.counted == "labels" for spec in specs):

@@ -41,15 +41,22 @@ from megatron3d.train.state import Progress, Restored
 from megatron3d.train.step import Rates, train_step
 from megatron3d.train.step_profile import DATA, StepProfiler
 from megatron3d.train.stopping import agreed_reason, first_reason, signal_reason, stop_while_starting
+from megatron3d.train.training_data import TrainingData, blend_table, samples_of_run, training_data
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Readers of the three splits; None where a split is empty."""
+    """Readers of the three splits of `data`; None where a split is empty."""
 
+    data: GPTData | BertData
     train: GlobalBatches
     valid: GlobalBatches | None
     test: GlobalBatches | None
+
+    def continue_training(self, stream: SampleStream) -> None:
+        """Read training samples from another stream from now on, that of a run that is resumed."""
+        make_reader: Callable[[Any], Callable[[int, int], Any]] = self.data.reader  # of streams of the data's own kind
+        self.train.read_by(make_reader(stream))
 
 
 @contextmanager
@@ -66,7 +73,7 @@ def open_streams(data: GPTData | BertData, options: DataConfig) -> Iterator[Stre
     train = batches(data.train)
     valid, test = (None if stream is None else batches(stream) for stream in (data.valid, data.test))
     try:
-        yield Streams(train, valid, test)
+        yield Streams(data, train, valid, test)
     finally:
         for one in (train, valid, test):
             if one is not None:
@@ -90,11 +97,14 @@ def train(parts: TrainingSetup, streams: Streams, context: RunContext) -> Progre
         stop_while_starting(context, parts.mesh)
         restored = state.restore(parts, content)
         context.step = restored.progress.step
+        training = training_data(restored, content, streams.data)
+        if training.stream is not None:
+            streams.continue_training(training.stream)
         stop_while_starting(context, parts.mesh)
         with Reports(parts, restored, context) as reports:
             newest = restored.source if reports.resumed_in_place else None
             retention = Retention(parts.config.checkpoint, parts.mesh, newest=newest, note=reports.note)
-            loop = _Loop(parts, streams, reports, context, retention, content, restored, renew)
+            loop = _Loop(parts, streams, reports, context, retention, content, restored, training, renew)
             try:
                 with closing(loop):
                     loop.run()
@@ -123,6 +133,7 @@ class _Loop:
     retention: Retention
     content: Content
     restored: Restored
+    training: TrainingData
     renew_hold: Callable[[], str | None]
     schedule: ScheduleSettings = field(init=False)
     progress: Progress = field(init=False)
@@ -195,7 +206,13 @@ class _Loop:
         self.failure.raise_on_all_ranks(self._saved())
 
     def _look_ahead(self, last: int) -> None:
-        """Report what the options ask for and this run will not do."""
+        """Report what the run will read, and what the options ask for and it will not do."""
+        training, dp = self.training, self.parts.config.parallel.data_parallel_size
+        if training.blend is not None and self.streams.data.corpora is not None:
+            in_all = samples_of_run(self.parts.config.train, self.progress, last, dp)
+            counts = {"consumed": self.progress.consumed_samples, "in_all": in_all}
+            for line in (*training.blend.lines, *blend_table(training.blend, self.streams.data.corpora, **counts)):
+                self.reports.note(line)
         has_valid, has_test = self.streams.valid is not None, self.streams.test is not None
         for line in InertOptions(self.parts.config, self.progress, last, self.schedule, has_valid, has_test).lines():
             self.reports.note(line)
@@ -313,9 +330,8 @@ class _Loop:
         if made_again := self.renew_hold():
             self.reports.note(made_again)
         spent = self.reports.time_spent()
-        return state.save(
-            self.parts, self.progress, self.schedule, self.content, background=background, time_spent=spent
-        )
+        more = {"background": background, "time_spent": spent, "blend": self.training.history}
+        return state.save(self.parts, self.progress, self.schedule, self.content, **more)
 
     def _published(self, path: Path, *, waited_s: float, took_s: float) -> None:
         self.retention.saved(path)
@@ -347,6 +363,7 @@ class _Loop:
                 self.content,
                 evaluation_due=evaluation_due,
                 time_spent=self.reports.time_spent(),
+                blend=self.training.history,
             )
             self.saved_step = self.progress.step
             self.retention.saved(path)
@@ -371,8 +388,9 @@ class _Loop:
         if not is_proved and self.retention.waits:
             # No step will follow, so a batch's forward stands for it.
             batches = PreparedBatches(self.streams.train, self.parts.mesh, self.failure)
-            batches.prepare(0, self.parts.config.train.global_batch_size)
+            first = self.progress.consumed_samples  # earlier ones may be of corpora that have left the blend
+            batches.prepare(first, self.parts.config.train.global_batch_size)
             self.failure.raise_on_all_ranks(self._saved())
-            is_proved = math.isfinite(evaluate(self.parts, batches, num_batches=1).loss)
+            is_proved = math.isfinite(evaluate(self.parts, batches, num_batches=1, first_sample=first).loss)
         if is_proved:
             self.retention.proved(self.progress.step)

@@ -6,10 +6,10 @@ fp32 masters, from which every precision's weights follow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron3d.checkpoint.async_save import AsyncSave
 from megatron3d.checkpoint.index import Index
@@ -20,7 +20,8 @@ from megatron3d.config.architectures import how_to_train, named
 from megatron3d.config.batch_size import iterations_for_samples
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.config.serialize import other_architecture, to_dict
-from megatron3d.data.content import Content
+from megatron3d.data.blend_history import BlendHistory
+from megatron3d.data.content import Content, CorpusContent, content_of_paths
 from megatron3d.errors import CheckpointError, MisfitError
 from megatron3d.optim.build import kind, other_state_views, set_step_count, state_names, step_count
 from megatron3d.optim.schedule import ScheduleSettings, reconcile, schedule_differences, settings_from_config
@@ -32,9 +33,10 @@ from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.source import Source, sources
 from megatron3d.zero.replicas import require_equal_replicas
 
+DocumentT = TypeVar("DocumentT")
 OLD = "old_weights"  # prefix of tensors: what the layers compute with while a delayed update is due
 UPDATE_DUE = "update_due"
-TIME_DOCUMENT = "time"
+TIME_DOCUMENT, BLEND_DOCUMENT = "time", "blend"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class Restored:
 
     `damage` says what is wrong with the checkpoint that was asked for, where another was taken instead. `lines`
     report what the run changes. `evaluation_due` means that the run before was stopped within the evaluation
-    that follows this step. `time_spent` is that of the run until the checkpoint, zero where it does not say.
+    that follows this step. `time_spent` is that of the run until the checkpoint, zero where it does not say. `blend`
+    is what was read of which training corpus, None where the checkpoint does not say; `saved_corpora` are those of the
+    run that wrote it.
     """
 
     progress: Progress
@@ -78,6 +82,8 @@ class Restored:
     lines: tuple[str, ...] = ()
     evaluation_due: bool = False
     time_spent: TimeSpent = field(default_factory=TimeSpent)
+    blend: BlendHistory | None = None
+    saved_corpora: tuple[CorpusContent, ...] = ()
 
 
 def save(
@@ -89,8 +95,10 @@ def save(
     evaluation_due: bool = False,
     background: AsyncSave | None = None,
     time_spent: TimeSpent | None = None,
+    blend: BlendHistory | None = None,
 ) -> Path:
-    """Write a checkpoint of this moment below --save; collective over all ranks. `content` is what the run reads.
+    """Write a checkpoint of this moment below --save; collective over all ranks. `content` is what the run reads, and
+    `blend` in which order, where it reads corpora.
 
     `evaluation_due` says that the evaluation after this step is still to be made. With `background` the checkpoint is
     begun there instead, to be finished later. `time_spent` is that of the run so far, as rank 0 knows it.
@@ -104,6 +112,7 @@ def save(
         _check_replicas(parts, progress.step)
         documents = _documents(parts, progress, schedule, evaluation_due=evaluation_due)
         documents |= {} if content is None else {CONTENT_DOCUMENT: content.to_json()}
+        documents |= {} if blend is None else {BLEND_DOCUMENT: blend.to_json()}
         documents |= {} if time_spent is None else {TIME_DOCUMENT: time_spent.to_json()}
         return _save(parts, progress.step, documents, background)
 
@@ -234,16 +243,29 @@ def _restore_from(source: Source, parts: TrainingSetup, content: Content | None)
     progress = Progress(**state["progress"])
     # Checkpoints from before there was this entry were written after the evaluation of their step.
     is_due = state.get("evaluation_due", False)
-    spent = on_every_rank(lambda: _time_spent(directory, index), group)
-    return Restored(progress, schedule, directory, None, source.why, tuple(lines), is_due, spent)
+    spent = on_every_rank(lambda: _read_if_stored(directory, index, TIME_DOCUMENT, TimeSpent.from_json), group)
+    blend = on_every_rank(lambda: _read_if_stored(directory, index, BLEND_DOCUMENT, BlendHistory.from_json), group)
+    return Restored(
+        progress,
+        schedule,
+        directory,
+        why=source.why,
+        lines=tuple(lines),
+        evaluation_due=is_due,
+        time_spent=spent or TimeSpent(),
+        blend=blend,
+        saved_corpora=(saved.content or content_of_paths(saved.config.data)).training,
+    )
 
 
-def _time_spent(directory: Path, index: Index) -> TimeSpent:
-    """That of the run until this checkpoint; versions before this one did not store it."""
-    if f"{TIME_DOCUMENT}.json" not in index.documents:
-        return TimeSpent()
+def _read_if_stored(
+    directory: Path, index: Index, document: str, from_json: Callable[[Mapping[str, Any]], DocumentT]
+) -> DocumentT | None:
+    """What a document holds; None for checkpoints of versions that did not store it."""
+    if f"{document}.json" not in index.documents:
+        return None
     try:
-        return TimeSpent.from_json(read_document(directory, TIME_DOCUMENT))
+        return from_json(read_document(directory, document))
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}; load an earlier checkpoint with --ckpt-step") from error
 

@@ -10,14 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron3d.data.blend import MAX_PERIOD, Blend, Corpus, fair_turns, integer_weights, parse_data_path
+from megatron3d.data.blend import (
+    MAX_PERIOD,
+    Blend,
+    BlendOrder,
+    BlendSegment,
+    Corpus,
+    fair_turns,
+    integer_weights,
+    parse_data_path,
+)
 from megatron3d.data.mock import MockSamples
-from megatron3d.errors import ConfigError
+from megatron3d.errors import ConfigError, DataError
 
 
 def blend_of(weights: tuple[int, ...]) -> Blend:
     streams = [MockSamples(str(i), seq_length=4, vocab_size=50, eod_token=None, seed=i) for i in range(len(weights))]
-    return Blend(streams, weights)
+    return Blend(streams, BlendOrder.constant(weights))
 
 
 def largest_error(turns: np.ndarray, weights: tuple[int, ...]) -> Fraction:
@@ -55,6 +64,64 @@ def test_far_sample_is_found_without_the_ones_before_it() -> None:
     near, near_number = blend.choose(4)
     assert (corpus, own_number) == (near, near_number + 10**14 * (7, 3)[near])
     assert blend.sample(10**15 + 4).tolist() == blend.streams[corpus].sample(own_number).tolist()
+
+
+@st.composite
+def segments_and_end(draw: st.DrawFn) -> tuple[list[BlendSegment], int]:
+    """Up to five segments of up to four corpora, some of them without weight, and a number of samples beyond."""
+    num_corpora = draw(st.integers(1, 4))
+    weights = st.lists(st.integers(0, 9), min_size=num_corpora, max_size=num_corpora).filter(any)
+    firsts = [0, *sorted(draw(st.sets(st.integers(1, 200), max_size=4)))]
+    return [BlendSegment(first, tuple(draw(weights))) for first in firsts], firsts[-1] + draw(st.integers(0, 60))
+
+
+@settings(max_examples=150, deadline=None)
+@given(segments_and_end())
+def test_no_sample_is_repeated_or_lost_over_any_segments(drawn: tuple[list[BlendSegment], int]) -> None:
+    """Each corpus counts for itself, and within a segment it is less than one sample away from its due."""
+    segments, end = drawn
+    order = BlendOrder(segments)
+    served = Counter()
+    for number in range(end):
+        corpus, own_number = order.choose(number)
+        segment = [one for one in segments if one.first_sample <= number][-1]
+        assert segment.weights[corpus] > 0
+        assert own_number == served[corpus]
+        served[corpus] += 1
+        due = Fraction((number + 1 - segment.first_sample) * segment.weights[corpus], sum(segment.weights))
+        assert abs(served[corpus] - order.served(segment.first_sample)[corpus] - due) < 1
+    assert order.served(end) == tuple(served[corpus] for corpus in range(len(segments[0].weights)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(segments_and_end())
+def test_samples_before_a_segment_are_what_they_were_without_it(drawn: tuple[list[BlendSegment], int]) -> None:
+    segments, _ = drawn
+    order, before = BlendOrder(segments), BlendOrder(segments[:-1] or segments)
+    last = segments[-1].first_sample
+    assert [order.choose(number) for number in range(last)] == [before.choose(number) for number in range(last)]
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([BlendSegment(1, (1,))], "do not rise from 0"),
+        ([BlendSegment(0, (1,)), BlendSegment(0, (2,))], "do not rise from 0"),
+        ([BlendSegment(0, (1,)), BlendSegment(5, (1, 1))], "different numbers"),
+        ([BlendSegment(0, (0, 0)), BlendSegment(5, (1, 1))], "at least one must be positive"),
+    ],
+)
+def test_segments_that_make_no_sense_are_refused(segments: list[BlendSegment], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BlendOrder(segments)
+
+
+def test_a_corpus_that_has_left_a_blend_is_named_where_it_is_asked_for() -> None:
+    stream = MockSamples("0", seq_length=4, vocab_size=50, eod_token=None, seed=0)
+    blend = Blend([None, stream], BlendOrder([BlendSegment(0, (1, 1)), BlendSegment(4, (0, 1))]))
+    assert blend.sample(4).tolist() == stream.sample(2).tolist()
+    with pytest.raises(DataError, match="sample 0 is of corpus 0 of the blend, which has left it since"):
+        blend.sample(0)
 
 
 def test_negative_sample_is_refused() -> None:

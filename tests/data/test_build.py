@@ -10,7 +10,9 @@ import torch
 
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.data.blend import Blend
+from megatron3d.data.blend_history import BlendHistory, continued_blend
 from megatron3d.data.build import BertData, GPTData, build_bert_data, build_gpt_data
+from megatron3d.data.content import content_of
 from megatron3d.data.gpt import GPTSamples
 from megatron3d.data.indexed import IndexedDatasetWriter
 from megatron3d.data.tokenizer import Tokenizer, build_tokenizer
@@ -193,6 +195,18 @@ def test_bert_data_is_split_blended_and_read(sentences: tuple[str, str], tokeniz
     original = torch.where(batch.loss_mask_BS.bool(), batch.labels_BS, batch.tokens_BS)
     assert set(original.unique().tolist()) <= {0, 2, 3, *range(85, 100)}
     assert batch.tokens_BS.shape == (50, 32) and batch.sentence_labels_B is not None
+
+
+def test_a_changed_blend_of_sentences_continues_each_corpus(sentences: tuple[str, str], tokenizer: Tokenizer) -> None:
+    data = build_bert(tokenizer, data_path=sentences, split="100,0,0")
+    content = content_of(DataConfig(data_path=sentences), vocab_size=1000).training
+    blend = continued_blend(BlendHistory.begun(content, (1, 4)), content[::-1], (1, 1), 10)
+    mirrored = build_bert(tokenizer, data_path=sentences[::-1], split="100,0,0")
+    found, streams = mirrored.corpora.stream(blend), data.train.streams
+    for number in range(10, 30):
+        corpus, own_number = found.choose(number)
+        assert own_number >= (2, 8)[corpus]
+        assert found.sample(number).tokens.tolist() == streams[corpus].sample(own_number).tokens.tolist()
 
 
 def test_bert_options_reach_the_samples(sentences: tuple[str, str], tokenizer: Tokenizer) -> None:

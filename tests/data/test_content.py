@@ -96,15 +96,19 @@ def test_content_is_stored_and_read_back(tmp_path: Path) -> None:
     assert [one.share for one in found.corpora["all"]] == ["1/4", "3/4"]
 
 
-def test_order_share_and_content_make_a_blend_and_places_do_not(tmp_path: Path) -> None:
+def test_share_and_content_make_a_blend_and_places_do_not(tmp_path: Path) -> None:
     a, b = write_pair(tmp_path / "a"), write_pair(tmp_path / "b", bin_bytes=b"other")
     same = write_pair(tmp_path / "same")
     saved = of("1", a, "3", b)
     assert content_differences(saved, of("0.25", same, "0.75", b)) == []
     assert moved(saved, of("0.25", same, "0.75", b)) == [f"{a} has moved to {same}, with the same content"]
-    for other in (of("3", b, "1", a), of("3", a, "1", b), of(a, b), of(a), of("1", a, "3", a)):
-        (found,) = content_differences(saved, other)
-        assert (found.effect, found.option) == (Effect.SAMPLES, "the data of --data-path")
+    assert content_differences(saved, of("3", b, "1", a)) == [], "the order of corpora says nothing"
+    reweighted = [of("3", a, "1", b), of("1", b, "3", a), of(a, b)]
+    replaced = [of(a), of("1", a, "3", a), of("1", a, "3", b, "1", a)]
+    for effect, others in ((Effect.REPORTED, reweighted), (Effect.SAMPLES, replaced)):
+        for other in others:
+            (found,) = content_differences(saved, other)
+            assert (found.effect, found.option) == (effect, "the data of --data-path")
     assert content_differences(of(a), of("0.5", same)) == [], "the weight of a single corpus says nothing"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -121,10 +123,45 @@ def test_other_corpora_are_refused(corpora: Path, path: str) -> None:
     refused(ended, "the data of --data-path: checkpoint", OVERRIDE)
 
 
-@pytest.mark.parametrize(("weights", "code"), [(("7", "3"), 0), (("0.6", "0.4"), 4)])
-def test_blend_weights_are_compared_as_shares(corpora: Path, weights: tuple[str, str], code: int) -> None:
-    blend = ["--data-path", weights[0], str(corpora / "a"), weights[1], str(corpora / "b")]
-    assert run([*words(TINY, "--train-iters 7 --load", corpora / "on_blend"), *blend]).code == code
+def test_blend_weights_are_compared_as_shares_and_may_change(corpora: Path, tmp_path: Path) -> None:
+    blend = ["--data-path", "3", str(corpora / "b"), "7", str(corpora / "a")]
+    ended = run([*words(TINY, "--train-iters 7 --load", corpora / "on_blend"), *blend])
+    assert ended.code == 0 and "the blend of the training data changes" not in ended.out
+    blend[1::2] = "0.6", "0.4"
+    ended = run([*words(TINY, "--train-iters 7 --load", corpora / "on_blend", "--save", tmp_path), *blend])
+    assert ended.code == 0, ended.err
+    assert f"  {corpora}/a: 70.0000% before, 40.0000% now, 34 samples served" in ended.log
+    stored = read_document(tmp_path / "iter_0000007", "blend")
+    assert stored["segments"] == [{"first_sample": 0, "weights": [7, 3]}, {"first_sample": 48, "weights": [2, 3]}]
+
+
+def test_a_changed_blend_continues_alike_at_another_layout_and_after_another_resume(
+    corpora: Path, pool: Pool, tmp_path: Path
+) -> None:
+    """The checkpoint is copied without `blend.json`, as an earlier version would have written it."""
+    blend = ["--data-path", "1", corpora / "b", "1", corpora / "a"]
+    straight, again, parallel = (tmp_path / name for name in ("straight", "again", "parallel"))
+    options = words(TINY, *blend, "--load", _without_blend(corpora / "on_blend", tmp_path / "old"), "--train-iters 9")
+    assert run([*options, *words("--metrics-file", straight)]).code == 0
+    for length in ("--exit-interval 8", ""):
+        run([*options, *words("--save", tmp_path / "save", "--metrics-file", again, length)])
+    for ended in pool.run(2, on_rank, [*options, "--metrics-file", str(parallel)]):
+        assert ended.code == 0, ended.err
+    expected = [record["loss"] for record in steps(straight)]
+    assert len(expected) == 3 and [record["loss"] for record in steps(again)] == expected
+    assert [record["loss"] for record in steps(parallel)] == pytest.approx(expected, rel=1e-5)
+
+
+def _without_blend(load: Path, copy: Path) -> Path:
+    """A copy of checkpoints whose index names no `blend.json`."""
+    shutil.copytree(load, copy)
+    for path in copy.glob("iter_*/index.json"):
+        body = json.loads(path.read_text())
+        del body["documents"]["blend.json"], body["crc32"]
+        canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        path.write_text(json.dumps(body | {"crc32": f"{zlib.crc32(canonical.encode()):08x}"}))
+        (path.parent / "blend.json").unlink()
+    return copy
 
 
 def test_another_split_is_refused_and_only_the_validation_data_is_reported(corpora: Path, tmp_path: Path) -> None:

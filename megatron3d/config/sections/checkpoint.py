@@ -69,8 +69,8 @@ class CheckpointConfig:
     )
     override_sample_order: bool = switch(
         "--override-sample-order",
-        "Resume with another seed, data, split, sequence length, masking or tokenizer than the checkpoint's: samples "
-        "are counted on from its number in the new order.",
+        "Resume with another seed, split, sequence length, masking, tokenizer or other corpora than the checkpoint's: "
+        "samples are counted on in the new order, those of each corpus for itself.",
     )
     override_tokenizer: bool = switch(
         "--override-tokenizer",
