@@ -36,6 +36,7 @@ def derive(given: GivenRun, world_size: int) -> DraftRun:
         train=train,
         optim=_derive_optim(given.optim, train, given.model.seq_length),
         data=_derive_data(given.data),
+        curriculum=given.curriculum,
         checkpoint=given.checkpoint,
     )
     return replace(draft, as_given=what_was_given(given, draft))
@@ -63,6 +64,7 @@ def complete(draft: DraftRun) -> RunConfig:
         parallel=draft.parallel,
         optim=_narrowed(draft.optim, OptimConfig),
         data=draft.data,
+        curriculum=draft.curriculum,
         train=_narrowed(draft.train, TrainConfig),
         checkpoint=draft.checkpoint,
         as_given=draft.as_given,

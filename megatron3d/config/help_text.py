@@ -15,6 +15,7 @@ _GROUP_TITLES = {
     "train": "train: how long, in which batches, and what is logged",
     "optim": "optim: how weights are updated, and in which precision",
     "data": "data: which tokens are read",
+    "curriculum": "curriculum: which samples are admitted when",
     "checkpoint": "checkpoint: what is saved and loaded",
 }
 _EPILOG = (

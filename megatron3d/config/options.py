@@ -16,6 +16,7 @@ from megatron3d.config.fields import Flag
 from megatron3d.config.run import GivenRun
 from megatron3d.config.sections.checkpoint import CheckpointConfig
 from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.data_efficiency import CurriculumConfig
 from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.config.sections.optim import GivenOptim, OptimConfig
 from megatron3d.config.sections.parallel import GivenParallel, ParallelConfig
@@ -32,6 +33,7 @@ GIVEN: Mapping[str, type] = MappingProxyType(
         "train": GivenTrain,
         "optim": GivenOptim,
         "data": DataConfig,
+        "curriculum": CurriculumConfig,
         "checkpoint": CheckpointConfig,
     }
 )
@@ -43,6 +45,7 @@ SECTIONS: Mapping[str, type] = MappingProxyType(
         "train": TrainConfig,
         "optim": OptimConfig,
         "data": DataConfig,
+        "curriculum": CurriculumConfig,
         "checkpoint": CheckpointConfig,
     }
 )

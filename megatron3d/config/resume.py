@@ -121,6 +121,15 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
             Effect.REPORTED: "valid_data_path test_data_path",
             Effect.FREE: "num_workers dataloader_check_ids",
         },
+        "curriculum": {
+            Effect.SAMPLES: (
+                "curriculum_metric curriculum_difficulty_type curriculum_min_difficulty curriculum_max_difficulty "
+                "curriculum_pacing curriculum_steps curriculum_difficulty_step curriculum_root_degree "
+                "curriculum_difficulties curriculum_last_steps curriculum_warmup_fraction curriculum_seed"
+            ),
+            # The files may move; that they are of this data is compared when they are opened.
+            Effect.FREE: "curriculum_index curriculum_deepspeed_index",
+        },
         "checkpoint": {
             Effect.FREE: (
                 "save load pretrained_checkpoint save_interval async_save keep_last save_retain_interval ckpt_step "

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron3d.config.sections.checkpoint import CheckpointConfig
 from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.data_efficiency import CurriculumConfig
 from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.config.sections.optim import GivenOptim, OptimConfig
 from megatron3d.config.sections.parallel import GivenParallel, ParallelConfig
@@ -26,6 +27,7 @@ class GivenRun:
     parallel: GivenParallel = field(default_factory=GivenParallel)
     optim: GivenOptim = field(default_factory=GivenOptim)
     data: DataConfig = field(default_factory=DataConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     train: GivenTrain = field(default_factory=GivenTrain)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

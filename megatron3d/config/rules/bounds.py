@@ -62,7 +62,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(
         "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples lr_warmup_tokens weight_decay start_weight_decay "
         "end_weight_decay clip_grad eval_iters ckpt_step seed num_workers eod_token num_token_types init_method_std "
-        "zero_prefetch_units profile_step_start moe_z_loss_coeff moe_min_capacity",
+        "curriculum_seed zero_prefetch_units profile_step_start moe_z_loss_coeff moe_min_capacity",
         at_least=0,
     ),
     Bound(
@@ -77,7 +77,7 @@ BOUNDS: tuple[Bound, ...] = (
         at_least=0,
         below=1,
     ),
-    Bound("rotary_percent", above=0, at_most=1),
+    Bound("rotary_percent curriculum_warmup_fraction", above=0, at_most=1),
     Bound("mask_prob", above=0, below=1),
     Bound("short_seq_prob", at_least=0, at_most=1),
 )

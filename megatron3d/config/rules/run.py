@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from megatron3d.config.batch_size import batch_size_at, parse_step_schedule
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.options import BY_NAME
+from megatron3d.config.rules.curriculum import curriculum_rule
 from megatron3d.config.rules.optimizer import decoupling_rule, implementation_rule, moments_rule
 from megatron3d.config.rules.tokenizer import tokenizer_rule
 from megatron3d.config.rules.tokens import accumulation_rule, tokens_rule
@@ -54,6 +55,7 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from recompute_rule(train, run.train)
     yield from matmul_rule(train, optim, run.parallel.device)
     yield from data_rule(run.data)
+    yield from curriculum_rule(run.curriculum, run.data, run.train, run.parallel.data_parallel_size)
     yield from tokenizer_rule(given.data, run.data, given.model.vocab_size)
     yield from checkpoint_rule(given.checkpoint)
     yield from tokens_rule(train, optim, seq_length)

@@ -19,6 +19,7 @@ _TAKEN = {
         *("recompute_granularity", "recompute_activations", "recompute_method", "recompute_num_layers"),
     },
     "data": {"tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "seed"},
+    "curriculum": set(),
     "checkpoint": {"save", "load", "ckpt_step"},
 }
 # Options that something of the task stands for.
