@@ -32,6 +32,7 @@ def main(context: RunContext) -> None:
 
     # The rest needs torch, whose import takes seconds: a mistake above is answered without it.
     from megatron3d.data.build import build_data
+    from megatron3d.data.curriculum.build import RunLength, with_curriculum
     from megatron3d.models.zoo import architecture_of
     from megatron3d.train.joining import joined
     from megatron3d.train.loop import open_streams, train
@@ -44,6 +45,8 @@ def main(context: RunContext) -> None:
         # Which sentences, and which of their tokens are masked: a function of the sample's number on every rank.
         given = {"tokenizer": vocabulary.tokenizer, "eod_token": vocabulary.eod_token}
         data = build_data(config.data, config.model, **given)
+        length = RunLength(config.train, config.parallel.data_parallel_size)
+        data = with_curriculum(data, config.curriculum, config.data, length, vocab_size=config.model.vocab_size)
         if is_first:
             print("\n".join(data.notes), end="\n" if data.notes else "")
         stop_while_starting(context, mesh)

@@ -89,8 +89,8 @@ class RootPacing:
         wanted = share * (self.maximum - self.minimum) + self.minimum
         size = self.difficulty_step
         if float(size).is_integer():
-            whole = math.floor(wanted)
-            rounded = float(whole - whole % int(size))
+            floored = math.floor(wanted)
+            rounded = float(floored - floored % int(size))
         else:
             rounded = math.floor(wanted / size + _ROUNDING) * size
         return float(min(max(rounded, self._multiple_from(self.minimum)), self.maximum))

@@ -135,13 +135,29 @@ class BertSamples:
 
     def sample(self, number: int) -> BertSample:
         """Sample `number`. Raises: IndexError for a negative number; DataError for an id outside the vocabulary."""
-        segments = self.segments(number)
+        return self.fixed(number, number)
+
+    @property
+    def num_fixed(self) -> int:
+        """Fixed samples: those of the first epoch."""
+        return self.num_samples_per_epoch
+
+    def fixed(self, index: int, draw: int) -> BertSample:
+        """The sentences of sample `index` with masks drawn by `draw`, so that they are new each time it is shown.
+
+        Raises: as `sample`.
+        """
+        segments = self.segments(index)
         a = self._row.read(segments.a[0], segments.a[1] - segments.a[0])
         b = None if segments.b is None else self._row.read(segments.b[0], segments.b[1] - segments.b[0])
         for stretch, ids in ((segments.a, a), (segments.b, b)):
             self._check_ids(stretch, ids)
-        generator = np.random.default_rng(derive_seed(self.seed, "masking", number))
+        generator = np.random.default_rng(derive_seed(self.seed, "masking", draw))
         return make_sample(a, b, segments.label, self.form, generator)
+
+    def locate_fixed(self, index: int, position: int) -> str:
+        """The same as `locate`: a fixed sample has the number of its place in the first epoch."""
+        return self.locate(index, position)
 
     def locate(self, number: int, position: int) -> str:
         """File, document, sequence and offset of token `position` of sample `number`."""

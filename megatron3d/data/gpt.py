@@ -57,6 +57,19 @@ class GPTSamples:
         """File, document, sequence and offset of token `position` of sample `number`."""
         return self._row.locate(self._first_token(number) + position)
 
+    @property
+    def num_fixed(self) -> int:
+        """Fixed samples: as many as an epoch has."""
+        return self.num_samples_per_epoch
+
+    def fixed(self, index: int, draw: int) -> NDArray[np.int64]:
+        """The S + 1 tokens from index*S on, as cut without an epoch's shift; nothing of them is drawn by `draw`."""
+        return self._row.read(index * self.seq_length, self.seq_length + 1)
+
+    def locate_fixed(self, index: int, position: int) -> str:
+        """File, document, sequence and offset of token `position` of fixed sample `index`."""
+        return self._row.locate(index * self.seq_length + position)
+
     def describe(self) -> str:
         """Documents, tokens and samples."""
         return (

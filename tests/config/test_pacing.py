@@ -116,7 +116,7 @@ BAD_OPTIONS: dict[str, str] = {
 
 
 @pytest.mark.parametrize("sentence", BAD_OPTIONS)
-def test_bad_options_of_the_curriculum_are_told_at_the_start(sentence: str) -> None:
+def test_bad_options_of_the_curriculum_are_named_at_the_start(sentence: str) -> None:
     problems = problems_of(BAD_OPTIONS[sentence])
     assert any(sentence in problem for problem in problems), problems
 

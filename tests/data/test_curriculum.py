@@ -1,0 +1,246 @@
+"""The curriculum's stream: bounds that hold, one draw of each sample, and batches that depend on nothing but k."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron3d.config.check import resolve
+from megatron3d.config.cli import parse_args
+from megatron3d.data.blend import Blend
+from megatron3d.data.build import GPTData, build_gpt_data
+from megatron3d.data.curriculum.build import RunLength, identity_of, with_curriculum
+from megatron3d.data.curriculum.index import read_index, write_index
+from megatron3d.data.curriculum.repeats import expected_distinct
+from megatron3d.data.curriculum.stream import Curriculum
+from megatron3d.data.gpt import GPTSamples
+from megatron3d.data.indexed import IndexedDataset
+from megatron3d.data.loader import GlobalBatches
+from megatron3d.data.order import derive_seed
+from megatron3d.errors import ConfigError, DataError
+from tests.data.corpora import counting_documents, write_documents
+
+S = 4
+BASE = (
+    "--num-layers 1 --hidden-size 8 --num-attention-heads 2 --seq-length 4 --max-position-embeddings 4 "
+    "--micro-batch-size 1 --vocab-size 60000 --lr 1e-3 --global-batch-size 8 --train-iters 1000 --split 1,0,0"
+)
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two corpora with an index each, of metrics that are random numbers and do not agree."""
+    root = tmp_path_factory.mktemp("curriculum")
+    for number, lengths in enumerate(([40, 7, 300, 1500, 153], [900, 101])):
+        write_documents(root / f"c{number}", counting_documents(lengths))
+        stream = stream_of(root, number)
+        for place, metric in enumerate(("hard", "odd")):
+            values = np.random.default_rng([number, place]).gamma(2.0, 10.0, stream.num_fixed)
+            write_index(root / f"i{number}" / metric, metric, values, identity_of(stream, None), version=1)
+    return root
+
+
+def stream_of(root: Path, number: int) -> GPTSamples:
+    dataset = IndexedDataset(root / f"c{number}")
+    return GPTSamples(dataset, range(dataset.num_documents), seq_length=S, seed=derive_seed(1234, "train", number))
+
+
+def data_of(root: Path, options: str, *, num_corpora: int = 1, base: str = BASE) -> GPTData:
+    paths = " ".join(str(root / f"c{number}") for number in range(num_corpora))
+    indexes = " ".join(str(root / f"i{number}") for number in range(num_corpora))
+    argv = f"{base} --data-path {paths} --curriculum-index {indexes} {options}".split()
+    run = resolve(parse_args(argv, program="p", description="d", log=lambda line: None), 1)
+    plain = build_gpt_data(run.data, seq_length=S, vocab_size=60000, eod_token=None)
+    return with_curriculum(plain, run.curriculum, run.data, RunLength(run.train, 1), vocab_size=60000)
+
+
+def train_of(root: Path, options: str, **more: Any) -> Curriculum:
+    found = data_of(root, options, **more).train
+    assert isinstance(found, Curriculum)
+    return found
+
+
+def metric_of(root: Path, number: int, metric: str) -> np.ndarray:
+    """The metric of each sample, by its number."""
+    index = read_index(root / f"i{number}" / metric)
+    found = np.empty(index.num_samples, dtype=np.float32)
+    found[index.order] = index.value
+    return found
+
+
+BY_VALUE = (
+    "--curriculum-metric hard --curriculum-difficulty-type value --curriculum-min-difficulty 5 "
+    "--curriculum-max-difficulty 90 --curriculum-steps 400"
+)
+
+
+def test_no_sample_of_a_thousand_steps_is_above_the_bound_of_its_step(corpora: Path) -> None:
+    """The bound from DeepSpeed's formula, the metric from the file, and the sample by its first token."""
+    curriculum, metric = train_of(corpora, BY_VALUE), metric_of(corpora, 0, "hard")
+    hardest = []
+    for step in range(1, 1001):
+        bound = min(np.floor(min(step / 400, 1.0) ** 0.5 * 85 + 5), 90)
+        numbers = [int(curriculum.sample((step - 1) * 8 + row)[0]) // S for row in range(8)]
+        hardest.append(metric[numbers].max())
+        assert hardest[-1] <= bound, f"step {step}"
+    assert max(hardest[:50]) < max(hardest) and max(hardest) > 60
+
+
+def test_with_several_metrics_a_sample_passes_all_bounds(corpora: Path) -> None:
+    options = (
+        "--curriculum-metric hard odd --curriculum-difficulty-type value percentile --curriculum-min-difficulty 9 40 "
+        "--curriculum-max-difficulty 90 100 --curriculum-steps 300 --curriculum-pacing fixed_linear"
+    )
+    curriculum = train_of(corpora, options)
+    hard, odd = metric_of(corpora, 0, "hard"), metric_of(corpora, 0, "odd")
+    ranks = np.argsort(np.argsort(odd, kind="stable"), kind="stable")
+    for step in (1, 2, 50, 150, 299, 300, 999):
+        share = min(step / 300, 1)
+        may = (hard <= np.floor(share * 81 + 9)) & (ranks < len(odd) * int(share * 60 + 40) // 100)
+        shown = {int(curriculum.sample((step - 1) * 8 + row)[0]) // S for row in range(8)}
+        assert shown <= set(np.flatnonzero(may).tolist()), f"step {step}"
+
+
+def test_on_a_plateau_each_admitted_sample_comes_once_before_any_comes_twice(corpora: Path) -> None:
+    options = (
+        "--curriculum-metric hard --curriculum-pacing fixed_discrete --curriculum-difficulties 20,50,100 "
+        "--curriculum-last-steps 37,200"
+    )
+    curriculum = train_of(corpora, options)
+    order = read_index(corpora / "i0" / "hard").order
+    for first, stop, admitted in ((0, 296, 99), (296, 1600, 249), (1600, 3000, 499)):
+        numbers = [int(curriculum.sample(slot)[0]) // S for slot in range(first, stop)]
+        passes = [numbers[begin : begin + admitted] for begin in range(0, len(numbers), admitted)]
+        wanted = sorted(order[:admitted].tolist())
+        for one in passes:
+            assert len(set(one)) == len(one) and set(one) <= set(wanted)
+        assert all(sorted(one) == wanted for one in passes if len(one) == len(wanted))
+        assert len(passes) < 2 or passes[0][: len(passes[1])] != passes[1]
+
+
+def test_batches_are_the_same_after_a_resume_and_at_any_number_of_ranks(corpora: Path) -> None:
+    options = f"{BY_VALUE} --curriculum-warmup-fraction 0.3"
+
+    def batches(first_step: int, dp: int) -> list[bytes]:
+        found = []
+        data = data_of(corpora, options, num_corpora=2)
+        assert data.train is not None
+        readers = [GlobalBatches(data.reader(data.train), num_workers=0) for _ in range(dp)]
+        for step in range(first_step, 400, 7):
+            parts = [reader.read(step * 8, 8, rank, dp) for rank, reader in enumerate(readers)]
+            rows = [np.concatenate([part.tokens_BS, part.labels_BS], axis=1) for part in parts]
+            found.append(np.concatenate(rows).tobytes())
+        return found
+
+    whole = batches(0, 1)
+    assert batches(140, 1) == whole[20:]
+    assert batches(0, 2) == whole
+    assert batches(0, 4) == whole
+    assert len(set(whole)) == len(whole)
+
+
+def test_each_corpus_of_a_blend_follows_its_own_index(corpora: Path) -> None:
+    curriculum = train_of(corpora, BY_VALUE, num_corpora=2)
+    assert isinstance(curriculum.plain, Blend)
+    metrics = [metric_of(corpora, number, "hard") for number in range(2)]
+    served = [0, 0]
+    for slot in range(3000):
+        corpus, own = curriculum.plain.choose(slot)
+        assert own == served[corpus]
+        served[corpus] += 1
+        found = curriculum.choose(slot)
+        assert found is not None and found[0] == corpus
+        step = slot // 8 + 1
+        assert metrics[corpus][found[1]] <= min(np.floor(min(step / 400, 1.0) ** 0.5 * 85 + 5), 90)
+
+
+def test_behind_the_warm_up_the_batches_are_those_without_a_curriculum(corpora: Path) -> None:
+    data = data_of(corpora, f"{BY_VALUE} --curriculum-warmup-fraction 0.25")
+    curriculum = data.train
+    assert isinstance(curriculum, Curriculum) and curriculum.warmup_slots == 2000
+    plain = curriculum.plain
+    assert all(np.array_equal(curriculum.sample(slot), plain.sample(slot)) for slot in range(2000, 2500))
+    assert not all(np.array_equal(curriculum.sample(slot), plain.sample(slot)) for slot in range(1990, 2000))
+    assert any("a warm-up up to sample 2,000" in note for note in data.notes)
+    assert any("are expected to repeat an earlier one (without a curriculum 7,501)" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("more", ["", "--curriculum-warmup-fraction 0.03", "--curriculum-seed 7"])
+def test_expected_distinct_samples_are_about_those_that_come(corpora: Path, more: str) -> None:
+    curriculum = train_of(corpora, f"{BY_VALUE} {more}")
+    for num_slots in (120, 600, 1500):
+        seen = {int(curriculum.sample(slot)[0]) // S for slot in range(num_slots)}
+        expected = expected_distinct(curriculum, num_slots)
+        assert expected is not None
+        # three standard deviations of as many independent draws, or more
+        assert abs(expected - len(seen)) <= 3 * max(4.0, 0.5 * len(seen) ** 0.5), (num_slots, expected, len(seen))
+
+
+def test_a_ramp_of_the_batch_size_moves_the_plateaus_with_the_steps(corpora: Path) -> None:
+    base = BASE.replace("--train-iters 1000", "--train-samples 4000")
+    options = (
+        "--rampup-batch-size 4 4 400 --curriculum-metric hard --curriculum-pacing fixed_discrete "
+        "--curriculum-difficulties 10,100 --curriculum-last-steps 150"
+    )
+    curriculum = train_of(corpora, options, base=base)
+    assert [one.first_slot for one in curriculum.plateaus] == [0, 100 * 4 + 50 * 8]
+
+
+DISCRETE = "--curriculum-metric hard --curriculum-pacing fixed_discrete --curriculum-last-steps 5"
+BAD: dict[str, str] = {
+    "admits 0 of the 499 samples": f"{DISCRETE} --curriculum-difficulties 0,90 --curriculum-difficulty-type value",
+    "but a step takes 8 of them; raise --curriculum-min-difficulty": f"{DISCRETE} --curriculum-difficulties 1,90",
+    "cannot be read (No such file or directory); make it by tools/analyze_data.py": (
+        "--curriculum-metric missing --curriculum-steps 9"
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_bounds_that_admit_too_little_and_missing_indexes_are_named(corpora: Path, sentence: str) -> None:
+    with pytest.raises((ConfigError, DataError)) as caught:
+        data_of(corpora, BAD[sentence])
+    assert sentence in str(caught.value)
+
+
+def test_there_is_one_index_for_each_corpus(corpora: Path) -> None:
+    with pytest.raises(ConfigError, match=r"names 1 directories for 2 corpora"):
+        data_of(corpora, f"{BY_VALUE} --curriculum-index {corpora / 'i0'}", num_corpora=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"dataset": "0" * 64}, "the corpus, by its digest is 00000000 there"),
+        ({"seq_length": 8}, "--seq-length is 8 there and 4 in this run"),
+        ({"documents": (0, 3)}, "the documents of the training split is 0 to 3 there and 0 to 5 in this run"),
+        ({"kind": "sentences"}, "the kind of model is sentence"),
+    ],
+)
+def test_an_index_of_other_samples_is_refused(
+    corpora: Path, tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    identity = replace(identity_of(stream_of(corpora, 0), None), **change)
+    write_index(tmp_path / "hard", "hard", np.arange(499.0), identity, version=1)
+    with pytest.raises(DataError, match="is of other samples than those of") as caught:
+        data_of(corpora, f"{BY_VALUE} --curriculum-index {tmp_path}")
+    assert sentence in str(caught.value)
+
+
+def test_damaged_files_of_an_index_are_named(corpora: Path, tmp_path: Path) -> None:
+    identity = identity_of(stream_of(corpora, 0), None)
+    write_index(tmp_path, "hard", np.arange(499.0), identity, version=1)
+    with open(tmp_path / "value.f32", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(DataError, match=r"value.f32 holds 1997 bytes, but 499 samples need 1996"):
+        read_index(tmp_path)
+    (tmp_path / "index.json").write_text('{"format": 1, "metric": "hard"}')
+    with pytest.raises(DataError, match=r"index.json lacks or misspells 'samples'"):
+        read_index(tmp_path)
+    (tmp_path / "index.json").write_text("[")
+    with pytest.raises(DataError, match="is not valid JSON"):
+        read_index(tmp_path)
