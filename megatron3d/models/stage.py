@@ -23,8 +23,9 @@ from megatron3d.nn.inputs import KeyValueCache, LayerInputs
 from megatron3d.nn.loss_sink import LossSink, LossSpec
 from megatron3d.nn.positions import rotary_table
 from megatron3d.nn.recompute import ContextPair, LayerGroup, plan_recompute, run_layers
+from megatron3d.nn.token_dropping import TokenDropping, on_kept_positions
 from megatron3d.params.freeze import freeze
-from megatron3d.params.gate import WeightGate, WeightUse
+from megatron3d.params.gate import WeightUse
 from megatron3d.params.module import Declared, declared_parameters
 from megatron3d.params.spec import ParamSpec
 from megatron3d.tensor.context import LayerContext, unsharded_context
@@ -53,6 +54,7 @@ class MicroBatch:
         losses: takes the sums of the model's losses; None where there are no labels.
         dropout: the random numbers of this forward's dropout; None drops nothing.
         cache: keys and values of earlier tokens, for generation.
+        dropping: which positions each layer sees; None lets all see all, as in evaluation.
     """
 
     tokens_BS: Tensor
@@ -67,6 +69,7 @@ class MicroBatch:
     losses: LossSink | None = None
     dropout: DropoutStream | None = None
     cache: KeyValueCache | None = None
+    dropping: TokenDropping | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class StagePart:
 
 @dataclass(frozen=True)
 class StageModules:
-    """The modules of a stage, the gate of their weights, and the losses that the model declares, those of other stages
+    """The modules of a stage, the context of its layers, and the losses that the model declares, those of other stages
     included; the embedding and the head are None where the stage has none. `replay` keeps what the collectives of
     recomputed layers give."""
 
@@ -88,7 +91,7 @@ class StageModules:
     blocks: Mapping[int, nn.Module]
     head: nn.Module | None
     groups: tuple[LayerGroup, ...]
-    gate: WeightGate
+    context: LayerContext
     losses: tuple[LossSpec, ...]
     replay: ContextPair | None = None
 
@@ -108,7 +111,8 @@ class Stage(nn.Module):
         self.embedding = modules.embedding
         self.layers = nn.ModuleDict({str(number): block for number, block in modules.blocks.items()})
         self.head = modules.head
-        self.gate, self.losses, self.replay = modules.gate, modules.losses, modules.replay
+        self.context, self.gate = modules.context, modules.context.gate
+        self.losses, self.replay = modules.losses, modules.replay
 
     def forward(self, x_SBH: Tensor | None, micro: MicroBatch) -> Tensor:
         """Run the stage.
@@ -131,7 +135,10 @@ class Stage(nn.Module):
                 # part in the exchanges of the backward, and loads are counted there at every layout.
                 x_SBH = x_SBH.detach().requires_grad_()
         assert x_SBH is not None, "only the first stage runs without a hidden tensor"
-        layers = [self._gated(f"layers.{number}", layer) for number, layer in self.layers.items()]
+        layers = [
+            on_kept_positions(self._gated(f"layers.{number}", layer), int(number), self.context)
+            for number, layer in self.layers.items()
+        ]
         x_SBH = run_layers(layers, self.groups, x_SBH, inputs, replay=self.replay)
         if self.head is None:
             return x_SBH
@@ -205,7 +212,9 @@ class Stage(nn.Module):
             tokens = micro.tokens_BS
             with torch.no_grad():
                 rotary = rotary_table(self.config, tokens.shape[1], micro.position_ids_BS, device=tokens.device)
-        return LayerInputs(rotary, micro.attention_mask_BST, micro.cache, micro.dropout, micro.losses)
+        return LayerInputs(
+            rotary, micro.attention_mask_BST, micro.cache, micro.dropout, micro.losses, dropping=micro.dropping
+        )
 
 
 class BlockBuilder(Protocol):
@@ -255,7 +264,7 @@ def assemble_stage(
         layers_each=train.recompute_num_layers,
     )
     replay = context.replay.contexts if train.recompute_reuse_communication else None
-    stage = Stage(config, part, StageModules(embedding, blocks, head, groups, context.gate, losses, replay))
+    stage = Stage(config, part, StageModules(embedding, blocks, head, groups, context, losses, replay))
     freeze(stage, train.freeze_params)
     return stage
 

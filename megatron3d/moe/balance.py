@@ -12,6 +12,8 @@ The first three are 1 where the load is even. In the second f is that of the ste
 since the first backward of a pipeline begins before the last forward of the batch. The third depends on how the batch
 is cut into micro-batches, so it is not the same at every layout; it is Megatron-LM's default.
 
+A mean over tokens is one over those that the layer sees, where others pass it by (`nn/token_dropping.py`).
+
 The objective has the sum over layers; logs show the mean. So a layer adds its loss divided by the number of expert
 layers, and the weight is multiplied by it.
 
@@ -65,7 +67,7 @@ def add_balance(x: Tensor, router: Router, routing: Routing, places: TokenPlaces
         x = losses.add(x, _NAMES[kind], term.float() / layers, over_tp="partial")
     if config.moe_z_loss_coeff:
         squares_T = _of_tokens(logits_TE.logsumexp(-1, keepdim=True).square(), places)
-        x = losses.add(x, Z_LOSS, squares_T.sum().float() / layers, over_tp="partial")
+        x = losses.add(x, Z_LOSS, squares_T.sum().float() / (layers * places.share), over_tp="partial")
     return x
 
 
@@ -107,7 +109,7 @@ def _of_global_batch(router: Router, routing: Routing, scores_TE: Tensor, places
     before_E = router.previous.to(scores_TE.dtype)
     total = before_E.sum()
     share_E = torch.where(total > 0, before_E / total.clamp_min(1), 1 / router.num_experts)
-    return (share_E * scores_TE.sum(0)).sum() * router.num_experts
+    return (share_E * scores_TE.sum(0)).sum() * (router.num_experts / places.share)
 
 
 _Term = Callable[[Router, Routing, Tensor, TokenPlaces], Tensor]

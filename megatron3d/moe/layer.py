@@ -87,7 +87,9 @@ class MixtureOfExperts(nn.Module):
                 valid_T = (positions_S < length).repeat_interleave(samples)
         sample_T = torch.arange(samples, device=x_SBH.device).repeat(positions_S.shape[0])
         keys = None if inputs.dropout is None else partial(self._keys, inputs, positions_S, samples)
-        return x_SBH, TokenPlaces(sample_T, samples, length, keys, valid_T, has_capacity=inputs.cache is None)
+        return x_SBH, TokenPlaces(
+            sample_T, samples, length, keys, valid_T, has_capacity=inputs.cache is None, share=inputs.kept_share
+        )
 
     def _keys(self, inputs: LayerInputs, positions_S: Tensor, samples: int) -> Tensor:
         assert inputs.dropout is not None, "keys are of a training step"

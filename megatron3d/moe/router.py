@@ -52,6 +52,7 @@ class TokenPlaces:
             None where nothing random is drawn, as in evaluation.
         has_capacity: whether these are whole sequences, of which an expert may drop tokens.
         valid_T: which are tokens; others fill up a shard and pass no expert. None where all are.
+        share: of the positions of the sequence those that stand here, above 0 to 1; the others pass the layer by.
     """
 
     sample_T: Tensor
@@ -60,6 +61,7 @@ class TokenPlaces:
     keys: Callable[[], Tensor] | None
     valid_T: Tensor | None
     has_capacity: bool = True
+    share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megatron3d.nn.dropout import DropoutStream
@@ -19,6 +20,14 @@ class KeyValueCache(Protocol):
         ...
 
 
+class KeptPositions(Protocol):
+    """Which positions each layer sees, where some drop tokens (`token_dropping.py`)."""
+
+    def kept(self, layer: int, num_samples: int, length: int, device: torch.device) -> Tensor | None:
+        """Those that a layer sees of each sample, int64 [B, R], each row ascending; None where it sees all."""
+        ...
+
+
 @dataclass(frozen=True)
 class LayerInputs:
     """The same for every layer of one forward, and for its recomputation.
@@ -30,6 +39,8 @@ class LayerInputs:
         cache: keys and values of earlier tokens.
         dropout: the random numbers of this forward's dropout; None drops nothing.
         losses: takes what layers add to the model's losses; None where nobody asks for losses, as in generation.
+        dropping: which positions each layer sees; None lets all see all.
+        kept_share: of the positions of the sequence those that this layer sees, above 0 to 1.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
@@ -37,3 +48,5 @@ class LayerInputs:
     cache: KeyValueCache | None = None
     dropout: DropoutStream | None = None
     losses: LossSink | None = None
+    dropping: KeptPositions | None = None
+    kept_share: float = 1.0

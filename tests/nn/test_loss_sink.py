@@ -11,7 +11,7 @@ from megatron3d.models.stage import StageModules
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.loss_sink import LossSink, LossSpec, OverTp, loss_problems
 from megatron3d.nn.recompute import recomputed
-from megatron3d.params.gate import WeightGate
+from megatron3d.tensor.context import unsharded_context
 from megatron3d.train.step import counts_of, objective
 
 SPECS = (LossSpec("lm", "cross-entropy", "labels"), LossSpec("z", "squares", "positions", weight=0.5))
@@ -87,7 +87,7 @@ def test_mistakes_are_sentences() -> None:
     with pytest.raises(ValueError, match=r"'z' is torch\.bfloat16"):
         sink_of().add_hits("z", x.bfloat16().sum(), over_tp="equal")
     with pytest.raises(ValueError, match="two of these are alike: lm, z, lm"):
-        StageModules(None, {}, None, (), WeightGate(), (*SPECS, SPECS[0]))
+        StageModules(None, {}, None, (), unsharded_context(), (*SPECS, SPECS[0]))
 
 
 def test_a_loss_whose_count_the_batch_does_not_have_is_named() -> None:
