@@ -80,7 +80,9 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
         },
         "train": {
             Effect.REPORTED: (
-                "global_batch_size rampup_batch_size step_batch_size_schedule iterations_to_skip freeze_params matmul"
+                "global_batch_size rampup_batch_size step_batch_size_schedule iterations_to_skip freeze_params matmul "
+                "random_ltd random_ltd_min random_ltd_max random_ltd_steps random_ltd_step_size random_ltd_layers "
+                "random_ltd_router"
             ),
             # batch_size_steps is step_batch_size_schedule in samples; accumulation steps are in global_batch_size.
             Effect.FREE: (

@@ -81,6 +81,18 @@ def pretraining_flops(model: ModelConfig, frozen: tuple[str, ...] = ()) -> Sampl
     )
 
 
+def layer_flops(model: ModelConfig, frozen: tuple[str, ...] = ()) -> dict[int, SampleFlops]:
+    """The part of each layer in `pretraining_flops`."""
+    found: dict[int, SampleFlops] = {}
+    for one in _products(model, declared_specs(model, frozen)):
+        place, _, number = one.place.partition(".")
+        if place == "layers":
+            before = found.get(int(number), SampleFlops())
+            of_pairs = one.total if one.is_of_pairs else 0.0
+            found[int(number)] = SampleFlops(before.each_token + one.total - of_pairs, before.each_pair + of_pairs)
+    return found
+
+
 def classifier_flops(model: ModelConfig, num_outputs: int, frozen: tuple[str, ...] = ()) -> SampleFlops:
     """Those of a classifier, whose head sees one position, and whose last layer makes no other but for its keys and
     values."""

@@ -30,11 +30,11 @@ import torch
 from megatron3d_kernels.dropout import child_keys
 from torch import Tensor
 
+from megatron3d.config.random_ltd import NUM_STRATA
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.params.streams import stream_seed
 from megatron3d.tensor.context import LayerContext
 
-NUM_STRATA = 16
 _KEY_BITS = 58  # of the random numbers that are sorted, below the 4 bits of a stratum and the sign
 
 
@@ -56,7 +56,7 @@ class StratifiedRouter:
 
     Attributes:
         seed: of the run and the step (`step_seed`).
-        most_kept: positions to keep, a multiple of 16; as many of a shorter sample as its strata have.
+        most_kept: positions to keep, at least 16; where a sample has more, a multiple of 16 of them.
     """
 
     seed: int
@@ -66,7 +66,7 @@ class StratifiedRouter:
         """All of a sample that is not longer; else at most as many as strata of equal counts can give."""
         if self.most_kept >= length:
             return length
-        return min(self.most_kept, length // NUM_STRATA * NUM_STRATA)
+        return self.most_kept // NUM_STRATA * NUM_STRATA
 
     def kept(self, layer: int, samples: range, length: int, device: torch.device) -> Tensor | None:
         """Of each stratum those of the smallest random numbers, a number for each (seed, layer, sample, position)."""

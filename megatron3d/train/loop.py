@@ -262,7 +262,13 @@ class _Loop:
         recorder = recorder_of_step(self.parts, self.steps_made)
         computed_with = self.old_step if self.parts.engine.is_update_due else before.step
         result = train_step(
-            self.parts, batch, rates, step=before.step, wants_stop=reason is not None, recorder=recorder
+            self.parts,
+            batch,
+            rates,
+            step=before.step,
+            consumed_samples=before.consumed_samples,
+            wants_stop=reason is not None,
+            recorder=recorder,
         )
         synchronize(self.parts.model.device)
         self.progress = before.after(size, skipped=result.skipped)

@@ -65,6 +65,8 @@ class StepRecord:
     - `step_time_s` of the step alone, without evaluations and saves;
     - `tflops_per_device`, of the model's operations, and `mfu`, their share of the device's peak, 0 to 1, where that is
       known (or given by `--peak-tflops`);
+    - `layer_tokens` where layers drop tokens: how many each layer saw in the step, added up over the layers; without
+      dropping it would be tokens x layers;
     - `peak_memory_bytes` of rank 0 so far: of the allocator on CUDA, of the whole process on a CPU;
     - `goodput`, `wall_s` and `lost_steps` of the run so far (`goodput.py`).
 
@@ -89,6 +91,7 @@ class StepRecord:
     goodput: float | None = None
     wall_s: float | None = None
     lost_steps: int | None = None
+    layer_tokens: int | None = None
     losses: Mapping[str, float] = field(default_factory=dict)
     expert_loads: Mapping[str, float] = field(default_factory=dict)
 

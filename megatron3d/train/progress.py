@@ -38,7 +38,8 @@ class StepReport:
     the whole step over all devices; `elapsed_s` the time of the step alone. `grad_norm` is None where it is not
     computed, `loss_scale` except with fp16, `memory_bytes` (the peak of one device) where it is not known. `skipped`
     says that the weights stayed as they were. `losses` has the terms of `loss` by name where there are several, and
-    `expert_loads` how tokens were spread over experts, which no line shows.
+    `expert_loads` how tokens were spread over experts, which no line shows. `layer_tokens` is given where layers drop
+    tokens: how many each of the `num_layers` saw, all together.
     """
 
     step: int
@@ -53,6 +54,8 @@ class StepReport:
     memory_bytes: int | None = None
     losses: Mapping[str, float] = field(default_factory=dict)
     expert_loads: Mapping[str, float] = field(default_factory=dict)
+    layer_tokens: int | None = None
+    num_layers: int = 1
 
 
 class ProgressReporter:
@@ -154,6 +157,9 @@ class ProgressReporter:
             parts.append(f"grad norm {last.grad_norm:.4g}")
         if elapsed_s > 0:
             parts += self._rates(steps, elapsed_s)
+        if last.layer_tokens is not None:
+            share = last.layer_tokens / (last.tokens * last.num_layers)
+            parts.append(f"{format_count(last.layer_tokens)} layer tokens ({100 * share:.1f} %)")
         if last.memory_bytes is not None:
             parts.append(f"memory {format_bytes(last.memory_bytes)}")
         if last.loss_scale is not None:

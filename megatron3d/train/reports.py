@@ -21,7 +21,7 @@ from megatron3d.comm.collectives import all_reduce
 from megatron3d.comm.device import device_name, peak_memory_bytes
 from megatron3d.config.serialize import to_dict
 from megatron3d.errors import DataError
-from megatron3d.models.flops import peak_tflops, pretraining_flops
+from megatron3d.models.flops import layer_flops, peak_tflops, pretraining_flops
 from megatron3d.optim.build import state_bytes
 from megatron3d.pipeline.simulate import simulate
 from megatron3d.pipeline.split.stages import describe
@@ -61,6 +61,7 @@ class Reports:
         self._devices = devices_of(parts)
         model, frozen = parts.config.model, parts.config.train.freeze_params
         self._sample_flops = pretraining_flops(model, frozen).of([model.seq_length])
+        self._layer_flops = layer_flops(model, frozen) if parts.random_ltd else {}
         self._progress: ProgressReporter | None = None
         self._ended_after = context.ended_after if self.resumed_in_place else None
         self._started_s = context.launch.started_s
@@ -117,6 +118,8 @@ class Reports:
         tokens = batch_size * config.model.seq_length
         is_fp16 = config.optim.precision == "fp16"
         scale = loss_scale if is_fp16 else None
+        kept = self._kept_by_layer(progress.step)
+        passed_by = sum(config.model.seq_length - count for count in kept.values())  # of each sample
         losses = {f"{name}_loss": loss for name, loss in result.losses.items()} if len(result.losses) > 1 else {}
         report = StepReport(
             step=progress.step,
@@ -124,13 +127,15 @@ class Reports:
             lr=rates.lr,
             grad_norm=result.grad_norm,
             tokens=tokens,
-            flops=batch_size * self._sample_flops,
+            flops=batch_size * (self._sample_flops - self._flops_saved(kept)),
             elapsed_s=elapsed_s,
             skipped=result.skipped,
             loss_scale=scale,
             memory_bytes=peak_memory_bytes(self.parts.model.device),
             losses=losses,
             expert_loads=result.expert_loads,
+            layer_tokens=tokens * config.model.num_layers - batch_size * passed_by if kept else None,
+            num_layers=config.model.num_layers,
         )
         self._progress.step(report)
         consumed, tokens = progress.consumed_samples, progress.consumed_samples * config.model.seq_length
@@ -138,6 +143,16 @@ class Reports:
         record = step_record(report, self._devices, **counts)
         so_far = {"goodput": spent.goodput, "wall_s": spent.wall_s, "lost_steps": spent.lost_steps}
         self._trackers.step(replace(record, **so_far))
+
+    def _kept_by_layer(self, step: int) -> Mapping[int, int]:
+        """How many positions of a sample the layers saw in the step of this number, of those that drop any."""
+        dropping = self.parts.random_ltd
+        return {} if dropping is None else dropping.kept_at(step - 1, self.parts.config.model.seq_length)
+
+    def _flops_saved(self, kept: Mapping[int, int]) -> float:
+        """Operations that a sample costs less where layers see so many positions of it."""
+        length, costs = self.parts.config.model.seq_length, self._layer_flops
+        return sum(costs[layer].of([length]) - costs[layer].of([count]) for layer, count in kept.items())
 
     def left_out(self, progress: Progress, rates: Rates, *, batch_size: int) -> None:
         """Report an iteration of --iterations-to-skip: its step, and samples that count as consumed."""
@@ -294,6 +309,7 @@ def step_record(
         peak_memory_bytes=report.memory_bytes,
         losses=report.losses,
         expert_loads=report.expert_loads,
+        layer_tokens=report.layer_tokens,
     )
 
 

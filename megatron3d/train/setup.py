@@ -35,6 +35,7 @@ from megatron3d.tensor.context import LayerContext
 from megatron3d.train.module_states import ModuleStates
 from megatron3d.train.offload import offload_of
 from megatron3d.train.plan import plan_of
+from megatron3d.train.random_ltd import RandomLtd, random_ltd_of
 from megatron3d.zero.engine import UnitParameters, ZeroEngine
 from megatron3d.zero.policy import policy_of
 from megatron3d.zero.unit import UnitOptions
@@ -114,6 +115,7 @@ class TrainingSetup:
     optimizer: torch.optim.Optimizer
     scaler: LossScaler
     states: ModuleStates
+    random_ltd: RandomLtd | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -169,7 +171,8 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
     """Build model, flat units, optimizer and loss scaler of this rank, with the initial weights in place.
 
     Raises:
-        ConfigError: the layers cannot be split as asked, or --freeze-params names nothing or everything.
+        ConfigError: the layers cannot be split as asked, --freeze-params names nothing or everything, or
+            --random-ltd-router cannot be loaded.
         ScheduleError: the order of work is not known or does not take the stages it is given.
     """
     if config.train.freeze_params:
@@ -194,7 +197,8 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
         config.optim, [(flat.parameter, flat.decays) for flat in engine.flat_parameters], engine.full_parameters
     )
     states = ModuleStates(model.stages.values(), mesh, device, seed=config.data.seed)
-    return TrainingSetup(config, model, engine, optimizer, build_scaler(config.optim), states)
+    random_ltd = random_ltd_of(config.train, config.model, config.parallel, seed=config.data.seed)
+    return TrainingSetup(config, model, engine, optimizer, build_scaler(config.optim), states, random_ltd)
 
 
 def unit_parameters(stages: dict[int, Stage]) -> dict[str, UnitParameters]:

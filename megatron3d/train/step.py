@@ -29,6 +29,7 @@ from megatron3d.optim.clip import clip_factor
 from megatron3d.pipeline.run import Backward, Recorder, run
 from megatron3d.train.dropout import first_samples, with_dropout
 from megatron3d.train.expert_load import expert_loads
+from megatron3d.train.random_ltd import with_token_dropping
 from megatron3d.train.setup import TrainingSetup
 
 
@@ -73,6 +74,7 @@ def train_step(
     rates: Rates,
     *,
     step: int,
+    consumed_samples: int = 0,
     wants_stop: bool = False,
     recorder: Recorder | None = None,
 ) -> StepResult:
@@ -83,6 +85,7 @@ def train_step(
         batch: all samples of this data-parallel rank, on the CPU.
         rates: of this step.
         step: number of the step from 0, for the dropout streams.
+        consumed_samples: of the run before the step, for what is chosen by the number of a sample.
         wants_stop: this rank's vote to stop after the step.
         recorder: records what the pipeline does and when.
 
@@ -90,7 +93,7 @@ def train_step(
         NumericsError: loss or gradients are not finite and the run is not one that skips such steps.
     """
     counts = global_counts(parts, batch)
-    loss_sums = forward_backward(parts, batch, counts, step=step, recorder=recorder)
+    loss_sums = forward_backward(parts, batch, counts, step=step, consumed_samples=consumed_samples, recorder=recorder)
     parts.engine.finish_reduce()  # also joins the thread of a delayed update, which owned the optimizer until here
     votes = torch.tensor(float(wants_stop), dtype=torch.float64, device=loss_sums.device)
     sums = torch.stack([*loss_sums, parts.engine.squared_norm(), votes])
@@ -143,6 +146,7 @@ def forward_backward(
     counts: Mapping[str, int],
     *,
     step: int,
+    consumed_samples: int = 0,
     recorder: Recorder | None = None,
 ) -> Tensor:
     """Run the training schedule, leaving the gradients of the objective, times the loss scale, in the engine.
@@ -156,6 +160,8 @@ def forward_backward(
     micros = micro_batches(batch, config.train.micro_batch_size, device=model.device, losses=losses)
     numbers = first_samples(batch, config.train.micro_batch_size, parts.mesh.batch)
     micros = with_dropout(micros, config.model, seed=step_seed(config.data.seed, step), first_samples=numbers)
+    of_run = [consumed_samples + number for number in numbers]
+    micros = with_token_dropping(micros, parts.random_ltd, step=step, first_samples=of_run)
     row = model.rows.training(len(micros))
     parts.engine.begin_step(len(micros))
     parts.states.clear_totals()

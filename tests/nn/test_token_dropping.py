@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
+from megatron3d.config.random_ltd import NUM_STRATA
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.block import Block
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.positions import rotary_table
 from megatron3d.nn.token_dropping import (
-    NUM_STRATA,
     StratifiedRouter,
     TokenDropping,
     on_kept_positions,

@@ -56,7 +56,8 @@ BOUNDS: tuple[Bound, ...] = (
         "lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
         "loss_scale_window hysteresis muon_num_ns_steps zero_shard_size muon_num_ns_steps mask_max_ngram "
         "moe_ffn_hidden_size moe_router_topk moe_router_num_groups moe_router_group_topk "
-        "moe_shared_expert_intermediate_size num_experts",
+        "moe_shared_expert_intermediate_size num_experts "
+        "random_ltd_min random_ltd_max random_ltd_steps random_ltd_step_size",
         at_least=1,
     ),
     Bound(

@@ -15,6 +15,7 @@ from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.options import BY_NAME
 from megatron3d.config.rules.curriculum import curriculum_rule
 from megatron3d.config.rules.optimizer import decoupling_rule, implementation_rule, moments_rule
+from megatron3d.config.rules.random_ltd import random_ltd_problems
 from megatron3d.config.rules.tokenizer import tokenizer_rule
 from megatron3d.config.rules.tokens import accumulation_rule, tokens_rule
 from megatron3d.config.run import DraftRun, GivenRun
@@ -53,6 +54,7 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from moments_rule(optim)
     yield from implementation_rule(optim, run.parallel.device)
     yield from recompute_rule(train, run.train)
+    yield from random_ltd_problems(train, given.model, run.parallel)
     yield from matmul_rule(train, optim, run.parallel.device)
     yield from data_rule(run.data)
     yield from curriculum_rule(run.curriculum, run.data, run.train, run.parallel.data_parallel_size)

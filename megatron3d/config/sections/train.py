@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron3d.config.fields import option, options, switch
+from megatron3d.config.sections.random_ltd import GivenRandomLtd
 
 MATMUL_CHOICES = ("auto", "onednn", "mkl")
 
 
 @dataclass(frozen=True)
-class GivenTrain:
+class GivenTrain(GivenRandomLtd):
     """The run as it is given. Its length is train_iters, or train_samples and train_tokens, of which the first to be
     reached counts.
     """
