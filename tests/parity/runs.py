@@ -146,25 +146,27 @@ def micro_batch_size(case: Case) -> int:
     return 4 if layout.world_size == layout.tp and case.model not in BERTS else 2
 
 
-def batches(cases: Iterable[Case], *, short: Collection[Case] = (), by_layout: bool = False) -> list[Any]:
+def batches(
+    cases: Iterable[Case], *, short: Collection[Case] = (), slow: Collection[Case] = (), by_layout: bool = False
+) -> list[Any]:
     """Parameters (world size, cases) of a test, for one start of the workers each.
 
     Args:
         cases: all of them.
         short: those of `cases` that a short run (`--fast`) takes too.
+        slow: those that only `-m slow` takes: combinations of what other rows have in pairs.
         by_layout: one test for each layout, not only for each world size.
     """
-    groups: dict[str, tuple[int, bool, list[Case]]] = {}
+    marks = {"": [], "-short": [pytest.mark.fast], "-slow": [pytest.mark.slow]}
+    groups: dict[str, tuple[int, str, list[Case]]] = {}
     for case in cases:
-        size, is_short = case.layout.world_size, case in short
+        size, kind = case.layout.world_size, "-short" if case in short else "-slow" if case in slow else ""
         layout = f"-{case.layout}".replace(" ", "") if by_layout else ""
-        name = f"world{size}{layout}{'-short' if is_short else ''}"
-        groups.setdefault(name, (size, is_short, []))[2].append(case)
-    missing = set(short) - set(itertools.chain.from_iterable(group for *_, group in groups.values()))
+        groups.setdefault(f"world{size}{layout}{kind}", (size, kind, []))[2].append(case)
+    missing = {*short, *slow} - set(itertools.chain.from_iterable(group for *_, group in groups.values()))
     assert not missing, f"{missing} are not among the cases"
     return [
-        pytest.param(size, group, id=name, marks=[pytest.mark.fast] if is_short else [])
-        for name, (size, is_short, group) in sorted(groups.items())
+        pytest.param(size, group, id=name, marks=marks[kind]) for name, (size, kind, group) in sorted(groups.items())
     ]
 
 

@@ -63,7 +63,8 @@ OTHERS = [
 ]
 CASES = [*KINDS, *map(brief, OTHERS)]
 SHORT = [Case("bert", Layout(tp=2), SP), Case("bert", Layout(pp=2)), Case("bert-post", Layout(dp=2), ZERO3)]
-BATCHES = batches(CASES, short=SHORT)
+SLOW = [case for case in map(brief, OTHERS) if case.layout.world_size == 8 or case.layout == Layout(tp=4)]
+BATCHES = batches(CASES, short=SHORT, slow=SLOW)
 
 transformers = pytest.importorskip("transformers")
 
