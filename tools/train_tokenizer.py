@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron3d.config.tool_parser import ToolParser
-from megatron3d.data.prepare.inputs import INPUT_HELP, find_inputs
+from megatron3d.data.prepare.inputs import INPUT_HELP, STANDARD_INPUT, find_inputs
+from megatron3d.data.prepare.rejects import add_bad_record_arguments, limits_from_arguments
 from megatron3d.data.prepare.train_bpe import train_byte_level_bpe, write_tokenizer
 from megatron3d.data.prepare.train_word_pieces import train_word_pieces, write_word_pieces
 from megatron3d.errors import ConfigError
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--min-frequency", type=int, default=2, metavar="N", help="rarer pairs are not merged (default 2)")
     p.add_argument("--keep-case", action="store_true", help="word pieces with capitals and accents")
     p.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the files go")
+    add_bad_record_arguments(p.add_argument_group("bad records"))
     return p
 
 
@@ -45,9 +47,14 @@ def run(args: argparse.Namespace) -> None:
     """Train, write, and print what was written."""
     if args.keep_case and args.kind == "bpe":
         raise ConfigError("--keep-case is for --kind word-pieces; a byte-level BPE always keeps it, so leave it out")
+    limits = limits_from_arguments(args)
     start_s = time.monotonic()
     files = find_inputs(args.input, note=note)
+    if args.kind == "word-pieces" and STANDARD_INPUT in files:
+        raise ConfigError("--input - cannot be used with --kind word-pieces, which reads its input twice; name a file.")
     options: dict[str, Any] = {
+        "limits": limits,
+        "note": note,
         "vocab_size": args.vocab_size,
         "min_frequency": args.min_frequency,
         "show_progress": sys.stderr.isatty(),

@@ -24,6 +24,7 @@ OTHERS = {
     "file.py",
     "merges.txt",
     "path/to/file.py",
+    "save_to_disk",
     "terminationGracePeriodSeconds",
     "torch.linalg.vector_norm",
     "vector_norm",

@@ -18,8 +18,7 @@ from megatron3d.errors import ConfigError, DataError, install_extra
 _ROWS = 1024
 _Part = tuple[Any, int, float]  # a record batch, the number of its first row, and which part of the file was read
 _FILE_MAGIC = b"ARROW1"
-# How a stream says that it ends here: the mark of a message, and its length of 0. Older writers left out the mark.
-_ENDS_OF_STREAM = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the mark of a message, and its length of 0
 
 
 def read_rows(
@@ -92,8 +91,8 @@ def _read_arrow(arrow: Any, ipc: Any, file: Path, keys: Sequence[str], first: in
 def _check_end_of_stream(raw: Any, file: Path) -> None:
     """Raises: DataError for a stream that was cut between two messages, which its reader takes for a whole one."""
     size = raw.seek(0, os.SEEK_END)
-    raw.seek(max(0, size - len(_ENDS_OF_STREAM[0])))
-    if not raw.read().endswith(_ENDS_OF_STREAM):
+    raw.seek(max(0, size - len(_END_OF_STREAM)))
+    if raw.read() != _END_OF_STREAM:
         raise DataError(f"{file} is damaged or truncated: the Arrow stream has no end. Copy or fetch it again.")
 
 

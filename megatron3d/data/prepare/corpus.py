@@ -169,7 +169,7 @@ def _numbered_lines(
             yield number, line, byte
         else:
             size = len(line) + _skip_line(stream, line)
-            detail = f"this line has {size:,} bytes, more than --max-line-bytes {max_bytes:,}."
+            detail = f"this line takes {size:,} bytes with its end, more than --max-line-bytes {max_bytes:,}."
             byte += size
             yield number, Unreadable(Reason.TOO_LONG, detail, line[:_START_BYTES]), byte
 

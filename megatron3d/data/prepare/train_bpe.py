@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron3d.data.prepare.corpus import iterate_texts
+from megatron3d.data.prepare.rejects import BadRecordLimits
 from megatron3d.data.tokenizer import END_OF_TEXT
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.storage.atomic import write_text_atomically
@@ -19,14 +20,23 @@ MIN_VOCAB_SIZE = 257
 
 
 def train_byte_level_bpe(
-    files: Sequence[Path], key: str, *, vocab_size: int, min_frequency: int = 2, show_progress: bool = False
+    files: Sequence[Path],
+    key: str,
+    *,
+    vocab_size: int,
+    min_frequency: int = 2,
+    show_progress: bool = False,
+    limits: BadRecordLimits | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> tokenizers.Tokenizer:
     """A byte-level BPE of at most `vocab_size` ids: <|endoftext|> (id 0), the 256 bytes, and merges in order of count.
 
     A small corpus may hold fewer pairs that occur `min_frequency` times than were asked for; the vocabulary is then
-    smaller.
+    smaller. `limits` says how many bad records the corpus may have (None: the default ones), of which `note` takes a
+    line.
 
-    Raises: ConfigError if `vocab_size` leaves no room for the bytes; DataError if the corpus has no text.
+    Raises: ConfigError if `vocab_size` leaves no room for the bytes; DataError if the corpus has no text or too many
+    bad records.
     Source: R. Sennrich, B. Haddow, A. Birch, Neural Machine Translation of Rare Words with Subword Units (2016), on
     the bytes of UTF-8 as in GPT-2 (Radford et al. 2019, section 2.2).
     """
@@ -44,7 +54,7 @@ def train_byte_level_bpe(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=show_progress,
     )
-    texts = counted(iterate_texts(files, key), files, key)
+    texts = counted(iterate_texts(files, key, limits=limits, note=note), files, key)
     tokenizer.train_from_iterator(texts, trainer=trainer)
     return tokenizer
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from megatron3d.data.prepare.corpus import iterate_texts
+from megatron3d.data.prepare.rejects import BadRecordLimits
 from megatron3d.data.prepare.train_bpe import counted
 from megatron3d.errors import ConfigError
 from megatron3d.storage.atomic import write_text_atomically
@@ -28,6 +29,8 @@ def train_word_pieces(
     min_frequency: int = 2,
     lower_case: bool = True,
     show_progress: bool = False,
+    limits: BadRecordLimits | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> tokenizers.Tokenizer:
     """Word pieces, at most `vocab_size` of them: five special ones from id 0, single characters, and longer ones.
 
@@ -35,14 +38,18 @@ def train_word_pieces(
     are found by joining the most frequent pair again and again, as for a BPE, which is how the library does it and not
     how the authors' unpublished program did; texts are then cut greedily into the longest pieces, as BERT's are.
 
-    Raises: ConfigError if `vocab_size` leaves no room for the special pieces; DataError if the corpus has no text.
+    `limits` says how many bad records the corpus may have (None: the default ones), of which `note` takes a line.
+
+    Raises: ConfigError if `vocab_size` leaves no room for the special pieces; DataError if the corpus has no text or
+    too many bad records.
     Source: J. Devlin et al., BERT (2018), section 3 and the released vocabulary for what a piece is.
     """
     if vocab_size <= len(SPECIAL_PIECES):
         raise ConfigError(
             f"--vocab-size {vocab_size} is too small: {', '.join(SPECIAL_PIECES)} take {len(SPECIAL_PIECES)}; give more"
         )
-    alphabet = _alphabet(files, key, lower_case=lower_case, limit=min(MAX_CHARACTERS, vocab_size))
+    texts = counted(iterate_texts(files, key, limits=limits, note=note), files, key)
+    alphabet = _alphabet(texts, lower_case=lower_case, limit=min(MAX_CHARACTERS, vocab_size))
     inside = sorted(piece for piece in alphabet if piece.startswith(_INSIDE))
     first = sorted(alphabet - set(inside))
     tokenizer = _empty(lower_case)
@@ -56,7 +63,7 @@ def train_word_pieces(
         limit_alphabet=len(first),
         show_progress=show_progress,
     )
-    tokenizer.train_from_iterator(counted(iterate_texts(files, key), files, key), trainer=trainer)
+    tokenizer.train_from_iterator(iterate_texts(files, key, limits=limits), trainer=trainer)
     trained = _empty(lower_case)  # without the marks that pieces named beforehand have: only five are special
     trained.model = models.WordPiece(tokenizer.get_vocab(with_added_tokens=True), unk_token="[UNK]")
     trained.add_special_tokens(list(SPECIAL_PIECES))
@@ -70,11 +77,11 @@ def _empty(lower_case: bool) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _alphabet(files: Sequence[Path], key: str, *, lower_case: bool, limit: int) -> set[str]:
+def _alphabet(texts: Iterator[str], *, lower_case: bool, limit: int) -> set[str]:
     """The most frequent characters of the corpus, those that occur inside words also with their prefix."""
     tokenizer = _empty(lower_case)
     trainer = trainers.WordPieceTrainer(vocab_size=0, limit_alphabet=limit, show_progress=False)
-    tokenizer.train_from_iterator(counted(iterate_texts(files, key), files, key), trainer=trainer)
+    tokenizer.train_from_iterator(texts, trainer=trainer)
     return set(tokenizer.get_vocab())
 
 
