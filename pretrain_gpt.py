@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 from megatron3d.config.cli import read_command, save_directory
+from megatron3d.config.sample_counts import sample_counts
 from megatron3d.config.serialize import as_table
 from megatron3d.train.launch import RunContext, run_main
 from megatron3d.train.settle import settle_run
@@ -41,7 +42,8 @@ def main(context: RunContext) -> None:
     with joined(config, context, save=config.checkpoint.save) as (mesh, device):
         # Which tokens: every rank opens the same files and reads its own part.
         given = {"tokenizer": vocabulary.tokenizer, "eod_token": vocabulary.eod_token}
-        data = build_data(config.data, config.model, **given)
+        counts = sample_counts(config.data, config.train, config.parallel.data_parallel_size)
+        data = build_data(config.data, config.model, **given, counts=counts)
         length = RunLength(config.train, config.parallel.data_parallel_size)
         data = with_curriculum(data, config.curriculum, config.data, length, vocab_size=config.model.vocab_size)
         if is_first:

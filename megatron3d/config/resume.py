@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron3d.config.options import BY_KEY, SECTIONS
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sample_counts import train_samples_asked_for
 
 Key = tuple[str, str]
 
@@ -115,7 +116,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
             Effect.FUNCTION: "reset_position_ids reset_attention_mask eod_token",
             # The seed also draws dropout.
             Effect.SAMPLES: (
-                "data_path train_data_path data_args_path split mock_data tokenizer_type tokenizer_model vocab_file "
+                "data_path train_data_path data_args_path split sample_order sample_order_samples "
+                "sample_order_consumed mid_level_dataset_surplus mock_data tokenizer_type tokenizer_model vocab_file "
                 "merge_file tiktoken_pattern tiktoken_num_special_tokens tiktoken_special_tokens "
                 "eod_mask_loss mask_prob mask_max_ngram mask_whole_words short_seq_prob bert_sentence_task "
                 "seed"
@@ -195,6 +197,10 @@ _RELEVANT: Mapping[Key, Callable[[RunConfig], bool]] = MappingProxyType(
         ("model", "add_qkv_bias"): _has("model", "add_bias_linear", False),
         ("model", "bert_binary_head"): lambda run: "bert_binary_head" in run.model.traits.own_options,
         ("data", "eod_token"): _depends_on_eod,
+        **{
+            ("data", name): _has("data", "sample_order", "megatron")
+            for name in ("sample_order_samples", "sample_order_consumed", "mid_level_dataset_surplus")
+        },
         ("data", "split"): lambda run: bool(run.data.data_path or run.data.data_args_path),
         **{
             ("data", name): _masks_sentences
@@ -267,6 +273,8 @@ def _value(run: RunConfig, key: Key) -> Any:
         return "mkl" if value == "auto" else value
     if name == "optimizer":
         return "adam" if value == "adamw" else value
+    if name == "sample_order_samples":  # by default the length of the run decides
+        return train_samples_asked_for(run.data, run.train)
     return _shares(value) if name == "split" else value
 
 
@@ -279,6 +287,8 @@ def _shares(split: str) -> str:
 def _label(key: Key) -> str:
     if key[1] in ("bf16", "fp16"):
         return "precision (--bf16, --fp16)"
+    if key[1] == "sample_order_samples":
+        return "--sample-order-samples (by default what --train-iters or --train-samples asks for)"
     option = BY_KEY.get(key)
     return key[1] if option is None else option.spelling
 

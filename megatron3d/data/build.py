@@ -13,6 +13,7 @@ from typing import Generic
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron3d.config.sample_counts import SampleCounts
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.data.bert import MIN_SEQ_LENGTH, BertForm, BertReader, BertSample, BertSamples
@@ -21,10 +22,11 @@ from megatron3d.data.blend_history import ContinuedBlend
 from megatron3d.data.gpt import DocumentRules, GPTReader, GPTSamples
 from megatron3d.data.indexed import IndexedDataset
 from megatron3d.data.masking import BertVocabulary, MaskingRules
+from megatron3d.data.megatron_blend import MegatronCorpus, megatron_stream
 from megatron3d.data.mock import MockBertSamples, MockSamples
 from megatron3d.data.order import derive_seed
 from megatron3d.data.splits import SPLIT_NAMES, parse_split, split_documents
-from megatron3d.data.stream import Sample, SampleStream
+from megatron3d.data.stream import Sample, SampleStream, StreamFrom
 from megatron3d.data.tokenizer import Tokenizer
 from megatron3d.errors import ConfigError, DataError
 
@@ -97,7 +99,12 @@ class _Share:
 
 
 def build_data(
-    data: DataConfig, model: ModelConfig, *, tokenizer: Tokenizer | None, eod_token: int | None
+    data: DataConfig,
+    model: ModelConfig,
+    *,
+    tokenizer: Tokenizer | None,
+    eod_token: int | None,
+    counts: SampleCounts | None = None,
 ) -> GPTData | BertData:
     """The streams of the samples that a model learns from; the arguments and errors are those of the functions below.
 
@@ -106,14 +113,17 @@ def build_data(
     sizes = {"seq_length": model.seq_length, "vocab_size": model.vocab_size}
     if model.traits.samples == "sentences":
         return build_bert_data(data, **sizes, tokenizer=tokenizer, binary_head=model.has_binary_head)
-    return build_gpt_data(data, **sizes, eod_token=eod_token)
+    return build_gpt_data(data, **sizes, eod_token=eod_token, counts=counts)
 
 
-def build_gpt_data(data: DataConfig, *, seq_length: int, vocab_size: int, eod_token: int | None) -> GPTData:
+def build_gpt_data(
+    data: DataConfig, *, seq_length: int, vocab_size: int, eod_token: int | None, counts: SampleCounts | None = None
+) -> GPTData:
     """Open the files that the options name and make the streams; the same on every rank, without communication.
 
     `vocab_size` and `eod_token` are the tokenizer's (or the options'); `vocab_size` bounds the ids of every batch
-    (unless `--no-check-token-ids` is given) and those of mock data.
+    (unless `--no-check-token-ids` is given) and those of mock data. `counts` says how many samples the run asks for,
+    which `--sample-order megatron` depends on.
 
     Raises: ConfigError for options that contradict each other; DataError for files that are missing or damaged, and
     for splits that leave no training document or too few tokens for a sample.
@@ -126,6 +136,9 @@ def build_gpt_data(data: DataConfig, *, seq_length: int, vocab_size: int, eod_to
             for split in SPLIT_NAMES
         )
         return GPTData(train, valid, test, rules, bound)
+    if data.sample_order == "megatron":
+        ordered, notes = _build_megatron_splits(data, seq_length, counts)
+        return GPTData(ordered["train"], ordered["valid"], ordered["test"], rules, bound, notes)
 
     def samples(share: _Share) -> GPTSamples:
         return GPTSamples(share.dataset, share.documents, seq_length=seq_length, seed=share.seed)
@@ -259,16 +272,21 @@ def _shares_by_split(data: DataConfig) -> dict[str, list[_Share]]:
         words, flag = read_data_args_file(data.data_args_path)
     for place, corpus in enumerate(parse_data_path(words, flag) if words else ()):
         dataset = IndexedDataset(corpus.prefix)
-        for split, documents in zip(SPLIT_NAMES, split_documents(dataset.num_documents, data.split)):
+        for split, documents in zip(SPLIT_NAMES, split_documents(_num_parts(data, dataset), data.split)):
             shares[split].append(_Share(corpus, dataset, documents, derive_seed(data.seed, split, place)))
     paths = (data.train_data_path, data.valid_data_path, data.test_data_path)
     for split, words in zip(SPLIT_NAMES, paths):
         for place, corpus in enumerate(parse_data_path(words, f"--{split}-data-path") if words else ()):
             dataset = IndexedDataset(corpus.prefix)
-            documents = range(dataset.num_documents)
+            documents = range(_num_parts(data, dataset))
             shares[split].append(_Share(corpus, dataset, documents, derive_seed(data.seed, split, place)))
     _require_training_documents(data, shares["train"])
     return shares
+
+
+def _num_parts(data: DataConfig, dataset: IndexedDataset) -> int:
+    """What --split divides: documents; in Megatron-LM's order sequences, which are the documents of most files."""
+    return len(dataset) if data.sample_order == "megatron" else dataset.num_documents
 
 
 def _require_training_documents(data: DataConfig, shares: Sequence[_Share]) -> None:
@@ -348,3 +366,44 @@ def _build_split(split: str, shares: Sequence[_Share], samples: Callable[[_Share
     if not streams and too_short and split == "valid":
         raise too_short[0]
     return _Split(tuple(streams), integer_weights(weights) if streams else (), tuple(notes))
+
+
+def _build_megatron_splits(
+    data: DataConfig, seq_length: int, counts: SampleCounts | None
+) -> tuple[dict[str, SampleStream[NDArray[np.int64]] | None], tuple[str, ...]]:
+    """The stream of each split in Megatron-LM's order, None where nothing is asked for, and notes.
+
+    Raises: ConfigError if the order has fewer samples than the run reads; DataError as `megatron_stream` does.
+    """
+    if counts is None:
+        raise ValueError("--sample-order megatron depends on how many samples a run asks for; give `counts`")
+    shares, notes = _shares_by_split(data), []
+    streams: dict[str, SampleStream[NDArray[np.int64]] | None] = dict.fromkeys(SPLIT_NAMES)
+    read = {"train": counts.train_read, "valid": counts.valid_read, "test": counts.test}
+    for split, wanted in counts.by_split.items():
+        notes += _empty_shares(data, split, shares[split])
+        corpora = [
+            MegatronCorpus(one.dataset, one.documents, None if one.corpus.weight is None else float(one.corpus.weight))
+            for one in shares[split]
+            if len(one.documents)
+        ]
+        if not corpora or not wanted:
+            continue
+        stream = megatron_stream(
+            corpora,
+            num_samples=wanted,
+            seq_length=seq_length,
+            seed=data.seed,
+            surplus=data.mid_level_dataset_surplus,
+            cut=not data.train_data_path,
+        )
+        if len(stream) < read[split]:
+            raise ConfigError(
+                f"--sample-order megatron has {len(stream)} {split} samples of these corpora where {wanted} are asked "
+                f"for, but the run reads {read[split]}; shorten it, or give the corpora weights, so that they are read "
+                "several times."
+            )
+        streams[split] = stream
+    if data.sample_order_consumed and streams["train"] is not None:
+        streams["train"] = StreamFrom(streams["train"], data.sample_order_consumed)
+    return streams, tuple(notes)

@@ -206,17 +206,18 @@ def _described_files(data: DataConfig) -> Iterator[tuple[str, Path, bytes]]:
 # --- Comparing --------------------------------------------------------------------------------------------------------
 
 
-def content_differences(saved: Content, now: Content) -> list[Difference]:
+def content_differences(saved: Content, now: Content, *, continues: bool = True) -> list[Difference]:
     """In what two runs read different things; files that only moved are no difference (see `moved`).
 
     Nor are corpora of the training data in another order. Other weights of the same corpora are reported, because a
-    resumed run continues each of them (`blend_history.py`).
+    resumed run continues each of them (`blend_history.py`). Where it cannot (`continues`), both change its samples.
     """
     found = []
     for part in ("all", "train", "valid", "test"):
         ours, theirs = now.corpora.get(part, ()), saved.corpora.get(part, ())
-        if not same_corpora(theirs, ours) and not (part in _TRAINING and _blend(theirs) == _blend(ours)):
-            is_reported = part not in _TRAINING or _digests(theirs) == _digests(ours)
+        may_change = continues and part in _TRAINING
+        if not same_corpora(theirs, ours) and not (may_change and _blend(theirs) == _blend(ours)):
+            is_reported = part not in _TRAINING or (may_change and _digests(theirs) == _digests(ours))
             effect = Effect.REPORTED if is_reported else Effect.SAMPLES
             found.append(Difference(effect, f"the data of {_OPTIONS[part]}", _shown(theirs), _shown(ours)))
     return found + tokenizer_differences(saved, now) + code_differences(saved.code, now.code)

@@ -113,7 +113,7 @@ def compare_resumed(saved: SavedRun, config: RunConfig, content: Content | None)
         if theirs is None:
             theirs, ours, line = _as_known_then(saved.config.data, content)
             lines.append(line)
-        found += content_differences(theirs, ours)
+        found += content_differences(theirs, ours, continues=config.data.sample_order != "megatron")
         lines += moved(theirs, ours)
     function = [one for one in found if one.effect is Effect.FUNCTION]
     is_overridden = config.checkpoint.override_tokenizer

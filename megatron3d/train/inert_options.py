@@ -29,7 +29,7 @@ class InertOptions:
 
     def lines(self) -> list[str]:
         """A sentence for each option without effect."""
-        without_steps = [*self._no_data(), *self._wandb()]
+        without_steps = [*self._no_data(), *self._wandb(), *self._sample_order()]
         if self.progress.step >= self.last_step:
             return [self._finished(), *without_steps]
         return [*without_steps, *self._intervals(), *self._warmup(), *self._single_steps(), *self._replicas()]
@@ -71,6 +71,14 @@ class InertOptions:
         for name in ("wandb_entity", "wandb_exp_name") if not train.wandb_project else ():
             if value := BY_NAME[name].value_in(self.config):
                 yield f"{BY_NAME[name].spelling} {value} has no effect without --wandb-project: nothing is sent there"
+
+    def _sample_order(self) -> Iterator[str]:
+        data, option = self.config.data, BY_NAME["mid_level_dataset_surplus"]
+        if data.sample_order != "megatron" and option.value_in(self.config) != option.default:
+            yield (
+                f"{option.spelling} {data.mid_level_dataset_surplus:g} has no effect without --sample-order megatron: "
+                "there is no number of samples to add to"
+            )
 
     def _next(self, interval: int) -> int:
         """The first multiple of an interval that is still to come."""

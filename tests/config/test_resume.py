@@ -110,6 +110,18 @@ OFF_SWITCHES = [
 ]
 
 
+def test_a_length_that_changes_megatrons_order_of_samples_is_told_as_that() -> None:
+    """Another length is another order there, unless the run says how many samples decide it."""
+    files = MOCK.replace("--mock-data", "--data-path a")
+    saved, longer = (
+        resolved(f"--sample-order megatron --train-iters {iters} --eval-iters 0", base=files) for iters in (3, 9)
+    )
+    (line,) = (one for one in differences(saved, longer) if one.effect is Effect.SAMPLES)
+    assert str(line).endswith("checkpoint 24, this run 72") and line.option.startswith("--sample-order-samples")
+    options = "--sample-order megatron --train-iters 9 --eval-iters 0 --sample-order-samples 24"
+    assert differences(saved, resolved(options, base=files)) == []
+
+
 @pytest.mark.parametrize("key", OFF_SWITCHES)
 def test_a_flag_that_switches_something_off_is_on_in_the_run_that_has_it(key: tuple[str, str]) -> None:
     spelling = BY_KEY[key].spelling
@@ -143,7 +155,9 @@ RUNS = (
 @pytest.fixture(scope="module")
 def runs() -> list[RunConfig]:
     found = [resolved(options) for options in RUNS]
-    return [*found, resolved(architecture="bert"), resolved("--data-path a", base=MOCK.replace("--mock-data", ""))]
+    files = MOCK.replace("--mock-data", "--data-path a")
+    orders = [resolved(more, base=files) for more in ("", "--sample-order megatron")]
+    return [*found, resolved(architecture="bert"), *orders]
 
 
 @pytest.mark.parametrize("key", [k for k, e in EFFECTS.items() if e is not Effect.FREE and k not in COMPARED_ELSEWHERE])

@@ -109,6 +109,9 @@ def test_share_and_content_make_a_blend_and_places_do_not(tmp_path: Path) -> Non
         for other in others:
             (found,) = content_differences(saved, other)
             assert (found.effect, found.option) == (effect, "the data of --data-path")
+    for other in (of("3", b, "1", a), *reweighted, *replaced):
+        (found,) = content_differences(saved, other, continues=False)
+        assert found.effect is Effect.SAMPLES, "Megatron-LM's order does not continue a corpus"
     assert content_differences(of(a), of("0.5", same)) == [], "the weight of a single corpus says nothing"
 
 

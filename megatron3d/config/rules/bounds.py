@@ -57,13 +57,14 @@ BOUNDS: tuple[Bound, ...] = (
         "loss_scale_window hysteresis muon_num_ns_steps zero_shard_size muon_num_ns_steps mask_max_ngram "
         "moe_ffn_hidden_size moe_router_topk moe_router_num_groups moe_router_group_topk "
         "moe_shared_expert_intermediate_size num_experts "
-        "random_ltd_min random_ltd_max random_ltd_steps random_ltd_step_size",
+        "random_ltd_min random_ltd_max random_ltd_steps random_ltd_step_size sample_order_samples",
         at_least=1,
     ),
     Bound(
         "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples lr_warmup_tokens weight_decay start_weight_decay "
         "end_weight_decay clip_grad eval_iters ckpt_step seed num_workers eod_token num_token_types init_method_std "
-        "curriculum_seed zero_prefetch_units profile_step_start moe_z_loss_coeff moe_min_capacity",
+        "curriculum_seed zero_prefetch_units profile_step_start moe_z_loss_coeff moe_min_capacity "
+        "sample_order_consumed mid_level_dataset_surplus",
         at_least=0,
     ),
     Bound(

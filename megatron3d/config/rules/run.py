@@ -16,6 +16,7 @@ from megatron3d.config.options import BY_NAME
 from megatron3d.config.rules.curriculum import curriculum_rule
 from megatron3d.config.rules.optimizer import decoupling_rule, implementation_rule, moments_rule
 from megatron3d.config.rules.random_ltd import random_ltd_problems
+from megatron3d.config.rules.sample_order import sample_order_rule
 from megatron3d.config.rules.tokenizer import tokenizer_rule
 from megatron3d.config.rules.tokens import accumulation_rule, tokens_rule
 from megatron3d.config.run import DraftRun, GivenRun
@@ -58,6 +59,7 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from matmul_rule(train, optim, run.parallel.device)
     yield from data_rule(run.data)
     yield from curriculum_rule(run.curriculum, run.data, run.train, run.parallel.data_parallel_size)
+    yield from sample_order_rule(run.data, run.model)
     yield from tokenizer_rule(given.data, run.data, given.model.vocab_size)
     yield from checkpoint_rule(given.checkpoint)
     yield from tokens_rule(train, optim, seq_length)

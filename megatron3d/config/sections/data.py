@@ -19,6 +19,27 @@ class DataConfig:
     test_data_path: tuple[str, ...] = options("--test-data-path", "Prefixes for the test alone.")
     data_args_path: str | None = option(None, "--data-args-path", "A file with the words of --data-path.")
     split: str = option("969,30,1", "--split", "Shares of the documents for training, validation and test.")
+    sample_order: str = option(
+        "computed",
+        "--sample-order",
+        "Samples in an order that is computed from their numbers, or in Megatron-LM's, for runs that move over "
+        "(docs/data.md).",
+        choices=("computed", "megatron"),
+    )
+    sample_order_samples: int | None = option(
+        None,
+        "--sample-order-samples",
+        "Training samples that the run in Megatron-LM asks for, which decide its order; default those of this run.",
+        unit="samples",
+    )
+    sample_order_consumed: int = option(
+        0, "--sample-order-consumed", "Samples that were consumed in Megatron-LM before this run.", unit="samples"
+    )
+    mid_level_dataset_surplus: float = option(
+        0.005,
+        "--mid-level-dataset-surplus",
+        "Share of samples that Megatron-LM's order adds to each corpus of a blend.",
+    )
     mock_data: bool = switch("--mock-data", "Train on tokens drawn from the seed, without any file.")
     tokenizer_type: str | None = option(None, "--tokenizer-type", "Kind of tokenizer, as in tools/preprocess_data.py.")
     tokenizer_model: str | None = option(None, "--tokenizer-model", "Tokenizer file or directory.")
