@@ -13,8 +13,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from megatron3d.comm.launch import limit_tokenizers_to_one_thread
 from megatron3d.config.tool_parser import ToolParser
 from megatron3d.data.prepare.encode import EncodeRequest, SentenceSplitting
+from megatron3d.data.prepare.encoder import Encoder
 from megatron3d.data.prepare.inputs import INPUT_HELP, check_json_keys, find_inputs
 from megatron3d.data.prepare.preprocess import PreprocessProgress, output_prefix, preprocess, rejects_path
 from megatron3d.data.prepare.rejects import add_bad_record_arguments, limits_from_arguments
@@ -62,6 +64,14 @@ def parser() -> argparse.ArgumentParser:
     sentences.add_argument("--lang", default="english", metavar="L", help="language of the sentences")
     work = p.add_argument_group("work")
     work.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode (default 1)")
+    work.add_argument(
+        "--encoder",
+        type=Encoder,
+        choices=list(Encoder),
+        default=Encoder.AUTO,
+        help="library that finds the ids, which are the same by each: auto takes gigatoken where it is installed and "
+        "gives the ids of the tokenizer's own library (reference) for a sample of the input and for hostile texts",
+    )
     work.add_argument("--partitions", type=int, default=1, metavar="N", help="accepted; see the note it prints")
     work.add_argument("--keep-sequential-samples", action="store_true", help="accepted; the order is always kept")
     work.add_argument("--log-interval", type=int, default=1000, metavar="N", help="documents between progress lines")
@@ -116,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
     """Do what the arguments ask and print what was written."""
     check(args)
     limits = limits_from_arguments(args)
+    limit_tokenizers_to_one_thread()
     spec = TokenizerSpec(
         args.tokenizer_type,
         vocab_file=args.vocab_file,
@@ -126,7 +137,12 @@ def run(args: argparse.Namespace) -> None:
     )
     splitting = SentenceSplitting(args.lang, args.keep_newlines) if args.split_sentences else None
     request = EncodeRequest(
-        spec, tuple(dict.fromkeys(args.json_keys)), args.append_eod, splitting, args.tokenizer_hf_include_special_tokens
+        spec,
+        tuple(dict.fromkeys(args.json_keys)),
+        args.append_eod,
+        splitting,
+        args.tokenizer_hf_include_special_tokens,
+        args.encoder,
     )
     done = preprocess(
         find_inputs(args.input, note=note),
@@ -135,6 +151,7 @@ def run(args: argparse.Namespace) -> None:
         workers=args.workers,
         report=ProgressLines(args.log_interval),
         limits=limits,
+        note=note,
     )
     for key in request.json_keys:
         target = output_prefix(args.output_prefix, key, split_sentences=args.split_sentences)

@@ -1,4 +1,4 @@
-"""What a process learns from the launcher that started it. The only reader of the environment, and free of torch.
+"""What a process learns from the launcher that started it. The only user of the environment, and free of torch.
 
 `torchrun` (torch's elastic agent) and cluster schedulers tell a process its rank by environment variables. torch takes
 seconds to import, so what can be decided without it, such as whether the options make sense, imports this module and
@@ -68,6 +68,15 @@ def read_launch() -> Launch:
         master_port=env.get("MASTER_PORT"),
         error_file=Path(error_file) if error_file else None,
     )
+
+
+def limit_tokenizers_to_one_thread() -> None:
+    """Keep the `tokenizers` library from starting threads in this process and its children, unless the user asked.
+
+    By default each process has a thread for each core, which is too many where there is a process for each core; and
+    threads do not survive a fork.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def end_process(code: int) -> NoReturn:

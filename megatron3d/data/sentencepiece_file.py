@@ -24,6 +24,8 @@ _NOTHING: Mapping[str, int] = MappingProxyType({})
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model; the end of a document is the model's end of sentence."""
 
+    library = "sentencepiece"
+
     def __init__(
         self,
         path: Path,
@@ -60,6 +62,12 @@ class SentencePieceTokenizer(Tokenizer):
         for part in self._splitter.split(text):
             ids += [self._found_in_texts[part]] if part in self._found_in_texts else self._model.encode(part)
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, computed by one thread."""
+        if self._splitter is None:
+            return self._model.encode(list(texts), num_threads=1)
+        return super().encode_batch(texts)
 
     def pieces(self, text: str) -> list[str]:
         """The pieces that `text` is cut into."""

@@ -107,6 +107,10 @@ class TikTokenModel:
         """The ids of each text, computed on all cores."""
         return [encoding.ids for encoding in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def as_json(self) -> str:
+        """The model in the form of tokenizer.json, without the special tokens, which no text is cut into."""
+        return self._library.to_str()
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens appear by their names, bytes that are no UTF-8 become U+FFFD."""
         pieces = (self._bytes_by_id[id] for id in ids if 0 <= id < self.vocab_size)

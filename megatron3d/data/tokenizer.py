@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megatron3d.data.hf_tokenizer import described_tokenizer
@@ -123,6 +125,8 @@ def existing_file(flag: str, value: str) -> Path:
 class TikTokenizer(Tokenizer):
     """Megatron-LM's tokenizer of that name; the end of a document is </s>."""
 
+    library = "tokenizers"
+
     def __init__(self, model: TikTokenModel) -> None:
         """Wrap the model of a file."""
         super().__init__(model.vocab_size, SpecialIds(eod=model.eod, bos=model.bos))
@@ -135,6 +139,10 @@ class TikTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, computed on all cores."""
         return self._model.encode_batch(texts)
+
+    def as_json(self) -> str:
+        """The model of the file, without the special tokens."""
+        return self._model.as_json()
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""
@@ -151,6 +159,12 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """The bytes of `text` in UTF-8."""
         return list(text.encode("utf-8"))
+
+    def encode_arrays(self, texts: Sequence[str], dtype: np.dtype) -> tuple[NDArray, NDArray[np.int64]]:
+        """The bytes of all texts in a row, and how many each has."""
+        rows = [text.encode("utf-8") for text in texts]
+        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        return np.frombuffer(b"".join(rows), dtype=np.uint8).astype(dtype), lengths
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the bytes among `ids`; bytes that are no UTF-8 become U+FFFD."""

@@ -8,8 +8,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import models
 
 from megatron3d.data.library_errors import as_data_error
@@ -40,7 +43,13 @@ class SpecialIds:
 
 
 class Tokenizer(ABC):
-    """A tokenizer: `vocab_size` ids from 0 on, and the special ones among them."""
+    """A tokenizer: `vocab_size` ids from 0 on, and the special ones among them.
+
+    Attributes:
+        library: the name of the library that finds the ids; None where they need none.
+    """
+
+    library: str | None = None
 
     def __init__(self, vocab_size: int, special: SpecialIds) -> None:
         """Keep the number of ids (before any padding) and the special ids."""
@@ -62,6 +71,16 @@ class Tokenizer(ABC):
         """The ids of each text; libraries that can use all cores do."""
         return [self.encode(text) for text in texts]
 
+    def encode_arrays(self, texts: Sequence[str], dtype: np.dtype) -> tuple[NDArray, NDArray[np.int64]]:
+        """The ids of all texts in a row, in `dtype`, and how many each text has."""
+        rows = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        return np.fromiter(chain.from_iterable(rows), dtype=dtype, count=int(lengths.sum())), lengths
+
+    def as_json(self) -> str | None:
+        """The tokenizer in the form of tokenizer.json, for other libraries; None if that form does not give its ids."""
+        return None
+
     def word_continuations(self) -> list[bool] | None:
         """For each id whether its piece goes on with the word before it; None where pieces do not say so."""
         return None
@@ -73,6 +92,8 @@ class Tokenizer(ABC):
 
 class LibraryTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library."""
+
+    library = "tokenizers"
 
     def __init__(self, library: tokenizers.Tokenizer, special: SpecialIds) -> None:
         """Wrap `library`; added tokens count among the vocabulary, and gaps among the ids do too."""
@@ -94,6 +115,10 @@ class LibraryTokenizer(Tokenizer):
         # A model may lack the id that stands for unknown characters.
         with as_data_error(f"the tokenizer cannot encode {''.join(texts[:1])!r:.40}{others}", "repair its files"):
             return self._library.encode_batch_fast(texts, add_special_tokens=False)
+
+    def as_json(self) -> str:
+        """The library's own form."""
+        return self._library.to_str()
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""

@@ -8,14 +8,15 @@ arrays in the dtype of the token file, never lists of numbers. Who runs this, an
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron3d.data.indexed import token_dtype
 from megatron3d.data.prepare.abbreviations import language_rules
+from megatron3d.data.prepare.encoder import Encoder, build_encoder, choose_encoder
 from megatron3d.data.prepare.records import Document, RawBatch, Reject, parse_documents
 from megatron3d.data.prepare.sentences import split_sentences
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
@@ -33,13 +34,14 @@ class SentenceSplitting:
 @dataclass(frozen=True)
 class EncodeRequest:
     """What every worker needs to know. Without `splitting` a text is one sequence; with `special_tokens` each sequence
-    has what the tokenizer's description puts before and behind a text."""
+    has what the tokenizer's description puts before and behind a text. The `encoder` is one that was chosen."""
 
     tokenizer: TokenizerSpec
     json_keys: tuple[str, ...]
     append_eod: bool
     splitting: SentenceSplitting | None = None
     special_tokens: bool = False
+    encoder: Encoder = Encoder.REFERENCE
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,11 @@ def encode_batch(request: EncodeRequest, batch: RawBatch) -> EncodedBatch:
 
     Raises: DataError naming file and line for a text that the tokenizer refuses.
     """
-    tokenizer = tokenizer_of(request.tokenizer)
+    tokenizer = _encoder_of(request.tokenizer, request.encoder)
     parsed = parse_documents(batch, request.json_keys)
     text_bytes, keys = 0, []
     for documents in parsed.documents:
-        text_bytes += sum(len(sentence.encode()) for document in documents for sentence in document.sentences)
+        text_bytes += sum(_num_bytes(sentence) for document in documents for sentence in document.sentences)
         if request.splitting is not None:
             documents = [_split(document, request.splitting) for document in documents]
         keys.append(_encode_documents(tokenizer, documents, request))
@@ -79,10 +81,34 @@ def encode_batch(request: EncodeRequest, batch: RawBatch) -> EncodedBatch:
     return EncodedBatch(tuple(keys), num_documents, text_bytes, batch.input_bytes, parsed.rejects)
 
 
+def with_chosen_encoder(request: EncodeRequest, first: RawBatch, note: Callable[[str], None]) -> EncodeRequest:
+    """The request with the encoder that the run uses, after a comparison on the texts of its first batch.
+
+    Raises: as `choose_encoder`.
+    """
+    if request.encoder is Encoder.REFERENCE:
+        return request
+    parsed = parse_documents(first, request.json_keys)
+    texts = [sentence for documents in parsed.documents for document in documents for sentence in document.sentences]
+    chosen = choose_encoder(request.encoder, tokenizer_of(request.tokenizer), texts, note)
+    return replace(request, encoder=chosen)
+
+
 @functools.lru_cache(maxsize=1)
 def tokenizer_of(spec: TokenizerSpec) -> Tokenizer:
     """The tokenizer, built once a process; forked workers find the parent's."""
     return spec.build()
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder_of(spec: TokenizerSpec, encoder: Encoder) -> Tokenizer:
+    """What encodes, built once a process."""
+    return build_encoder(encoder, tokenizer_of(spec))
+
+
+def _num_bytes(text: str) -> int:
+    """The bytes of `text` in UTF-8, counted without encoding it where that is its length."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _split(document: Document, splitting: SentenceSplitting) -> Document:
@@ -100,27 +126,53 @@ def _split(document: Document, splitting: SentenceSplitting) -> Document:
 
 def _encode_documents(tokenizer: Tokenizer, documents: Sequence[Document], request: EncodeRequest) -> EncodedKey:
     """Each sentence becomes a sequence unless it is empty; the end-of-document token joins the last of a document."""
-    tokens: list[int] = []
-    lengths: list[int] = []
-    sizes: list[int] = []
+    ids, lengths = _encode_texts(tokenizer, documents)
+    counts = np.fromiter((len(document.sentences) for document in documents), dtype=np.int64, count=len(documents))
+    owners = np.repeat(np.arange(len(documents)), counts)[lengths > 0]
+    lengths = lengths[lengths > 0]
+    is_last = np.append(owners[1:] != owners[:-1], True)[: len(owners)]
     prefix, suffix = (tokenizer.prefix, tokenizer.suffix) if request.special_tokens else ((), ())
-    for document in documents:
-        num_before = len(lengths)
-        for sentence in document.sentences:
-            try:
-                ids = tokenizer.encode(sentence)
-            except DataError as error:
-                raise DataError(f"{document.place}: {error}") from error
-            if ids:
-                tokens += (*prefix, *ids, *suffix)
-                lengths.append(len(prefix) + len(ids) + len(suffix))
-        if request.append_eod and len(lengths) > num_before:
-            assert tokenizer.eod is not None, "--append-eod without an end-of-document token passed the checks"
-            tokens.append(tokenizer.eod)
-            lengths[-1] += 1
-        sizes.append(len(lengths) - num_before)
-    return EncodedKey(
-        np.array(tokens, dtype=token_dtype(tokenizer.vocab_size)),
-        np.array(lengths, dtype=np.int64),
-        np.array(sizes, dtype=np.int64),
-    )
+    if prefix:
+        ids, lengths = _insert(ids, lengths, prefix, np.ones_like(is_last), before=True)
+    if suffix:
+        ids, lengths = _insert(ids, lengths, suffix, np.ones_like(is_last))
+    if request.append_eod:
+        assert tokenizer.eod is not None, "--append-eod without an end-of-document token passed the checks"
+        ids, lengths = _insert(ids, lengths, (tokenizer.eod,), is_last)
+    return EncodedKey(ids, lengths, np.bincount(owners, minlength=len(documents)).astype(np.int64))
+
+
+def _encode_texts(tokenizer: Tokenizer, documents: Sequence[Document]) -> tuple[NDArray, NDArray[np.int64]]:
+    """The ids of all sentences in a row, and how many each has. Raises: DataError that names the document."""
+    sentences = [sentence for document in documents for sentence in document.sentences]
+    try:
+        return tokenizer.encode_arrays(sentences, token_dtype(tokenizer.vocab_size))
+    except DataError:
+        for document in documents:
+            for sentence in document.sentences:
+                try:
+                    tokenizer.encode(sentence)
+                except DataError as error:
+                    raise DataError(f"{document.place}: {error}") from error
+        raise
+
+
+def _insert(
+    ids: NDArray,
+    lengths: NDArray[np.int64],
+    tokens: tuple[int, ...],
+    chosen: NDArray[np.bool_],
+    *,
+    before: bool = False,
+) -> tuple[NDArray, NDArray[np.int64]]:
+    """Put `tokens` at the end of the chosen sequences, or before them; ids and lengths are those of all sequences."""
+    longer = lengths + len(tokens) * chosen
+    ends = np.cumsum(longer)[chosen]
+    first = ends - longer[chosen] if before else ends - len(tokens)
+    places = (first[:, None] + np.arange(len(tokens))).ravel()
+    is_old = np.ones(len(ids) + len(places), dtype=np.bool_)
+    is_old[places] = False
+    joined = np.empty(len(is_old), dtype=ids.dtype)
+    joined[is_old] = ids
+    joined[places] = np.tile(np.array(tokens, dtype=ids.dtype), len(ends))
+    return joined, longer

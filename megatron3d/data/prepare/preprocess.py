@@ -19,13 +19,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 from megatron3d.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron3d.data.prepare.abbreviations import language_rules
 from megatron3d.data.prepare.corpus import read_batches, span_bytes
-from megatron3d.data.prepare.encode import EncodeRequest, encode_batch, tokenizer_of
+from megatron3d.data.prepare.encode import EncodeRequest, encode_batch, tokenizer_of, with_chosen_encoder
 from megatron3d.data.prepare.inputs import STANDARD_INPUT
 from megatron3d.data.prepare.rejects import BadRecordLimits, RejectsFile, RejectTally
 from megatron3d.data.prepare.spans import whole_files
@@ -82,6 +83,10 @@ def rejects_path(prefix: str) -> Path:
     return Path(f"{prefix}_rejects.jsonl")
 
 
+def _ignore(line: str) -> None:
+    """Take a line that nobody asked for."""
+
+
 def preprocess(
     files: Sequence[Path],
     prefix: str,
@@ -90,12 +95,14 @@ def preprocess(
     workers: int,
     report: Callable[[PreprocessProgress], None],
     limits: BadRecordLimits | None = None,
+    note: Callable[[str], None] = _ignore,
 ) -> PreprocessProgress:
     """Encode all documents of `files` into the `.bin/.idx` of `output_prefix`, one pair a key; the final progress.
 
     With `request.splitting` each sentence is a sequence; a text that is a list is taken as sentences already. An empty
     text is a document without sequences, as in Megatron-LM, so that the keys of one corpus stay in step. A bad
-    record is left out of all keys and listed in `rejects_path`. `report` is called after each batch.
+    record is left out of all keys and listed in `rejects_path`. `report` is called after each batch, `note` with a line
+    about the encoder that is used.
 
     Raises: ConfigError if --append-eod meets a tokenizer without such a token or with one of its own at the end, or
     --lang is unknown; DataError for input that cannot be read, holds no token at all or more bad records than `limits`
@@ -122,6 +129,9 @@ def preprocess(
     limits = limits or BadRecordLimits()
     tally = RejectTally(limits)
     batches = read_batches(spans, request.json_keys, max_line_bytes=limits.max_line_bytes)
+    if (first := next(batches, None)) is not None:
+        request = with_chosen_encoder(request, first, note)
+        batches = chain((first,), batches)
     with ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
         is_split = request.splitting is not None
