@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def stream_of(root: Path, number: int) -> GPTSamples:
 def data_of(root: Path, options: str, *, num_corpora: int = 1, base: str = BASE) -> GPTData:
     paths = " ".join(str(root / f"c{number}") for number in range(num_corpora))
     indexes = " ".join(str(root / f"i{number}") for number in range(num_corpora))
-    argv = f"{base} --data-path {paths} --curriculum-index {indexes} {options}".split()
+    ours = "" if "--curriculum-deepspeed-index" in options else f"--curriculum-index {indexes}"
+    argv = f"{base} --data-path {paths} {ours} {options}".split()
     run = resolve(parse_args(argv, program="p", description="d", log=lambda line: None), 1)
     plain = build_gpt_data(run.data, seq_length=S, vocab_size=60000, eod_token=None)
     return with_curriculum(plain, run.curriculum, run.data, RunLength(run.train, 1), vocab_size=60000)
@@ -244,3 +246,34 @@ def test_damaged_files_of_an_index_are_named(corpora: Path, tmp_path: Path) -> N
     (tmp_path / "index.json").write_text("[")
     with pytest.raises(DataError, match="is not valid JSON"):
         read_index(tmp_path)
+
+
+def written_by_deepspeed(prefix: Path, items: list[list[int]], code: int, dtype: str) -> str:
+    """The bytes that DeepSpeed's builder writes, from its source: sizes, byte offsets, one bound of documents."""
+    sizes = [len(item) for item in items]
+    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]) * np.dtype(dtype).itemsize
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(items), 1)
+    arrays = (np.array(sizes, "<i4"), offsets.astype("<i8"), np.array([0], "<i8"))
+    prefix.with_suffix(".idx").write_bytes(header + b"".join(array.tobytes() for array in arrays))
+    prefix.with_suffix(".bin").write_bytes(np.concatenate(items).astype(dtype).tobytes())
+    return str(prefix)
+
+
+def test_deepspeeds_files_admit_what_its_sampler_does(corpora: Path, tmp_path: Path) -> None:
+    """By value: all items up to the bound. By percentile: the first samples in the order of the items."""
+    values = np.random.default_rng(3).integers(1, 40, 499)
+    items = [np.flatnonzero(values == value).tolist() for value in np.unique(values)]
+    sample = written_by_deepspeed(tmp_path / "to_sample", items, 6, "<u2")
+    metric = written_by_deepspeed(tmp_path / "to_metric", [[int(value)] for value in np.unique(values)], 5, "<i8")
+    base = f"--curriculum-deepspeed-index {sample} {metric} --curriculum-metric voc"
+    discrete = "--curriculum-pacing fixed_discrete --curriculum-last-steps 100"
+    by_value = train_of(corpora, f"{base} {discrete} --curriculum-difficulty-type value --curriculum-difficulties 7,39")
+    shown = {int(by_value.sample(slot)[0]) // S for slot in range(800)}
+    assert shown == set(np.flatnonzero(values <= 7).tolist())
+    by_rank = train_of(corpora, f"{base} {discrete} --curriculum-difficulties 20,100")
+    assert {int(by_rank.sample(slot)[0]) // S for slot in range(800)} == set(np.concatenate(items)[: 499 // 5].tolist())
+    with pytest.raises(DataError, match="is of another corpus, --split or --seq-length"):
+        data_of(corpora, f"{base} {discrete} --curriculum-difficulties 20,100", base=BASE.replace("1,0,0", "3,2,0"))
+    written_by_deepspeed(tmp_path / "to_sample", [*items[:-1], [0]], 6, "<u2")
+    with pytest.raises(DataError, match="but not each from 0 on once"):
+        data_of(corpora, f"{base} {discrete} --curriculum-difficulties 20,100")

@@ -21,6 +21,7 @@ from megatron3d.data.bert import BertSamples
 from megatron3d.data.blend import Blend
 from megatron3d.data.build import BertData, GPTData
 from megatron3d.data.content import corpus_digest, tokenizer_content
+from megatron3d.data.curriculum.deepspeed_index import read_deepspeed_index
 from megatron3d.data.curriculum.index import MetricIndex, SampleIdentity, read_index
 from megatron3d.data.curriculum.metrics import directory_name
 from megatron3d.data.curriculum.repeats import expected_distinct
@@ -30,7 +31,7 @@ from megatron3d.data.order import derive_seed
 from megatron3d.data.stream import SampleStream
 from megatron3d.errors import ConfigError, DataError
 
-_Data = TypeVar("_Data", GPTData, BertData)
+_Data = TypeVar("_Data", bound=GPTData | BertData)
 _Samples = GPTSamples | BertSamples
 
 
@@ -79,10 +80,12 @@ def with_curriculum(
     plan = plan_of(options, length.train, length.data_parallel_size)
     content = tokenizer_content(sources, vocab_size=vocab_size)
     tokenizer = None if content is None else content.digest
-    admitted = [
-        AdmittedSets(indexes, [bound.difficulty_type for bound in plan.bounds])
-        for indexes in _indexes(options, corpora, tokenizer)
-    ]
+    types = [bound.difficulty_type for bound in plan.bounds]
+    if options.curriculum_deepspeed_index:
+        opened = [_deepspeed_indexes(options, corpora, types)]
+    else:
+        opened = list(_indexes(options, corpora, tokenizer))
+    admitted = [AdmittedSets(indexes, types) for indexes in opened]
     seed = sources.seed if options.curriculum_seed is None else options.curriculum_seed
     warmup = None if plan.warmup_steps is None else length.first_slot(plan.warmup_steps + 1)
     curriculum = Curriculum(
@@ -163,6 +166,28 @@ def _indexes(
         raise DataError("\n".join(problems))
 
 
+def _deepspeed_indexes(
+    options: CurriculumConfig, corpora: Sequence[_Samples], types: Sequence[str]
+) -> list[MetricIndex]:
+    """DeepSpeed's files of each metric, compared with the samples as far as they can be."""
+    if len(corpora) > 1:
+        raise ConfigError(
+            f"--curriculum-deepspeed-index has the samples of one corpus, but --data-path names {len(corpora)}; give "
+            "one, or make an index of each by tools/analyze_data.py for --curriculum-index."
+        )
+    words, indexes = options.curriculum_deepspeed_index, []
+    for place, (metric, kind) in enumerate(zip(options.curriculum_metric, types, strict=True)):
+        to_sample, to_metric = words[2 * place : 2 * place + 2]
+        index = read_deepspeed_index(metric, to_sample, to_metric, needs_values=kind == "value")
+        if index.num_samples != corpora[0].num_fixed:
+            raise DataError(
+                f"The index {to_sample} of {metric} has {index.num_samples} samples, but {corpora[0].describe()}: it "
+                "is of another corpus, --split or --seq-length."
+            )
+        indexes.append(index)
+    return indexes
+
+
 def _plateaus(plan: CurriculumPlan, length: RunLength, warmup: int | None) -> list[Plateau]:
     """Where a bound of some metric changes, in samples of the run; those behind a warm-up are left out."""
     by_metric = [plateaus(build_pacing(bound.pacing)) for bound in plan.bounds]
@@ -202,7 +227,7 @@ def _too_few(curriculum: Curriculum, plan: CurriculumPlan, plateau: Plateau, cou
         for bound, value, index in zip(plan.bounds, plateau.bounds, sets.indexes, strict=True)
     )
     return (
-        f"The curriculum admits {admitted} of the {corpus.num_fixed} samples of {corpus.dataset.prefix} at step "
+        f"The curriculum admits {admitted} of the {corpus.num_fixed} samples of {corpus.describe()} at step "
         f"{plateau.first_step} ({bounds}), but a step takes {needed} of them; raise --curriculum-min-difficulty, or "
         "lower --global-batch-size."
     )

@@ -73,12 +73,14 @@ class SampleIdentity:
 
 @dataclass(frozen=True)
 class MetricIndex:
-    """An index that is open. order: uint32 or uint64 [n]; value: float32 [n], rising. identity is None of DeepSpeed's
-    files, which do not say what they are of."""
+    """An index that is open. order: whole numbers [n]; value: float32 [n], rising.
+
+    DeepSpeed's files may have values in float64, and have no identity: they do not say what they are of.
+    """
 
     name: str
-    order: NDArray[np.unsignedinteger[Any]]
-    value: NDArray[np.float32]
+    order: NDArray[np.integer[Any]]
+    value: NDArray[np.floating[Any]]
     identity: SampleIdentity | None
 
     @property
@@ -92,7 +94,7 @@ class MetricIndex:
         A value admits all samples up to it, in the precision of the file. Percentile p admits floor(n p / 100).
         """
         if difficulty_type == "value":
-            return int(np.searchsorted(self.value, np.float32(bound), side="right"))
+            return int(np.searchsorted(self.value, self.value.dtype.type(bound), side="right"))
         return min(self.num_samples, int(self.num_samples * bound / 100 + 1e-9))
 
 
