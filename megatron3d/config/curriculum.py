@@ -35,7 +35,7 @@ class CurriculumPlan:
 
     Attributes:
         bounds: one for each metric.
-        warmup_steps: steps after which samples come as without a curriculum; None where it lasts for the whole run.
+        warmup_steps: steps after which samples come as without a curriculum; None where it lasts.
         problems: sentences about words that cannot be read, whose defaults stand in the bounds.
     """
 
@@ -44,9 +44,9 @@ class CurriculumPlan:
     problems: tuple[str, ...]
 
 
-def plan_of(curriculum: CurriculumConfig, train: DraftTrain, data_parallel_size: int) -> CurriculumPlan:
-    """The words as bounds. The length of a warm-up, where it is a share of the run, needs the length of the run."""
-    warmup_steps = _warmup_steps(curriculum, train, data_parallel_size)
+def plan_of(curriculum: CurriculumConfig) -> CurriculumPlan:
+    """The words as bounds; by default they rise until a warm-up ends."""
+    warmup_steps = curriculum.curriculum_warmup_steps
     words = _Words(len(curriculum.curriculum_metric))
     types = words.read("--curriculum-difficulty-type", curriculum.curriculum_difficulty_type, _difficulty_type)
     kinds = words.read("--curriculum-pacing", curriculum.curriculum_pacing, str)
@@ -86,7 +86,8 @@ def total_steps(train: DraftTrain, data_parallel_size: int) -> int | None:
     return iterations_for_samples(train, train.train_samples, data_parallel_size)
 
 
-def _warmup_steps(curriculum: CurriculumConfig, train: DraftTrain, data_parallel_size: int) -> int | None:
+def warmup_steps_of(curriculum: CurriculumConfig, train: DraftTrain, data_parallel_size: int) -> int | None:
+    """The steps of the share of the run that --curriculum-warmup-fraction is, None without one."""
     share = curriculum.curriculum_warmup_fraction
     if share is None:
         return None

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 from megatron3d.config.activations import GATED_ACTIVATIONS
 from megatron3d.config.batch_size import iterations_for_samples, parse_step_schedule, samples_for_iterations
+from megatron3d.config.curriculum import warmup_steps_of
 from megatron3d.config.options import GIVEN
 from megatron3d.config.run import DraftRun, GivenRun, RunConfig
 from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.data_efficiency import CurriculumConfig
 from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.config.sections.optim import GivenOptim, OptimConfig
 from megatron3d.config.sections.parallel import GivenParallel, ParallelConfig
@@ -36,7 +38,7 @@ def derive(given: GivenRun, world_size: int) -> DraftRun:
         train=train,
         optim=_derive_optim(given.optim, train, given.model.seq_length),
         data=_derive_data(given.data),
-        curriculum=given.curriculum,
+        curriculum=_derive_curriculum(given.curriculum, train, parallel.data_parallel_size),
         checkpoint=given.checkpoint,
     )
     return replace(draft, as_given=what_was_given(given, draft))
@@ -231,6 +233,14 @@ def _derive_optim(optim: GivenOptim, train: GivenTrain, seq_length: int | None) 
         lr_decay_samples=decay or train.train_samples,
         lr_warmup_samples=warmup,
     )
+
+
+def _derive_curriculum(curriculum: CurriculumConfig, train: DraftTrain, data_parallel_size: int) -> CurriculumConfig:
+    """The steps of a warm-up that is a share of the run."""
+    steps = curriculum.curriculum_warmup_steps
+    if steps is None and _can_count(train):
+        steps = warmup_steps_of(curriculum, train, data_parallel_size)
+    return replace(curriculum, curriculum_warmup_steps=steps)
 
 
 def _derive_data(data: DataConfig) -> DataConfig:

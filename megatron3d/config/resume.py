@@ -129,10 +129,11 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
             Effect.SAMPLES: (
                 "curriculum_metric curriculum_difficulty_type curriculum_min_difficulty curriculum_max_difficulty "
                 "curriculum_pacing curriculum_steps curriculum_difficulty_step curriculum_root_degree "
-                "curriculum_difficulties curriculum_last_steps curriculum_warmup_fraction curriculum_seed"
+                "curriculum_difficulties curriculum_last_steps curriculum_warmup_steps curriculum_seed"
             ),
-            # The files may move; that they are of this data is compared when they are opened.
-            Effect.FREE: "curriculum_index curriculum_deepspeed_index",
+            # The files may move; that they are of this data is compared when they are opened. The share of a warm-up is
+            # in its steps.
+            Effect.FREE: "curriculum_index curriculum_deepspeed_index curriculum_warmup_fraction",
         },
         "checkpoint": {
             Effect.FREE: (

@@ -67,6 +67,6 @@ def _iterations(train: TrainConfig, data_parallel_size: int) -> int:
     if train.train_iters is not None:
         return train.train_iters
     assert train.train_samples is not None, "a run has a length"
-    whole = iterations_for_samples(train, train.train_samples, data_parallel_size)
-    is_short = samples_for_iterations(train, whole, data_parallel_size) < train.train_samples
-    return whole + (1 if train.batch_size_steps and is_short else 0)
+    full_steps = iterations_for_samples(train, train.train_samples, data_parallel_size)
+    is_short = samples_for_iterations(train, full_steps, data_parallel_size) < train.train_samples
+    return full_steps + (1 if train.batch_size_steps and is_short else 0)

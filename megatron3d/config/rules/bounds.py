@@ -53,7 +53,7 @@ BOUNDS: tuple[Bound, ...] = (
         "train_iters train_samples eval_interval exit_interval log_interval recompute_num_layers save_interval "
         "profile_pipeline_step keep_last save_retain_interval check_weight_hash_across_dp_replicas_interval "
         "profile_step_end "
-        "lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
+        "curriculum_warmup_steps lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
         "loss_scale_window hysteresis muon_num_ns_steps zero_shard_size muon_num_ns_steps mask_max_ngram "
         "moe_ffn_hidden_size moe_router_topk moe_router_num_groups moe_router_group_topk "
         "moe_shared_expert_intermediate_size num_experts "

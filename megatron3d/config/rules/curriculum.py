@@ -9,20 +9,17 @@ from megatron3d.config.options import BY_NAME, OPTIONS
 from megatron3d.config.pacing import build_pacing
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.data_efficiency import CurriculumConfig
-from megatron3d.config.sections.train import DraftTrain
 from megatron3d.errors import ConfigError
 
 
-def curriculum_rule(
-    curriculum: CurriculumConfig, data: DataConfig, train: DraftTrain, data_parallel_size: int
-) -> Iterator[str]:
+def curriculum_rule(given: CurriculumConfig, curriculum: CurriculumConfig, data: DataConfig) -> Iterator[str]:
     """Every metric has an index and a pacing that can be computed, and there is data that they are of."""
     if not curriculum.curriculum_metric:
-        yield from _without_metric(curriculum)
+        yield from _without_metric(given)
         return
     yield from _index_problems(curriculum)
     yield from _source_problems(data)
-    plan = plan_of(curriculum, train, data_parallel_size)
+    plan = plan_of(curriculum)
     yield from plan.problems
     if not plan.problems:
         for bound in plan.bounds:

@@ -58,7 +58,7 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from random_ltd_problems(train, given.model, run.parallel)
     yield from matmul_rule(train, optim, run.parallel.device)
     yield from data_rule(run.data)
-    yield from curriculum_rule(run.curriculum, run.data, run.train, run.parallel.data_parallel_size)
+    yield from curriculum_rule(given.curriculum, run.curriculum, run.data)
     yield from sample_order_rule(run.data, run.model)
     yield from tokenizer_rule(given.data, run.data, given.model.vocab_size)
     yield from checkpoint_rule(given.checkpoint)

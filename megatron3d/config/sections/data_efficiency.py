@@ -54,6 +54,9 @@ class CurriculumConfig:
     curriculum_warmup_fraction: float | None = option(
         None, "--curriculum-warmup-fraction", "Share of the run after which samples come as without a curriculum."
     )
+    curriculum_warmup_steps: int | None = option(
+        None, "--curriculum-warmup-steps", "The same in steps; default --curriculum-warmup-fraction of the run's."
+    )
     curriculum_seed: int | None = option(
         None, "--curriculum-seed", "Seed of the order of the admitted samples; default --seed."
     )

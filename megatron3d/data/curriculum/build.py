@@ -77,7 +77,7 @@ def with_curriculum(
         return data
     assert data.train is not None, "a run has training data"
     corpora = _corpora(data.train)
-    plan = plan_of(options, length.train, length.data_parallel_size)
+    plan = plan_of(options)
     content = tokenizer_content(sources, vocab_size=vocab_size)
     tokenizer = None if content is None else content.digest
     types = [bound.difficulty_type for bound in plan.bounds]
