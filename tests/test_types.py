@@ -74,6 +74,12 @@ MEANING_OF_NONE = {
         "peak_tflops": "that of the device, if it is known",
         "profile_pipeline": "no picture",
     },
+    "lengths": {
+        "seq_length_curriculum": "all samples have --seq-length",
+        "seq_length_curriculum_min_difficulty": "lengths are not rising from a first one",
+        "seq_length_curriculum_max_difficulty": "--seq-length",
+        "seq_length_curriculum_steps": "lengths do not rise by a number of steps",
+    },
     "model": {
         "num_experts": "a dense model",
         "moe_ffn_hidden_size": "that of dense layers",

@@ -30,6 +30,7 @@ DERIVED: tuple[tuple[str, str], ...] = (
     *(("model", name) for name in ("max_position_embeddings", "num_token_types")),
     *(("parallel", name) for name in ("pipeline_schedule", "zero_stage")),
     *(("optim", name) for name in ("lr_decay_iters", "lr_decay_samples", "lr_warmup_samples")),
+    ("optim", "lr_decay_tokens"),
     *(("train", name) for name in ("recompute_num_layers", "recompute_method", "recompute_granularity")),
     *(("train", name) for name in ("train_samples", "global_batch_size")),
     ("data", "tokenizer_type"),

@@ -6,16 +6,19 @@ Nothing here judges: where values do not fit together the result is of no use, a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from megatron3d.config.activations import GATED_ACTIVATIONS
 from megatron3d.config.batch_size import iterations_for_samples, parse_step_schedule, samples_for_iterations
 from megatron3d.config.curriculum import warmup_steps_of
+from megatron3d.config.lengths import LengthLevel, counts_at_end, counts_in_tokens, length_levels
 from megatron3d.config.options import GIVEN
 from megatron3d.config.run import DraftRun, GivenRun, RunConfig
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.data_efficiency import CurriculumConfig
+from megatron3d.config.sections.lengths import LengthConfig
 from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.config.sections.optim import GivenOptim, OptimConfig
 from megatron3d.config.sections.parallel import GivenParallel, ParallelConfig
@@ -31,14 +34,19 @@ TOKENIZER_ALIASES = {"PretrainedFromHF": "HuggingFaceTokenizer", "HFTokenizer": 
 def derive(given: GivenRun, world_size: int) -> DraftRun:
     """The run on `world_size` ranks with all derivable values filled in; what cannot be derived stays None."""
     parallel = _derive_pipeline(_derive_parallel(given.parallel, world_size), given.model.num_layers)
-    train = _derive_train(given.train, given.model.seq_length, parallel.data_parallel_size)
+    train = _derive_train(
+        _with_lengths(given.train, given.lengths, given.model.seq_length),
+        given.model.seq_length,
+        parallel.data_parallel_size,
+    )
     draft = DraftRun(
         model=derive_model(given.model),
         parallel=parallel,
         train=train,
-        optim=_derive_optim(given.optim, train, given.model.seq_length),
+        optim=_derive_optim(given.optim, train, given.model.seq_length, parallel.data_parallel_size),
         data=_derive_data(given.data),
         curriculum=_derive_curriculum(given.curriculum, train, parallel.data_parallel_size),
+        lengths=given.lengths,
         checkpoint=given.checkpoint,
     )
     return replace(draft, as_given=what_was_given(given, draft))
@@ -67,6 +75,7 @@ def complete(draft: DraftRun) -> RunConfig:
         optim=_narrowed(draft.optim, OptimConfig),
         data=draft.data,
         curriculum=draft.curriculum,
+        lengths=draft.lengths,
         train=_narrowed(draft.train, TrainConfig),
         checkpoint=draft.checkpoint,
         as_given=draft.as_given,
@@ -166,13 +175,26 @@ def _derive_pipeline(parallel: ParallelConfig, num_layers: int | None) -> Parall
     return replace(parallel, virtual_stages=virtual, pipeline_schedule=order)
 
 
-def _derive_train(given: GivenTrain, seq_length: int | None, data_parallel_size: int) -> DraftTrain:
+def _with_lengths(train: GivenTrain, lengths: LengthConfig, seq_length: int | None) -> DraftTrain:
+    """What was given of the training, and the levels of a sequence-length curriculum."""
+    levels: tuple[LengthLevel, ...] = ()
+    if seq_length:
+        # The rules of lengths report what is wrong with them together with all other problems.
+        with suppress(ConfigError):
+            levels = length_levels(lengths, seq_length)
+    if any(length < 1 for _, length in levels):
+        levels = ()
+    splits = bool(levels) and lengths.seq_length_curriculum == "reshape"
+    return DraftTrain(**{**vars(train), "length_levels": levels, "splits_samples": splits})
+
+
+def _derive_train(given: DraftTrain, seq_length: int | None, data_parallel_size: int) -> DraftTrain:
     train = _derive_recomputation(given)
     steps = _step_levels(train.step_batch_size_schedule, seq_length)
     batch = steps[-1][1] if steps else train.global_batch_size
     if batch is None and train.micro_batch_size:
         batch = train.micro_batch_size * data_parallel_size * (train.gradient_accumulation_steps or 1)
-    draft = DraftTrain(**{**vars(train), "global_batch_size": batch, "batch_size_steps": steps})
+    draft = replace(train, global_batch_size=batch, batch_size_steps=steps)
     return replace(draft, train_samples=_train_samples(draft, seq_length, data_parallel_size))
 
 
@@ -184,12 +206,25 @@ def _train_samples(train: DraftTrain, seq_length: int | None, data_parallel_size
     """
     if train.train_tokens is None or not seq_length or not train.global_batch_size or not _can_count(train):
         return train.train_samples
+    if train.length_levels:
+        return counts_at_end(
+            train, data_parallel_size, seq_length, samples=train.train_samples, tokens=train.train_tokens
+        ).samples
     needed = -(-train.train_tokens // seq_length)
     steps = iterations_for_samples(train, needed, data_parallel_size)
     reached = samples_for_iterations(train, steps, data_parallel_size)
     if reached < needed:
         reached = samples_for_iterations(train, steps + 1, data_parallel_size)
     return reached if train.train_samples is None else min(reached, train.train_samples)
+
+
+def _run_tokens(train: DraftTrain, seq_length: int | None, data_parallel_size: int) -> int | None:
+    """The tokens of the run, where its length is in tokens or samples."""
+    if train.train_tokens is not None or train.train_samples is None:
+        return train.train_tokens
+    if not seq_length or not train.global_batch_size or not _can_count(train):
+        return None
+    return counts_at_end(train, data_parallel_size, seq_length, samples=train.train_samples).tokens or None
 
 
 def _can_count(train: GivenTrain) -> bool:
@@ -208,7 +243,7 @@ def _step_levels(schedule: str | None, seq_length: int | None) -> tuple[tuple[in
         return ()
 
 
-def _derive_recomputation(train: GivenTrain) -> GivenTrain:
+def _derive_recomputation(train: DraftTrain) -> DraftTrain:
     granularity, method, layers = train.recompute_granularity, train.recompute_method, train.recompute_num_layers
     if granularity is None and train.recompute_activations:
         granularity = "selective"
@@ -220,8 +255,13 @@ def _derive_recomputation(train: GivenTrain) -> GivenTrain:
     return replace(train, recompute_granularity=granularity, recompute_method=method, recompute_num_layers=layers)
 
 
-def _derive_optim(optim: GivenOptim, train: GivenTrain, seq_length: int | None) -> GivenOptim:
-    """Decay and warm-up in the unit of the run; tokens become samples, rounded to the nearest."""
+def _derive_optim(optim: GivenOptim, train: DraftTrain, seq_length: int | None, data_parallel_size: int) -> GivenOptim:
+    """Decay and warm-up in the unit of the run; tokens become samples, rounded to the nearest, where all samples have
+    as many."""
+    if counts_in_tokens(train, optim):
+        return replace(
+            optim, lr_decay_tokens=optim.lr_decay_tokens or _run_tokens(train, seq_length, data_parallel_size)
+        )
     decay, warmup = optim.lr_decay_samples, optim.lr_warmup_samples
     if seq_length and optim.lr_decay_tokens is not None:
         decay = decay or max(1, round(optim.lr_decay_tokens / seq_length))

@@ -13,6 +13,7 @@ _GROUP_TITLES = {
     "model": "model: what is computed",
     "parallel": "parallel: how the work is cut",
     "train": "train: how long, in which batches, and what is logged",
+    "lengths": "lengths: samples that are short at first",
     "optim": "optim: how weights are updated, and in which precision",
     "data": "data: which tokens are read",
     "curriculum": "curriculum: which samples are admitted when",

@@ -17,6 +17,7 @@ from megatron3d.config.run import GivenRun
 from megatron3d.config.sections.checkpoint import CheckpointConfig
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.data_efficiency import CurriculumConfig
+from megatron3d.config.sections.lengths import LengthConfig
 from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.config.sections.optim import GivenOptim, OptimConfig
 from megatron3d.config.sections.parallel import GivenParallel, ParallelConfig
@@ -31,6 +32,7 @@ GIVEN: Mapping[str, type] = MappingProxyType(
         "model": GivenModel,
         "parallel": GivenParallel,
         "train": GivenTrain,
+        "lengths": LengthConfig,
         "optim": GivenOptim,
         "data": DataConfig,
         "curriculum": CurriculumConfig,
@@ -43,6 +45,7 @@ SECTIONS: Mapping[str, type] = MappingProxyType(
         "model": ModelConfig,
         "parallel": ParallelConfig,
         "train": TrainConfig,
+        "lengths": LengthConfig,
         "optim": OptimConfig,
         "data": DataConfig,
         "curriculum": CurriculumConfig,

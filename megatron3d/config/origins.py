@@ -33,6 +33,7 @@ DERIVED_FROM: Mapping[str, str] = {
     "recompute_num_layers": "recompute_granularity recompute_method",
     "lr_decay_iters": "train_iters",
     "lr_decay_samples": "lr_decay_tokens train_samples train_tokens",
+    "lr_decay_tokens": "train_tokens train_samples",
     "lr_warmup_samples": "lr_warmup_tokens",
     "tokenizer_type": "vocab_file merge_file",
 }

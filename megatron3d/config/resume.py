@@ -85,7 +85,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
                 "random_ltd random_ltd_min random_ltd_max random_ltd_steps random_ltd_step_size random_ltd_layers "
                 "random_ltd_router"
             ),
-            # batch_size_steps is step_batch_size_schedule in samples; accumulation steps are in global_batch_size.
+            # batch_size_steps is step_batch_size_schedule in samples; accumulation steps are in global_batch_size;
+            # length_levels and splits_samples are the curriculum of `lengths`.
             Effect.FREE: (
                 "micro_batch_size gradient_accumulation_steps train_iters train_samples train_tokens "
                 "eval_interval eval_iters exit_interval "
@@ -93,8 +94,16 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
                 "wandb_entity wandb_save_dir metrics_file check_weight_hash_across_dp_replicas_interval "
                 "recompute_granularity recompute_activations recompute_method "
                 "recompute_num_layers recompute_reuse_communication peak_tflops profile_pipeline profile_pipeline_step "
-                "batch_size_steps "
+                "batch_size_steps length_levels splits_samples "
                 "profile profile_step_start profile_step_end profile_ranks profile_dir"
+            ),
+        },
+        "lengths": {
+            Effect.REPORTED: (
+                "seq_length_curriculum seq_length_curriculum_pacing seq_length_curriculum_min_difficulty "
+                "seq_length_curriculum_max_difficulty seq_length_curriculum_steps "
+                "seq_length_curriculum_difficulty_step seq_length_curriculum_root_degree "
+                "seq_length_curriculum_difficulties seq_length_curriculum_last_steps"
             ),
         },
         "optim": {

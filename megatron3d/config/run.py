@@ -13,6 +13,7 @@ from typing import Any
 from megatron3d.config.sections.checkpoint import CheckpointConfig
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.data_efficiency import CurriculumConfig
+from megatron3d.config.sections.lengths import LengthConfig
 from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.config.sections.optim import GivenOptim, OptimConfig
 from megatron3d.config.sections.parallel import GivenParallel, ParallelConfig
@@ -29,6 +30,7 @@ class GivenRun:
     data: DataConfig = field(default_factory=DataConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     train: GivenTrain = field(default_factory=GivenTrain)
+    lengths: LengthConfig = field(default_factory=LengthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 

@@ -28,6 +28,7 @@ _STORED: Mapping[str, type] = MappingProxyType({**GIVEN, "parallel": ParallelCon
 
 
 AS_GIVEN = "as_given"  # the key beside the sections
+_SHOWN_LEVELS = 3  # of batch sizes and lengths, at each end
 
 
 def to_dict(config: DraftRun) -> dict[str, dict[str, Any]]:
@@ -177,11 +178,19 @@ def _rows(section: str, section_config: Any) -> Iterator[tuple[str, str]]:
     for field in dataclasses.fields(section_config):
         value = getattr(section_config, field.name)
         option = BY_KEY.get((section, field.name))
-        if option is None and value != ():
-            yield field.name, str(value)
+        if option is None and value != () and value is not False:
+            yield field.name, _shown_levels(value) if isinstance(value, tuple) else str(value)
         elif option is not None and value != option.default:
             unit = f" {option.flag.unit}" if option.flag.unit else ""
             yield field.name, _shown(value) + unit
+
+
+def _shown_levels(levels: tuple[Any, ...]) -> str:
+    """The first and last of many."""
+    if len(levels) <= 2 * _SHOWN_LEVELS:
+        return str(levels)
+    ends = (*levels[:_SHOWN_LEVELS], "...", *levels[-_SHOWN_LEVELS:])
+    return f"{', '.join(map(str, ends))} ({len(levels)} levels)"
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,7 @@ A batch knows nothing of ranks or layouts; `loader.py` decides which samples it 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -19,14 +19,17 @@ class Samples:
     """What batches of every kind have: B samples of S tokens, moved and cut as one.
 
     tokens_BS: int64. The fields of a kind are tensors whose first dim is B, or None where a run does without them.
+    rows_per_sample: how many rows in a row were made of each sample (`shorten.py`), which stay in one micro-batch; the
+    first dim of all fields is then B x rows_per_sample.
     """
 
     tokens_BS: Tensor
+    rows_per_sample: int = field(default=1, kw_only=True)
 
     @property
     def num_samples(self) -> int:
         """B, the number of samples."""
-        return self.tokens_BS.shape[0]
+        return self.tokens_BS.shape[0] // self.rows_per_sample
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on `device`; copies from pinned memory do not block the host."""
@@ -40,7 +43,8 @@ class Samples:
         """
         if micro_batch_size < 1 or self.num_samples % micro_batch_size:
             raise ValueError(f"{self.num_samples} samples do not split into micro-batches of {micro_batch_size}")
-        pieces = {name: tensor.split(micro_batch_size) for name, tensor in self._tensors().items()}
+        num_rows = micro_batch_size * self.rows_per_sample
+        pieces = {name: tensor.split(num_rows) for name, tensor in self._tensors().items()}
         num_micro_batches = self.num_samples // micro_batch_size
         return [
             replace(self, **{name: parts[number] for name, parts in pieces.items()})
@@ -64,7 +68,7 @@ class Samples:
 
     def _tensors(self) -> dict[str, Tensor]:
         """The fields that are present."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)

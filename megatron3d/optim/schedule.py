@@ -2,7 +2,9 @@
 
 A schedule is a handful of numbers, `ScheduleSettings`. A checkpoint stores them as JSON, and a resume compares them
 with the flags (`reconcile`). Progress is counted in samples, as Megatron-LM does: with iteration-based options that is
-iterations x global batch, with sample-based options the consumed samples.
+iterations x global batch, with sample-based options the consumed samples. Where samples begin short
+(`config/lengths.py`) and `--lr-decay-tokens` or `--lr-warmup-tokens` is given, progress is the consumed tokens, as
+Megatron-DeepSpeed does, with the same formulas; its warm-up in samples before a decay in tokens is not here.
 
 **Which progress a step uses.** The step that makes update number k (from 0) takes the rate at the progress *before*
 it: k updates made, the samples of those updates consumed. So the very first step runs at `--lr-warmup-init` (0 unless
@@ -12,8 +14,9 @@ logs, beside each loss, the rate of the step that follows; we log the one that w
 **Skipped steps.** Where fp16 skips an update, Megatron-LM does not advance its schedule; pass the counts of the updates
 that were made, not of the attempts, to do the same.
 
-Source: semantics of Megatron-LM's OptimizerParamScheduler; WSD (warm-up, stable, decay) after Hu et al. 2024,
-"MiniCPM", arXiv 2404.06395, section 4; minus_sqrt after Haegele et al. 2024, arXiv 2405.18392.
+Source: semantics of Megatron-LM's OptimizerParamScheduler, and of Megatron-DeepSpeed's for tokens
+(`megatron/optimizer_param_scheduler.py`, `get_lr`: `num_tokens` in place of `num_steps`); WSD (warm-up, stable, decay)
+after Hu et al. 2024, "MiniCPM", arXiv 2404.06395, section 4; minus_sqrt after Haegele et al. 2024, arXiv 2405.18392.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from megatron3d.config.lengths import counts_in_tokens
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import CheckpointError, ConfigError
@@ -30,7 +34,7 @@ from megatron3d.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """All numbers the two schedules need. Lengths are in `unit` ("iterations" or "samples").
+    """All numbers the two schedules need. Lengths are in `unit` ("iterations", "samples" or "tokens").
 
     `samples_per_unit` is the global batch size where the unit is iterations, else 1. `warmup` may be fractional, as a
     fraction of the decay length need not be whole. `wsd_decay` is 0 unless the style is WSD.
@@ -51,17 +55,30 @@ class ScheduleSettings:
     weight_decay_style: str
     weight_decay_length: int
 
-    def progress(self, *, iteration: int, consumed_samples: int) -> int:
-        """Samples of the updates made so far, in the way the options count: see the module's first lines."""
+    def progress(self, *, iteration: int, consumed_samples: int, consumed_tokens: int | None = None) -> int:
+        """Samples, or tokens, of the updates made so far, in the way the options count: see the module's first lines.
+
+        Raises: ValueError if the schedule counts tokens and they are not given.
+        """
+        if self.unit == "tokens":
+            if consumed_tokens is None:
+                raise ValueError("this schedule counts tokens, and the consumed tokens are not given")
+            return consumed_tokens
         return iteration * self.samples_per_unit if self.unit == "iterations" else consumed_samples
 
-    def lr_at(self, *, iteration: int, consumed_samples: int) -> float:
-        """Learning rate of the step made after `iteration` updates and `consumed_samples` samples of those updates."""
-        return _learning_rate(self, self.progress(iteration=iteration, consumed_samples=consumed_samples))
+    def lr_at(self, *, iteration: int, consumed_samples: int, consumed_tokens: int | None = None) -> float:
+        """Learning rate of the step made after `iteration` updates, and the samples and tokens of those updates."""
+        return _learning_rate(
+            self,
+            self.progress(iteration=iteration, consumed_samples=consumed_samples, consumed_tokens=consumed_tokens),
+        )
 
-    def weight_decay_at(self, *, iteration: int, consumed_samples: int) -> float:
-        """Weight decay of the step made after `iteration` updates and `consumed_samples` samples of those updates."""
-        return _weight_decay(self, self.progress(iteration=iteration, consumed_samples=consumed_samples))
+    def weight_decay_at(self, *, iteration: int, consumed_samples: int, consumed_tokens: int | None = None) -> float:
+        """Weight decay of the step made after `iteration` updates, and the samples and tokens of those updates."""
+        return _weight_decay(
+            self,
+            self.progress(iteration=iteration, consumed_samples=consumed_samples, consumed_tokens=consumed_tokens),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A dict of numbers and words for a checkpoint; `from_json` takes it back exactly."""
@@ -98,6 +115,8 @@ def settings_from_config(optim: OptimConfig, train: TrainConfig) -> ScheduleSett
 
     Raises: ConfigError listing all reasons why these options give no schedule.
     """
+    if counts_in_tokens(train, optim) and train.train_iters is None:
+        return _settings_in_tokens(optim, train)
     by_samples = train.train_samples is not None
     length = train.train_samples if by_samples else train.train_iters
     if optim.lr is None or length is None or (not by_samples and train.global_batch_size is None):
@@ -109,27 +128,54 @@ def settings_from_config(optim: OptimConfig, train: TrainConfig) -> ScheduleSett
     decay = length if decay is None else decay
     warmup = optim.lr_warmup_samples if by_samples else optim.lr_warmup_iters
     wsd_decay = optim.lr_wsd_decay_samples if by_samples else optim.lr_wsd_decay_iters
-    constant_decay = optim.weight_decay_incr_style == "constant"
-    start, end = (optim.weight_decay,) * 2 if constant_decay else (optim.start_weight_decay, optim.end_weight_decay)
     problems = _option_problems(optim, by_samples, wsd_decay)
     if problems:
         raise ConfigError("\n".join(problems))
+    unit = "samples" if by_samples else "iterations"
+    lengths = _Lengths(warmup, decay, (wsd_decay or 0) if optim.lr_decay_style == "WSD" else 0, length)
+    return _settings(optim, lengths, unit=unit, samples_per_unit=1 if by_samples else train.global_batch_size)
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Lengths of a schedule in its unit; the warm-up as far as it is no fraction."""
+
+    warmup: float
+    decay: int
+    wsd_decay: int
+    weight_decay: int
+
+
+def _settings_in_tokens(optim: OptimConfig, train: TrainConfig) -> ScheduleSettings:
+    decay = optim.lr_decay_tokens
+    if decay is None:
+        raise ConfigError("The learning-rate schedule in tokens needs --lr-decay-tokens, or a run in tokens; give one.")
+    # A weight decay that is not constant is refused without --train-tokens (`config/rules/lengths.py`).
+    lengths = _Lengths(optim.lr_warmup_tokens or 0, decay, 0, train.train_tokens or decay)
+    return _settings(optim, lengths, unit="tokens", samples_per_unit=1)
+
+
+def _settings(optim: OptimConfig, lengths: _Lengths, *, unit: str, samples_per_unit: int) -> ScheduleSettings:
+    """The settings with the values that no unit changes. Raises: ConfigError if the formulas make no sense of them."""
+    constant_decay = optim.weight_decay_incr_style == "constant"
+    start, end = (optim.weight_decay,) * 2 if constant_decay else (optim.start_weight_decay, optim.end_weight_decay)
     assert start is not None and end is not None, "the bounds of the weight decay were checked"
+    fraction = optim.lr_warmup_fraction
     settings = ScheduleSettings(
-        unit="samples" if by_samples else "iterations",
-        samples_per_unit=1 if by_samples else train.global_batch_size,
+        unit=unit,
+        samples_per_unit=samples_per_unit,
         lr=float(optim.lr),
         min_lr=float(optim.min_lr),
         warmup_init=float(optim.lr_warmup_init),
         decay_style=optim.lr_decay_style,
-        warmup=warmup if optim.lr_warmup_fraction is None else optim.lr_warmup_fraction * decay,
-        decay=decay,
+        warmup=lengths.warmup if fraction is None else fraction * lengths.decay,
+        decay=lengths.decay,
         wsd_decay_style=optim.lr_wsd_decay_style,
-        wsd_decay=(wsd_decay or 0) if optim.lr_decay_style == "WSD" else 0,
+        wsd_decay=lengths.wsd_decay,
         start_weight_decay=float(start),
         end_weight_decay=float(end),
         weight_decay_style=optim.weight_decay_incr_style,
-        weight_decay_length=length,
+        weight_decay_length=lengths.weight_decay,
     )
     problems = _value_problems(settings)
     if problems:
@@ -278,10 +324,10 @@ def _value_problems(settings: ScheduleSettings) -> list[str]:
 
 def _option_names(settings: ScheduleSettings) -> dict[str, str]:
     """For each field, the option (or options) a user sets it with."""
-    unit = "samples" if settings.unit == "samples" else "iters"
+    unit = "iters" if settings.unit == "iterations" else settings.unit
     constant = settings.weight_decay_style == "constant"
     return {
-        "unit": "--train-iters or --train-samples",
+        "unit": "--lr-decay-tokens" if unit == "tokens" else "--train-iters or --train-samples",
         "samples_per_unit": "--global-batch-size",
         "lr": "--lr",
         "min_lr": "--min-lr",
@@ -310,7 +356,7 @@ def _relevant(settings: ScheduleSettings) -> set[str]:
     if settings.weight_decay_style == "constant":
         names -= {"weight_decay_length", "start_weight_decay"}
     # Only 1/sqrt(progress) without a warm-up to scale it depends on how many samples an iteration has.
-    if settings.unit == "samples" or settings.decay_style != "inverse-square-root" or settings.warmup > 0:
+    if settings.unit != "iterations" or settings.decay_style != "inverse-square-root" or settings.warmup > 0:
         names -= {"samples_per_unit"}
     return names
 

@@ -36,7 +36,8 @@ def with_dropout(
 
 
 def first_samples(batch: Samples | GroupedSamples, micro_batch_size: int, axis: Axis) -> list[int]:
-    """Number, in the step's global batch, of the first sample of each micro-batch of this rank.
+    """Number, in the step's global batch, of the first sample of each micro-batch of this rank; of the first row where
+    samples are several rows.
 
     The global batch is numbered group by group, and within a group by the order in which the ranks of `axis` hold it:
     equal numbers of samples one after another.
@@ -44,9 +45,10 @@ def first_samples(batch: Samples | GroupedSamples, micro_batch_size: int, axis: 
     numbers: list[int] = []
     before = 0
     for group in batch.groups if isinstance(batch, GroupedSamples) else (batch,):
-        first = before + axis.rank * group.num_samples
-        numbers += range(first, first + group.num_samples, micro_batch_size)
-        before += axis.size * group.num_samples
+        rows = group.rows_per_sample
+        first = before + axis.rank * group.num_samples * rows
+        numbers += range(first, first + group.num_samples * rows, micro_batch_size * rows)
+        before += axis.size * group.num_samples * rows
     return numbers
 
 

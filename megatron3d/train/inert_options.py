@@ -43,6 +43,11 @@ class InertOptions:
             )
         by_tokens = train.train_tokens is not None and ("train", "train_samples") in self.config.as_given
         samples = train.train_samples
+        if by_tokens and train.length_levels:
+            return (
+                f"nothing is left to train: {progress.consumed_tokens} of --train-tokens {train.train_tokens} are "
+                "consumed; raise it to train on"
+            )
         length = (
             f"--train-tokens {train.train_tokens}, {samples} samples," if by_tokens else f"--train-samples {samples}"
         )
@@ -103,6 +108,8 @@ class InertOptions:
         train, schedule = self.config.train, self.schedule
         unit = "samples" if train.train_samples is not None else "iterations"
         length = train.train_samples if train.train_samples is not None else train.train_iters
+        if schedule.unit == "tokens":
+            unit, length = "tokens", train.train_tokens
         if schedule.unit == unit and length is not None and schedule.warmup >= length:
             yield (
                 f"the warm-up of {schedule.warmup:g} {unit} is longer than the run of {length}: the learning rate does "

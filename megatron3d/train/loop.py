@@ -18,6 +18,7 @@ from megatron3d.checkpoint.async_save import AsyncSave
 from megatron3d.checkpoint.directory import step_of
 from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
+from megatron3d.config.lengths import SampleShape, sample_shape
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.data.build import BertData, GPTData
 from megatron3d.data.content import Content
@@ -173,7 +174,8 @@ class _Loop:
 
     def _run(self) -> None:
         config = self.parts.config
-        last = state.last_step(config.train, config.parallel.data_parallel_size, self.progress)
+        dp, seq_length = config.parallel.data_parallel_size, config.model.seq_length
+        last = state.last_step(config.train, dp, self.progress, seq_length=seq_length)
         self.saved_step = self.progress.step if self.reports.resumed_in_place else -1
         is_finished_already = self.saved_step >= last
         self._look_ahead(last)
@@ -248,10 +250,11 @@ class _Loop:
         """Make one step and report it; returns how many ranks want to stop, and why this one does, if so."""
         config, readers, before = self.parts.config, self.parts.mesh.batch, self.progress
         size = batch_size_at(config.train, before.consumed_samples, readers.size)
-        at = {"iteration": before.updates, "consumed_samples": before.updated_samples}
+        at = before.of_updates()
         rates = Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
+        shape = sample_shape(config.train, before.step, config.model.seq_length)
         if config.train.skips(before.step):
-            return self._leave_out(size, rates), None
+            return self._leave_out(size, shape, rates), None
         began_s = time.monotonic()
         with self.profiler.part(DATA):
             batch = self.batches.read(before.consumed_samples, size, readers.rank, readers.size)
@@ -271,11 +274,11 @@ class _Loop:
             recorder=recorder,
         )
         synchronize(self.parts.model.device)
-        self.progress = before.after(size, skipped=result.skipped)
+        self.progress = before.after(size, tokens=size * shape.tokens, skipped=result.skipped)
         self.context.step = self.progress.step
         elapsed_s = time.monotonic() - began_s
         numbers = {"loss_scale": loss_scale, "batch_size": size, "elapsed_s": elapsed_s}
-        self.failure.keep(lambda: self.reports.step(self.progress, result, rates, **numbers))
+        self.failure.keep(lambda: self.reports.step(self.progress, result, rates, shape, **numbers))
         if result.is_finite:
             self.retention.proved(computed_with)
         if not result.skipped:
@@ -284,9 +287,9 @@ class _Loop:
             self.reports.note(written)
         return result.stop_votes, reason
 
-    def _leave_out(self, batch_size: int, rates: Rates) -> int:
+    def _leave_out(self, batch_size: int, shape: SampleShape, rates: Rates) -> int:
         """Let an iteration's samples count as consumed without training on them; nobody is asked whether to stop."""
-        self.progress = self.progress.after(batch_size, skipped=True)
+        self.progress = self.progress.after(batch_size, tokens=batch_size * shape.tokens, skipped=True)
         self.context.step = self.progress.step
         self.failure.keep(lambda: self.reports.left_out(self.progress, rates, batch_size=batch_size))
         return 0

@@ -61,7 +61,9 @@ class StepRecord:
 
     - `loss_scale` with fp16; `batch_size` in samples;
     - `consumed_tokens` up to and with this step: consumed samples x sequence length, padding included, as
-      `tokens_per_second` has them; for a fine-tuning the tokens that were there;
+      `tokens_per_second` has them; for a fine-tuning the tokens that were there; under a sequence-length curriculum
+      those that steps were made of;
+    - `sample_length` under such a curriculum: how many tokens samples (or the rows they are split into) had;
     - `step_time_s` of the step alone, without evaluations and saves;
     - `tflops_per_device`, of the model's operations, and `mfu`, their share of the device's peak, 0 to 1, where that is
       known (or given by `--peak-tflops`);
@@ -84,6 +86,7 @@ class StepRecord:
     loss_scale: float | None = None
     batch_size: int | None = None
     consumed_tokens: int | None = None
+    sample_length: int | None = None
     step_time_s: float | None = None
     tflops_per_device: float | None = None
     mfu: float | None = None

@@ -19,6 +19,7 @@ import torch
 from megatron3d.checkpoint.directory import size_of
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.comm.device import device_name, peak_memory_bytes
+from megatron3d.config.lengths import SampleShape, describe_lengths
 from megatron3d.config.serialize import to_dict
 from megatron3d.errors import DataError
 from megatron3d.models.flops import layer_flops, peak_tflops, pretraining_flops
@@ -60,7 +61,7 @@ class Reports:
         self._trackers = Trackers(parts.config.train)
         self._devices = devices_of(parts)
         model, frozen = parts.config.model, parts.config.train.freeze_params
-        self._sample_flops = pretraining_flops(model, frozen).of([model.seq_length])
+        self._flops = pretraining_flops(model, frozen)
         self._layer_flops = layer_flops(model, frozen) if parts.random_ltd else {}
         self._progress: ProgressReporter | None = None
         self._ended_after = context.ended_after if self.resumed_in_place else None
@@ -104,22 +105,24 @@ class Reports:
         progress: Progress,
         result: StepResult,
         rates: Rates,
+        shape: SampleShape,
         *,
         loss_scale: float,
         batch_size: int,
         elapsed_s: float,
     ) -> None:
-        """Report one step; like the rates, `loss_scale` is the one the step used, not the one that follows."""
+        """Report one step, which made `shape` of each sample; like the rates, `loss_scale` is the one the step used,
+        not the one that follows."""
         if self._progress is None:
             return
         self._goodput.add("steps_s", elapsed_s)
         spent = self._goodput.spent()
         config = self.parts.config
-        tokens = batch_size * config.model.seq_length
         is_fp16 = config.optim.precision == "fp16"
         scale = loss_scale if is_fp16 else None
-        kept = self._kept_by_layer(progress.step)
-        passed_by = sum(config.model.seq_length - count for count in kept.values())  # of each sample
+        tokens = batch_size * shape.tokens
+        kept = self._kept_by_layer(progress.step, shape.length)
+        passed_by = shape.rows * sum(shape.length - count for count in kept.values())  # of each sample
         losses = {f"{name}_loss": loss for name, loss in result.losses.items()} if len(result.losses) > 1 else {}
         report = StepReport(
             step=progress.step,
@@ -127,7 +130,7 @@ class Reports:
             lr=rates.lr,
             grad_norm=result.grad_norm,
             tokens=tokens,
-            flops=batch_size * (self._sample_flops - self._flops_saved(kept)),
+            flops=batch_size * shape.rows * (self._flops.of([shape.length]) - self._flops_saved(kept, shape.length)),
             elapsed_s=elapsed_s,
             skipped=result.skipped,
             loss_scale=scale,
@@ -138,20 +141,22 @@ class Reports:
             num_layers=config.model.num_layers,
         )
         self._progress.step(report)
-        consumed, tokens = progress.consumed_samples, progress.consumed_samples * config.model.seq_length
-        counts = {"consumed_samples": consumed, "consumed_tokens": tokens, "batch_size": batch_size}
+        consumed = {"consumed_samples": progress.consumed_samples, "consumed_tokens": progress.consumed_tokens}
+        counts = {**consumed, "batch_size": batch_size}
         record = step_record(report, self._devices, **counts)
+        if config.train.length_levels:
+            record = replace(record, sample_length=shape.length)
         so_far = {"goodput": spent.goodput, "wall_s": spent.wall_s, "lost_steps": spent.lost_steps}
         self._trackers.step(replace(record, **so_far))
 
-    def _kept_by_layer(self, step: int) -> Mapping[int, int]:
+    def _kept_by_layer(self, step: int, length: int) -> Mapping[int, int]:
         """How many positions of a sample the layers saw in the step of this number, of those that drop any."""
         dropping = self.parts.random_ltd
-        return {} if dropping is None else dropping.kept_at(step - 1, self.parts.config.model.seq_length)
+        return {} if dropping is None else dropping.kept_at(step - 1, length)
 
-    def _flops_saved(self, kept: Mapping[int, int]) -> float:
-        """Operations that a sample costs less where layers see so many positions of it."""
-        length, costs = self.parts.config.model.seq_length, self._layer_flops
+    def _flops_saved(self, kept: Mapping[int, int], length: int) -> float:
+        """Operations that a sample of this length costs less where layers see so many positions of it."""
+        costs = self._layer_flops
         return sum(costs[layer].of([length]) - costs[layer].of([count]) for layer, count in kept.items())
 
     def left_out(self, progress: Progress, rates: Rates, *, batch_size: int) -> None:
@@ -163,10 +168,8 @@ class Reports:
         self._progress.step(
             StepReport(step, math.nan, rates.lr, grad_norm=None, tokens=0, flops=0.0, elapsed_s=0.0, skipped=True)
         )
-        tokens = consumed * self.parts.config.model.seq_length
-        record = StepRecord(
-            step, None, None, rates.lr, consumed, 0.0, skipped=True, batch_size=batch_size, consumed_tokens=tokens
-        )
+        record = StepRecord(step, None, None, rates.lr, consumed, 0.0, skipped=True, batch_size=batch_size)
+        record = replace(record, consumed_tokens=progress.consumed_tokens)
         self._trackers.step(record)
 
     def evaluation(self, progress: Progress, found: Evaluation) -> None:
@@ -244,7 +247,7 @@ class Reports:
     def _reporter(self, resumed: Progress) -> ProgressReporter:
         config = self.parts.config
         return ProgressReporter(
-            last_step(config.train, config.parallel.data_parallel_size, resumed),
+            last_step(config.train, config.parallel.data_parallel_size, resumed, seq_length=config.model.seq_length),
             sys.stdout,
             log_interval=config.train.log_interval,
             devices=self._devices,
@@ -271,8 +274,10 @@ class Reports:
             if line:
                 self.note(line)
         dropout = dropout_note(self.parts.config.model, self.parts.model.device.type)
-        if dropout:
-            self.note(dropout)
+        lengths = describe_lengths(self.parts.config.train, self.parts.config.model.seq_length)
+        for line in (dropout, lengths):
+            if line:
+                self.note(line)
         if self.restored.damage:
             self.note(f"fell back to another checkpoint, because {self.restored.damage}")
         self.note(f"starting from {source} ({self.restored.why})" if source else "starting from the initial weights")

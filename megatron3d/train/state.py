@@ -18,6 +18,7 @@ from megatron3d.checkpoint.ranks import from_first, gathered, on_every_rank
 from megatron3d.checkpoint.save import save_checkpoint
 from megatron3d.config.architectures import how_to_train, named
 from megatron3d.config.batch_size import iterations_for_samples
+from megatron3d.config.lengths import ConsumedCounts, counts_at_end
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.config.serialize import other_architecture, to_dict
 from megatron3d.data.blend_history import BlendHistory
@@ -41,26 +42,50 @@ TIME_DOCUMENT, BLEND_DOCUMENT = "time", "blend"
 
 @dataclass(frozen=True)
 class Progress:
-    """Steps made, samples consumed, and how much of both led to an update (fp16 may skip some)."""
+    """Steps made, samples and tokens consumed, and how much of each led to an update (fp16 may skip some).
+
+    Tokens are those that steps were made of: samples x --seq-length but for a sequence-length curriculum.
+    """
 
     step: int = 0
     consumed_samples: int = 0
     updates: int = 0
     updated_samples: int = 0
+    consumed_tokens: int = 0
+    updated_tokens: int = 0
 
     @property
     def skipped(self) -> int:
         """Steps without an update."""
         return self.step - self.updates
 
-    def after(self, samples: int, *, skipped: bool) -> Progress:
+    def after(self, samples: int, *, tokens: int, skipped: bool) -> Progress:
         """The progress after one more step."""
         return Progress(
             self.step + 1,
             self.consumed_samples + samples,
             self.updates + (not skipped),
             self.updated_samples + (0 if skipped else samples),
+            self.consumed_tokens + tokens,
+            self.updated_tokens + (0 if skipped else tokens),
         )
+
+    def of_updates(self) -> dict[str, int]:
+        """What the next step's rates depend on, by the names of `ScheduleSettings.lr_at`."""
+        return {
+            "iteration": self.updates,
+            "consumed_samples": self.updated_samples,
+            "consumed_tokens": self.updated_tokens,
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, int], seq_length: int) -> Progress:
+        """What a checkpoint stores; versions that did not count tokens had samples of `seq_length` alone."""
+        tokens = {
+            "consumed_tokens": stored["consumed_samples"] * seq_length,
+            "updated_tokens": stored["updated_samples"] * seq_length,
+        }
+        return cls(**{**tokens, **stored})
 
 
 @dataclass(frozen=True)
@@ -240,7 +265,7 @@ def _restore_from(source: Source, parts: TrainingSetup, content: Content | None)
         with parts.engine.delayed_update_restored() as old:
             load_tensors(directory, {f"{OLD}/{name}": view for name, view in old.items()}, group=group)
     lines = [*lines, *schedule_lines, *_delay_lines(parts, was_due=was_due)]
-    progress = Progress(**state["progress"])
+    progress = Progress.from_json(state["progress"], saved.config.model.seq_length)
     # Checkpoints from before there was this entry were written after the evaluation of their step.
     is_due = state.get("evaluation_due", False)
     spent = on_every_rank(lambda: _read_if_stored(directory, index, TIME_DOCUMENT, TimeSpent.from_json), group)
@@ -397,14 +422,23 @@ def _old_views(parts: TrainingSetup, with_optimizer: bool) -> dict[str, ShardVie
     return {f"{OLD}/{name}": view for name, view in old.items()}
 
 
-def last_step(train: TrainConfig, data_parallel_size: int, progress: Progress) -> int:
+def last_step(train: TrainConfig, data_parallel_size: int, progress: Progress, *, seq_length: int) -> int:
     """The number of the run's last step, seen from `progress`.
 
     Iterations are counted from the run's beginning. Samples are counted by what was consumed: the whole batches of
-    these options that still fit, whatever batches the steps before had.
+    these options that still fit, whatever batches the steps before had. So are tokens, where samples have different
+    numbers of them; where all have `seq_length`, tokens have become samples.
     """
     if train.train_iters is not None:
         return train.train_iters
     assert train.train_samples is not None, "a run has a length"
+    if train.train_tokens is not None and train.length_levels:
+        of_tokens = counts_at_end(train, data_parallel_size, seq_length, tokens=train.train_tokens)
+        # Samples that were not given follow from the tokens; given ones end the run where they are fewer.
+        samples = train.train_samples if train.train_samples < of_tokens.samples else None
+        start = ConsumedCounts(progress.step, progress.consumed_samples, progress.consumed_tokens)
+        return counts_at_end(
+            train, data_parallel_size, seq_length, start=start, samples=samples, tokens=train.train_tokens
+        ).step
     left = iterations_for_samples(train, train.train_samples, data_parallel_size, consumed=progress.consumed_samples)
     return progress.step + left

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
 from megatron3d.data.batch import GroupedSamples, Samples
+from megatron3d.data.shorten import with_shape_of_step
 from megatron3d.errors import NumericsError
 from megatron3d.models.stage import MicroBatch
 from megatron3d.nn.dropout import step_seed
@@ -82,9 +83,9 @@ def train_step(
 
     Args:
         parts: the rank's model and optimizer.
-        batch: all samples of this data-parallel rank, on the CPU.
+        batch: all samples of this data-parallel rank, whole and on the CPU.
         rates: of this step.
-        step: number of the step from 0, for the dropout streams.
+        step: number of the step from 0, for the dropout streams and the length of the samples.
         consumed_samples: of the run before the step, for what is chosen by the number of a sample.
         wants_stop: this rank's vote to stop after the step.
         recorder: records what the pipeline does and when.
@@ -92,6 +93,7 @@ def train_step(
     Raises:
         NumericsError: loss or gradients are not finite and the run is not one that skips such steps.
     """
+    batch = with_shape_of_step(batch, parts.config.train, step)
     counts = global_counts(parts, batch)
     loss_sums = forward_backward(parts, batch, counts, step=step, consumed_samples=consumed_samples, recorder=recorder)
     parts.engine.finish_reduce()  # also joins the thread of a delayed update, which owned the optimizer until here

@@ -71,6 +71,9 @@ CHANGES = [
     ("--pipeline-model-parallel-size 2", 2, "--num-virtual-stages-per-pipeline-rank 2", 2, "2 stages"),
 ]
 LENGTHS_IN_TOKENS = "--train-tokens 3200 --lr-decay-tokens 1600 --lr-warmup-tokens 320"
+SHORT_AT_FIRST = (
+    "--seq-length-curriculum truncate --seq-length-curriculum-min-difficulty 8 --seq-length-curriculum-steps 20"
+)
 STAGES = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
 
 
@@ -88,14 +91,22 @@ def test_flags_after_a_stored_run_derive_what_depends_on_them(
 @pytest.mark.parametrize("with_record", [True, False])
 def test_lengths_in_samples_and_tokens_are_derived_again(tmp_path: Path, with_record: bool) -> None:
     tokens = BASE.replace("--train-iters 5", LENGTHS_IN_TOKENS)
-    for stored, flags in ((BY_SAMPLES, "--train-samples 500"), (tokens, "--train-tokens 6400 --seq-length 16")):
+    short = f"{tokens} {SHORT_AT_FIRST}"
+    for stored, flags in (
+        (BY_SAMPLES, "--train-samples 500"),
+        (tokens, "--train-tokens 6400 --seq-length 16"),
+        (short, "--train-tokens 6400"),
+        (f"{BY_SAMPLES} --lr-warmup-tokens 64 {SHORT_AT_FIRST}", "--train-samples 500"),
+    ):
         file = written(tmp_path, resolved(stored, 1), with_record=with_record)
         assert resolved(f"--config {file} {flags}", 1) == resolved(f"{stored} {flags}", 1)
 
 
 def test_the_tables_of_derived_options_name_all_that_are_derived() -> None:
     in_tokens = f"{BASE.replace('--train-iters 5', LENGTHS_IN_TOKENS)} --vocab-file v --recompute-granularity full"
-    runs = [resolved(f"{BASE} {stored}", ranks) for stored, ranks, *_ in CHANGES] + [resolved(in_tokens, 1)]
+    short = f"{BY_SAMPLES} --lr-warmup-tokens 64 {SHORT_AT_FIRST}"
+    runs = [resolved(f"{BASE} {stored}", ranks) for stored, ranks, *_ in CHANGES]
+    runs += [resolved(in_tokens, 1), resolved(short, 1)]
     found = {key for run in runs for key, value in run.as_given.items() if value == BY_KEY[key].default}
     assert found == set(DERIVED)
     assert {name for _, name in DERIVED} == set(DERIVED_FROM)

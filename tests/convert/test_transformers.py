@@ -248,7 +248,7 @@ def train_and_save(rank: int, world_size: int, model: str, save: str) -> None:
     with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
         for step in range(3):
             train_step(parts, batches.read(step * 8, 8, 0, 1), RATES, step=step)
-            progress = progress.after(8, skipped=False)
+            progress = progress.after(8, tokens=8 * config.model.seq_length, skipped=False)
     state.save(parts, progress, settings_from_config(config.optim, config.train))
 
 

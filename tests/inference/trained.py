@@ -84,6 +84,6 @@ def train_and_save(model: str, save: Path) -> Path:
     batch, progress, loss = texts_as_batch(), state.Progress(), float("inf")
     while loss > LEARNED_LOSS and progress.step < MAX_STEPS:
         loss = train_step(parts, batch, Rates(lr=1e-2, weight_decay=0.0), step=progress.step).loss
-        progress = progress.after(len(TEXTS), skipped=False)
+        progress = progress.after(len(TEXTS), tokens=batch.tokens_BS.numel(), skipped=False)
     assert loss <= LEARNED_LOSS, f"{model} has not learned its texts in {MAX_STEPS} steps: loss {loss}"
     return state.save(parts, progress, settings_from_config(parts.config.optim, parts.config.train))

@@ -130,7 +130,8 @@ def test_a_run_stopped_among_left_out_iterations_goes_on_bit_for_bit(skipping: P
     save, metrics = tmp_path / "save", tmp_path / "m.jsonl"
     flags = words(LINEAR, "--iterations-to-skip 2 3 --metrics-file", metrics, "--save", save)
     assert run([*flags, *words("--exit-interval 3")]).code == 75
-    assert progress(save) == {"step": 3, "consumed_samples": 24, "updates": 2, "updated_samples": 16}
+    tokens = {"consumed_tokens": 24 * 16, "updated_tokens": 16 * 16}
+    assert progress(save) == {"step": 3, "consumed_samples": 24, "updates": 2, "updated_samples": 16} | tokens
     run_ok(*flags)
     assert losses(metrics) == losses(skipping)
     assert [record.get("from_step") for record in records(metrics) if record.get("event") == "resume"] == [3]

@@ -295,6 +295,7 @@ def test_run_and_state_lie_beside_each_checkpoint(saved: Path) -> None:
         state = _state(saved / f"iter_{step:07d}")
         assert state["progress"] == {
             "step": step, "consumed_samples": 8 * step, "updates": step, "updated_samples": 8 * step,
+            "consumed_tokens": 128 * step, "updated_tokens": 128 * step,
         }  # fmt: skip
         assert state["optimizer"] == {"kind": "adam", "step_count": step}
         assert state["schedule"]["decay_style"] == "linear"

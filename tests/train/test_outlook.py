@@ -23,7 +23,12 @@ def lines(options: str, *, step: int = 0, valid: bool = True, test: bool = True,
     progress = Progress(step, step * 8, step, step * 8)
     schedule = settings_from_config(config.optim, config.train)
     return InertOptions(
-        config, progress, last_step(config.train, config.parallel.data_parallel_size, progress), schedule, valid, test
+        config,
+        progress,
+        last_step(config.train, config.parallel.data_parallel_size, progress, seq_length=config.model.seq_length),
+        schedule,
+        valid,
+        test,
     ).lines()
 
 

@@ -61,6 +61,11 @@ BOUNDS: tuple[Bound, ...] = (
         at_least=1,
     ),
     Bound(
+        "seq_length_curriculum_min_difficulty seq_length_curriculum_max_difficulty seq_length_curriculum_steps "
+        "seq_length_curriculum_difficulty_step seq_length_curriculum_root_degree",
+        at_least=1,
+    ),
+    Bound(
         "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples lr_warmup_tokens weight_decay start_weight_decay "
         "end_weight_decay clip_grad eval_iters ckpt_step seed num_workers eod_token num_token_types init_method_std "
         "curriculum_seed zero_prefetch_units profile_step_start moe_z_loss_coeff moe_min_capacity "

@@ -14,6 +14,7 @@ from megatron3d.config.batch_size import batch_size_at, parse_step_schedule
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.options import BY_NAME
 from megatron3d.config.rules.curriculum import curriculum_rule
+from megatron3d.config.rules.lengths import lengths_rule, token_rates_rule
 from megatron3d.config.rules.optimizer import decoupling_rule, implementation_rule, moments_rule
 from megatron3d.config.rules.random_ltd import random_ltd_problems
 from megatron3d.config.rules.sample_order import sample_order_rule
@@ -64,6 +65,8 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from checkpoint_rule(given.checkpoint)
     yield from tokens_rule(train, optim, seq_length)
     yield from accumulation_rule(train, run.parallel)
+    yield from lengths_rule(given.lengths, given.model, train, run.parallel)
+    yield from token_rates_rule(optim, run.optim, run.train)
     yield from profile_rule(train, run.parallel.world_size)
 
 

@@ -148,10 +148,13 @@ class DraftTrain(GivenTrain):
     """The run with what can be derived, which may still lack a batch size. Tokens have become samples.
 
     `batch_size_steps` is --step-batch-size-schedule as pairs of a count of consumed samples and the global batch size
-    from there on.
+    from there on. `length_levels` are those of a sequence-length curriculum (`config/lengths.py`), pairs of a step,
+    counted from 0, and the length of samples from there on; with `splits_samples` a sample becomes several rows.
     """
 
     batch_size_steps: tuple[tuple[int, int], ...] = ()
+    length_levels: tuple[tuple[int, int], ...] = ()
+    splits_samples: bool = False
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ class _Loop:
         return interval is not None and self.progress.step % interval == 0
 
     def _rates(self) -> Rates:
-        at = {"iteration": self.progress.updates, "consumed_samples": self.progress.updated_samples}
+        at = self.progress.of_updates()
         return Rates(self.schedule.lr_at(**at), self.schedule.weight_decay_at(**at))
 
     def _step(self, samples: Encoded, planned: PlannedStep, rates: Rates) -> StepResult:
@@ -240,7 +240,8 @@ class _Loop:
         mine = grouped(samples, planned.part(readers.rank, readers.size))
         result = train_step(self.parts, mine, rates, step=before.step, wants_stop=bool(self.context.stop))
         synchronize(self.parts.model.device)
-        self.progress = before.after(planned.num_samples, skipped=result.skipped)
+        tokens = planned.num_tokens(samples.lengths_N)
+        self.progress = before.after(planned.num_samples, tokens=tokens, skipped=result.skipped)
         self.context.step = self.progress.step
         return result
 

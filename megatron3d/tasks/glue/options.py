@@ -18,6 +18,7 @@ _TAKEN = {
         *("micro_batch_size", "global_batch_size", "log_interval", "metrics_file", "peak_tflops", "freeze_params"),
         *("recompute_granularity", "recompute_activations", "recompute_method", "recompute_num_layers"),
     },
+    "lengths": set(),
     "data": {"tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "seed"},
     "curriculum": set(),
     "checkpoint": {"save", "load", "ckpt_step"},

@@ -36,7 +36,6 @@ class TaskReports:
         self._trackers = Trackers(parts.config.train)
         self._progress: ProgressReporter | None = None
         self._devices = devices_of(parts)
-        self._consumed_tokens = 0
         self._lengths_N: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
     def __enter__(self) -> TaskReports:
@@ -48,7 +47,7 @@ class TaskReports:
         self._exits.callback(self._trackers.close)
         self._trackers.open(record, run=to_dict(config), resumed_step=0)
         reporter = ProgressReporter(
-            last_step(config.train, config.parallel.data_parallel_size, Progress()),
+            last_step(config.train, config.parallel.data_parallel_size, Progress(), seq_length=config.model.seq_length),
             sys.stderr,
             log_interval=config.train.log_interval,
             devices=self._devices,
@@ -87,13 +86,12 @@ class TaskReports:
             skipped=result.skipped,
             memory_bytes=peak_memory_bytes(self.parts.model.device),
         )
-        self._consumed_tokens += tokens
         self._progress.step(report)
         record = step_record(
             report,
             self._devices,
             consumed_samples=progress.consumed_samples,
-            consumed_tokens=self._consumed_tokens,
+            consumed_tokens=progress.consumed_tokens,
             batch_size=planned.num_samples,
         )
         self._trackers.step(record)
