@@ -2,18 +2,22 @@
 
 python tools/merge_datasets.py --input DIR --output-prefix all
 python tools/merge_datasets.py --inputs a_text_document b_text_document --output-prefix all
+python tools/merge_datasets.py --shards my_text_document --output-prefix my_text_document
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron3d.config.tool_parser import ToolParser
 from megatron3d.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron3d.data.prepare.shard import Shard
 from megatron3d.errors import ConfigError, DataError
 from megatron3d.process.command import run_command
 
@@ -24,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", type=Path, metavar="DIR", help="all .bin/.idx pairs of this directory, by name")
     source.add_argument("--inputs", nargs="+", metavar="PREFIX", help="prefixes of .bin/.idx pairs, in this order")
+    source.add_argument("--shards", metavar="PREFIX", help="PREFIX-00000-of-00016 and the others, all of them")
     p.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin and P.idx")
     return p
 
@@ -37,6 +42,30 @@ def find_prefixes(directory: Path) -> list[str]:
     if not names:
         raise DataError(f"--input {directory} has no .bin or .idx file; give a directory of token files.")
     return [str(name) for name in sorted(names)]
+
+
+def find_shards(prefix: str) -> list[str]:
+    """The prefixes of the shards of one job of `tools/preprocess_data.py --shard`, in order.
+
+    Raises: DataError if there is none, if one is missing, or if there are those of several jobs.
+    """
+    names = Path(prefix).parent.glob(f"{glob.escape(Path(prefix).name)}-*-of-*.idx")
+    matches = [match for name in names if (match := re.fullmatch(r".*-([0-9]{5,6})-of-([0-9]{5,6})\.idx", name.name))]
+    counts = sorted({int(match[2]) for match in matches})
+    if not counts:
+        raise DataError(f"--shards {prefix}: there is no {prefix}-00000-of-N.idx; name shards without -I-of-N.")
+    if len(counts) > 1:
+        raise DataError(
+            f"--shards {prefix}: there are shards of {' and of '.join(map(str, counts))}; remove those of other runs."
+        )
+    count, found = counts[0], {int(match[1]) for match in matches}
+    missing = [Shard(index, count) for index in range(count) if index not in found]
+    if missing:
+        raise DataError(
+            f"--shards {prefix}: {len(missing)} of {count} shards are not finished, the first of them "
+            f"{prefix}{missing[0].suffix}; run tools/preprocess_data.py --shard {missing[0]}."
+        )
+    return [f"{prefix}{Shard(index, count).suffix}" for index in range(count)]
 
 
 def distinct_prefixes(prefixes: Sequence[str], *, note: Callable[[str], None]) -> list[str]:
@@ -87,7 +116,11 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:
 
 def run(args: argparse.Namespace) -> None:
     """Merge and print what was written."""
-    prefixes = distinct_prefixes(args.inputs or find_prefixes(args.input), note=print)
+    if args.shards is not None:
+        named = find_shards(args.shards)
+    else:
+        named = args.inputs or find_prefixes(args.input)
+    prefixes = distinct_prefixes(named, note=print)
     merged = merge(prefixes, args.output_prefix)
     print(
         f"wrote {args.output_prefix}.bin and .idx: {len(prefixes)} inputs, {merged.num_documents:,} documents, "

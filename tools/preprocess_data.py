@@ -17,9 +17,12 @@ from megatron3d.comm.launch import limit_tokenizers_to_one_thread
 from megatron3d.config.tool_parser import ToolParser
 from megatron3d.data.prepare.encode import EncodeRequest, SentenceSplitting
 from megatron3d.data.prepare.encoder import Encoder
+from megatron3d.data.prepare.executors import EXECUTORS, Processes, Ray
 from megatron3d.data.prepare.inputs import INPUT_HELP, check_json_keys, find_inputs
-from megatron3d.data.prepare.preprocess import PreprocessProgress, output_prefix, preprocess, rejects_path
+from megatron3d.data.prepare.output import DEFAULT_CHECKPOINT_S
+from megatron3d.data.prepare.preprocess import PreprocessProgress, RunOptions, output_prefix, preprocess, rejects_path
 from megatron3d.data.prepare.rejects import add_bad_record_arguments, limits_from_arguments
+from megatron3d.data.prepare.shard import Shard, parse_shard
 from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import ConfigError
@@ -72,10 +75,27 @@ def parser() -> argparse.ArgumentParser:
         help="library that finds the ids, which are the same by each: auto takes gigatoken where it is installed and "
         "gives the ids of the tokenizer's own library (reference) for a sample of the input and for hostile texts",
     )
+    _add_run_arguments(p)
     work.add_argument("--partitions", type=int, default=1, metavar="N", help="accepted; see the note it prints")
     work.add_argument("--keep-sequential-samples", action="store_true", help="accepted; the order is always kept")
     work.add_argument("--log-interval", type=int, default=1000, metavar="N", help="documents between progress lines")
     return p
+
+
+def _add_run_arguments(p: argparse.ArgumentParser) -> None:
+    """Which part of the work is done, where, and from where on."""
+    run = p.add_argument_group("machines and interruption")
+    run.add_argument("--executor", choices=EXECUTORS, default="processes", help="what runs the encoders")
+    run.add_argument("--ray-address", metavar="A", help="a Ray cluster, such as auto (default: one is started here)")
+    run.add_argument("--shard", metavar="I/N", help="do part I of N, counted from 0; merge_datasets.py --shards joins")
+    run.add_argument("--resume", action="store_true", help="go on from what a run that was ended has written")
+    run.add_argument(
+        "--checkpoint-interval",
+        type=float,
+        default=DEFAULT_CHECKPOINT_S,
+        metavar="S",
+        help=f"seconds of work that a killed run can lose (default {DEFAULT_CHECKPOINT_S:g})",
+    )
 
 
 class ProgressLines:
@@ -109,6 +129,10 @@ def check(args: argparse.Namespace) -> None:
     ):
         if value < 1:
             raise ConfigError(f"{flag} {value} is not at least 1.")
+    if not args.checkpoint_interval >= 0:
+        raise ConfigError(f"--checkpoint-interval {args.checkpoint_interval:g} is not a number of seconds from 0 up.")
+    if args.ray_address is not None and args.executor != "ray":
+        raise ConfigError(f"--ray-address {args.ray_address} needs --executor ray.")
     if args.tokenizer_hf_include_special_tokens and args.tokenizer_type != "HuggingFaceTokenizer":
         raise ConfigError(
             f"--tokenizer-hf-include-special-tokens: a {args.tokenizer_type} puts nothing around a text; leave it out, "
@@ -144,20 +168,36 @@ def run(args: argparse.Namespace) -> None:
         args.tokenizer_hf_include_special_tokens,
         args.encoder,
     )
+    options = RunOptions(
+        Ray(args.workers, args.ray_address) if args.executor == "ray" else Processes(args.workers),
+        parse_shard(args.shard) if args.shard is not None else Shard(),
+        args.resume,
+        args.checkpoint_interval,
+        limits,
+    )
     done = preprocess(
         find_inputs(args.input, note=note),
         args.output_prefix,
         request=request,
-        workers=args.workers,
+        options=options,
         report=ProgressLines(args.log_interval),
-        limits=limits,
         note=note,
     )
-    for key in request.json_keys:
-        target = output_prefix(args.output_prefix, key, split_sentences=args.split_sentences)
+    targets = [
+        output_prefix(args.output_prefix, key, split_sentences=args.split_sentences, shard=options.shard)
+        for key in request.json_keys
+    ]
+    if done is None:
+        print(f"--resume: {' and '.join(targets)} are complete; there is nothing to do.")
+        return
+    for target in targets:
         print(f"wrote {target}.bin and .idx")
+    if options.shard.count > 1:
+        for target in targets:
+            name = target.removesuffix(options.shard.suffix)
+            print(f"when all are there: python tools/merge_datasets.py --shards {name} --output-prefix {name}")
     if done.rejected:
-        print(f"{done.rejected}; they are listed in {rejects_path(args.output_prefix)}")
+        print(f"{done.rejected}; they are listed in {rejects_path(args.output_prefix, options.shard)}")
     sentences = f", {done.num_sequences:,} sentences" if args.split_sentences else ""
     empty = f" ({done.num_empty:,} texts without a token)" if done.num_empty else ""
     print(

@@ -7,7 +7,7 @@ and removed where the writing ends, or resumable: named `{prefix}.bin.partial`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron3d.errors import DataError, InUseError
-from megatron3d.storage.atomic import open_partial, open_resumable
+from megatron3d.storage.atomic import has_name, is_in_use, open_partial, open_resumable
 from megatron3d.storage.durable import flush_to_disk
 from megatron3d.storage.refusals import storage_errors
 
@@ -59,16 +59,8 @@ class PartialFiles:
         Raises: DataError if a file is shorter than that.
         """
         ends = (extent.bin_bytes, extent.num_sequences * _COLUMN.itemsize, extent.num_documents * _COLUMN.itemsize)
-        with storing(Path(self.tokens.name)):
-            for stream, end in zip(self._streams, ends):
-                size = Path(stream.name).stat().st_size
-                if size < end:
-                    raise DataError(
-                        f"{stream.name} holds {size} bytes, but {end} were on the disk when the run before noted how "
-                        f"far it was; run again without --resume."
-                    )
-                stream.truncate(end)
-                stream.seek(end)
+        for stream, end in zip(self._streams, ends):
+            cut_stream(stream, end)
         self.extent = extent
 
     def append(self, tokens: NDArray, lengths: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
@@ -101,12 +93,41 @@ class PartialFiles:
 
         Raises: StorageError if what is still buffered cannot be written.
         """
-        with storing(Path(f"{self.prefix}.bin")):
-            for stream in self._streams:
-                with suppress(OSError) if remove else nullcontext():  # nobody needs what is still buffered
-                    stream.close()
-                if remove:
-                    Path(stream.name).unlink(missing_ok=True)
+        close_streams(self._streams, Path(f"{self.prefix}.bin"), remove=remove)
+
+
+def cut_stream(stream: IO[bytes], end: int) -> None:
+    """Drop what a partial file holds behind byte `end`, and write on from there.
+
+    Raises: DataError if the file is shorter than that; StorageError.
+    """
+    path = Path(stream.name)
+    with storing(path):
+        size = path.stat().st_size
+        if size >= end:
+            stream.truncate(end)
+            stream.seek(end)
+            return
+    raise DataError(
+        f"{path} holds {size} bytes, but {end} were on the disk when the run before noted how far it was; run again "
+        f"without --resume."
+    )
+
+
+def close_streams(streams: Sequence[IO[bytes]], target: Path, *, remove: bool) -> None:
+    """Close partial files that are open, and remove them under their names.
+
+    Raises: StorageError naming `target` if what is still buffered cannot be written.
+    """
+    with storing(target):
+        for stream in streams:
+            path = Path(stream.name)
+            if stream.closed:
+                continue
+            if remove and has_name(stream, path):  # and it is not renamed, with another run's file in its place
+                path.unlink()
+            with suppress(OSError) if remove else nullcontext():  # nobody needs what is still buffered
+                stream.close()
 
 
 def reclaim(prefix: str, extent: Extent) -> bool:
@@ -114,6 +135,8 @@ def reclaim(prefix: str, extent: Extent) -> bool:
 
     The files get their names one after another, the index last. Where the tokens have theirs and the columns are still
     there, the tokens go back to their partial name, so that the rest is done again.
+
+    Raises: InUseError if that run is still at it; StorageError.
     """
     bin_path, partial = Path(f"{prefix}.bin"), Path(f"{prefix}.bin.partial")
     spills = [Path(f"{prefix}.{ending}.partial") for ending in _SPILLS]
@@ -121,6 +144,8 @@ def reclaim(prefix: str, extent: Extent) -> bool:
         return False
     with storing(bin_path):
         if all(spill.exists() for spill in spills):
+            if is_in_use(spills[0]):
+                raise InUseError(f"{spills[0]} is being written by another run; wait for it.")
             Path(f"{prefix}.idx").unlink(missing_ok=True)
             bin_path.replace(partial)
             return False

@@ -22,18 +22,26 @@ class Terminated(BaseException):
 
 
 def run_command(action: Callable[[], None]) -> int:
-    """Run a tool and return the exit code of what happened: 0, that of the error, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Run a tool and return the exit code of what happened: 0, that of the error, 130 for Ctrl-C, 143 for SIGTERM.
+
+    Notes of an exception say what became of the work.
+    """
     with patient_streams(), _sigterm_raised():
         try:
             action()
         except Megatron3dError as error:
-            print(error, file=sys.stderr)
+            print("\n".join([str(error), *_notes(error)]), file=sys.stderr)
             return error.exit_code
         except (KeyboardInterrupt, Terminated) as error:
             number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-            print(f"ended by {number.name}; nothing half written was left", file=sys.stderr)
+            left = " ".join(_notes(error)) or "nothing half written was left"
+            print(f"ended by {number.name}; {left}", file=sys.stderr)
             return 128 + number
     return 0
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))
 
 
 @contextmanager

@@ -82,13 +82,25 @@ def open_resumable(path: Path) -> IO[bytes]:
             raise
         except OSError:
             return stream  # a file system without locks
-        if _is_named(stream, name):
+        if has_name(stream, name):
             return stream
         stream.close()  # the run that had it renamed or removed it before it was locked here
 
 
-def _is_named(stream: IO[bytes], name: Path) -> bool:
-    """Whether the open file still has this name."""
+def is_in_use(path: Path) -> bool:
+    """Whether a process holds the lock on a partial file. Raises: OSError if it cannot be opened."""
+    with open(path, "rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False  # a file system without locks
+    return False
+
+
+def has_name(stream: IO[bytes], name: Path) -> bool:
+    """Whether an open file has this name, still."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), os.stat(name))
     except FileNotFoundError:

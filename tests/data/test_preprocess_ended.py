@@ -1,10 +1,12 @@
-"""A preprocessing that is ended leaves no process and no half-written file, whoever ends it and however."""
+"""A preprocessing that is ended, by whom and however, leaves no process and no output, and goes on from there."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,23 +21,39 @@ from megatron3d.data.indexed import IndexedDatasetWriter
 pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).resolve().parents[2]
+OUTPUTS = ["out_rejects.jsonl", "out_text_document.bin", "out_text_document.idx"]
+WAYS = ["SIGTERM to the tool", "SIGINT to all", "SIGKILL to the tool", "SIGKILL to a worker"]
+CODES = dict(zip(WAYS, (143, 130, -signal.SIGKILL, 6)))
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enough text for many seconds: a pipe that never ends would do, but inputs are files."""
-    path = tmp_path_factory.mktemp("corpus") / "big.jsonl"
-    line = json.dumps({"text": "a word and another " * 200}) + "\n"
-    path.write_text(line * 40_000)
-    return path
+    """2 MB in two files, of which the reader makes 31 batches, with some empty texts and bad records."""
+    folder, random_words = tmp_path_factory.mktemp("corpus"), random.Random(3)
+    words = ["".join(random_words.choices("etaoin", k=random_words.randint(1, 9))) for _ in range(500)]
+    for name, repeats in (("a.jsonl", 10_000), ("b.jsonl", 21_000)):
+        lines = [
+            json.dumps({"text": " ".join(random_words.choices(words, k=random_words.randrange(20)))})
+            if number % 301
+            else "no JSON"
+            for number in range(1, repeats)
+        ]
+        (folder / name).write_text("\n".join(lines))
+    return folder
+
+
+def words_of(corpus: Path, prefix: Path, *more: object) -> list[str]:
+    """The tool's arguments."""
+    words = f"--input {corpus}/*.jsonl --output-prefix {prefix} --tokenizer-type ByteTokenizer"
+    return [*words.split(), *map(str, more)]
 
 
 @contextlib.contextmanager
-def started(corpus: Path, prefix: Path, *, workers: int) -> Iterator[subprocess.Popen[str]]:
-    """The tool at work, when it has begun to write; in a group of its own, which is killed at the end of the block."""
-    words = f"--output-prefix {prefix} --tokenizer-type ByteTokenizer --workers {workers} --log-interval 100"
+def started(corpus: Path, prefix: Path, *, workers: int, lines: int = 1) -> Iterator[subprocess.Popen[str]]:
+    """The tool at work, when it has written so many batches; in a group of its own, which is killed with the block."""
+    more = ("--workers", workers, "--log-interval", 1, "--checkpoint-interval", 0)
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(corpus), *words.split()],
+        [sys.executable, str(ROOT / "tools/preprocess_data.py"), *words_of(corpus, prefix, *more)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -44,7 +62,9 @@ def started(corpus: Path, prefix: Path, *, workers: int) -> Iterator[subprocess.
     )
     try:
         assert process.stderr is not None
-        assert "documents" in process.stderr.readline()
+        for _ in range(lines):
+            line = process.stderr.readline()
+            assert "documents" in line, line
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -70,34 +90,81 @@ def wait_until_gone(group: int, *, timeout_s: float) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("to_all", [False, True], ids=["the tool", "its whole group"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_workers_and_removes_what_was_half_written(
-    corpus: Path, tmp_path: Path, number: int, code: int, to_all: bool
+def end(process: subprocess.Popen[str], way: str) -> None:
+    """End the tool, or one of its workers, and wait until no process of its group is left."""
+    target, number = process.pid, signal.Signals[way.split()[0]]
+    if way == "SIGKILL to a worker":
+        target = next(pid for pid in processes_of_group(process.pid) if pid != process.pid)
+    with contextlib.suppress(ProcessLookupError):  # it may be done
+        os.killpg(target, number) if way == "SIGINT to all" else os.kill(target, number)
+    process.wait(20)
+    wait_until_gone(process.pid, timeout_s=10)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a run that nobody ended, by name."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert importlib.import_module("tools.preprocess_data").main(words_of(corpus, folder / "out")) == 0
+    assert sorted(os.listdir(folder)) == OUTPUTS
+    return {name: (folder / name).read_bytes() for name in OUTPUTS}
+
+
+@pytest.mark.parametrize(("way", "workers", "lines"), [*zip(WAYS, (2, 1, 2, 2), (3, 17, 9, 1))])
+def test_a_run_that_is_ended_leaves_nobody_and_is_resumed_to_the_same_bytes(
+    corpus: Path, whole: dict[str, bytes], tmp_path: Path, way: str, workers: int, lines: int
 ) -> None:
-    with started(corpus, tmp_path / "out", workers=2) as process:
-        assert list(tmp_path.glob("*.partial")) and len(processes_of_group(process.pid)) == 3
-        os.killpg(process.pid, number) if to_all else os.kill(process.pid, number)
-        assert process.wait(20) == code
-        wait_until_gone(process.pid, timeout_s=5)
+    with started(corpus, tmp_path / "out", workers=workers, lines=lines) as process:
+        assert len(processes_of_group(process.pid)) == 1 + workers * (workers > 1)
+        end(process, way)
+        assert process.returncode == CODES[way]
         assert process.stderr is not None
-        said = process.stderr.read()
-        assert "Traceback" not in said and f"ended by {signal.Signals(number).name}" in said
-    assert os.listdir(tmp_path) == []
+        printed = process.stderr.read()
+    assert "Traceback" not in printed
+    assert way == "SIGKILL to the tool" or "the same command with --resume goes on" in printed
+    left = {path.suffix for path in tmp_path.iterdir() if path.name != "out.resume.json"}
+    assert left == {".partial"} and (tmp_path / "out.resume.json").exists()
+    resume_and_compare(corpus, whole, tmp_path, least_documents=100)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_tool_leaves_no_worker_and_the_next_run_removes_its_files(
-    corpus: Path, tmp_path: Path, workers: int
+def resume_and_compare(corpus: Path, whole: dict[str, bytes], folder: Path, *, least_documents: int) -> None:
+    """The rest in this process: the same bytes, though somewhat more of them came from the run before."""
+    state = folder / "out.resume.json"
+    if least_documents:
+        assert json.loads(state.read_text())["state"]["counts"]["num_documents"] >= least_documents
+    assert importlib.import_module("tools.preprocess_data").main(words_of(corpus, folder / "out", "--resume")) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+@pytest.mark.slow
+def test_runs_killed_at_twenty_random_moments_are_resumed_to_the_same_bytes(
+    corpus: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    with started(corpus, tmp_path / "out", workers=workers) as process:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait(10)
-        wait_until_gone(process.pid, timeout_s=10)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
-    with IndexedDatasetWriter(tmp_path / "out_text_document", "<u2") as writer:
-        writer.add_document([1, 2])
-    assert sorted(os.listdir(tmp_path)) == ["out_text_document.bin", "out_text_document.idx"]
+    """The moments are spread over the time from the first batch to the end of a run, by chance; the seed is fixed."""
+    with started(corpus, tmp_path / "out", workers=2) as process:
+        begin_s = time.monotonic()
+        process.communicate(timeout=60)
+        duration_s = time.monotonic() - begin_s
+    chance = random.Random(20)
+    for number in range(20):
+        folder, way = tmp_path / str(number), WAYS[number % 4]
+        folder.mkdir()
+        with started(corpus, folder / "out", workers=2) as process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=chance.random() * duration_s)
+            if process.poll() is None:
+                end(process, way)
+        resume_and_compare(corpus, whole, folder, least_documents=0)
+
+
+def test_without_resume_a_killed_run_is_replaced_and_a_line_says_so(
+    corpus: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with started(corpus, tmp_path / "out", workers=1, lines=2) as process:
+        end(process, "SIGKILL to the tool")
+    assert importlib.import_module("tools.preprocess_data").main(words_of(corpus, tmp_path / "out")) == 0
+    assert "The unfinished output of an earlier run is replaced; --resume would" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
 
 
 def test_what_another_run_is_writing_is_not_removed(tmp_path: Path) -> None:

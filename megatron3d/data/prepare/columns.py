@@ -30,13 +30,7 @@ def read_rows(
 
     Raises: DataError if the file is damaged or truncated, or lacks a column; ConfigError if pyarrow is not installed.
     """
-    try:
-        arrow = importlib.import_module("pyarrow")
-        module = importlib.import_module("pyarrow.parquet" if file.suffix == ".parquet" else "pyarrow.ipc")
-    except ImportError as error:
-        raise ConfigError(
-            f"--input {file} needs the package pyarrow to be read; run: {install_extra('parquet')}"
-        ) from error
+    arrow, module = _modules(file)
     read = _read_parquet if file.suffix == ".parquet" else _read_arrow
     try:
         for batch, row, share in read(arrow, module, file, keys, first):
@@ -48,6 +42,26 @@ def read_rows(
     except (arrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{file} cannot be read as {file.suffix.removeprefix('.')} ({reason}).") from error
+
+
+def count_rows(file: Path) -> int:
+    """The rows of a parquet file. Raises: DataError if it is damaged; ConfigError if pyarrow is not installed."""
+    arrow, parquet = _modules(file)
+    try:
+        return parquet.read_metadata(file).num_rows
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{file} cannot be read as parquet ({error}).") from error
+
+
+def _modules(file: Path) -> tuple[Any, Any]:
+    """pyarrow, and its module for the kind of file. Raises: ConfigError if it is not installed."""
+    try:
+        arrow = importlib.import_module("pyarrow")
+        return arrow, importlib.import_module("pyarrow.parquet" if file.suffix == ".parquet" else "pyarrow.ipc")
+    except ImportError as error:
+        raise ConfigError(
+            f"--input {file} needs the package pyarrow to be read; run: {install_extra('parquet')}"
+        ) from error
 
 
 def _read_parquet(arrow: Any, parquet: Any, file: Path, keys: Sequence[str], first: int) -> Iterator[_Part]:

@@ -19,6 +19,7 @@ from megatron3d.data.prepare.abbreviations import language_rules
 from megatron3d.data.prepare.encoder import Encoder, build_encoder, choose_encoder
 from megatron3d.data.prepare.records import Document, RawBatch, Reject, parse_documents
 from megatron3d.data.prepare.sentences import split_sentences
+from megatron3d.data.prepare.spans import Position
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import DataError
 
@@ -55,12 +56,14 @@ class EncodedKey:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What a worker sends back: `num_documents` good records under each key, and the bad ones in order."""
+    """What a worker sends back: `num_documents` good records under each key, the bad ones in order, and where in the
+    input the next batch begins."""
 
     keys: tuple[EncodedKey, ...]
     num_documents: int
     text_bytes: int
     input_bytes: int
+    end: Position
     rejects: tuple[Reject, ...] = ()
 
 
@@ -78,7 +81,7 @@ def encode_batch(request: EncodeRequest, batch: RawBatch) -> EncodedBatch:
             documents = [_split(document, request.splitting) for document in documents]
         keys.append(_encode_documents(tokenizer, documents, request))
     num_documents = len(batch.records) - len(parsed.rejects)
-    return EncodedBatch(tuple(keys), num_documents, text_bytes, batch.input_bytes, parsed.rejects)
+    return EncodedBatch(tuple(keys), num_documents, text_bytes, batch.input_bytes, batch.end, parsed.rejects)
 
 
 def with_chosen_encoder(request: EncodeRequest, first: RawBatch, note: Callable[[str], None]) -> EncodeRequest:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO
 
+from megatron3d.data.partial_files import close_streams, cut_stream
 from megatron3d.data.prepare.records import Reject
 from megatron3d.errors import ConfigError, DataError
-from megatron3d.storage.atomic import open_partial
+from megatron3d.storage.atomic import open_resumable
 from megatron3d.storage.durable import flush_to_disk
 from megatron3d.storage.refusals import storage_errors
 
@@ -115,45 +115,53 @@ class RejectTally:
 class RejectsFile:
     """The file that lists bad records, a JSON object a line; it exists if there are any.
 
-    Written under another name and renamed where the block ends well; removed where it raises. A list that an earlier
-    run left under the name is then removed, too, where there is nothing to list.
+    Written under a partial name that a later run finds, cut to what is known to be whole, and renamed at the end. A
+    list that an earlier run left under the name is then removed, too, where there is nothing to list.
     """
 
     def __init__(self, path: Path) -> None:
-        """Write nothing yet."""
-        self.path = path
-        self._stream: IO[bytes] | None = None
+        """Open `{path}.partial` as it is. Raises: StorageError if the place cannot be written."""
+        self.path, self.size_bytes = path, 0
+        with self._storing():
+            self._stream = open_resumable(path)
 
-    def __enter__(self) -> RejectsFile:
-        """Begin."""
-        return self
+    @staticmethod
+    def reclaim(path: Path, size_bytes: int) -> None:
+        """Give a list that an earlier run published its partial name back. Raises: StorageError."""
+        partial = path.with_name(f"{path.name}.partial")
+        if size_bytes and not partial.exists() and path.exists() and path.stat().st_size == size_bytes:
+            with storage_errors("write", path, way_out="give another --output-prefix"):
+                path.replace(partial)
+
+    def cut(self, size_bytes: int) -> None:
+        """Drop what lies behind that byte. Raises: DataError if there is less; StorageError if the disk refuses."""
+        cut_stream(self._stream, size_bytes)
+        self.size_bytes = size_bytes
 
     def add(self, rejects: Sequence[Reject]) -> None:
         """List bad records. Raises: StorageError if the disk refuses."""
-        if not rejects:
-            return
-        with storage_errors("write", self.path, way_out="give another --output-prefix"):
-            if self._stream is None:
-                self._stream = open_partial(self.path)
-            self._stream.writelines(reject.as_json_line() for reject in rejects)
+        with self._storing():
+            for reject in rejects:
+                self.size_bytes += self._stream.write(reject.as_json_line())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give the file its name, or remove it. Raises: StorageError if the disk refuses."""
-        partial = Path(self._stream.name) if self._stream is not None else None
-        try:
-            if kind is None:
-                with storage_errors("write", self.path, way_out="give another --output-prefix"):
-                    if self._stream is not None and partial is not None:
-                        flush_to_disk(self._stream)
-                        partial.replace(self.path)
-                    else:
-                        self.path.unlink(missing_ok=True)
-        finally:
-            try:
-                if self._stream is not None:
-                    self._stream.close()
-            finally:
-                if partial is not None:
-                    partial.unlink(missing_ok=True)
+    def flush(self) -> None:
+        """Wait until all is on the disk. Raises: StorageError."""
+        with self._storing():
+            flush_to_disk(self._stream)
+
+    def publish(self) -> None:
+        """Give the file its name, if it lists anything. Raises: StorageError."""
+        self.flush()
+        with self._storing():
+            if self.size_bytes:
+                Path(self._stream.name).replace(self.path)
+            else:
+                self.path.unlink(missing_ok=True)
+        self.close(remove=not self.size_bytes)
+
+    def close(self, *, remove: bool = False) -> None:
+        """Close the file, and remove it under its partial name. Raises: StorageError if the disk refuses the rest."""
+        close_streams([self._stream], self.path, remove=remove)
+
+    def _storing(self) -> AbstractContextManager[None]:
+        return storage_errors("write", self.path, way_out="give another --output-prefix")

@@ -1,0 +1,165 @@
+"""Where the batches of a corpus are encoded: in this process, in others of this machine, or by a Ray cluster.
+
+An executor applies a pure function to items and gives the results in the order of the items, so what is written does
+not depend on which one it is or on how many workers it has. A bounded number of items is under way, so memory does not
+grow with the corpus. Signals are the parent's to handle: it ends the workers when it is asked to stop, and they end by
+themselves when it is killed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from megatron3d.errors import ConfigError, Megatron3dError, PeerError, install_extra
+from megatron3d.process.parent import watch_parent
+
+EXECUTORS = ("processes", "ray")
+_BATCHES_PER_WORKER = 4
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+class Executor(Protocol):
+    """Applies a function to items, somewhere."""
+
+    def map_in_order(self, work: Callable[[_In], _Out], items: Iterable[_In]) -> Generator[_Out, None, None]:
+        """`work` of each item, in the order of the items; closing the generator ends the workers.
+
+        Raises: what `work` raised for the first item that failed; PeerError if a worker was lost.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Processes:
+    """`workers` processes of this machine; with one worker this process itself."""
+
+    workers: int = 1
+
+    def map_in_order(self, work: Callable[[_In], _Out], items: Iterable[_In]) -> Generator[_Out, None, None]:
+        """As the protocol says."""
+        if self.workers <= 1:
+            yield from map(work, items)
+            return
+        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+        context = multiprocessing.get_context(method)
+        others = set(multiprocessing.active_children())
+        pool = ProcessPoolExecutor(
+            self.workers, mp_context=context, initializer=_become_worker, initargs=(os.getpid(),)
+        )
+        try:
+            yield from _windowed(lambda item: pool.submit(work, item).result, items, self.workers)
+        except BrokenProcessPool as error:
+            # the pool ends and awaits the others by SIGTERM, which they leave to the parent
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            raise PeerError(
+                f"One of the {self.workers} workers was killed, most likely for want of memory; use fewer --workers or "
+                f"cut very long documents."
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Ray:
+    """Tasks of Ray: on a cluster that runs at `address`, or on one that is started here with `workers` cores.
+
+    A batch whose worker is lost is encoded again by another one, as Ray does with tasks. The nodes of a cluster need
+    this package and the tokenizer's files under the same paths; the text is sent to them.
+    """
+
+    workers: int = 1
+    address: str | None = None
+
+    def map_in_order(self, work: Callable[[_In], _Out], items: Iterable[_In]) -> Generator[_Out, None, None]:
+        """As the protocol says. Raises: ConfigError if Ray is not installed or there is no cluster at the address."""
+        with _connected(self) as ray:
+            # plain wrappers: Ray names a task by its function, which a functools.partial is not
+            task, shared_work = ray.remote(num_cpus=1)(_apply), ray.put(work)
+
+            def submit(item: _In) -> Callable[[], _Out]:
+                reference = task.remote(shared_work, item)
+                return lambda: ray.get(reference)
+
+            try:
+                yield from _windowed(submit, items, self.workers)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, Megatron3dError):
+                    raise error.cause from None
+                raise
+            except ray.exceptions.RayError as error:
+                reason = str(error).splitlines()[0]
+                raise PeerError(f"Ray lost a batch ({reason}); see the logs of its nodes.") from error
+
+
+def _windowed(submit: Callable[[_In], Callable[[], _Out]], items: Iterable[_In], workers: int) -> Iterator[_Out]:
+    """The results of items in order, where at most `_BATCHES_PER_WORKER` for each worker are under way."""
+    pending: deque[Callable[[], _Out]] = deque()
+    for item in items:
+        pending.append(submit(item))
+        if len(pending) >= workers * _BATCHES_PER_WORKER:
+            yield pending.popleft()()
+    while pending:
+        yield pending.popleft()()
+
+
+def _become_worker(parent_pid: int) -> None:
+    """Leave signals of the whole group (Ctrl-C, a scheduler's SIGTERM) to the parent, and end when it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    watch_parent(parent_pid, lambda: os._exit(1))
+
+
+@contextmanager
+def _connected(executor: Ray) -> Iterator[Any]:
+    """The module `ray`, connected; what was started for it ends with the block."""
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError as error:
+        raise ConfigError(f"--executor ray: ray is not installed; run: {install_extra('ray')}") from error
+    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    if executor.address is None:
+        options |= {"address": "local", "num_cpus": executor.workers}
+    else:
+        options = {"address": executor.address, "log_to_driver": False, "logging_level": "ERROR"}
+    with _own_sigterm():
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = f"--ray-address {executor.address}" if executor.address else "a local Ray"
+            raise ConfigError(f"--executor ray: {where} cannot be reached ({error}).") from error
+    try:
+        yield ray
+    finally:
+        with _own_sigterm():
+            ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM, which Ray replaces by its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _apply(work: Callable[[_In], _Out], item: _In) -> _Out:
+    """The body of a task of Ray."""
+    return work(item)

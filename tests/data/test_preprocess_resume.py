@@ -1,0 +1,246 @@
+"""Resuming a preprocessing: from any record of any format, from any step of publishing, and only the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import importlib
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megatron3d.data.prepare import columns, corpus
+from megatron3d.data.prepare.encode import EncodeRequest
+from megatron3d.data.prepare.output import PreprocessOutput
+from megatron3d.data.prepare.preprocess import PreprocessProgress, RunOptions, preprocess
+from megatron3d.data.tokenizer import TokenizerSpec
+
+REQUEST = EncodeRequest(TokenizerSpec("ByteTokenizer"), ("text", "title"), append_eod=True)
+TEXTS = ["first", "", "zweiter: über", "日本 🙂"] + [f"text {n} " * (n % 7) for n in range(120)]
+OUTPUTS = sorted([f"out_{key}_document.{end}" for key in REQUEST.json_keys for end in ("bin", "idx")])
+
+
+def write_corpus(folder: Path) -> list[Path]:
+    """The same documents as lines, compressed lines and rows, with a bad record and blank lines among the lines."""
+    lines = [json.dumps({"text": text, "title": text[:3]}).encode() for text in TEXTS]
+    lines[50:50] = [b"", b'{"text": "no title"}', b"\r"]
+    files = [folder / name for name in ("a.jsonl", "b.jsonl.gz", "c.parquet")]
+    files[0].write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    files[1].write_bytes(gzip.compress(b"\r\n".join(lines)))
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table({"text": TEXTS, "title": TEXTS})
+    importlib.import_module("pyarrow.parquet").write_table(table, files[2], row_group_size=33)
+    return files
+
+
+def run(files: list[Path], prefix: Path, report: Callable[[PreprocessProgress], None] | None = None, **options: object):
+    """A run in this process, with the lines that it noted."""
+    notes: list[str] = []
+    chosen = dataclasses.replace(RunOptions(checkpoint_s=0, limits=LIMITS), **options)
+    done = preprocess(
+        files, str(prefix), request=REQUEST, options=chosen, report=report or (lambda _: None), note=notes.append
+    )
+    return done, notes
+
+
+LIMITS = dataclasses.replace(RunOptions().limits, max_fraction=0.1)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def interrupt(progress: PreprocessProgress) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "_BATCH_RECORDS", 19)
+    monkeypatch.setattr(columns, "_ROWS", 19)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_corpus(tmp_path_factory.mktemp("in"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, files: list[Path]) -> dict[str, bytes]:
+    """What a run that nobody ended writes."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(files, folder / "out")
+    found = contents(folder)
+    assert sorted(found) == sorted([*OUTPUTS, "out_rejects.jsonl"])
+    return found
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_run_that_is_ended_after_each_batch_is_resumed_to_the_same_bytes(
+    tmp_path: Path, files: list[Path], whole: dict[str, bytes]
+) -> None:
+    num_runs, notes = 0, []
+    while num_runs < 100:
+        try:
+            done, more = run(files, tmp_path / "ended/out", interrupt, resume=True)
+        except KeyboardInterrupt as error:
+            num_runs += 1
+            assert "documents are kept beside" in error.__notes__[0]
+            assert not {path.suffix for path in (tmp_path / "ended").iterdir()} & {".bin", ".idx", ".jsonl"}
+            continue
+        notes += more
+        break
+    assert num_runs > 20 and done is not None and done.num_documents == 3 * len(TEXTS)
+    assert "2 of 374 records rejected (2 key missing)" in done.rejected
+    assert notes == [f"--resume: goes on behind the {done.num_documents} documents that are written."]
+    assert contents(tmp_path / "ended") == whole
+
+
+def test_a_run_that_is_ended_at_any_rename_is_resumed_to_the_same_bytes(
+    tmp_path: Path, files: list[Path], whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the state, two pairs, the list of rejects and what is removed on the way; each of these ends one run."""
+    replace, unlink = Path.replace, Path.unlink
+    for last in range(20):
+        folder, calls = tmp_path / f"ended{last}", []
+
+        def counted(call: Callable[..., object], calls: list[int] = calls, last: int = last) -> Callable[..., object]:
+            def counting(path: Path, *words: object, **more: object) -> object:
+                calls.append(1)
+                if len(calls) == last + 1:
+                    raise KeyboardInterrupt
+                return call(path, *words, **more)
+
+            return counting
+
+        with monkeypatch.context() as patched:
+            patched.setattr(PreprocessOutput, "_publish", _patching_publish(patched, counted, replace, unlink))
+            try:
+                run(files, folder / "out", checkpoint_s=60)
+            except KeyboardInterrupt:
+                patched.undo()
+                done, notes = run(files, folder / "out", resume=True)
+                assert done is not None and notes[0].startswith("--resume: goes on behind the 372 documents")
+                assert contents(folder) == whole, last
+            else:
+                break
+    assert last > 5
+
+
+def _patching_publish(patched: pytest.MonkeyPatch, counted: Callable, replace: Callable, unlink: Callable) -> Callable:
+    """`_publish`, in which each renaming and removal is counted."""
+    publish = PreprocessOutput._publish
+
+    def patching(output: PreprocessOutput) -> None:
+        patched.setattr(Path, "replace", counted(replace))
+        patched.setattr(Path, "unlink", counted(unlink))
+        publish(output)
+
+    return patching
+
+
+def test_only_the_same_run_is_resumed_and_all_differences_are_named(
+    tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = tmp_path / "c.jsonl"
+    lines.write_text("".join(json.dumps({"text": text, "title": "t"}) + "\n" for text in TEXTS))
+    with pytest.raises(KeyboardInterrupt):
+        run([lines], tmp_path / "out", interrupt)
+    before = contents(tmp_path)
+    lines.write_text(lines.read_text() + "\n")
+    words = ["--input", lines, "--output-prefix", tmp_path / "out", "--tokenizer-type", "NullTokenizer", "--resume"]
+    assert tool.main([*map(str, words), "--json-keys", "text", "title", "--split-sentences"]) == 2
+    printed = capsys.readouterr().err
+    for named in (
+        "out.resume.json is of a run that would write something else",
+        "--tokenizer-type: ByteTokenizer then, NullTokenizer now",
+        "--vocab-size: None then, 786 now",
+        "--append-eod: True then, False now",
+        "--split-sentences: False then, True now",
+        f"input file 0: {lines} of {len(before['c.jsonl'])} bytes",
+        "leave out --resume to begin anew",
+    ):
+        assert named in printed, named
+    assert "--json-keys" not in printed
+    after = contents(tmp_path)
+    assert {name: after[name] for name in after if name != "c.jsonl"} == {
+        name: before[name] for name in before if name != "c.jsonl"
+    }
+
+
+def test_a_complete_output_is_left_as_it_is_and_without_a_state_a_run_begins_at_the_start(
+    tmp_path: Path, files: list[Path], whole: dict[str, bytes]
+) -> None:
+    done, notes = run(files, tmp_path / "new/out", resume=True)
+    assert done is not None and notes == [
+        f"--resume: there is no {tmp_path}/new/out.resume.json, so this begins at the start."
+    ]
+    assert contents(tmp_path / "new") == whole
+    assert run(files, tmp_path / "new/out", resume=True) == (None, [])
+
+
+def test_damage_to_what_an_ended_run_left_is_named(
+    tmp_path: Path, files: list[Path], tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(files, tmp_path / "out", interrupt)
+    partial, state = tmp_path / "out_title_document.bin.partial", tmp_path / "out.resume.json"
+    words = [*map(str, files), "--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "ByteTokenizer"]
+    words = ["--input", *words, "--json-keys", "text", "title", "--append-eod", "--resume"]
+    os.truncate(partial, partial.stat().st_size - 1)
+    assert tool.main(words) == 3
+    assert f"{partial} holds {partial.stat().st_size} bytes, but" in capsys.readouterr().err
+    state.write_text(state.read_text().replace('"num_read"', '"number"'))
+    assert tool.main(words) == 3
+    assert "out.resume.json cannot be read (position has no field 'num_read')" in capsys.readouterr().err
+
+
+def test_standard_input_is_neither_resumed_nor_sharded(
+    tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--input", "-", "--output-prefix", tmp_path / "out", "--tokenizer-type", "ByteTokenizer"]
+    assert tool.main([*map(str, words), "--resume", "--shard", "1/2"]) == 2
+    printed = capsys.readouterr().err
+    assert "--resume: what was read from standard input cannot be read again" in printed
+    assert "--shard 1/2: standard input has no parts" in printed and not os.listdir(tmp_path)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_two_runs_cannot_write_the_same_output(
+    tmp_path: Path, files: list[Path], whole: dict[str, bytes], tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--input", str(files[0]), "--output-prefix", str(tmp_path / "one/out"), "--tokenizer-type"]
+    codes = []
+    run(files, tmp_path / "one/out", lambda _: codes.append(tool.main([*words, "ByteTokenizer"])))
+    assert set(codes) == {8} and "out_text_document.bin.partial is being written by another" in capsys.readouterr().err
+    assert contents(tmp_path / "one") == whole
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_full_disk_keeps_what_was_written_and_the_run_goes_on_when_there_is_room(
+    tmp_path: Path, files: list[Path], whole: dict[str, bytes], tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands for a full disk: both refuse in the middle of a write."""
+    words = [*map(str, files), "--output-prefix", str(tmp_path / "full/out"), "--tokenizer-type", "ByteTokenizer"]
+    words = ["--input", *words, "--json-keys", "text", "title", "--append-eod", "--max-bad-fraction", "0.1"]
+    words += ["--checkpoint-interval", "0"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole["out_text_document.bin"]) // 2, hard))
+    try:
+        assert tool.main(words) == 7
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in (printed := capsys.readouterr().err) and "with --resume goes on" in printed
+    assert json.loads((tmp_path / "full/out.resume.json").read_text())["state"]["counts"]["num_documents"] > 50
+    assert tool.main([*words, "--resume"]) == 0
+    assert contents(tmp_path / "full") == whole
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    return importlib.import_module("tools.preprocess_data")
