@@ -38,9 +38,15 @@ def parse(data: bytes | str, *, unique_keys: bool = False, max_depth: int | None
     except RecursionError as error:
         raise NestingError("it is nested too deep") from error
     # Brackets are counted first, which takes no time: few texts have more of them than levels are allowed.
-    if max_depth is not None and text.count("[") + text.count("{") > max_depth and _is_deeper(value, max_depth):
-        raise NestingError(f"it is nested deeper than {max_depth} levels")
+    if max_depth is not None and text.count("[") + text.count("{") > max_depth:
+        check_depth(value, max_depth)
     return value
+
+
+def check_depth(value: Any, max_depth: int) -> None:
+    """Raises: NestingError if the value of a JSON text is nested deeper than `max_depth` levels."""
+    if _is_deeper(value, max_depth):
+        raise NestingError(f"it is nested deeper than {max_depth} levels")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from megatron3d.data.gigatoken_tokenizer import GigatokenTokenizer
+from megatron3d.data.prepare import records
 from megatron3d.data.prepare.corpus import read_batches
 from megatron3d.data.prepare.encode import EncodeRequest, encode_batch
 from megatron3d.data.prepare.encoder import Encoder, choose_encoder, first_other_ids, hostile_texts
-from megatron3d.data.prepare.records import RawBatch
-from megatron3d.data.prepare.spans import whole_files
+from megatron3d.data.prepare.records import RawBatch, parse_documents
+from megatron3d.data.prepare.spans import Position, whole_files
 from megatron3d.data.tiktoken_file import PATTERNS, byte_pair_library
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.data.tokenizer_interface import LibraryTokenizer, SpecialIds, Tokenizer
@@ -70,8 +71,8 @@ def framed(tmp_path: Path) -> TokenizerSpec:
 def test_a_batch_in_arrays_is_the_batch_text_by_text(
     tmp_path: Path, framed: TokenizerSpec, append_eod: bool, special_tokens: bool
 ) -> None:
-    records = [*TEXTS, ["a", "", "the thing"], [], ["", ""], *TEXTS[::-1], ""]
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in records))
+    values = [*TEXTS, ["a", "", "the thing"], [], ["", ""], *TEXTS[::-1], ""]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in values))
     batch = next(read_batches(whole_files([tmp_path / "c.jsonl"]), ["text"]))
     request = EncodeRequest(framed, ("text",), append_eod, special_tokens=special_tokens)
     (found,) = encode_batch(request, batch).keys
@@ -209,3 +210,27 @@ def test_output_is_the_same_by_each_encoder_and_number_of_workers(tmp_path: Path
         assert main(words.split()) == 0
         written.add(tuple((tmp_path / f"out_text_document.{ending}").read_bytes() for ending in ("bin", "idx")))
     assert len(written) == 1
+
+
+def test_records_read_by_orjson_are_those_of_the_standard_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("orjson", reason="needs orjson")
+    number = b"1" * 5000
+    lines = [
+        *(b'{"text": "a\\u00e9\\ud83d\\ude42\\/\\u0000"}', '{"text": "ü"}'.encode(), b' {"text": ["a", "b"]}\r\n'),
+        *(b'{"text": "a", "n": [NaN, 1e999, -0, 18446744073709551616]}', b'{"text": "a", "n": ' + number + b"}"),
+        *(
+            b'{"text": "\\ud800"}',
+            b'{"text": "\xed\xa0\x80"}',
+            b'{"text": "\xff"}',
+            b'{"text": "\x01"}',
+            b'{"text": 1}',
+        ),
+        *(b'{"text": 1, "text": "b"}', b'{"text": "a"} x', b'{"text": "a", "n": 01}', b"[1]", b"null", b"", b"{"),
+        b'{"text": "a", "n": ' + b"[" * 300 + b"]" * 300 + b"}",
+        *(b"[" * 5000 + b"]" * 5000, b'{"\\ud800": 1, "text": "a"}', b'{"text": "a", "n": "' + b"[" * 300 + b'"}'),
+    ]
+    batch = RawBatch("c.jsonl", list(range(len(lines))), list(lines), 0, Position(0, 0))
+    found = parse_documents(batch, ["text"])
+    assert len(found.documents[0]) == 7 and len(found.rejects) == len(lines) - 7
+    monkeypatch.setattr(records, "_ORJSON", None)
+    assert parse_documents(batch, ["text"]) == found

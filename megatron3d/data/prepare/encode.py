@@ -134,14 +134,12 @@ def _encode_documents(tokenizer: Tokenizer, documents: Sequence[Document], reque
     owners = np.repeat(np.arange(len(documents)), counts)[lengths > 0]
     lengths = lengths[lengths > 0]
     is_last = np.append(owners[1:] != owners[:-1], True)[: len(owners)]
-    prefix, suffix = (tokenizer.prefix, tokenizer.suffix) if request.special_tokens else ((), ())
-    if prefix:
-        ids, lengths = _insert(ids, lengths, prefix, np.ones_like(is_last), before=True)
-    if suffix:
-        ids, lengths = _insert(ids, lengths, suffix, np.ones_like(is_last))
+    frame = (tokenizer.prefix, tokenizer.suffix) if request.special_tokens else ((), ())
     if request.append_eod:
         assert tokenizer.eod is not None, "--append-eod without an end-of-document token passed the checks"
-        ids, lengths = _insert(ids, lengths, (tokenizer.eod,), is_last)
+    if request.append_eod or any(frame):
+        end = (tokenizer.eod,) if request.append_eod else ()
+        ids, lengths = _with_tokens(ids, lengths, frame, np.array(end, ids.dtype), is_last)
     return EncodedKey(ids, lengths, np.bincount(owners, minlength=len(documents)).astype(np.int64))
 
 
@@ -160,22 +158,18 @@ def _encode_texts(tokenizer: Tokenizer, documents: Sequence[Document]) -> tuple[
         raise
 
 
-def _insert(
+def _with_tokens(
     ids: NDArray,
     lengths: NDArray[np.int64],
-    tokens: tuple[int, ...],
-    chosen: NDArray[np.bool_],
-    *,
-    before: bool = False,
+    frame: tuple[tuple[int, ...], tuple[int, ...]],
+    end: NDArray,
+    is_last: NDArray[np.bool_],
 ) -> tuple[NDArray, NDArray[np.int64]]:
-    """Put `tokens` at the end of the chosen sequences, or before them; ids and lengths are those of all sequences."""
-    longer = lengths + len(tokens) * chosen
-    ends = np.cumsum(longer)[chosen]
-    first = ends - longer[chosen] if before else ends - len(tokens)
-    places = (first[:, None] + np.arange(len(tokens))).ravel()
-    is_old = np.ones(len(ids) + len(places), dtype=np.bool_)
-    is_old[places] = False
-    joined = np.empty(len(is_old), dtype=ids.dtype)
-    joined[is_old] = ids
-    joined[places] = np.tile(np.array(tokens, dtype=ids.dtype), len(ends))
-    return joined, longer
+    """Put the two parts of `frame` before and behind each sequence, and `end` behind the last ones of documents."""
+    prefix, suffix = (np.array(tokens, ids.dtype) for tokens in frame)
+    nothing = end[:0]
+    bounds = np.cumsum(lengths)
+    rows = [nothing]
+    for first, behind, last in zip((bounds - lengths).tolist(), bounds.tolist(), is_last.tolist()):
+        rows += (prefix, ids[first:behind], suffix, end if last else nothing)
+    return np.concatenate(rows), lengths + len(prefix) + len(suffix) + len(end) * is_last

@@ -8,10 +8,13 @@ step, and becomes a `Reject`; nothing here raises for what stands in a file. Whe
 from __future__ import annotations
 
 import codecs
+import importlib
+import importlib.util
 import json
 import reprlib
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -22,6 +25,8 @@ from megatron3d.files.text import TextError
 
 MAX_DEPTH = 200  # of a record; a limit of its own, since that of Python's recursion depends on who calls
 _EXCERPT_BYTES = 200
+# Reads JSON twice as fast as Python's own reader, where it is installed; all it accepts has the same strings by both.
+_ORJSON: Any = importlib.import_module("orjson") if importlib.util.find_spec("orjson") else None
 
 
 class Reason(StrEnum):
@@ -136,7 +141,7 @@ def _parse(record: bytes | dict[str, Any] | Unreadable) -> dict[str, Any]:
     if isinstance(record, Unreadable):
         raise _BadRecordError(record.reason, record.detail)
     try:
-        values = json_text.parse(record, max_depth=MAX_DEPTH)
+        values = _values(record)
     except TextError as error:
         raise _BadRecordError(Reason.NOT_UTF8, f"this is no text ({error}).") from error
     except json_text.NestingError as error:
@@ -153,6 +158,16 @@ def _parse(record: bytes | dict[str, Any] | Unreadable) -> dict[str, Any]:
             Reason.NOT_AN_OBJECT, f"this is a JSON {type(values).__name__}; each line must hold one JSON object."
         )
     return values
+
+
+def _values(record: bytes) -> Any:
+    """The value of a JSON text. Raises: as `json_text.parse`."""
+    if _ORJSON is not None:
+        with suppress(ValueError):  # what it refuses is read again, for the reason, or because it is stricter
+            values = _ORJSON.loads(record)
+            json_text.check_depth(values, MAX_DEPTH)
+            return values
+    return json_text.parse(record, max_depth=MAX_DEPTH)
 
 
 def _texts(values: dict[str, Any], key: str) -> tuple[list[str], bool]:
