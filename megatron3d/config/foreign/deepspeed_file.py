@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron3d.config.foreign.deepspeed_data import DataEfficiency, read_data_efficiency, read_legacy_curriculum
 from megatron3d.config.foreign.deepspeed_keys import (
     DIRECT,
     IMPLIED_BY_OPTIMIZER,
@@ -28,7 +29,7 @@ from megatron3d.config.foreign.deepspeed_keys import (
     WITHOUT_EFFECT,
     Key,
 )
-from megatron3d.config.options import BY_KEY, Settings
+from megatron3d.config.options import BY_KEY, BY_NAME, Settings
 from megatron3d.files.json_text import parse
 
 
@@ -184,6 +185,8 @@ class _Reader:
             "scheduler.params.warmup_type": self._warmup_type,
             "tensorboard.enabled": self._tracker,
             "wandb.enabled": self._tracker,
+            "data_efficiency": lambda _, value: self._data_efficiency(read_data_efficiency(value)),
+            "curriculum_learning": lambda _, value: self._data_efficiency(read_legacy_curriculum(value)),
         }
 
     def read(self, name: str, value: Any) -> None:
@@ -263,6 +266,16 @@ class _Reader:
             self._found.problems.append(f"{self._path}: {name} is {value}; write an exponent of 2 from 0 to 64.")
             return
         self._set(name, ("optim", "initial_loss_scale"), 2.0**value)
+
+    def _data_efficiency(self, read: DataEfficiency) -> None:
+        """Take over what stands in an object with a reader of its own."""
+        self._found.problems += [f"{self._path}: {problem}." for problem in read.problems]
+        self._found.lines += [
+            f"{self._path}: {name} is accepted without effect: {reason}." for name, reason in read.inert
+        ]
+        if not read.problems:
+            for where, name, value in read.values:
+                self._set(where, BY_NAME[name].key, value)
 
     def _tracker(self, name: str, value: Any) -> None:
         """Switches that count by what lies beside them: see `_in_use`."""

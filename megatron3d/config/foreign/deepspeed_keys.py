@@ -85,7 +85,7 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 }
 # Objects of features that are not here: without effect while "enabled" is not true.
 SWITCHED_OFF = """
-    amp sparse_attention curriculum_learning data_efficiency compression_training progressive_layer_drop eigenvalue
+    amp sparse_attention compression_training progressive_layer_drop eigenvalue
     elasticity autotuning torch_autocast hybrid_engine quantize_training nebula compile"""
 # Keys that ask for another arithmetic, with the values at which they do not.
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -125,4 +125,5 @@ NEEDED_OF_SCHEDULER: Mapping[str, str] = {
 
 OPTIONS_OF_DEEPSPEED: frozenset[str] = frozenset(name for _, name in DIRECT.values()) | {
     *("optimizer", "adam_beta1", "adam_beta2", "loss_scale", "initial_loss_scale", "lr_decay_style"),
+    *("curriculum_metric", "curriculum_deepspeed_index", "random_ltd"),
 }

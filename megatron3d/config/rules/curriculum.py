@@ -64,9 +64,9 @@ def _bound_problems(bound: MetricBound) -> Iterator[str]:
         yield from (f"{line[:-1]} (metric {bound.metric})." for line in str(error).splitlines())
         return
     options = bound.pacing
-    ends = (options.difficulties or (options.minimum, options.maximum)) if bound.difficulty_type == "percentile" else ()
+    ends = options.difficulties if options.kind == "fixed_discrete" else (options.minimum, options.maximum)
     wrong = [end for end in ends if end is not None and not 0 < end <= 100]
-    if wrong:
+    if wrong and bound.difficulty_type == "percentile":
         flags = " and ".join(BY_NAME[f"curriculum_{name}_difficulty"].spelling for name in ("min", "max"))
         yield (
             f"{flags}, or --curriculum-difficulties, give {wrong[0]:g} for {bound.metric}, which is no percentile; "
