@@ -106,6 +106,26 @@ def test_metrics_with_different_schedules_keep_their_own(tmp_path: Path) -> None
     assert (second.pacing.difficulties, second.pacing.last_steps) == ((3, 5, 9), (10, 20))
 
 
+def test_metrics_of_one_cluster_and_the_older_form_shorten_the_sequences(tmp_path: Path) -> None:
+    schedule = {"total_curriculum_step": 500, "difficulty_step": 8}
+    seqlen = {
+        "min_difficulty": 64,
+        "max_difficulty": 2048,
+        "schedule_type": "fixed_linear",
+        "schedule_config": schedule,
+    }
+    for content, how in (
+        ({"curriculum_learning": {"enabled": True, "curriculum_type": "seqlen", **seqlen}}, "truncate"),
+        (with_metrics({"seqlen_truncate": {"clustering_type": "single_cluster", **seqlen}}), "truncate"),
+        (with_metrics({"seqlen_reshape": {"clustering_type": "single_cluster", **seqlen}}), "reshape"),
+    ):
+        run = run_of(tmp_path, content)
+        pacing = run.lengths.pacing_options(2048)
+        assert run.lengths.seq_length_curriculum == how and not run.curriculum.curriculum_metric
+        assert (pacing.kind, pacing.minimum, pacing.maximum) == ("fixed_linear", 64, 2048)
+        assert (pacing.total_steps, pacing.difficulty_step) == (500, 8)
+
+
 def test_what_is_switched_off_sets_nothing(tmp_path: Path) -> None:
     run = run_of(tmp_path, {"data_efficiency": {**DOCUMENTED, "enabled": False}, "curriculum_learning": {"a": 1}})
     assert not run.curriculum.curriculum_metric and not run.train.random_ltd
