@@ -131,8 +131,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
                 "eod_mask_loss mask_prob mask_max_ngram mask_whole_words short_seq_prob bert_sentence_task "
                 "seed"
             ),
-            Effect.REPORTED: "valid_data_path test_data_path",
-            Effect.FREE: "num_workers dataloader_check_ids",
+            Effect.REPORTED: "valid_data_path test_data_path data_temperature",
+            Effect.FREE: "num_workers dataloader_check_ids multiple_validation_sets validation_set_names",
         },
         "curriculum": {
             Effect.SAMPLES: (
@@ -166,8 +166,8 @@ EFFECTS: Mapping[Key, Effect] = MappingProxyType(
 )
 
 _BY_CONTENT = (
-    "data_path train_data_path valid_data_path test_data_path data_args_path tokenizer_type tokenizer_model "
-    "vocab_file merge_file"
+    "data_path train_data_path valid_data_path test_data_path data_args_path data_temperature tokenizer_type "
+    "tokenizer_model vocab_file merge_file"
 )
 _BY_SCHEDULE = (
     "lr min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_iters lr_warmup_samples "

@@ -79,6 +79,20 @@ def read_data_args_file(path: str) -> tuple[tuple[str, ...], str]:
     return words, flag
 
 
+def tempered(num_tokens: Sequence[int], temperature: float) -> tuple[Fraction | int, ...]:
+    """Weights in the proportion of n^(1/T) for corpora of n tokens and the temperature T, above 0.
+
+    T = 1 gives the sizes themselves, exactly. A larger T reads small corpora more often than their size: alpha = 1/T
+    is the exponent of XLM-R (0.3) and mT5 (0.3).
+
+    Source: A. Conneau et al., Unsupervised Cross-lingual Representation Learning at Scale (2020), section 3.1.
+    """
+    if temperature == 1:
+        return tuple(num_tokens)
+    largest = max(num_tokens)
+    return tuple(Fraction((count / largest) ** (1 / temperature)) for count in num_tokens)
+
+
 def integer_weights(weights: Sequence[Fraction | int]) -> tuple[int, ...]:
     """Positive integers in the proportion of `weights`, exactly if their sum is then at most 65,536.
 

@@ -6,18 +6,27 @@ make of a corpus; which corpora and documents belong to which split is the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron3d.config.rules.blend import has_weights, weights_twice
 from megatron3d.config.sample_counts import SampleCounts
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.data.bert import MIN_SEQ_LENGTH, BertForm, BertReader, BertSample, BertSamples
-from megatron3d.data.blend import Blend, BlendOrder, Corpus, integer_weights, parse_data_path, read_data_args_file
+from megatron3d.data.blend import (
+    Blend,
+    BlendOrder,
+    Corpus,
+    integer_weights,
+    parse_data_path,
+    read_data_args_file,
+    tempered,
+)
 from megatron3d.data.blend_history import ContinuedBlend
 from megatron3d.data.gpt import DocumentRules, GPTReader, GPTSamples
 from megatron3d.data.indexed import IndexedDataset
@@ -25,6 +34,7 @@ from megatron3d.data.masking import BertVocabulary, MaskingRules
 from megatron3d.data.megatron_blend import MegatronCorpus, megatron_stream
 from megatron3d.data.mock import MockBertSamples, MockSamples
 from megatron3d.data.order import derive_seed
+from megatron3d.data.source_names import source_names
 from megatron3d.data.splits import SPLIT_NAMES, parse_split, split_documents
 from megatron3d.data.stream import Sample, SampleStream, StreamFrom
 from megatron3d.data.tokenizer import Tokenizer
@@ -57,7 +67,9 @@ class GPTData:
     """The streams of a run. A stream is None where its split is empty.
 
     `notes` are sentences the run should print: corpora that a split had to leave out. `vocab_size` bounds the ids,
-    None does not check them. `corpora` are those of `train`, None for data without files.
+    None does not check them. `corpora` are those of `train`, None where it is not
+    a blend that a resumed run could continue with other weights. `valid_sources` are the
+    corpora of `valid` by name, where each is to be evaluated by itself.
     """
 
     train: SampleStream[NDArray[np.int64]] | None
@@ -67,6 +79,7 @@ class GPTData:
     vocab_size: int | None
     notes: tuple[str, ...] = ()
     corpora: TrainingCorpora[NDArray[np.int64]] | None = None
+    valid_sources: Mapping[str, SampleStream[NDArray[np.int64]]] = field(default_factory=dict)
 
     def reader(self, stream: SampleStream[NDArray[np.int64]]) -> GPTReader:
         """What makes batches of one of the streams, for `GlobalBatches`."""
@@ -82,6 +95,7 @@ class BertData:
     test: SampleStream[BertSample] | None
     notes: tuple[str, ...] = ()
     corpora: TrainingCorpora[BertSample] | None = None
+    valid_sources: Mapping[str, SampleStream[BertSample]] = field(default_factory=dict)
 
     def reader(self, stream: SampleStream[BertSample]) -> BertReader:
         """What makes batches of one of the streams, for `GlobalBatches`."""
@@ -143,8 +157,15 @@ def build_gpt_data(
     def samples(share: _Share) -> GPTSamples:
         return GPTSamples(share.dataset, share.documents, seq_length=seq_length, seed=share.seed)
 
-    streams, corpora, notes = _build_splits(data, samples)
-    return GPTData(streams["train"], streams["valid"], streams["test"], rules, bound, notes, corpora)
+    built = _build_splits(data, samples)
+    return GPTData(
+        **built.streams,
+        rules=rules,
+        vocab_size=bound,
+        notes=built.notes,
+        corpora=built.corpora,
+        valid_sources=built.valid_sources,
+    )
 
 
 def build_bert_data(
@@ -171,8 +192,8 @@ def build_bert_data(
     def samples(share: _Share) -> BertSamples:
         return BertSamples(share.dataset, share.documents, form=form, seed=share.seed)
 
-    streams, corpora, notes = _build_splits(data, samples)
-    return BertData(streams["train"], streams["valid"], streams["test"], notes, corpora)
+    built = _build_splits(data, samples)
+    return BertData(**built.streams, notes=built.notes, corpora=built.corpora, valid_sources=built.valid_sources)
 
 
 def bert_form(data: DataConfig, seq_length: int, vocabulary: BertVocabulary, *, binary_head: bool = True) -> BertForm:
@@ -270,6 +291,8 @@ def _shares_by_split(data: DataConfig) -> dict[str, list[_Share]]:
     words, flag = data.data_path, "--data-path"
     if data.data_args_path is not None:
         words, flag = read_data_args_file(data.data_args_path)
+        if has_weights(words) and data.data_temperature != 1:
+            raise ConfigError(weights_twice(data.data_temperature, flag))
     for place, corpus in enumerate(parse_data_path(words, flag) if words else ()):
         dataset = IndexedDataset(corpus.prefix)
         for split, documents in zip(SPLIT_NAMES, split_documents(_num_parts(data, dataset), data.split)):
@@ -300,12 +323,21 @@ def _require_training_documents(data: DataConfig, shares: Sequence[_Share]) -> N
             )
 
 
-def _build_splits(
-    data: DataConfig, samples: Callable[[_Share], GPTSamples | BertSamples]
-) -> tuple[dict[str, SampleStream | None], TrainingCorpora, tuple[str, ...]]:
-    """The stream of each split, of the samples that `samples` makes of a share, and the notes of all."""
+@dataclass(frozen=True)
+class _Built:
+    """The stream of each split, the training corpora, the streams of validation corpora by name, and notes."""
+
+    streams: Mapping[str, SampleStream | None]
+    corpora: TrainingCorpora
+    valid_sources: Mapping[str, SampleStream]
+    notes: tuple[str, ...]
+
+
+def _build_splits(data: DataConfig, samples: Callable[[_Share], GPTSamples | BertSamples]) -> _Built:
+    """All that the options give, of the samples that `samples` makes of a share."""
     shares = _shares_by_split(data)
-    built = {split: _build_split(split, shares[split], samples) for split in SPLIT_NAMES}
+    temperature = data.data_temperature
+    built = {split: _build_split(split, shares[split], samples, temperature=temperature) for split in SPLIT_NAMES}
     notes = [note for split, one in built.items() for note in (*_empty_shares(data, split, shares[split]), *one.notes)]
 
     def numbered(place: int, number: int) -> GPTSamples | BertSamples:
@@ -314,7 +346,15 @@ def _build_splits(
     train = built["train"]
     num_tokens, per_epoch = zip(*((one.num_tokens, one.num_samples_per_epoch) for one in train.streams))
     corpora = TrainingCorpora(train.weights, num_tokens, per_epoch, numbered)
-    return {split: one.stream() for split, one in built.items()}, corpora, tuple(notes)
+    sources: dict[str, SampleStream] = {}
+    if data.multiple_validation_sets:
+        valid = built["valid"]
+        names = source_names([share.corpus.prefix for share in shares["valid"]], data.validation_set_names)
+        sources = {names[place]: stream for place, stream in zip(valid.places, valid.streams, strict=True)}
+        if len(sources) < 2:
+            notes.append("--multiple-validation-sets has no effect: there is no second validation corpus.")
+            sources = {}
+    return _Built({split: one.stream() for split, one in built.items()}, corpora, sources, tuple(notes))
 
 
 def _empty_shares(data: DataConfig, split: str, shares: Sequence[_Share]) -> list[str]:
@@ -330,11 +370,13 @@ def _empty_shares(data: DataConfig, split: str, shares: Sequence[_Share]) -> lis
 
 @dataclass(frozen=True)
 class _Split:
-    """The streams of the corpora of one split with their integer weights, and notes on those that were left out."""
+    """The streams of the corpora of one split with their integer weights and places in the options, and notes on those
+    that were left out."""
 
     streams: tuple[GPTSamples | BertSamples, ...]
     weights: tuple[int, ...]
     notes: tuple[str, ...]
+    places: tuple[int, ...]
 
     def stream(self) -> SampleStream | None:
         """All of it as one stream, None if there is nothing."""
@@ -343,14 +385,20 @@ class _Split:
         return Blend(self.streams, BlendOrder.constant(self.weights))
 
 
-def _build_split(split: str, shares: Sequence[_Share], samples: Callable[[_Share], GPTSamples | BertSamples]) -> _Split:
+def _build_split(
+    split: str,
+    shares: Sequence[_Share],
+    samples: Callable[[_Share], GPTSamples | BertSamples],
+    *,
+    temperature: float,
+) -> _Split:
     """The streams of one split, and notes on corpora that had to be left out of validation or test.
 
     Training needs a sample from every corpus. Validation and test leave out a corpus whose documents there are too
     short; only if that leaves nothing to validate on is it an error, since evaluations were asked for.
     """
-    streams, weights, notes, too_short = [], [], [], []
-    for share in shares:
+    streams, places, notes, too_short = [], [], [], []
+    for place, share in enumerate(shares):
         if len(share.documents) == 0:
             continue
         try:
@@ -362,10 +410,15 @@ def _build_split(split: str, shares: Sequence[_Share], samples: Callable[[_Share
             notes.append(f"Left out of the {split} data: {error}")
             continue
         streams.append(stream)
-        weights.append(stream.num_tokens if share.corpus.weight is None else share.corpus.weight)
+        places.append(place)
     if not streams and too_short and split == "valid":
         raise too_short[0]
-    return _Split(tuple(streams), integer_weights(weights) if streams else (), tuple(notes))
+    if not streams:
+        return _Split((), (), tuple(notes), ())
+    given = [shares[place].corpus.weight for place in places]
+    by_size = tempered([stream.num_tokens for stream in streams], temperature)
+    weights = integer_weights([size if weight is None else weight for size, weight in zip(by_size, given, strict=True)])
+    return _Split(tuple(streams), weights, tuple(notes), tuple(places))
 
 
 def _build_megatron_splits(

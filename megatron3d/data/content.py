@@ -102,7 +102,10 @@ def content_of(data: DataConfig, *, vocab_size: int | None, architecture: str = 
     Raises: DataError if a file cannot be read; ConfigError if the words of a data option cannot be understood.
     """
     corpora = {
-        part: tuple(CorpusContent(one.prefix, share, corpus_digest(one.prefix)) for one, share in _with_shares(found))
+        part: tuple(
+            CorpusContent(one.prefix, share, corpus_digest(one.prefix))
+            for one, share in _with_shares(found, data.data_temperature)
+        )
         for part, found in _corpora(data).items()
     }
     return Content(corpora, tokenizer_content(data, vocab_size=vocab_size), code_content(architecture))
@@ -116,7 +119,7 @@ def code_content(architecture: str) -> CodeContent | None:
 def content_of_paths(data: DataConfig) -> Content:
     """What the options of an earlier run say without its files: paths and shares, no digest."""
     corpora = {
-        part: tuple(CorpusContent(one.prefix, share, None) for one, share in _with_shares(found))
+        part: tuple(CorpusContent(one.prefix, share, None) for one, share in _with_shares(found, data.data_temperature))
         for part, found in _corpora(replace(data, data_args_path=None)).items()
     }
     return Content(corpora, None)
@@ -311,11 +314,12 @@ def _corpora(data: DataConfig) -> dict[str, tuple[Corpus, ...]]:
     return {part: parse_data_path(words, flag) for part, (words, flag) in by_part.items() if words}
 
 
-def _with_shares(corpora: Sequence[Corpus]) -> Iterator[tuple[Corpus, str]]:
+def _with_shares(corpora: Sequence[Corpus], temperature: float) -> Iterator[tuple[Corpus, str]]:
     """Each corpus with its share of the whole; the weight of a single corpus says nothing."""
     total = sum((one.weight for one in corpora if one.weight is not None), Fraction())
     for one in corpora:
-        yield one, "all" if len(corpora) == 1 else "by size" if one.weight is None else str(one.weight / total)
+        by_size = "by size" if temperature == 1 else f"by size, temperature {temperature:g}"
+        yield one, "all" if len(corpora) == 1 else by_size if one.weight is None else str(one.weight / total)
 
 
 def _shown(corpora: Sequence[CorpusContent]) -> str:

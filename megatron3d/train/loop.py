@@ -47,34 +47,38 @@ from megatron3d.train.training_data import TrainingData, blend_table, samples_of
 
 @dataclass(frozen=True)
 class Streams:
-    """Readers of the three splits of `data`; None where a split is empty."""
+    """Readers of the three splits of `data`; None where a split is empty. `batches` makes one of any of its streams,
+    which the caller closes."""
 
     data: GPTData | BertData
     train: GlobalBatches
     valid: GlobalBatches | None
     test: GlobalBatches | None
+    batches: Callable[[SampleStream], GlobalBatches]
 
     def continue_training(self, stream: SampleStream) -> None:
         """Read training samples from another stream from now on, that of a run that is resumed."""
-        make_reader: Callable[[Any], Callable[[int, int], Any]] = self.data.reader  # of streams of the data's own kind
-        self.train.read_by(make_reader(stream))
+        self.train.read_by(_reader_of(self.data, stream))
+
+
+def _reader_of(data: GPTData | BertData, stream: SampleStream) -> Callable[[int, int], Any]:
+    make_reader: Callable[[Any], Callable[[int, int], Any]] = data.reader  # of streams of the data's own kind
+    return make_reader(stream)
 
 
 @contextmanager
 def open_streams(data: GPTData | BertData, options: DataConfig) -> Iterator[Streams]:
     """Readers of the splits, closed at the end of the block."""
 
-    make_reader: Callable[[Any], Callable[[int, int], Any]] = data.reader  # of streams of the data's own kind
-
     def batches(stream: SampleStream) -> GlobalBatches:
-        return GlobalBatches(make_reader(stream), num_workers=options.num_workers)
+        return GlobalBatches(_reader_of(data, stream), num_workers=options.num_workers)
 
     if data.train is None:
         raise ConfigError("there is no training data; give --data-path, --train-data-path or --mock-data")
     train = batches(data.train)
     valid, test = (None if stream is None else batches(stream) for stream in (data.valid, data.test))
     try:
-        yield Streams(data, train, valid, test)
+        yield Streams(data, train, valid, test, batches)
     finally:
         for one in (train, valid, test):
             if one is not None:
@@ -98,7 +102,9 @@ def train(parts: TrainingSetup, streams: Streams, context: RunContext) -> Progre
         stop_while_starting(context, parts.mesh)
         restored = state.restore(parts, content)
         context.step = restored.progress.step
-        training = training_data(restored, content, streams.data)
+        training = training_data(
+            restored, content, streams.data, may_differ=parts.config.checkpoint.override_sample_order
+        )
         if training.stream is not None:
             streams.continue_training(training.stream)
         stop_while_starting(context, parts.mesh)
@@ -300,8 +306,17 @@ class _Loop:
         self.evaluated_step = self.progress.step
         if found is None:
             return False
-        self.failure.keep(lambda: self.reports.evaluation(self.progress, found))
+        by_source = self._evaluate_sources()
+        self.failure.keep(lambda: self.reports.evaluation(self.progress, found, by_source))
         return math.isfinite(found.loss)
+
+    def _evaluate_sources(self) -> dict[str, Evaluation]:
+        """Evaluate on each validation corpus that is to be evaluated by itself."""
+        found = {}
+        for name, stream in self.streams.data.valid_sources.items():
+            with self.streams.batches(stream) as batches:
+                found[name] = self._evaluate_on(batches, is_due_later=True)
+        return {name: one for name, one in found.items() if one is not None}
 
     def _evaluate_on(self, batches: GlobalBatches | None, *, is_due_later: bool) -> Evaluation | None:
         """Evaluate, if that is asked for and there is data; a stop asked for meanwhile is not kept waiting.

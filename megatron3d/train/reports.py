@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class Reports:
         self._flops = pretraining_flops(model, frozen)
         self._layer_flops = layer_flops(model, frozen) if parts.random_ltd else {}
         self._progress: ProgressReporter | None = None
+        self._by_source = ""
         self._ended_after = context.ended_after if self.resumed_in_place else None
         self._started_s = context.launch.started_s
         self._goodput = Goodput(restored.time_spent, started_s=self._started_s)
@@ -172,12 +174,23 @@ class Reports:
         record = replace(record, consumed_tokens=progress.consumed_tokens)
         self._trackers.step(record)
 
-    def evaluation(self, progress: Progress, found: Evaluation) -> None:
-        """Report the losses, and accuracies where there are any, on the validation split after a step."""
+    def evaluation(
+        self, progress: Progress, found: Evaluation, by_source: Mapping[str, Evaluation] = MappingProxyType({})
+    ) -> None:
+        """Report the losses, and accuracies where there are any, on the validation split after a step, and on each of
+        its corpora that was evaluated by itself."""
         step, samples = progress.step, progress.consumed_samples
         more = {f"valid_{name}": value for name, value in found.scalars().items()}
+        for source, one in by_source.items():
+            scalars = {"loss": one.loss, **one.scalars()}
+            more |= {f"valid_{name}/{source}": value for name, value in scalars.items()}
         if self._progress is not None:
             self._progress.evaluation(step, found.loss, more=found.scalars())
+            for source, one in by_source.items():
+                self._progress.evaluation(step, one.loss, name=f"validation on {source}", more=one.scalars())
+            if by_source:
+                losses = ", ".join(f"{source} {one.loss:.4f}" for source, one in by_source.items())
+                self._by_source = f"after step {step}: {losses}"
             self._trackers.evaluation(step, found.loss, more, losses=found.losses, consumed_samples=samples)
 
     def test(self, step: int, found: Evaluation) -> None:
@@ -214,7 +227,9 @@ class Reports:
         self._trackers.save(step, {"save_s": waited_s, "save_bytes": size, "wall_s": wall_s})
 
     def end(self) -> None:
-        """Report where the time of the run went."""
+        """Report the last validation loss of each source, where there are several, and where the time went."""
+        if self._by_source:
+            self.note(f"validation losses {self._by_source}")
         self.note(self.time_spent().summary())
 
     @contextmanager

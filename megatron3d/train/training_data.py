@@ -37,18 +37,25 @@ class TrainingData:
         return None if self.blend is None else self.blend.history
 
 
-def training_data(restored: Restored, content: Content, data: GPTData | BertData) -> TrainingData:
+def training_data(
+    restored: Restored, content: Content, data: GPTData | BertData, *, may_differ: bool = False
+) -> TrainingData:
     """Continue the corpora of the checkpoint that a run starts from, if it resumes one.
+
+    An order of samples that cannot be continued is counted on if it `may_differ` (--override-sample-order).
 
     Raises: MisfitError if the blend has changed and its order of samples cannot be continued.
     """
     found, progress = content.training, restored.progress
     corpora = data.corpora
     if corpora is None:
-        if restored.blend is not None and len(restored.blend.segments) > 1:
+        has_segments = restored.blend is not None and len(restored.blend.segments) > 1
+        is_resumed = progress.consumed_samples > 0
+        if is_resumed and not may_differ and (has_segments or not same_corpora(restored.saved_corpora, found)):
             raise MisfitError(
-                f"{restored.source} has read a blend whose weights have changed, which this order of samples cannot "
-                "continue; resume with the data and the order of the checkpoint"
+                f"{restored.source} has read the corpora with other weights or in another order, and only blends in "
+                "the usual order of samples continue each corpus; give the corpora and weights of the checkpoint, or "
+                "count the samples on in the new order by --override-sample-order"
             )
         return TrainingData(None, None)
     before = _history_before(restored, found, corpora) if progress.consumed_samples else None

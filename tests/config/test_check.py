@@ -193,6 +193,20 @@ def test_resolving_twice_is_resolving_once() -> None:
         ("--recompute-granularity full --recompute-method block", 1, "needs --recompute-num-layers"),
         # Data.
         ("--data-path A", 1, "--data-path and --mock-data are different sources"),
+        ("--data-temperature 0", 1, "--data-temperature 0 is not above 0"),
+        (
+            "--train-data-path 1 A 2 B --valid-data-path A --data-temperature 3",
+            1,
+            "--data-temperature 3 makes weights of the sizes of corpora, but --train-data-path gives weights",
+        ),
+        ("--multiple-validation-sets", 1, "is for corpora, and --mock-data has none"),
+        (
+            "--sample-order megatron --multiple-validation-sets",
+            1,
+            "--multiple-validation-sets is not for --sample-order",
+        ),
+        ("--validation-set-names a b", 1, "--validation-set-names a b names corpora that are not evaluated one by one"),
+        ("--multiple-validation-sets --validation-set-names a a", 1, "gives a name twice"),
         ("--split 0,1,1", 1, "leaves nothing to train on"),
         ("--split 1,2,3,4", 1, "is not one to three shares"),
         ("--split a,b", 1, "is not one to three shares"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from fractions import Fraction
 
@@ -19,6 +20,7 @@ from megatron3d.data.blend import (
     fair_turns,
     integer_weights,
     parse_data_path,
+    tempered,
 )
 from megatron3d.data.mock import MockSamples
 from megatron3d.errors import ConfigError, DataError
@@ -143,6 +145,21 @@ def test_weights_that_do_not_fit_are_rounded_to_the_period(weights: list[int]) -
     assert total <= MAX_PERIOD and min(rounded) >= 1
     for weight, integer in zip(weights, rounded):
         assert abs(Fraction(weight, sum(weights)) - Fraction(integer, total)) <= Fraction(len(weights), MAX_PERIOD)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 10**12), min_size=1, max_size=20), st.floats(0.5, 100))
+def test_a_temperature_gives_shares_of_sizes_to_the_power_of_its_inverse(sizes: list[int], temperature: float) -> None:
+    """By logarithms; weights of a period have a grid of 1/65,536 and are at least one of it."""
+    weights = integer_weights(tempered(sizes, temperature))
+    logs = np.log(np.array(sizes, dtype=np.float64)) / temperature
+    expected = np.exp(logs - np.logaddexp.reduce(logs))
+    assert np.array(weights) / sum(weights) == pytest.approx(expected, abs=len(sizes) / MAX_PERIOD)
+
+
+def test_a_temperature_of_one_is_the_size_and_an_infinite_one_makes_corpora_equal() -> None:
+    assert integer_weights(tempered([10**15 + 1, 3 * (10**15 + 1)], 1.0)) == (1, 3)
+    assert integer_weights(tempered([5, 10**9, 7], math.inf)) == (1, 1, 1)
 
 
 def test_data_path_with_and_without_weights() -> None:

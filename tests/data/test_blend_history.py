@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -19,8 +20,11 @@ from megatron3d.data.blend_history import (
 )
 from megatron3d.data.build import GPTData, build_gpt_data
 from megatron3d.data.content import CorpusContent, content_of
+from megatron3d.data.gpt import DocumentRules
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.errors import MisfitError
+from megatron3d.train.state import Progress, Restored
+from megatron3d.train.training_data import training_data
 from tests.data.corpora import write_documents
 
 
@@ -119,6 +123,17 @@ def test_a_change_says_of_each_corpus_its_shares_and_what_it_has_served(folder: 
         f"  {folder}/B: 30.0000% before, 0.0000% now, 12 samples served",
         f"  {folder}/C: 0.0000% before, 50.0000% now, 0 samples served",
     )
+
+
+def test_an_order_that_cannot_continue_refuses_other_weights(folder: Path) -> None:
+    """A curriculum and Megatron-LM's order have no corpora to continue."""
+    contents = [content_of(DataConfig(data_path=("1", f"{folder}/A", n, f"{folder}/B")), vocab_size=5000) for n in "12"]
+    restored = Restored(Progress(1, 8), mock.sentinel.schedule, saved_corpora=contents[0].training)
+    data = GPTData(None, None, None, DocumentRules(None), None)
+    assert training_data(restored, contents[0], data).history is None
+    assert training_data(restored, contents[1], data, may_differ=True).history is None
+    with pytest.raises(MisfitError, match="only blends in the usual order of samples continue each corpus"):
+        training_data(restored, contents[1], data)
 
 
 def test_a_change_before_the_first_step_after_another_takes_its_place(folder: Path) -> None:

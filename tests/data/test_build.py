@@ -15,6 +15,7 @@ from megatron3d.data.build import BertData, GPTData, build_bert_data, build_gpt_
 from megatron3d.data.content import content_of
 from megatron3d.data.gpt import GPTSamples
 from megatron3d.data.indexed import IndexedDatasetWriter
+from megatron3d.data.source_names import source_names
 from megatron3d.data.tokenizer import Tokenizer, build_tokenizer
 from megatron3d.errors import ConfigError, DataError
 from tests.data.corpora import counting_documents, write_documents
@@ -53,6 +54,44 @@ def test_weights_make_a_blend(corpora: tuple[str, str]) -> None:
 def test_sizes_are_the_weights_where_none_are_given(corpora: tuple[str, str]) -> None:
     data = build(data_path=corpora)
     assert isinstance(data.train, Blend) and data.train.weights == (1, 3)
+
+
+def test_a_temperature_weights_corpora_without_weights_alone(corpora: tuple[str, str], tmp_path: Path) -> None:
+    data = build(data_path=corpora, data_temperature=2.0)  # of 969 and 2,907 tokens
+    assert np.divide(*data.train.weights) == pytest.approx(3**-0.5, abs=1e-4)
+    assert np.divide(*data.valid.weights) == pytest.approx(3**-0.5, abs=1e-4)
+    (tmp_path / "args").write_text(f"2 {corpora[0]} 1 {corpora[1]}")
+    with pytest.raises(ConfigError, match=f"--data-args-path {tmp_path}/args gives weights; drop one of both"):
+        build(data_args_path=str(tmp_path / "args"), data_temperature=2.0)
+
+
+def test_validation_corpora_are_streams_of_their_own_by_name(corpora: tuple[str, str], tmp_path: Path) -> None:
+    sets = {"multiple_validation_sets": True}
+    data = build(data_path=("0.9", corpora[0], "0.1", corpora[1]), **sets)
+    assert list(data.valid_sources.values()) == list(data.valid.streams)
+    assert list(data.valid_sources) == ["A", "B"]
+    named = build(data_path=corpora, **sets, validation_set_names=("en", "de"))
+    assert list(named.valid_sources) == ["en", "de"]
+    write_documents(tmp_path / "few", counting_documents([30] * 5))
+    left_out = build(data_path=(corpora[0], str(tmp_path / "few"), corpora[1]), split="95,5,0", **sets)
+    assert list(left_out.valid_sources) == ["A", "B"]
+    with pytest.raises(ConfigError, match="--validation-set-names en are 1 names for 2 validation corpora"):
+        build(data_path=corpora, **sets, validation_set_names=("en",))
+    alone = build(data_path=corpora[:1], **sets)
+    assert alone.valid_sources == {} and "there is no second validation corpus" in alone.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "names"),
+    [
+        (["out/en", "out/de"], ("en", "de")),
+        (["x/en/text", "x/de/text", "x/all"], ("en/text", "de/text", "all")),
+        (["a/b/c", "d/b/c", "c"], ("a/b/c", "d/b/c", "c")),
+        (["out/en", "out/en", "/out/en"], ("out/en", "out/en (2)", "//out/en")),
+    ],
+)
+def test_names_of_sources_are_the_shortest_ends_of_their_prefixes(prefixes: list[str], names: tuple[str, ...]) -> None:
+    assert source_names(prefixes, ()) == names
 
 
 def test_weights_from_a_file_are_those_of_the_command_line(corpora: tuple[str, str], tmp_path: Path) -> None:

@@ -18,6 +18,11 @@ class DataConfig:
     valid_data_path: tuple[str, ...] = options("--valid-data-path", "Prefixes for validation alone.")
     test_data_path: tuple[str, ...] = options("--test-data-path", "Prefixes for the test alone.")
     data_args_path: str | None = option(None, "--data-args-path", "A file with the words of --data-path.")
+    data_temperature: float = option(
+        1.0,
+        "--data-temperature",
+        "T: corpora without weights are read in proportion to tokens^(1/T); a large T makes them equal.",
+    )
     split: str = option("969,30,1", "--split", "Shares of the documents for training, validation and test.")
     sample_order: str = option(
         "computed",
@@ -39,6 +44,14 @@ class DataConfig:
         0.005,
         "--mid-level-dataset-surplus",
         "Share of samples that Megatron-LM's order adds to each corpus of a blend.",
+    )
+    multiple_validation_sets: bool = switch(
+        "--multiple-validation-sets",
+        "Evaluate each validation corpus by itself too, --eval-iters global batches each (docs/data.md).",
+    )
+    validation_set_names: tuple[str, ...] = options(
+        "--validation-set-names",
+        "Names of the validation corpora in reports; default the last parts of their prefixes.",
     )
     mock_data: bool = switch("--mock-data", "Train on tokens drawn from the seed, without any file.")
     tokenizer_type: str | None = option(None, "--tokenizer-type", "Kind of tokenizer, as in tools/preprocess_data.py.")

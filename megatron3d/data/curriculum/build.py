@@ -98,12 +98,13 @@ def with_curriculum(
     )
     _require_full_batches(curriculum, plan, length)
     notes = (*data.notes, *_notes(curriculum, plan, length))
-    return replace(data, train=curriculum, notes=notes)
+    # The plateaus choose among the samples of a blend that stays as it is, so there are no corpora to continue.
+    return replace(data, train=curriculum, notes=notes, corpora=None)
 
 
 def _corpora(train: SampleStream) -> list[_Samples]:
     """The streams of the corpora. Raises: ConfigError for samples that are not fixed."""
-    streams = train.streams if isinstance(train, Blend) else (train,)
+    streams = [one for one in train.streams if one is not None] if isinstance(train, Blend) else [train]
     corpora = [stream for stream in streams if isinstance(stream, GPTSamples | BertSamples)]
     if len(corpora) < len(streams):
         other = next(stream for stream in streams if stream not in corpora)
