@@ -131,7 +131,12 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
                 "eod_mask_loss mask_prob mask_max_ngram mask_whole_words short_seq_prob bert_sentence_task "
                 "seed"
             ),
-            Effect.REPORTED: "valid_data_path test_data_path data_temperature",
+            # Fill-in-the-Middle changes the form of samples, not which they are.
+            Effect.REPORTED: (
+                "fim_data fim_rate fim_spm_rate fim_split_sample fim_fragment_rate fim_no_prefix fim_prefix_token "
+                "fim_middle_token fim_suffix_token fim_pad_token fim_eod_token valid_data_path test_data_path "
+                "data_temperature"
+            ),
             Effect.FREE: "num_workers dataloader_check_ids multiple_validation_sets validation_set_names",
         },
         "curriculum": {
@@ -210,6 +215,11 @@ _RELEVANT: Mapping[Key, Callable[[RunConfig], bool]] = MappingProxyType(
         **{
             ("data", name): _has("data", "sample_order", "megatron")
             for name in ("sample_order_samples", "sample_order_consumed", "mid_level_dataset_surplus")
+        },
+        **{
+            ("data", name): _has("data", "fim_data", True)
+            for _, name in EFFECTS
+            if name.startswith("fim_") and name != "fim_data"
         },
         ("data", "split"): lambda run: bool(run.data.data_path or run.data.data_args_path),
         **{

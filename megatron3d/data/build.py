@@ -28,6 +28,7 @@ from megatron3d.data.blend import (
     tempered,
 )
 from megatron3d.data.blend_history import ContinuedBlend
+from megatron3d.data.fim import FillInTheMiddle, FimSamples, fill_in_the_middle
 from megatron3d.data.gpt import DocumentRules, GPTReader, GPTSamples
 from megatron3d.data.indexed import IndexedDataset
 from megatron3d.data.masking import BertVocabulary, MaskingRules
@@ -67,9 +68,9 @@ class GPTData:
     """The streams of a run. A stream is None where its split is empty.
 
     `notes` are sentences the run should print: corpora that a split had to leave out. `vocab_size` bounds the ids,
-    None does not check them. `corpora` are those of `train`, None where it is not
-    a blend that a resumed run could continue with other weights. `valid_sources` are the
-    corpora of `valid` by name, where each is to be evaluated by itself.
+    None does not check them. `corpora` are those of `train`, None where it is not a blend that a resumed run could
+    continue with other weights. `valid_sources` are the corpora of `valid` by name, where each is to be evaluated by
+    itself. `fim` permutes the samples of every stream as they are read, whichever streams follow these.
     """
 
     train: SampleStream[NDArray[np.int64]] | None
@@ -80,9 +81,11 @@ class GPTData:
     notes: tuple[str, ...] = ()
     corpora: TrainingCorpora[NDArray[np.int64]] | None = None
     valid_sources: Mapping[str, SampleStream[NDArray[np.int64]]] = field(default_factory=dict)
+    fim: FillInTheMiddle | None = None
 
     def reader(self, stream: SampleStream[NDArray[np.int64]]) -> GPTReader:
         """What makes batches of one of the streams, for `GlobalBatches`."""
+        stream = stream if self.fim is None else FimSamples(stream, self.fim)
         return GPTReader(stream, self.rules, self.vocab_size)
 
 
@@ -127,7 +130,11 @@ def build_data(
     sizes = {"seq_length": model.seq_length, "vocab_size": model.vocab_size}
     if model.traits.samples == "sentences":
         return build_bert_data(data, **sizes, tokenizer=tokenizer, binary_head=model.has_binary_head)
-    return build_gpt_data(data, **sizes, eod_token=eod_token, counts=counts)
+    built = build_gpt_data(data, **sizes, eod_token=eod_token, counts=counts)
+    fim, notes = fill_in_the_middle(data, tokenizer, eod_token)
+    if fim is None:
+        return built
+    return replace(built, fim=fim, rules=replace(built.rules, pad_token=fim.padding), notes=(*built.notes, *notes))
 
 
 def build_gpt_data(

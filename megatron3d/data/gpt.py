@@ -124,12 +124,16 @@ class GPTReader:
 
 @dataclass(frozen=True)
 class DocumentRules:
-    """What the end-of-document token means inside a sample; the flags are those of the command line."""
+    """What the end-of-document token means inside a sample; the flags are those of the command line.
+
+    Labels that are `pad_token`, which fills samples up, have no loss.
+    """
 
     eod_token: int | None
     reset_position_ids: bool = False
     reset_attention_mask: bool = False
     eod_mask_loss: bool = False
+    pad_token: int | None = None
 
 
 def collate(samples_BS1: NDArray[np.int64], rules: DocumentRules) -> GPTBatch:
@@ -141,6 +145,8 @@ def collate(samples_BS1: NDArray[np.int64], rules: DocumentRules) -> GPTBatch:
     """
     tokens_BS, labels_BS = samples_BS1[:, :-1], samples_BS1[:, 1:]
     loss_mask_BS = np.ones(tokens_BS.shape, dtype=np.float32)
+    if rules.pad_token is not None:
+        loss_mask_BS[labels_BS == rules.pad_token] = 0.0
     position_ids_BS = document_ids_BS = None
     if rules.eod_token is not None:
         ends_BS = tokens_BS == rules.eod_token

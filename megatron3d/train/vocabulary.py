@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from megatron3d.config.check import with_vocab_size
 from megatron3d.config.derive import what_was_given
 from megatron3d.config.run import DraftRun, RunConfig
+from megatron3d.data.fim import fill_in_the_middle
 from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron3d.errors import ConfigError
@@ -24,7 +25,7 @@ def open_vocabulary(config: DraftRun) -> tuple[RunConfig, Vocabulary]:
     """Build the tokenizer and resolve the run with the size of its vocabulary.
 
     Raises:
-        ConfigError: the tokenizer does not fit --vocab-size, or neither is given.
+        ConfigError: the tokenizer does not fit --vocab-size, or neither is given; or --fim-data lacks tokens.
         DataError: a file of the tokenizer is missing or damaged.
     """
     data = config.data
@@ -41,6 +42,7 @@ def open_vocabulary(config: DraftRun) -> tuple[RunConfig, Vocabulary]:
             "The size of the vocabulary is unknown; name the tokenizer by --tokenizer-type with its files, or give "
             "--vocab-size."
         )
+    fill_in_the_middle(data, tokenizer, eod)  # its tokens are looked for now, and used by whoever reads samples
     # The end of a document is settled too, so that checkpoints say which token it was.
     draft = replace(config, data=replace(data, eod_token=eod))
     settled = with_vocab_size(replace(draft, as_given=what_was_given(config, draft)), size)

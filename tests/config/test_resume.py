@@ -152,11 +152,14 @@ RUNS = (
 )
 
 
+FIM = "--fim-data --fim-split-sample <file> --fim-fragment-rate 0.5 --tokenizer-type ByteTokenizer"
+
+
 @pytest.fixture(scope="module")
 def runs() -> list[RunConfig]:
     found = [resolved(options) for options in RUNS]
     files = MOCK.replace("--mock-data", "--data-path a")
-    orders = [resolved(more, base=files) for more in ("", "--sample-order megatron")]
+    orders = [resolved(more, base=files) for more in ("", "--sample-order megatron", FIM)]
     return [*found, resolved(architecture="bert"), *orders]
 
 

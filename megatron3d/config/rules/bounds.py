@@ -86,7 +86,7 @@ BOUNDS: tuple[Bound, ...] = (
     ),
     Bound("rotary_percent curriculum_warmup_fraction", above=0, at_most=1),
     Bound("mask_prob", above=0, below=1),
-    Bound("short_seq_prob", at_least=0, at_most=1),
+    Bound("short_seq_prob fim_rate fim_spm_rate fim_fragment_rate", at_least=0, at_most=1),
 )
 
 

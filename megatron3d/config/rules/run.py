@@ -15,6 +15,7 @@ from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.options import BY_NAME
 from megatron3d.config.rules.blend import blend_rule
 from megatron3d.config.rules.curriculum import curriculum_rule
+from megatron3d.config.rules.fim import fim_rule
 from megatron3d.config.rules.lengths import lengths_rule, token_rates_rule
 from megatron3d.config.rules.optimizer import decoupling_rule, implementation_rule, moments_rule
 from megatron3d.config.rules.random_ltd import random_ltd_problems
@@ -63,6 +64,7 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from curriculum_rule(given.curriculum, run.curriculum, run.data)
     yield from sample_order_rule(run.data, run.model)
     yield from blend_rule(run.data)
+    yield from fim_rule(run.data, run.model)
     yield from tokenizer_rule(given.data, run.data, given.model.vocab_size)
     yield from checkpoint_rule(given.checkpoint)
     yield from tokens_rule(train, optim, seq_length)

@@ -80,6 +80,23 @@ class DataConfig:
         "What the sentence head learns: are A and B in order (order), or is B of another document (next).",
         choices=("order", "next"),
     )
+    fim_data: bool = switch("--fim-data", "Fill-in-the-Middle: put the middle of texts last (docs/data.md).")
+    fim_rate: float = option(0.5, "--fim-rate", "With --fim-data: the probability that a document is permuted.")
+    fim_spm_rate: float = option(0.5, "--fim-spm-rate", "The share of permuted ones that have the suffix first.")
+    fim_split_sample: str | None = option(
+        None, "--fim-split-sample", "A token that cuts a document into fragments, which are permuted one by one."
+    )
+    fim_fragment_rate: float | None = option(
+        None, "--fim-fragment-rate", "The probability that a fragment of a document that is chosen is permuted."
+    )
+    fim_no_prefix: str | None = option(None, "--fim-no-prefix", "Texts that begin with this are not permuted.")
+    fim_prefix_token: str = option("<fim_prefix>", "--fim-prefix-token", "Token before a prefix.")
+    fim_middle_token: str = option("<fim_middle>", "--fim-middle-token", "Token before a middle.")
+    fim_suffix_token: str = option("<fim_suffix>", "--fim-suffix-token", "Token before a suffix.")
+    fim_pad_token: str = option("<fim_pad>", "--fim-pad-token", "Token that fills samples up, without loss.")
+    fim_eod_token: str | None = option(
+        None, "--fim-eod-token", "Token between documents; default the end-of-document token of the run."
+    )
     eod_token: int | None = option(None, "--eod-token", "Id of the end-of-document token; default the tokenizer's.")
     seed: int = option(1234, "--seed", "Seed of weights, data order and dropout.")
     num_workers: int = option(2, "--num-workers", "Threads that read batches ahead; 0 reads in the loop.")
