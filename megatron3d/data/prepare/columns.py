@@ -17,6 +17,8 @@ from megatron3d.errors import ConfigError, DataError, install_extra
 
 _ROWS = 1024
 _Part = tuple[Any, int, float]  # a record batch, the number of its first row, and which part of the file was read
+# What pyarrow raises of Python's own: for names of columns that are no text, lengths beyond the memory, and the like.
+_DAMAGE = (OSError, ValueError, KeyError, MemoryError)
 _FILE_MAGIC = b"ARROW1"
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the mark of a message, and its length of 0
 
@@ -39,7 +41,7 @@ def read_rows(
                 yield _plain_rows(arrow, wanted), max(first, row) + wanted.num_rows, share
             if end is not None and row + batch.num_rows >= end:
                 return
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, *_DAMAGE) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{file} cannot be read as {file.suffix.removeprefix('.')} ({reason}).") from error
 
