@@ -31,6 +31,11 @@ SP, ZERO3, FULL = "--sequence-parallel", "--zero-stage 3", "--recompute-granular
 LENGTH = "--seq-length 64"
 LTD = f"{LENGTH} --random-ltd --random-ltd-min 16 --random-ltd-steps 8"
 OWN = f"{LENGTH} --random-ltd --random-ltd-router tests.parity.position_routers:keep_half"
+# Lengths that 16 does not divide, so that strata differ in size.
+SHORT = (
+    f"{LTD} --seq-length-curriculum truncate --seq-length-curriculum-min-difficulty 36 "
+    "--seq-length-curriculum-steps 16 --seq-length-curriculum-difficulty-step 4"
+)
 DOCUMENTS = "--reset-attention-mask --reset-position-ids"
 
 CASES = [
@@ -43,6 +48,7 @@ MORE = [
     (Case("gpt2-drops", Layout(pp=2), f"--pipeline-schedule zb-v {FULL}"), LTD),
     (Case("gpt2-drops", Layout(tp=2), f"{SP} {FULL} --recompute-reuse-communication"), LTD),
     (Case("gpt2", Layout(pp=2), "--pipeline-schedule zb-h1 --micro-batch-size 1"), LTD),
+    (Case("llama-drops", Layout(tp=2), SP), SHORT),
     (Case("llama", Layout(tp=2), f"{SP} --recompute-granularity selective"), OWN),
     (Case("gpt2", Layout(dp=2), f"{ZERO3} {FULL}"), LTD),
     (Case("bert", Layout(tp=2), SP), LTD),
