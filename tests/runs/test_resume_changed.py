@@ -135,6 +135,16 @@ def test_blend_weights_are_compared_as_shares_and_may_change(corpora: Path, tmp_
     assert stored["segments"] == [{"first_sample": 0, "weights": [7, 3]}, {"first_sample": 48, "weights": [2, 3]}]
 
 
+def test_a_corpus_more_is_taken_up_by_the_override(corpora: Path, tmp_path: Path) -> None:
+    data = ["--data-path", "1", str(corpora / "b"), "2", str(corpora / "moved"), OVERRIDE]
+    ended = run([*words(TINY, "--train-iters 7 --load", corpora / "on_a", "--save", tmp_path), *data])
+    assert ended.code == 0, ended.err
+    assert f"  {corpora}/moved: 100.0000% before, 66.6667% now, 48 samples served" in ended.log
+    assert f"  {corpora}/b: 0.0000% before, 33.3333% now, 0 samples served" in ended.log
+    stored = read_document(tmp_path / "iter_0000007", "blend")
+    assert stored["segments"] == [{"first_sample": 0, "weights": [1, 0]}, {"first_sample": 48, "weights": [2, 1]}]
+
+
 def test_a_changed_blend_continues_alike_at_another_layout_and_after_another_resume(
     corpora: Path, pool: Pool, tmp_path: Path
 ) -> None:

@@ -12,10 +12,11 @@ from tools.bench.peers.work import SAMPLES_PER_STEP, Work
 
 def build(work: Work) -> Trainee:
     """A step reads SAMPLES_PER_STEP samples."""
-    data = [*flags_of(work, mock_data=False), "--data-path", work.corpus, "--split", "1,0,0"]
-    config = resolve(parse_args(data, program="compare", description=""), 1)
-    vocab = {"vocab_size": work.vocab_size, "eod_token": work.vocab_size - 1}
-    stream = build_gpt_data(config.data, seq_length=work.seq_length, **vocab).train
+    options = [*flags_of(work, mock_data=False), "--data-path", work.corpus, "--split", "1,0,0"]
+    config = resolve(parse_args(options, program="compare", description=""), 1)
+    eod_token = work.vocab_size - 1
+    data = build_gpt_data(config.data, seq_length=work.seq_length, vocab_size=work.vocab_size, eod_token=eod_token)
+    stream = data.train
     assert stream is not None, "the split is all training"
     numbers = sample_numbers(work)
 
