@@ -47,6 +47,7 @@ def test_another_encoding_is_refused_by_name(encoding: str) -> None:
         decode(data)
 
 
-def test_bytes_that_are_no_utf_8_are_named() -> None:
-    with pytest.raises(TextError, match="it is not UTF-8: byte 3 is 0xe9"):
-        decode(b"caf\xe9\n")
+@pytest.mark.parametrize(("mark", "place"), [(b"", 3), (b"\xef\xbb\xbf", 6)])
+def test_bytes_that_are_no_utf_8_are_named(mark: bytes, place: int) -> None:
+    with pytest.raises(TextError, match=f"it is not UTF-8: byte {place} is 0xe9"):
+        decode(mark + b"caf\xe9\n")

@@ -129,16 +129,17 @@ def _read_lines(span: InputSpan, begin: Position, bytes_before: int, max_line_by
             raw.seek(begin.byte)
         numbers: list[int] = []
         records: list[bytes | dict[str, Any] | Unreadable] = []
-        size, end = 0, begin
+        size, last, behind = 0, 0, 0  # bytes of the records, and the last line read with the byte behind it
 
         def batch() -> RawBatch:
             done = 0 if span.file == STANDARD_INPUT else raw.tell() - span.first
+            end = Position(begin.span, last, behind)
             return RawBatch(span.name, numbers, records, bytes_before + done, end)
 
         for number, line, byte in _numbered_lines(stream, begin if is_seekable else None, span.end, max_line_bytes):
             if number <= begin.num_read:
                 continue
-            end = Position(begin.span, number, byte)
+            last, behind = number, byte
             if isinstance(line, bytes):
                 if byte == len(line):
                     line = _without_mark(line, span.file)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron3d.data.prepare.spans import Position
 from megatron3d.files import json_text
@@ -87,8 +87,7 @@ class RawBatch:
     end: Position
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """The texts of one key of one record: one, or several where the value is a list of sentences (`is_split`)."""
 
     place: str
@@ -147,9 +146,9 @@ def _parse(record: bytes | dict[str, Any] | Unreadable) -> dict[str, Any]:
     except json_text.NestingError as error:
         raise _BadRecordError(Reason.TOO_DEEP, f"this is no record ({error}).") from error
     except json.JSONDecodeError as error:
-        raise _BadRecordError(
-            Reason.NOT_JSON, f"this is no JSON ({error}); each line must hold one JSON object."
-        ) from error
+        reason = error.msg.removesuffix(" at")
+        detail = f"this is no JSON ({reason} at character {error.pos}); each line must hold one JSON object."
+        raise _BadRecordError(Reason.NOT_JSON, detail) from error
     except ValueError as error:  # Python converts whole numbers up to a limit only
         detail = f"it has a whole number of more than {sys.get_int_max_str_digits():,} digits."
         raise _BadRecordError(Reason.LONG_NUMBER, detail) from error
