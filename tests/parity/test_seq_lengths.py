@@ -25,6 +25,12 @@ PACE = (
     "--seq-length-curriculum-min-difficulty 4 --seq-length-curriculum-steps 6 --seq-length-curriculum-difficulty-step 4"
 )
 TRUNCATE, RESHAPE = (f"--seq-length-curriculum {way} {PACE}" for way in ("truncate", "reshape"))
+# 12 tokens in the first step, of which all are seen, and from then on 24 to 48, of which the middle layers see 16.
+DROPPING = (
+    "--seq-length 48 --random-ltd --random-ltd-min 16 --random-ltd-max 16 --seq-length-curriculum truncate "
+    "--seq-length-curriculum-min-difficulty 12 --seq-length-curriculum-steps 4 "
+    "--seq-length-curriculum-difficulty-step 12"
+)
 LENGTHS = [4, 8, 8, 12, 12, 16]
 
 
@@ -46,6 +52,7 @@ def more_cases() -> list[tuple[Case, str]]:
         (Case("gpt2", Layout(pp=2, dp=2), f"{virtual} --zero-stage 2 {RESHAPE}"), RESHAPE),
         (Case("llama", Layout(pp=2, dp=2), f"--pipeline-schedule zb-h1 --zero-stage 3 {TRUNCATE}"), TRUNCATE),
         (Case("experts", Layout(dp=2, ep=2), RESHAPE), RESHAPE),
+        (Case("gpt2", Layout(tp=2), f"{SP} {DROPPING}"), DROPPING),
     ]
 
 

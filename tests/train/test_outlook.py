@@ -15,12 +15,14 @@ SHAPE = (
     "--global-batch-size 8 --lr 1e-3 --data-path corpus --device cpu"
 )
 
+SHORT = "--seq-length-curriculum truncate --seq-length-curriculum-min-difficulty 8 --seq-length-curriculum-steps 4"
+
 
 def lines(options: str, *, step: int = 0, valid: bool = True, test: bool = True, world_size: int = 1) -> list[str]:
     """What is said of a run with these options that starts after `step` steps of 8 samples."""
     words = f"{SHAPE} {options}".split()
     config = resolve(parse_args(words, program="pretrain_gpt.py", description="", log=lambda line: None), world_size)
-    progress = Progress(step, step * 8, step, step * 8)
+    progress = Progress(step, step * 8, step, step * 8, step * 128, step * 128)
     schedule = settings_from_config(config.optim, config.train)
     return InertOptions(
         config,
@@ -54,6 +56,12 @@ def test_a_run_that_does_what_it_is_asked_says_nothing(options: str) -> None:
         ("--train-iters 20", {"step": 20}, "nothing is left to train: step 20 is made, and --train-iters is 20"),
         ("--train-samples 100", {"step": 12}, "nothing is left to train: 96 of --train-samples 100 are consumed"),
         ("--train-tokens 1600", {"step": 13}, "104 of --train-tokens 1600, 104 samples, are consumed, and no whole"),
+        (f"{SHORT} --train-tokens 64", {"step": 1}, "128 of --train-tokens 64 are consumed; raise it"),
+        (
+            f"{SHORT} --train-tokens 640 --lr-warmup-tokens 700 --lr-decay-tokens 800",
+            {},
+            "the warm-up of 700 tokens is longer than the run of 640",
+        ),
         ("--train-iters 20", {"valid": False}, "there is no validation data (--split is 969,30,1)"),
         ("--train-iters 20", {"test": False}, "there is no test data (--split is 969,30,1)"),
         ("--train-iters 20 --exit-interval 20", {}, "--exit-interval 20 stops nothing: the run ends with step 20"),
