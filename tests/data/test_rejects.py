@@ -22,7 +22,7 @@ Run = Callable[..., tuple[int, str]]
 
 # A line, its reason, and the beginning of what is said about it.
 BAD = [
-    (b'{"text": "a"', "not JSON", "this is no JSON (Expecting ',' delimiter at character 12"),
+    (b'{"text": "a"', "not JSON", "this is no JSON (Expecting ',' delimiter at character 13"),
     (b'{"text": "\0"}', "not JSON", "this is no JSON (Invalid control character at character 10"),
     (b'["a"]', "not an object", "this is a JSON list"),
     (b'{"body": "a"}', "key missing", "there is no key 'text', only body;"),
