@@ -94,8 +94,8 @@ def test_undone_it_is_the_document_even_where_the_sample_cuts_characters(
 
 
 def test_rates_and_cuts_are_those_asked_for() -> None:
-    """3,000 samples of one document: the share permuted, of those SPM, and cuts that are even over the text."""
-    fim, tokens, count = replace(FIM, rate=0.3, spm_rate=0.8), TOKENIZER.encode("abcdefghij"), 3000
+    """1,000 samples of one document: the share permuted, of those SPM, and cuts that are even over the text."""
+    fim, tokens, count = replace(FIM, rate=0.3, spm_rate=0.8), TOKENIZER.encode("abcdefghij"), 1000
     made = [first_document(tokens, fim, number) for number in range(count)]
     permuted = [ids for ids in made if ids[0] == PREFIX]
     assert is_plausible(len(permuted), count, 0.3)
