@@ -16,9 +16,10 @@ difficulty step that is no whole number, which DeepSpeed's rounding makes useles
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Protocol, cast
 
 from megatron3d.errors import ConfigError
@@ -161,12 +162,21 @@ def plateaus(pacing: Pacing) -> tuple[tuple[int, float], ...]:
 
     Raises: ConfigError as `OwnPacing.bound` does.
     """
-    found: list[tuple[int, float]] = []
-    for step in range(1, pacing.num_steps + 1):
-        bound = pacing.bound(step)
-        if not found or bound != found[-1][1]:
-            found.append((step, bound))
-    return tuple(found)
+    bounds = ((step, pacing.bound(step)) for step in _steps_to_ask(pacing))
+    return tuple(next(same) for _, same in groupby(bounds, key=lambda pair: pair[1]))
+
+
+def _steps_to_ask(pacing: Pacing) -> Iterator[int]:
+    """Steps among which are all at which the bound changes: not every one, of which there may be very many."""
+    if isinstance(pacing, DiscretePacing):
+        yield from (1, *(last + 1 for last in pacing.last_steps))
+    elif isinstance(pacing, RootPacing):
+        step, steps = 1, range(pacing.num_steps + 1)
+        while step <= pacing.num_steps:
+            yield step
+            step = bisect_right(steps, pacing.bound(step), lo=step, key=pacing.bound)
+    else:
+        yield from range(1, pacing.num_steps + 1)
 
 
 def pacing_problems(options: PacingOptions, prefix: str = "--curriculum") -> Iterator[str]:
