@@ -12,15 +12,17 @@ import pytest
 
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
+from megatron3d.data.bert import BertForm, BertSample, BertSamples
 from megatron3d.data.blend import Blend
 from megatron3d.data.build import GPTData, build_gpt_data
 from megatron3d.data.curriculum.build import RunLength, identity_of, with_curriculum
 from megatron3d.data.curriculum.index import read_index, write_index
 from megatron3d.data.curriculum.repeats import expected_distinct
-from megatron3d.data.curriculum.stream import Curriculum
+from megatron3d.data.curriculum.stream import AdmittedSets, Curriculum, Plateau
 from megatron3d.data.gpt import GPTSamples
-from megatron3d.data.indexed import IndexedDataset
+from megatron3d.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron3d.data.loader import GlobalBatches
+from megatron3d.data.masking import BertVocabulary, MaskingRules
 from megatron3d.data.order import derive_seed
 from megatron3d.errors import ConfigError, DataError
 from tests.data.corpora import counting_documents, write_documents
@@ -277,3 +279,30 @@ def test_deepspeeds_files_admit_what_its_sampler_does(corpora: Path, tmp_path: P
     written_by_deepspeed(tmp_path / "to_sample", [*items[:-1], [0]], 6, "<u2")
     with pytest.raises(DataError, match="but not each from 0 on once"):
         data_of(corpora, f"{base} {discrete} --curriculum-difficulties 20,100")
+
+
+def test_a_bert_sees_the_sentences_that_the_index_admits_under_masks_drawn_anew(tmp_path: Path) -> None:
+    draw = np.random.default_rng(1)
+    with IndexedDatasetWriter(tmp_path / "d", np.uint16) as writer:
+        for _ in range(60):
+            sentences = draw.integers(1, 12, size=9).tolist()
+            writer.add_document(draw.integers(4, 500, sum(sentences)).tolist(), sentences)
+    form = BertForm(35, BertVocabulary.without_tokenizer(500), MaskingRules(), short_seq_prob=0.5)
+    stream = BertSamples(IndexedDataset(tmp_path / "d"), range(60), form=form, seed=5)
+    lengths = np.array([stream.sample(number).num_tokens for number in range(stream.num_fixed)])
+    identity = identity_of(stream, None)
+    assert identity.kind == "sentences" and identity.sample_seed == 5 and identity.short_seq_prob == 0.5
+    write_index(tmp_path / "length", "length", lengths.astype(float), identity, version=1)
+    sets = AdmittedSets([read_index(tmp_path / "length")], ["value"])
+    curriculum = Curriculum(stream, [stream], [sets], plateaus=[Plateau(0, 1, (25.0,))], warmup_slots=None, seed=3)
+    admitted = int((lengths <= 25).sum())
+    assert 8 < admitted < len(lengths)
+    first, again = ([curriculum.sample(slot) for slot in range(begin, begin + admitted)] for begin in (0, admitted))
+    assert max(sample.num_tokens for sample in first) <= 25
+
+    def texts(samples: list[BertSample]) -> list[bytes]:
+        return sorted(np.where(one.predicted, one.labels, one.tokens).tobytes() for one in samples)
+
+    assert texts(first) == texts(again)
+    masks = {(text, one.predicted.tobytes()) for one in (*first, *again) for text in texts([one])}
+    assert len(masks) > 1.5 * admitted
