@@ -166,7 +166,7 @@ def build_gpt_data(
 
     built = _build_splits(data, samples)
     return GPTData(
-        **built.streams,
+        *(built.streams[split] for split in SPLIT_NAMES),
         rules=rules,
         vocab_size=bound,
         notes=built.notes,

@@ -120,7 +120,8 @@ def compare_resumed(saved: SavedRun, config: RunConfig, content: Content | None)
     samples = [one for one in found if one.effect is Effect.SAMPLES and not (is_overridden and one.option == TOKENIZER)]
     may_differ = config.checkpoint.override_sample_order
     if function or (samples and not may_differ):
-        raise MisfitError(_refusal(saved.directory, function, [] if may_differ else samples))
+        continues = config.data.sample_order != "megatron"
+        raise MisfitError(_refusal(saved.directory, function, [] if may_differ else samples, continues=continues))
     changed = [one for one in found if one.effect is not Effect.FUNCTION]
     return [*(f"changed: {one}" for one in changed), *lines]
 
@@ -141,9 +142,14 @@ def _as_known_then(saved: DataConfig, content: Content) -> tuple[Content, Conten
 
 
 def _refusal(
-    directory: Path, function: list[Difference], samples: list[Difference], tokenizer: Sequence[Difference] = ()
+    directory: Path,
+    function: list[Difference],
+    samples: list[Difference],
+    tokenizer: Sequence[Difference] = (),
+    *,
+    continues: bool = True,
 ) -> str:
-    """One sentence a difference, and what to do."""
+    """One sentence a difference, and what to do; `continues` says whether another blend continues its corpora."""
     lines = []
     if function:
         lines += [
@@ -154,8 +160,8 @@ def _refusal(
     if samples:
         lines += [
             f"{directory} counts samples that are not those of this run, which would see some twice and some never. "
-            "Give the options of the checkpoint, or resume with the new ones by --override-sample-order (corpora of "
-            "equal content continue where they stopped):",
+            "Give the options of the checkpoint, or resume with the new ones by --override-sample-order"
+            + (" (corpora of equal content continue where they stopped):" if continues else ":"),
             *(f"  {one}" for one in samples),
         ]
     if tokenizer:

@@ -29,7 +29,7 @@ class InertOptions:
 
     def lines(self) -> list[str]:
         """A sentence for each option without effect."""
-        without_steps = [*self._no_data(), *self._wandb(), *self._sample_order()]
+        without_steps = [*self._no_data(), *self._wandb(), *self._sample_order(), *self._fim()]
         if self.progress.step >= self.last_step:
             return [self._finished(), *without_steps]
         return [*without_steps, *self._intervals(), *self._warmup(), *self._single_steps(), *self._replicas()]
@@ -84,6 +84,13 @@ class InertOptions:
                 f"{option.spelling} {data.mid_level_dataset_surplus:g} has no effect without --sample-order megatron: "
                 "there is no number of samples to add to"
             )
+
+    def _fim(self) -> Iterator[str]:
+        options = [one for name, one in BY_NAME.items() if name.startswith("fim_") and name != "fim_data"]
+        given = [one for one in options if one.value_in(self.config) != one.default]
+        if given and not self.config.data.fim_data:
+            words = ", ".join(f"{one.spelling} {one.value_in(self.config)}" for one in given)
+            yield f"{words} has no effect without --fim-data: no sample is permuted"
 
     def _next(self, interval: int) -> int:
         """The first multiple of an interval that is still to come."""

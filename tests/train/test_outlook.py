@@ -96,6 +96,8 @@ def test_a_run_that_does_what_it_is_asked_says_nothing(options: str) -> None:
         ),
         ("--train-iters 20 --iterations-to-skip 3 20", {}, "--iterations-to-skip 20 skips nothing"),
         ("--train-iters 20 --wandb-entity e", {}, "--wandb-entity e has no effect without --wandb-project"),
+        ("--train-iters 20 --mid-level-dataset-surplus 0.1", {}, "0.1 has no effect without --sample-order megatron"),
+        ("--train-iters 20 --fim-rate 0.3 --fim-no-prefix x", {}, "--fim-rate 0.3, --fim-no-prefix x has no effect"),
         (
             "--train-iters 20 --check-weight-hash-across-dp-replicas-interval 5",
             {},
