@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron3d.data.indexed import IndexedDatasetWriter
+from megatron3d.data.prepare.executors import Processes
+from megatron3d.errors import PeerError
 
 pytestmark = pytest.mark.heavy
 
@@ -94,7 +98,7 @@ def end(process: subprocess.Popen[str], way: str) -> None:
     """End the tool, or one of its workers, and wait until no process of its group is left."""
     target, number = process.pid, signal.Signals[way.split()[0]]
     if way == "SIGKILL to a worker":
-        target = next(pid for pid in processes_of_group(process.pid) if pid != process.pid)
+        target = next((pid for pid in processes_of_group(process.pid) if pid != process.pid), target)
     with contextlib.suppress(ProcessLookupError):  # it may be done
         os.killpg(target, number) if way == "SIGINT to all" else os.kill(target, number)
     process.wait(20)
@@ -136,6 +140,25 @@ def resume_and_compare(corpus: Path, whole: dict[str, bytes], folder: Path, *, l
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
+def _work(number: int) -> int:
+    if number == 30:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 20:
+        raise FileNotFoundError("the file of number 20")
+    return -number
+
+
+def test_results_and_errors_come_in_order_and_a_lost_worker_is_an_error() -> None:
+    done = Processes(2).map_in_order(_work, range(40))
+    assert [next(done) for _ in range(20)] == [-number for number in range(20)]
+    with pytest.raises(FileNotFoundError, match="the file of number 20") as caught:
+        next(done)
+    assert "in _work" in caught.value.__notes__[0]
+    with pytest.raises(PeerError, match="One of the 2 workers was killed"):
+        list(Processes(2).map_in_order(_work, range(21, 40)))
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.slow
 def test_runs_killed_at_twenty_random_moments_are_resumed_to_the_same_bytes(
     corpus: Path, whole: dict[str, bytes], tmp_path: Path
@@ -145,16 +168,20 @@ def test_runs_killed_at_twenty_random_moments_are_resumed_to_the_same_bytes(
         begin_s = time.monotonic()
         process.communicate(timeout=60)
         duration_s = time.monotonic() - begin_s
-    chance = random.Random(20)
-    for number in range(20):
-        folder, way = tmp_path / str(number), WAYS[number % 4]
+    chance, ended = random.Random(20), Counter[str]()
+    for number in range(100):
+        folder, way = tmp_path / str(number), WAYS[ended.total() % 4]
         folder.mkdir()
         with started(corpus, folder / "out", workers=2) as process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=chance.random() * duration_s)
             if process.poll() is None:
                 end(process, way)
+        ended[way] += process.returncode != 0
         resume_and_compare(corpus, whole, folder, least_documents=0)
+        if ended.total() == 20:
+            return
+    raise AssertionError(f"only {ended} of 100 runs were ended")
 
 
 def test_without_resume_a_killed_run_is_replaced_and_a_line_says_so(

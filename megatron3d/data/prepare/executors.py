@@ -13,12 +13,14 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 from megatron3d.errors import ConfigError, Megatron3dError, PeerError, install_extra
@@ -52,24 +54,79 @@ class Processes:
         if self.workers <= 1:
             yield from map(work, items)
             return
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(method)
-        others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(
-            self.workers, mp_context=context, initializer=_become_worker, initargs=(os.getpid(),)
-        )
+        workers, idle = [], SimpleQueue[_Worker]()
+
+        def encode(item: _In) -> _Out:
+            worker = idle.get()
+            try:
+                is_result, value = worker.apply(item)
+            except (EOFError, OSError) as error:
+                raise PeerError(
+                    f"One of the {self.workers} workers was killed, most likely for want of memory; use fewer "
+                    f"--workers or cut very long documents."
+                ) from error
+            finally:
+                idle.put(worker)
+            if not is_result:
+                raise value
+            return value
+
+        threads = ThreadPoolExecutor(self.workers)
         try:
-            yield from _windowed(lambda item: pool.submit(work, item).result, items, self.workers)
-        except BrokenProcessPool as error:
-            # the pool ends and awaits the others by SIGTERM, which they leave to the parent
-            for process in set(multiprocessing.active_children()) - others:
-                process.kill()
-            raise PeerError(
-                f"One of the {self.workers} workers was killed, most likely for want of memory; use fewer --workers or "
-                f"cut very long documents."
-            ) from error
+            for _ in range(self.workers):
+                workers.append(_Worker(work))
+                idle.put(workers[-1])
+            yield from _windowed(lambda item: threads.submit(encode, item).result, items, self.workers)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            for worker in workers:
+                worker.kill()
+            threads.shutdown(wait=True, cancel_futures=True)
+
+
+class _Worker:
+    """A process that applies `work` to what is sent to it, over a connection of its own.
+
+    A thread of the parent waits for each. The pool of `concurrent.futures` has one pipe for the results of all workers:
+    where one is killed while it writes, the reader waits for the rest of that result for ever.
+    """
+
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        words = (work, theirs, self._connection, os.getpid())
+        self._process = multiprocessing.Process(target=_serve, args=words, daemon=True)
+        self._process.start()
+        theirs.close()  # so that the connection ends with the process
+
+    def apply(self, item: Any) -> tuple[bool, Any]:
+        """True and `work(item)`, or False and what it raised. Raises: EOFError or OSError if the process is gone."""
+        self._connection.send(item)
+        return self._connection.recv()
+
+    def kill(self) -> None:
+        """End the process: what it works at is pure, and nobody waits for it any more."""
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(work: Callable[[Any], Any], connection: Connection, of_parent: Connection, parent_pid: int) -> None:
+    """The body of a worker. Signals of the whole group (Ctrl-C, a scheduler's SIGTERM) are left to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    of_parent.close()
+    watch_parent(parent_pid, lambda: os._exit(1))
+    with suppress(EOFError, OSError):  # the parent is gone, or done
+        while True:
+            connection.send(_answer(work, connection.recv()))
+
+
+def _answer(work: Callable[[Any], Any], item: Any) -> tuple[bool, Any]:
+    """True and the result, or False and the error, with its traceback, which does not travel by itself, as a note."""
+    try:
+        return True, work(item)
+    except Exception as error:
+        if not isinstance(error, Megatron3dError):
+            error.add_note(traceback.format_exc())
+        return False, error
 
 
 @dataclass(frozen=True)
@@ -113,13 +170,6 @@ def _windowed(submit: Callable[[_In], Callable[[], _Out]], items: Iterable[_In],
             yield pending.popleft()()
     while pending:
         yield pending.popleft()()
-
-
-def _become_worker(parent_pid: int) -> None:
-    """Leave signals of the whole group (Ctrl-C, a scheduler's SIGTERM) to the parent, and end when it is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    watch_parent(parent_pid, lambda: os._exit(1))
 
 
 @contextmanager
