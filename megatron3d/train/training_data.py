@@ -14,7 +14,6 @@ from megatron3d.data.blend import BlendOrder
 from megatron3d.data.blend_history import BlendHistory, ContinuedBlend, continued_blend, implied_history
 from megatron3d.data.build import BertData, GPTData, TrainingCorpora
 from megatron3d.data.content import Content, CorpusContent, same_corpora
-from megatron3d.data.curriculum.stream import Curriculum
 from megatron3d.data.stream import SampleStream
 from megatron3d.errors import MisfitError
 from megatron3d.train.progress import format_count
@@ -62,12 +61,6 @@ def training_data(
     if before is None:
         before = BlendHistory.begun(found, corpora.weights)
     blend = continued_blend(before, found, corpora.weights, progress.consumed_samples)
-    if isinstance(data.train, Curriculum) and not blend.is_as_begun:
-        raise MisfitError(
-            f"{restored.source} has read a blend with other corpora or weights, which a run with --curriculum-metric "
-            f"{' '.join(index.name for index in data.train.admitted[0].indexes)} cannot continue; resume with the "
-            "--data-path of the checkpoint"
-        )
     return TrainingData(blend, None if blend.is_as_begun else corpora.stream(blend))
 
 
