@@ -178,7 +178,7 @@ def byte_pair_library(
 
     Raises: DataError if the name of a special token is that of another token in this alphabet.
     """
-    letters = _letters()
+    letters = byte_letters()
     ids = {"".join(letters[byte] for byte in token): first_id + rank for rank, token in enumerate(tokens)}
     if taken := [name for name in special_tokens if name in ids]:
         raise DataError(
@@ -205,7 +205,7 @@ def byte_pair_library(
     return library
 
 
-def _letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The letter that stands for each byte: itself where it is visible, else one from U+0100 on.
 
     Source: GPT-2 `encoder.py`, `bytes_to_unicode`.
