@@ -23,7 +23,7 @@ from megatron3d.data.prepare.spans import InputSpan, Position, whole_files
 from megatron3d.errors import DataError
 from megatron3d.files.text import TextError, check_encoding
 
-_BATCH_BYTES = 1 << 18
+_BATCH_BYTES = 1 << 20
 _BATCH_RECORDS = 1024
 _SKIPPED_BYTES = 1 << 20  # of a line over the limit, read at once and forgotten
 _START_BYTES = 1000  # of such a line, kept for its reject
@@ -36,7 +36,7 @@ def read_batches(
     start: Position | None = None,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[RawBatch]:
-    """The records of all spans in order, from `start` on, in batches of about 256 KiB.
+    """The records of all spans in order, from `start` on, in batches of about 1 MiB.
 
     A line of more than `max_line_bytes`, its end not counted, is read over and comes as an `Unreadable`.
 

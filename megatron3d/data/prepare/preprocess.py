@@ -1,6 +1,6 @@
 """Text corpora to token files: one reader, many encoders, one writer, and the order of the input throughout.
 
-The reader hands batches of about 256 KiB to an executor (`executors.py`), whose workers parse and encode them
+The reader hands batches of about 1 MiB to an executor (`executors.py`), whose workers parse and encode them
 (`encode.py`); the writer (`output.py`) takes the results in the order of the input. So the output is the same, byte for
 byte, for any executor and number of workers, and for a run that was ended and resumed as often as one likes.
 """
