@@ -187,7 +187,9 @@ def check_damaged(folder: Path, name: str, cut: float, where: float, byte: int) 
         assert str(folder / name) in str(error)
         return
     assert cut == 1, "a file that was cut off was taken for a whole one"
-    assert all(reject.reason in Reason for reject in rejects) and len(good) + len(rejects) <= 64
+    assert all(reject.reason in Reason for reject in rejects)
+    # Without a checksum damage may be any text; the others have the lines they had.
+    assert (len(good), len(rejects)) == (50, 0) or name.endswith((".zst", ".parquet", ".arrow"))
 
 
 FRACTIONS = st.floats(0, 1, exclude_max=True)
