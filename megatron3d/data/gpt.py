@@ -22,7 +22,7 @@ from megatron3d.data.batch import GPTBatch
 from megatron3d.data.indexed import IndexedDataset
 from megatron3d.data.order import derive_seed, shuffled
 from megatron3d.data.stream import SampleStream
-from megatron3d.data.token_row import TokenRow
+from megatron3d.data.token_row import DocumentPart, TokenRow
 from megatron3d.errors import DataError
 
 
@@ -56,6 +56,10 @@ class GPTSamples:
     def locate(self, number: int, position: int) -> str:
         """File, document, sequence and offset of token `position` of sample `number`."""
         return self._row.locate(self._first_token(number) + position)
+
+    def parts(self, number: int) -> list[DocumentPart]:
+        """The parts of documents that sample `number` consists of, in order."""
+        return self._row.parts(self._first_token(number), self.seq_length + 1)
 
     @property
     def num_fixed(self) -> int:

@@ -5,10 +5,22 @@ A row keeps the cumulative lengths of its sequences, 8 bytes each, and nothing e
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron3d.data.indexed import IndexedDataset
+
+
+@dataclass(frozen=True)
+class DocumentPart:
+    """Tokens `first` to `first + count - 1` of document number `document` of the file, which has `num_tokens`."""
+
+    document: int
+    first: int
+    count: int
+    num_tokens: int
 
 
 class TokenRow:
@@ -55,6 +67,18 @@ class TokenRow:
             tokens[filled : filled + taken] = self.dataset.get(self.first_sequence + sequence, offset, taken)
             filled, sequence, offset = filled + taken, sequence + 1, 0
         return tokens
+
+    def parts(self, first_token: int, count: int) -> list[DocumentPart]:
+        """The parts of documents that `count` tokens from `first_token` on consist of, in order."""
+        starts = self.starts[self.document_bounds]
+        parts, token, end = [], first_token, first_token + count
+        while token < end:
+            place = int(np.searchsorted(starts, token, side="right")) - 1
+            begin, stop = int(starts[place]), int(starts[place + 1])
+            taken = min(end, stop) - token
+            parts.append(DocumentPart(self.documents.start + place, token - begin, taken, stop - begin))
+            token += taken
+        return parts
 
     def locate(self, token: int) -> str:
         """File, document, sequence and offset of token `token` of the row."""
