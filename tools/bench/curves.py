@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-COLORS = ("#6b6b6b", "#c8501e", "#1f5fa8")
+COLORS = ("#6b6b6b", "#c8501e", "#1f5fa8", "#3c8a3c", "#8a4fa8")
 TEXT_COLOR = "#222222"
 
 
@@ -28,12 +28,14 @@ class Curve:
         tokens: that a run had seen at each evaluation, ascending.
         losses: of each seed, at each of these.
         flops_per_token: operations of forward and backward.
+        flops_at: at each evaluation, where they are not the same for every token.
     """
 
     name: str
     tokens: Sequence[int]
     losses: Sequence[Sequence[float]]
     flops_per_token: float
+    flops_at: Sequence[float] | None = None
 
     @cached_property
     def mean(self) -> list[float]:
@@ -41,9 +43,14 @@ class Curve:
         return [statistics.mean(of_seeds) for of_seeds in zip(*self.losses, strict=True)]
 
     @property
+    def operations(self) -> Sequence[float]:
+        """At each evaluation."""
+        return [tokens * self.flops_per_token for tokens in self.tokens] if self.flops_at is None else self.flops_at
+
+    @property
     def flops(self) -> float:
         """Of one run."""
-        return self.tokens[-1] * self.flops_per_token
+        return self.operations[-1]
 
     def tokens_to(self, loss: float) -> float | None:
         """After how many tokens the mean is `loss` for the first time, by straight lines between evaluations; None if
@@ -58,13 +65,15 @@ class Curve:
 
 
 def plot_curves(curves: Sequence[Curve], path: Path) -> None:
-    """Draw the means bold and the seeds thin, over tokens and over operations, into a PNG of 1920 x 960 pixels."""
+    """Draw the means bold and the seeds thin, over tokens and over operations, into a PNG of 1920 x 960 pixels.
+
+    At most five curves, as there are colours."""
     figure = Figure(figsize=(9.6, 4.8), dpi=200, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    for curve, color in zip(curves, COLORS, strict=True):
+    for curve, color in zip(curves, COLORS, strict=False):
         _draw(left, curve, [tokens / 1e6 for tokens in curve.tokens], color)
-        _draw(right, curve, [tokens * curve.flops_per_token / 1e12 for tokens in curve.tokens], color)
+        _draw(right, curve, [flops / 1e12 for flops in curve.operations], color)
     left.set_xlabel("tokens (millions)", color=TEXT_COLOR)
     left.set_ylabel("held-out loss (nats per token)", color=TEXT_COLOR)
     right.set_xlabel("operations (TFLOP, logarithmic)", color=TEXT_COLOR)
