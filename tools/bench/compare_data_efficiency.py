@@ -71,7 +71,7 @@ def contenders(num_steps: int, index: Path) -> tuple[Contender, ...]:
         Contender(
             "short first",
             f"sequences of {SEQ_LENGTH // 4} tokens at first, whole ones from step {early} on (truncation)",
-            f"--seq-length-curriculum truncate --seq-length-curriculum-min {SEQ_LENGTH // 4} "
+            f"--seq-length-curriculum truncate --seq-length-curriculum-min-difficulty {SEQ_LENGTH // 4} "
             f"--seq-length-curriculum-steps {early}",
         ),
         Contender(
