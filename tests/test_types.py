@@ -73,6 +73,10 @@ MEANING_OF_NONE = {
         "recompute_num_layers": "whole layers are not recomputed",
         "peak_tflops": "that of the device, if it is known",
         "profile_pipeline": "no picture",
+        "random_ltd_min": "no layer drops tokens",
+        "random_ltd_max": "no layer drops tokens, or --seq-length",
+        "random_ltd_steps": "no layer drops tokens",
+        "random_ltd_router": "positions are drawn at random",
     },
     "lengths": {
         "seq_length_curriculum": "all samples have --seq-length",
@@ -108,6 +112,16 @@ MEANING_OF_NONE = {
         "vocab_file": "not a file of the tokenizer",
         "merge_file": "not a file of the tokenizer",
         "eod_token": "documents have no end",
+        "fim_eod_token": "the end-of-document token",
+        "fim_fragment_rate": "that of whole documents",
+        "fim_no_prefix": "no text is left as it is by how it begins",
+        "fim_split_sample": "documents have no fragments",
+        "sample_order_samples": "those of the run",
+    },
+    "curriculum": {
+        "curriculum_seed": "--seed",
+        "curriculum_warmup_fraction": "given in steps, or no warm-up",
+        "curriculum_warmup_steps": "no warm-up",
     },
     "checkpoint": {
         "save": "nothing is saved",

@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron3d.config.sections.data import DataConfig
 from megatron3d.config.tool_parser import ToolParser
-from megatron3d.data.content import tokenizer_content
-from megatron3d.data.curriculum.analyze import AnalyzeRequest, BertOptions, Losses, analyze
 from megatron3d.data.curriculum.metrics import LOSS, METRICS, directory_name
 from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from megatron3d.errors import ConfigError
-from megatron3d.inference.sample_loss import SampleLoss
 from megatron3d.process.command import run_command
 from megatron3d.storage.refusals import storage_errors
+
+_BETWEEN_LINES_S = 2.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,6 +58,15 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step")
     model.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and mistakes of spelling are answered before the imports below, which take seconds
+
+from megatron3d.config.sections.data import DataConfig
+from megatron3d.data.content import tokenizer_content
+from megatron3d.data.curriculum.analyze import AnalyzeRequest, BertOptions, Losses, analyze
+from megatron3d.inference.sample_loss import SampleLoss
 
 
 def check(args: argparse.Namespace) -> None:
@@ -104,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
             workers=args.workers,
             tokenizer_digest=digest,
             losses=_losses(args, metrics),
-            report=_report,
+            report=ProgressLines(),
         )
     for name in metrics:
         print(f"wrote {output / directory_name(name)}: {identity.num_samples:,} samples by {name}")
@@ -147,8 +155,29 @@ def _losses(args: argparse.Namespace, metrics: Sequence[str]) -> Losses | None:
     return SampleLoss(args.load, step=args.ckpt_step, device=args.device, seq_length=args.seq_length)
 
 
-def _report(done: int, parts: int) -> None:
-    print(f"{done} of {parts} parts, {done / parts:.0%}", file=sys.stderr, flush=True)
+class ProgressLines:
+    """Prints how much is measured, how fast and the time left, but for the last line at most every two seconds."""
+
+    def __init__(self) -> None:
+        """Begin now, at nothing."""
+        self._start_s = self._last_s = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, parts: int) -> None:
+        """`done` of `parts` are there; those of an earlier start of the command do not count for the rate."""
+        now_s = time.monotonic()
+        if self._first is None:
+            self._first = done - 1
+        if done < parts and now_s - self._last_s < _BETWEEN_LINES_S:
+            return
+        self._last_s = now_s
+        rate = (done - self._first) / max(now_s - self._start_s, 1e-9)
+        left_s = (parts - done) / rate
+        print(
+            f"{done:,} of {parts:,} parts, {done / parts:.0%}, {rate:.1f} parts/s, {left_s:,.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
