@@ -166,6 +166,7 @@ def test_behind_the_warm_up_the_batches_are_those_without_a_curriculum(corpora: 
     data = data_of(corpora, f"{BY_VALUE} --curriculum-warmup-fraction 0.25")
     curriculum = data.train
     assert isinstance(curriculum, Curriculum) and curriculum.warmup_slots == 2000
+    assert data.corpora is None, "a blend with other weights would continue without the curriculum"
     plain = curriculum.plain
     assert all(np.array_equal(curriculum.sample(slot), plain.sample(slot)) for slot in range(2000, 2500))
     assert not all(np.array_equal(curriculum.sample(slot), plain.sample(slot)) for slot in range(1990, 2000))
