@@ -1,4 +1,4 @@
-"""A preprocessing that is ended, by whom and however, leaves no process and no output, and goes on from there."""
+"""A preprocessing that is ended, by whom and however, leaves no process and no output, and is resumed from there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a preprocessing has come, on the disk: what `--resume` goes on from.
+"""How far a preprocessing has come, on the disk: where `--resume` begins.
 
 The state is a small JSON file beside the output, `{prefix}.resume.json`. It is written, whole or not at all, after
 everything that it counts is on the disk, and names what the output depends on: the options, the tokenizer by content,

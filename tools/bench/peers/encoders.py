@@ -1,4 +1,4 @@
-"""A process in which one library finds the ids of a corpus that is in memory; it prints the seconds of that alone.
+"""A process in which one library finds the ids of a corpus in memory; it prints the seconds, and the processor's.
 
     python -m tools.bench.peers.encoders MODE CORPUS WORKERS VOCAB_FILE MERGE_FILE
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -81,8 +82,9 @@ def main(mode: str, corpus: str, workers: int, vocab_file: str, merge_file: str)
     encode = encoder_of(mode, workers, vocab_file, merge_file)
     batches = batches_of(texts)
     if mode.endswith("threads"):
-        began_s = time.perf_counter()
+        began_s, cpu_s = time.perf_counter(), time.process_time()
         encode_all(encode, batches)
+        cpu_s = time.process_time() - cpu_s
     else:
         context = multiprocessing.get_context("fork")
         parts = [context.Process(target=encode_all, args=(encode, batches[rank::workers])) for rank in range(workers)]
@@ -93,7 +95,9 @@ def main(mode: str, corpus: str, workers: int, vocab_file: str, merge_file: str)
             part.join()
         if any(part.exitcode for part in parts):
             raise SystemExit(f"a process of {mode} failed")
-    print(f"seconds {time.perf_counter() - began_s:.4f}")
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_s = used.ru_utime + used.ru_stime
+    print(f"seconds {time.perf_counter() - began_s:.4f} {cpu_s:.4f}")
 
 
 def _byte_ranks(vocab_file: str) -> dict[bytes, int]:
