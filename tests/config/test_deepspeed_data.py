@@ -147,6 +147,11 @@ BAD: dict[str, dict[str, Any]] = {
         "data_efficiency": {"enabled": True, "data_sampling": {"enabled": True, "dynamic_batching": {"enabled": True}}}
     },
     "data_efficiency is 3; write an object with enabled": {"data_efficiency": 3},
+    "data_efficiency.enabled is 'true'; write true or false": {"data_efficiency": {**DOCUMENTED, "enabled": "true"}},
+    "data_efficiency.data_routing.enabled is 1; write true or false": {
+        "data_efficiency": {**DOCUMENTED, "data_routing": {**DOCUMENTED["data_routing"], "enabled": 1}}
+    },
+    "curriculum_learning.enabled is 1; write true or false": {"curriculum_learning": {"enabled": 1}},
     "curriculum_learning.curriculum_type is 'voc'; it can be seqlen alone": {
         "curriculum_learning": {"enabled": True, "curriculum_type": "voc"}
     },

@@ -46,23 +46,32 @@ class DataEfficiency:
                 self.problems.append(f"{where} has the key {name}, which is not known; correct or remove it")
         return {name: one for name, one in value.items() if name in names.split()}
 
+    def enabled(self, where: str, value: Mapping[str, Any]) -> bool:
+        """Whether the object at a key is switched on; anything but true and false is a problem."""
+        switch = value.get("enabled", False)
+        if not isinstance(switch, bool):
+            self.problems.append(f"{where}.enabled is {switch!r:.40}; write true or false")
+        return switch is True
+
 
 def read_data_efficiency(value: Any) -> DataEfficiency:
     """The object `data_efficiency`."""
     found, where = DataEfficiency(), "data_efficiency"
     top = found.known(where, value, "enabled seed data_sampling data_routing")
-    if top.get("enabled") is not True:
+    if top.get("enabled", False) is False:
         return found if not isinstance(value, dict) else DataEfficiency()
+    if not found.enabled(where, top):
+        return found
     sampling = found.known(
         f"{where}.data_sampling",
         top.get("data_sampling", {}),
         "enabled curriculum_learning dynamic_batching",
         dict.fromkeys(("num_epochs", "num_workers", "pin_memory"), _NO_STATE),
     )
-    if sampling.get("enabled") is True:
+    if found.enabled(f"{where}.data_sampling", sampling):
         _sampling(found, f"{where}.data_sampling", sampling)
     routing = found.known(f"{where}.data_routing", top.get("data_routing", {}), "enabled random_ltd")
-    if routing.get("enabled") is True and "random_ltd" in routing:
+    if found.enabled(f"{where}.data_routing", routing) and "random_ltd" in routing:
         _random_ltd(found, f"{where}.data_routing.random_ltd", routing["random_ltd"])
     if "seed" in top and any(name == "curriculum_metric" for _, name, _ in found.values):
         found.values.append((f"{where}.seed", "curriculum_seed", top["seed"]))
@@ -74,8 +83,10 @@ def read_legacy_curriculum(value: Any) -> DataEfficiency:
     found, where = DataEfficiency(), "curriculum_learning"
     names = "enabled curriculum_type min_difficulty max_difficulty schedule_type schedule_config"
     curriculum = found.known(where, value, names)
-    if curriculum.get("enabled") is not True:
+    if curriculum.get("enabled", False) is False:
         return found if not isinstance(value, dict) else DataEfficiency()
+    if not found.enabled(where, curriculum):
+        return found
     kind = curriculum.get("curriculum_type", "seqlen")
     if kind != "seqlen":
         found.problems.append(f"{where}.curriculum_type is {kind!r:.40}; it can be seqlen alone")
@@ -96,7 +107,7 @@ def _sampling(found: DataEfficiency, where: str, sampling: Mapping[str, Any]) ->
     where = f"{where}.curriculum_learning"
     inert = {"data_cluster_path": "the admitted samples are computed, and no clusters are written"}
     curriculum = found.known(where, sampling["curriculum_learning"], "enabled curriculum_metrics", inert)
-    if curriculum.get("enabled") is not True:
+    if not found.enabled(where, curriculum):
         return
     metrics = curriculum.get("curriculum_metrics")
     if not isinstance(metrics, dict) or not metrics:
@@ -203,7 +214,7 @@ def _random_ltd(found: DataEfficiency, where: str, value: Any) -> None:
         "global_batch_size"
     )
     routing = found.known(where, value, names, dict.fromkeys(described.split(), _NAMES_OF_LAYERS))
-    if routing.get("enabled") is not True:
+    if not found.enabled(where, routing):
         return
     if isinstance(rate := routing.get("layer_token_lr_schedule"), dict) and rate.get("enabled"):
         found.problems.append(
