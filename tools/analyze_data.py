@@ -65,7 +65,7 @@ if __name__ == "__main__":
 
 from megatron3d.config.sections.data import DataConfig
 from megatron3d.data.content import tokenizer_content
-from megatron3d.data.curriculum.analyze import AnalyzeRequest, BertOptions, Losses, analyze
+from megatron3d.data.curriculum.analyze import AnalyzeRequest, BertOptions, analyze
 from megatron3d.inference.sample_loss import SampleLoss
 
 
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     spec, digest, vocab_size = _tokenizer(args)
     metrics = tuple(name for name in args.metrics.split(",") if name)
+    losses = _losses(args, metrics)
     request = AnalyzeRequest(
         args.data_path,
         args.seq_length,
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
         bert=BertOptions(args.short_seq_prob, _task(args.bert_sentence_task)) if args.bert else None,
         seed=args.seed,
         place=args.place,
+        checkpoint=None if losses is None else str(losses.directory.resolve()),
     )
     output = Path(args.output)
     with storage_errors("write", output, way_out="free space there, or choose another --output"):
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
             output,
             workers=args.workers,
             tokenizer_digest=digest,
-            losses=_losses(args, metrics),
+            losses=losses,
             report=ProgressLines(),
         )
     for name in metrics:
@@ -148,7 +150,7 @@ def _tokenizer(args: argparse.Namespace) -> tuple[TokenizerSpec | None, str | No
     return spec, None if content is None else content.digest, vocab_size
 
 
-def _losses(args: argparse.Namespace, metrics: Sequence[str]) -> Losses | None:
+def _losses(args: argparse.Namespace, metrics: Sequence[str]) -> SampleLoss | None:
     """The loss under the checkpoint, if it is a metric."""
     if LOSS not in metrics or args.load is None:
         return None

@@ -28,7 +28,7 @@ _TOKENS_AT_ONCE = 4096
 
 
 class SampleLoss:
-    """A model that is loaded once and gives the mean loss of rows of tokens."""
+    """A model that is loaded once from `directory` and gives the mean loss of rows of tokens."""
 
     def __init__(self, load: str, *, step: int | None = None, device: str = "cpu", seq_length: int) -> None:
         """Load the weights.
@@ -43,7 +43,7 @@ class SampleLoss:
             CheckpointError: there is no such checkpoint, or it is damaged.
             ConfigError: it is no GPT, or has too few positions.
         """
-        directory = find_checkpoint(Path(load), step)
+        self.directory = directory = find_checkpoint(Path(load), step)
         stored = read_saved_run(directory).config
         if stored.model.traits.samples != "tokens":
             raise ConfigError(

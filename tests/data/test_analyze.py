@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import zlib
@@ -115,6 +116,37 @@ def test_a_run_that_was_ended_goes_on_with_what_is_missing(
     for name, index in whole.items():
         assert index.order.tobytes() == again[name].order.tobytes()
         assert index.value.tobytes() == again[name].value.tobytes()
+
+
+def test_losses_go_on_under_the_same_checkpoint_alone_and_damage_is_named(corpus: Path, tmp_path: Path) -> None:
+    request = analyze_module.AnalyzeRequest(str(corpus), S, "1,0,0", ("loss", "rarity"), None, 300, checkpoint="a")
+
+    def losses(rows: np.ndarray) -> np.ndarray:
+        return rows[:, :-1].mean(1)
+
+    def analyze(request: analyze_module.AnalyzeRequest, losses: analyze_module.Losses) -> None:
+        analyze_module.analyze(
+            request, tmp_path, workers=1, tokenizer_digest=None, losses=losses, report=lambda done, parts: None
+        )
+
+    def ended(rows: np.ndarray) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        analyze(request, ended)
+    with pytest.raises(ConfigError, match=r"another analysis.*the checkpoint of that one"):
+        analyze(dataclasses.replace(request, checkpoint="b"), losses)
+    (part,) = (tmp_path / ".parts").glob("part_*.npy")
+    part.unlink()
+    analyze_module._log_probabilities_of.cache_clear()
+    for name in ("counts.npy", "loss_000000000000.npy"):  # the losses are read last, when the counts are whole again
+        (damaged := part.with_name(name)).write_bytes(b"x")
+        with pytest.raises(DataError, match=f"{damaged.name} is damaged"):
+            analyze(request, losses)
+        damaged.unlink()
+    analyze(request, losses)
+    values = by_number(read_index(tmp_path / "loss"))
+    np.testing.assert_allclose(values, row_of(corpus)[: len(values) * S].reshape(-1, S).mean(1), rtol=1e-6)
 
 
 def test_syllables_and_reading_ease_follow_the_rules_of_english() -> None:

@@ -243,6 +243,14 @@ def test_damaged_files_of_an_index_are_named(corpora: Path, tmp_path: Path) -> N
         file.write(b"x")
     with pytest.raises(DataError, match=r"value.f32 holds 1997 bytes, but 499 samples need 1996"):
         read_index(tmp_path)
+    for name, numbers, sentence in (
+        ("value.f32", np.arange(499.0, dtype="<f4")[::-1], "value.f32 is damaged: its numbers do not rise"),
+        ("order.u32", np.full(499, 2**31, dtype="<u4"), "order.u32 is damaged: sample 0 is missing"),
+    ):
+        write_index(tmp_path, "hard", np.arange(499.0), identity, version=1)
+        numbers.tofile(tmp_path / name)
+        with pytest.raises(DataError, match=sentence):
+            read_index(tmp_path)
     (tmp_path / "index.json").write_text('{"format": 1, "metric": "hard"}')
     with pytest.raises(DataError, match=r"index.json lacks or misspells 'samples'"):
         read_index(tmp_path)

@@ -28,7 +28,7 @@ class CurriculumConfig:
         "--curriculum-difficulty-type", "Whether bounds are values of the metric or percentiles: value, percentile."
     )
     curriculum_min_difficulty: tuple[str, ...] = options(
-        "--curriculum-min-difficulty", "Bound at the beginning; default the least, or percentile 1."
+        "--curriculum-min-difficulty", "Bound at the beginning; default percentile 1."
     )
     curriculum_max_difficulty: tuple[str, ...] = options(
         "--curriculum-max-difficulty", "Bound at the end; default percentile 100."
@@ -37,7 +37,7 @@ class CurriculumConfig:
         "--curriculum-pacing", "How bounds rise: fixed_linear, fixed_root, fixed_discrete, or FILE.py:FUNCTION."
     )
     curriculum_steps: tuple[str, ...] = options(
-        "--curriculum-steps", "Steps until the bound is at its end; default those of the warm-up, or all of the run."
+        "--curriculum-steps", "Steps until the bound is at its end; default those of the warm-up."
     )
     curriculum_difficulty_step: tuple[str, ...] = options(
         "--curriculum-difficulty-step", "Bounds are rounded down to multiples of it; default 1."

@@ -67,6 +67,7 @@ class AnalyzeRequest:
         bert: what the samples of a BERT look like; None for those of a GPT.
         seed: of the run's data, and the corpus's place in --data-path: a BERT's samples follow from both.
         place: see `seed`.
+        checkpoint: that of the metric `loss`; None without it.
     """
 
     prefix: str
@@ -78,6 +79,7 @@ class AnalyzeRequest:
     bert: BertOptions | None = None
     seed: int = 1234
     place: int = 0
+    checkpoint: str | None = None
 
     def stream(self) -> GPTSamples | BertSamples:
         """The training samples. Raises: DataError if the files cannot be used or hold no sample."""
@@ -196,6 +198,7 @@ def _begin(folder: Path, request: AnalyzeRequest, identity: SampleIdentity, num_
     plan: dict[str, Any] = {
         "samples": dataclasses.asdict(identity),
         "metrics": [[name, _version(name)] for name in request.metrics],
+        "checkpoint": request.checkpoint,
         "parts": num_parts,
     }
     path = folder / PLAN_NAME
@@ -208,8 +211,8 @@ def _begin(folder: Path, request: AnalyzeRequest, identity: SampleIdentity, num_
         if found == wanted:
             return
         raise ConfigError(
-            f"{folder} holds parts of another analysis, which was ended; give the --output, the metrics and the data "
-            "of that one to go on with it, or remove the folder."
+            f"{folder} holds parts of another analysis, which was ended; give the --output, the metrics, the data "
+            "and the checkpoint of that one to go on with it, or remove the folder."
         )
     write_text_atomically(path, json.dumps(plan, indent=2) + "\n")
 
@@ -264,7 +267,7 @@ def _reader_of(request: AnalyzeRequest) -> SampleReader:
 
 @functools.lru_cache(maxsize=1)
 def _log_probabilities_of(path: Path) -> NDArray[np.float64]:
-    return log_probabilities(np.load(path, allow_pickle=False))
+    return log_probabilities(_load(path))
 
 
 def _add_losses(
@@ -282,11 +285,12 @@ def _add_losses(
 
 def _write_indexes(request: AnalyzeRequest, output: Path, parts: Sequence[range], identity: SampleIdentity) -> None:
     others = [name for name in request.metrics if name != LOSS]
-    values = np.concatenate([_load(_path(output / PARTS_NAME, part), len(others), len(part)) for part in parts], axis=1)
+    folder = output / PARTS_NAME
+    values = np.concatenate([_load(_path(folder, part), (len(others), len(part))) for part in parts], axis=1)
     for name in request.metrics:
         if name == LOSS:
-            files = [_path(output / PARTS_NAME, part, LOSS) for part in parts]
-            found = np.concatenate([np.load(file, allow_pickle=False) for file in files])
+            files = [_path(folder, part, LOSS) for part in parts]
+            found = np.concatenate([_load(file, (len(part),)) for file, part in zip(files, parts, strict=True)])
         else:
             found = values[others.index(name)]
         version = _version(name)
@@ -302,12 +306,12 @@ def _save(path: Path, values: NDArray[Any]) -> None:
         np.save(file, values)
 
 
-def _load(path: Path, num_metrics: int, num_samples: int) -> NDArray[np.float64]:
-    """Raises: DataError if a part is damaged."""
+def _load(path: Path, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+    """Raises: DataError if a file is damaged or, where a shape is given, of another one."""
     try:
         values = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it and start again.") from error
-    if values.shape != (num_metrics, num_samples):
-        raise DataError(f"{path} holds {values.shape} numbers, not {(num_metrics, num_samples)}; remove it.")
+    if shape is not None and values.shape != shape:
+        raise DataError(f"{path} holds {values.shape} numbers, not {shape}; remove it and start again.")
     return values

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron3d.data.curriculum.index import MetricIndex
+from megatron3d.data.curriculum.index import MetricIndex, missing_sample
 from megatron3d.data.indexed import HEADER_BYTES, MAGIC, VERSION, check_files_exist
 from megatron3d.errors import DataError
 
@@ -53,11 +53,7 @@ def read_deepspeed_index(name: str, to_sample: str, to_metric: str, *, needs_val
         metric = np.arange(len(sizes))
     if len(metric) > 1 and not (metric[1:] > metric[:-1]).all():
         raise DataError(f"{to_metric}.bin does not rise from item to item; make it again by DeepSpeed's analyzer.")
-    seen = np.zeros(len(order), dtype=bool)
-    inside = order < len(order)
-    seen[order[inside]] = True
-    if not seen.all():
-        missing = int(np.argmin(seen))
+    if (missing := missing_sample(order)) is not None:
         raise DataError(
             f"{to_sample}.bin has {len(order)} numbers of samples, but not each from 0 on once: {missing} is missing; "
             "make it again by DeepSpeed's analyzer."

@@ -141,7 +141,18 @@ def read_index(directory: Path) -> MetricIndex:
         raise DataError(f"{path} has format {version}, but this version reads format {FORMAT}; make it again.")
     order = _mapped(directory / order_name, wide, identity.num_samples)
     value = _mapped(directory / VALUE_NAME, "<f4", identity.num_samples)
+    if (missing := missing_sample(order)) is not None:
+        raise DataError(f"{directory / order_name} is damaged: sample {missing} is missing; make the index again.")
+    if not (value[1:] >= value[:-1]).all():
+        raise DataError(f"{directory / VALUE_NAME} is damaged: its numbers do not rise; make the index again.")
     return MetricIndex(name, order, value, identity)
+
+
+def missing_sample(order: NDArray[np.integer[Any]]) -> int | None:
+    """The least number that a row of n whole numbers from 0 up lacks of those below n; None if each is there once."""
+    seen = np.zeros(len(order), dtype=bool)
+    seen[order[(order >= 0) & (order < len(order))]] = True
+    return None if seen.all() else int(np.argmin(seen))
 
 
 def _identity(stored: dict[str, Any]) -> SampleIdentity:
