@@ -16,8 +16,8 @@ pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = (
-    "analyze_data",
-    *("convert_checkpoint", "embed_text", "estimate", "export_onnx", "generate_text", "inspect_dataset"),
+    *("analyze_data", "convert_checkpoint", "deduplicate", "embed_text", "estimate", "export_onnx", "generate_text"),
+    "inspect_dataset",
     *("merge_datasets", "preprocess_data", "quickstart_corpus", "serve_classifier", "show_schedule", "train_tokenizer"),
     "verify_checkpoint",
 )
