@@ -69,9 +69,8 @@ def parser() -> argparse.ArgumentParser:
     work.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode (default 1)")
     work.add_argument(
         "--encoder",
-        type=Encoder,
-        choices=list(Encoder),
-        default=Encoder.AUTO,
+        choices=[str(encoder) for encoder in Encoder],
+        default=str(Encoder.AUTO),
         help="library that finds the ids, which are the same by each: auto takes gigatoken where it is installed and "
         "gives the ids of the tokenizer's own library (reference) for a sample of the input and for hostile texts",
     )
@@ -166,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
         args.append_eod,
         splitting,
         args.tokenizer_hf_include_special_tokens,
-        args.encoder,
+        Encoder(args.encoder),
     )
     options = RunOptions(
         Ray(args.workers, args.ray_address) if args.executor == "ray" else Processes(args.workers),

@@ -96,6 +96,16 @@ class PartialFiles:
         close_streams(self._streams, Path(f"{self.prefix}.bin"), remove=remove)
 
 
+def open_exclusively(path: Path) -> IO[bytes]:
+    """`open_resumable` with a sentence for what another run has. Raises: InUseError; OSError if the system refuses."""
+    try:
+        return open_resumable(path)
+    except BlockingIOError as error:
+        raise InUseError(
+            f"{path}.partial is being written by another run; wait for it or choose another --output-prefix."
+        ) from error
+
+
 def cut_stream(stream: IO[bytes], end: int) -> None:
     """Drop what a partial file holds behind byte `end`, and write on from there.
 
@@ -169,12 +179,7 @@ def _open(path: Path, *, is_resumable: bool) -> IO[bytes]:
         with storing(path):
             return open_partial(path)
     with storing(path):
-        try:
-            return open_resumable(path)
-        except BlockingIOError as error:
-            raise InUseError(
-                f"{path}.partial is being written by another run; wait for it or choose another --output-prefix."
-            ) from error
+        return open_exclusively(path)
 
 
 def _read(path: Path) -> Iterator[NDArray[np.int32]]:

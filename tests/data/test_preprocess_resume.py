@@ -215,9 +215,9 @@ def test_two_runs_cannot_write_the_same_output(
     tmp_path: Path, files: list[Path], whole: dict[str, bytes], tool: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--input", str(files[0]), "--output-prefix", str(tmp_path / "one/out"), "--tokenizer-type"]
-    codes = []
-    run(files, tmp_path / "one/out", lambda _: codes.append(tool.main([*words, "ByteTokenizer"])))
-    assert set(codes) == {8} and "out_text_document.bin.partial is being written by another" in capsys.readouterr().err
+    codes, others = [], (["ByteTokenizer"], ["ByteTokenizer", "--split-sentences"])
+    run(files, tmp_path / "one/out", lambda _: codes.extend(tool.main([*words, *other]) for other in others))
+    assert set(codes) == {8} and "out_rejects.jsonl.partial is being written by another" in capsys.readouterr().err
     assert contents(tmp_path / "one") == whole
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -179,6 +180,14 @@ def test_standard_input_is_lines_of_json(tmp_path: Path, run: Run, monkeypatch: 
     assert code == 0 and " s left" not in printed and "of the input" not in printed
     assert documents_of(tmp_path / "out_text_document") == ["from a file", "from a pipe", "no line end"]
     assert not piped.closed
+    monkeypatch.setattr(sys, "stdin", None)  # as the command `tool <&-` finds it
+    assert run("--input", "-") == (3, "--input -: standard input is closed; pipe lines of JSON into the command.\n")
+
+
+def test_a_pipe_with_a_name_is_told_apart_from_no_file(tmp_path: Path, run: Run) -> None:
+    os.mkfifo(tmp_path / "c.jsonl")
+    code, printed = run("--input", tmp_path / "c.jsonl")
+    assert code == 3 and "is a pipe or device; pipe lines of JSON into the command with --input -." in printed
 
 
 def save_dataset(folder: Path, parts: dict[str, list[str]]) -> None:

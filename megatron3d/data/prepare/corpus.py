@@ -105,6 +105,8 @@ def iterate_texts(
 def _opened(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The bytes of a file as they are on the disk, and the same decompressed; standard input stays open."""
     if file == STANDARD_INPUT:
+        if sys.stdin is None:  # the caller closed it
+            raise DataError("--input -: standard input is closed; pipe lines of JSON into the command.")
         yield sys.stdin.buffer, sys.stdin.buffer
         return
     with open(file, "rb") as raw, decompressed(raw, file.suffix) as stream:

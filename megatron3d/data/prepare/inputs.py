@@ -93,6 +93,8 @@ def _files_of(pattern: str) -> list[Path]:
             found.append(match)
         elif (match / _STATE).is_file():
             found += _files_of_saved_dataset(match)
+    if not found and any(match.exists() and not match.is_dir() for match in matches):
+        raise DataError(f"--input {pattern} is a pipe or device; pipe lines of JSON into the command with --input -.")
     if not found:
         raise DataError(f"--input {pattern} names no file; give paths or globs of {FORMATS} files.")
     return found

@@ -97,11 +97,11 @@ class PreprocessOutput:
         """Lock the files first, since a state may be read and removed by one run at a time only."""
         plan, has_state = self._plan, self._saved
         earlier = self._earlier() if has_state and resume else None
+        self._rejects = RejectsFile(plan.rejects)  # the first, since runs with other keys share it and the state
         for target, extent in zip(plan.targets, (earlier or self.state).extents):
             is_published = earlier is not None and earlier.is_read and reclaim(target, extent)
             files = None if is_published else PartialFiles(target, is_resumable=True)
             self._writers.append(files and IndexedDatasetWriter(target, plan.dtype, files=files))
-        self._rejects = RejectsFile(plan.rejects)
         if earlier is not None:
             self.state = earlier
             note(f"--resume: goes on behind the {earlier.counts.num_documents:,} documents that are written.")

@@ -15,10 +15,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron3d.data.partial_files import close_streams, cut_stream
+from megatron3d.data.partial_files import close_streams, cut_stream, open_exclusively
 from megatron3d.data.prepare.records import Reject
 from megatron3d.errors import ConfigError, DataError
-from megatron3d.storage.atomic import open_resumable
 from megatron3d.storage.durable import flush_to_disk
 from megatron3d.storage.refusals import storage_errors
 
@@ -120,10 +119,13 @@ class RejectsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open `{path}.partial` as it is. Raises: StorageError if the place cannot be written."""
+        """Open `{path}.partial` as it is.
+
+        Raises: StorageError if the place cannot be written; InUseError if another run is writing it.
+        """
         self.path, self.size_bytes = path, 0
         with self._storing():
-            self._stream = open_resumable(path)
+            self._stream = open_exclusively(path)
 
     @staticmethod
     def reclaim(path: Path, size_bytes: int) -> None:
