@@ -92,10 +92,10 @@ def is_whole_number(value: Any, least: int, most: int = 2**63 - 1) -> bool:
 
 def _is_deeper(value: Any, levels: int) -> bool:
     """Whether objects and lists nest deeper than so many levels; level by level, for recursion is what may not be."""
-    level = [value]
+    level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(levels):
-        children = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
-        level = [child for each in children for child in each]
+        children = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [child for each in children for child in each if isinstance(child, (dict, list))]
         if not level:
             return False
-    return any(isinstance(one, dict | list) for one in level)
+    return True

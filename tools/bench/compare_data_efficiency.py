@@ -31,11 +31,11 @@ from tools.bench.tables import Table, write_tables
 from tools.bench.training_runs import ROOT, Contender, Run, finish, run_tool, tokenized
 
 PAGE, IMAGES = ROOT / "docs" / "data_efficiency.md", ROOT / "docs" / "images"
-VOCAB_SIZE, SEQ_LENGTH, GLOBAL_BATCH, NUM_LAYERS = 1024, 128, 16, 6
-INTERVAL = 20  # steps from one evaluation to the next
+VOCAB_SIZE, SEQ_LENGTH, GLOBAL_BATCH, NUM_LAYERS, HIDDEN_SIZE = 1024, 128, 16, 6, 48
+INTERVAL = 25  # steps from one evaluation to the next
 SPLIT = "97,3,0"
 COMMON = (
-    f"--num-layers {NUM_LAYERS} --hidden-size 64 --ffn-hidden-size 176 --num-attention-heads 4 --lr 3e-3 "
+    f"--num-layers {NUM_LAYERS} --hidden-size {HIDDEN_SIZE} --ffn-hidden-size 128 --num-attention-heads 4 --lr 3e-3 "
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
     f"--hidden-dropout 0 --attention-dropout 0 --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1 --split {SPLIT} "
     "--lr-decay-style constant --lr-decay-iters 1000000 --lr-warmup-iters 20 --log-interval 20 --num-workers 0 "
@@ -216,7 +216,7 @@ def table_of(ways: Sequence[Contender], outcomes: Sequence[Outcome]) -> Table:
     usual = outcomes[0]
     described = ", ".join(f"`{way.name}` {way.description}" for way in ways)
     caption = (
-        f"{described}; {NUM_LAYERS} layers, hidden 64, sequence {SEQ_LENGTH}, vocabulary {VOCAB_SIZE:,}, "
+        f"{described}; {NUM_LAYERS} layers, hidden {HIDDEN_SIZE}, sequence {SEQ_LENGTH}, vocabulary {VOCAB_SIZE:,}, "
         f"{usual.steps[-1]:,} steps, fp32, one process; {len(usual.losses)} seeds."
     )
     table = Table("data-efficiency", caption, COLUMNS)

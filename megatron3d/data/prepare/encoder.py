@@ -8,7 +8,6 @@ right. The choice never changes the output; where the ids differ the faster one 
 # ruff: noqa: RUF001 (odd characters that look like Latin ones are meant)
 from __future__ import annotations
 
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from megatron3d.errors import ConfigError, DataError
 
 _SAMPLE_CHARACTERS = 1 << 18  # of the input's own text
 _LONG_RUN = 3000
+_BEHIND_MARKS = 0x20000  # the code points of combining marks end before it
 _PLAIN_RUNS = ("a", "ab", " ", "\n", "\r\n", "\t", "1", "0123456789", ".", "-=", "é", "日", "🙂", "\u00a0", "\u200d")
 # Spaces and line ends of all kinds, contractions, digits, joined emoji, names of special tokens, bytes of odd meaning.
 _PARTS = (
@@ -145,7 +145,7 @@ def hostile_texts(tokens: Sequence[str | None]) -> Iterator[str]:
     special = [token for token in tokens if token and token[0] in "<[" and token[-1] in ">]" and len(token) > 2]
     for token in special[:20]:
         yield f"{token}{token} a {token} b{token}c\n{token}"
-    marks = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.combining(chr(code))]
+    marks = [chr(code) for code in range(_BEHIND_MARKS) if unicodedata.combining(chr(code))]
     for first in range(0, len(marks), 32):
         yield "a" + "".join(marks[first : first + 32])
 
