@@ -51,6 +51,7 @@ MISTAKES = [
     (f"{LTD} --random-ltd-min 20", "--random-ltd-min 20 is not a multiple of 16; use 16."),
     (f"{LTD} --random-ltd-step-size 24", "--random-ltd-step-size 24 is not a multiple of 16; use 32."),
     (f"{LTD} --random-ltd-max 40", "--random-ltd-max 40 is neither a multiple of 16 nor --seq-length 64"),
+    (f"{LTD} --seq-length 10", "--random-ltd keeps at least 16 positions, and samples have 10; leave it out"),
     (f"{LTD} --random-ltd-max 128", "--random-ltd-max 128 is above --seq-length 64"),
     (f"{LTD} --random-ltd-min 48 --random-ltd-max 32", "--random-ltd-min 48 is above --random-ltd-max 32"),
     ("--random-ltd --seq-length 64 --random-ltd-min 16", "grows to 64 positions in --random-ltd-steps, which is not"),

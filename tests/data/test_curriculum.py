@@ -288,6 +288,9 @@ def test_deepspeeds_files_admit_what_its_sampler_does(corpora: Path, tmp_path: P
     written_by_deepspeed(tmp_path / "to_sample", [*items[:-1], [0]], 6, "<u2")
     with pytest.raises(DataError, match="but not each from 0 on once"):
         data_of(corpora, f"{base} {discrete} --curriculum-difficulties 20,100")
+    Path(f"{sample}.bin").unlink()
+    with pytest.raises(DataError, match=r"The DeepSpeed index .*needs .*to_sample\.bin, which cannot be found"):
+        data_of(corpora, f"{base} {discrete} --curriculum-difficulties 20,100")
 
 
 def test_a_bert_sees_the_sentences_that_the_index_admits_under_masks_drawn_anew(tmp_path: Path) -> None:

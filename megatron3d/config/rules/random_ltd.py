@@ -76,7 +76,9 @@ def _schedule_problems(options: GivenRandomLtd, seq_length: int | None) -> Itera
     ends = most or seq_length
     if least is None or ends is None:
         return
-    if least > ends:
+    if ends < NUM_STRATA:
+        yield f"--random-ltd keeps at least {NUM_STRATA} positions, and samples have {ends}; leave it out."
+    elif least > ends:
         option = f"--random-ltd-max {most}" if most else f"--seq-length {seq_length}"
         yield f"--random-ltd-min {least} is above {option}; use at most {ends}."
     elif least < ends and options.random_ltd_steps is None:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron3d.data.curriculum.index import MetricIndex, missing_sample
-from megatron3d.data.indexed import HEADER_BYTES, MAGIC, VERSION, check_files_exist
+from megatron3d.data.indexed import HEADER_BYTES, MAGIC, VERSION
 from megatron3d.errors import DataError
 
 DTYPES: Mapping[int, np.dtype] = MappingProxyType(
@@ -65,8 +65,13 @@ def read_deepspeed_index(name: str, to_sample: str, to_metric: str, *, needs_val
 
 def _items(prefix: str) -> tuple[NDArray[np.int32], NDArray[Any]]:
     """The sizes of all items, int32, and their numbers in a row. Raises: DataError if a file is damaged."""
-    check_files_exist(prefix)
     idx_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    missing = [str(path) for path in (bin_path, idx_path) if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"The DeepSpeed index {prefix} needs {' and '.join(missing)}, which cannot be found; give the prefixes of "
+            "index_to_sample and index_to_metric files, without .bin and .idx."
+        )
     try:
         index, size = idx_path.read_bytes(), bin_path.stat().st_size
     except OSError as error:
