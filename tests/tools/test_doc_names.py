@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Names of other programs and libraries, and of files that a user has.
 OTHERS = {
     "DeviceMesh",
+    "GopherQualityFilter",
     "GraceTime",
+    "LambdaFilter",
+    "LanguageFilter",
     "MoEAuxLossAutoScaler",
     "NAME_loss",
     "O_TMPFILE",
