@@ -25,7 +25,7 @@ def draw_length_histogram(lengths: NDArray[np.int64], path: Path, *, title: str)
 
     Raises: StorageError if the file cannot be written.
     """
-    figure = Figure(figsize=(9, 4.5), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(10, 4.5), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     some = np.sort(lengths[lengths > 0])
@@ -38,7 +38,7 @@ def draw_length_histogram(lengths: NDArray[np.int64], path: Path, *, title: str)
         _draw_bars(axes, some)
         _mark(axes, float(np.median(some)), "median document", "-")
         half = int(np.searchsorted(np.cumsum(some), some.sum() / 2))
-        _mark(axes, float(some[half]), "half of the tokens are in documents up to", "--")
+        _mark(axes, float(some[half]), "half of all tokens: documents up to", "--")
         axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     axes.set_xlabel("tokens of a document")
     axes.set_ylabel("documents")
