@@ -199,6 +199,9 @@ DISCRETE = "--curriculum-metric hard --curriculum-pacing fixed_discrete --curric
 BAD: dict[str, str] = {
     "admits 0 of the 499 samples": f"{DISCRETE} --curriculum-difficulties 0,90 --curriculum-difficulty-type value",
     "but a step takes 8 of them; raise --curriculum-min-difficulty": f"{DISCRETE} --curriculum-difficulties 1,90",
+    "--curriculum-pacing math:exp gives 148.413 at step 5 for hard, which is no percentile": (
+        "--curriculum-metric hard --curriculum-pacing math:exp --curriculum-steps 5"
+    ),
     "cannot be read (No such file or directory); make it by tools/analyze_data.py": (
         "--curriculum-metric missing --curriculum-steps 9"
     ),

@@ -190,8 +190,18 @@ def _deepspeed_indexes(
 
 
 def _plateaus(plan: CurriculumPlan, length: RunLength, warmup: int | None) -> list[Plateau]:
-    """Where a bound of some metric changes, in samples of the run; those behind a warm-up are left out."""
+    """Where a bound of some metric changes, in samples of the run; those behind a warm-up are left out.
+
+    Raises: ConfigError if a function of the user's own fails or gives no percentile where one is expected.
+    """
     by_metric = [plateaus(build_pacing(bound.pacing)) for bound in plan.bounds]
+    for metric, ranges in zip(plan.bounds, by_metric, strict=True):
+        step, largest = max(ranges, key=lambda pair: pair[1])
+        if metric.difficulty_type == "percentile" and largest > 100:
+            raise ConfigError(
+                f"--curriculum-pacing {metric.pacing.kind} gives {largest:g} at step {step} for {metric.metric}, which "
+                "is no percentile; give numbers up to 100, or --curriculum-difficulty-type value."
+            )
     steps = sorted({first for found in by_metric for first, _ in found})
     found = []
     for step in steps:
