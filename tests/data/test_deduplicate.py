@@ -115,6 +115,7 @@ def test_what_the_options_show_to_be_impossible_is_refused(
     tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_lines(tmp_path / "c.jsonl", [b'{"text": "a"}'])
+    listed = write_lines(tmp_path / "d_duplicates.jsonl", [b'{"text": "a"}'])
     words = ["--input", str(corpus), "--output"]
     out = str(tmp_path / "o.jsonl")
     monkeypatch.setitem(__import__("sys").modules, "rensa", None)
@@ -126,7 +127,8 @@ def test_what_the_options_show_to_be_impossible_is_refused(
         ([out, "--near", "nan"], "--near nan is not a similarity"),
         ([out, "--max-chars", "1", "--min-chars", "2"], "--min-chars 2 and --max-chars 1 leave no length"),
         ([str(tmp_path / "o.txt")], "o.txt has an ending that is not known"),
-        ([str(corpus)], "c.jsonl is one of the inputs"),
+        ([str(corpus)], "c.jsonl would replace the input"),
+        ([str(tmp_path / "d.jsonl"), "--input", str(listed)], f"d.jsonl would replace the input {listed}"),
         ([out, "--near", "0.8"], "--near needs the package rensa; run: "),
     ):
         assert tool.main([*words, *options]) == 2

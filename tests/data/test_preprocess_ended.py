@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from megatron3d.data.indexed import IndexedDatasetWriter
-from megatron3d.data.prepare.executors import Processes
-from megatron3d.errors import PeerError
+from megatron3d.data.prepare.executors import Processes, Ray
+from megatron3d.errors import ConfigError, PeerError
 
 pytestmark = pytest.mark.heavy
 
@@ -157,6 +158,14 @@ def test_results_and_errors_come_in_order_and_a_lost_worker_is_an_error() -> Non
     with pytest.raises(PeerError, match="One of the 2 workers was killed"):
         list(Processes(2).map_in_order(_work, range(21, 40)))
     assert not multiprocessing.active_children()
+
+
+def test_an_address_of_ray_at_which_nobody_answers_is_an_error_at_once() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and not listening, so that connections are refused
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"--ray-address {address} cannot be reached"):
+            next(Ray(1, address).map_in_order(len, ["item"]))
 
 
 @pytest.mark.slow

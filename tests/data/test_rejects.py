@@ -172,6 +172,13 @@ def test_a_tokenizer_is_trained_by_the_same_rules(tmp_path: Path, capsys: pytest
         assert printed.count(f"1 of 4 records rejected (1 not JSON); the first: {path}, line 4: this is no JSON") == 1
 
 
+def test_the_rejects_of_an_earlier_run_are_no_input(tmp_path: Path, run: Run) -> None:
+    write_lines(tmp_path / "c.jsonl", [b'{"text": "a"}', b"{"])
+    words = ("--input", tmp_path / "*.jsonl", "--max-bad-fraction", 0.5)
+    assert run(*words)[0] == 0 and run(*words)[0] == 2
+    assert f"--input names {tmp_path / 'out_rejects.jsonl'}, which lists the bad records" in run(*words)[1]
+
+
 def test_standard_input_is_lines_of_json(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     piped = io.BytesIO(b'{"text": "from a pipe"}\n\n{"text": "no line end"}')
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(piped))

@@ -149,9 +149,10 @@ def _is_of_wrong_length(text: str, request: DeduplicateRequest, counts: Deduplic
 def _check_output(files: Sequence[Path], output: Path) -> None:
     if not output.name.endswith(OUTPUT_ENDINGS):
         raise ConfigError(f"--output {output} has an ending that is not known; it can be {', '.join(OUTPUT_ENDINGS)}.")
+    written = [path for path in (output, duplicates_path(output), rejects_path(output)) if path.exists()]
     for file in files:
-        if file != STANDARD_INPUT and output.exists() and output.samefile(file):
-            raise ConfigError(f"--output {output} is one of the inputs; choose another name.")
+        if file != STANDARD_INPUT and any(path.samefile(file) for path in written):
+            raise ConfigError(f"--output {output} would replace the input {file}; choose another name.")
 
 
 def _stem(output: Path) -> str:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import threading
 import traceback
 from collections import deque
@@ -28,6 +30,7 @@ from megatron3d.process.parent import watch_parent
 
 EXECUTORS = ("processes", "ray")
 _BATCHES_PER_WORKER = 4
+_CONNECT_S = 20
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -175,6 +178,8 @@ def _windowed(submit: Callable[[_In], Callable[[], _Out]], items: Iterable[_In],
 @contextmanager
 def _connected(executor: Ray) -> Iterator[Any]:
     """The module `ray`, connected; what was started for it ends with the block."""
+    if executor.address is not None:
+        _require_answer(executor.address)
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
@@ -195,6 +200,19 @@ def _connected(executor: Ray) -> Iterator[Any]:
     finally:
         with _own_sigterm():
             ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself asks an address at which nobody answers for a quarter of an hour.
+
+    Raises: ConfigError if `address` is HOST:PORT and refuses a connection.
+    """
+    if (match := re.fullmatch(r"(.+):([0-9]{1,5})", address)) is None or "://" in address:
+        return
+    try:
+        socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--executor ray: --ray-address {address} cannot be reached ({error}).") from error
 
 
 @contextmanager

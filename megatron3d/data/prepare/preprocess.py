@@ -117,7 +117,7 @@ def preprocess(
     at all or more bad records than allowed; StorageError if the output cannot be written; PeerError if a worker was
     killed; InUseError if another run writes the same output. No output appears in these cases.
     """
-    _check(files, request, options)
+    _check(files, prefix, request, options)
     spans = _spans(files, options.shard)
     plan = _plan(files, prefix, request, options)
     if options.resume and is_complete(plan):
@@ -143,7 +143,7 @@ def preprocess(
     return replace(progress, rejected=tally.summary if tally.num_rejected else "")
 
 
-def _check(files: Sequence[Path], request: EncodeRequest, options: RunOptions) -> None:
+def _check(files: Sequence[Path], prefix: str, request: EncodeRequest, options: RunOptions) -> None:
     """Raises: ConfigError for a request that cannot be carried out."""
     tokenizer = tokenizer_of(request.tokenizer)
     problems = []
@@ -157,6 +157,9 @@ def _check(files: Sequence[Path], request: EncodeRequest, options: RunOptions) -
             "--append-eod and --tokenizer-hf-include-special-tokens would end each document twice: the tokenizer puts "
             f"the end of a text, id {tokenizer.eod}, there itself; leave --append-eod out."
         )
+    rejects = rejects_path(prefix, options.shard)
+    if rejects.exists() and any(file != STANDARD_INPUT and rejects.samefile(file) for file in files):
+        problems.append(f"--input names {rejects}, which lists the bad records of a run with this --output-prefix.")
     if STANDARD_INPUT in files and options.resume:
         problems.append("--resume: what was read from standard input cannot be read again; name files with --input.")
     if STANDARD_INPUT in files and options.shard.count > 1:
