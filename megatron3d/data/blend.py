@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 import math
 import re
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,7 +91,8 @@ def tempered(num_tokens: Sequence[int], temperature: float) -> tuple[Fraction | 
     if temperature == 1:
         return tuple(num_tokens)
     largest = max(num_tokens)
-    return tuple(Fraction((count / largest) ** (1 / temperature)) for count in num_tokens)
+    # A power that underflows stays above 0, which would take the corpus out of the blend.
+    return tuple(Fraction(max((count / largest) ** (1 / temperature), sys.float_info.min)) for count in num_tokens)
 
 
 def integer_weights(weights: Sequence[Fraction | int]) -> tuple[int, ...]:

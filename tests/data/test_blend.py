@@ -160,6 +160,7 @@ def test_a_temperature_gives_shares_of_sizes_to_the_power_of_its_inverse(sizes: 
 def test_a_temperature_of_one_is_the_size_and_an_infinite_one_makes_corpora_equal() -> None:
     assert integer_weights(tempered([10**15 + 1, 3 * (10**15 + 1)], 1.0)) == (1, 3)
     assert integer_weights(tempered([5, 10**9, 7], math.inf)) == (1, 1, 1)
+    assert integer_weights(tempered([1, 2], 1e-4)) == (1, MAX_PERIOD - 1)  # a power that is 0 in fp64
 
 
 def test_data_path_with_and_without_weights() -> None:
