@@ -42,18 +42,14 @@ class InertOptions:
                 "raise it to train on"
             )
         by_tokens = train.train_tokens is not None and ("train", "train_samples") in self.config.as_given
-        samples = train.train_samples
-        if by_tokens and train.length_levels:
+        if by_tokens:
             return (
                 f"nothing is left to train: {progress.consumed_tokens} of --train-tokens {train.train_tokens} are "
                 "consumed; raise it to train on"
             )
-        length = (
-            f"--train-tokens {train.train_tokens}, {samples} samples," if by_tokens else f"--train-samples {samples}"
-        )
         return (
-            f"nothing is left to train: {progress.consumed_samples} of {length} are consumed, and no whole batch is "
-            "left; raise it to train on"
+            f"nothing is left to train: {progress.consumed_samples} of --train-samples {train.train_samples} are "
+            "consumed, and no whole batch is left; raise it to train on"
         )
 
     def _no_data(self) -> Iterator[str]:

@@ -425,14 +425,14 @@ def _old_views(parts: TrainingSetup, with_optimizer: bool) -> dict[str, ShardVie
 def last_step(train: TrainConfig, data_parallel_size: int, progress: Progress, *, seq_length: int) -> int:
     """The number of the run's last step, seen from `progress`.
 
-    Iterations are counted from the run's beginning. Samples are counted by what was consumed: the whole batches of
-    these options that still fit, whatever batches the steps before had. So are tokens, where samples have different
-    numbers of them; where all have `seq_length`, tokens have become samples.
+    Iterations are counted from the run's beginning. Samples and tokens are counted by what was consumed, whatever
+    batches and lengths the steps before had: the whole batches of these options that still fit into the samples, or
+    those up to the one that reaches the tokens.
     """
     if train.train_iters is not None:
         return train.train_iters
     assert train.train_samples is not None, "a run has a length"
-    if train.train_tokens is not None and train.length_levels:
+    if train.train_tokens is not None:
         of_tokens = counts_at_end(train, data_parallel_size, seq_length, tokens=train.train_tokens)
         # Samples that were not given follow from the tokens; given ones end the run where they are fewer.
         samples = train.train_samples if train.train_samples < of_tokens.samples else None

@@ -35,6 +35,24 @@ def lines(options: str, *, step: int = 0, valid: bool = True, test: bool = True,
 
 
 @pytest.mark.parametrize(
+    ("options", "last"),
+    [
+        ("--train-tokens 4000", 35),  # 10 steps have left 3,200 tokens, which are 25 steps of 8 samples of 16
+        ("--train-tokens 4000 --global-batch-size 16", 23),
+        ("--train-tokens 4000 --train-samples 100", 12),
+        (f"{SHORT} --train-tokens 4000", 35),
+        ("--train-tokens 800", 10),
+    ],
+)
+def test_a_run_in_tokens_ends_with_the_step_that_reaches_them_whatever_was_before(options: str, last: int) -> None:
+    """A run that was resumed without its short samples, or with another batch, counts what it has consumed."""
+    words = f"{SHAPE} {options}".split()
+    config = resolve(parse_args(words, program="pretrain_gpt.py", description="", log=lambda line: None), 1)
+    progress = Progress(10, 80, 10, 80, 800, 800)
+    assert last_step(config.train, 1, progress, seq_length=16) == last
+
+
+@pytest.mark.parametrize(
     "options",
     [
         "--train-iters 20",
@@ -55,7 +73,7 @@ def test_a_run_that_does_what_it_is_asked_says_nothing(options: str) -> None:
     [
         ("--train-iters 20", {"step": 20}, "nothing is left to train: step 20 is made, and --train-iters is 20"),
         ("--train-samples 100", {"step": 12}, "nothing is left to train: 96 of --train-samples 100 are consumed"),
-        ("--train-tokens 1600", {"step": 13}, "104 of --train-tokens 1600, 104 samples, are consumed, and no whole"),
+        ("--train-tokens 1600", {"step": 13}, "1664 of --train-tokens 1600 are consumed; raise it"),
         (f"{SHORT} --train-tokens 64", {"step": 1}, "128 of --train-tokens 64 are consumed; raise it"),
         (
             f"{SHORT} --train-tokens 640 --lr-warmup-tokens 700 --lr-decay-tokens 800",
