@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         checkpoint=None if losses is None else str(losses.directory.resolve()),
     )
     output = Path(args.output)
-    with storage_errors("write", output, way_out="free space there, or choose another --output"):
+    with storage_errors("write", output, way_out="choose another --output"):
         identity = analyze(
             request,
             output,
