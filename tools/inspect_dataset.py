@@ -65,6 +65,7 @@ def check(args: argparse.Namespace) -> None:
     problems = [
         f"{flag} {value} is outside its range; it must be at least {least}."
         for flag, value, least in (
+            ("--num-tokens", args.num_tokens, 0),
             ("--sample", args.sample, 0),
             ("--seq-length", args.seq_length, 1),
             ("--vocab-size", args.vocab_size, 1),

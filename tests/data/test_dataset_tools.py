@@ -217,8 +217,9 @@ def test_a_sample_is_shown_with_its_documents(
     assert inspect.main([*words, "--seq-length", "5", "--tokenizer-type", "ByteTokenizer"]) == 0
     shown = "--- document 0, tokens 0 to 2 of 3\none\n--- document 1, tokens 0 to 2 of 3\ntwo\n"
     assert capsys.readouterr().out.endswith("sample 0 of train, of 1 in an epoch:\n" + shown)
-    assert inspect.main(words) == 2
-    assert "--sample 0 needs --seq-length" in capsys.readouterr().err
+    assert inspect.main([*words, "--num-tokens", "-1"]) == 2
+    printed = capsys.readouterr().err
+    assert "--sample 0 needs --seq-length" in printed and "--num-tokens -1 is outside its range" in printed
     assert inspect.main([*words, "--seq-length", "6"]) == 3
     assert "hold 6 tokens, but one sample of --seq-length 6 needs 7" in capsys.readouterr().err
 
