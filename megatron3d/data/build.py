@@ -458,10 +458,12 @@ def _build_megatron_splits(
             cut=not data.train_data_path,
         )
         if len(stream) < read[split]:
+            remedy = "give the corpora weights, so that they are read several times"
+            if len(stream) >= wanted:
+                remedy = "raise --sample-order-samples, which gives another order where it takes more epochs"
             raise ConfigError(
                 f"--sample-order megatron has {len(stream)} {split} samples of these corpora where {wanted} are asked "
-                f"for, but the run reads {read[split]}; shorten it, or give the corpora weights, so that they are read "
-                "several times."
+                f"for, but the run reads {read[split]}; shorten it, or {remedy}."
             )
         streams[split] = stream
     if data.sample_order_consumed and streams["train"] is not None:

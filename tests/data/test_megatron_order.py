@@ -184,6 +184,8 @@ def test_samples_behind_the_last_are_refused_in_a_sentence(prefixes: tuple[str, 
 def test_corpora_by_size_that_end_before_the_run_are_refused_at_the_start(prefixes: tuple[str, str, str]) -> None:
     with pytest.raises(ConfigError, match="but the run reads 5000; shorten it, or give the corpora weights"):
         ours(counts_of(5000), data_path=prefixes[:2], split="1,0,0")
+    with pytest.raises(ConfigError, match="but the run reads 5000; shorten it, or raise --sample-order-samples"):
+        ours(counts_of(40, read=5000), data_path=prefixes[:1], split="1,0,0", sample_order_samples=40)
 
 
 def test_a_split_without_a_token_is_refused_where_megatron_core_would_not_return(tmp_path: Path) -> None:
