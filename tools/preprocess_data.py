@@ -187,7 +187,10 @@ def run(args: argparse.Namespace) -> None:
         for key in request.json_keys
     ]
     if done is None:
-        print(f"--resume: {' and '.join(targets)} are complete; there is nothing to do.")
+        print(
+            f"--resume: {' and '.join(targets)} are complete; there is nothing to do. Which options and input "
+            "they were made with is not kept, so it was not compared: without --resume they are made anew."
+        )
         return
     for target in targets:
         print(f"wrote {target}.bin and .idx")
