@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with everything the test suite needs (see tools/setup_env.sh) and runs the suite with pytest.
 #
-#   bash tools/test.sh                          the whole suite, a test file on each core
+#   bash tools/test.sh                          the whole suite, a test file on each core and one more
 #   bash tools/test.sh --fast                   about 2 minutes: what starts no processes, and one parity row of each kind
 #   bash tools/test.sh --whole-parity           the whole suite, with 20 steps in every row of the parity tables
 #   bash tools/test.sh tests/pipeline -k 1f1b   other arguments are pytest's, and all tests run in one process
@@ -16,7 +16,8 @@ unset PYTHONDONTWRITEBYTECODE  # else every process that a test starts compiles 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh test
 case "$*" in
-    # A file stays with one worker, which keeps its fixtures; the order is that of tests/conftest.py.
-    "" | --fast | --whole-parity) set -- -n "$(nproc)" --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@" ;;
+    # A file stays with one worker, which keeps its fixtures; the order is that of tests/conftest.py. One more worker
+    # than cores, since tests of whole runs mostly wait.
+    "" | --fast | --whole-parity) set -- -n "$(($(nproc) + 1))" --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@" ;;
 esac
 exec .venv/bin/python -m pytest "$@"
