@@ -254,10 +254,20 @@ class Difference:
         return f"{self.option}: checkpoint {self.saved}, this run {self.now}"
 
 
+_BATCHES = frozenset(("train", name) for name in ("global_batch_size", "rampup_batch_size", "step_batch_size_schedule"))
+
+
 def differences(saved: RunConfig, now: RunConfig) -> list[Difference]:
     """The options in which two resolved runs differ, but for the free ones and those compared elsewhere."""
+    # Under a curriculum the bound of a sample is that of its step, which batches decide.
+    has_curriculum = bool(saved.curriculum.curriculum_metric and now.curriculum.curriculum_metric)
     found = [
-        Difference(effect, _label(key), _shown(key, _value(saved, key)), _shown(key, _value(now, key)))
+        Difference(
+            Effect.SAMPLES if has_curriculum and key in _BATCHES else effect,
+            _label(key),
+            _shown(key, _value(saved, key)),
+            _shown(key, _value(now, key)),
+        )
         for key, effect in _compared()
         if _is_relevant(key, saved) and _is_relevant(key, now) and not _agree(key, saved, now)
     ]

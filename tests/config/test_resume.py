@@ -122,6 +122,14 @@ def test_a_length_that_changes_megatrons_order_of_samples_is_told_as_that() -> N
     assert differences(saved, resolved(options, base=files)) == []
 
 
+def test_batches_decide_the_samples_of_a_curriculum() -> None:
+    files = MOCK.replace("--mock-data", "--data-path a")
+    curriculum = "--curriculum-metric m --curriculum-index i --curriculum-steps 2"
+    for more, effect in ((curriculum, Effect.SAMPLES), ("", Effect.REPORTED)):
+        saved, now = (resolved(f"{more} --global-batch-size {size}", base=files) for size in (8, 16))
+        assert differences_by_line(saved, now) == {"--global-batch-size: checkpoint 8, this run 16": effect}
+
+
 @pytest.mark.parametrize("key", OFF_SWITCHES)
 def test_a_flag_that_switches_something_off_is_on_in_the_run_that_has_it(key: tuple[str, str]) -> None:
     spelling = BY_KEY[key].spelling
