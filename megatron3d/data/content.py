@@ -1,5 +1,5 @@
-"""What data, tokenizer and the user's own code are, by content: digests that a checkpoint stores and a resumed run
-compares.
+"""What data, tokenizer, a curriculum's indexes and the user's own code are, by content: digests that a checkpoint
+stores and a resumed run compares.
 
 Paths say little: a file may move, or another may take its name. The digest of a token file covers the sizes of `.idx`
 and `.bin` and their bytes: all of them up to 1 MiB, beyond that 64 blocks of 16 KiB at equal distances, the header
@@ -19,7 +19,9 @@ from typing import Any
 
 from megatron3d.config.resume import Difference, Effect
 from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.data_efficiency import CurriculumConfig
 from megatron3d.data.blend import Corpus, parse_data_path, read_data_args_file
+from megatron3d.data.curriculum.metrics import directory_name
 from megatron3d.data.hf_description import described_files
 from megatron3d.data.tiktoken_file import tiktoken_options
 from megatron3d.data.tokenizer import SENTENCEPIECE_KINDS
@@ -27,7 +29,8 @@ from megatron3d.errors import ConfigError, DataError
 from megatron3d.files.user_code import code_digest, is_user_code
 
 BLOCK_BYTES, NUM_BLOCKS = 16 << 10, 64
-TOKENIZER, CODE = "the tokenizer", "the code of --architecture"  # in a `Difference`, as the names of options
+# In a `Difference`, as the names of options.
+TOKENIZER, CODE, INDEXES = "the tokenizer", "the code of --architecture", "the indexes of --curriculum-metric"
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,21 @@ class CodeContent:
 
 
 @dataclass(frozen=True)
+class IndexContent:
+    """The index of one metric of a curriculum: where it lay, and its digest, None if it cannot be read."""
+
+    path: str
+    digest: str | None
+
+
+@dataclass(frozen=True)
 class Content:
     """What a run reads. `corpora` maps "all" (cut by --split), "train", "valid" and "test" to corpora in order."""
 
     corpora: Mapping[str, tuple[CorpusContent, ...]]
     tokenizer: TokenizerContent | None
     code: CodeContent | None = None
+    indexes: tuple[IndexContent, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `content.json`; `content_from_json` takes them back."""
@@ -84,6 +96,8 @@ class Content:
             found[TOKENIZER] = self.tokenizer.digest
         if self.code is not None:
             found[CODE] = self.code.digest
+        for number, one in enumerate(self.indexes):
+            found[f"number {number} of {INDEXES}"] = one.digest or "unknown"
         return found
 
 
@@ -96,7 +110,13 @@ _OPTIONS = {
 }
 
 
-def content_of(data: DataConfig, *, vocab_size: int | None, architecture: str = "") -> Content:
+def content_of(
+    data: DataConfig,
+    *,
+    vocab_size: int | None,
+    architecture: str = "",
+    curriculum: CurriculumConfig | None = None,
+) -> Content:
     """Read what the digests need of the files that the options name; `architecture` is that of the model.
 
     Raises: DataError if a file cannot be read; ConfigError if the words of a data option cannot be understood.
@@ -108,12 +128,34 @@ def content_of(data: DataConfig, *, vocab_size: int | None, architecture: str = 
         )
         for part, found in _corpora(data).items()
     }
-    return Content(corpora, tokenizer_content(data, vocab_size=vocab_size), code_content(architecture))
+    tokenizer = tokenizer_content(data, vocab_size=vocab_size)
+    return Content(corpora, tokenizer, code_content(architecture), tuple(index_contents(curriculum)))
 
 
 def code_content(architecture: str) -> CodeContent | None:
     """The code of an architecture of the user's own, None of the project's. Raises: ConfigError if it is not there."""
     return CodeContent(architecture, code_digest(architecture)) if is_user_code(architecture) else None
+
+
+def index_contents(curriculum: CurriculumConfig | None) -> Iterator[IndexContent]:
+    """The indexes of a curriculum, if there is one. What is missing or damaged is told by who opens them."""
+    if curriculum is None:
+        return
+    files = {
+        str(folder): [folder / name for name in ("order.u32", "order.u64", "value.f32")]
+        for directory in curriculum.curriculum_index
+        for metric in curriculum.curriculum_metric
+        for folder in [Path(directory) / directory_name(metric)]
+    }
+    files |= {
+        prefix: [Path(f"{prefix}{ending}") for ending in (".idx", ".bin")]
+        for prefix in curriculum.curriculum_deepspeed_index
+    }
+    for name, parts in files.items():
+        try:
+            yield IndexContent(name, _digest_of({part.name: part for part in parts if part.exists()}))
+        except OSError:
+            yield IndexContent(name, None)
 
 
 def content_of_paths(data: DataConfig) -> Content:
@@ -132,23 +174,28 @@ def content_from_json(stored: Mapping[str, Any]) -> Content:
     if tokenizer is not None:
         tokenizer = TokenizerContent(tokenizer["kind"], tuple(tokenizer["files"]), tokenizer["digest"])
     code = stored.get("code")
-    return Content(corpora, tokenizer, None if code is None else CodeContent(code["name"], code["digest"]))
+    indexes = tuple(IndexContent(**one) for one in stored.get("indexes", ()))
+    return Content(corpora, tokenizer, None if code is None else CodeContent(code["name"], code["digest"]), indexes)
 
 
 def corpus_digest(prefix: str) -> str:
     """The digest of a token file's `.idx` and `.bin`, see above. Raises: DataError if one cannot be read."""
+    try:
+        return _digest_of({ending: Path(f"{prefix}{ending}") for ending in (".idx", ".bin")})
+    except OSError as error:
+        named = f"{error.filename} cannot be read ({error.strerror})"
+        raise DataError(f"{named}; give the prefix of readable files.") from error
+
+
+def _digest_of(files: Mapping[str, Path]) -> str:
+    """The digest of files by their labels: their sizes and blocks, see above. Raises: OSError if one cannot be read."""
     found = hashlib.sha256()
-    for ending in (".idx", ".bin"):
-        path = Path(f"{prefix}{ending}")
-        try:
-            size = path.stat().st_size
-            found.update(f"{ending} {size}\n".encode())
-            with open(path, "rb") as file:
-                for offset in block_offsets(size):
-                    block = os.pread(file.fileno(), BLOCK_BYTES, offset)
-                    found.update(block)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}); give the prefix of readable files.") from error
+    for label, path in files.items():
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            found.update(f"{label} {size}\n".encode())
+            for offset in block_offsets(size):
+                found.update(os.pread(file.fileno(), BLOCK_BYTES, offset))
     return found.hexdigest()
 
 
@@ -223,7 +270,17 @@ def content_differences(saved: Content, now: Content, *, continues: bool = True)
             is_reported = part not in _TRAINING or (may_change and _digests(theirs) == _digests(ours))
             effect = Effect.REPORTED if is_reported else Effect.SAMPLES
             found.append(Difference(effect, f"the data of {_OPTIONS[part]}", _shown(theirs), _shown(ours)))
-    return found + tokenizer_differences(saved, now) + code_differences(saved.code, now.code)
+    found += tokenizer_differences(saved, now) + code_differences(saved.code, now.code)
+    return found + _index_differences(saved.indexes, now.indexes)
+
+
+def _index_differences(saved: Sequence[IndexContent], now: Sequence[IndexContent]) -> list[Difference]:
+    """The same of a curriculum's indexes; whether there is one, and of which metrics, is compared by the options."""
+    pairs = list(zip(saved, now))
+    if all(theirs.digest == ours.digest or None in (theirs.digest, ours.digest) for theirs, ours in pairs):
+        return []
+    shown = (" ".join(f"{one.path} ({(one.digest or 'unknown')[:8]})" for one in side) for side in (saved, now))
+    return [Difference(Effect.SAMPLES, INDEXES, *shown)]
 
 
 def code_differences(saved: CodeContent | None, now: CodeContent | None) -> list[Difference]:
@@ -257,6 +314,7 @@ def moved(saved: Content, now: Content) -> list[str]:
         pairs += list(zip(saved.tokenizer.files, now.tokenizer.files))
     if saved.code and now.code and saved.code.digest == now.code.digest:
         pairs.append((saved.code.name, now.code.name))
+    pairs += [(a.path, b.path) for a, b in zip(saved.indexes, now.indexes) if a.digest == b.digest is not None]
     return [f"{old} has moved to {new}, with the same content" for old, new in pairs if old != new]
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron3d.config.resume import Effect
 from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.data_efficiency import CurriculumConfig
 from megatron3d.data.content import (
     BLOCK_BYTES,
     NUM_BLOCKS,
@@ -113,6 +114,28 @@ def test_share_and_content_make_a_blend_and_places_do_not(tmp_path: Path) -> Non
         (found,) = content_differences(saved, other, continues=False)
         assert found.effect is Effect.SAMPLES, "Megatron-LM's order does not continue a corpus"
     assert content_differences(of(a), of("0.5", same)) == [], "the weight of a single corpus says nothing"
+
+
+def test_an_index_made_anew_is_another_curriculum_and_a_moved_one_is_not(tmp_path: Path) -> None:
+    for name, order in (("a", b"0123"), ("same", b"0123"), ("other", b"1023")):
+        (tmp_path / name / "rarity").mkdir(parents=True)
+        (tmp_path / name / "rarity" / "order.u32").write_bytes(order)
+        (tmp_path / name / "rarity" / "value.f32").write_bytes(b"5678")
+    corpus = write_pair(tmp_path / "corpus")
+
+    def with_index(name: str) -> Content:
+        curriculum = CurriculumConfig(curriculum_metric=("rarity",), curriculum_index=(str(tmp_path / name),))
+        return content_of(DataConfig(data_path=(str(corpus),)), vocab_size=100, curriculum=curriculum)
+
+    saved = content_from_json(with_index("a").to_json())
+    assert saved == with_index("a")
+    assert content_differences(saved, with_index("same")) == []
+    assert moved(saved, with_index("same")) == [
+        f"{tmp_path}/a/rarity has moved to {tmp_path}/same/rarity, with the same content"
+    ]
+    (found,) = content_differences(saved, with_index("other"))
+    assert (found.effect, found.option) == (Effect.SAMPLES, "the indexes of --curriculum-metric")
+    assert content_differences(of(corpus), with_index("a")) == [], "a version that stored none says nothing"
 
 
 def test_a_file_of_words_means_its_words(tmp_path: Path) -> None:
