@@ -412,8 +412,11 @@ class _Loop:
         if not is_proved and self.retention.waits:
             # No step will follow, so a batch's forward stands for it.
             batches = PreparedBatches(self.streams.train, self.parts.mesh, self.failure)
-            first = self.progress.consumed_samples  # earlier ones may be of corpora that have left the blend
-            batches.prepare(first, self.parts.config.train.global_batch_size)
+            # The last samples of this run: earlier ones may be of corpora that have left the blend, and Megatron-LM's
+            # order has no later ones.
+            size, begun_at = self.parts.config.train.global_batch_size, self.restored.progress.consumed_samples
+            first = max(self.progress.consumed_samples - size, begun_at)
+            batches.prepare(first, size)
             self.failure.raise_on_all_ranks(self._saved())
             is_proved = math.isfinite(evaluate(self.parts, batches, num_batches=1, first_sample=first).loss)
         if is_proved:

@@ -107,7 +107,7 @@ def test_a_proof_of_the_last_weights_that_one_rank_cannot_read_ends_all_with_the
     pool: Pool, tmp_path: Path
 ) -> None:
     argv = words(MOCK, "--train-iters 4 --keep-last 1 --save-interval 2 --save", tmp_path / "save")
-    first, second = pool.run(2, _with_training_data_that_cannot_be_read, argv, 0, 2)
+    first, second = pool.run(2, _with_training_data_that_cannot_be_read, argv, 3 * 8, 2)
     assert (first.code, second.code) == (6, 3)
     second.says("corpus.bin ends at byte 100")
     first.says("rank 1 failed: DataError; saved at")
