@@ -16,6 +16,8 @@ from megatron3d.comm.agree import require_agreement
 from megatron3d.config.resume import Difference, Effect, differences
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.data import DataConfig
+from megatron3d.config.sections.data_efficiency import CurriculumConfig
+from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.serialize import from_dict
 from megatron3d.data.content import (
     TOKENIZER,
@@ -59,19 +61,16 @@ def read_saved_run(directory: Path, *, architecture: str | None = None) -> Saved
     return SavedRun(directory, run, content)
 
 
-def agreed_content(config: RunConfig, group: ProcessGroup | None) -> Content:
+def agreed_content(
+    data: DataConfig, model: ModelConfig, curriculum: CurriculumConfig, group: ProcessGroup | None
+) -> Content:
     """What a run reads, once it is sure that all ranks read the same. Collective over all ranks.
 
     Raises: DataError if a file cannot be read, or the ranks read different ones; raised on every rank.
     """
 
     def read() -> Content:
-        return content_of(
-            config.data,
-            vocab_size=config.model.vocab_size,
-            architecture=config.model.architecture,
-            curriculum=config.curriculum,
-        )
+        return content_of(data, vocab_size=model.vocab_size, architecture=model.architecture, curriculum=curriculum)
 
     content = on_every_rank(read, group)
     require_agreement(content.digests(), DataError)

@@ -96,7 +96,8 @@ def train(parts: TrainingSetup, streams: Streams, context: RunContext) -> Progre
     Raises:
         StopRequested: the run was asked to stop; it has saved if it saves at all.
     """
-    content = agreed_content(parts.config, parts.mesh.world.group)
+    config = parts.config
+    content = agreed_content(config.data, config.model, config.curriculum, parts.mesh.world.group)
     save = parts.config.checkpoint.save
     with held_directory(Path(save) if save else None, parts.mesh) as renew:
         stop_while_starting(context, parts.mesh)

@@ -27,7 +27,7 @@ from tests.parity.penalised import build_penalised_stage
 
 VOCAB_SIZE = 101  # not a multiple of any degree: every layout pads differently
 NUM_STEPS = 20  # of the promise
-BRIEF_STEPS = 6
+BRIEF_STEPS = 4
 RATES = Rates(lr=2e-3, weight_decay=0.1)
 
 SHAPE = (

@@ -45,7 +45,8 @@ CASES = [
     ("llama", Layout(tp=2, pp=2), SP, (FILES,)),
 ]
 BATCHES = [
-    pytest.param(size, [case for case in CASES if case[1].world_size == size], id=f"world{size}") for size in (1, 2, 4)
+    pytest.param(size, [case for case in CASES if case[1].world_size == size], id=f"world{size}", marks=marks)
+    for size, marks in ((1, []), (2, []), (4, [pytest.mark.slow]))  # four ranks combine what two have
 ]
 
 

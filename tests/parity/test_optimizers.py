@@ -71,11 +71,22 @@ CASES = [
     ]
     for name in names
 ]
+# Their axes are cut with these optimizers in other rows, one by one.
+SLOW = (Layout(tp=4), Layout(pp=2, dp=2), Layout(dp=4, zero_shard=2))
+
+
+def _size_and_slowness(case: tuple[str, Case]) -> tuple[int, bool]:
+    return case[1].layout.world_size, case[1].layout in SLOW
+
+
 BATCHES = [
-    pytest.param(size, list(group), id=f"world{size}")
-    for size, group in groupby(
-        sorted(CASES, key=lambda c: c[1].layout.world_size), key=lambda c: c[1].layout.world_size
+    pytest.param(
+        size,
+        list(group),
+        id=f"world{size}{'-slow' if is_slow else ''}",
+        marks=[pytest.mark.slow] if is_slow else [],
     )
+    for (size, is_slow), group in groupby(sorted(CASES, key=_size_and_slowness), key=_size_and_slowness)
 ]
 
 
