@@ -138,7 +138,7 @@ def code_content(architecture: str) -> CodeContent | None:
 
 
 def index_contents(curriculum: CurriculumConfig | None) -> Iterator[IndexContent]:
-    """The indexes of a curriculum, if there is one. What is missing or damaged is told by who opens them."""
+    """The indexes of a curriculum, if there is one. What is missing or damaged is an error where they are opened."""
     if curriculum is None:
         return
     files = {
