@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron3d.config.tool_parser import ToolParser
+from megatron3d.config.tool_parser import ToolParser, too_small
 from megatron3d.data.curriculum.metrics import LOSS, METRICS, directory_name
 from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
 from megatron3d.data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
@@ -71,17 +71,15 @@ from megatron3d.inference.sample_loss import SampleLoss
 
 def check(args: argparse.Namespace) -> None:
     """Raises: ConfigError with all that the options alone show to be impossible."""
-    problems = [
-        f"{flag} {value} is outside its range; it must be at least {least}."
-        for flag, value, least in (
+    problems = too_small(
+        (
             ("--workers", args.workers, 1),
             ("--seq-length", args.seq_length, 1),
             ("--seed", args.seed, 0),
             ("--place", args.place, 0),
             ("--vocab-size", args.vocab_size, 1),
         )
-        if value is not None and value < least
-    ]
+    )
     if not 0 <= args.short_seq_prob <= 1:
         problems.append(f"--short-seq-prob {args.short_seq_prob} is outside its range; it must be from 0 to 1.")
     if problems:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron3d.config.tool_parser import ToolParser
+from megatron3d.config.tool_parser import ToolParser, too_small
 from megatron3d.data.indexed import IndexedDataset
 from megatron3d.data.splits import SPLIT_NAMES
 from megatron3d.data.tiktoken_file import add_tiktoken_arguments, tiktoken_from_arguments
@@ -62,16 +62,14 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises: ConfigError with all that the options alone show to be impossible."""
-    problems = [
-        f"{flag} {value} is outside its range; it must be at least {least}."
-        for flag, value, least in (
+    problems = too_small(
+        (
             ("--num-tokens", args.num_tokens, 0),
             ("--sample", args.sample, 0),
             ("--seq-length", args.seq_length, 1),
             ("--vocab-size", args.vocab_size, 1),
         )
-        if value is not None and value < least
-    ]
+    )
     if args.sample is not None and args.seq_length is None:
         problems.append(f"--sample {args.sample} needs --seq-length S: how samples are cut depends on it.")
     if problems:

@@ -8,8 +8,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
+
+
+def too_small(options: Iterable[tuple[str, int | None, int]]) -> list[str]:
+    """A sentence for each (flag, value, least) whose value is given and below the least."""
+    return [
+        f"{flag} {value} is outside its range; it must be at least {least}."
+        for flag, value, least in options
+        if value is not None and value < least
+    ]
 
 
 class ToolParser(argparse.ArgumentParser):
