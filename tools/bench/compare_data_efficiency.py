@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from megatron3d.config.tool_parser import ToolParser
+from megatron3d.config.tool_parser import too_small
 from megatron3d.errors import ConfigError
 from megatron3d.process.command import run_command
 from megatron3d.train.metrics import read_records
 from tools.bench.curves import Curve, plot_curves
 from tools.bench.tables import Table, write_tables
-from tools.bench.training_runs import ROOT, Contender, Run, finish, run_tool, tokenized
+from tools.bench.training_runs import ROOT, Contender, Run, comparison_parser, finish, run_tool, steps_of, tokenized
 
 PAGE, IMAGES = ROOT / "docs" / "data_efficiency.md", ROOT / "docs" / "images"
 VOCAB_SIZE, SEQ_LENGTH, GLOBAL_BATCH, NUM_LAYERS, HIDDEN_SIZE = 1024, 128, 16, 6, 48
@@ -127,13 +127,8 @@ class Outcome:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", nargs="+", metavar="FILE", help="a corpus as preprocess_data.py reads it")
-    p.add_argument("--tokens", type=int, default=1_000_000, help="of a usual run (default 1,000,000)")
-    p.add_argument("--seeds", type=int, default=3, help="runs of each kind (default 3)")
+    p = comparison_parser(__doc__ or "", ROOT / "out" / "data_efficiency", "docs/data_efficiency.md")
     p.add_argument("--at-once", type=int, default=1, metavar="N", help="runs side by side (default 1)")
-    p.add_argument("--output", type=Path, default=ROOT / "out" / "data_efficiency", help="where runs go")
-    p.add_argument("--write", action="store_true", help="replace the table of docs/data_efficiency.md and its picture")
     return p
 
 
@@ -145,13 +140,9 @@ def main(arguments: Sequence[str]) -> None:
         DataError: the corpus cannot be read, or a run ended before its last step.
     """
     args = parser().parse_args(arguments)
-    num_steps = args.tokens // (GLOBAL_BATCH * SEQ_LENGTH * INTERVAL) * INTERVAL
-    if num_steps < 1 or args.seeds < 1 or args.at_once < 1:
-        raise ConfigError(
-            f"--tokens {args.tokens}, --seeds {args.seeds} and --at-once {args.at_once} leave nothing to train; give "
-            f"at least one seed, one run and {GLOBAL_BATCH * SEQ_LENGTH * INTERVAL} tokens, after which the first "
-            f"evaluation is."
-        )
+    num_steps = steps_of(args, GLOBAL_BATCH * SEQ_LENGTH, INTERVAL)
+    if problems := too_small([("--at-once", args.at_once, 1)]):
+        raise ConfigError("\n".join(problems))
     data, index = tokenized(args.input, args.output / "data", VOCAB_SIZE), args.output / "index"
     analyze(data, index)
     ways = contenders(num_steps, index)

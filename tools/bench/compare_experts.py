@@ -18,20 +18,17 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.config.sections.model import ModelConfig
-from megatron3d.config.tool_parser import ToolParser
-from megatron3d.errors import ConfigError
 from megatron3d.models.counts import num_active_parameters, num_parameters
 from megatron3d.models.flops import flops_per_token
 from megatron3d.process.command import run_command
 from megatron3d.train.loss_plot import plot_losses
 from tools.bench.curves import Curve, plot_curves
 from tools.bench.tables import Table, write_tables
-from tools.bench.training_runs import ROOT, Contender, Run, finish, tokenized
+from tools.bench.training_runs import ROOT, Contender, Run, comparison_parser, finish, steps_of, tokenized
 
 PAGE, IMAGES = ROOT / "docs" / "moe.md", ROOT / "docs" / "images"
 VOCAB_SIZE, SEQ_LENGTH, GLOBAL_BATCH = 1024, 128, 16
@@ -70,13 +67,7 @@ DENSE, EXPERTS, LARGE = CONTENDERS = (
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", nargs="+", metavar="FILE", help="a corpus as preprocess_data.py reads it")
-    p.add_argument("--tokens", type=int, default=1_000_000, help="of a run (default 1,000,000)")
-    p.add_argument("--seeds", type=int, default=3, help="runs of each model (default 3)")
-    p.add_argument("--output", type=Path, default=ROOT / "out" / "experts", help="where runs go (default out/experts)")
-    p.add_argument("--write", action="store_true", help="replace the table of docs/moe.md and its pictures")
-    return p
+    return comparison_parser(__doc__ or "", ROOT / "out" / "experts", "docs/moe.md")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -87,12 +78,7 @@ def main(arguments: Sequence[str]) -> None:
         DataError: the corpus cannot be read, or a run ended before its last step.
     """
     args = parser().parse_args(arguments)
-    num_steps = args.tokens // (GLOBAL_BATCH * SEQ_LENGTH * INTERVAL) * INTERVAL
-    if num_steps < 1 or args.seeds < 1:
-        raise ConfigError(
-            f"--tokens {args.tokens} and --seeds {args.seeds} leave nothing to train; give at least one seed and "
-            f"{GLOBAL_BATCH * SEQ_LENGTH * INTERVAL} tokens, after which the first evaluation is"
-        )
+    num_steps = steps_of(args, GLOBAL_BATCH * SEQ_LENGTH, INTERVAL)
     data = tokenized(args.input, args.output / "data", VOCAB_SIZE)
     runs = [
         Run(contender, seed, num_steps, args.output / f"{contender.name}-{seed}", COMMON, INTERVAL)

@@ -6,6 +6,7 @@ losses.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import subprocess
@@ -14,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron3d.config.tool_parser import ToolParser
 from megatron3d.data.prepare.corpus import iterate_texts
 from megatron3d.data.prepare.inputs import find_inputs
-from megatron3d.errors import DataError
+from megatron3d.errors import ConfigError, DataError
 from megatron3d.train.metrics import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +72,28 @@ class Run:
         # Only a model of several losses has them by name.
         found = [(r["step"], r.get("valid_lm_loss", r["valid_loss"])) for r in records if "valid_loss" in r]
         return [(step, loss) for step, loss in found if loss is not None and step <= self.num_steps]
+
+
+def comparison_parser(description: str, output: Path, page: str) -> argparse.ArgumentParser:
+    """The options that all comparisons have; `page` is where --write puts the table."""
+    p = ToolParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--input", nargs="+", metavar="FILE", help="a corpus as preprocess_data.py reads it")
+    p.add_argument("--tokens", type=int, default=1_000_000, help="of a run (default 1,000,000)")
+    p.add_argument("--seeds", type=int, default=3, help="runs of each kind (default 3)")
+    p.add_argument("--output", type=Path, default=output, help="where runs go")
+    p.add_argument("--write", action="store_true", help=f"replace the table of {page} and its pictures")
+    return p
+
+
+def steps_of(args: argparse.Namespace, tokens_per_step: int, interval: int) -> int:
+    """The steps of a run of --tokens, a multiple of `interval`. Raises: ConfigError if nothing is left to train."""
+    num_steps = args.tokens // (tokens_per_step * interval) * interval
+    if num_steps < 1 or args.seeds < 1:
+        raise ConfigError(
+            f"--tokens {args.tokens} and --seeds {args.seeds} leave nothing to train; give at least one seed and "
+            f"{tokens_per_step * interval} tokens, after which the first evaluation is"
+        )
+    return num_steps
 
 
 def tokenized(inputs: Sequence[str] | None, directory: Path, vocab_size: int) -> Path:
