@@ -8,16 +8,18 @@ import importlib
 import json
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from megatron3d.data.prepare import columns, corpus
+from megatron3d.data.partial_files import partial_paths
+from megatron3d.data.prepare import columns, corpus, output
 from megatron3d.data.prepare.encode import EncodeRequest
 from megatron3d.data.prepare.output import PreprocessOutput
 from megatron3d.data.prepare.preprocess import PreprocessProgress, RunOptions, preprocess
+from megatron3d.data.prepare.run_state import RunState
 from megatron3d.data.tokenizer import TokenizerSpec
 
 REQUEST = EncodeRequest(TokenizerSpec("ByteTokenizer"), ("text", "title"), append_eod=True)
@@ -99,6 +101,27 @@ def test_a_run_that_is_ended_after_each_batch_is_resumed_to_the_same_bytes(
     assert "2 of 374 records rejected (2 key missing)" in done.rejected
     assert notes == [f"--resume: goes on behind the {done.num_documents} documents that are written."]
     assert contents(tmp_path / "ended") == whole
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_state_counts_nothing_that_is_not_on_the_disk(
+    tmp_path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill right behind the state must find all that it counts: sizes as the system has them, not as buffered."""
+    save_state, num_saved = output.save_state, 0
+
+    def check_and_save(path: Path, identity: Mapping[str, str], state: RunState) -> None:
+        nonlocal num_saved
+        num_saved += 1
+        for key, extent in zip(REQUEST.json_keys, state.extents):
+            tokens, lengths, sizes = partial_paths(str(tmp_path / f"out_{key}_document"))[:3]
+            counted = (extent.bin_bytes, 4 * extent.num_sequences, 4 * extent.num_documents)
+            assert tuple(part.stat().st_size for part in (tokens, lengths, sizes)) == counted
+        save_state(path, identity, state)
+
+    monkeypatch.setattr(output, "save_state", check_and_save)
+    run(files, tmp_path / "out")
+    assert num_saved > 20
 
 
 def test_a_run_that_is_ended_at_any_rename_is_resumed_to_the_same_bytes(
