@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron3d_kernels import grouped_products, products
+from megatron3d_kernels import grouped_products, products, rectangles
 from megatron3d_kernels.activation import activation
 from megatron3d_kernels.attention import attention
 from megatron3d_kernels.cross_entropy import Sums, cross_entropy_backward, local_max, local_softmax_sums
@@ -117,6 +117,12 @@ class Registry(Selection):
     ) -> torch.Tensor:
         """softmax(q k^T / sqrt(D)) v by device, dtype and length; see `attention.attention`."""
         return attention(q_BNSD, k_BGTD, v_BGTD, mask=mask, probability=probability, is_causal=is_causal)
+
+    def rectangle_attention(
+        self, q_BNSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, plan: rectangles.Plan
+    ) -> torch.Tensor:
+        """softmax(q k^T / sqrt(D)) v over rectangles of the scores; see `rectangles.rectangle_attention`."""
+        return rectangles.rectangle_attention(q_BNSD, k_BGTD, v_BGTD, plan)
 
     def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         """gelu, gelu_tanh, relu, squared_relu or silu, always torch's; see `activation.activation`."""
