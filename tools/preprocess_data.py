@@ -188,8 +188,8 @@ def run(args: argparse.Namespace) -> None:
     ]
     if done is None:
         print(
-            f"--resume: {' and '.join(targets)} are complete; there is nothing to do. Which options and input "
-            "they were made with is not kept, so it was not compared: without --resume they are made anew."
+            f"--resume: {' and '.join(targets)} are complete, made with the same options and input; there is nothing "
+            "to do. Without --resume they are made again."
         )
         return
     for target in targets:

@@ -74,7 +74,7 @@ def test_every_format_gives_the_documents_in_order(tmp_path: Path, run: Run, nam
     assert code == 0, printed
     assert documents_of(tmp_path / "out_text_document") == TEXTS
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        [name, "out_text_document.bin", "out_text_document.idx"]
+        [name, "out.resume.json", "out_text_document.bin", "out_text_document.idx"]
     )
 
 

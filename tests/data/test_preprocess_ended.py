@@ -26,7 +26,7 @@ from megatron3d.errors import ConfigError, PeerError
 pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).resolve().parents[2]
-OUTPUTS = ["out_rejects.jsonl", "out_text_document.bin", "out_text_document.idx"]
+OUTPUTS = ["out.resume.json", "out_rejects.jsonl", "out_text_document.bin", "out_text_document.idx"]
 WAYS = ["SIGTERM to the tool", "SIGINT to all", "SIGKILL to the tool", "SIGKILL to a worker"]
 CODES = dict(zip(WAYS, (143, 130, -signal.SIGKILL, 6)))
 

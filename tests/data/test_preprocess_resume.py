@@ -7,8 +7,9 @@ import gzip
 import importlib
 import json
 import os
+import re
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,8 +20,10 @@ from megatron3d.data.prepare import columns, corpus, output
 from megatron3d.data.prepare.encode import EncodeRequest
 from megatron3d.data.prepare.output import PreprocessOutput
 from megatron3d.data.prepare.preprocess import PreprocessProgress, RunOptions, preprocess
-from megatron3d.data.prepare.run_state import RunState
+from megatron3d.data.prepare.run_state import RunRecord, load_state, save_state
+from megatron3d.data.prepare.spans import Position
 from megatron3d.data.tokenizer import TokenizerSpec
+from megatron3d.errors import ConfigError, DataError
 
 REQUEST = EncodeRequest(TokenizerSpec("ByteTokenizer"), ("text", "title"), append_eod=True)
 TEXTS = ["first", "", "zweiter: über", "日本 🙂"] + [f"text {n} " * (n % 7) for n in range(120)]
@@ -78,7 +81,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, files: list[Path]) -> dict[s
     folder = tmp_path_factory.mktemp("whole")
     run(files, folder / "out")
     found = contents(folder)
-    assert sorted(found) == sorted([*OUTPUTS, "out_rejects.jsonl"])
+    assert sorted(found) == sorted([*OUTPUTS, "out.resume.json", "out_rejects.jsonl"])
     return found
 
 
@@ -108,16 +111,17 @@ def test_a_state_counts_nothing_that_is_not_on_the_disk(
     tmp_path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill right behind the state must find all that it counts: sizes as the system has them, not as buffered."""
-    save_state, num_saved = output.save_state, 0
+    num_saved = 0
 
-    def check_and_save(path: Path, identity: Mapping[str, str], state: RunState) -> None:
+    def check_and_save(path: Path, saved: RunRecord) -> None:
         nonlocal num_saved
-        num_saved += 1
-        for key, extent in zip(REQUEST.json_keys, state.extents):
+        num_saved += saved.state.counts.num_records > 0
+        for key, extent in zip(REQUEST.json_keys, saved.state.extents if not saved.state.is_published else ()):
             tokens, lengths, sizes = partial_paths(str(tmp_path / f"out_{key}_document"))[:3]
             counted = (extent.bin_bytes, 4 * extent.num_sequences, 4 * extent.num_documents)
-            assert tuple(part.stat().st_size for part in (tokens, lengths, sizes)) == counted
-        save_state(path, identity, state)
+            found = tuple(part.stat().st_size for part in (tokens, lengths, sizes) if part.exists())
+            assert found == (counted if saved.state.counts.num_records else ())
+        save_state(path, saved)
 
     monkeypatch.setattr(output, "save_state", check_and_save)
     run(files, tmp_path / "out")
@@ -186,7 +190,7 @@ def test_only_the_same_run_is_resumed_and_all_differences_are_named(
         "--append-eod: True then, False now",
         "--split-sentences: False then, True now",
         f"input file 0: {lines} of {len(before['c.jsonl'])} bytes",
-        "leave out --resume to begin anew",
+        "leave out --resume to start again",
     ):
         assert named in printed, named
     assert "--json-keys" not in printed
@@ -207,6 +211,45 @@ def test_a_complete_output_is_left_as_it_is_and_without_a_state_a_run_begins_at_
     assert run(files, tmp_path / "new/out", resume=True) == (None, [])
 
 
+def test_a_complete_output_of_other_options_or_of_unknown_ones_is_refused(
+    tmp_path: Path, files: list[Path], whole: dict[str, bytes]
+) -> None:
+    state = tmp_path / "out.resume.json"
+    run(files, tmp_path / "out")
+    with pytest.raises(ConfigError, match="--max-line-bytes: 100000000 then, 1000 now"):
+        run(files, tmp_path / "out", resume=True, limits=dataclasses.replace(LIMITS, max_line_bytes=1000))
+    with pytest.raises(DataError, match="records rejected"):  # a run that replaces nothing leaves what is known
+        run(files, tmp_path / "out", limits=dataclasses.replace(LIMITS, max_fraction=0))
+    assert contents(tmp_path) == whole
+    os.truncate(tmp_path / "out_text_document.bin", 10)
+    with pytest.raises(DataError, match=r"holds 10 bytes, but \d+ by .*out\.resume\.json: it was changed"):
+        run(files, tmp_path / "out", resume=True)
+    state.unlink()
+    with pytest.raises(ConfigError, match=r"out_text_document\.bin is complete, but there is no .*out\.resume\.json"):
+        run(files, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_was_killed_before_its_first_state_leaves_nothing_to_the_next(
+    tmp_path: Path, files: list[Path], whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    """What a kill leaves: the partial files of its own keys. The next run has the same (`resume`), or one of them."""
+    with monkeypatch.context() as patched:
+        patched.setattr(PreprocessOutput, "_end", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            run(files, tmp_path / "out", interrupt, checkpoint_s=60)
+    assert (tmp_path / "out_title_document.lengths.partial").exists()
+    if resume:
+        _, notes = run(files, tmp_path / "out", resume=True)
+        assert notes == [f"--resume: {tmp_path}/out.resume.json counts no document yet, so this begins at the start."]
+        assert contents(tmp_path) == whole
+    else:
+        monkeypatch.setitem(globals(), "REQUEST", dataclasses.replace(REQUEST, json_keys=("text",)))
+        run(files, tmp_path / "out")
+        names = ["out.resume.json", "out_text_document.bin", "out_text_document.idx"]
+        assert sorted(contents(tmp_path)) == names
+
+
 def test_damage_to_what_an_ended_run_left_is_named(
     tmp_path: Path, files: list[Path], tool: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,9 +261,30 @@ def test_damage_to_what_an_ended_run_left_is_named(
     os.truncate(partial, partial.stat().st_size - 1)
     assert tool.main(words) == 3
     assert f"{partial} holds {partial.stat().st_size} bytes, but" in capsys.readouterr().err
-    state.write_text(state.read_text().replace('"num_read"', '"number"'))
+    text = state.read_text()
+    state.write_text(text.replace('"num_read": ', '"num_read": 1'))
+    assert tool.main(words) == 3
+    assert "its digest is of another content, so it is damaged or was changed by hand" in capsys.readouterr().err
+    state.write_text(text.replace('"num_read"', '"number"'))
     assert tool.main(words) == 3
     assert "out.resume.json cannot be read (position has no field 'num_read')" in capsys.readouterr().err
+
+
+def test_a_state_at_a_place_where_no_record_begins_is_refused(tmp_path: Path, files: list[Path]) -> None:
+    """Such as of an input that was changed and has its size and time again."""
+    with pytest.raises(KeyboardInterrupt):
+        run(files, tmp_path / "out", interrupt)
+    saved, size = load_state(tmp_path / "out.resume.json"), files[0].stat().st_size
+    for position, clause in (
+        (Position(0, 1, 25), f"it stands at byte 25 of {files[0]}, where no line begins"),
+        (Position(0, 1, size + 1), f"it stands at byte {size + 1} of {files[0]}, of which 0 to {size} are read"),
+        (Position(3), "it stands in part 3 of the input, counted from 0, which has 3"),
+        (Position(2, 125), f"it stands behind row 125 of {files[2]}, of which {len(TEXTS)} are read"),
+    ):
+        state = dataclasses.replace(saved.state, position=position)
+        save_state(tmp_path / "out.resume.json", dataclasses.replace(saved, state=state))
+        with pytest.raises(DataError, match=re.escape(f"does not fit the input: {clause}; run again without")):
+            run(files, tmp_path / "out", resume=True)
 
 
 def test_standard_input_is_neither_resumed_nor_sharded(

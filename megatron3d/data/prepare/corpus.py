@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron3d.data.prepare.columns import read_rows
+from megatron3d.data.prepare.columns import count_rows, read_rows
 from megatron3d.data.prepare.compressed import DAMAGE, decompressed
-from megatron3d.data.prepare.inputs import COLUMN_KINDS, STANDARD_INPUT, file_kind
+from megatron3d.data.prepare.inputs import COLUMN_KINDS, STANDARD_INPUT, file_kind, is_compressed
 from megatron3d.data.prepare.records import RawBatch, Reason, Unreadable, parse_documents
 from megatron3d.data.prepare.rejects import MAX_LINE_BYTES, BadRecordLimits, RejectTally
 from megatron3d.data.prepare.spans import InputSpan, Position, whole_files
@@ -76,6 +76,31 @@ def span_bytes(span: InputSpan) -> int:
     if file_kind(span.file) in COLUMN_KINDS:
         return size
     return (size if span.end is None else span.end) - span.first
+
+
+def check_position(spans: Sequence[InputSpan], position: Position) -> None:
+    """Compare a position that was read from a file with the input, as far as that can be seen without reading it all.
+
+    Raises: ValueError, whose message is a clause, if no record can begin there; OSError if the input cannot be read;
+    ConfigError if pyarrow is not installed.
+    """
+    if position.span >= len(spans):
+        raise ValueError(f"it stands in part {position.span} of the input, counted from 0, which has {len(spans)}")
+    span, file = spans[position.span], spans[position.span].file
+    if file_kind(file) == ".parquet":
+        num_rows = (count_rows(file) if span.end is None else span.end) - span.first
+        if position.num_read > num_rows:
+            raise ValueError(f"it stands behind row {position.num_read} of {file}, of which {num_rows} are read")
+    elif file_kind(file) in (".jsonl", ".json") and not is_compressed(file):
+        size = file.stat().st_size
+        end = size if span.end is None else span.end
+        if not span.first <= position.byte <= end:
+            raise ValueError(f"it stands at byte {position.byte} of {file}, of which {span.first} to {end} are read")
+        if position.byte not in (span.first, size):
+            with open(file, "rb") as stream:
+                stream.seek(position.byte - 1)
+                if stream.read(1) != b"\n":
+                    raise ValueError(f"it stands at byte {position.byte} of {file}, where no line begins")
 
 
 def iterate_texts(

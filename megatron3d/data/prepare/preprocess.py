@@ -113,13 +113,14 @@ def preprocess(
     about what an earlier run left and about the encoder that is used.
 
     Raises: ConfigError if --append-eod meets a tokenizer without such a token or with one of its own at the end,
-    --lang is unknown, or the run to be resumed was another one; DataError for input that cannot be read, holds no token
-    at all or more bad records than allowed; StorageError if the output cannot be written; PeerError if a worker was
-    killed; InUseError if another run writes the same output. No output appears in these cases.
+    --lang is unknown, or the run to be resumed was another one or is unknown; DataError for input that cannot be read,
+    holds no token at all or more bad records than allowed, and for a damaged state; StorageError if the output cannot
+    be written; PeerError if a worker was killed; InUseError if another run writes the same output. No output appears
+    in these cases.
     """
     _check(files, prefix, request, options)
     spans = _spans(files, options.shard)
-    plan = _plan(files, prefix, request, options)
+    plan = _plan(files, spans, prefix, request, options)
     if options.resume and is_complete(plan):
         return None
     if not spans:
@@ -173,7 +174,9 @@ def _check(files: Sequence[Path], prefix: str, request: EncodeRequest, options: 
         language_rules(request.splitting.language)
 
 
-def _plan(files: Sequence[Path], prefix: str, request: EncodeRequest, options: RunOptions) -> OutputPlan:
+def _plan(
+    files: Sequence[Path], spans: Sequence[InputSpan], prefix: str, request: EncodeRequest, options: RunOptions
+) -> OutputPlan:
     """Which files are written, and what they depend on."""
     shard, is_split = options.shard, request.splitting is not None
     is_resumable = STANDARD_INPUT not in files
@@ -181,8 +184,10 @@ def _plan(files: Sequence[Path], prefix: str, request: EncodeRequest, options: R
         tuple(output_prefix(prefix, key, split_sentences=is_split, shard=shard) for key in request.json_keys),
         token_dtype(tokenizer_of(request.tokenizer).vocab_size),
         rejects_path(prefix, shard),
-        state_path(prefix, shard) if is_resumable else None,
+        state_path(prefix, shard),
+        spans,
         run_identity(request, files, shard, max_line_bytes=options.limits.max_line_bytes) if is_resumable else {},
+        is_resumable,
     )
 
 

@@ -2,7 +2,9 @@
 
 The state is a small JSON file beside the output, `{prefix}.resume.json`. It is written, whole or not at all, after
 everything that it counts is on the disk, and names what the output depends on: the options, the tokenizer by content,
-and the input files by size and time of change. A run with other ones must not go on from it.
+and the input files by size and time of change. A run with other ones must not continue from it. It is there from the
+start of a run, so that what a killed run leaves is always known, and stays beside the finished output as the record of
+what that was made with. A digest of its own content shows damage and changes by hand.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from megatron3d.files.json_text import parse_object
 from megatron3d.storage.durable import flush_to_disk
 from megatron3d.storage.refusals import storage_errors
 
-FORMAT = 1
+FORMAT = 2
 # What has another name on the command line than its field; and what the bytes of the output do not depend on.
 _OPTIONS = {"special_tokens": "--tokenizer-hf-include-special-tokens", "language": "--lang"}
 _WITHOUT_EFFECT = ("encoder",)
@@ -49,7 +51,8 @@ class RunCounts:
 class RunState:
     """The place in the input, how much of each output belongs to what lies before it, and the counts.
 
-    `is_read` says that the input is at its end; then the outputs may have their names already.
+    `is_read` says that the input is at its end; then the outputs may have their names already. `is_published` says
+    that all of them have.
     """
 
     position: Position = field(default_factory=Position)
@@ -58,6 +61,17 @@ class RunState:
     counts: RunCounts = field(default_factory=RunCounts)
     input_bytes: int = 0
     is_read: bool = False
+    is_published: bool = False
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a state file holds: all that the output depends on, the names of the token files without their endings,
+    which lie beside it, and the state."""
+
+    identity: Mapping[str, str]
+    outputs: tuple[str, ...]
+    state: RunState
 
 
 def state_path(prefix: str, shard: Shard) -> Path:
@@ -77,9 +91,10 @@ def run_identity(request: EncodeRequest, files: Sequence[Path], shard: Shard, *,
     return found
 
 
-def save_state(path: Path, identity: Mapping[str, str], state: RunState) -> None:
+def save_state(path: Path, run: RunRecord) -> None:
     """Write the state; what it counts must be on the disk. Raises: StorageError."""
-    content = {"format": FORMAT, "run": identity, "state": asdict(state)}
+    body = {"run": dict(run.identity), "outputs": [*run.outputs], "state": asdict(run.state)}
+    content = {"format": FORMAT, **body, "digest": _digest_of(body)}
     beside = _beside(path)
     with storage_errors("write", path, way_out="give another --output-prefix"):
         with open(beside, "wb") as stream:
@@ -95,14 +110,19 @@ def remove_state(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def load_state(path: Path) -> tuple[dict[str, str], RunState]:
-    """The identity and the state of an earlier run. Raises: DataError if the file is damaged."""
+def load_state(path: Path) -> RunRecord:
+    """What an earlier run wrote. Raises: DataError if the file is damaged or was changed by hand."""
     try:
         stored = Fields(parse_object(path.read_bytes()), "the file")
         if stored.integer("format") != FORMAT:
             raise ValueError(f"its format is {stored.integer('format')}, and {FORMAT} can be read")
         identity = Fields(stored.entries("run"), "run")
-        return {name: identity.text(name) for name in stored.entries("run")}, _state(stored)
+        run = RunRecord(
+            {name: identity.text(name) for name in stored.entries("run")}, stored.texts("outputs"), _state(stored)
+        )
+        if stored.text("digest") != _digest_of({name: stored.get(name) for name in ("run", "outputs", "state")}):
+            raise ValueError("its digest is of another content, so it is damaged or was changed by hand")
+        return run
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); run again without --resume.") from error
 
@@ -120,7 +140,7 @@ def require_same_run(path: Path, saved: Mapping[str, str], now: Mapping[str, str
                 [
                     f"--resume: {path} is of a run that would write something else:",
                     *differences,
-                    "Give the same options and input, or leave out --resume to begin anew.",
+                    "Give the same options and input, or leave out --resume to start again.",
                 ]
             )
         )
@@ -153,6 +173,7 @@ def _state(stored: Fields) -> RunState:
         ),
         state.integer("input_bytes"),
         state.flag("is_read"),
+        state.flag("is_published"),
     )
 
 
@@ -174,6 +195,11 @@ def _options(values: Mapping[str, Any]) -> dict[str, str]:
         else:
             found[flag] = str(value)
     return found
+
+
+def _digest_of(body: Mapping[str, Any]) -> str:
+    """The digest of what a state file holds, in whichever order and layout."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path, *, is_described: bool) -> str:
