@@ -12,14 +12,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from megatron3d.data.indexed import IndexedDatasetWriter
+from megatron3d.data.prepare.array_messages import WithArrays, receive_answer, send_answer
 from megatron3d.data.prepare.executors import Processes, Ray
 from megatron3d.errors import ConfigError, PeerError
 
@@ -159,6 +164,39 @@ def test_results_and_errors_come_in_order_and_a_lost_worker_is_an_error() -> Non
     with pytest.raises(PeerError, match="One of the 2 workers was killed"):
         list(Processes(2).map_in_order(_work, range(21, 40)))
     assert set(multiprocessing.active_children()) <= before
+
+
+@dataclass(frozen=True)
+class Sized(WithArrays):
+    """Arrays of several types, one of them larger than what a connection holds."""
+
+    name: str
+    columns: tuple[NDArray, ...]
+
+    def arrays(self) -> tuple[NDArray, ...]:
+        return self.columns
+
+    def with_arrays(self, arrays: Sequence[NDArray]) -> Sized:
+        return Sized(self.name, tuple(arrays))
+
+
+def test_arrays_of_an_answer_travel_beside_it_and_half_of_one_is_an_end() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    sent = Sized("one", (np.arange(400_000, dtype=np.uint16), np.empty(0, np.int64), np.arange(10)[::3]))
+    sender = threading.Thread(target=send_answer, args=(theirs, True, sent))
+    sender.start()
+    is_result, found = receive_answer(ours)
+    sender.join()
+    assert is_result and found.name == "one"
+    for array, expected in zip(found.columns, sent.columns, strict=True):
+        assert array.dtype == expected.dtype and array.tolist() == expected.tolist()
+    send_answer(theirs, False, ValueError("no"))
+    assert str(receive_answer(ours)) == str((False, ValueError("no")))
+    theirs.send((True, sent.with_arrays([]), [("<u2", 9)]))
+    os.write(theirs.fileno(), b"half")
+    theirs.close()
+    with pytest.raises(EOFError):
+        receive_answer(ours)
 
 
 def test_an_address_of_ray_at_which_nobody_answers_is_an_error_at_once() -> None:

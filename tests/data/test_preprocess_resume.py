@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from megatron3d.data.partial_files import partial_paths
-from megatron3d.data.prepare import columns, corpus, output
+from megatron3d.data.prepare import columns, lines, output
 from megatron3d.data.prepare.encode import EncodeRequest
 from megatron3d.data.prepare.output import PreprocessOutput
 from megatron3d.data.prepare.preprocess import PreprocessProgress, RunOptions, preprocess
@@ -66,7 +66,7 @@ def interrupt(progress: PreprocessProgress) -> None:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "_BATCH_RECORDS", 19)
+    monkeypatch.setattr(lines, "_BLOCK_LINES", 19)
     monkeypatch.setattr(columns, "_ROWS", 19)
 
 

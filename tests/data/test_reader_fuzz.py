@@ -18,9 +18,10 @@ import zstandard
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from megatron3d.data.prepare import corpus
-from megatron3d.data.prepare.corpus import read_batches
-from megatron3d.data.prepare.records import Reason, Reject, parse_documents
+from megatron3d.data.prepare import lines as line_blocks
+from megatron3d.data.prepare.corpus import read_batches, read_blocks
+from megatron3d.data.prepare.lines import as_records
+from megatron3d.data.prepare.records import Reason, Reject, Unreadable, parse_documents
 from megatron3d.data.prepare.rejects import MAX_LINE_BYTES
 from megatron3d.data.prepare.spans import InputSpan, Position
 from megatron3d.errors import DataError
@@ -105,6 +106,12 @@ def check_lines(folder: Path, content: bytes, ending: str, max_line_bytes: int) 
     assert (good, [reject.line for reject in rejects]) == expected(content, max_line_bytes)
     for reject in rejects:
         assert json.loads(reject.as_json_line().decode()) == vars(reject)
+    if not ending:
+        by_range, held = (
+            [*read_blocks([InputSpan(path)], ["text"], max_line_bytes=max_line_bytes, by_range=by_range)]
+            for by_range in (True, False)
+        )
+        assert [as_records(block) for block in by_range] == [as_records(block) for block in held]
 
 
 @settings(deadline=None, max_examples=100)
@@ -134,12 +141,46 @@ def test_reading_from_the_end_of_any_batch_gives_the_rest(
     path.write_bytes(COMPRESS[ending](content))
     good, rejects = read(path, max_line_bytes=limit)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "_BATCH_RECORDS", 2)
+        patch.setattr(line_blocks, "_BLOCK_LINES", 2)
         ends = [batch.end for batch in read_batches([InputSpan(path)], ["text"], max_line_bytes=limit)]
     for end in ends:
         rest = read(path, end, max_line_bytes=limit)
         assert rest[0] == [one for one in good if one[0] > end.num_read]
         assert rest[1] == [one for one in rejects if one.line > end.num_read]
+
+
+def test_long_lines_and_many_short_ones_are_the_same_by_place_and_by_content(folder: Path) -> None:
+    """Lines longer than a block and than several, at and over the limit, between so many short ones that blocks are cut
+    by their number."""
+    path, limit = folder / "long.jsonl", 3 << 20
+    short = b'{"text": "a"}\n' * 3000
+    sizes = (line_blocks._BLOCK_BYTES - 1, line_blocks._BLOCK_BYTES, limit, limit + 1, limit + 5_000_000)
+    path.write_bytes(short + b"".join(b"%s\r\n%s" % (b"x" * size, short) for size in sizes) + b"y" * (limit + 1))
+    found = []
+    for by_range in (True, False):
+        blocks = [*read_blocks([InputSpan(path)], ["text"], max_line_bytes=limit, by_range=by_range)]
+        found.append([as_records(block) for block in blocks])
+        assert all(len(batch.records) <= line_blocks._BLOCK_LINES for batch in found[-1])
+    assert found[0] == found[1]
+    records = [(number, one) for batch in found[0] for number, one in zip(batch.line_numbers, batch.records)]
+    assert [number for number, _ in records] == [*range(1, 6 * 3000 + 5 + 2)]
+    unreadable = [(number, one.detail, one.start) for number, one in records if isinstance(one, Unreadable)]
+    assert [number for number, *_ in unreadable] == [4 * 3000 + 4, 5 * 3000 + 5, 6 * 3000 + 6]
+    ends = [(limit + 3, b"x"), (limit + 5_000_002, b"x"), (limit + 1, b"y")]
+    for (_, detail, start), (size, letter) in zip(unreadable, ends, strict=True):
+        assert f"this line takes {size:,} bytes" in detail and start.startswith(letter * 200)
+
+
+def test_a_file_that_changes_between_cut_and_split_is_an_error(folder: Path) -> None:
+    path = folder / "changing.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 9)
+    (block,) = read_blocks([InputSpan(path)], ["text"], by_range=True)
+    path.write_bytes(b'{"text": "a"}\n' * 8)
+    with pytest.raises(DataError, match=f"{path} has changed while it was read"):
+        as_records(block)
+    path.unlink()
+    with pytest.raises(DataError, match=f"{path} cannot be read"):
+        as_records(block)
 
 
 def column_file(kind: str) -> bytes:

@@ -1,8 +1,9 @@
 """Text corpora as they come, cut into batches of records for workers.
 
 Only a line feed ends a line, and a byte order mark counts only at the start of a file (`files/text.py`). Reading stays
-with one process and costs little; parsing the records is left to whoever gets the batch (`records.py`). Which files
-there are: `inputs.py`. What is wrong with a file as a whole is raised here; what is wrong with a record never is.
+with one process and costs little; splitting lines (`lines.py`) and parsing records (`records.py`) are left to whoever
+gets the batch. Which files there are: `inputs.py`. What is wrong with a file as a whole is raised here; what is wrong
+with a record never is.
 """
 
 from __future__ import annotations
@@ -11,22 +12,29 @@ import codecs
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from megatron3d.data.prepare.columns import count_rows, read_rows
 from megatron3d.data.prepare.compressed import DAMAGE, decompressed
 from megatron3d.data.prepare.inputs import COLUMN_KINDS, STANDARD_INPUT, file_kind, is_compressed
-from megatron3d.data.prepare.records import RawBatch, Reason, Unreadable, parse_documents
+from megatron3d.data.prepare.lines import FileRange, LineBlock, as_records, cut_lines, skip_line, too_long
+from megatron3d.data.prepare.records import RawBatch, parse_documents
 from megatron3d.data.prepare.rejects import MAX_LINE_BYTES, BadRecordLimits, RejectTally
 from megatron3d.data.prepare.spans import InputSpan, Position, whole_files
 from megatron3d.errors import DataError
 from megatron3d.files.text import TextError, check_encoding
 
-_BATCH_BYTES = 1 << 20
-_BATCH_RECORDS = 1024
-_SKIPPED_BYTES = 1 << 20  # of a line over the limit, read at once and forgotten
-_START_BYTES = 1000  # of such a line, kept for its reject
+_Batch = RawBatch | LineBlock
+
+
+@dataclass(frozen=True)
+class _LineOptions:
+    """How lines are read: up to which length, and whether the bytes of plain files are left to who parses them."""
+
+    max_line_bytes: int
+    by_range: bool
 
 
 def read_batches(
@@ -36,12 +44,32 @@ def read_batches(
     start: Position | None = None,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[RawBatch]:
-    """The records of all spans in order, from `start` on, in batches of about 1 MiB.
+    """The records of all spans in order, from `start` on, in batches of about 1 MiB that have at least one.
 
     A line of more than `max_line_bytes`, its end not counted, is read over and comes as an `Unreadable`.
 
     Raises: DataError if a file cannot be decompressed to its end, or read; ConfigError if pyarrow is not installed.
     """
+    for block in read_blocks(spans, keys, start=start, max_line_bytes=max_line_bytes):
+        if (batch := as_records(block)).records:
+            yield batch
+
+
+def read_blocks(
+    spans: Sequence[InputSpan],
+    keys: Sequence[str],
+    *,
+    start: Position | None = None,
+    max_line_bytes: int = MAX_LINE_BYTES,
+    by_range: bool = False,
+) -> Iterator[RawBatch | LineBlock]:
+    """What `read_batches` reads, with lines not yet split, for other processes to do so: `lines.as_records`.
+
+    With `by_range` blocks of plain files are places in them, for processes that see the same files.
+
+    Raises: as `read_batches`.
+    """
+    options = _LineOptions(max_line_bytes, by_range)
     start = start or Position(0, 0, spans[0].first if spans else 0)
     bytes_before = 0
     for place, span in enumerate(spans):
@@ -54,7 +82,7 @@ def read_batches(
                 elif file_kind(span.file) == ".txt":
                     yield from _read_document(span, begin, bytes_before)
                 else:
-                    yield from _read_lines(span, begin, bytes_before, max_line_bytes)
+                    yield from _read_lines(span, begin, bytes_before, options)
         except DAMAGE as error:
             raise DataError(
                 f"{span.file} is damaged or truncated: it cannot be decompressed ({error}). Copy or fetch it again."
@@ -147,67 +175,35 @@ def _read_document(span: InputSpan, begin: Position, bytes_before: int) -> Itera
         yield RawBatch(span.name, [1], [{"text": content}], bytes_before + raw.tell(), Position(begin.span, 1))
 
 
-def _read_lines(span: InputSpan, begin: Position, bytes_before: int, max_line_bytes: int) -> Iterator[RawBatch]:
-    """Batches of lines of JSON."""
+def _read_lines(span: InputSpan, begin: Position, bytes_before: int, options: _LineOptions) -> Iterator[_Batch]:
+    """Blocks of lines of JSON."""
     with _opened(span.file) as (raw, stream):
-        is_seekable = stream is raw and span.file != STANDARD_INPUT
-        if is_seekable:
+        is_plain = stream is raw and span.file != STANDARD_INPUT
+        if is_plain:
             _without_mark(raw.read(4), span.file)  # a span of the middle is of the same encoding
             raw.seek(begin.byte)
-        numbers: list[int] = []
-        records: list[bytes | dict[str, Any] | Unreadable] = []
-        size, last, behind = 0, 0, 0  # bytes of the records, and the last line read with the byte behind it
-
-        def batch() -> RawBatch:
-            done = 0 if span.file == STANDARD_INPUT else raw.tell() - span.first
-            end = Position(begin.span, last, behind)
-            return RawBatch(span.name, numbers, records, bytes_before + done, end)
-
-        for number, line, byte in _numbered_lines(stream, begin if is_seekable else None, span.end, max_line_bytes):
-            if number <= begin.num_read:
-                continue
-            last, behind = number, byte
-            if isinstance(line, bytes):
-                if byte == len(line):
-                    line = _without_mark(line, span.file)
-                if not line.strip():
-                    continue
-                size += len(line)
-            numbers.append(number)
-            records.append(line)
-            if size >= _BATCH_BYTES or len(records) >= _BATCH_RECORDS:
-                yield batch()
-                numbers, records, size = [], [], 0
-        if records:
-            yield batch()
-
-
-def _numbered_lines(
-    stream: BinaryIO, begin: Position | None, end: int | None, max_bytes: int
-) -> Iterator[tuple[int, bytes | Unreadable, int]]:
-    """Lines with their number and the byte behind them, counted from `begin` or else the start, up to byte `end`.
-
-    Of a line over `max_bytes` the rest is read and forgotten.
-    """
-    number, byte = (begin.num_read, begin.byte) if begin else (0, 0)
-    while (end is None or byte < end) and (line := stream.readline(max_bytes + len(b"\r\n"))):
-        number += 1
-        if len(line) <= max_bytes or len(line.removesuffix(b"\n").removesuffix(b"\r")) <= max_bytes:
-            byte += len(line)
-            yield number, line, byte
         else:
-            size = len(line) + _skip_line(stream, line)
-            detail = f"this line takes {size:,} bytes with its end, more than --max-line-bytes {max_bytes:,}."
-            byte += size
-            yield number, Unreadable(Reason.TOO_LONG, detail, line[:_START_BYTES]), byte
-
-
-def _skip_line(stream: BinaryIO, start: bytes) -> int:
-    """Read to the end of the line that begins with `start`; the bytes that it took."""
-    size, is_ended = 0, start.endswith(b"\n")
-    while not is_ended and (piece := stream.readline(_SKIPPED_BYTES)):
-        size, is_ended = size + len(piece), piece.endswith(b"\n")
-    return size
+            begin = replace(begin, byte=sum(skip_line(stream) for _ in range(begin.num_read)))
+        by_range, limit = is_plain and options.by_range, options.max_line_bytes
+        for cut in cut_lines(stream, begin, end=span.end, max_line_bytes=limit, with_content=not by_range):
+            done = cut.end - span.first if is_plain else 0 if span.file == STANDARD_INPUT else raw.tell()
+            end = Position(begin.span, cut.lines_before + cut.num_lines, cut.end)
+            if cut.is_too_long:
+                record = too_long(cut.end - cut.first, limit, cut.content or b"")
+                yield RawBatch(span.name, [cut.lines_before + 1], [record], bytes_before + done, end)
+                continue
+            if cut.first == 0 and cut.content:
+                _without_mark(cut.content[:4], span.file)
+            yield LineBlock(
+                span.name,
+                FileRange(span.file, cut.first, cut.end) if cut.content is None else cut.content,
+                cut.lines_before,
+                cut.num_lines,
+                cut.first == 0,
+                limit,
+                bytes_before + done,
+                end,
+            )
 
 
 def _read_columns(span: InputSpan, keys: Sequence[str], begin: Position, bytes_before: int) -> Iterator[RawBatch]:

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from megatron3d.data.indexed import token_dtype
 from megatron3d.data.prepare.abbreviations import language_rules
+from megatron3d.data.prepare.array_messages import WithArrays
 from megatron3d.data.prepare.encoder import Encoder, build_encoder, choose_encoder
+from megatron3d.data.prepare.lines import LineBlock, as_records
 from megatron3d.data.prepare.records import Document, RawBatch, Reject, parse_documents
 from megatron3d.data.prepare.sentences import split_sentences
 from megatron3d.data.prepare.spans import Position
@@ -53,9 +55,14 @@ class EncodedKey:
     sequence_lengths: NDArray[np.int64]
     sequences_per_document: NDArray[np.int64]
 
+    @property
+    def arrays(self) -> tuple[NDArray, ...]:
+        """All three, in the order of the fields."""
+        return self.tokens, self.sequence_lengths, self.sequences_per_document
+
 
 @dataclass(frozen=True)
-class EncodedBatch:
+class EncodedBatch(WithArrays):
     """What a worker sends back: `num_documents` good records under each key, the bad ones in order, and where in the
     input the next batch begins."""
 
@@ -66,12 +73,21 @@ class EncodedBatch:
     end: Position
     rejects: tuple[Reject, ...] = ()
 
+    def arrays(self) -> tuple[NDArray, ...]:
+        """Those of each key."""
+        return tuple(array for key in self.keys for array in key.arrays)
 
-def encode_batch(request: EncodeRequest, batch: RawBatch) -> EncodedBatch:
-    """Parse and encode one batch; this is what a worker does.
+    def with_arrays(self, arrays: Sequence[NDArray]) -> EncodedBatch:
+        """The same with other arrays."""
+        return replace(self, keys=tuple(EncodedKey(*arrays[first : first + 3]) for first in range(0, len(arrays), 3)))
 
-    Raises: DataError naming file and line for a text that the tokenizer refuses.
+
+def encode_batch(request: EncodeRequest, block: RawBatch | LineBlock) -> EncodedBatch:
+    """Split, parse and encode one batch; this is what a worker does.
+
+    Raises: DataError naming file and line for a text that the tokenizer refuses; or as `as_records`.
     """
+    batch = as_records(block)
     tokenizer = _encoder_of(request.tokenizer, request.encoder)
     parsed = parse_documents(batch, request.json_keys)
     text_bytes, keys = 0, []
@@ -84,16 +100,24 @@ def encode_batch(request: EncodeRequest, batch: RawBatch) -> EncodedBatch:
     return EncodedBatch(tuple(keys), num_documents, text_bytes, batch.input_bytes, batch.end, parsed.rejects)
 
 
-def with_chosen_encoder(request: EncodeRequest, first: RawBatch, note: Callable[[str], None]) -> EncodeRequest:
+def with_chosen_encoder(
+    request: EncodeRequest, first: RawBatch | LineBlock, note: Callable[[str], None]
+) -> EncodeRequest:
     """The request with the encoder that the run uses, after a comparison on the texts of its first batch.
 
-    Raises: as `choose_encoder`.
+    Raises: as `choose_encoder` and `as_records`.
     """
     if request.encoder is Encoder.REFERENCE:
         return request
-    parsed = parse_documents(first, request.json_keys)
+    parsed = parse_documents(as_records(first), request.json_keys)
     texts = [sentence for documents in parsed.documents for document in documents for sentence in document.sentences]
-    chosen = choose_encoder(request.encoder, tokenizer_of(request.tokenizer), texts, note)
+    chosen = choose_encoder(
+        request.encoder,
+        tokenizer_of(request.tokenizer),
+        texts,
+        note,
+        build=lambda encoder, _: _encoder_of(request.tokenizer, encoder),  # forked workers find it built
+    )
     return replace(request, encoder=chosen)
 
 
@@ -105,7 +129,7 @@ def tokenizer_of(spec: TokenizerSpec) -> Tokenizer:
 
 @functools.lru_cache(maxsize=1)
 def _encoder_of(spec: TokenizerSpec, encoder: Encoder) -> Tokenizer:
-    """What encodes, built once a process."""
+    """What encodes, built once a process; forked workers find the parent's."""
     return build_encoder(encoder, tokenizer_of(spec))
 
 

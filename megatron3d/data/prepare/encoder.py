@@ -74,7 +74,19 @@ class OtherIds:
         )
 
 
-def choose_encoder(wanted: Encoder, reference: Tokenizer, texts: Sequence[str], note: Callable[[str], None]) -> Encoder:
+def build_encoder(encoder: Encoder, reference: Tokenizer) -> Tokenizer:
+    """The tokenizer that encodes, for an encoder that was chosen. Raises: as `choose_encoder`."""
+    return GigatokenTokenizer(reference) if encoder is Encoder.GIGATOKEN else reference
+
+
+def choose_encoder(
+    wanted: Encoder,
+    reference: Tokenizer,
+    texts: Sequence[str],
+    note: Callable[[str], None],
+    *,
+    build: Callable[[Encoder, Tokenizer], Tokenizer] = build_encoder,
+) -> Encoder:
     """The encoder of a run, after the comparison; `note` takes a line that says which one it is and why.
 
     Args:
@@ -82,6 +94,7 @@ def choose_encoder(wanted: Encoder, reference: Tokenizer, texts: Sequence[str], 
         reference: the tokenizer as its own library gives it.
         texts: texts of the input, of which the first ones are compared.
         note: takes the line; not called where the tokenizer's own library was asked for, or no library is needed.
+        build: `build_encoder`, or what keeps what it builds.
 
     Raises: ConfigError or DataError if gigatoken was asked for by name and is not installed, does not have this kind of
         tokenizer, or gives other ids.
@@ -90,7 +103,7 @@ def choose_encoder(wanted: Encoder, reference: Tokenizer, texts: Sequence[str], 
         return Encoder.REFERENCE
     compared: list[str] = []
     try:
-        faster = GigatokenTokenizer(reference)
+        faster = build(Encoder.GIGATOKEN, reference)
         compared = [*_first(texts), *hostile_texts(reference.tokens() or ())]
         difference = first_other_ids(reference, faster, compared)
         if difference is not None:
@@ -102,11 +115,6 @@ def choose_encoder(wanted: Encoder, reference: Tokenizer, texts: Sequence[str], 
         return Encoder.REFERENCE
     note(f"--encoder {wanted}: texts are encoded by gigatoken, whose ids are the same for {len(compared)} texts")
     return Encoder.GIGATOKEN
-
-
-def build_encoder(encoder: Encoder, reference: Tokenizer) -> Tokenizer:
-    """The tokenizer that encodes, for an encoder that was chosen. Raises: as `choose_encoder`."""
-    return GigatokenTokenizer(reference) if encoder is Encoder.GIGATOKEN else reference
 
 
 def first_other_ids(reference: Tokenizer, other: Tokenizer, texts: Sequence[str]) -> OtherIds | None:

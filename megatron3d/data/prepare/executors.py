@@ -23,8 +23,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
+from megatron3d.data.prepare.array_messages import receive_answer, send_answer
 from megatron3d.errors import ConfigError, Megatron3dError, PeerError, install_extra
 from megatron3d.process.parent import watch_parent
 
@@ -36,7 +37,9 @@ _Out = TypeVar("_Out")
 
 
 class Executor(Protocol):
-    """Applies a function to items, somewhere."""
+    """Applies a function to items, somewhere; `sees_files` says whether under the paths that this process knows."""
+
+    sees_files: ClassVar[bool]
 
     def map_in_order(self, work: Callable[[_In], _Out], items: Iterable[_In]) -> Generator[_Out, None, None]:
         """`work` of each item, in the order of the items; closing the generator ends the workers.
@@ -50,6 +53,7 @@ class Executor(Protocol):
 class Processes:
     """`workers` processes of this machine; with one worker this process itself."""
 
+    sees_files: ClassVar[bool] = True
     workers: int = 1
 
     def map_in_order(self, work: Callable[[_In], _Out], items: Iterable[_In]) -> Generator[_Out, None, None]:
@@ -103,7 +107,7 @@ class _Worker:
     def apply(self, item: Any) -> tuple[bool, Any]:
         """True and `work(item)`, or False and what it raised. Raises: EOFError or OSError if the process is gone."""
         self._connection.send(item)
-        return self._connection.recv()
+        return receive_answer(self._connection)
 
     def kill(self) -> None:
         """End the process: what it works at is pure, and nobody waits for it any more."""
@@ -119,7 +123,7 @@ def _serve(work: Callable[[Any], Any], connection: Connection, of_parent: Connec
     watch_parent(parent_pid, lambda: os._exit(1))
     with suppress(EOFError, OSError):  # the parent is gone, or done
         while True:
-            connection.send(_answer(work, connection.recv()))
+            send_answer(connection, *_answer(work, connection.recv()))
 
 
 def _answer(work: Callable[[Any], Any], item: Any) -> tuple[bool, Any]:
@@ -140,6 +144,7 @@ class Ray:
     this package and the tokenizer's files under the same paths; the text is sent to them.
     """
 
+    sees_files: ClassVar[bool] = False
     workers: int = 1
     address: str | None = None
 

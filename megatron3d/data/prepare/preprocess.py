@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron3d.data.indexed import token_dtype
 from megatron3d.data.prepare.abbreviations import language_rules
-from megatron3d.data.prepare.corpus import read_batches, span_bytes
+from megatron3d.data.prepare.corpus import read_blocks, span_bytes
 from megatron3d.data.prepare.encode import EncodedBatch, EncodeRequest, encode_batch, tokenizer_of, with_chosen_encoder
 from megatron3d.data.prepare.executors import Executor, Processes
 from megatron3d.data.prepare.inputs import STANDARD_INPUT
@@ -216,7 +216,13 @@ def _encoded(
     if resumed.is_read or not spans:
         return
     position = resumed.position if resumed.counts.num_records else None
-    batches = read_batches(spans, request.json_keys, start=position, max_line_bytes=options.limits.max_line_bytes)
+    batches = read_blocks(
+        spans,
+        request.json_keys,
+        start=position,
+        max_line_bytes=options.limits.max_line_bytes,
+        by_range=options.executor.sees_files,
+    )
     if (first := next(batches, None)) is None:
         return
     work = functools.partial(encode_batch, with_chosen_encoder(request, first, note))
