@@ -85,6 +85,10 @@ MEANING_OF_NONE = {
         "seq_length_curriculum_steps": "lengths do not rise by a number of steps",
     },
     "model": {
+        "rotary_scaling_factor": "frequencies are not scaled",
+        "rotary_seq_len_interpolation_factor": "positions are not interpolated, or by --rotary-scaling",
+        "rotary_original_max_position_embeddings": "no such length is needed",
+        "rotary_attention_factor": "by --mscale and --mscale-all-dim",
         "num_experts": "a dense model",
         "moe_ffn_hidden_size": "that of dense layers",
         "moe_router_num_groups": "experts are chosen of all",

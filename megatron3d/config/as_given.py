@@ -27,6 +27,7 @@ from megatron3d.files.user_code import is_user_code
 # The options that `derive` sets, each before those it is derived from.
 DERIVED: tuple[tuple[str, str], ...] = (
     *(("model", name) for name in ("ffn_hidden_size", "kv_channels", "num_query_groups", "activation")),
+    *(("model", f"rotary_{name}") for name in ("scaling_factor", "original_max_position_embeddings", "scaling")),
     *(("model", name) for name in ("max_position_embeddings", "num_token_types")),
     *(("parallel", name) for name in ("pipeline_schedule", "zero_stage")),
     *(("optim", name) for name in ("lr_decay_iters", "lr_decay_samples", "lr_warmup_samples")),

@@ -1,8 +1,9 @@
 """`--use-checkpoint-args`: the options of the model out of a checkpoint's `run.json`, as Megatron-LM takes them.
 
-All options that say which function the weights compute, and the dropout, override the flags. The sequence length and
-the tokenizer come from the checkpoint unless the flags give them: a fine-tuning may be of another length, and files
-move. That the tokenizer is the same is checked when the checkpoint is loaded, as all else is (`config/resume.py`).
+All options that say which function the weights compute, and the dropout, override the flags. The sequence length, the
+tokenizer and what extends the context of rotary positions come from the checkpoint unless the flags give them: a
+fine-tuning may be of another length, and files move. A scaling that flags give is theirs with all its options. That the
+tokenizer is the same is checked when the checkpoint is loaded, as all else is (`config/resume.py`).
 
 This runs before any option is required and before torch is imported, so it reads the files by itself.
 """
@@ -33,6 +34,10 @@ OVERRIDDEN = (
     *(key for key, effect in EFFECTS.items() if effect is Effect.FUNCTION and key != ("data", "eod_token")),
     *(("model", name) for name in _MORE),
 )
+_EXTENSION = tuple(key for key, effect in EFFECTS.items() if effect is Effect.EXTENSION)
+_BASE, _LONGEST = ("model", "rotary_base"), ("model", "max_position_embeddings")
+_INTERPOLATION = ("model", "rotary_seq_len_interpolation_factor")
+_POSITIONS, _SCALING = ("model", "position_embedding_type"), ("model", "rotary_scaling")
 # Switches that the options above contain once they are resolved: those of the flags are dropped.
 _CONTAINED = tuple(("model", name) for name in ("swiglu", "squared_relu", "openai_gelu", "group_query_attention"))
 
@@ -58,8 +63,12 @@ def with_checkpoint_args(settings: Settings, log: Callable[[str], None]) -> dict
     stored = from_dict(run, architecture=wanted)
     for key in _CONTAINED:
         changed.pop(key, None)
+    is_rotary = stored.model.position_embedding_type == "rope"
+    if is_rotary:
+        _extend(changed, vars(stored.model))
     for key in OVERRIDDEN:
-        _override(changed, key, getattr(getattr(stored, key[0]), key[1]), log)
+        if not (is_rotary and key == _LONGEST and key in changed):
+            _override(changed, key, getattr(getattr(stored, key[0]), key[1]), log)
     if not any(settings.get(("data", name)) for name in _TOKENIZER):
         data = beside_checkpoint(stored.data, directory)
         changed.update({("data", name): getattr(data, name) for name in (*_TOKENIZER, *_OF_TOKENIZER)})
@@ -67,6 +76,16 @@ def with_checkpoint_args(settings: Settings, log: Callable[[str], None]) -> dict
     changed.setdefault(("model", "seq_length"), stored.model.seq_length)
     log(f"--use-checkpoint-args: the model's options are those of {directory}")
     return changed
+
+
+def _extend(changed: dict[tuple[str, str], Any], stored: Mapping[str, Any]) -> None:
+    """Take what extends the context from the stored model where flags do not give it."""
+    if changed.get(_POSITIONS) == "yarn":
+        changed[_POSITIONS] = "rope"
+        changed.setdefault(_SCALING, "yarn")
+    scaling = [key for key in _EXTENSION if key != _BASE]
+    for key in (_BASE, *(scaling if changed.keys().isdisjoint((*scaling, _INTERPOLATION)) else ())):
+        changed.setdefault(key, stored[key[1]])
 
 
 def _override(

@@ -110,7 +110,7 @@ def derive_model(model: GivenModel) -> GivenModel:
     groups = model.num_query_groups or (1 if model.group_query_attention else heads)
     counts = [int(word) for word in model.num_experts_by_layer if word.isdecimal()]
     return replace(
-        model,
+        _with_rotary_scaling(model),
         activation=activation,
         num_query_groups=groups,
         kv_channels=model.kv_channels or (hidden // heads if hidden and heads else None),
@@ -118,6 +118,35 @@ def derive_model(model: GivenModel) -> GivenModel:
         max_position_embeddings=model.max_position_embeddings or model.seq_length,
         num_token_types=_num_token_types(model),
         num_experts=model.num_experts or max(counts, default=None),
+    )
+
+
+def _with_rotary_scaling(model: GivenModel) -> GivenModel:
+    """The model with the scaling that Megatron-LM's options mean, its factor and original length.
+
+    Source: `rope_scaling_factor` and `_apply_scaling` of Megatron-LM's `RotaryEmbedding` for the defaults of llama3.
+    """
+    scaling, positions, interpolation = (
+        model.rotary_scaling,
+        model.position_embedding_type,
+        model.rotary_seq_len_interpolation_factor,
+    )
+    factor, original = model.rotary_scaling_factor, model.rotary_original_max_position_embeddings
+    if positions == "yarn":
+        positions, scaling = "rope", "yarn" if scaling == "none" else scaling
+    elif scaling in ("none", "linear") and interpolation is not None and interpolation != 1:
+        scaling, factor = "linear", factor or interpolation
+    longest = model.max_position_embeddings or model.seq_length
+    if scaling == "llama3":
+        factor, original = factor or 8.0, original or 8192
+    elif scaling != "none" and factor is None and original and longest:
+        factor = max(1.0, longest / original)
+    return replace(
+        model,
+        position_embedding_type=positions,
+        rotary_scaling=scaling,
+        rotary_scaling_factor=factor,
+        rotary_original_max_position_embeddings=original,
     )
 
 

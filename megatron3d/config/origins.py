@@ -24,6 +24,10 @@ DERIVED_FROM: Mapping[str, str] = {
     "num_query_groups": "group_query_attention num_attention_heads",
     "max_position_embeddings": "seq_length",
     "num_token_types": "bert_binary_head",
+    "rotary_scaling": "position_embedding_type rotary_seq_len_interpolation_factor",
+    "rotary_scaling_factor": "rotary_scaling rotary_seq_len_interpolation_factor "
+    "rotary_original_max_position_embeddings max_position_embeddings seq_length",
+    "rotary_original_max_position_embeddings": "rotary_scaling",
     "pipeline_schedule": "num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage",
     "zero_stage": "use_distributed_optimizer",
     "global_batch_size": "step_batch_size_schedule micro_batch_size gradient_accumulation_steps",

@@ -1,8 +1,10 @@
 """What a change of each option means to a run that resumes a checkpoint: one table over all fields of all sections.
 
-Every field has exactly one effect. FUNCTION changes what the weights compute: never resumed. SAMPLES changes what
-"so many consumed samples" means: resumed only with --override-sample-order. REPORTED changes how training goes on,
-which people do on purpose: reported in a line. FREE changes neither: layout, memory, kernels, logging, paths.
+Every field has exactly one effect. FUNCTION changes what the weights compute: never resumed. EXTENSION does so too, but
+is how the context of trained weights is extended: a run never resumes with a change of it, and one that starts from the
+weights (--finetune, --pretrained-checkpoint) reports it in a line. SAMPLES changes what "so many consumed samples"
+means: resumed only with --override-sample-order. REPORTED changes how training goes on, which people do on purpose:
+reported in a line. FREE changes neither: layout, memory, kernels, logging, paths.
 
 Some options have no value that could be compared: token files and tokenizers are compared by content
 (`data/content.py`), and the options of the learning-rate schedule by the schedule that they give
@@ -28,6 +30,7 @@ class Effect(Enum):
     """What a change of an option means to a resumed run."""
 
     FUNCTION = "function"
+    EXTENSION = "extension"
     SAMPLES = "samples"
     REPORTED = "reported"
     FREE = "free"
@@ -39,7 +42,7 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
         "model": {
             Effect.FUNCTION: (
                 "architecture num_layers hidden_size num_attention_heads max_position_embeddings ffn_hidden_size "
-                "kv_channels num_query_groups vocab_size position_embedding_type rotary_base rotary_percent "
+                "kv_channels num_query_groups vocab_size position_embedding_type rotary_percent "
                 "rotary_interleaved normalization norm_epsilon apply_layernorm_1p norm_position "
                 "activation add_bias_linear add_qkv_bias "
                 "qk_layernorm qk_layernorm_across_heads untie_embeddings_and_output_weights "
@@ -52,15 +55,21 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
                 "moe_router_enable_expert_bias moe_router_force_load_balancing "
                 "moe_shared_expert_intermediate_size moe_shared_expert_gate"
             ),
+            Effect.EXTENSION: (
+                "rotary_base rotary_scaling rotary_scaling_factor rotary_original_max_position_embeddings "
+                "rotary_low_freq_factor rotary_high_freq_factor rotary_attention_factor yarn_beta_fast yarn_beta_slow "
+                "mscale mscale_all_dim yarn_correction_range_round_to_int"
+            ),
             Effect.SAMPLES: "seq_length",
             Effect.REPORTED: (
                 "hidden_dropout attention_dropout moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff "
                 "moe_input_jitter_eps moe_router_bias_update_rate"
             ),
-            # The switches are in activation and num_query_groups; stored tables have no padding; the initial weights
-            # are past.
+            # The switches are in activation and num_query_groups, the interpolation in rotary_scaling and its factor;
+            # stored tables have no padding; the initial weights are past.
             Effect.FREE: (
-                "swiglu squared_relu openai_gelu group_query_attention make_vocab_size_divisible_by init_method_std "
+                "swiglu squared_relu openai_gelu group_query_attention rotary_seq_len_interpolation_factor "
+                "make_vocab_size_divisible_by init_method_std "
                 "moe_pad_expert_input_to_capacity moe_token_dispatcher_type"
             ),
         },
@@ -190,6 +199,8 @@ def _has(section: str, name: str, *values: Any) -> Callable[[RunConfig], bool]:
 
 
 _IS_ROTARY = _has("model", "position_embedding_type", "rope")
+_IS_YARN = _has("model", "rotary_scaling", "yarn")
+_IS_LLAMA3 = _has("model", "rotary_scaling", "llama3")
 _USES_ADAM = _has("optim", "optimizer", "adam", "adamw", "lamb", "muon")
 _IS_FP16 = _has("optim", "fp16", True)
 
@@ -208,6 +219,11 @@ _RELEVANT: Mapping[Key, Callable[[RunConfig], bool]] = MappingProxyType(
     {
         ("model", "max_position_embeddings"): _has("model", "position_embedding_type", "learned_absolute"),
         **{("model", name): _IS_ROTARY for name in ("rotary_base", "rotary_percent", "rotary_interleaved")},
+        ("model", "rotary_original_max_position_embeddings"): _has("model", "rotary_scaling", "yarn", "llama3"),
+        **{("model", f"rotary_{name}_freq_factor"): _IS_LLAMA3 for name in ("low", "high")},
+        **{
+            ("model", name): _IS_YARN for _, name in EFFECTS if name.startswith(("yarn_", "mscale", "rotary_attention"))
+        },
         ("train", "matmul"): lambda run: run.optim.precision == "fp32" and run.parallel.device != "cuda",
         ("model", "add_qkv_bias"): _has("model", "add_bias_linear", False),
         ("model", "bert_binary_head"): lambda run: "bert_binary_head" in run.model.traits.own_options,

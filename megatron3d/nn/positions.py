@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
+from megatron3d.nn.rotary import rotary_attention_factor, rotary_frequencies
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
@@ -66,15 +67,13 @@ class TokenTypes(_AddedTable):
 def rotary_table(
     config: ModelConfig, length: int, position_ids_BS: Tensor | None, *, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position times frequency, fp32, [S, R/2] or, with position ids, [B, S, R/2].
+    """Cosine and sine of position times frequency (`rotary.py`), fp32, [S, R/2] or, with position ids, [B, S, R/2].
 
-    R is the rotated part of a head and frequency i is base^(-2i/R), i = 0 .. R/2-1.
+    R is the rotated part of a head; with yarn both are multiplied by its attention factor.
 
     Source: Su et al. 2021 (RoFormer), equation 15.
     """
-    rotated = int(config.kv_channels * config.rotary_percent)
-    exponents = torch.arange(0, rotated, 2, device=device, dtype=torch.float32) / rotated
-    frequencies = config.rotary_base**-exponents
     positions = torch.arange(length, device=device) if position_ids_BS is None else position_ids_BS
-    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
-    return angles.cos(), angles.sin()
+    angles = positions.to(torch.float32).unsqueeze(-1) * rotary_frequencies(config, device=device)
+    factor = rotary_attention_factor(config)
+    return (angles.cos(), angles.sin()) if factor == 1.0 else (angles.cos() * factor, angles.sin() * factor)

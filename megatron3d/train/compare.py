@@ -78,16 +78,18 @@ def agreed_content(
 
 
 def compare_weights(saved: SavedRun, config: RunConfig, content: Content | None) -> list[str]:
-    """Lines about what a fine-tuning changes of the tokenizer, if it may, and of the user's own code; the rest is a
-    run of its own.
+    """Lines about what a fine-tuning changes of the rotary frequencies, of the tokenizer, if it may, and of the user's
+    own code; the rest is a run of its own.
 
-    Refused is a model that computes another function of the same weights and, unless --override-tokenizer is given,
-    a tokenizer of the same kind with other content, by which the model's ids mean other tokens. A tokenizer of another
-    kind is named on purpose. The arguments are those of `compare_resumed`.
+    Refused is a model that computes another function of the same weights in any other way, and, unless
+    --override-tokenizer is given, a tokenizer of the same kind with other content, by which the model's ids mean other
+    tokens. A tokenizer of another kind is named on purpose. The arguments are those of `compare_resumed`.
 
     Raises: MisfitError with all differences.
     """
-    function = [one for one in differences(saved.config, config) if one.effect is Effect.FUNCTION]
+    found = differences(saved.config, config)
+    function = [one for one in found if one.effect is Effect.FUNCTION]
+    extension = [one for one in found if one.effect is Effect.EXTENSION]
     tokenizer: list[Difference] = []
     code: list[Difference] = []
     if content is not None and saved.content is not None:
@@ -97,7 +99,7 @@ def compare_weights(saved: SavedRun, config: RunConfig, content: Content | None)
     refused = [] if may_differ else tokenizer
     if function or refused:
         raise MisfitError(_refusal(saved.directory, function, [], refused))
-    return [f"changed: {one}" for one in (*tokenizer, *code)]
+    return [f"changed: {one}" for one in (*extension, *tokenizer, *code)]
 
 
 def compare_resumed(saved: SavedRun, config: RunConfig, content: Content | None) -> list[str]:
@@ -118,15 +120,14 @@ def compare_resumed(saved: SavedRun, config: RunConfig, content: Content | None)
             lines.append(line)
         found += content_differences(theirs, ours, continues=config.data.sample_order != "megatron")
         lines += moved(theirs, ours)
-    function = [one for one in found if one.effect is Effect.FUNCTION]
+    function = [one for one in found if one.effect in (Effect.FUNCTION, Effect.EXTENSION)]
     is_overridden = config.checkpoint.override_tokenizer
     samples = [one for one in found if one.effect is Effect.SAMPLES and not (is_overridden and one.option == TOKENIZER)]
     may_differ = config.checkpoint.override_sample_order
     if function or (samples and not may_differ):
         continues = config.data.sample_order != "megatron"
         raise MisfitError(_refusal(saved.directory, function, [] if may_differ else samples, continues=continues))
-    changed = [one for one in found if one.effect is not Effect.FUNCTION]
-    return [*(f"changed: {one}" for one in changed), *lines]
+    return [*(f"changed: {one}" for one in found), *lines]
 
 
 def _as_known_then(saved: DataConfig, content: Content) -> tuple[Content, Content, str]:
@@ -160,6 +161,8 @@ def _refusal(
             "checkpoint, or take them from it with --use-checkpoint-args:",
             *(f"  {one}" for one in function),
         ]
+    if any(one.effect is Effect.EXTENSION for one in function):
+        lines += ["To extend the context of these weights, start from them with --finetune and another --save."]
     if samples:
         lines += [
             f"{directory} counts samples that are not those of this run, which would see some twice and some never. "

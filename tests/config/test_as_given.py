@@ -47,6 +47,8 @@ def written(tmp_path: Path, run: RunConfig, *, with_record: bool = True) -> Path
     return tmp_path / "run.json"
 
 
+ROPE, YARN = "--position-embedding-type rope", "--position-embedding-type yarn"
+YARN_OF_8 = f"{YARN} --rotary-original-max-position-embeddings 8"
 # (options of the stored run, ranks it had, flags after --config, ranks now, options that give the same run)
 CHANGES = [
     ("", 1, "--hidden-size 128", 1, "--hidden-size 128"),
@@ -67,6 +69,9 @@ CHANGES = [
     ("--recompute-method uniform", 1, "--recompute-activations", 1, "--recompute-activations"),
     ("--use-distributed-optimizer", 2, "--zero-stage 0", 2, ""),
     ("--bf16", 1, "--fp16", 1, "--fp16"),
+    (f"{YARN} --yarn-original-max-position-embeddings 8", 1, "--seq-length 64", 1, f"{YARN_OF_8} --seq-length 64"),
+    ("--use-rotary-position-embeddings --use-rope-scaling", 1, "", 1, f"{ROPE} --rotary-scaling llama3"),
+    (f"{ROPE} --rotary-seq-len-interpolation-factor 4", 1, "", 1, f"{ROPE} --rotary-seq-len-interpolation-factor 4"),
     ("--lr-warmup-iters 2", 1, "--lr-warmup-fraction 0.1", 1, "--lr-warmup-fraction 0.1"),
     ("--pipeline-model-parallel-size 2", 2, "--num-virtual-stages-per-pipeline-rank 2", 2, "2 stages"),
 ]

@@ -17,6 +17,9 @@ from tests.runs.harness import MOCK
 
 ALL_FIELDS = {(section, field.name) for section, kind in SECTIONS.items() for field in dataclasses.fields(kind)}
 
+ROPE = "--position-embedding-type rope"
+YARN = "--position-embedding-type yarn --yarn-original-max-position-embeddings 8"
+
 
 def resolved(options: str = "", *, architecture: str = "gpt", base: str = MOCK) -> RunConfig:
     argv = f"{base} {options}".split()
@@ -63,6 +66,11 @@ def test_equal_runs_do_not_differ_whatever_their_layout() -> None:
         ("--norm-epsilon 1e-6", "--norm-epsilon: checkpoint 1e-05, this run 1e-06", Effect.FUNCTION),
         ("--disable-bias-linear", "--disable-bias-linear: checkpoint off, this run on", Effect.FUNCTION),
         ("--reset-position-ids --eod-token 3", "--reset-position-ids: checkpoint off, this run on", Effect.FUNCTION),
+        (
+            f"{ROPE} --rotary-base 5e5",
+            "--position-embedding-type: checkpoint learned_absolute, this run rope",
+            Effect.FUNCTION,
+        ),
         ("--seed 7", "--seed: checkpoint 1234, this run 7", Effect.SAMPLES),
         ("--seq-length 8 --max-position-embeddings 16", "--seq-length: checkpoint 16, this run 8", Effect.SAMPLES),
         ("--adam-beta2 0.95", "--adam-beta2: checkpoint 0.999, this run 0.95", Effect.REPORTED),
@@ -85,6 +93,12 @@ def test_a_changed_option_is_named_with_both_values(options: str, line: str, eff
         ("--optimizer adam", "--optimizer adamw"),
         ("--optimizer sgd", "--optimizer sgd --adam-beta1 0.8 --muon-momentum 0.5"),
         ("", "--rotary-base 500000"),
+        (
+            f"{ROPE} --rotary-scaling linear --rotary-scaling-factor 4",
+            f"{ROPE} --rotary-seq-len-interpolation-factor 4",
+        ),
+        (f"{ROPE} --use-rope-scaling", f"{ROPE} --rotary-scaling llama3 --rope-scaling-factor 8"),
+        (f"{ROPE} --rotary-scaling yarn --yarn-original-max-position-embeddings 8", f"{YARN} --rope-scaling-factor 2"),
         ("--position-embedding-type rope", "--position-embedding-type rope --max-position-embeddings 64"),
         ("--data-path a --split 969,30,1", "--data-path a --split 969.0,30,1.0"),
         ("--bf16", "--bf16 --initial-loss-scale 8"),
@@ -134,7 +148,7 @@ def test_batches_decide_the_samples_of_a_curriculum() -> None:
 def test_a_flag_that_switches_something_off_is_on_in_the_run_that_has_it(key: tuple[str, str]) -> None:
     spelling = BY_KEY[key].spelling
     kind = "bert" if key[1] in ("bert_binary_head", "mask_whole_words") else "gpt"
-    base = "--optimizer muon" if key[1].startswith("muon") else ""
+    base = "--optimizer muon" if key[1].startswith("muon") else YARN if key[1].startswith("yarn") else ""
     without, given = (resolved(f"{base} {more}", architecture=kind) for more in ("", spelling))
     assert f"{spelling}: checkpoint off, this run on" in differences_by_line(without, given)
     assert f"{spelling}: checkpoint on, this run off" in differences_by_line(given, without)
@@ -156,6 +170,8 @@ RUNS = (
     "--reset-position-ids --eod-token 3 --position-embedding-type rope",
     "--disable-bias-linear --fp16",
     "--fp16 --loss-scale 8",
+    YARN,
+    f"{ROPE} --use-rope-scaling",
     *(f"--optimizer {name}" for name in ("sgd", "lion", "muon")),
 )
 

@@ -55,9 +55,11 @@ def run_of(values: Settings) -> RunConfig:
     """A run with any values, whether or not they fit together."""
     of = {section: {name: value for (where, name), value in values.items() if where == section} for section in SECTIONS}
     run = RunConfig(**{section: config_class(**of[section]) for section, config_class in SECTIONS.items()})
-    # The one value that may be None and follows from another, which every resolved run has.
-    experts = derive_model(run.model).num_experts
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, num_experts=experts))
+    # Values that may be None and that follow from others, which every resolved run has.
+    names = ("num_experts", "rotary_scaling_factor", "rotary_original_max_position_embeddings")
+    derived, given = vars(derive_model(run.model)), vars(run.model)
+    missing = {name: derived[name] for name in names if given[name] is None}
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **missing))
 
 
 REQUIRED = {

@@ -76,6 +76,20 @@ def test_another_function_of_the_weights_is_refused_with_all_differences_at_once
     assert "--fall-back" not in ended.err, "an earlier checkpoint has the same model"
 
 
+def test_a_context_is_extended_by_a_fine_tuning_and_not_by_a_resume(tmp_path: Path) -> None:
+    rope = f"{MOCK} --position-embedding-type rope"
+    run_ok(rope, "--train-iters 1 --save", tmp_path)
+    longer = "--position-embedding-type yarn --original-max-position-embeddings 16 --max-position-embeddings 64"
+    lines = ("--rotary-scaling: checkpoint none, this run yarn", "--rotary-scaling-factor: checkpoint none, this run 4")
+    refused(resumed(tmp_path, longer, "--rotary-base 5e5"), "--rotary-base: checkpoint", *lines, "start from them with")
+    for more in ("", "--use-checkpoint-args --norm-epsilon 1e-6"):
+        ended = resumed(
+            tmp_path, f"{longer} --finetune {more}", base=rope.replace("--seq-length 16", "--seq-length 64")
+        )
+        assert ended.code == 0, ended.err
+        assert all(f"changed: {line}" in ended.out for line in lines) and "--rotary-base:" not in ended.out
+
+
 def test_a_resume_that_changes_nothing_says_nothing_of_changes(saved: Path) -> None:
     assert "changed" not in resumed(saved).out
 

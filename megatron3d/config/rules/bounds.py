@@ -57,7 +57,8 @@ BOUNDS: tuple[Bound, ...] = (
         "loss_scale_window hysteresis muon_num_ns_steps zero_shard_size muon_num_ns_steps mask_max_ngram "
         "moe_ffn_hidden_size moe_router_topk moe_router_num_groups moe_router_group_topk "
         "moe_shared_expert_intermediate_size num_experts "
-        "random_ltd_min random_ltd_max random_ltd_steps random_ltd_step_size sample_order_samples",
+        "random_ltd_min random_ltd_max random_ltd_steps random_ltd_step_size sample_order_samples "
+        "rotary_scaling_factor rotary_seq_len_interpolation_factor rotary_original_max_position_embeddings",
         at_least=1,
     ),
     Bound(
@@ -69,13 +70,14 @@ BOUNDS: tuple[Bound, ...] = (
         "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples lr_warmup_tokens weight_decay start_weight_decay "
         "end_weight_decay clip_grad eval_iters ckpt_step seed num_workers eod_token num_token_types init_method_std "
         "curriculum_seed zero_prefetch_units profile_step_start moe_z_loss_coeff moe_min_capacity "
-        "sample_order_consumed mid_level_dataset_surplus",
+        "sample_order_consumed mid_level_dataset_surplus mscale mscale_all_dim",
         at_least=0,
     ),
     Bound(
         "norm_epsilon rotary_base adam_eps loss_scale initial_loss_scale min_loss_scale peak_tflops "
         "muon_extra_scale_factor pipeline_memory_limit_gb distributed_timeout_minutes exit_duration_in_mins "
-        "moe_router_topk_scaling_factor moe_router_bias_update_rate moe_expert_capacity_factor",
+        "moe_router_topk_scaling_factor moe_router_bias_update_rate moe_expert_capacity_factor "
+        "rotary_low_freq_factor rotary_high_freq_factor rotary_attention_factor yarn_beta_fast yarn_beta_slow",
         above=0,
     ),
     Bound(

@@ -13,6 +13,7 @@ from megatron3d.config.architectures import ARCHITECTURES, named
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.rules.experts import expert_problems
 from megatron3d.config.rules.pipeline import pipeline_problems
+from megatron3d.config.rules.rotary import rotary_rule
 from megatron3d.config.run import DraftRun, GivenRun
 from megatron3d.config.sections.model import GivenModel
 from megatron3d.config.sections.parallel import ParallelConfig
@@ -21,6 +22,7 @@ from megatron3d.config.sections.parallel import ParallelConfig
 def model_and_layout_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     """What no model can be, or cannot be cut into, whichever the run."""
     yield from attention_rule(given.model, run.model)
+    yield from rotary_rule(given.model, run.model)
     yield from activation_rule(given.model, run.model)
     yield from positions_rule(run.model)
     yield from architecture_rule(given.model, run.model)
@@ -33,7 +35,7 @@ def model_and_layout_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
 
 
 def attention_rule(given: GivenModel, model: GivenModel) -> Iterator[str]:
-    """Heads share the hidden size, groups share the heads, and rotations work on pairs."""
+    """Heads share the hidden size, and groups share the heads."""
     hidden, heads, groups = model.hidden_size, model.num_attention_heads, model.num_query_groups
     if hidden and heads and given.kv_channels is None and hidden % heads:
         below = hidden // heads * heads
@@ -57,13 +59,6 @@ def attention_rule(given: GivenModel, model: GivenModel) -> Iterator[str]:
             f"--qk-layernorm-across-heads is an RMSNorm, and --normalization is {model.normalization}; use "
             "--normalization RMSNorm, or leave it out."
         )
-    if model.position_embedding_type == "rope" and model.kv_channels:
-        rotated = int(model.kv_channels * model.rotary_percent)
-        if rotated % 2 or rotated == 0:
-            yield (
-                f"--position-embedding-type rope rotates pairs, but --kv-channels {model.kv_channels} x "
-                f"--rotary-percent {model.rotary_percent:g} is {rotated}; choose them so that it is even and positive."
-            )
 
 
 def activation_rule(given: GivenModel, model: GivenModel) -> Iterator[str]:

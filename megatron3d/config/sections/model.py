@@ -9,11 +9,12 @@ from megatron3d.config.architectures import ARCHITECTURES, ModelTraits, traits_o
 from megatron3d.config.experts import balance_losses, expert_layers, experts_by_layer
 from megatron3d.config.fields import off_switch, option, switch
 from megatron3d.config.sections.experts import GivenExperts
+from megatron3d.config.sections.rotary import GivenRotary
 
 
 @dataclass(frozen=True)
 class GivenTransformer:
-    """The options of the layers, those of experts aside."""
+    """The options of the layers, those of rotary positions and of experts aside."""
 
     architecture: str = option(
         "gpt",
@@ -55,13 +56,8 @@ class GivenTransformer:
     position_embedding_type: str = option(
         "learned_absolute",
         "--position-embedding-type",
-        "Where positions enter.",
-        choices=("learned_absolute", "rope", "none"),
-    )
-    rotary_base: float = option(10000.0, "--rotary-base", "Base of the rotary frequencies.")
-    rotary_percent: float = option(1.0, "--rotary-percent", "Part of each head that is rotated, 0 to 1.")
-    rotary_interleaved: bool = switch(
-        "--rotary-interleaved", "Rotate neighbouring pairs (GPT-J) instead of halves (GPT-NeoX, Llama)."
+        "Where positions enter; yarn is rope with --rotary-scaling yarn.",
+        choices=("learned_absolute", "rope", "yarn", "none"),
     )
     normalization: str = option(
         "LayerNorm", "--normalization", "The norm of every block.", choices=("LayerNorm", "RMSNorm")
@@ -125,7 +121,7 @@ class GivenTransformer:
 
 
 @dataclass(frozen=True)
-class GivenModel(GivenExperts, GivenTransformer):
+class GivenModel(GivenExperts, GivenRotary, GivenTransformer):
     """The model as it is given. A field that is None is not given: it follows from the others, or the run lacks it."""
 
 
