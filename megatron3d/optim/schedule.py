@@ -4,7 +4,8 @@ A schedule is a handful of numbers, `ScheduleSettings`. A checkpoint stores them
 with the flags (`reconcile`). Progress is counted in samples, as Megatron-LM does: with iteration-based options that is
 iterations x global batch, with sample-based options the consumed samples. Where samples begin short
 (`config/lengths.py`) and `--lr-decay-tokens` or `--lr-warmup-tokens` is given, progress is the consumed tokens, as
-Megatron-DeepSpeed does, with the same formulas; its warm-up in samples before a decay in tokens is not here.
+Megatron-DeepSpeed does, with the same formulas; its warm-up in samples before a decay in tokens is not here. A run that
+began so and is resumed without short samples keeps counting tokens (`settings_like`).
 
 **Which progress a step uses.** The step that makes update number k (from 0) takes the rate at the progress *before*
 it: k updates made, the samples of those updates consumed. So the very first step runs at `--lr-warmup-init` (0 unless
@@ -134,6 +135,27 @@ def settings_from_config(optim: OptimConfig, train: TrainConfig) -> ScheduleSett
     unit = "samples" if by_samples else "iterations"
     lengths = _Lengths(warmup, decay, (wsd_decay or 0) if optim.lr_decay_style == "WSD" else 0, length)
     return _settings(optim, lengths, unit=unit, samples_per_unit=1 if by_samples else train.global_batch_size)
+
+
+def settings_like(saved: ScheduleSettings, optim: OptimConfig, train: TrainConfig) -> ScheduleSettings:
+    """The schedule that the flags ask for, in tokens where that of a checkpoint is and all its lengths are given so.
+
+    By the flags alone samples of one length are counted, which is the same. But a run that had shorter ones before has
+    consumed fewer tokens than its samples say.
+
+    Raises: ConfigError as `settings_from_config`.
+    """
+    flags = settings_from_config(optim, train)
+    has_decay = optim.lr_decay_tokens is not None or (
+        train.train_tokens is not None and optim.lr_decay_samples == train.train_samples
+    )
+    has_warmup = optim.lr_warmup_tokens is not None or not optim.lr_warmup_samples
+    if saved.unit != "tokens" or flags.unit != "samples" or flags.decay_style == "WSD":
+        return flags
+    if not (has_decay and has_warmup):
+        return flags
+    in_tokens = replace(optim, lr_decay_tokens=optim.lr_decay_tokens or train.train_tokens)
+    return _settings_in_tokens(in_tokens, train)
 
 
 @dataclass(frozen=True)

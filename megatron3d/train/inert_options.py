@@ -13,6 +13,7 @@ from megatron3d.config.options import BY_NAME
 from megatron3d.config.run import RunConfig
 from megatron3d.data.splits import parse_split
 from megatron3d.optim.schedule import ScheduleSettings
+from megatron3d.train.inert_data_options import inert_data_options
 from megatron3d.train.state import Progress
 
 
@@ -29,7 +30,8 @@ class InertOptions:
 
     def lines(self) -> list[str]:
         """A sentence for each option without effect."""
-        without_steps = [*self._no_data(), *self._wandb(), *self._sample_order(), *self._fim()]
+        of_data = [*self._sample_order(), *self._fim(), *self._data_options()]
+        without_steps = [*self._no_data(), *self._wandb(), *of_data]
         if self.progress.step >= self.last_step:
             return [self._finished(), *without_steps]
         return [*without_steps, *self._intervals(), *self._warmup(), *self._single_steps(), *self._replicas()]
@@ -87,6 +89,10 @@ class InertOptions:
         if given and not self.config.data.fim_data:
             words = ", ".join(f"{one.spelling} {one.value_in(self.config)}" for one in given)
             yield f"{words} has no effect without --fim-data: no sample is permuted"
+
+    def _data_options(self) -> Iterator[str]:
+        run = self.config
+        return inert_data_options(run.data, run.model, train=run.train, curriculum=run.curriculum, lengths=run.lengths)
 
     def _next(self, interval: int) -> int:
         """The first multiple of an interval that is still to come."""

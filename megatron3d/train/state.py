@@ -25,7 +25,13 @@ from megatron3d.data.blend_history import BlendHistory
 from megatron3d.data.content import Content, CorpusContent, content_of_paths
 from megatron3d.errors import CheckpointError, MisfitError
 from megatron3d.optim.build import kind, other_state_views, set_step_count, state_names, step_count
-from megatron3d.optim.schedule import ScheduleSettings, reconcile, schedule_differences, settings_from_config
+from megatron3d.optim.schedule import (
+    ScheduleSettings,
+    reconcile,
+    schedule_differences,
+    settings_from_config,
+    settings_like,
+)
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.freeze import is_frozen
 from megatron3d.train.compare import CONTENT_DOCUMENT, SavedRun, compare_resumed, compare_weights, read_saved_run
@@ -351,7 +357,7 @@ def _may_be_missing(name: str, parts: TrainingSetup, frozen: Sequence[str]) -> b
 
 def _schedule(saved: ScheduleSettings, parts: TrainingSetup) -> tuple[ScheduleSettings, list[str]]:
     """The schedule to follow, and lines about how that of the checkpoint differs from the flags'."""
-    options, flags = parts.config.checkpoint, settings_from_config(parts.config.optim, parts.config.train)
+    options, flags = parts.config.checkpoint, settings_like(saved, parts.config.optim, parts.config.train)
     chosen = reconcile(
         saved,
         flags,

@@ -110,6 +110,9 @@ BAD_OPTIONS: dict[str, str] = {
     "has 3 words for 2 metrics; give two for each": (
         "--curriculum-metric a b --curriculum-steps 9 --curriculum-deepspeed-index 1 2 3"
     ),
+    "-fraction 0.1 and --curriculum-warmup-steps 9 both set the end of the warm-up": (
+        "--curriculum-metric a --curriculum-index d --curriculum-warmup-fraction 0.1 --curriculum-warmup-steps 9"
+    ),
     "names a metric twice": "--curriculum-metric a a --curriculum-steps 9 --curriculum-index d",
     "--curriculum-steps is missing": "--curriculum-metric a --curriculum-index d",
 }

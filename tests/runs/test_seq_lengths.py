@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
@@ -20,10 +21,8 @@ SHORT = (
     "--seq-length-curriculum-min-difficulty 4 --seq-length-curriculum-steps 6 --seq-length-curriculum-difficulty-step 4"
 )
 WITHOUT = SHORT[: SHORT.index("--seq-length-curriculum")]
-BY_TOKENS = (
-    f"{SHORT.replace('--lr-decay-style constant', '--lr-decay-style cosine')} --lr-decay-tokens 600 "
-    "--lr-warmup-tokens 100 --min-lr 1e-3"
-)
+RATES = "--lr-decay-style cosine --lr-decay-tokens 600 --lr-warmup-tokens 100 --min-lr 1e-3"
+BY_TOKENS = f"{SHORT} {RATES}"
 
 
 def megatron_deepspeed_rate(tokens: int) -> float:
@@ -58,9 +57,19 @@ def test_a_run_ends_with_the_step_that_reaches_its_tokens_and_its_rates_follow_t
 
 
 def test_a_run_stopped_among_short_steps_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
+    """Without the curriculum from there on, the rates still follow the tokens that were consumed, not the samples."""
     save, metrics = tmp_path / "save", tmp_path / "m.jsonl"
     flags = words(BY_TOKENS, "--metrics-file", metrics, "--save", save)
     assert run([*flags, *words("--exit-interval 3")]).code == 75
+    other = tmp_path / "other"
+    shutil.copytree(save, other)
+    out = run_ok(WITHOUT, RATES, "--metrics-file", tmp_path / "o.jsonl", "--save", other).out
+    consumed = [TOKENS[2] + 128 * step for step in range(6)]
+    found = steps(tmp_path / "o.jsonl")
+    assert [record["consumed_tokens"] for record in found] == consumed[1:] and "--lr-decay" not in out
+    assert [record["lr"] for record in found] == pytest.approx(
+        [*map(megatron_deepspeed_rate, consumed[:-1])], rel=1e-12
+    )
     run_ok(*flags)
     assert losses(metrics) == losses(whole)
     assert [record["consumed_tokens"] for record in steps(metrics)] == TOKENS[: len(losses(whole))]

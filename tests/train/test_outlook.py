@@ -68,6 +68,25 @@ def test_a_run_that_does_what_it_is_asked_says_nothing(options: str) -> None:
     assert lines(options) == []
 
 
+INERT_DATA_OPTIONS = [
+    ("--data-temperature 3", "--data-temperature 3 has no effect on a single corpus"),
+    ("--mid-level-dataset-surplus 0.1 --sample-order megatron", "0.1 has no effect on a single corpus"),
+    ("--eval-iters 0 --multiple-validation-sets --data-path a b", "--multiple-validation-sets has no effect with"),
+    ("--tokenizer-type ByteTokenizer --vocab-file v --vocab-size 300", "--vocab-file v has no effect with"),
+    ("--tiktoken-special-tokens a b", "--tiktoken-special-tokens a b has no effect without --tokenizer-type Tik"),
+    (f"{SHORT} --seq-length-curriculum-root-degree 3", "3 has no effect with --seq-length-curriculum-pacing fixed_lin"),
+    (
+        "--random-ltd --random-ltd-layers 1 --random-ltd-min 16 --random-ltd-steps 3",
+        "3 has no effect with as many positions at first as at",
+    ),
+    (
+        "--curriculum-metric length --curriculum-index i --curriculum-pacing fixed_discrete --curriculum-steps 5 "
+        "--curriculum-difficulties 1,2 --curriculum-last-steps 4",
+        "--curriculum-steps 5 has no effect with --curriculum-pacing fixed_discrete",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("options", "start", "line"),
     [
@@ -116,6 +135,7 @@ def test_a_run_that_does_what_it_is_asked_says_nothing(options: str) -> None:
         ("--train-iters 20 --wandb-entity e", {}, "--wandb-entity e has no effect without --wandb-project"),
         ("--train-iters 20 --mid-level-dataset-surplus 0.1", {}, "0.1 has no effect without --sample-order megatron"),
         ("--train-iters 20 --fim-rate 0.3 --fim-no-prefix x", {}, "--fim-rate 0.3, --fim-no-prefix x has no effect"),
+        *((f"--train-iters 20 {options}", {}, line) for options, line in INERT_DATA_OPTIONS),
         (
             "--train-iters 20 --check-weight-hash-across-dp-replicas-interval 5",
             {},
@@ -131,6 +151,13 @@ def test_a_run_that_does_what_it_is_asked_says_nothing(options: str) -> None:
 def test_an_option_without_effect_is_said_in_one_line(options: str, start: dict[str, int], line: str) -> None:
     (found,) = lines(options, **start)
     assert line in found
+
+
+def test_what_is_about_corpora_has_no_effect_on_mock_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "SHAPE", SHAPE.replace("--data-path corpus", "--mock-data"))
+    found = lines("--train-iters 20 --data-temperature 3 --split 9,1,0", test=False)
+    words = [line.split(" has no effect with --mock-data")[0] for line in found]
+    assert words == ["--data-temperature 3", "--split 9,1,0"]
 
 
 def test_evaluation_that_nobody_wants_is_not_missed() -> None:

@@ -17,6 +17,7 @@ def curriculum_rule(given: CurriculumConfig, curriculum: CurriculumConfig, data:
     if not curriculum.curriculum_metric:
         yield from _without_metric(given)
         return
+    yield from _warmup_problems(given)
     yield from _index_problems(curriculum)
     yield from _source_problems(data)
     plan = plan_of(curriculum)
@@ -32,6 +33,15 @@ def _without_metric(curriculum: CurriculumConfig) -> Iterator[str]:
     ]
     if given:
         yield f"{', '.join(given)} bound nothing without a metric; give --curriculum-metric, or leave them out."
+
+
+def _warmup_problems(given: CurriculumConfig) -> Iterator[str]:
+    share, steps = given.curriculum_warmup_fraction, given.curriculum_warmup_steps
+    if share is not None and steps is not None:
+        yield (
+            f"--curriculum-warmup-fraction {share:g} and --curriculum-warmup-steps {steps} both set the end of the "
+            "warm-up; give only one of them."
+        )
 
 
 def _index_problems(curriculum: CurriculumConfig) -> Iterator[str]:

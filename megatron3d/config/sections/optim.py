@@ -41,10 +41,13 @@ class GivenOptim:
     lr_warmup_iters: int = option(0, "--lr-warmup-iters", "Iterations of linear warm-up.", unit="iterations")
     lr_warmup_samples: int = option(0, "--lr-warmup-samples", "Samples of linear warm-up.", unit="samples")
     lr_decay_tokens: int | None = option(
-        None, "--lr-decay-tokens", "--lr-decay-samples, counted in tokens of --seq-length.", unit="tokens"
+        None,
+        "--lr-decay-tokens",
+        "The decay length in tokens; without a sequence-length curriculum rounded to samples of --seq-length.",
+        unit="tokens",
     )
     lr_warmup_tokens: int | None = option(
-        None, "--lr-warmup-tokens", "--lr-warmup-samples, counted in tokens of --seq-length.", unit="tokens"
+        None, "--lr-warmup-tokens", "The warm-up in tokens, rounded as --lr-decay-tokens.", unit="tokens"
     )
     lr_warmup_fraction: float | None = option(
         None, "--lr-warmup-fraction", "Warm-up as a fraction of the decay length.", also=("--warmup",)
