@@ -7,7 +7,9 @@ and removed where the writing ends, or resumable: named `{prefix}.bin.partial`, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from megatron3d.storage.refusals import storage_errors
 
 _COLUMN = np.dtype("<i4")
 _CHUNK_ENTRIES = 1 << 20
+_FLUSH_BYTES = 32 << 20  # of tokens that are written before the disk is told to store them
 _SPILLS = ("lengths", "documents")
 
 
@@ -44,6 +47,9 @@ class PartialFiles:
         Raises: StorageError if the place cannot be written; InUseError if another run is writing resumable ones.
         """
         self.prefix, self.extent = prefix, Extent()
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
+        self._num_unflushed = 0  # bytes of tokens behind the last time
         self._streams: list[IO[bytes]] = []
         try:
             for ending in ("bin", *_SPILLS):
@@ -66,6 +72,7 @@ class PartialFiles:
     def append(self, tokens: NDArray, lengths: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
         """Append ids, tokens of each sequence, and sequences of each document. Raises: StorageError."""
         with storing(Path(self.tokens.name)):
+            self._flush_early(tokens.nbytes)
             self.tokens.write(np.ascontiguousarray(tokens).data)
             self._lengths.write(lengths.astype(_COLUMN).data)
             self._sizes.write(sizes.astype(_COLUMN).data)
@@ -77,6 +84,7 @@ class PartialFiles:
     def flush(self) -> None:
         """Wait until all that was appended is on the disk. Raises: StorageError."""
         with storing(Path(self.tokens.name)):
+            self._flushed()
             for stream in self._streams:
                 flush_to_disk(stream)
 
@@ -93,7 +101,23 @@ class PartialFiles:
 
         Raises: StorageError if what is still buffered cannot be written.
         """
+        self._flusher.shutdown(wait=True)
         close_streams(self._streams, Path(f"{self.prefix}.bin"), remove=remove)
+
+    def _flush_early(self, num_bytes: int) -> None:
+        """Let a thread wait for the disk from time to time, while more is computed, so that `flush` has little left to
+        wait for. Raises: OSError if the disk refused, which the system reports once only."""
+        if self._num_unflushed >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            self._flushed()
+            self._flushing = self._flusher.submit(os.fdatasync, self.tokens.fileno())
+            self._num_unflushed = 0
+        self._num_unflushed += num_bytes
+
+    def _flushed(self) -> None:
+        """Wait for that thread. Raises: OSError if the disk refused."""
+        flushing, self._flushing = self._flushing, None
+        if flushing is not None:
+            flushing.result()
 
 
 def open_exclusively(path: Path) -> IO[bytes]:
