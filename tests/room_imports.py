@@ -66,6 +66,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 MODULE_MAY_IMPORT: dict[str, set[str]] = {
     "megatron3d.pipeline.run": {"comm", "params"},
     "megatron3d.pipeline.measured": {"comm"},
+    # Attention over ranks that have parts of a sample exchanges keys, values and heads with them by itself.
+    "megatron3d.nn.context.exchange": {"comm"},
+    "megatron3d.nn.context.heads": {"comm"},
+    "megatron3d.nn.context.ring": {"comm"},
     # The process that writes checkpoints ends with the one that started it.
     "megatron3d.checkpoint.writer_process": {"process"},
 }

@@ -50,6 +50,8 @@ AXES: Mapping[str, AxisRule] = MappingProxyType(
         "tp": AxisRule("shard each layer", ("tp",)),
         "kv": AxisRule("use the same key and value heads", ("tp",), "runs", "kv_copies"),
         "cp": AxisRule("shard each sample", ("cp",)),
+        "cp_heads": AxisRule("exchange heads of attention within a2a+p2p", ("cp",), "runs", "cp_heads"),
+        "cp_ring": AxisRule("pass keys and values round within a2a+p2p", ("cp",), "strides", "cp_heads"),
         "pp": AxisRule("hold the stages of one pipeline", ("pp",)),
         "batch": AxisRule("read different samples", ("dp",)),
         "grad": AxisRule("hold the same parameters and sum their gradients", ("cp", "dp")),
@@ -75,6 +77,7 @@ class Layout:
         zero_shard: consecutive ranks of the `grad` axis that shard ZeRO's state; None is all of them.
         kv_copies: consecutive tensor-parallel ranks that use the same key and value heads: more than 1 where `tp` is
             larger than their number.
+        cp_heads: consecutive context-parallel ranks that exchange heads in layers of kind a2a+p2p.
     """
 
     tp: int = 1
@@ -85,6 +88,7 @@ class Layout:
     etp: int | None = None
     zero_shard: int | None = None
     kv_copies: int = 1
+    cp_heads: int = 1
 
     def __post_init__(self) -> None:
         degrees = {"tp": self.tp, "pp": self.pp, "dp": self.dp, "cp": self.cp, "ep": self.ep, "etp": self.expert_tp}
@@ -99,6 +103,10 @@ class Layout:
         if self.kv_copies < 1 or self.tp % self.kv_copies:
             raise ConfigError(
                 f"{self.kv_copies} copies of each key and value head do not fit on {self.tp} tensor-parallel ranks"
+            )
+        if self.cp_heads < 1 or self.cp % self.cp_heads:
+            raise ConfigError(
+                f"{self.cp_heads} ranks that exchange heads do not divide {self.cp} context-parallel ranks"
             )
         self._check_experts()
 
@@ -162,6 +170,7 @@ class Layout:
         return {
             "": 1,
             "kv_copies": self.kv_copies,
+            "cp_heads": self.cp_heads,
             "shard_size": self.shard_size,
             "expert_shard_size": self.expert_shard_size,
         }[rule.run]

@@ -18,8 +18,9 @@ from megatron3d.comm.layout import AXES, GRID, Layout
 from megatron3d.comm.meter import Meter
 
 # These collectives run beside others of the same ranks: a tied table's reduction beside messages between stages, what
-# all ranks agree on beside reductions of gradients. So they have a group of their own even where the ranks are equal.
-_OWN_GROUP = ("tied", "world")
+# all ranks agree on and what attention exchanges beside reductions of gradients. So they have groups of their own, by
+# these names, even where the ranks are equal.
+_OWN_GROUP = {"tied": "tied", "world": "world", "cp": "cp", "cp_heads": "cp", "cp_ring": "cp"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Mesh:
     tp: Axis
     kv: Axis
     cp: Axis
+    cp_heads: Axis
+    cp_ring: Axis
     pp: Axis
     batch: Axis
     grad: Axis
@@ -88,7 +91,7 @@ class Mesh:
 def make_mesh(layout: Layout, *, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
     """Build the groups of a layout; every rank of the initialised process group must call this in the same order.
 
-    Axes with the same groups of ranks share their process groups, apart from `tied` and `world`.
+    Axes with the same groups of ranks share their process groups, apart from those of `_OWN_GROUP`.
 
     Args:
         layout: its world size must be that of the default process group, or 1 in a process without one.
@@ -104,7 +107,7 @@ def make_mesh(layout: Layout, *, timeout: timedelta = timedelta(minutes=10)) -> 
     meter, made, axes = Meter(), {}, {}
     for name in AXES:
         ranks, groups = layout.ranks_along(name, rank), tuple(layout.groups(name))
-        key = (name if name in _OWN_GROUP else "", groups)
+        key = (_OWN_GROUP.get(name, ""), groups)
         if key not in made:
             made[key] = _new_groups(groups, timeout)
         group = made[key] if len(ranks) > 1 else None

@@ -28,14 +28,14 @@ class Replay:
         self._is_second = False
 
     def run(self, collective: Callable[[], Result]) -> Result:
-        """The result of a collective of a forward, a tensor that nobody changes in place or a plain value."""
+        """The result of a collective of a forward: a tensor that nobody changes in place, some of them, or a plain
+        value."""
         if self._results is None:
             return collective()
         if self._is_second:
             return self._results.popleft()
         result = collective()
-        # A result that autograd gets as an output would keep the graph that it is part of.
-        self._results.append(result.detach() if isinstance(result, Tensor) else result)
+        self._results.append(_apart(result))
         return result
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -51,3 +51,10 @@ class Replay:
             yield
         finally:
             self._results, self._is_second = before
+
+
+def _apart(result: Any) -> Any:
+    """Tensors of their own: one that autograd gets as an output would keep the graph that it is part of."""
+    if isinstance(result, tuple):
+        return tuple(_apart(one) for one in result)
+    return result.detach() if isinstance(result, Tensor) else result

@@ -26,9 +26,10 @@ def layouts(draw: st.DrawFn) -> Layout:
     etp = draw(st.sampled_from(divisors(tp * cp * dp)))
     ep = draw(st.sampled_from(divisors(tp * cp * dp // etp)))
     shard, copies = draw(st.sampled_from([None, *divisors(dp * cp)])), draw(st.sampled_from(divisors(tp)))
+    cp_heads = draw(st.sampled_from(divisors(cp)))
     block, each = tp * (shard or dp * cp), etp * ep
     assume(block % each == 0 or each % block == 0)
-    return Layout(tp, pp, dp, cp, ep, etp, shard, copies)
+    return Layout(tp, pp, dp, cp, ep, etp, shard, copies, cp_heads)
 
 
 def grid_of(layout: Layout) -> np.ndarray:
@@ -74,6 +75,8 @@ def enumerated(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
         groups[f"{cut}shard"] = by_block(groups[kind], block)
         groups[f"{cut}replica"] = across(groups[kind], groups[f"{cut}shard"])
     groups["kv"] = by_block(groups["tp"], layout.kv_copies)
+    groups["cp_heads"] = by_block(groups["cp"], layout.tp * layout.cp_heads)
+    groups["cp_ring"] = across(groups["cp"], groups["cp_heads"])
     ends = [tuple(dict.fromkeys((line[0], line[-1]))) for line in groups["pp"]]
     groups["tied"] = sorted(ends + [(rank,) for line in groups["pp"] for rank in line[1:-1]])
     return groups
@@ -152,3 +155,8 @@ def test_experts_that_do_not_fit_on_the_ranks_of_a_stage_are_refused_with_both_p
         Layout(dp=6, ep=2, zero_shard=3)
     with pytest.raises(ConfigError, match="3 copies of each key and value head do not fit on 4 tensor-parallel ranks"):
         Layout(tp=4, kv_copies=3)
+
+
+def test_groups_that_exchange_heads_and_cut_the_context_ranks_unevenly_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"3 ranks that exchange heads do not divide 4 context-parallel ranks"):
+        Layout(cp=4, cp_heads=3)

@@ -75,8 +75,8 @@ def _members_and_groups(rank: int, world_size: int, layout: Layout) -> tuple[dic
     ("layout", "num_groups"),
     [
         (Layout(dp=4), 2),  # all data-parallel uses share one, and `world` has its own
-        (Layout(cp=2, dp=2, zero_shard=2), 4),  # cp is shard, batch is replica; grad, world
-        (Layout(tp=2, cp=2, ep=4, etp=1), 4),  # tp, cp, expert, world: more experts than data ranks
+        (Layout(cp=2, dp=2, zero_shard=2), 5),  # batch is replica; cp apart from shard; grad, world
+        (Layout(tp=2, cp=2, ep=4, etp=1), 5),  # tp, cp, grad, expert, world: more experts than data ranks
         (Layout(tp=2, pp=2, ep=2, etp=1), 4),  # tp is expert, pp, tied, world
     ],
     ids=str,
