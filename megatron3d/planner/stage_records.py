@@ -3,8 +3,9 @@
 A stage is recorded (`stage_run.py`) with at most three layers of each kind: the first, one that stands for all in the
 middle, and the last. The record is cut where the gate of the weights is passed, and the middle is repeated for the
 layers that were left out. Layers of a stage are alike but for whether and with which others they are recomputed, which
-of their parameters are frozen, and how many experts they have. Where all before it is frozen, a layer with something
-that trains is the first of its kind, so that the layers into which a gradient goes are never mistaken for others.
+of their parameters are frozen, how many experts they have, and whether they drop tokens. Where all before it is frozen,
+a layer with something that trains is the first of its kind, so that the layers into which a gradient goes are never
+mistaken for others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
 
+from megatron3d.config.random_ltd import dropping_layers
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
@@ -33,12 +35,13 @@ _Unit = tuple[int, ...]  # positions of layers that are recomputed as one, or of
 
 @dataclass(frozen=True)
 class _Kind:
-    """How a unit differs from others: whether it is recomputed, the names in each layer of what is frozen, and how many
-    experts each layer has."""
+    """How a unit differs from others: whether it is recomputed, and of each layer the names of what is frozen, how many
+    experts it has and whether it drops tokens."""
 
     recompute: bool
     frozen: tuple[frozenset[str], ...]
     experts: tuple[int, ...]
+    drops: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ class StageRecords:
         frozen, frozen_ends = self._frozen_of(part)
         units = _units(self.config.train, len(part.layers))
         experts = [self.config.model.experts_of(layer) for layer in part.layers]
+        drops = self._drops_in(part.layers)
         kinds = [
-            _Kind(recompute, tuple(frozen[i] for i in unit), tuple(experts[i] for i in unit))
+            _Kind(recompute, *(tuple(of_layer[i] for i in unit) for of_layer in (frozen, experts, drops)))
             for unit, recompute in units.items()
         ]
         shown = _shown(kinds)
@@ -83,6 +87,12 @@ class StageRecords:
             for i, unit in zip(shown, units, strict=True)
         ]
         return _closed(_repeated(record, instances))
+
+    def _drops_in(self, layers: Sequence[int]) -> list[bool]:
+        """Whether each of the layers drops tokens."""
+        train = self.config.train
+        chosen = dropping_layers(train.random_ltd_layers, self.config.model.num_layers) if train.random_ltd else ()
+        return [layer in chosen for layer in layers]
 
     def _frozen_of(self, part: StagePart) -> tuple[list[frozenset[str]], frozenset[str]]:
         """What is frozen of a stage: of each layer the names in it, and the full names outside of layers."""
@@ -116,6 +126,10 @@ class StageRecords:
         if train.freeze_params:
             of_layers = [f"{_place(i)}.{name}" for i, names in enumerate(layers) for name in names]
             train = replace(train, freeze_params=(*of_layers, *frozen_ends))
+        if train.random_ltd:
+            drops = [dropped for kind in kinds for dropped in kind.drops]
+            of_layers = [str(i) for i, dropped in enumerate(drops) if dropped]
+            train = replace(train, random_ltd=any(drops), random_ltd_layers=tuple(of_layers))
         short = StagePart(range(len(layers)), part.is_first, part.is_last)
         found = _units(train, len(layers))
         assert [len(unit) for unit in found] == [len(kind.frozen) for kind in kinds], f"{found} are not like {kinds}"

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from megatron3d.comm.mesh import Axis
 from megatron3d.comm.meter import Meter
 from megatron3d.comm.shape_only import ShapeOnlyGroup
+from megatron3d.config.curriculum import total_steps
+from megatron3d.config.random_ltd import dropping_layers, positions_kept
 from megatron3d.config.run import RunConfig
 from megatron3d.models.stage import MicroBatch, Stage, StagePart
 from megatron3d.models.zoo import architecture_of
 from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.loss_sink import LossSink, LossSpec
+from megatron3d.nn.token_dropping import StratifiedRouter, TokenDropping
 from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 from megatron3d.params.row_blocks import BlockedTable
@@ -196,7 +199,33 @@ class StageRun:
             sentence_labels_B=numbers(samples) if model.has_binary_head else None,
             losses=LossSink(losses, tp_rank=self._tp_rank, device=device, gradients=gradients),
             dropout=DropoutStream(seed=0, first_sample=0) if drops else None,
+            dropping=self._token_dropping(),
         )
+
+    def _token_dropping(self) -> TokenDropping | None:
+        """Random-LTD with as many positions as the run keeps at its end, when they are most; None where all are kept,
+        and with a user's own choice, which is not asked."""
+        train, model = self.config.train, self.config.model
+        if not train.random_ltd or train.random_ltd_router is not None:
+            return None
+        steps = total_steps(train, self.config.parallel.data_parallel_size) or 1
+        most = positions_kept(train, steps - 1, model.seq_length)
+        layers = frozenset(dropping_layers(train.random_ltd_layers, model.num_layers))
+        return TokenDropping(_ShapesOfKept(StratifiedRouter(0, most)), layers, first_sample=0)
+
+
+@dataclass(frozen=True)
+class _ShapesOfKept:
+    """As many positions as a router chooses, but none in particular."""
+
+    router: StratifiedRouter
+
+    def num_kept(self, layer: int, length: int) -> int:
+        return self.router.num_kept(layer, length)
+
+    def kept(self, layer: int, samples: range, length: int, device: torch.device) -> Tensor | None:
+        number = self.num_kept(layer, length)
+        return None if number == length else torch.empty(len(samples), number, dtype=torch.int64, device=device)
 
 
 def _arrivals(recorder: StorageRecorder, unit: str, buffer: Tensor) -> tuple[Callable[[], Tensor], Callable[[], None]]:

@@ -20,6 +20,7 @@ FROZEN = "--freeze-params embedding.* *.attention.* *.mlp.up.weight *.mlp_norm.b
 WORDS, UNTIED = "--vocab-size 12000", "--untie-embeddings-and-output-weights"
 MORE = "--global-batch-size 8"  # micro-batches than the two of the models' own
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-z-loss-coeff 0.001"
+DROPPING = "--random-ltd --random-ltd-min 48 --random-ltd-max 48"
 REUSING = "--recompute-reuse-communication"
 Case = tuple[str, str]
 
@@ -35,6 +36,8 @@ ONE: dict[str, Case] = {
     "llama full": ("gpt", f"{LLAMA} {FULL}"),
     "experts": ("gpt", f"{LLAMA} {EXPERTS}"),
     "experts bf16 full": ("gpt", f"{LLAMA} {EXPERTS} --bf16 {FULL}"),
+    "llama dropping tokens": ("gpt", f"{LLAMA} {DROPPING}"),
+    "gpt dropout dropping tokens full": ("gpt", f"{GPT} {DROPOUT} {FULL} {DROPPING}"),
     "bert": ("bert", BERT),
     "bert bf16": ("bert", f"{BERT} --bf16"),
     "bert full": ("bert", f"{BERT} {FULL}"),
@@ -84,7 +87,15 @@ TWO: dict[str, Case] = {
 ALL = {1: ONE, 2: TWO}
 # What they have is in two other rows.
 SLOW = {
-    *("gpt dropout full", "llama bf16", "llama full", "experts bf16 full", "bert full", "gpt begun full"),
+    *(
+        "gpt dropout full",
+        "gpt dropout dropping tokens full",
+        "llama bf16",
+        "llama full",
+        "experts bf16 full",
+        "bert full",
+        "gpt begun full",
+    ),
     *("llama tp", "llama tp sp bf16", "llama pp full", "llama full zero 1", "llama full zero 2", "wide zero 1"),
     *("wide zero 2", "wide bf16 zero 1", "wide bf16 zero 2", "wide bf16 zero 3 many words untied", "bert zero 3"),
     *("wide zero 3 many words frozen", "experts ep full reusing", "gpt frozen pp zb-h1", "bert pp"),

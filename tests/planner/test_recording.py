@@ -49,6 +49,7 @@ def left(events: Sequence[Event], kind: Kind) -> int:
         (f"--freeze-params embedding.* layers.[3-7].* {FULL} uniform --recompute-num-layers 2", True, True),
         (f"--freeze-params layers.[3-7].mlp.* {FULL} block --recompute-num-layers 6", False, True),
         ("--num-layers 10 --num-experts 4", False, True),
+        ("--num-layers 10 --random-ltd --random-ltd-min 48 --random-ltd-max 48 --random-ltd-layers 4:8", True, False),
         ("--num-layers 10 --num-experts 4 --moe-layer-freq [0]*4+[1]*6", True, False),
         ("--num-layers 10 --num-experts 2 2 2 4 4 4 --moe-layer-freq [0]*4+[1]*6 --mlp-type residual", True, False),
     ],
