@@ -37,7 +37,7 @@ class FileRange:
     def read(self) -> bytes:
         """The bytes, fewer if the file has become shorter. Raises: DataError if it cannot be read."""
         try:
-            with open(self.file, "rb", buffering=0) as stream:
+            with open(self.file, "rb") as stream:
                 stream.seek(self.first)
                 return stream.read(self.end - self.first)
         except OSError as error:
