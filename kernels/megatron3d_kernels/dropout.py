@@ -52,13 +52,15 @@ def child_keys(keys: Tensor | int, numbers: Tensor) -> Tensor:
     return _mix_(z, torch.empty_like(z))
 
 
-def keep_mask(keys: Tensor, width: int, probability: float) -> Tensor:
-    """Which elements are kept: bool [..., W] for keys [...], each dropped with `probability`, 0 to below 1."""
+def keep_mask(keys: Tensor, width: int, probability: float, *, first: int = 0) -> Tensor:
+    """Which elements are kept: bool [..., W] for keys [...], each dropped with `probability`, 0 to below 1; those from
+    element `first` of the rows on."""
     keep = torch.empty(keys.numel(), width, dtype=torch.bool, device=keys.device)
     if keep.numel() == 0:
         return keep.view(*keys.shape, width)
-    words = -(-width // _LANES)
-    counters = torch.arange(1, words + 1, device=keys.device) * _GAMMA
+    first_word, lanes_before = divmod(first, _LANES)
+    words = -(-(lanes_before + width) // _LANES)
+    counters = torch.arange(first_word + 1, first_word + words + 1, device=keys.device) * _GAMMA
     most = _CHUNK_WORDS_CUDA if keys.is_cuda else _CHUNK_WORDS
     rows = min(keys.numel(), max(1, most // words))
     z, scratch = (torch.empty(rows, words, dtype=torch.int64, device=keys.device) for _ in range(2))
@@ -67,7 +69,7 @@ def keep_mask(keys: Tensor, width: int, probability: float) -> Tensor:
         count = len(chunk_keys)
         torch.add(chunk_keys, counters, out=z[:count])
         bits = _mix_(z[:count], scratch[:count]).view(torch.int16)
-        torch.ge(bits[:, :width], least, out=chunk_keep)
+        torch.ge(bits[:, lanes_before : lanes_before + width], least, out=chunk_keep)
     return keep.view(*keys.shape, width)
 
 

@@ -66,6 +66,11 @@ class Samples:
         """
         return None
 
+    def documents(self) -> Tensor | None:
+        """The number of the document within its sample that each token belongs to, int64 [B, S], ascending in a sample;
+        tokens attend only within their documents. None where every sample is one document."""
+        return None
+
     def _tensors(self) -> dict[str, Tensor]:
         """The fields that are present."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -129,10 +134,13 @@ class GPTBatch(Batch):
     position_ids_BS: Tensor | None = None
     document_ids_BS: Tensor | None = None
 
+    def documents(self) -> Tensor | None:
+        """Those within which tokens attend."""
+        return self.document_ids_BS
+
     def model_inputs(self) -> dict[str, Any]:
-        """Also the positions, and a mask where a token attends only to those before it in its own document."""
-        mask = None if self.document_ids_BS is None else causal_within_documents(self.document_ids_BS)
-        return super().model_inputs() | {"position_ids_BS": self.position_ids_BS, "attention_mask_BST": mask}
+        """Also the positions."""
+        return super().model_inputs() | {"position_ids_BS": self.position_ids_BS}
 
 
 @dataclass(frozen=True)
@@ -200,10 +208,3 @@ class SequenceBatch(Samples):
             "sentence_labels_B": self.labels_B,
             "sample_weights_B": None if self.labels_B is None else self.weights_B,
         }
-
-
-def causal_within_documents(document_ids_BS: Tensor) -> Tensor:
-    """Causal attention within each document: [B, S, S], True where S may attend to T."""
-    length = document_ids_BS.shape[1]
-    causal_ST = torch.ones(length, length, dtype=torch.bool, device=document_ids_BS.device).tril()
-    return (document_ids_BS.unsqueeze(2) == document_ids_BS.unsqueeze(1)) & causal_ST

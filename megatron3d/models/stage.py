@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from megatron3d_kernels.rectangles import Plan
 from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
@@ -47,6 +48,7 @@ class MicroBatch:
         position_ids_BS: positions, int64; None is 0 .. S-1.
         attention_mask_BST: True where position S may attend to position T, [B, S or 1, T]; None is the model's own
             attention, causal in a GPT and to every position in a BERT.
+        rectangles: what attends to what in samples of packed documents, instead of a mask (`nn/documents.py`).
         token_types_BS: the segment of each token, int64, where the model distinguishes segments.
         sentence_labels_B: the class of each sample, int64, for models that score sentences or pairs of them; fp32
             values for those that measure.
@@ -70,6 +72,7 @@ class MicroBatch:
     dropout: DropoutStream | None = None
     cache: KeyValueCache | None = None
     dropping: TokenDropping | None = None
+    rectangles: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,13 @@ class Stage(nn.Module):
             with torch.no_grad():
                 rotary = rotary_table(self.config, tokens.shape[1], micro.position_ids_BS, device=tokens.device)
         return LayerInputs(
-            rotary, micro.attention_mask_BST, micro.cache, micro.dropout, micro.losses, dropping=micro.dropping
+            rotary,
+            micro.attention_mask_BST,
+            micro.cache,
+            micro.dropout,
+            micro.losses,
+            dropping=micro.dropping,
+            rectangles=micro.rectangles,
         )
 
 

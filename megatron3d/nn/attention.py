@@ -110,7 +110,7 @@ class SelfAttention(nn.Module):
             mask_BST = mask_BST[:, :1]
         queries, keys = q_BNSD.shape[2], k_BGTD.shape[2]
         assert mask_BST is not None or queries in (1, keys), f"{queries} queries of {keys} keys need a mask"
-        masking = Masking(mask_BST, self.config.is_causal and queries > 1)
+        masking = Masking(mask_BST, self.config.is_causal and queries > 1, inputs.rectangles)
         dropout = self._dropout(inputs, heads=q_BNSD.shape[1])
         return attend(q_BNSD, k_BGTD, v_BGTD, masking, dropout, kernels=self.context.kernels)
 

@@ -5,6 +5,9 @@ probabilities by place (`dropout.py`) needs them, so with dropout the core is co
 On CUDA devices the probabilities of long sequences would not fit; there torch's fused kernels draw masks of their own,
 which a layout changes (`draws_by_place`).
 
+Packed documents are causal squares of the scores (`documents.py`). Where probabilities are dropped, each is a core of
+its own, whose queries and keys stand where they do in the sample.
+
 Source: Vaswani et al. 2017, section 3.2.1; Dao et al. 2022 for the fused kernels.
 
 Shapes: S queries, T keys, B micro-batch, N query heads, G key and value heads (N and G are this rank's), D head size.
@@ -12,12 +15,13 @@ Shapes: S queries, T keys, B micro-batch, N query heads, G key and value heads (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import sqrt
 
 import torch
 from megatron3d_kernels.dropout import keep_mask, kept_scale
+from megatron3d_kernels.rectangles import Plan
 from megatron3d_kernels.registry import Registry
 from torch import Tensor
 
@@ -30,10 +34,11 @@ _DEFAULT_KERNELS = Registry()
 @dataclass(frozen=True)
 class Masking:
     """Who attends to whom: where `mask_BST` is True ([B, S or 1, T]), or, without a mask, all to all or, if
-    `is_causal`, each query to the keys up to its own."""
+    `is_causal`, each query to the keys up to its own. `rectangles` of the scores take the place of both."""
 
     mask_BST: Tensor | None
     is_causal: bool
+    rectangles: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class ProbabilityDropout:
         site: name of the place in the model.
         first_head: number in the whole model of this rank's first query head.
         shard: number of this rank among those that share the heads.
+        first_position: where the first query and the first key stand in their sample.
     """
 
     probability: float
@@ -53,6 +59,7 @@ class ProbabilityDropout:
     site: str
     first_head: int
     shard: int
+    first_position: int = 0
 
 
 def draws_by_place(device_type: str) -> bool:
@@ -70,6 +77,41 @@ def attend(
     kernels: Registry = _DEFAULT_KERNELS,
 ) -> Tensor:
     """[B, N, S, D] of queries that stand at positions 0 .. S-1 wherever there is dropout."""
+    if masking.rectangles is None:
+        return _attend(q_BNSD, k_BGTD, v_BGTD, masking, dropout, kernels=kernels)
+    if dropout is None:
+        return kernels.rectangle_attention(q_BNSD, k_BGTD, v_BGTD, masking.rectangles)
+    return _of_squares((q_BNSD, k_BGTD, v_BGTD), masking.rectangles, dropout, kernels=kernels)
+
+
+def _of_squares(
+    q_k_v: tuple[Tensor, Tensor, Tensor], plan: Plan, dropout: ProbabilityDropout, *, kernels: Registry
+) -> Tensor:
+    """Of causal squares that follow each other and cover their samples, one after another."""
+    num_samples, first_sample = len(q_k_v[0]), dropout.stream.first_sample
+    of_samples = []
+    for sample in range(num_samples):
+        of_sample = replace(dropout, stream=replace(dropout.stream, first_sample=first_sample + sample))
+        parts = []
+        for square in plan[sample if len(plan) > 1 else 0]:
+            assert square.is_causal and square.queries == square.keys, f"{square} is no document"
+            own = (slice(sample, sample + 1), slice(None), slice(square.queries.start, square.queries.stop))
+            rows = (x[own] for x in q_k_v)
+            first = square.queries.start
+            parts.append(_attend(*rows, Masking(None, True), replace(of_sample, first_position=first), kernels=kernels))
+        of_samples.append(torch.cat(parts, dim=2))
+    return torch.cat(of_samples)
+
+
+def _attend(
+    q_BNSD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    masking: Masking,
+    dropout: ProbabilityDropout | None,
+    *,
+    kernels: Registry,
+) -> Tensor:
     mask = None if masking.mask_BST is None else masking.mask_BST.unsqueeze(1)
     fused = partial(kernels.attention, q_BNSD, k_BGTD, v_BGTD, mask=mask, is_causal=mask is None and masking.is_causal)
     if dropout is None:
@@ -79,13 +121,15 @@ def attend(
     # The fused kernels draw from the global generator: give it the stream of this place, then put it back.
     stream = dropout.stream
     with torch.random.fork_rng(devices=[q_BNSD.device]):
-        torch.manual_seed(stream_seed(stream.seed, dropout.site, stream.first_sample, dropout.shard))
+        place = (dropout.site, stream.first_sample, dropout.shard, dropout.first_position)
+        torch.manual_seed(stream_seed(stream.seed, *place))
         return fused(probability=dropout.probability)
 
 
 def _composed(q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, masking: Masking, dropout: ProbabilityDropout) -> Tensor:
     """All in fp32 at least, also where the inputs are narrower; the result has their dtype."""
     samples, heads, queries, size = q_BNSD.shape
+    first = dropout.first_position
     wide = torch.promote_types(q_BNSD.dtype, torch.float32)
     k_BNTD, v_BNTD = (_for_each_head(x.to(wide), heads) for x in (k_BGTD, v_BGTD))
     scores_BNST = (q_BNSD.to(wide) / sqrt(size)) @ k_BNTD.transpose(-2, -1)
@@ -97,9 +141,9 @@ def _composed(q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, masking: Masking, 
         site=dropout.site,
         num_samples=samples,
         heads_N=torch.arange(dropout.first_head, dropout.first_head + heads, device=q_BNSD.device),
-        positions_S=torch.arange(queries, device=q_BNSD.device),
+        positions_S=torch.arange(first, first + queries, device=q_BNSD.device),
     )
-    keep_BNST = keep_mask(keys_BNS, k_BNTD.shape[2], dropout.probability)
+    keep_BNST = keep_mask(keys_BNS, k_BNTD.shape[2], dropout.probability, first=first)
     y_BNSD = (scores_BNST.softmax(-1) * keep_BNST) @ v_BNTD
     return y_BNSD.mul_(kept_scale(dropout.probability)).to(q_BNSD.dtype)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from megatron3d_kernels.rectangles import Plan
 from torch import Tensor
 
 from megatron3d.nn.dropout import DropoutStream
@@ -36,6 +37,7 @@ class LayerInputs:
         rotary: cosine and sine of the positions, [S, R/2] or [B, S, R/2] fp32, where positions are rotary.
         attention_mask_BST: True where query position S may attend to key position T; None is plain causal attention,
             which with tokens in the cache is right for a single new one alone.
+        rectangles: what attends to what where samples are packed documents (`documents.py`), instead of a mask.
         cache: keys and values of earlier tokens.
         dropout: the random numbers of this forward's dropout; None drops nothing.
         losses: takes what layers add to the model's losses; None where nobody asks for losses, as in generation.
@@ -50,3 +52,4 @@ class LayerInputs:
     losses: LossSink | None = None
     dropping: KeptPositions | None = None
     kept_share: float = 1.0
+    rectangles: Plan | None = None

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,7 @@ from megatron3d_kernels.dropout import child_keys
 from torch import Tensor
 
 from megatron3d.config.random_ltd import NUM_STRATA
+from megatron3d.nn.documents import kept_rectangles
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.params.streams import stream_seed
 from megatron3d.tensor.context import LayerContext
@@ -137,9 +139,13 @@ def on_kept_positions(
             return layer(x_SBH, inputs)
         shards = context.tp.size if context.sequence_parallel else 1
         length, samples = x_SBH.shape[0], x_SBH.shape[1]
-        kept_BR = inputs.dropping.kept(number, samples, length * shards, x_SBH.device)
+        kept = partial(inputs.dropping.kept, number, samples, length * shards)
+        kept_BR = kept(x_SBH.device)
         if kept_BR is None:
             return layer(x_SBH, inputs)
+        if inputs.rectangles is not None:
+            # The host draws too: waiting for what the device has drawn would cost more.
+            inputs = replace(inputs, rectangles=kept_rectangles(inputs.rectangles, kept(torch.device("cpu"))))
         first = length * context.tp.rank if shards > 1 else 0
         rows_K = _rows(context.local_sequence(kept_BR.t()) - first)
         y_RBH = layer(_Keep.apply(x_SBH, rows_K), _of_kept(inputs, kept_BR, length * shards))

@@ -24,6 +24,7 @@ from megatron3d.config.random_ltd import dropping_layers, positions_kept
 from megatron3d.config.run import RunConfig
 from megatron3d.models.stage import MicroBatch, Stage, StagePart
 from megatron3d.models.zoo import architecture_of
+from megatron3d.nn.documents import document_rectangles
 from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.loss_sink import LossSink, LossSpec
 from megatron3d.nn.token_dropping import StratifiedRouter, TokenDropping
@@ -183,7 +184,6 @@ class StageRun:
         def numbers(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.int64, device=device)
 
-        mask_rows = 1 if masks_sentences else length if data.reset_attention_mask else 0
         gradients = {spec.name: 1.0 for spec in losses}
         drops = max(model.hidden_dropout, model.attention_dropout) > 0
         return MicroBatch(
@@ -193,8 +193,12 @@ class StageRun:
             label_index_P=numbers(num_predicted(samples * length, data.mask_prob)) if masks_sentences else None,
             position_ids_BS=numbers(samples, length) if data.reset_position_ids else None,
             attention_mask_BST=(
-                torch.empty(samples, mask_rows, length, dtype=torch.bool, device=device) if mask_rows else None
+                torch.empty(samples, 1, length, dtype=torch.bool, device=device) if masks_sentences else None
             ),
+            # One document a sample, which needs more memory than several.
+            rectangles=document_rectangles(torch.zeros(1, length, dtype=torch.int64))
+            if data.reset_attention_mask
+            else None,
             token_types_BS=numbers(samples, length) if model.num_token_types else None,
             sentence_labels_B=numbers(samples) if model.has_binary_head else None,
             losses=LossSink(losses, tp_rank=self._tp_rank, device=device, gradients=gradients),

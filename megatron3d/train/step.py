@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from megatron3d_kernels.rectangles import Plan
 from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
@@ -23,6 +24,7 @@ from megatron3d.data.batch import GroupedSamples, Samples
 from megatron3d.data.shorten import with_shape_of_step
 from megatron3d.errors import NumericsError
 from megatron3d.models.stage import MicroBatch
+from megatron3d.nn.documents import document_rectangles
 from megatron3d.nn.dropout import step_seed
 from megatron3d.nn.loss_sink import LossSink, LossSpec
 from megatron3d.optim.build import set_rates
@@ -189,15 +191,21 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """Cut a rank's batch, on the host, into micro-batches on the device, without dropout; `losses` takes those of all
     of them."""
-    indices = [part.label_index() for part in batch.split(size)]  # before the batch moves: nothing waits for a device
-    return [
-        MicroBatch(
-            **part.model_inputs(),
-            label_index_P=None if index_P is None else index_P.to(device, non_blocking=True),
-            losses=losses,
-        )
-        for part, index_P in zip(batch.to(device).split(size), indices, strict=True)
-    ]
+    micros = []
+    for part in batch.split(size):
+        index_P, rectangles = part.label_index(), _rectangles(part)  # before it moves: nothing waits for a device
+        inputs = part.to(device).model_inputs() | {
+            "label_index_P": None if index_P is None else index_P.to(device, non_blocking=True),
+            "rectangles": rectangles,
+        }
+        micros.append(MicroBatch(**inputs, losses=losses))
+    return micros
+
+
+def _rectangles(part: Samples) -> Plan | None:
+    """What attends to what in samples of packed documents."""
+    documents_BS = part.documents()
+    return None if documents_BS is None else document_rectangles(documents_BS)
 
 
 def _finite_or_raise(parts: TrainingSetup, losses: Mapping[str, float], loss: float, grad_norm: float) -> bool:

@@ -9,6 +9,7 @@ import torch
 from megatron3d.config.lengths import SampleShape
 from megatron3d.data.gpt import DocumentRules, collate
 from megatron3d.data.shorten import shortened
+from megatron3d.nn.documents import document_rectangles
 
 RULES = DocumentRules(eod_token=0, reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
 SAMPLES_BS1 = np.random.default_rng(0).integers(0, 4, size=(4, 13))
@@ -22,8 +23,8 @@ def test_a_row_is_what_a_sample_of_its_tokens_would_be(rows: int, length: int) -
     wanted = collate(np.stack(pieces), RULES)
     for name in ("tokens_BS", "labels_BS", "loss_mask_BS", "position_ids_BS"):
         assert torch.equal(getattr(short, name), getattr(wanted, name)), name
-    mask, of_rows = (batch.model_inputs()["attention_mask_BST"] for batch in (short, wanted))
-    assert torch.equal(mask, of_rows)
+    squares, of_rows = (document_rectangles(batch.document_ids_BS) for batch in (short, wanted))
+    assert squares == of_rows
 
 
 def test_rows_of_a_sample_stay_in_one_micro_batch() -> None:

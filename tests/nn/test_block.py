@@ -15,6 +15,7 @@ from megatron3d.config.activations import ACTIVATIONS
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.attention import SelfAttention
 from megatron3d.nn.block import Block
+from megatron3d.nn.documents import document_rectangles
 from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.mlp import MLP
@@ -69,10 +70,13 @@ CASES = [
 MULTI_QUERY = Case("multi-query", {**ROPE, "num_query_groups": 1})
 
 
+DOCUMENTS_BS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1]])  # cut at different places
+
+
 def causal_documents() -> Tensor:
-    """Two documents in each sample, cut at different places."""
-    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1]])
-    return (documents.unsqueeze(2) == documents.unsqueeze(1)) & torch.ones(S, S, dtype=torch.bool).tril()
+    """Causal attention within each document, as a mask."""
+    same_BST = DOCUMENTS_BS.unsqueeze(2) == DOCUMENTS_BS.unsqueeze(1)
+    return same_BST & torch.ones(S, S, dtype=torch.bool).tril()
 
 
 def positions() -> Tensor:
@@ -83,7 +87,7 @@ def inputs_of(case: Case) -> LayerInputs:
     ids = positions() if case.positioned else None
     is_rope = case.config.position_embedding_type == "rope"
     rotary = rotary_table(case.config, S, ids, device=torch.device("cpu")) if is_rope else None
-    return LayerInputs(rotary=rotary, attention_mask_BST=causal_documents() if case.masked else None)
+    return LayerInputs(rotary=rotary, rectangles=document_rectangles(DOCUMENTS_BS) if case.masked else None)
 
 
 def check_block(case: Case, context: LayerContext) -> None:

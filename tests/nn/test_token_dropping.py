@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron3d_kernels.rectangles import Plan
 from torch import Tensor
 
 from megatron3d.comm.layout import Layout
@@ -16,6 +17,7 @@ from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.random_ltd import NUM_STRATA
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.block import Block
+from megatron3d.nn.documents import document_rectangles
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.positions import rotary_table
 from megatron3d.nn.token_dropping import (
@@ -100,16 +102,20 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
     mask_BST: Tensor | None = None
     positions_BS: Tensor | None = None
+    rectangles: Plan | None = None  # what the layer gets instead of the mask
 
     @property
     def config(self) -> ModelConfig:
         return model_config(seq_length=L, max_position_embeddings=L, **self.changes)
 
 
+DOCUMENTS_BL = (torch.arange(L) >= torch.tensor([[11], [25]])).long()  # two in each sample, cut at different places
+
+
 def documents() -> Tensor:
-    """Two documents in each sample, cut at different places."""
-    number = (torch.arange(L) >= torch.tensor([[11], [25]])).long()
-    return (number.unsqueeze(2) == number.unsqueeze(1)) & torch.ones(L, L, dtype=torch.bool).tril()
+    """Causal attention within each document, as a mask."""
+    same_BLL = DOCUMENTS_BL.unsqueeze(2) == DOCUMENTS_BL.unsqueeze(1)
+    return same_BLL & torch.ones(L, L, dtype=torch.bool).tril()
 
 
 def within_documents() -> Tensor:
@@ -123,7 +129,7 @@ PADDING = (torch.arange(L) < torch.tensor([[L], [L - 9]])).unsqueeze(1)
 CASES = [
     Case("gpt2"),
     Case("llama", {**ROPE, "normalization": "RMSNorm", "activation": "swiglu", "num_query_groups": 2}),
-    Case("documents", ROPE, documents(), within_documents()),
+    Case("documents", ROPE, documents(), within_documents(), document_rectangles(DOCUMENTS_BL)),
     Case("bert", {"architecture": "bert"}, PADDING),
     Case("bert without padding", {"architecture": "bert"}, torch.ones(B, 1, L, dtype=torch.bool)),
 ]
@@ -166,7 +172,8 @@ def check_layer(case: Case, context: LayerContext) -> None:
     own_x = x.detach()[own].clone().requires_grad_()
     is_rope = config.position_embedding_type == "rope"
     rotary = rotary_table(config, L, case.positions_BS, device=CPU) if is_rope else None
-    inputs = LayerInputs(rotary, case.mask_BST, dropping=dropping)
+    mask_BST = case.mask_BST if case.rectangles is None else None
+    inputs = LayerInputs(rotary, mask_BST, dropping=dropping, rectangles=case.rectangles)
     own_y = on_kept_positions(block, LAYER, context)(own_x, inputs)
     torch.testing.assert_close(own_y, y.detach()[own], rtol=RTOL, atol=ATOL)
     (weight_of_loss[own] * own_y).sum().backward()
