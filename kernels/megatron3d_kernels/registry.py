@@ -18,6 +18,7 @@ from megatron3d_kernels.dropout import dropout
 from megatron3d_kernels.gated_activation import fused_gated_activation, gated_activation, swiglu
 from megatron3d_kernels.launch import TRITON, TritonSupport
 from megatron3d_kernels.layer_norm import layer_norm
+from megatron3d_kernels.packed import packed_attention, suits_packed
 from megatron3d_kernels.rms_norm import rms_norm
 from megatron3d_kernels.rotary import apply_rotary
 from megatron3d_kernels.selection import Selection
@@ -121,7 +122,10 @@ class Registry(Selection):
     def rectangle_attention(
         self, q_BNSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, plan: rectangles.Plan
     ) -> torch.Tensor:
-        """softmax(q k^T / sqrt(D)) v over rectangles of the scores; see `rectangles.rectangle_attention`."""
+        """softmax(q k^T / sqrt(D)) v over rectangles of the scores; see `rectangles.rectangle_attention`, and `packed`
+        for documents on CUDA."""
+        if suits_packed(q_BNSD, plan):
+            return packed_attention(q_BNSD, k_BGTD, v_BGTD, plan)
         return rectangles.rectangle_attention(q_BNSD, k_BGTD, v_BGTD, plan)
 
     def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from megatron3d_kernels.rectangles import Plan
 from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.moe.layer import MixtureOfExperts
 from megatron3d.nn.block import Block
+from megatron3d.nn.documents import Rectangles
 from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.inputs import KeyValueCache, LayerInputs
 from megatron3d.nn.loss_sink import LossSink, LossSpec
@@ -72,7 +72,7 @@ class MicroBatch:
     dropout: DropoutStream | None = None
     cache: KeyValueCache | None = None
     dropping: TokenDropping | None = None
-    rectangles: Plan | None = None
+    rectangles: Rectangles | None = None
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,11 @@ import numpy as np
 from megatron3d_kernels.rectangles import Plan, Rectangle
 from torch import Tensor
 
+Rectangles = Plan
+"""What attends to what in the samples of a micro-batch, as the kernel takes it."""
 
-def document_rectangles(documents_BS: Tensor) -> Plan:
+
+def document_rectangles(documents_BS: Tensor) -> Rectangles:
     """The causal squares of each sample, in order, which cover every position.
 
     Args:
@@ -25,7 +28,7 @@ def document_rectangles(documents_BS: Tensor) -> Plan:
     return tuple(_squares(np.flatnonzero(np.diff(row)) + 1, len(row)) for row in documents_BS.numpy())
 
 
-def kept_rectangles(plan: Plan, kept_BR: Tensor) -> Plan:
+def kept_rectangles(plan: Rectangles, kept_BR: Tensor) -> Rectangles:
     """What is left of the rectangles of samples of which a layer sees some positions, counted among those.
 
     Args:

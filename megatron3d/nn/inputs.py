@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from megatron3d_kernels.rectangles import Plan
 from torch import Tensor
 
+from megatron3d.nn.documents import Rectangles
 from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.loss_sink import LossSink
 
@@ -52,4 +52,4 @@ class LayerInputs:
     losses: LossSink | None = None
     dropping: KeptPositions | None = None
     kept_share: float = 1.0
-    rectangles: Plan | None = None
+    rectangles: Rectangles | None = None

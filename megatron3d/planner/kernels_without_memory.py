@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron3d_kernels.causal_blocks import causal_blocks, suits_blocks
 from megatron3d_kernels.launch import TritonSupport
+from megatron3d_kernels.rectangles import Plan
 from megatron3d_kernels.registry import Registry
 from megatron3d_kernels.selection import TRITON_NAME
 from torch import Tensor
@@ -70,6 +71,10 @@ class GpuKernels(Registry):
     ) -> Tensor:
         """[B, N, S, D], as far as memory is concerned."""
         return _Fused.apply(q_BNSD, k_BGTD, v_BGTD, mask)
+
+    def rectangle_attention(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, plan: Plan) -> Tensor:
+        """[B, N, S, D] of packed documents, which a GPU computes in one call, as far as memory is concerned."""
+        return _Fused.apply(q_BNSD, k_BGTD, v_BGTD, None)
 
 
 class _Fused(torch.autograd.Function):

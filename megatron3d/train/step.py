@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from megatron3d_kernels.rectangles import Plan
 from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
@@ -24,7 +23,7 @@ from megatron3d.data.batch import GroupedSamples, Samples
 from megatron3d.data.shorten import with_shape_of_step
 from megatron3d.errors import NumericsError
 from megatron3d.models.stage import MicroBatch
-from megatron3d.nn.documents import document_rectangles
+from megatron3d.nn.documents import Rectangles, document_rectangles
 from megatron3d.nn.dropout import step_seed
 from megatron3d.nn.loss_sink import LossSink, LossSpec
 from megatron3d.optim.build import set_rates
@@ -202,7 +201,7 @@ def micro_batches(
     return micros
 
 
-def _rectangles(part: Samples) -> Plan | None:
+def _rectangles(part: Samples) -> Rectangles | None:
     """What attends to what in samples of packed documents."""
     documents_BS = part.documents()
     return None if documents_BS is None else document_rectangles(documents_BS)

@@ -33,6 +33,7 @@ ONE: dict[str, Case] = {
     "llama onednn": ("gpt", f"{LLAMA} --matmul onednn"),
     "llama bf16": ("gpt", f"{LLAMA} --bf16"),
     "llama bf16 selective": ("gpt", f"{LLAMA} --bf16 {SELECTIVE}"),
+    "llama packed": ("gpt", f"{LLAMA} --reset-attention-mask"),
     "llama full": ("gpt", f"{LLAMA} {FULL}"),
     "experts": ("gpt", f"{LLAMA} {EXPERTS}"),
     "experts bf16 full": ("gpt", f"{LLAMA} {EXPERTS} --bf16 {FULL}"),

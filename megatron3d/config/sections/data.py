@@ -68,7 +68,11 @@ class DataConfig:
         "--tiktoken-special-tokens", "Names of a TikTokenizer's first special tokens; default <unk> <s> </s>."
     )
     reset_position_ids: bool = switch("--reset-position-ids", "Positions start again after each end of document.")
-    reset_attention_mask: bool = switch("--reset-attention-mask", "No attention across documents.")
+    reset_attention_mask: bool = switch(
+        "--reset-attention-mask",
+        "No attention across documents: each attends to itself, without a mask of the whole sequence.",
+        also=("--dataloader-inter-document-masking",),
+    )
     eod_mask_loss: bool = switch("--eod-mask-loss", "No loss on end-of-document tokens.")
     mask_prob: float = option(0.15, "--mask-prob", "Share of a BERT sample's tokens to be predicted.")
     mask_max_ngram: int = option(3, "--mask-max-ngram", "Words that are masked in a row, at most; n with odds 1/n.")

@@ -1,0 +1,109 @@
+"""Time of a training step on packed documents: attention in squares, by a mask of all scores, and in one document.
+
+    python -m tools.bench.packed_documents --layers 6 --hidden 384 --heads 6 --seq 4096 --documents 8 --rounds 5
+
+One GPT in one process takes the same step in turns, so that a machine whose speed drifts is fair to all: with
+--reset-attention-mask, which attends within documents; with the same samples and a mask [B, S, S] that says the same;
+and without documents. The documents are of random lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron3d.comm.device import pick_device, synchronize
+from megatron3d.comm.layout import Layout
+from megatron3d.comm.mesh import make_mesh
+from megatron3d.config.check import resolve
+from megatron3d.config.cli import parse_args
+from megatron3d.data.batch import GPTBatch
+from megatron3d.models.gpt import build_gpt_stage
+from megatron3d.train.setup import TrainingSetup, build_parts
+from megatron3d.train.step import Rates, train_step
+from tools.bench.rounds import speed_ratio, take_turns
+
+
+@dataclass(frozen=True)
+class MaskedBatch(GPTBatch):
+    """Samples of documents that attend by a mask of all scores."""
+
+    def documents(self) -> None:
+        """None that attention knows of."""
+        return None
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Also the mask."""
+        assert self.document_ids_BS is not None, "packed samples have documents"
+        mask_BST = (self.document_ids_BS.unsqueeze(2) == self.document_ids_BS.unsqueeze(1)).tril()
+        return super().model_inputs() | {"attention_mask_BST": mask_BST}
+
+
+def main() -> None:
+    """Measure and print."""
+    args = _arguments()
+    torch.manual_seed(0)
+    tokens_BS = torch.randint(args.vocab, (args.batch, args.seq + 1))
+    row = (tokens_BS[:, :-1].contiguous(), tokens_BS[:, 1:].contiguous(), torch.ones(args.batch, args.seq))
+    documents_BS = torch.stack([_documents(args.seq, args.documents) for _ in range(args.batch)])
+    parts = _parts(args)
+    batches = {
+        "squares": GPTBatch(*row, document_ids_BS=documents_BS),
+        "mask": MaskedBatch(*row, document_ids_BS=documents_BS),
+        "one document": GPTBatch(*row),
+    }
+
+    def turn(batch: GPTBatch) -> float:
+        began_s = time.perf_counter()
+        loss = train_step(parts, batch, Rates(0.0, 0.0), step=0).loss
+        synchronize(parts.model.device)
+        losses[type(batch), batch.document_ids_BS is None] = loss
+        return time.perf_counter() - began_s
+
+    losses: dict[tuple[type, bool], float] = {}
+    for batch in batches.values():  # warm up
+        turn(batch)
+    squares, masked = losses[GPTBatch, False], losses[MaskedBatch, False]
+    print(f"loss with squares {squares:.7f}, with the mask {masked:.7f}")
+    seconds, _ = take_turns({name: lambda batch=batch: turn(batch) for name, batch in batches.items()}, args.rounds)
+    for name in batches:
+        print(f"{name:12s} {statistics.median(seconds[name]) * 1e3:9.1f} ms/step")
+    print(f"squares: {speed_ratio(seconds['squares'], seconds['mask'])} times as fast as the mask")
+    print(f"squares: {speed_ratio(seconds['squares'], seconds['one document'])} times as fast as one document")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"layers": 6, "hidden": 384, "heads": 6, "seq": 4096, "batch": 1, "vocab": 8192}
+    for name, default in (sizes | {"documents": 8, "rounds": 5}).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--bf16", action="store_true", help="bf16 with fp32 master weights")
+    return parser.parse_args()
+
+
+def _documents(length: int, count: int) -> torch.Tensor:
+    """The number of the document of each position, int64 [S], with random boundaries."""
+    starts = torch.randperm(length - 1)[: count - 1] + 1
+    return torch.zeros(length, dtype=torch.int64).index_fill_(0, starts, 1).cumsum(0)
+
+
+def _parts(args: argparse.Namespace) -> TrainingSetup:
+    flags = (
+        f"--num-layers {args.layers} --hidden-size {args.hidden} --num-attention-heads {args.heads} "
+        f"--seq-length {args.seq} --micro-batch-size {args.batch} --global-batch-size {args.batch} --train-iters 1 "
+        f"--lr 1e-4 --mock-data --vocab-size {args.vocab} --hidden-dropout 0 --attention-dropout 0"
+    )
+    argv = flags.split() + (["--bf16"] if args.bf16 else [])
+    config = resolve(parse_args(argv, program="bench", description=""), 1)
+    device = pick_device(args.device, local_rank=0, local_world_size=1)
+    return build_parts(config, make_mesh(Layout()), device, build_gpt_stage)
+
+
+if __name__ == "__main__":
+    main()
