@@ -102,8 +102,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
                 "exit_duration_in_mins exit_signal_handler log_interval tensorboard_dir wandb_project wandb_exp_name "
                 "wandb_entity wandb_save_dir metrics_file check_weight_hash_across_dp_replicas_interval "
                 "recompute_granularity recompute_activations recompute_method "
-                "recompute_num_layers recompute_reuse_communication peak_tflops profile_pipeline profile_pipeline_step "
-                "batch_size_steps length_levels splits_samples "
+                "recompute_num_layers recompute_reuse_communication loss_chunk_size mlp_chunks_for_training "
+                "peak_tflops profile_pipeline profile_pipeline_step batch_size_steps length_levels splits_samples "
                 "profile profile_step_start profile_step_end profile_ranks profile_dir"
             ),
         },

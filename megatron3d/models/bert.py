@@ -22,7 +22,14 @@ from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
-from megatron3d.models.losses import class_hits, class_loss_sum, masked_hits, masked_loss_sum
+from megatron3d.models.losses import (
+    chunked_loss_and_hits,
+    class_hits,
+    class_loss_sum,
+    masked_hits,
+    masked_loss_sum,
+    num_chunks,
+)
 from megatron3d.models.stage import MicroBatch, Stage, StagePart, assemble_stage
 from megatron3d.models.vocabulary import TiedTable, vocabulary_table
 from megatron3d.nn.dropout import drop_hidden
@@ -32,9 +39,10 @@ from megatron3d.nn.norm import residual_norm
 from megatron3d.nn.positions import LearnedPositions, TokenTypes
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import Init
+from megatron3d.tensor.chunked_loss import ChunkedProjection
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.embedding import VocabParallelEmbedding, padded_vocab_size
-from megatron3d.tensor.linear import ReplicatedLinear
+from megatron3d.tensor.linear import InputType, ReplicatedLinear
 from megatron3d.tensor.residual import first_position, whole_sequence
 
 _NUM_CLASSES = 2
@@ -82,9 +90,10 @@ class BertHead(ParallelModule):
 
     output_bias: nn.Parameter
 
-    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+    def __init__(self, config: ModelConfig, context: LayerContext, *, loss_chunk_size: int | None = None) -> None:
+        """`loss_chunk_size` is the most masked positions whose logits are there at once when losses are asked for."""
         super().__init__(tp=context.tp.size)
-        self.config, self.context = config, context
+        self.config, self.context, self.loss_chunk_size = config, context, loss_chunk_size
         hidden, normal, gradient = config.hidden_size, Init("normal", config.init_method_std), context.residual_gradient
         self.norm = residual_norm(config, context) if config.norm_position == "pre" else None
         self.transform = ReplicatedLinear(context, hidden, hidden, init=normal, tp_gradient=gradient)
@@ -133,14 +142,17 @@ class BertHead(ParallelModule):
         Under sequence parallelism the positions are those of `whole_sequence`, of type R: each rank brings a partial
         gradient to the transform.
         """
+        return table.scores(self._transformed(x_PH), self.output_bias, input_type=self._input_type, cuts_off=cuts_off)
+
+    @property
+    def _input_type(self) -> InputType:
+        """Of what the word table projects."""
+        return "local" if self.context.sequence_parallel else "I"
+
+    def _transformed(self, x_PH: Tensor) -> Tensor:
         kind = self.config.activation
         x_PH = self.context.kernels.activation(self.transform(x_PH), "gelu" if self.config.is_gated else kind)
-        return table.scores(
-            self.transform_norm(x_PH),
-            self.output_bias,
-            input_type="local" if self.context.sequence_parallel else "I",
-            cuts_off=cuts_off,
-        )
+        return self.transform_norm(x_PH)
 
     def pooled(self, x_SBH: Tensor) -> Tensor:
         """tanh(W x + b) of the first token, [B, H], the same on all tensor-parallel ranks."""
@@ -158,8 +170,15 @@ class BertHead(ParallelModule):
         assert micro.loss_mask_BS is not None and micro.labels_BS is not None, "there is nothing to predict"
         assert index_P is not None, "a batch says which of its tokens have a label"
         x_PH = whole_sequence(x_SBH, self.context).flatten(0, 1).index_select(0, index_P)
-        logits_PV = self.token_logits(x_PH, table, cuts_off=False)
         labels_P, mask_P = (x_BS.t().flatten()[index_P] for x_BS in (micro.labels_BS, micro.loss_mask_BS))
+        if self.loss_chunk_size is not None:
+            chunks = num_chunks(micro.labels_BS.numel(), self.loss_chunk_size)  # alike on ranks with other masks
+            projection = ChunkedProjection(table, self.output_bias, self.context, self._input_type, chunks)
+            loss, hits = chunked_loss_and_hits(self._transformed(x_PH), labels_P, mask_P, projection)
+            if losses.counts_hits:
+                losses.add_hits("lm", hits, over_tp="equal")
+            return loss
+        logits_PV = self.token_logits(x_PH, table, cuts_off=False)
         vocabulary = {"table": table, "context": self.context}
         if losses.counts_hits:
             hits = masked_hits(logits_PV, labels_P, mask_P, **vocabulary)
@@ -177,7 +196,7 @@ def build_bert_stage(config: ModelConfig, train: TrainConfig, part: StagePart, c
 
     Args:
         config: the resolved model.
-        train: says which activations are recomputed.
+        train: says which activations are recomputed, and in which chunks losses are computed.
         part: the stage's share of the model.
         context: axis, sink and kernels of its layers.
     """
@@ -186,6 +205,6 @@ def build_bert_stage(config: ModelConfig, train: TrainConfig, part: StagePart, c
         embedding = BertEmbedding(config, context)
     elif part.is_last and not config.untie_embeddings_and_output_weights:
         embedding = TiedTable(config, context)
-    head = BertHead(config, context) if part.is_last else None
+    head = BertHead(config, context, loss_chunk_size=train.loss_chunk_size) if part.is_last else None
     losses = bert_losses(config)
     return assemble_stage(config, train, part, context, embedding=embedding, head=head, losses=losses)

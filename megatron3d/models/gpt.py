@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
-from megatron3d.models.losses import masked_loss_sum
+from megatron3d.models.losses import chunked_loss_and_hits, masked_loss_sum, num_chunks
 from megatron3d.models.stage import BlockBuilder, MicroBatch, Stage, StagePart, assemble_stage, model_block
 from megatron3d.models.vocabulary import TiedTable, vocabulary_table
 from megatron3d.moe.balance import balance_specs
@@ -19,8 +19,10 @@ from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.loss_sink import LossSpec
 from megatron3d.nn.norm import residual_norm
 from megatron3d.nn.positions import LearnedPositions
+from megatron3d.tensor.chunked_loss import ChunkedProjection
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.embedding import VocabParallelEmbedding
+from megatron3d.tensor.linear import InputType
 
 LOSSES = (LossSpec("lm", "cross-entropy of the next token", "labels"),)
 
@@ -53,27 +55,31 @@ class GPTEmbedding(nn.Module):
 class GPTHead(nn.Module):
     """Final norm, projection to the vocabulary, and loss. Untied models have a projection table of their own."""
 
-    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+    def __init__(self, config: ModelConfig, context: LayerContext, *, loss_chunk_size: int | None = None) -> None:
+        """`loss_chunk_size` is the most positions whose logits are there at once when losses are asked for."""
         super().__init__()
-        self.context = context
+        self.context, self.loss_chunk_size = context, loss_chunk_size
         self.norm = residual_norm(config, context)
         untied = config.untie_embeddings_and_output_weights
         self.output = vocabulary_table(config, context) if untied else None
 
     def forward(self, x_SBH: Tensor, micro: MicroBatch, table: VocabParallelEmbedding) -> Tensor:
         """[S, B, H] to the end of the losses (`LossSink.end`), or to logits [S, B, Vp/tp] where there are no labels."""
-        context = self.context
-        logits_SBV = table.scores(
-            self.norm(x_SBH),
-            input_type="V" if context.sequence_parallel else "I",
-            cuts_off=micro.labels_BS is None,
-        )
+        context, x_SBH = self.context, self.norm(x_SBH)
+        input_type: InputType = "V" if context.sequence_parallel else "I"
         if micro.labels_BS is None:
-            return logits_SBV
+            return table.scores(x_SBH, input_type=input_type, cuts_off=True)
+        assert micro.losses is not None, "labels are given where losses are asked for"
         labels_SB = micro.labels_BS.t().contiguous()
         mask_SB = None if micro.loss_mask_BS is None else micro.loss_mask_BS.t()
-        assert micro.losses is not None, "labels are given where losses are asked for"
-        return micro.losses.end({"lm": masked_loss_sum(logits_SBV, labels_SB, mask_SB, table=table, context=context)})
+        if self.loss_chunk_size is None:
+            logits_SBV = table.scores(x_SBH, input_type=input_type, cuts_off=False)
+            loss = masked_loss_sum(logits_SBV, labels_SB, mask_SB, table=table, context=context)
+        else:
+            chunks = num_chunks(labels_SB.numel(), self.loss_chunk_size)
+            projection = ChunkedProjection(table, None, context, input_type, chunks)
+            loss, _ = chunked_loss_and_hits(x_SBH, labels_SB, mask_SB, projection)
+        return micro.losses.end({"lm": loss})
 
 
 def build_gpt_stage(
@@ -88,7 +94,7 @@ def build_gpt_stage(
 
     Args:
         config: the resolved model.
-        train: says which activations are recomputed.
+        train: says which activations are recomputed, and in which chunks losses are computed.
         part: the stage's share of the model.
         context: axis, sink and kernels of its layers.
         block: makes its blocks.
@@ -98,6 +104,6 @@ def build_gpt_stage(
         embedding = GPTEmbedding(config, context)
     elif part.is_last and not config.untie_embeddings_and_output_weights:
         embedding = TiedTable(config, context)
-    head = GPTHead(config, context) if part.is_last else None
+    head = GPTHead(config, context, loss_chunk_size=train.loss_chunk_size) if part.is_last else None
     losses = (*LOSSES, *balance_specs(config))
     return assemble_stage(config, train, part, context, embedding=embedding, head=head, losses=losses, block=block)

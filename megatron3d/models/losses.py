@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron3d.tensor.chunked_loss import ChunkedProjection, chunked_cross_entropy
 from megatron3d.tensor.context import LayerContext
 from megatron3d.tensor.embedding import VocabParallelEmbedding
 from megatron3d.tensor.loss import vocab_parallel_cross_entropy, vocab_parallel_hits
@@ -38,6 +39,28 @@ def masked_loss_sum(
         kernels=context.kernels,
     )
     return loss_SB.sum() if loss_mask_SB is None else (loss_SB * loss_mask_SB).sum()
+
+
+def chunked_loss_and_hits(
+    x: Tensor, labels: Tensor, loss_mask: Tensor | None, projection: ChunkedProjection
+) -> tuple[Tensor, Tensor]:
+    """What `masked_loss_sum` and `masked_hits` give of the logits of hidden vectors, which are made in chunks.
+
+    Args:
+        x: [S, B, H] (S local under sequence parallelism) or [P, H], of the projection's type.
+        labels: token ids to predict, int64 [S, B] or [P].
+        loss_mask: weight of each token's loss, fp32; None weighs all alike.
+        projection: from hidden vectors to losses.
+    """
+    loss, hits = chunked_cross_entropy(x, labels, projection)
+    if loss_mask is None:
+        return loss.sum(), hits.sum()
+    return (loss * loss_mask).sum(), (hits * loss_mask).sum()
+
+
+def num_chunks(num_positions: int, chunk_size: int) -> int:
+    """Chunks of a micro-batch, of about equal size and at most `chunk_size` positions."""
+    return -(-num_positions // chunk_size)
 
 
 def masked_hits(

@@ -229,15 +229,22 @@ class Stage(nn.Module):
 class BlockBuilder(Protocol):
     """Makes the block of one layer: a module from ([S, B, H] of the residual stream, `LayerInputs`) to [S, B, H]."""
 
-    def __call__(self, config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool) -> nn.Module:
-        """`recompute_core` asks for attention that recomputes its core in the backward."""
+    def __call__(
+        self, config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool, mlp_chunks: int
+    ) -> nn.Module:
+        """`recompute_core` asks for attention that recomputes its core in the backward, `mlp_chunks` for an MLP that
+        runs over so many chunks of the sequence."""
         ...
 
 
-def model_block(config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool) -> Block:
+def model_block(
+    config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool, mlp_chunks: int
+) -> Block:
     """The block of a layer as the model's options describe it: with experts where it has some."""
     experts = MixtureOfExperts if config.experts_of(layer) else None
-    return Block(config, context, layer=layer, recompute_core=recompute_core, feed_forward=experts)
+    return Block(
+        config, context, layer=layer, recompute_core=recompute_core, mlp_chunks=mlp_chunks, feed_forward=experts
+    )
 
 
 StageBuilder = Callable[[ModelConfig, TrainConfig, StagePart, LayerContext], Stage]
@@ -261,8 +268,11 @@ def assemble_stage(
     that the head reads the first position alone: then the block before it (a `Block`) computes no other, unless the
     sequence is cut over the ranks, where that position would be the work of one of them.
     """
-    selective = train.recompute_granularity == "selective"
-    blocks = {layer: block(config, context, layer=layer, recompute_core=selective) for layer in part.layers}
+    selective, mlp_chunks = train.recompute_granularity == "selective", train.mlp_chunks_for_training
+    blocks = {
+        layer: block(config, context, layer=layer, recompute_core=selective, mlp_chunks=mlp_chunks)
+        for layer in part.layers
+    }
     if head is not None and reads_first_only and part.layers and not context.sequence_parallel:
         last = part.layers[-1]
         blocks[last] = Block(config, context, layer=last, recompute_core=selective, first_only=True)

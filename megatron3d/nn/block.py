@@ -46,9 +46,10 @@ class Block(nn.Module):
         layer: int,
         recompute_core: bool = False,
         first_only: bool = False,
+        mlp_chunks: int = 1,
         feed_forward: FeedForwardBuilder | None = None,
     ) -> None:
-        """`feed_forward` makes the second half; by default an MLP.
+        """`feed_forward` makes the second half; by default an MLP in `mlp_chunks` chunks of the sequence.
 
         Raises: ConfigError if the layer has experts and nothing is given that makes them.
         """
@@ -66,7 +67,10 @@ class Block(nn.Module):
             config, context, layer=layer, recompute_core=recompute_core, first_only=first_only
         )
         self.mlp_norm = residual_norm(config, context)
-        self.mlp = MLP(config, context) if feed_forward is None else feed_forward(config, context, layer=layer)
+        if feed_forward is None:
+            self.mlp = MLP(config, context, num_chunks=mlp_chunks)
+        else:
+            self.mlp = feed_forward(config, context, layer=layer)
 
     def forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
         """[S, B, H] to [S, B, H] (S local under sequence parallelism), or to [1, B, H] of the first position."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.attention import output_init
+from megatron3d.nn.chunks import PositionwiseLayer, in_chunks
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
@@ -18,10 +19,14 @@ from megatron3d.tensor.linear import ColumnParallelLinear, RowParallelLinear
 class MLP(nn.Module):
     """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where the activation is gated."""
 
-    def __init__(self, config: ModelConfig, context: LayerContext, *, width: int | None = None) -> None:
-        """`width` is F, by default that of the model."""
+    def __init__(
+        self, config: ModelConfig, context: LayerContext, *, width: int | None = None, num_chunks: int = 1
+    ) -> None:
+        """`width` is F, by default that of the model. In more than one chunk of the sequence no tensor [S, B, F] is
+        made, and the backward computes the layer again."""
         super().__init__()
         self.config, self.kernels = config, context.kernels
+        self.sink, self.num_chunks = context.sink, num_chunks
         inner, bias = width or config.ffn_hidden_size, config.add_bias_linear
         parts = (inner, inner) if config.is_gated else ()
         normal = Init("normal", config.init_method_std)
@@ -33,6 +38,12 @@ class MLP(nn.Module):
     def forward(self, x_SBH: Tensor, inputs: LayerInputs | None = None) -> Tensor:
         """[S, B, H] on the residual stream to [S, B, H] on the residual stream; `inputs`, which every feed-forward half
         is given, are not needed."""
+        if self.num_chunks == 1:
+            return self._at_once(x_SBH)
+        layer = PositionwiseLayer(self._at_once, self.sink)
+        return in_chunks(layer, x_SBH, self.num_chunks, tuple(self.parameters()))
+
+    def _at_once(self, x_SBH: Tensor) -> Tensor:
         return self.down(self._activate(self.up(x_SBH)))
 
     def _activate(self, x_SBF: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ would be hidden, and it is the only thing a model knows of sharded weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,6 +80,16 @@ class WeightGate:
         if self._gatherer is None or not self._gatherer.releases:
             return x
         return _Close.apply(x, self._gatherer, place)
+
+    @contextmanager
+    def reading(self, place: str) -> Iterator[None]:
+        """The weights of a place may be read within the context, outside of its forward and its backward: by deferred
+        work that computes something again."""
+        if self._gatherer is not None:
+            self._gatherer.gather_weights(place, backward=False)
+        yield
+        if self._gatherer is not None and self._gatherer.releases:
+            self._gatherer.release_weights(place, backward=False)
 
     def blocks_of(self, table: nn.Parameter) -> BlockedTable | None:
         """The weights of a table, between the opening and the closing of its place, where they come block by block;

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -66,6 +66,7 @@ class GradSink:
     def __init__(self) -> None:
         self._destinations: dict[nn.Parameter, _Destination] = {}
         self._deferred: list[Callable[[], None]] | None = None
+        self._joined: dict[nn.Parameter, Callable[[], None]] | None = None
 
     def bind(self, parameter: nn.Parameter, buffer: Tensor, on_arrival: Callable[[], None]) -> GradPlace:
         """Send the gradient of `parameter` to `buffer` (same shape), and call `on_arrival` after each contribution.
@@ -193,8 +194,8 @@ class GradSink:
         overwrites = [place.takes_first() for place in places]
         buffers = [place.buffer for place in places]
         kernels.add_grouped_weight_gradients(buffers, grad_RO, x_RI, counts, overwrites=overwrites)
-        for one in bound:
-            one.on_arrival()
+        for weight in weights:
+            self._arrived(weight)
 
     def add_rows(self, table: nn.Parameter, rows: Tensor, grad_rows: Tensor) -> None:
         """Add gradients to rows of a table: table[rows[t]] += grad_rows[t], one after another where rows repeat.
@@ -218,7 +219,7 @@ class GradSink:
                 if place.takes_first():
                     place.buffer.zero_()
                 add_to_rows(place.buffer, rows, grad_rows)
-            destination.on_arrival()
+            self._arrived(table)
 
         self._now_or_later(table, work)
 
@@ -229,7 +230,7 @@ class GradSink:
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
             return
         destination.place_of().add(grad)
-        destination.on_arrival()
+        self._arrived(parameter)
 
     @contextmanager
     def defer(self) -> Iterator[list[Callable[[], None]]]:
@@ -239,6 +240,48 @@ class GradSink:
             yield self._deferred
         finally:
             self._deferred = outer
+
+    @property
+    def defers(self) -> bool:
+        """Whether weight-gradient work is deferred now."""
+        return self._deferred is not None
+
+    def add_later(self, work: Callable[[], None]) -> None:
+        """Defer work that adds gradients when it is done, within `defer`."""
+        assert self._deferred is not None, "nothing is deferred outside of an input-gradient step"
+        self._deferred.append(work)
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Within the context all contributions to a parameter count as one, which has arrived at its end. Where they
+        are deferred, so are they together."""
+        outer = self._deferred
+        assert self._joined is None, "contributions that are joined already"
+        self._joined = {}
+        try:
+            with nullcontext([]) if outer is None else self.defer() as works:
+                yield
+            arrived = [*self._joined.values()]
+        finally:
+            self._joined = None
+        if outer is not None and works:
+            outer.append(partial(self._do_joined, works))
+        for on_arrival in arrived:
+            on_arrival()
+
+    @torch.no_grad()
+    def _do_joined(self, works: Sequence[Callable[[], None]]) -> None:
+        with self.joined():
+            for work in works:
+                work()
+
+    def _arrived(self, parameter: nn.Parameter) -> None:
+        """Report a contribution to a bound parameter."""
+        on_arrival = self._destinations[parameter].on_arrival
+        if self._joined is None:
+            on_arrival()
+        else:
+            self._joined[parameter] = on_arrival
 
     def _add_product(self, weight: nn.Parameter, grad_TO: Tensor, x_TI: Tensor, kernels: Registry) -> None:
         destination = self._destinations.get(weight)
@@ -251,7 +294,7 @@ class GradSink:
             for block, buffer_NI in destination.blocks.buffers():
                 place = GradPlace(buffer_NI, is_empty=True)
                 _add_product_to(place, block.columns_of(grad_TO).flatten(-2), x_TI, kernels)
-        destination.on_arrival()
+        self._arrived(weight)
 
     def _take_from_autograd(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, nn.Parameter), f"hook on {type(parameter).__name__}"

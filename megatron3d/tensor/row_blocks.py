@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron3d_kernels.registry import Registry
 from torch import Tensor, nn
 
 from megatron3d.comm.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
@@ -49,13 +50,7 @@ class _LinearByBlocks(torch.autograd.Function):
         ctx.save_for_backward(x if table.requires_grad else None)
         ctx.table, ctx.bias, ctx.blocks, ctx.context, ctx.input_type = table, bias, blocks, context, input_type
         gathered = start_all_gather(x, context.tp).wait() if input_type == "V" else x
-        y = gathered.new_empty((*gathered.shape[:-1], blocks.num_rows))
-        for block, weight_NH in blocks.weights():
-            columns = block.columns_of(y)
-            columns.copy_(context.kernels.linear(gathered, weight_NH, None).view(columns.shape))
-        if bias is not None:
-            y[..., : bias.numel()].add_(bias)
-        return y
+        return scores_of_blocks(gathered, bias, blocks, context.kernels)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
@@ -64,7 +59,7 @@ class _LinearByBlocks(torch.autograd.Function):
         gathering = start_all_gather(x, context.tp) if ctx.input_type == "V" and x is not None else None
         grad_in, reducing = None, None
         if ctx.needs_input_grad[0]:
-            grad_in = _input_gradient(grad_out, ctx.blocks, context)
+            grad_in = input_gradient_of_blocks(grad_out, ctx.blocks, context.kernels)
             if ctx.input_type == "V":
                 reducing = start_reduce_scatter(grad_in, context.tp)
             elif ctx.input_type == "I":
@@ -76,11 +71,22 @@ class _LinearByBlocks(torch.autograd.Function):
         return (reducing.wait() if reducing else grad_in), None, None, None, None, None
 
 
-def _input_gradient(grad_out: Tensor, blocks: BlockedTable, context: LayerContext) -> Tensor:
+def scores_of_blocks(x: Tensor, bias: Tensor | None, blocks: BlockedTable, kernels: Registry) -> Tensor:
+    """x W^T + b without autograd and without communication on the tensor axis: [..., H] to [..., R]."""
+    y = x.new_empty((*x.shape[:-1], blocks.num_rows))
+    for block, weight_NH in blocks.weights():
+        columns = block.columns_of(y)
+        columns.copy_(kernels.linear(x, weight_NH, None).view(columns.shape))
+    if bias is not None:
+        y[..., : bias.numel()].add_(bias)
+    return y
+
+
+def input_gradient_of_blocks(grad_out: Tensor, blocks: BlockedTable, kernels: Registry) -> Tensor:
     """The sum over the blocks, in fp32, of the product of their columns [..., N] with their weights: [..., H]."""
     total: Tensor | None = None
     for block, weight_NH in blocks.weights():
-        product = context.kernels.input_gradient(block.columns_of(grad_out).flatten(-2), weight_NH)
+        product = kernels.input_gradient(block.columns_of(grad_out).flatten(-2), weight_NH)
         total = product.to(_at_least_fp32(product.dtype)) if total is None else total.add_(product)
     assert total is not None, "a table has blocks"
     return total.to(grad_out.dtype)

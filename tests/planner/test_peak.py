@@ -22,6 +22,7 @@ MORE = "--global-batch-size 8"  # micro-batches than the two of the models' own
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-z-loss-coeff 0.001"
 DROPPING = "--random-ltd --random-ltd-min 48 --random-ltd-max 48"
 REUSING = "--recompute-reuse-communication"
+CHUNKS = "--loss-chunk-size 40 --mlp-chunks-for-training 5"
 Case = tuple[str, str]
 
 ONE: dict[str, Case] = {
@@ -47,6 +48,8 @@ ONE: dict[str, Case] = {
     "gpt begun full": ("gpt", f"{GPT} {NO_DROPOUT} {FULL} --freeze-params embedding.* layers.[01].*"),
     "wide": ("gpt", WIDE),
     "wide bf16 gradients in bf16": ("gpt", f"{WIDE} --bf16 --grad-reduce-in-bf16"),
+    "llama many words in chunks": ("gpt", f"{LLAMA} {WORDS} {CHUNKS} {FULL}"),
+    "bert bf16 in chunks": ("bert", f"{BERT} --bf16 {CHUNKS}"),
     "wide bf16 offload": ("gpt", f"{WIDE} --bf16 --offload-optimizer cpu"),
 }
 TWO: dict[str, Case] = {
@@ -63,6 +66,9 @@ TWO: dict[str, Case] = {
     "bert pp": ("bert", f"{BERT} {PP} 2"),
     "llama pp interleaved": ("gpt", f"{LLAMA} {PP} 2 --num-layers-per-virtual-pipeline-stage 1"),
     "llama pp zb-h1": ("gpt", f"{LLAMA} {PP} 2 --pipeline-schedule zb-h1 {MORE}"),
+    "llama in chunks pp zb-h1": ("gpt", f"{LLAMA} {PP} 2 --pipeline-schedule zb-h1 {MORE} {CHUNKS}"),
+    "llama many words in chunks zero 3": ("gpt", f"{LLAMA} --zero-stage 3 {WORDS} {CHUNKS}"),
+    "llama tp sp in chunks": ("gpt", f"{LLAMA} {TP} 2 --sequence-parallel {CHUNKS}"),
     "gpt frozen pp zb-h1": ("gpt", f"{GPT} {NO_DROPOUT} {PP} 2 --pipeline-schedule zb-h1 {MORE} {FROZEN}"),
     "wide muon tp": ("gpt", f"{WIDE} {TP} 2 --optimizer muon"),
     "wide muon zero 2": ("gpt", f"{WIDE} --zero-stage 2 --optimizer muon"),
@@ -99,6 +105,7 @@ SLOW = {
     ),
     *("llama tp", "llama tp sp bf16", "llama pp full", "llama full zero 1", "llama full zero 2", "wide zero 1"),
     *("wide zero 2", "wide bf16 zero 1", "wide bf16 zero 2", "wide bf16 zero 3 many words untied", "bert zero 3"),
+    *("bert bf16 in chunks", "llama many words in chunks zero 3", "llama tp sp in chunks"),
     *("wide zero 3 many words frozen", "experts ep full reusing", "gpt frozen pp zb-h1", "bert pp"),
 }
 

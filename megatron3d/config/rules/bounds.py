@@ -51,6 +51,7 @@ BOUNDS: tuple[Bound, ...] = (
         "tiktoken_num_special_tokens micro_batch_size global_batch_size gradient_accumulation_steps train_tokens "
         "lr_decay_tokens "
         "train_iters train_samples eval_interval exit_interval log_interval recompute_num_layers save_interval "
+        "loss_chunk_size mlp_chunks_for_training "
         "profile_pipeline_step keep_last save_retain_interval check_weight_hash_across_dp_replicas_interval "
         "profile_step_end "
         "curriculum_warmup_steps lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "

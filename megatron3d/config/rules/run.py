@@ -17,6 +17,7 @@ from megatron3d.config.rules.blend import blend_rule
 from megatron3d.config.rules.curriculum import curriculum_rule
 from megatron3d.config.rules.fim import fim_rule
 from megatron3d.config.rules.lengths import lengths_rule, token_rates_rule
+from megatron3d.config.rules.long_sequences import mlp_chunks_rule
 from megatron3d.config.rules.optimizer import decoupling_rule, implementation_rule, moments_rule
 from megatron3d.config.rules.random_ltd import random_ltd_problems
 from megatron3d.config.rules.sample_order import sample_order_rule
@@ -58,6 +59,7 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from moments_rule(optim)
     yield from implementation_rule(optim, run.parallel.device)
     yield from recompute_rule(train, run.train)
+    yield from mlp_chunks_rule(run.model, run.train)
     yield from random_ltd_problems(train, given.model, run.parallel)
     yield from matmul_rule(train, optim, run.parallel.device)
     yield from data_rule(run.data)

@@ -111,6 +111,18 @@ class GivenTrain(GivenRandomLtd):
         "With full: keep what the collectives of layers give, so that recomputing them communicates nothing.",
         also=("--moe-comm-aware-checkpointing",),
     )
+    loss_chunk_size: int | None = option(
+        None,
+        "--loss-chunk-size",
+        "Compute logits and losses for at most so many positions at a time (docs/long_context.md).",
+        unit="tokens",
+    )
+    mlp_chunks_for_training: int = option(
+        1,
+        "--mlp-chunks-for-training",
+        "Run each MLP over so many chunks of the sequence, also again in the backward (docs/long_context.md).",
+        unit="chunks",
+    )
     matmul: str = option(
         "auto",
         "--matmul",
