@@ -32,7 +32,7 @@ def check(config: GivenRun, world_size: int, *, doubt: Doubt = NO_DOUBT) -> list
     problems = [
         *required_problems(config),
         *model_and_layout_problems(given, run),
-        *offload_problems(run.parallel, run.optim),
+        *offload_problems(run.parallel, run.optim, run.train),
         *run_problems(given, run),
     ]
     return [*single_option_problems(config), *(problem for problem in problems if not doubt.explains(problem))]

@@ -84,7 +84,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
                 "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers "
                 "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split zero_stage "
                 "zero_shard_size zero_prefetch_units use_distributed_optimizer overlap_grad_reduce "
-                "overlap_param_gather offload_optimizer offload_params offload_dir device distributed_timeout_minutes "
+                "overlap_param_gather offload_optimizer offload_params offload_activations offload_dir "
+                "device distributed_timeout_minutes "
                 "data_parallel_size world_size virtual_stages"
             ),
         },

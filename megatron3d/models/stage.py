@@ -142,7 +142,8 @@ class Stage(nn.Module):
             on_kept_positions(self._gated(f"layers.{number}", layer), int(number), self.context)
             for number, layer in self.layers.items()
         ]
-        x_SBH = run_layers(layers, self.groups, x_SBH, inputs, replay=self.replay)
+        store = self.context.kept_inputs
+        x_SBH = run_layers(layers, self.groups, x_SBH, inputs, replay=self.replay, store=store)
         if self.head is None:
             return x_SBH
         tied = not self.config.untie_embeddings_and_output_weights

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from megatron3d.nn.inputs import LayerInputs
+from megatron3d.tensor.kept_inputs import InputStore, StoredInput
 
 Layer = Callable[[Tensor, LayerInputs], Tensor]
 Context = AbstractContextManager[None]
@@ -62,9 +64,11 @@ def run_layers(
     inputs: LayerInputs,
     *,
     replay: ContextPair | None = None,
+    store: InputStore | None = None,
 ) -> Tensor:
     """Run the layers in order, recomputing the groups that say so when gradients are wanted; `replay` as in
-    `recomputed`."""
+    `recomputed`. `store` keeps what comes into these groups until the backward."""
+    chain = None if store is None else _StoredChain(store)
 
     def run(group: LayerGroup) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
@@ -76,10 +80,39 @@ def run_layers(
 
     for group in groups:
         if group.recompute and torch.is_grad_enabled():
-            x_SBH = recomputed(run(group), x_SBH, inputs=inputs, replay=replay)
+            with nullcontext() if chain is None else chain.keeping(x_SBH):
+                x_SBH = recomputed(run(group), x_SBH, inputs=inputs, replay=replay)
         else:
             x_SBH = run(group)(x_SBH)
+    if store is not None:
+        store.settle()
     return x_SBH
+
+
+class _StoredChain:
+    """The inputs of one forward's recomputed groups in a store: each is taken from there when its group is recomputed,
+    and the one before it starts to come.
+
+    An input that is no result of this stage's own layers stays where it is: the pipeline holds it anyway.
+    """
+
+    def __init__(self, store: InputStore) -> None:
+        self._store = store
+        self._stored: list[StoredInput] = []
+
+    def keeping(self, x_SBH: Tensor) -> AbstractContextManager[None]:
+        """Within the context the input of a recomputed function is put into the store."""
+        return nullcontext() if x_SBH.is_leaf else saved_tensors_hooks(self._put, self._take)
+
+    def _put(self, x_SBH: Tensor) -> int:
+        self._stored.append(self._store.put(x_SBH))
+        return len(self._stored) - 1
+
+    def _take(self, number: int) -> Tensor:
+        x_SBH = self._stored[number].take()
+        if number > 0:
+            self._stored[number - 1].start_fetch()
+        return x_SBH
 
 
 def recomputed(

@@ -30,10 +30,11 @@ _Move = Callable[[str, int, memoryview, bool], None]
 
 
 class Transfer:
-    """A read or write under way; keeps its buffer alive until it is over."""
+    """A read or write under way; keeps its buffer alive until somebody has waited for it."""
 
     def __init__(self, parts: list[Future[None]], buffer: Tensor) -> None:
-        self._parts, self._buffer = parts, buffer
+        self._parts = parts
+        self._buffer: Tensor | None = buffer
 
     def wait(self) -> None:
         """Return when it is over.
@@ -42,6 +43,7 @@ class Transfer:
             StorageError: the disk refused, or what was read is not what was written.
         """
         wait_for(self._parts)  # All of them: after an error none may still write into the buffer.
+        self._buffer = None
         for part in self._parts:
             part.result()
 

@@ -33,6 +33,7 @@ from megatron3d.planner.save_copy import save_copy_bytes
 from megatron3d.planner.sizes import BYTES, FP32
 from megatron3d.planner.stage_records import StageRecords
 from megatron3d.planner.stage_run import message_bytes
+from megatron3d.planner.stored_inputs import most_stored_inputs
 from megatron3d.planner.temporaries import publish_temporary, update_temporary
 from megatron3d.planner.timeline import RankStages, peak_use
 from megatron3d.planner.transient import TransientPlan, TransientUnit
@@ -46,7 +47,7 @@ class Ledger:
 
     Attributes:
         pp_rank: position along the pipeline.
-        state: exact, from step to step.
+        state: exact, from step to step; on the host or in files with the activations that are offloaded there.
         activations: kept for backwards at the peak of a step.
         buffers: everything else that is there then and not state.
         save_copy: what asynchronous saves hold on the host, about.
@@ -126,6 +127,8 @@ def ledger_of_rank(
     config, device_type = records.config, records.device_type
     parallel, optim, units = config.parallel, config.optim, parts.units.values()
     state = fullest_state(parallel, optim, units) + declared_state_bytes(parallel, parts)
+    stored = most_stored_inputs(config, plan, row[1]) * message_bytes(config)
+    state += StateForecast(files=stored) if device_type == "cpu" else StateForecast(host=stored)
     blocks = blocks_of(parallel, parts.units)
     stages = RankStages(
         lambda number, splits: records.of(part_of(plan, number), splits=splits, blocks=blocks),

@@ -37,6 +37,7 @@ from megatron3d.planner.layout import layout_of
 from megatron3d.planner.recording import Event, Kind, StorageRecorder
 from megatron3d.planner.result_shapes import result_of
 from megatron3d.planner.sizes import BYTES, DTYPES
+from megatron3d.planner.stored_inputs import InputsWithoutMemory
 from megatron3d.planner.table_run import RecordedTable
 from megatron3d.tensor.context import LayerContext
 from megatron3d.zero.cut_tables import Blocks
@@ -125,8 +126,17 @@ class StageRun:
         sequence_parallel = config.parallel.sequence_parallel and tp.size > 1
         library = ONEDNN if config.train.matmul == "onednn" else TORCH
         kernels = CpuKernels(library=library) if self._on_cpu else GpuKernels()
+        store = InputsWithoutMemory(on_cpu=self._on_cpu) if config.parallel.offload_activations else None
         context = LayerContext(
-            tp, sequence_parallel, sink, kernels, gate, kv if kv.size > 1 else None, expert, expert_tp
+            tp,
+            sequence_parallel,
+            sink,
+            kernels,
+            gate,
+            kv if kv.size > 1 else None,
+            expert,
+            expert_tp,
+            kept_inputs=store,
         )
         model = config.model
         if not self._on_cpu:  # fused kernels draw what they drop, and keep no mask of it

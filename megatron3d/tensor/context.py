@@ -17,6 +17,7 @@ from megatron3d.comm.meter import Meter
 from megatron3d.comm.replay import Replay
 from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
+from megatron3d.tensor.kept_inputs import InputStore
 
 
 def _axis_of_one(name: str) -> Axis:
@@ -38,6 +39,7 @@ class LayerContext:
         expert: the ranks that hold different experts.
         expert_tp: the ranks that shard each expert.
         replay: what the collectives of a forward gave, for its recomputation.
+        kept_inputs: takes the inputs of recomputed layers off the device; None keeps them there.
     """
 
     tp: Axis
@@ -49,6 +51,7 @@ class LayerContext:
     expert: Axis = field(default_factory=partial(_axis_of_one, "expert"))
     expert_tp: Axis = field(default_factory=partial(_axis_of_one, "expert_tp"))
     replay: Replay = field(default_factory=Replay)
+    kept_inputs: InputStore | None = None
 
     @property
     def residual_gradient(self) -> Literal["equal", "partial"]:

@@ -1,4 +1,4 @@
-"""From the options to the backings of offloaded state on this rank."""
+"""From the options to the backings of offloaded state, and the store of offloaded activations, on this rank."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from megatron3d.config.rules.offload import NO_DIRECTORY
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.errors import ConfigError
+from megatron3d.offload.activations import FileInputs, HostInputs
 from megatron3d.offload.backing import FileBacking, HostBacking, StateBacking
 from megatron3d.offload.file_store import FileStore
 from megatron3d.optim.build import build_optimizer
+from megatron3d.tensor.kept_inputs import InputStore
 from megatron3d.zero.offload import Offload, state_kinds
 
 
@@ -31,6 +35,22 @@ def offload_of(parallel: ParallelConfig, optim: OptimConfig, *, rank: int, devic
         state_kinds=state_kinds(probe),
         delays_update=parallel.offload_delayed_update,
     )
+
+
+def kept_inputs_of(parallel: ParallelConfig, *, rank: int, device: torch.device) -> InputStore | None:
+    """Where the inputs of recomputed layers are kept off the device; None where they stay.
+
+    Raises:
+        ConfigError: the device is a CPU, and there is no --offload-dir.
+        StorageError: files cannot be made there.
+    """
+    if not parallel.offload_activations:
+        return None
+    if device.type != "cpu":
+        return HostInputs(device)
+    if parallel.offload_dir is None:
+        raise ConfigError(NO_DIRECTORY)
+    return FileInputs(Path(parallel.offload_dir), f"rank{rank:05d}-inputs")
 
 
 def _backing(place: str, parallel: ParallelConfig, label: str, device: torch.device) -> StateBacking | None:

@@ -32,8 +32,9 @@ from megatron3d.pipeline.run import Wire
 from megatron3d.pipeline.schedule import Action, Schedule
 from megatron3d.planner.memory import part_of
 from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.kept_inputs import InputStore
 from megatron3d.train.module_states import ModuleStates
-from megatron3d.train.offload import offload_of
+from megatron3d.train.offload import kept_inputs_of, offload_of
 from megatron3d.train.plan import plan_of
 from megatron3d.train.random_ltd import RandomLtd, random_ltd_of
 from megatron3d.zero.engine import UnitParameters, ZeroEngine
@@ -128,8 +129,16 @@ class TrainingSetup:
         return self.engine.weight_views(with_copies=with_copies) | self.states.views()
 
 
-def build_model(config: RunConfig, mesh: Mesh, device: torch.device, builder: StageBuilder) -> Model:
-    """Build this rank's stages on the meta device; their parameters have no memory yet.
+def build_model(
+    config: RunConfig,
+    mesh: Mesh,
+    device: torch.device,
+    builder: StageBuilder,
+    *,
+    kept_inputs: InputStore | None = None,
+) -> Model:
+    """Build this rank's stages on the meta device; their parameters have no memory yet. `kept_inputs` takes the inputs
+    of recomputed layers off the device.
 
     Raises:
         ConfigError: the layers cannot be split as asked, or the losses of the model contradict one another.
@@ -147,6 +156,7 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
         kv=mesh.kv if mesh.kv.size > 1 else None,
         expert=mesh.expert,
         expert_tp=mesh.expert_tp,
+        kept_inputs=kept_inputs,
     )
     plan = plan_of(config)
     stages = {
@@ -171,14 +181,16 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
     """Build model, flat units, optimizer and loss scaler of this rank, with the initial weights in place.
 
     Raises:
-        ConfigError: the layers cannot be split as asked, --freeze-params names nothing or everything, or
-            --random-ltd-router cannot be loaded.
+        ConfigError: the layers cannot be split as asked, --freeze-params names nothing or everything,
+            --random-ltd-router cannot be loaded, or --offload-activations lacks a directory.
+        StorageError: files cannot be made under --offload-dir.
         ScheduleError: the order of work is not known or does not take the stages it is given.
     """
     if config.train.freeze_params:
         full_model = whole_stage(config.model, config.train, builder)
         require_sensible(config.train.freeze_params, full_model.parameters_by_name())
-    model = build_model(config, mesh, device, builder)
+    kept_inputs = kept_inputs_of(config.parallel, rank=mesh.rank, device=device)
+    model = build_model(config, mesh, device, builder, kept_inputs=kept_inputs)
     reduces_in_bf16 = config.parallel.grad_reduce_in_bf16
     options = UnitOptions(
         policy=policy_of(config.parallel.zero_stage),

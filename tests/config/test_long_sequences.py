@@ -25,6 +25,8 @@ def problems(flags: str, *, world_size: int = 1) -> list[str]:
         ("--loss-chunk-size 0", "--loss-chunk-size 0 is outside its range"),
         (f"{CHUNKS} --num-experts 4", "--num-experts sends tokens to experts instead"),
         (f"{CHUNKS} {FULL} --recompute-reuse-communication", "runs each MLP once more in the backward"),
+        ("--offload-activations --offload-dir d", "no layers are recomputed"),
+        (f"--offload-activations {FULL} --device cpu", "say where with --offload-dir"),
     ],
 )
 def test_what_cannot_work_is_refused(flags: str, sentence: str) -> None:
@@ -33,4 +35,4 @@ def test_what_cannot_work_is_refused(flags: str, sentence: str) -> None:
 
 
 def test_the_options_go_together() -> None:
-    assert problems(f"--loss-chunk-size 4 {CHUNKS} {FULL}") == []
+    assert problems(f"--loss-chunk-size 4 {CHUNKS} {FULL} --offload-activations --offload-dir d") == []

@@ -17,6 +17,8 @@ FILES = "--offload-optimizer nvme --offload-dir DIR"
 ALL_CPU = "--offload-optimizer cpu --offload-params cpu"
 ALL_FILES = "--offload-optimizer nvme --offload-params nvme --offload-dir DIR"
 MIXED = "--offload-optimizer nvme --offload-params cpu --offload-dir DIR"
+FULL = "--recompute-granularity full"
+INPUTS = "--offload-activations --offload-dir DIR"
 SP = "--sequence-parallel"
 CUT = "--vocab-size 1029"  # a table that stage 3 cuts into blocks
 BF16 = "--bf16 --grad-reduce-in-bf16"
@@ -32,9 +34,10 @@ CASES = [
     (
         "llama",
         Layout(dp=2),
-        f"--zero-stage 3 {BF16} --recompute-granularity full --recompute-method uniform",
-        (ALL_FILES,),
+        f"--zero-stage 3 {BF16} {FULL} --recompute-method uniform",
+        (f"{INPUTS} {ALL_FILES}",),
     ),
+    ("gpt2", Layout(pp=2), f"{FULL} --pipeline-schedule zb-h1", (INPUTS,)),
     ("gpt2", Layout(dp=2), f"--zero-stage 3 {CUT} --exp-avg-dtype bf16", (CPU, ALL_FILES, MIXED)),
     ("gpt2", Layout(dp=2), "--zero-stage 1 --overlap-param-gather", (FILES,)),
     ("gpt2", Layout(dp=2), "--fp16 --zero-stage 2 --initial-loss-scale 4194304", (FILES,)),
@@ -43,6 +46,7 @@ CASES = [
     ("gpt2", Layout(pp=2, dp=2), "--zero-stage 3", (ALL_CPU, ALL_FILES)),
     ("llama", Layout(dp=4, zero_shard=2), "--zero-stage 3 --zero-shard-size 2", (ALL_FILES,)),
     ("llama", Layout(tp=2, pp=2), SP, (FILES,)),
+    ("llama", Layout(tp=2, pp=2), f"{SP} {FULL} --num-layers-per-virtual-pipeline-stage 1", (INPUTS,)),
 ]
 BATCHES = [
     pytest.param(size, [case for case in CASES if case[1].world_size == size], id=f"world{size}", marks=marks)

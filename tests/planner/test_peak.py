@@ -23,6 +23,7 @@ EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-z-loss-coeff 0.001"
 DROPPING = "--random-ltd --random-ltd-min 48 --random-ltd-max 48"
 REUSING = "--recompute-reuse-communication"
 CHUNKS = "--loss-chunk-size 40 --mlp-chunks-for-training 5"
+AWAY = f"{FULL} --offload-activations --offload-dir ."
 Case = tuple[str, str]
 
 ONE: dict[str, Case] = {
@@ -49,6 +50,7 @@ ONE: dict[str, Case] = {
     "wide": ("gpt", WIDE),
     "wide bf16 gradients in bf16": ("gpt", f"{WIDE} --bf16 --grad-reduce-in-bf16"),
     "llama many words in chunks": ("gpt", f"{LLAMA} {WORDS} {CHUNKS} {FULL}"),
+    "gpt inputs away": ("gpt", f"{GPT} {NO_DROPOUT} {AWAY} --num-layers 8"),
     "bert bf16 in chunks": ("bert", f"{BERT} --bf16 {CHUNKS}"),
     "wide bf16 offload": ("gpt", f"{WIDE} --bf16 --offload-optimizer cpu"),
 }
@@ -66,6 +68,7 @@ TWO: dict[str, Case] = {
     "bert pp": ("bert", f"{BERT} {PP} 2"),
     "llama pp interleaved": ("gpt", f"{LLAMA} {PP} 2 --num-layers-per-virtual-pipeline-stage 1"),
     "llama pp zb-h1": ("gpt", f"{LLAMA} {PP} 2 --pipeline-schedule zb-h1 {MORE}"),
+    "llama pp inputs away": ("gpt", f"{LLAMA} {PP} 2 {MORE} {AWAY} --num-layers 8"),
     "llama in chunks pp zb-h1": ("gpt", f"{LLAMA} {PP} 2 --pipeline-schedule zb-h1 {MORE} {CHUNKS}"),
     "llama many words in chunks zero 3": ("gpt", f"{LLAMA} --zero-stage 3 {WORDS} {CHUNKS}"),
     "llama tp sp in chunks": ("gpt", f"{LLAMA} {TP} 2 --sequence-parallel {CHUNKS}"),

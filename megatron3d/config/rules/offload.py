@@ -6,13 +6,29 @@ from collections.abc import Iterator
 
 from megatron3d.config.sections.optim import GivenOptim
 from megatron3d.config.sections.parallel import GivenParallel
+from megatron3d.config.sections.train import GivenTrain
 from megatron3d.config.update_rules import elementwise_optimizers
 
+NO_DIRECTORY = (
+    "--offload-activations keeps the inputs of layers in files where the device is a CPU; say where with "
+    "--offload-dir, best on a local disk."
+)
 
-def offload_problems(parallel: GivenParallel, optim: GivenOptim) -> Iterator[str]:
-    """What does not go together in moving state off the device."""
+
+def offload_problems(parallel: GivenParallel, optim: GivenOptim, train: GivenTrain) -> Iterator[str]:
+    """What does not go together in moving state and activations off the device."""
     yield from offload_rule(parallel, optim)
+    yield from offload_activations_rule(parallel, train)
     yield from offload_directory_rule(parallel)
+
+
+def offload_activations_rule(parallel: GivenParallel, train: GivenTrain) -> Iterator[str]:
+    """What is offloaded are the inputs of layers that are recomputed."""
+    if parallel.offload_activations and train.recompute_granularity != "full":
+        yield (
+            "--offload-activations keeps the inputs of recomputed layers off the device, and no layers are recomputed "
+            "without --recompute-granularity full; give that, or drop it."
+        )
 
 
 def offload_rule(parallel: GivenParallel, optim: GivenOptim) -> Iterator[str]:
@@ -49,6 +65,9 @@ def offload_directory_rule(parallel: GivenParallel) -> Iterator[str]:
     if uses_files and parallel.offload_dir is None:
         flag = "--offload-optimizer" if parallel.offload_optimizer == "nvme" else "--offload-params"
         yield f"{flag} nvme keeps state in files; say where with --offload-dir, best on a local disk."
+    if parallel.offload_activations and parallel.device == "cpu" and parallel.offload_dir is None:
+        yield NO_DIRECTORY
+    uses_files = uses_files or parallel.offload_activations
     if not uses_files and parallel.offload_dir is not None:
         yield (
             f"--offload-dir {parallel.offload_dir} is not used, as nothing is offloaded to files; give "

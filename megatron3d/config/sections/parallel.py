@@ -130,8 +130,12 @@ class GivenParallel:
         "Where the sharded weights of --zero-stage 3 live between uses.",
         choices=OFFLOAD_PLACES,
     )
+    offload_activations: bool = switch(
+        "--offload-activations",
+        "With full recomputation: keep the inputs of layers in host memory, on a CPU in files, until the backward.",
+    )
     offload_dir: str | None = option(
-        None, "--offload-dir", "Where nvme files take their space: a directory on a local disk of each machine."
+        None, "--offload-dir", "Where offload files take their space: a directory on a local disk of each machine."
     )
     offload_delayed_update: bool = switch(
         "--offload-delayed-update",
