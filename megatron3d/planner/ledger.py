@@ -127,7 +127,8 @@ def ledger_of_rank(
     config, device_type = records.config, records.device_type
     parallel, optim, units = config.parallel, config.optim, parts.units.values()
     state = fullest_state(parallel, optim, units) + declared_state_bytes(parallel, parts)
-    stored = most_stored_inputs(config, plan, row[1]) * message_bytes(config)
+    away = most_stored_inputs(config.train, plan, row[1]) if parallel.offload_activations else 0
+    stored = away * message_bytes(config)
     state += StateForecast(files=stored) if device_type == "cpu" else StateForecast(host=stored)
     blocks = blocks_of(parallel, parts.units)
     stages = RankStages(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.nn.recompute import plan_recompute
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.schedule import Action, Op, Step
@@ -48,26 +48,24 @@ class _Stored:
         return x
 
 
-def most_stored_inputs(config: RunConfig, plan: PipelinePlan, actions: Sequence[Action]) -> int:
+def most_stored_inputs(train: TrainConfig, plan: PipelinePlan, actions: Sequence[Action]) -> int:
     """How many hidden tensors a rank keeps off the device at most in a step, which consists of these actions."""
-    if not config.parallel.offload_activations:
-        return 0
     now = most = 0
     for action in actions:
         if isinstance(action, Step) and action.op is not Op.W:
-            inputs = _num_stored(config, len(plan.layers[action.stage]), is_first=action.stage == 0)
+            inputs = _num_stored(train, len(plan.layers[action.stage]), is_first=action.stage == 0)
             now += inputs if action.op is Op.F else -inputs
             most = max(most, now)
     return most
 
 
-def _num_stored(config: RunConfig, num_layers: int, *, is_first: bool) -> int:
+def _num_stored(train: TrainConfig, num_layers: int, *, is_first: bool) -> int:
     """Inputs of groups of a stage that are recomputed, but for the one that came from another stage."""
     groups = plan_recompute(
         num_layers,
-        granularity=config.train.recompute_granularity,
-        method=config.train.recompute_method,
-        layers_each=config.train.recompute_num_layers,
+        granularity=train.recompute_granularity,
+        method=train.recompute_method,
+        layers_each=train.recompute_num_layers,
     )
     recomputed = [group for group in groups if group.recompute]
     return len(recomputed) - (0 if is_first or not recomputed else 1)
