@@ -40,7 +40,7 @@ ONE: dict[str, Case] = {
     "experts": ("gpt", f"{LLAMA} {EXPERTS}"),
     "experts bf16 full": ("gpt", f"{LLAMA} {EXPERTS} --bf16 {FULL}"),
     "llama dropping tokens": ("gpt", f"{LLAMA} {DROPPING}"),
-    "gpt dropout dropping tokens full": ("gpt", f"{GPT} {DROPOUT} {FULL} {DROPPING}"),
+    "gpt dropout dropping tokens": ("gpt", f"{GPT} {DROPOUT} {DROPPING}"),
     "bert": ("bert", BERT),
     "bert bf16": ("bert", f"{BERT} --bf16"),
     "bert full": ("bert", f"{BERT} {FULL}"),
@@ -99,7 +99,7 @@ ALL = {1: ONE, 2: TWO}
 SLOW = {
     *(
         "gpt dropout full",
-        "gpt dropout dropping tokens full",
+        "gpt dropout dropping tokens",
         "llama bf16",
         "llama full",
         "experts bf16 full",
