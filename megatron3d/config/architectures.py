@@ -102,7 +102,7 @@ ARCHITECTURES: Mapping[str, ModelTraits] = MappingProxyType(
         "gpt": ModelTraits(
             "GPT",
             own_options=frozenset({"num_experts"}),
-            hf_families=("gpt2", "llama", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
+            hf_families=("gpt2", "mistral", "qwen2", "qwen3", "llama", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
             presets=("gpt3", "megatron"),
         ),
         "bert": ModelTraits(

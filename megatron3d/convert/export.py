@@ -82,8 +82,8 @@ def export_model(checkpoint: Path, directory: Path, options: ExportOptions | Non
     run = from_dict(read_document(checkpoint, "run"), architecture=options.architecture)
     if problems := model_problems(run.model):
         raise CheckpointError(f"{checkpoint / 'run.json'} describes a model that cannot be: {' '.join(problems)}")
-    family = family_of(run.model)
     index = read_index(checkpoint)
+    family = family_of(run.model, _document(checkpoint, HF_DOCUMENT, index).get("model_type"))
     rows = _rows_here(family, run.model, index, checkpoint)
     class_name = family.class_name(frozenset(row.component for row in rows))
     tensors = _tensors_there(checkpoint, rows, options.dtype, less_one=run.model.apply_layernorm_1p)
@@ -107,7 +107,7 @@ def export_model(checkpoint: Path, directory: Path, options: ExportOptions | Non
 def _config(checkpoint: Path, run: RunConfig, class_name: str, index: Index, labels: Sequence[str]) -> dict[str, Any]:
     """The `config.json`: what follows from the model, over what the model was imported with."""
     kept = _document(checkpoint, HF_DOCUMENT, index)
-    family = family_of(run.model)
+    family = family_of(run.model, kept.get("model_type"))
     return {
         **{name: value for name, value in kept.items() if name not in _REWRITTEN},
         **_special_ids(run.model, run.data, kept),

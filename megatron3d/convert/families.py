@@ -10,17 +10,17 @@ from megatron3d.config.sections.model import ModelConfig
 from megatron3d.convert.family import Family
 from megatron3d.convert.maps.bert import BERT, MEGATRON_BERT
 from megatron3d.convert.maps.gpt2 import GPT2
-from megatron3d.convert.maps.llama import LLAMA
+from megatron3d.convert.maps.llama import LLAMAS
 from megatron3d.convert.maps.mixture import MIXTURES
 from megatron3d.errors import ConfigError
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {f.model_type: f for f in (BERT, MEGATRON_BERT, GPT2, LLAMA, *MIXTURES)}
+    {f.model_type: f for f in (BERT, MEGATRON_BERT, GPT2, *LLAMAS, *MIXTURES)}
 )
 
 
-def family_of(model: ModelConfig) -> Family:
-    """The kind of model there that computes what ours does.
+def family_of(model: ModelConfig, imported_as: object = None) -> Family:
+    """The kind of model there that computes what ours does: of several the one that it was imported as.
 
     Raises:
         ConfigError: there is none, with what stands in the way of the nearest.
@@ -32,6 +32,8 @@ def family_of(model: ModelConfig) -> Family:
             "be exported; its architecture would name one in hf_families"
         )
     misfits = {kind: FAMILIES[kind].misfits(model) for kind in known}
+    if isinstance(imported_as, str) and misfits.get(imported_as) == []:
+        return FAMILIES[imported_as]
     nearest = min(reversed(misfits), key=lambda kind: len(misfits[kind]))  # of two as near the later, which has more
     if misfits[nearest]:
         raise ConfigError(

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron3d.config.rotary import rotary_attention_factor
 from megatron3d.config.sections.model import ModelConfig
-from megatron3d.nn.rotary import rotary_attention_factor, rotary_frequencies
+from megatron3d.nn.rotary import rotary_frequencies
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext

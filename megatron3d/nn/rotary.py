@@ -26,6 +26,7 @@ from math import ceil, floor, log, pi
 import torch
 from torch import Tensor
 
+from megatron3d.config.rotary import ntk_base, rotated_size
 from megatron3d.config.sections.model import ModelConfig
 
 
@@ -43,30 +44,6 @@ def rotary_frequencies(config: ModelConfig, *, device: torch.device) -> Tensor:
     if scaling == "yarn":
         return _yarn(config, periods_R2)
     return _llama3(config, plain_R2) if scaling == "llama3" else plain_R2
-
-
-def rotated_size(config: ModelConfig) -> int:
-    """R, how many of a head's values are rotated."""
-    return int(config.kv_channels * config.rotary_percent)
-
-
-def ntk_base(config: ModelConfig) -> float:
-    """The base that ntk changes `--rotary-base` to; R must be above 2."""
-    rotated = rotated_size(config)
-    return config.rotary_base * (config.rotary_scaling_factor or 1.0) ** (rotated / (rotated - 2))
-
-
-def rotary_attention_factor(config: ModelConfig) -> float:
-    """What cosine and sine are multiplied by: 1 but with yarn, whose attention is that much sharper squared.
-
-    Source: Peng et al. 2023, section 3.4; `--mscale` and `--mscale-all-dim` as in Megatron-LM's `YarnRotaryEmbedding`.
-    """
-    if config.rotary_scaling != "yarn":
-        return 1.0
-    if config.rotary_attention_factor is not None:
-        return config.rotary_attention_factor
-    growth = log(max(1.0, config.rotary_scaling_factor or 1.0))
-    return (0.1 * config.mscale * growth + 1.0) / (0.1 * config.mscale_all_dim * growth + 1.0)
 
 
 def _yarn(config: ModelConfig, periods_R2: Tensor) -> Tensor:

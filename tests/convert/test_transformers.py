@@ -90,7 +90,10 @@ def imported(name: str, tmp_path: Path) -> tuple[nn.Module, Path, Path]:
     return theirs, directory, save_model(read_model(directory), tmp_path / "ours")
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "bert-bare"])
+DENSE = ("llama-3.1", "mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("bert-bare", *DENSE)])
 def test_logits_of_an_imported_model_equal_those_of_transformers_in_one_process_and_at_tp2_pp2(
     pool: Pool, tmp_path: Path, name: str
 ) -> None:
@@ -103,6 +106,30 @@ def test_logits_of_an_imported_model_equal_those_of_transformers_in_one_process_
     assert len(last) == 2
     for one in last:
         compare(one, expected, batch)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_families_like_llama_with_scaled_positions_give_the_same_logits_and_greedy_tokens(
+    pool: Pool, tmp_path: Path, name: str
+) -> None:
+    theirs, _, checkpoint = imported(name, tmp_path)
+    batch = batch_for(name)
+    expected, tokens_BS = expected_of(theirs, batch), greedy(theirs, batch, 4)
+    alone = said_and_generated(0, 1, checkpoint, Layout(), batch, 4)
+    of_last = [one for one in pool.run(4, said_and_generated, checkpoint, Layout(tp=2, pp=2), batch, 4) if one[0]]
+    assert len(of_last) == 2
+    for one, generated in (alone, *of_last):
+        compare(one, expected, batch)
+        assert torch.equal(generated, tokens_BS)
+
+
+def greedy(theirs: nn.Module, batch: Batch, num_tokens: int) -> torch.Tensor:
+    """The tokens [B, num_tokens] that transformers finds most probable after each row, without its cache."""
+    tokens_BS = batch.tokens_BS
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            tokens_BS = torch.cat([tokens_BS, theirs(tokens_BS).logits[:, -1:].argmax(-1)], 1)
+    return tokens_BS[:, -num_tokens:]
 
 
 @pytest.mark.parametrize(
@@ -119,15 +146,12 @@ def test_imported_experts_give_the_same_logits_and_greedy_tokens_where_ranks_hol
 ) -> None:
     theirs, _, checkpoint = imported(name, tmp_path)
     batch = batch_for(name)
-    tokens_BS = batch.tokens_BS
-    with torch.no_grad():
-        for _ in range(4):
-            tokens_BS = torch.cat([tokens_BS, theirs(tokens_BS).logits[:, -1:].argmax(-1)], 1)
+    tokens_BS = greedy(theirs, batch, 4)
     for layout in layouts:
         for one, generated in pool.run(layout.world_size, said_and_generated, checkpoint, layout, batch, 4):
             assert one is not None, "every rank has the last stage"
             compare(one, expected_of(theirs, batch), batch)
-            assert torch.equal(generated, tokens_BS[:, -4:])
+            assert torch.equal(generated, tokens_BS)
 
 
 def test_what_only_training_reads_of_experts_does_not_leave(tmp_path: Path) -> None:

@@ -61,6 +61,18 @@ _OLMOE: dict[str, Any] = {
     "num_experts_per_tok": 3,
     "tie_word_embeddings": False,
 }
+_LENGTH = {"original_max_position_embeddings": 8}  # under a third of the positions that the tests use
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **_LENGTH}
+_YARN = {"rope_type": "yarn", "factor": 3.0, "attention_factor": 1.2, "beta_fast": 4.0, "truncate": False, **_LENGTH}
+_YARN_OF_MSCALES = {"rope_type": "yarn", "factor": 3.0, "mscale": 0.5, "mscale_all_dim": 2.0, **_LENGTH}
+
+
+def _scaled(**parameters: Any) -> dict[str, Any]:
+    """A Llama's values with scaled rotary frequencies."""
+    return _LLAMA | {"rope_parameters": {"rope_theta": 500.0, **parameters}}
+
+
+_LINEAR = _scaled(rope_type="linear", factor=4.0)
 # Name -> transformers' class of the model, that of its config, and the config's values.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert-pretraining": ("BertForPreTraining", "BertConfig", _BERT),
@@ -73,6 +85,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA | {"tie_word_embeddings": False}),
     "llama-tied": ("LlamaForCausalLM", "LlamaConfig", _LLAMA | {"tie_word_embeddings": True}),
+    "llama-3.1": ("LlamaForCausalLM", "LlamaConfig", _scaled(**_LLAMA3) | {"tie_word_embeddings": True}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", _scaled(**_YARN) | {"sliding_window": None}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _LINEAR | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _scaled(**_YARN_OF_MSCALES)),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", _LLAMA | {"num_local_experts": 4}),
     "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _QWEN),
     "qwen3-moe-normed": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _QWEN | {"norm_topk_prob": True}),

@@ -120,8 +120,8 @@ WRONG_FIELDS = {
         "reglu.",
         "own_options of its traits is frozenset({'qk_layernorm'}); use a frozenset of none or some of "
         "bert_binary_head, norm_position, num_experts, num_token_types.",
-        "hf_families of its traits is ('gpt-5',); use a tuple of none or some of gpt2, llama, mixtral, qwen2_moe, "
-        "qwen3_moe, olmoe, bert, megatron-bert.",
+        "hf_families of its traits is ('gpt-5',); use a tuple of none or some of gpt2, mistral, qwen2, qwen3, llama, "
+        "mixtral, qwen2_moe, qwen3_moe, olmoe, bert, megatron-bert.",
         "presets of its traits is ('gpt3',); use (), since only the project's own architectures have presets.",
         "build_stage is None; use a function that is called with (config, train, part, context).",
         "build_classifier cannot be called with (config, train, part, context, num_outputs=...): got an unexpected "
@@ -131,8 +131,8 @@ WRONG_FIELDS = {
         "title of its traits is 7; use a text that is not empty.",
         "own_options of its traits is ('norm_position',); use a frozenset of none or some of bert_binary_head, "
         "norm_position, num_experts, num_token_types.",
-        "hf_families of its traits is 'gpt2'; use a tuple of none or some of gpt2, llama, mixtral, qwen2_moe, "
-        "qwen3_moe, olmoe, bert, megatron-bert.",
+        "hf_families of its traits is 'gpt2'; use a tuple of none or some of gpt2, mistral, qwen2, qwen3, llama, "
+        "mixtral, qwen2_moe, qwen3_moe, olmoe, bert, megatron-bert.",
         "build_stage cannot be called with (config, train, part, context): too many positional arguments; change what "
         "it takes.",
     ],

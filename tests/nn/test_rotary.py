@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron3d.config.rotary import rotary_attention_factor
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.positions import rotary_table
-from megatron3d.nn.rotary import rotary_attention_factor, rotary_frequencies
+from megatron3d.nn.rotary import rotary_frequencies
 from tests.nn.dense import model_config
 
 rope_utils = pytest.importorskip("transformers.modeling_rope_utils")

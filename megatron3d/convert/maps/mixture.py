@@ -22,7 +22,8 @@ from typing import Any
 from megatron3d.config.derive import resolve_model
 from megatron3d.config.sections.model import GivenModel, ModelConfig
 from megatron3d.convert.family import Family, HfConfig, gate_there, gated, option_misfits
-from megatron3d.convert.maps.llama import attention_rows, end_rows, gated_rows, mlp_rows, rotary_base
+from megatron3d.convert.maps.llama import attention_rows, end_rows, gated_rows, mlp_rows
+from megatron3d.convert.rope_parameters import rope_fields, rotary_options
 from megatron3d.convert.rows import Component, TensorRule, linear_rows, norm_rows
 from megatron3d.errors import CheckpointError
 
@@ -121,7 +122,6 @@ _FOR_TRAINING = (r"layers\.\d+\.mlp\.router\.previous",)  # of the loss of balan
 def _to_model(kind: _Kind, hf: HfConfig) -> ModelConfig:
     default = kind.defaults
     for field, allowed in (
-        ("rope_scaling", None),
         ("attention_bias", False),
         ("clip_qkv", None),
         ("use_sliding_window", False),
@@ -145,7 +145,7 @@ def _to_model(kind: _Kind, hf: HfConfig) -> ModelConfig:
             ffn_hidden_size=hf.integer("intermediate_size"),
             vocab_size=hf.integer("vocab_size"),
             position_embedding_type="rope",
-            rotary_base=rotary_base(hf, default=default["rope_theta"]),
+            **rotary_options(hf, positions=positions, default_base=default["rope_theta"]),
             normalization="RMSNorm",
             norm_epsilon=hf.number("rms_norm_eps", default["rms_norm_eps"]),
             activation=gated(hf.values.get("hidden_act", "silu"), hf),
@@ -201,8 +201,7 @@ def _to_hf(kind: _Kind, model: ModelConfig) -> dict[str, Any]:
         "num_experts": model.num_experts,
         "num_local_experts": model.num_experts,
         "rms_norm_eps": model.norm_epsilon,
-        "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default"},
-        "rope_theta": model.rotary_base,
+        **rope_fields(model),
         "sliding_window": None,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "vocab_size": model.vocab_size,
