@@ -25,7 +25,7 @@ from megatron3d.storage.refusals import storage_errors
 
 _COLUMN = np.dtype("<i4")
 _CHUNK_ENTRIES = 1 << 20
-_FLUSH_BYTES = 32 << 20  # of tokens that are written before the disk is told to store them
+_FLUSH_BYTES = 32 << 20  # of tokens that are written before the disk is asked to store them
 _SPILLS = ("lengths", "documents")
 
 

@@ -72,7 +72,12 @@ class StageRecords:
         experts = [self.config.model.experts_of(layer) for layer in part.layers]
         drops = self._drops_in(part.layers)
         kinds = [
-            _Kind(recompute, *(tuple(of_layer[i] for i in unit) for of_layer in (frozen, experts, drops)))
+            _Kind(
+                recompute,
+                tuple(frozen[i] for i in unit),
+                tuple(experts[i] for i in unit),
+                tuple(drops[i] for i in unit),
+            )
             for unit, recompute in units.items()
         ]
         shown = _shown(kinds)
