@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The sink makes the product of a weight gradient with the kernels that the layer computes with.
     "params": {"errors", "kernels"},
     "tensor": {"errors", "comm", "params", "kernels"},
-    "nn": {"errors", "tensor", "params", "kernels", "config"},
+    # Attention over samples that are cut sends keys and values between ranks (`nn/context`).
+    "nn": {"errors", "comm", "tensor", "params", "kernels", "config"},
     # The exchange of rows between ranks is a collective of its own; the losses of balance go to the sink of `nn`.
     "moe": {"errors", "comm", "tensor", "nn", "params", "kernels", "config"},
     "models": {"errors", "moe", "nn", "tensor", "params", "config"},

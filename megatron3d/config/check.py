@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from megatron3d.config.derive import complete, derive, what_was_given
 from megatron3d.config.rules.bounds import single_option_problems, with_defaults_where_wrong, wrong_options
+from megatron3d.config.rules.context import context_problems
 from megatron3d.config.rules.doubt import NO_DOUBT, Doubt
 from megatron3d.config.rules.model import model_and_layout_problems
 from megatron3d.config.rules.offload import offload_problems
@@ -32,6 +33,7 @@ def check(config: GivenRun, world_size: int, *, doubt: Doubt = NO_DOUBT) -> list
     problems = [
         *required_problems(config),
         *model_and_layout_problems(given, run),
+        *context_problems(run.model, run.parallel, run.train),
         *offload_problems(run.parallel, run.optim, run.train),
         *run_problems(given, run),
     ]

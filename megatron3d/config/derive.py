@@ -34,6 +34,7 @@ TOKENIZER_ALIASES = {"PretrainedFromHF": "HuggingFaceTokenizer", "HFTokenizer": 
 def derive(given: GivenRun, world_size: int) -> DraftRun:
     """The run on `world_size` ranks with all derivable values filled in; what cannot be derived stays None."""
     parallel = _derive_pipeline(_derive_parallel(given.parallel, world_size), given.model.num_layers)
+    parallel = replace(parallel, context_cut=_context_cut(given.parallel, given.model, given.data))
     train = _derive_train(
         _with_lengths(given.train, given.lengths, given.model.seq_length),
         given.model.seq_length,
@@ -189,6 +190,15 @@ def _derive_parallel(parallel: GivenParallel, world_size: int) -> ParallelConfig
             "zero_stage": stage,
         }
     )
+
+
+def _context_cut(parallel: GivenParallel, model: GivenModel, data: DataConfig) -> str:
+    """How samples are cut: so that ranks have the same area of attention, of a causal model; else as they are."""
+    if parallel.cp_cut is not None:
+        return parallel.cp_cut
+    if not model.is_causal:
+        return "contiguous"
+    return "balanced" if data.reset_attention_mask else "zigzag"
 
 
 def _derive_pipeline(parallel: ParallelConfig, num_layers: int | None) -> ParallelConfig:

@@ -80,7 +80,7 @@ class BertEmbedding(nn.Module):
             self.config.hidden_dropout,
             inputs.dropout,
             site="embedding",
-            positions_S=self.context.positions(x_SBH),
+            positions_SB=self.context.positions(x_SBH, inputs.positions_BL),
             kernels=self.context.kernels,
         )
 
@@ -125,9 +125,11 @@ class BertHead(ParallelModule):
         if self.config.has_binary_head:
             assert micro.sentence_labels_B is not None, "the binary head needs a label for every pair of sentences"
             logits_BC = self.pair_logits(self.pooled(x_SBH))
-            sums["sentence"] = class_loss_sum(logits_BC, micro.sentence_labels_B)
+            # Of context-parallel ranks the first has the first token. What the others score counts nothing.
+            has_first = float(self.context.cp.rank == 0)
+            sums["sentence"] = class_loss_sum(logits_BC, micro.sentence_labels_B) * has_first
             if micro.losses.counts_hits:
-                hits = class_hits(logits_BC, micro.sentence_labels_B)
+                hits = class_hits(logits_BC, micro.sentence_labels_B) * has_first
                 micro.losses.add_hits("sentence", hits, over_tp="equal")
         return micro.losses.end(sums)
 

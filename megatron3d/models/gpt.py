@@ -47,7 +47,7 @@ class GPTEmbedding(nn.Module):
             self.config.hidden_dropout,
             inputs.dropout,
             site="embedding",
-            positions_S=self.context.positions(x_SBH),
+            positions_SB=self.context.positions(x_SBH, inputs.positions_BL),
             kernels=self.context.kernels,
         )
 

@@ -18,6 +18,7 @@ from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.moe.layer import MixtureOfExperts
 from megatron3d.nn.block import Block
+from megatron3d.nn.context.shards import ContextShards
 from megatron3d.nn.documents import Rectangles
 from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.inputs import KeyValueCache, LayerInputs
@@ -40,12 +41,13 @@ class MicroBatch:
     """What every stage knows of one micro-batch.
 
     Attributes:
-        tokens_BS: token ids, int64, the whole sequence.
+        tokens_BS: token ids, int64, of the whole sequence; where samples are cut over context-parallel ranks, of this
+            rank's part of it, and so is everything else with an S.
         labels_BS: the token to predict at each position, int64; None asks the last stage for logits.
         loss_mask_BS: weight of each position's loss, fp32.
         label_index_P: the positions that are predicted, as numbers in [S, B] flattened, int64, in models that predict
             few of them.
-        position_ids_BS: positions, int64; None is 0 .. S-1.
+        position_ids_BS: positions, int64, [B, S], or [1, S] of all samples alike; None is 0 .. S-1.
         attention_mask_BST: True where position S may attend to position T, [B, S or 1, T]; None is the model's own
             attention, causal in a GPT and to every position in a BERT.
         rectangles: what attends to what in samples of packed documents, instead of a mask (`nn/documents.py`).
@@ -57,6 +59,7 @@ class MicroBatch:
         dropout: the random numbers of this forward's dropout; None drops nothing.
         cache: keys and values of earlier tokens, for generation.
         dropping: which positions each layer sees; None lets all see all, as in evaluation.
+        shards: how the samples are cut over context-parallel ranks; None where they are not.
     """
 
     tokens_BS: Tensor
@@ -73,6 +76,7 @@ class MicroBatch:
     cache: KeyValueCache | None = None
     dropping: TokenDropping | None = None
     rectangles: Rectangles | None = None
+    shards: ContextShards | None = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,7 @@ class Stage(nn.Module):
             micro.losses,
             dropping=micro.dropping,
             rectangles=micro.rectangles,
+            shards=micro.shards,
         )
 
 
@@ -267,14 +272,15 @@ def assemble_stage(
 
     `losses` are all that the model declares, on every stage alike. `block` makes its blocks. `reads_first_only` says
     that the head reads the first position alone: then the block before it (a `Block`) computes no other, unless the
-    sequence is cut over the ranks, where that position would be the work of one of them.
+    sequence is cut over ranks, where that position would be the work of one of them.
     """
     selective, mlp_chunks = train.recompute_granularity == "selective", train.mlp_chunks_for_training
     blocks = {
         layer: block(config, context, layer=layer, recompute_core=selective, mlp_chunks=mlp_chunks)
         for layer in part.layers
     }
-    if head is not None and reads_first_only and part.layers and not context.sequence_parallel:
+    is_whole = not context.sequence_parallel and context.cp.size == 1
+    if head is not None and reads_first_only and part.layers and is_whole:
         last = part.layers[-1]
         blocks[last] = Block(config, context, layer=last, recompute_core=selective, first_only=True)
     groups = plan_recompute(

@@ -77,7 +77,7 @@ class MixtureOfExperts(nn.Module):
         length, samples = x_SBH.shape[:2]
         valid_T = None
         if context.sequence_parallel:
-            positions_S = context.positions(x_SBH)
+            positions_S = context.positions(x_SBH).squeeze(1)
             length = length * context.tp.size
         else:
             missing = -length % context.tp.size

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.attention_core import Masking, ProbabilityDropout, attend
+from megatron3d.nn.context.kinds import context_attention
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.norm import Norm, ShardedRMSNorm, sharded_rms_norms
 from megatron3d.nn.recompute import recomputed
@@ -48,6 +49,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.config, self.context, self.layer, self.recompute_core = config, context, layer, recompute_core
         self.first_only = first_only
+        self.over_context = context_attention(context, layer=layer)
         head = config.kv_channels
         query, key = config.num_attention_heads * head, config.num_query_groups * head
         self.local_parts = tuple(size // context.tp.size for size in (query, key, key))
@@ -105,6 +107,8 @@ class SelfAttention(nn.Module):
 
     def _core(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, inputs: LayerInputs) -> Tensor:
         """softmax(q k^T / sqrt(D)) v; where no mask is given, causal if the model is."""
+        if self.over_context is not None and inputs.shards is not None:
+            return self.over_context(q_BNSD, k_BGTD, v_BGTD, inputs)
         mask_BST = inputs.attention_mask_BST
         if mask_BST is not None and self.first_only:
             mask_BST = mask_BST[:, :1]

@@ -96,6 +96,6 @@ class Block(nn.Module):
             self.config.hidden_dropout,
             inputs.dropout,
             site=f"layers.{self.layer}.{half}",
-            positions_S=self.context.positions(x_SBH),
+            positions_SB=self.context.positions(x_SBH, inputs.positions_BL),
             kernels=self.context.kernels,
         )

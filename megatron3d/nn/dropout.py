@@ -55,15 +55,15 @@ def drop_hidden(
     stream: DropoutStream | None,
     *,
     site: str,
-    positions_S: Tensor,
+    positions_SB: Tensor,
     kernels: Registry,
 ) -> Tensor:
-    """Dropout of [S, B, H], where row s stands at `positions_S[s]` (int64) of the sequence; without a stream, `x_SBH`
-    as it is."""
+    """Dropout of [S, B, H], where row s of sample b stands at `positions_SB[s, b]` (int64, [S, B], or [S, 1] for all
+    samples alike) of the sequence; without a stream, `x_SBH` as it is."""
     if stream is None or probability == 0.0:
         return x_SBH
     keys_B = stream.keys(site, x_SBH.shape[1], x_SBH.device)
-    return kernels.dropout(x_SBH, child_keys(keys_B, positions_S.unsqueeze(1)), probability)
+    return kernels.dropout(x_SBH, child_keys(keys_B, positions_SB), probability)
 
 
 def drop_samples(

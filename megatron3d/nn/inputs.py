@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron3d.nn.context.shards import ContextShards
 from megatron3d.nn.documents import Rectangles
 from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.loss_sink import LossSink
@@ -42,6 +43,7 @@ class LayerInputs:
         dropout: the random numbers of this forward's dropout; None drops nothing.
         losses: takes what layers add to the model's losses; None where nobody asks for losses, as in generation.
         dropping: which positions each layer sees; None lets all see all.
+        shards: how the samples are cut over context-parallel ranks; None where they are not.
         kept_share: of the positions of the sequence those that this layer sees, above 0 to 1.
     """
 
@@ -53,3 +55,10 @@ class LayerInputs:
     dropping: KeptPositions | None = None
     kept_share: float = 1.0
     rectangles: Rectangles | None = None
+    shards: ContextShards | None = None
+
+    @property
+    def positions_BL(self) -> Tensor | None:
+        """Where the tokens of this rank stand in their samples, [1 or B, L]; None where they stand one after another
+        from the first on."""
+        return None if self.shards is None else self.shards.positions_BL

@@ -44,7 +44,7 @@ class LearnedPositions(_AddedTable):
 
         Args:
             length: whole sequence length, positions 0 .. length-1 where no ids are given.
-            position_ids_BS: positions of the whole sequence, int64.
+            position_ids_BS: positions of the whole sequence, int64, or [1, S] of all samples alike.
         """
         if position_ids_BS is None:
             return self.context.local_sequence(self.weight[:length].unsqueeze(1))
@@ -68,13 +68,15 @@ class TokenTypes(_AddedTable):
 def rotary_table(
     config: ModelConfig, length: int, position_ids_BS: Tensor | None, *, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position times frequency (`rotary.py`), fp32, [S, R/2] or, with position ids, [B, S, R/2].
+    """Cosine and sine of position times frequency (`rotary.py`), fp32, [S, R/2], or [B, S, R/2] with position ids of
+    several samples.
 
     R is the rotated part of a head; with yarn both are multiplied by its attention factor.
 
     Source: Su et al. 2021 (RoFormer), equation 15.
     """
     positions = torch.arange(length, device=device) if position_ids_BS is None else position_ids_BS
+    positions = positions[0] if positions.dim() == 2 and positions.shape[0] == 1 else positions
     angles = positions.to(torch.float32).unsqueeze(-1) * rotary_frequencies(config, device=device)
     factor = rotary_attention_factor(config)
     return (angles.cos(), angles.sin()) if factor == 1.0 else (angles.cos() * factor, angles.sin() * factor)

@@ -22,8 +22,12 @@ from megatron3d.comm.shape_only import ShapeOnlyGroup
 from megatron3d.config.curriculum import total_steps
 from megatron3d.config.random_ltd import dropping_layers, positions_kept
 from megatron3d.config.run import RunConfig
+from megatron3d.config.sections.model import ModelConfig
+from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.models.stage import MicroBatch, Stage, StagePart
 from megatron3d.models.zoo import architecture_of
+from megatron3d.nn.context.cut import ContextCut
+from megatron3d.nn.context.shards import ContextShards, shards_of
 from megatron3d.nn.documents import document_rectangles
 from megatron3d.nn.dropout import DropoutStream
 from megatron3d.nn.loss_sink import LossSink, LossSpec
@@ -39,7 +43,7 @@ from megatron3d.planner.result_shapes import result_of
 from megatron3d.planner.sizes import BYTES, DTYPES
 from megatron3d.planner.stored_inputs import InputsWithoutMemory
 from megatron3d.planner.table_run import RecordedTable
-from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.context import KeyExchange, LayerContext
 from megatron3d.zero.cut_tables import Blocks
 from megatron3d.zero.policy import policy_of
 
@@ -120,13 +124,14 @@ class StageRun:
         config = self.config
         layout = layout_of(config.parallel, query_groups=config.model.num_query_groups)
         rank = layout.ranks_along("tp", 0)[self._tp_rank]
-        tp, kv, expert, expert_tp = (
-            self._axis(name, layout.ranks_along(name, rank), rank) for name in ("tp", "kv", "expert", "expert_tp")
+        tp, kv, expert, expert_tp, cp = (
+            self._axis(name, layout.ranks_along(name, rank), rank) for name in ("tp", "kv", "expert", "expert_tp", "cp")
         )
         sequence_parallel = config.parallel.sequence_parallel and tp.size > 1
         library = ONEDNN if config.train.matmul == "onednn" else TORCH
         kernels = CpuKernels(library=library) if self._on_cpu else GpuKernels()
         store = InputsWithoutMemory(on_cpu=self._on_cpu) if config.parallel.offload_activations else None
+        exchange = KeyExchange(config.parallel.cp_comm_type or ("allgather",), config.parallel.cp_gather_again)
         context = LayerContext(
             tp,
             sequence_parallel,
@@ -136,6 +141,8 @@ class StageRun:
             kv if kv.size > 1 else None,
             expert,
             expert_tp,
+            cp=cp,
+            exchange=exchange,
             kept_inputs=store,
         )
         model = config.model
@@ -188,7 +195,8 @@ class StageRun:
     def _micro_batch(self, device: torch.device, losses: Sequence[LossSpec]) -> MicroBatch:
         """Samples of the run's shapes, with every field that its model or its options ask for."""
         model, data = self.config.model, self.config.data
-        samples, length = self.config.train.micro_batch_size, model.seq_length
+        samples, length = self.config.train.micro_batch_size, _local_length(model, self.config.parallel)
+        shards = self._shards(device)
         masks_sentences = model.traits.samples == "sentences"
 
         def numbers(*shape: int) -> Tensor:
@@ -201,7 +209,9 @@ class StageRun:
             labels_BS=numbers(samples, length),
             loss_mask_BS=torch.empty(samples, length, device=device),
             label_index_P=numbers(num_predicted(samples * length, data.mask_prob)) if masks_sentences else None,
-            position_ids_BS=numbers(samples, length) if data.reset_position_ids else None,
+            position_ids_BS=(
+                numbers(samples, length) if data.reset_position_ids else None if shards is None else shards.positions_BL
+            ),
             attention_mask_BST=(
                 torch.empty(samples, 1, length, dtype=torch.bool, device=device) if masks_sentences else None
             ),
@@ -214,7 +224,16 @@ class StageRun:
             losses=LossSink(losses, tp_rank=self._tp_rank, device=device, gradients=gradients),
             dropout=DropoutStream(seed=0, first_sample=0) if drops else None,
             dropping=self._token_dropping(),
+            shards=shards,
         )
+
+    def _shards(self, device: torch.device) -> ContextShards | None:
+        """Those of samples that are one document each."""
+        parallel, model = self.config.parallel, self.config.model
+        if parallel.context_parallel_size == 1:
+            return None
+        cut = ContextCut(parallel.context_cut, model.seq_length, parallel.context_parallel_size)
+        return shards_of(cut, rank=0, is_causal=model.is_causal).to(device)
 
     def _token_dropping(self) -> TokenDropping | None:
         """Random-LTD with as many positions as the run keeps at its end, when they are most; None where all are kept,
@@ -295,7 +314,12 @@ def message_shape(config: RunConfig) -> tuple[int, int, int]:
     """The hidden tensor between layers and between stages [S, B, H]; S is local under sequence parallelism."""
     parallel, model = config.parallel, config.model
     cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return model.seq_length // cut, config.train.micro_batch_size, model.hidden_size
+    return _local_length(model, parallel) // cut, config.train.micro_batch_size, model.hidden_size
+
+
+def _local_length(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Tokens of a sample on a rank of the context-parallel axis."""
+    return model.seq_length // parallel.context_parallel_size
 
 
 def message_bytes(config: RunConfig) -> int:

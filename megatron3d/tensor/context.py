@@ -25,6 +25,23 @@ def _axis_of_one(name: str) -> Axis:
 
 
 @dataclass(frozen=True)
+class KeyExchange:
+    """How context-parallel ranks attend to each other's keys.
+
+    Attributes:
+        kinds: of each layer of the model, or one for all (`--cp-comm-type`).
+        gathers_again: whether gathered keys and values are gathered again in the backward instead of being kept.
+    """
+
+    kinds: tuple[str, ...] = ("allgather",)
+    gathers_again: bool = False
+
+    def kind_of(self, layer: int) -> str:
+        """That of one layer."""
+        return self.kinds[layer if len(self.kinds) > 1 else 0]
+
+
+@dataclass(frozen=True)
 class LayerContext:
     """Handed to every layer at construction.
 
@@ -38,6 +55,8 @@ class LayerContext:
         kv: the ranks of `tp` that use the same key and value head; None where each has heads of its own.
         expert: the ranks that hold different experts.
         expert_tp: the ranks that shard each expert.
+        cp: the ranks that have other positions of the same samples.
+        exchange: how these attend to each other's keys.
         replay: what the collectives of a forward gave, for its recomputation.
         kept_inputs: takes the inputs of recomputed layers off the device; None keeps them there.
     """
@@ -50,6 +69,8 @@ class LayerContext:
     kv: Axis | None = None
     expert: Axis = field(default_factory=partial(_axis_of_one, "expert"))
     expert_tp: Axis = field(default_factory=partial(_axis_of_one, "expert_tp"))
+    cp: Axis = field(default_factory=partial(_axis_of_one, "cp"))
+    exchange: KeyExchange = KeyExchange()
     replay: Replay = field(default_factory=Replay)
     kept_inputs: InputStore | None = None
 
@@ -63,11 +84,19 @@ class LayerContext:
         """The part of a tensor known to all ranks that belongs to this rank's positions of the residual stream."""
         return own_part(x, self.tp, dim=dim) if self.sequence_parallel else x
 
-    def positions(self, x_SBH: Tensor) -> Tensor:
-        """Where in the sequence the positions of this rank's residual stream [S, B, H] stand, int64 [S]."""
+    def positions(self, x_SBH: Tensor, of_samples_BL: Tensor | None = None) -> Tensor:
+        """Where in its sample each position of this rank's residual stream [S, B, H] stands, int64 [S, 1 or B].
+
+        Args:
+            x_SBH: of the residual stream.
+            of_samples_BL: where the positions that all ranks of `tp` have together stand, [1 or B, L]; None where they
+                stand one after another from the first on.
+        """
+        if of_samples_BL is not None:
+            return self.local_sequence(of_samples_BL.t())
         count = x_SBH.shape[0]  # len() would be a fixed number in an exported graph, whose lengths are symbols
         full_length = count * self.tp.size if self.sequence_parallel else count
-        return self.local_sequence(torch.arange(full_length, device=x_SBH.device))
+        return self.local_sequence(torch.arange(full_length, device=x_SBH.device)).unsqueeze(1)
 
     def total(self, partial: Tensor) -> Tensor:
         """P to R on `tp`: the sum of what the ranks have, each of which uses it in its own way."""

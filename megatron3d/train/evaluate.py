@@ -18,6 +18,7 @@ from megatron3d.comm.collectives import all_reduce
 from megatron3d.data.batch import Batch
 from megatron3d.nn.loss_sink import LossSink
 from megatron3d.pipeline.run import run
+from megatron3d.train.context import cutter_of
 from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.step import counts_of, micro_batches, objective
 
@@ -100,7 +101,8 @@ def _sums_hits_and_counts(parts: TrainingSetup, batch: Batch) -> Tensor:
     config, model = parts.config, parts.model
     counts_hits = any(spec.accuracy for spec in model.losses)
     losses = LossSink(model.losses, tp_rank=parts.mesh.tp.rank, device=model.device, counts_hits=counts_hits)
-    micros = micro_batches(batch, config.train.micro_batch_size, device=model.device, losses=losses)
+    cutter = cutter_of(config.model, config.parallel, parts.mesh.cp)
+    micros = micro_batches(batch, config.train.micro_batch_size, device=model.device, losses=losses, cutter=cutter)
     row = model.rows.forward_only(len(micros))
     run(row.schedule, row.actions, model.stages, micros, wire=model.wire(config.model, config.parallel, micros))
     counts = counts_of(model.losses, batch).double().to(model.device)

@@ -31,7 +31,7 @@ from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.run import Wire
 from megatron3d.pipeline.schedule import Action, Schedule
 from megatron3d.planner.memory import part_of
-from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.context import KeyExchange, LayerContext
 from megatron3d.tensor.kept_inputs import InputStore
 from megatron3d.train.module_states import ModuleStates
 from megatron3d.train.offload import kept_inputs_of, offload_of
@@ -157,6 +157,8 @@ def build_model(
         expert=mesh.expert,
         expert_tp=mesh.expert_tp,
         kept_inputs=kept_inputs,
+        cp=mesh.cp,
+        exchange=key_exchange(config.parallel),
     )
     plan = plan_of(config)
     stages = {
@@ -167,6 +169,11 @@ def build_model(
     if problems := loss_problems(next(iter(stages.values())).losses):
         raise ConfigError(f"the losses of {config.model.traits.title} cannot be used: {'; '.join(problems)}")
     return Model(mesh, device, DTYPES[config.optim.precision], stages, sink, gate, LoweredSchedules(plan, mesh.pp.rank))
+
+
+def key_exchange(parallel: ParallelConfig) -> KeyExchange:
+    """How the options let context-parallel ranks attend to each other's keys."""
+    return KeyExchange(tuple(parallel.cp_comm_type) or ("allgather",), parallel.cp_gather_again)
 
 
 def _share_tied_table(stages: list[Stage]) -> None:

@@ -29,6 +29,7 @@ from megatron3d.nn.loss_sink import LossSink, LossSpec
 from megatron3d.optim.build import set_rates
 from megatron3d.optim.clip import clip_factor
 from megatron3d.pipeline.run import Backward, Recorder, run
+from megatron3d.train.context import ContextCutter, cutter_of
 from megatron3d.train.dropout import first_samples, with_dropout
 from megatron3d.train.expert_load import expert_loads
 from megatron3d.train.random_ltd import with_token_dropping
@@ -160,7 +161,8 @@ def forward_backward(
     config, model = parts.config, parts.model
     gradients = {spec.name: parts.scaler.scale * spec.weight / counts[spec.name] for spec in model.losses}
     losses = LossSink(model.losses, tp_rank=parts.mesh.tp.rank, device=model.device, gradients=gradients)
-    micros = micro_batches(batch, config.train.micro_batch_size, device=model.device, losses=losses)
+    cutter = cutter_of(config.model, config.parallel, parts.mesh.cp)
+    micros = micro_batches(batch, config.train.micro_batch_size, device=model.device, losses=losses, cutter=cutter)
     numbers = first_samples(batch, config.train.micro_batch_size, parts.mesh.batch)
     micros = with_dropout(micros, config.model, seed=step_seed(config.data.seed, step), first_samples=numbers)
     of_run = [consumed_samples + number for number in numbers]
@@ -186,23 +188,29 @@ def forward_backward(
 
 
 def micro_batches(
-    batch: Samples | GroupedSamples, size: int, *, device: torch.device, losses: LossSink | None = None
+    batch: Samples | GroupedSamples,
+    size: int,
+    *,
+    device: torch.device,
+    losses: LossSink | None = None,
+    cutter: ContextCutter | None = None,
 ) -> list[MicroBatch]:
     """Cut a rank's batch, on the host, into micro-batches on the device, without dropout; `losses` takes those of all
-    of them."""
+    of them, and `cutter` gives this rank's part of their samples."""
     micros = []
-    for part in batch.split(size):
+    for whole in batch.split(size):
+        part, inputs = (whole, {}) if cutter is None else cutter.cut(whole, device)
         index_P, rectangles = part.label_index(), _rectangles(part)  # before it moves: nothing waits for a device
-        inputs = part.to(device).model_inputs() | {
+        inputs |= {
             "label_index_P": None if index_P is None else index_P.to(device, non_blocking=True),
             "rectangles": rectangles,
         }
-        micros.append(MicroBatch(**inputs, losses=losses))
+        micros.append(MicroBatch(**part.to(device).model_inputs() | inputs, losses=losses))
     return micros
 
 
 def _rectangles(part: Samples) -> Rectangles | None:
-    """What attends to what in samples of packed documents."""
+    """What attends to what in samples of packed documents, where these are whole."""
     documents_BS = part.documents()
     return None if documents_BS is None else document_rectangles(documents_BS)
 

@@ -225,7 +225,7 @@ MISTAKES: tuple[tuple[dict[str, str | None], str], ...] = (
     ({"preset": "gpt9"}, "--preset gpt9 is not known"),
     ({"gradient-accumulation-steps": "3", "global-batch-size": "32"}, "--global-batch-size 32 is not micro-batch"),
     ({"seed=": ""}, "--seed  is not a number"),
-    ({"context-parallel-size": "2"}, "--context-parallel-size 2 is not in this version"),
+    ({"cp-comm-type": "rings"}, "--cp-comm-type rings is none of allgather, p2p"),
     ({"no-pipeline-parallel": "stray"}, "'stray' stands alone"),
 )
 

@@ -121,7 +121,31 @@ def test_resolving_twice_is_resolving_once() -> None:
         ("--zero-stage 2 --zero-shard-size 4", 6, "--zero-shard-size 4 does not divide the 6 data-parallel ranks"),
         ("--zero-shard-size 2", 2, "--zero-shard-size 2 shards nothing with --zero-stage 0"),
         ("--zero-stage 1 --zero-shard-size 0", 2, "it must be at least 1"),
-        ("--context-parallel-size 2", 2, "--context-parallel-size 2 is not in this version"),
+        (
+            "--context-parallel-size 2",
+            2,
+            "--attention-dropout 0.1 with --context-parallel-size 2 would draw other masks",
+        ),
+        (
+            "--context-parallel-size 4 --seq-length 60",
+            4,
+            "--seq-length 60 is not a multiple of 8, as --context-parallel-size 4 (--cp-cut zigzag) ask for; use "
+            "--seq-length 56 or 64",
+        ),
+        (
+            "--context-parallel-size 4 --seq-length 6",
+            4,
+            "--seq-length 6 has fewer tokens than 8, as --context-parallel-size 4 (--cp-cut zigzag) ask for; use "
+            "--seq-length 8",
+        ),
+        (
+            "--context-parallel-size 2 --tensor-model-parallel-size 4 --sequence-parallel --seq-length 12",
+            8,
+            "--seq-length 12 is not a multiple of 8, as --context-parallel-size 2 (--cp-cut zigzag) and "
+            "--sequence-parallel with --tensor-model-parallel-size 4 ask for; use --seq-length 8 or 16",
+        ),
+        ("--cp-comm-type ring", 1, "--cp-comm-type ring is none of allgather, p2p, a2a, a2a+p2p"),
+        ("--cp-comm-type allgather p2p allgather", 1, "has 3 kinds for --num-layers"),
         ("--expert-model-parallel-size 2", 2, "--expert-model-parallel-size 2 shards experts, and a GPT without"),
         # The model.
         ("--hidden-size 100", 1, "--hidden-size 100 is not a multiple of --num-attention-heads 8"),

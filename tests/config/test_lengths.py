@@ -122,8 +122,8 @@ REFUSED = [
     (
         "--sequence-parallel --tensor-model-parallel-size 4 --seq-length-curriculum-difficulty-step 6 "
         "--seq-length-curriculum-min-difficulty 6 --seq-length-curriculum-max-difficulty 60",
-        "has the lengths 6, 18, 30, 42, 54, which --sequence-parallel with --tensor-model-parallel-size 4 does not "
-        "divide; use multiples of 4",
+        "has the lengths 6, 18, 30, 42, 54, no multiples of 4, as --sequence-parallel with "
+        "--tensor-model-parallel-size 4 ask for; use multiples of 4",
     ),
     ("--seq-length-curriculum-max-difficulty 128", "gives the length 128, which is more than --seq-length 64"),
     (

@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
+from megatron3d.config.sections.parallel import CONTEXT_CUTS
 from megatron3d.errors import ConfigError
-from megatron3d.nn.context.cut import CUT_KINDS, ContextCut, CutKind, attention_area, places_of, positions_of
+from megatron3d.nn.context.cut import ContextCut, attention_area, places_of, positions_of
 
 LENGTHS = (32, 48, 8 * 37, 4096)  # the third has chunks of a prime length
 
@@ -21,9 +22,9 @@ def _documents(length: int, seed: int) -> np.ndarray:
     return np.repeat(np.arange(length), lengths)[:length]
 
 
-@pytest.mark.parametrize("kind", CUT_KINDS)
+@pytest.mark.parametrize("kind", CONTEXT_CUTS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_every_rank_has_equally_many_positions_and_no_position_is_lost(kind: CutKind, num_ranks: int) -> None:
+def test_every_rank_has_equally_many_positions_and_no_position_is_lost(kind: str, num_ranks: int) -> None:
     for length in LENGTHS:
         for seed in range(4):
             documents_S = _documents(length, seed)
@@ -36,8 +37,8 @@ def test_every_rank_has_equally_many_positions_and_no_position_is_lost(kind: Cut
             assert (gathered[places_of(runs)] == np.arange(length)).all(), "the way back to the order of the sample"
 
 
-@pytest.mark.parametrize("kind", CUT_KINDS)
-def test_a_run_is_all_of_a_document_that_is_together_on_a_rank(kind: CutKind) -> None:
+@pytest.mark.parametrize("kind", CONTEXT_CUTS)
+def test_a_run_is_all_of_a_document_that_is_together_on_a_rank(kind: str) -> None:
     for seed in range(6):
         documents_S = _documents(296, seed)
         for of_rank in ContextCut(kind, 296, 4).runs(documents_S):
@@ -55,7 +56,7 @@ def _area_by_counting(documents_S: np.ndarray, positions: np.ndarray) -> int:
 
 def test_areas_are_the_pairs_of_queries_and_keys_that_attend() -> None:
     documents_S = _documents(96, 5)
-    for kind in CUT_KINDS:
+    for kind in CONTEXT_CUTS:
         runs = ContextCut(kind, 96, 2).runs(documents_S)
         assert attention_area(runs) == [_area_by_counting(documents_S, positions_of(one)) for one in runs]
 

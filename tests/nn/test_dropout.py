@@ -34,9 +34,9 @@ def context_of(tp: int = 1, sequence_parallel: bool = False) -> LayerContext:
 def hidden(
     x_SBH: Tensor = ONES, *, seed: int = 7, first_sample: int = 0, site: str = "layers.0.mlp", first_position: int = 0
 ) -> Tensor:
-    positions = torch.arange(first_position, first_position + len(x_SBH))
+    positions_SB = torch.arange(first_position, first_position + len(x_SBH)).unsqueeze(1)
     stream = DropoutStream(seed, first_sample)
-    return drop_hidden(x_SBH, 0.5, stream, site=site, positions_S=positions, kernels=context_of().kernels)
+    return drop_hidden(x_SBH, 0.5, stream, site=site, positions_SB=positions_SB, kernels=context_of().kernels)
 
 
 def test_samples_and_positions_are_dropped_alike_in_whatever_parts_they_come() -> None:
@@ -58,9 +58,9 @@ def test_another_seed_site_sample_or_position_is_dropped_otherwise() -> None:
 
 def test_without_a_stream_or_a_probability_nothing_is_dropped() -> None:
     given = {"site": "p", "kernels": context_of().kernels}
-    positions = torch.arange(S)
-    assert drop_hidden(ONES, 0.5, None, positions_S=positions, **given) is ONES
-    assert drop_hidden(ONES, 0.0, DropoutStream(1, 0), positions_S=positions, **given) is ONES
+    positions_SB = torch.arange(S).unsqueeze(1)
+    assert drop_hidden(ONES, 0.5, None, positions_SB=positions_SB, **given) is ONES
+    assert drop_hidden(ONES, 0.0, DropoutStream(1, 0), positions_SB=positions_SB, **given) is ONES
     assert drop_samples(ONES, 0.5, None, **given) is ONES
     assert drop_samples(ONES, 0.0, DropoutStream(1, 0), **given) is ONES
 

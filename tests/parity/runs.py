@@ -174,7 +174,7 @@ def config_of(case: Case) -> RunConfig:
     """The resolved config of a case."""
     layout = case.layout
     degrees = f"--tensor-model-parallel-size {layout.tp} --pipeline-model-parallel-size {layout.pp}"
-    degrees += f" --expert-model-parallel-size {layout.ep}"
+    degrees += f" --expert-model-parallel-size {layout.ep} --context-parallel-size {layout.cp}"
     degrees += "" if layout.etp is None else f" --expert-tensor-parallel-size {layout.etp}"
     is_bert = case.model in BERTS
     model = BERTS[case.model] if is_bert else f"{(MODELS | FROZEN | EXPERTS).get(case.model, '')} --eod-mask-loss"

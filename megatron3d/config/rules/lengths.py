@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from megatron3d.config.lengths import counts_in_tokens, length_levels
 from megatron3d.config.options import BY_NAME
+from megatron3d.config.rules.context import length_multiple
 from megatron3d.config.sections.lengths import LENGTH_PREFIX, LengthConfig
 from megatron3d.config.sections.model import GivenModel
 from megatron3d.config.sections.optim import GivenOptim
@@ -48,7 +49,7 @@ def lengths_rule(
     except ConfigError as error:
         yield from str(error).splitlines()
         return
-    yield from _level_problems(lengths, [length for _, length in levels], model.seq_length, _cut(parallel))
+    yield from _level_problems(lengths, [length for _, length in levels], model.seq_length, length_multiple(parallel))
 
 
 def _without_curriculum(lengths: LengthConfig) -> Iterator[str]:
@@ -59,13 +60,6 @@ def _without_curriculum(lengths: LengthConfig) -> Iterator[str]:
                 f"{option.spelling} {value} means nothing without {LENGTH_PREFIX}; give {LENGTH_PREFIX} truncate or "
                 "reshape, or leave it out."
             )
-
-
-def _cut(parallel: ParallelConfig) -> tuple[int, str]:
-    """What every length must be a multiple of, and the option that says so."""
-    if parallel.sequence_parallel:
-        return parallel.tensor_model_parallel_size, "--sequence-parallel with --tensor-model-parallel-size"
-    return 1, ""
 
 
 def _level_problems(
@@ -87,8 +81,8 @@ def _level_problems(
         more = f" and {len(uneven) - _SHOWN} more" if len(uneven) > _SHOWN else ""
         yield (
             f"{LENGTH_PREFIX} has the length{'s' if len(uneven) > 1 else ''} "
-            f"{', '.join(map(str, uneven[:_SHOWN]))}{more}, which {option} {multiple} does not divide; use multiples "
-            f"of {multiple}, such as by {LENGTH_PREFIX}-difficulty-step {multiple}."
+            f"{', '.join(map(str, uneven[:_SHOWN]))}{more}, no multiples of {multiple}, as {option} ask for; use "
+            f"multiples of {multiple}, such as by {LENGTH_PREFIX}-difficulty-step {multiple}."
         )
 
 

@@ -29,7 +29,6 @@ def model_and_layout_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from world_size_rule(run.parallel)
     yield from tensor_parallel_rule(run.model, run.parallel)
     yield from pipeline_problems(given.parallel, run.parallel, run.model.num_layers)
-    yield from unsupported_parallelism_rule(run.parallel)
     yield from expert_problems(run.model, run.parallel)
     yield from zero_rule(run.parallel)
 
@@ -174,18 +173,9 @@ def _sizes_cut_by_tensor_parallelism(model: GivenModel, parallel: ParallelConfig
         "--num-attention-heads": model.num_attention_heads,
         "--ffn-hidden-size": model.ffn_hidden_size,
     }
-    if parallel.sequence_parallel:
+    if parallel.sequence_parallel and parallel.context_parallel_size == 1:  # else see `rules/context.py`
         sizes["--seq-length (with --sequence-parallel)"] = model.seq_length
     return sizes
-
-
-def unsupported_parallelism_rule(parallel: ParallelConfig) -> Iterator[str]:
-    """Degrees of parallelism that are known by name and not in this version."""
-    if parallel.context_parallel_size > 1:
-        yield (
-            f"--context-parallel-size {parallel.context_parallel_size} is not in this version; use 1, and "
-            "--sequence-parallel with --tensor-model-parallel-size for long sequences."
-        )
 
 
 def zero_rule(parallel: ParallelConfig) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron3d.config.fields import off_switch, option, switch
+from megatron3d.config.fields import off_switch, option, options, switch
 
 # What `--pipeline-schedule` takes, besides `module:function` of a user's own; a test holds them against the orders.
 PIPELINE_SCHEDULES = (
@@ -19,6 +19,8 @@ PIPELINE_SCHEDULES = (
     "auto",
 )
 OFFLOAD_PLACES = ("none", "cpu", "nvme")
+CONTEXT_CUTS = ("contiguous", "zigzag", "balanced")
+CONTEXT_COMM_TYPES = ("allgather", "p2p", "a2a", "a2a+p2p")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,28 @@ class GivenParallel:
         "Ranks that share the depth (PP).",
         also=("--inter-layer-model-parallel-size",),
     )
-    context_parallel_size: int = option(1, "--context-parallel-size", "Ranks that share each sequence (CP).")
+    context_parallel_size: int = option(
+        1,
+        "--context-parallel-size",
+        "Ranks that share each sequence (CP).",
+        also=("--ds-sequence-parallel-size",),
+    )
+    cp_cut: str | None = option(
+        None,
+        "--cp-cut",
+        "How samples are cut over context-parallel ranks: contiguous, zigzag (a chunk from the front and one from the "
+        "back), or balanced (equal attention area within documents); default by the model.",
+        choices=CONTEXT_CUTS,
+    )
+    cp_comm_type: tuple[str, ...] = options(
+        "--cp-comm-type",
+        f"How context-parallel ranks attend to each other's keys: {', '.join(CONTEXT_COMM_TYPES)}; one for all layers, "
+        "or one for each.",
+    )
+    cp_gather_again: bool = switch(
+        "--cp-gather-again",
+        "With --cp-comm-type allgather: gather keys and values again in the backward instead of keeping them.",
+    )
     expert_model_parallel_size: int = option(
         1, "--expert-model-parallel-size", "Ranks that share the experts (EP).", also=("--moe-expert-parallel-size",)
     )
@@ -156,3 +179,4 @@ class ParallelConfig(GivenParallel):
     data_parallel_size: int = 1
     world_size: int = 1
     virtual_stages: int | None = None
+    context_cut: str = "zigzag"

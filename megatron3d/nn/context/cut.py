@@ -18,16 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron3d.config.sections.parallel import CONTEXT_CUTS
 from megatron3d.errors import ConfigError
 from megatron3d.nn.context.balance import balanced_ranges
-
-CutKind = Literal["contiguous", "zigzag", "balanced"]
-CUT_KINDS: tuple[CutKind, ...] = get_args(CutKind)
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,13 @@ Runs = tuple[tuple[Run, ...], ...]  # of each rank, ascending
 class ContextCut:
     """A kind of cut of samples of `length` positions over `num_ranks` ranks."""
 
-    kind: CutKind
+    kind: str
     length: int
     num_ranks: int
 
     def __post_init__(self) -> None:
         """Raises: ConfigError if a sample of this length cannot be cut into equal parts."""
+        assert self.kind in CONTEXT_CUTS, f"a cut is {' or '.join(CONTEXT_CUTS)}, not {self.kind}"
         multiple = chunks_of(self.kind, self.num_ranks)
         if self.length % multiple or self.length < multiple:
             raise ConfigError(
@@ -120,19 +118,26 @@ def places_of(runs: Runs) -> NDArray[np.int64]:
     return np.argsort(np.concatenate([positions_of(of_rank) for of_rank in runs]))
 
 
+def documents_of(runs: Runs) -> dict[int, range]:
+    """The positions of each document of a sample, by its number."""
+    documents: dict[int, range] = {}
+    for run in (run for of_rank in runs for run in of_rank):
+        before = documents.get(run.document, run.positions)
+        first, stop = min(before.start, run.first), max(before.stop, run.positions.stop)
+        documents[run.document] = range(first, stop)
+    return documents
+
+
 def attention_area(runs: Runs, *, is_causal: bool = True) -> list[int]:
     """How many pairs of a query and a key each rank's queries have."""
-    sizes: dict[int, int] = {}
-    for run in (run for of_rank in runs for run in of_rank):
-        sizes[run.document] = sizes.get(run.document, 0) + len(run.rows)
-    starts = dict(zip(sorted(sizes), np.cumsum([0, *(sizes[document] for document in sorted(sizes))]).tolist()))
+    documents = documents_of(runs)
     areas = []
     for of_rank in runs:
         area = 0
         for run in of_rank:
-            count = len(run.rows)
-            seen = run.first - starts[run.document]
-            area += count * seen + count * (count + 1) // 2 if is_causal else count * sizes[run.document]
+            count, document = len(run.rows), documents[run.document]
+            seen = run.first - document.start
+            area += count * seen + count * (count + 1) // 2 if is_causal else count * len(document)
         areas.append(area)
     return areas
 

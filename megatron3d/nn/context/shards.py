@@ -1,0 +1,86 @@
+"""Context shards: how the samples of one micro-batch are cut, as one rank of the context-parallel axis sees it.
+
+They are made on the host, from the documents of the samples and before these move to a device, and travel with the
+micro-batch to every layer. Layers work on the tokens of their own rank and take positions from here, so everything
+that depends on where a token stands (positions, dropout, attention) is what it is in one process.
+
+Shapes: B samples, S positions of a sample, R ranks, L = S/R positions of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from megatron3d_kernels.rectangles import Plan, Rectangle
+from torch import Tensor
+
+from megatron3d.nn.context.cut import ContextCut, Runs, documents_of, places_of, positions_of
+
+
+@dataclass(frozen=True)
+class ContextShards:
+    """The cut of a micro-batch.
+
+    Attributes:
+        rank: own position on the context-parallel axis.
+        runs: what each rank has of a sample: of all samples alike, or of one after another.
+        is_causal: whether a token attends to none behind it in its document.
+        positions_BL: where the tokens of this rank stand in their sample, int64 [1 or B, L], each row ascending.
+        places_BS: where each position of a sample stands when the ranks' tokens are put one after another, int64
+            [1 or B, S].
+    """
+
+    rank: int
+    runs: tuple[Runs, ...]
+    is_causal: bool
+    positions_BL: Tensor
+    places_BS: Tensor
+
+    @property
+    def num_ranks(self) -> int:
+        """R."""
+        return len(self.runs[0])
+
+    @cached_property
+    def plan_of_gathered(self) -> Plan:
+        """The scores of this rank's queries with the keys of whole samples, in the order of the sample."""
+        return tuple(tuple(_of_gathered(of_sample, self.rank, self.is_causal)) for of_sample in self.runs)
+
+    def to(self, device: torch.device) -> ContextShards:
+        """The same with its tensors on `device`; copies from pinned memory do not block the host."""
+        positions_BL, places_BS = (x.to(device, non_blocking=True) for x in (self.positions_BL, self.places_BS))
+        return replace(self, positions_BL=positions_BL, places_BS=places_BS)
+
+
+def shards_of(cut: ContextCut, rank: int, documents_BS: Tensor | None = None, *, is_causal: bool) -> ContextShards:
+    """The cut of samples, as a rank sees it.
+
+    Args:
+        cut: of a sample.
+        rank: on the context-parallel axis.
+        documents_BS: number of the document of each token, int64 on the host, ascending in each sample; None where
+            every sample is one document.
+        is_causal: whether a token attends to none behind it.
+    """
+    documents = [None] if documents_BS is None else [documents_S.numpy() for documents_S in documents_BS]
+    runs = tuple(cut.runs(documents_S) for documents_S in documents)
+    positions_BL = torch.from_numpy(np.stack([positions_of(of_sample[rank]) for of_sample in runs]))
+    places_BS = torch.from_numpy(np.stack([places_of(of_sample) for of_sample in runs]))
+    return ContextShards(rank, runs, is_causal, positions_BL, places_BS)
+
+
+def _of_gathered(runs: Runs, rank: int, is_causal: bool) -> Iterator[Rectangle]:
+    """Of each run of a rank: what stands before it in its document, and the run itself; or all of the document."""
+    documents = documents_of(runs)
+    for run in runs[rank]:
+        document = documents[run.document]
+        if not is_causal:
+            yield Rectangle(run.rows, document, is_causal=False)
+            continue
+        if run.first > document.start:
+            yield Rectangle(run.rows, range(document.start, run.first), is_causal=False)
+        yield Rectangle(run.rows, run.positions, is_causal=True)
