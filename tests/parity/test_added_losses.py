@@ -61,9 +61,9 @@ CASES = [
     brief(Case(MODEL, Layout(tp=2))),
     Case(MODEL, Layout(tp=2), f"{SP} {FULL}"),
     brief(Case(MODEL, Layout(pp=2), "--pipeline-schedule zb-h1 --micro-batch-size 1")),
-    Case(MODEL, Layout(pp=2), "--pipeline-schedule zb-v"),
+    brief(Case(MODEL, Layout(pp=2), "--pipeline-schedule zb-v")),
     brief(Case(MODEL, Layout(dp=2), "--zero-stage 1 --micro-batch-size 4")),
-    Case(MODEL, Layout(dp=2), f"--zero-stage 3 {FULL}"),
+    brief(Case(MODEL, Layout(dp=2), f"--zero-stage 3 {FULL}")),
     Case(MODEL, Layout(tp=2, pp=2), f"{SP} --pipeline-schedule zb-v {FULL}"),
     Case(MODEL, Layout(pp=2, dp=2), "--zero-stage 2 --pipeline-schedule zb-h1 --micro-batch-size 1"),
 ]

@@ -36,12 +36,12 @@ SELECTIVE, FULL = "--recompute-granularity selective", "--recompute-granularity 
 KINDS = [
     Case("bert", Layout(tp=2), SP),
     Case("bert", Layout(pp=2)),
-    Case("bert", Layout(dp=2), ZERO1),
     Case("bert-post", Layout(dp=2), ZERO3),
-    Case("bert-untied", Layout(tp=2, pp=2), SP),
     Case("bert", Layout(tp=2, pp=2, dp=2), f"{SP} {ZERO1}"),
 ]
 OTHERS = [
+    Case("bert", Layout(dp=2), ZERO1),
+    Case("bert-untied", Layout(tp=2, pp=2), SP),
     Case("bert-masked", Layout(pp=4)),
     Case("bert", Layout(tp=2)),
     Case("bert-post", Layout(tp=2), f"{SP} {FULL}"),

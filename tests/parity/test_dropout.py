@@ -22,7 +22,7 @@ SELECTIVE, FULL = "--recompute-granularity selective", "--recompute-granularity 
 
 # On layouts of several ranks a micro-batch has two samples, see `runs.config_of`.
 CASES = [
-    Case("gpt2-drops", Layout(tp=2)),
+    brief(Case("gpt2-drops", Layout(tp=2))),
     Case("gpt2-drops", Layout(tp=2), f"{SP} {SELECTIVE}"),
     brief(Case("gpt2-drops", Layout(dp=2), ZERO1)),
     Case("gpt2-drops", Layout(pp=2)),

@@ -48,7 +48,7 @@ CASES = [
     brief(Case("gpt2-begun", Layout(dp=2), f"--zero-stage 3 {FULL}")),
     Case("gpt2-mixed", Layout(dp=2), f"--zero-stage 3 {AWAY}"),
     brief(Case("gpt2-begun", Layout(pp=2, dp=2), "--zero-stage 3 --pipeline-schedule zb-v")),
-    Case("gpt2-mixed", Layout(tp=2, dp=2), f"{SP} --zero-stage 3 {FULL}"),
+    brief(Case("gpt2-mixed", Layout(tp=2, dp=2), f"{SP} --zero-stage 3 {FULL}")),
 ]
 BATCHES = [
     pytest.param(size, list(group), id=f"world{size}")

@@ -15,7 +15,8 @@ from tests.parity.compare import check_against_one_process, reference
 from tests.parity.runs import Case, assemble, batches, brief, trace_cases
 
 VIRTUAL2 = "--num-virtual-stages-per-pipeline-rank 2"
-SINGLE = ["gpipe", "1f1b", "zb-h1", "zb-h2"]
+PLAIN, SPLIT = ["gpipe", "1f1b"], ["zb-h1", "zb-h2"]
+SINGLE = PLAIN + SPLIT
 DOUBLE = [f"interleaved {VIRTUAL2}", f"breadth-first {VIRTUAL2}", "zb-v", "dualpipe-v"]
 SAME_MICRO_BATCHES = "--micro-batch-size 1"
 OWN = "examples/my_pipeline_order.py:last_in_first_out"
@@ -29,9 +30,11 @@ def named(order: str, *options: str) -> str:
 def cases() -> list[Case]:
     """Every order at PP 2 and 4, and each with what it could upset: TP, SP, DP, ZeRO, recomputation, uneven stages.
 
-    At PP 2 each takes all steps; from there on it has the same work to do in the same order, for other stages.
+    At PP 2 each takes all steps, 1F1B and GPipe in test_layouts.py; from there on it has the same work to do in the
+    same order, for other stages, and so has an order of a user's own.
     """
-    shallow = [Case("llama-tied", Layout(pp=2), named(order)) for order in [*SINGLE, *DOUBLE, OWN]]
+    shallow = [Case("llama-tied", Layout(pp=2), named(order)) for order in [*SPLIT, *DOUBLE]]
+    again = [Case("llama-tied", Layout(pp=2), named(order)) for order in [*PLAIN, OWN]]
     deep = [Case("gpt2-deep", Layout(pp=4), named(order)) for order in SINGLE + DOUBLE]
     mixed = [
         case
@@ -66,12 +69,28 @@ def cases() -> list[Case]:
             f"{VIRTUAL2} --microbatch-group-size-per-virtual-pipeline-stage 3 {SAME_MICRO_BATCHES}",
         ),
     ]
-    return shallow + [brief(case) for case in deep + mixed + big + sharded + odd]
+    return shallow + [brief(case) for case in again + deep + mixed + big + sharded + odd]
 
 
 SHORT = [Case("llama-tied", Layout(pp=2), named(order)) for order in ("zb-h1", DOUBLE[0], "zb-v")]
-# On eight ranks the orders of one and of two stages a rank that split the backward; the others have each pair at four.
-SLOW = [case for case in cases() if case.layout.world_size == 8 and not {"zb-h2", "zb-v"} & set(case.options.split())]
+
+
+def is_slow(case: Case) -> bool:
+    """Rows whose parts are in other rows.
+
+    On eight ranks all but the orders of one and of two stages a rank that split the backward, as each pair of axes is
+    cut at four. At four, GPipe and 1F1B, which test_layouts.py has, and breadth-first, which sends what the
+    interleaved order sends, but for stage 3 of ZeRO.
+    """
+    words = set(case.options.split())
+    if case.layout.world_size == 8:
+        return not {"zb-h2", "zb-v"} & words
+    if case.layout == Layout(pp=4):
+        return bool({*PLAIN} & words)
+    return case.layout.world_size == 4 and "breadth-first" in words and "3" not in words  # there with stage 3 of ZeRO
+
+
+SLOW = list(filter(is_slow, cases()))
 BATCHES = batches(cases(), short=SHORT, slow=SLOW)
 
 

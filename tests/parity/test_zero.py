@@ -36,10 +36,10 @@ GROUPS_OF_TWO_LAYERS = "--recompute-granularity full --recompute-method uniform 
 KINDS = [
     Case("gpt2", Layout(dp=2), f"{ZERO3} --recompute-granularity selective"),
     Case("llama-tied", Layout(dp=4, zero_shard=2), f"{ZERO3} {PAIRS} {GROUPS_OF_TWO_LAYERS}"),
-    Case("gpt2", Layout(tp=2, dp=2), f"{SP} {ZERO3} {GROUPS_OF_TWO_LAYERS} --zero-prefetch-units 2"),
     Case("gpt2", Layout(pp=2, dp=2), ZERO2),
 ]
 OTHERS = [
+    Case("gpt2", Layout(tp=2, dp=2), f"{SP} {ZERO3} {GROUPS_OF_TWO_LAYERS} --zero-prefetch-units 2"),
     Case("gpt2", Layout(dp=4), f"{ZERO2} --no-overlap-grad-reduce"),
     Case(
         "llama",

@@ -8,6 +8,7 @@ jobs, without torchrun, so that the exit code of each rank can be seen.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -303,6 +304,7 @@ def _serve(connection: Connection) -> None:
     """The launcher's process: fork for an `_Order`, wait for a (pid, timeout)."""
     for name in WORKER_IMPORTS:
         importlib.import_module(name)
+    gc.freeze()  # What imports made stays: no rank looks through it, which would also copy its pages.
     with contextlib.suppress(EOFError):
         while True:
             request = connection.recv()

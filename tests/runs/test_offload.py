@@ -25,7 +25,8 @@ def _options(flags: str, directory: Path) -> list[str | Path]:
     return [flags, directory] if flags.endswith("--offload-dir") else [flags]
 
 
-@pytest.mark.parametrize("kind", ["kill", "kill-writing"])
+# Who dies between two steps has all state written back, as in every run that is killed; what is new is amid a write.
+@pytest.mark.parametrize("kind", [pytest.param("kill", marks=pytest.mark.slow), "kill-writing"])
 @pytest.mark.parametrize("flags", [f"--zero-stage 1 {FILES}", ALL_FILES], ids=["zero1", "zero3"])
 def test_a_run_killed_between_steps_or_amid_a_write_goes_on_bit_for_bit_from_its_checkpoint(
     launcher: Launcher, tmp_path: Path, flags: str, kind: str

@@ -231,7 +231,9 @@ def test_the_loss_falls_with_precision_and_optimizer(tmp_path: Path, options: st
     assert found[-1] < found[0] - 0.05
 
 
-@pytest.mark.parametrize("options", ["--bf16", "--fp16 --initial-loss-scale 1024"])
+@pytest.mark.parametrize(
+    "options", ["--bf16", pytest.param("--fp16 --initial-loss-scale 1024", marks=pytest.mark.slow)]
+)
 def test_half_precision_stays_near_single_precision(pool: Pool, tmp_path: Path, options: str) -> None:
     """8 bits of mantissa (bf16) keep about 2 digits; losses near 4.5 are means over many tokens and agree better."""
     single = _trained(tmp_path / "single.jsonl", MOCK)

@@ -120,8 +120,9 @@ def _stopped_by_a_signal_to_the_agent(folder: Path, number: int, *, save_s: floa
     assert f"starting from {save}/{step}" in few.out
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_agent_leaves_time_for_the_save(tmp_path: Path) -> None:
-    """SIGTERM here; SIGUSR1 is what the Slurm example gets below."""
+    """SIGTERM here, of which the agent makes what it makes of SIGUSR1; that is what the Slurm example gets below."""
     _stopped_by_a_signal_to_the_agent(tmp_path, signal.SIGTERM, save_s=2.5, timeout_s=60)
 
 

@@ -191,7 +191,15 @@ def layout_id(layout: Layout) -> str:
     return f"{layout}{f' in shards of {layout.zero_shard}' if layout.zero_shard else ''}"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+# What these combine others have in pairs.
+SLOW = (Layout(tp=2, dp=4, zero_shard=2), Layout(dp=4, ep=2, zero_shard=2))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(layout, marks=[pytest.mark.slow] if layout in SLOW else []) for layout in LAYOUTS],
+    ids=layout_id,
+)
 def test_training_equals_plain_adamw_on_whole_parameters(pool: Pool, layout: Layout) -> None:
     settings = [
         Setting(layout, stage, param, grad, overlap)
