@@ -46,7 +46,12 @@ def suits_blocks(q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> bool:
     """Whether causal attention of such tensors on a CPU should go this way: its backward is wanted and is faster."""
     if not (torch.is_grad_enabled() and (q_BNSD.requires_grad or k_BGTD.requires_grad or v_BGTD.requires_grad)):
         return False
-    return q_BNSD.shape[2] == k_BGTD.shape[2] <= LONGEST.get(q_BNSD.dtype, 0)
+    return q_BNSD.shape[2] == k_BGTD.shape[2] and is_faster_over_blocks(q_BNSD)
+
+
+def is_faster_over_blocks(q_BNSD: Tensor) -> bool:
+    """Whether the backward of causal attention is faster on a CPU for queries of this dtype and number."""
+    return q_BNSD.shape[2] <= LONGEST.get(q_BNSD.dtype, 0)
 
 
 def causal_blocks(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
@@ -70,16 +75,30 @@ class _CausalBlocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BNSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_BNSD, k_BGSD, v_BGSD, y_BNSD, log_sum_BNS = ctx.saved_tensors
-        gradients = torch.empty_like(q_BNSD), torch.empty_like(k_BGSD), torch.empty_like(v_BGSD)
-        heads, size = q_BNSD.shape[1], q_BNSD.shape[3]
-        q_BNSW = _widened(q_BNSD * (1 / sqrt(size)), -log_sum_BNS.unsqueeze(-1))
-        g_BNSW = _widened(grad_BNSD, -(grad_BNSD.float() * y_BNSD).sum(-1, keepdim=True))
-        k_BNSW, v_BNSW = (_widened(_for_each_head(x, heads), None) for x in (k_BGSD, v_BGSD))
-        for some in _sample_groups(q_BNSD):
-            widened = _Widened(*(x[some].flatten(0, 1) for x in (q_BNSW, k_BNSW, v_BNSW, g_BNSW)), size)
-            _backward_of_samples(widened, *(x[some] for x in gradients))
-        return gradients
+        return backward_over_blocks(grad_BNSD, *ctx.saved_tensors)
+
+
+def backward_over_blocks(
+    grad_BNSD: Tensor,
+    q_BNSD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    y_BNSD: Tensor,
+    log_sum_BNS: Tensor,
+    *,
+    hidden_SS: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v from the output and the log-sum-exp of all scores of the queries, of which these may
+    be a part. `hidden_SS` is True for scores that do not count, besides those of later keys."""
+    gradients = torch.empty_like(q_BNSD), torch.empty_like(k_BGSD), torch.empty_like(v_BGSD)
+    heads, size = q_BNSD.shape[1], q_BNSD.shape[3]
+    q_BNSW = _widened(q_BNSD * (1 / sqrt(size)), -log_sum_BNS.unsqueeze(-1))
+    g_BNSW = _widened(grad_BNSD, -(grad_BNSD.float() * y_BNSD).sum(-1, keepdim=True))
+    k_BNSW, v_BNSW = (_widened(_for_each_head(x, heads), None) for x in (k_BGSD, v_BGSD))
+    for some in _sample_groups(q_BNSD):
+        widened = _Widened(*(x[some].flatten(0, 1) for x in (q_BNSW, k_BNSW, v_BNSW, g_BNSW)), size, hidden_SS)
+        _backward_of_samples(widened, *(x[some] for x in gradients))
+    return gradients
 
 
 def _sample_groups(q_BNSD: Tensor) -> Iterator[slice]:
@@ -92,13 +111,14 @@ def _sample_groups(q_BNSD: Tensor) -> Iterator[slice]:
 @dataclass(frozen=True)
 class _Widened:
     """The operands of some samples, [M, S, D + extra] with M = B * N and D the head size: queries times 1 / sqrt(D) and
-    -L, keys and values with ones, gradients of the output with -D_q."""
+    -L, keys and values with ones, gradients of the output with -D_q; and the scores that do not count."""
 
     q_MSW: Tensor
     k_MSW: Tensor
     v_MSW: Tensor
     g_MSW: Tensor
     head_size: int
+    hidden_SS: Tensor | None
 
 
 def _backward_of_samples(widened: _Widened, dq_BNSD: Tensor, dk_BGSD: Tensor, dv_BGSD: Tensor) -> None:
@@ -111,6 +131,8 @@ def _backward_of_samples(widened: _Widened, dq_BNSD: Tensor, dk_BGSD: Tensor, dv
         keys, queries = slice(first, first + KEY_BLOCK), slice(first, length)
         p_MST = torch.bmm(q_MSW[:, queries], k_MSW[:, keys].transpose(1, 2)).exp_()
         p_MST[:, :KEY_BLOCK].tril_()
+        if widened.hidden_SS is not None:
+            p_MST.masked_fill_(widened.hidden_SS[queries, keys], 0.0)
         ds_MST = torch.bmm(g_MSW[:, queries], v_MSW[:, keys].transpose(1, 2)).mul_(p_MST)
         _write_of_groups(dv_BGSD[:, :, keys], torch.bmm(p_MST.transpose(1, 2), g_MSD[:, queries]))
         _write_of_groups(dk_BGSD[:, :, keys], torch.bmm(ds_MST.transpose(1, 2), q_MSD[:, queries]))

@@ -3,7 +3,8 @@
 These are torch's own operators behind `scaled_dot_product_attention`, which has no public form that returns and takes
 the log-sum-exp. By device and dtype: the flash operator for CPU (any floating dtype, masks, grouped heads), the flash
 operator for CUDA (fp16, bf16), the memory-efficient one for CUDA (fp32, masks). CUDA ones want head sizes that 8
-divides, so smaller ones are padded with zeros. The CUDA half has run on meta tensors alone, never yet on a device.
+divides, so smaller ones are padded with zeros. For narrow dtypes on CPU the backward of short causal squares is
+that over blocks (`causal_blocks.py`). The CUDA half has run on meta tensors alone, never yet on a device.
 
 Shapes: B micro-batch, N query heads, G key and value heads, S queries, T keys, D head size.
 """
@@ -15,6 +16,8 @@ from math import sqrt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron3d_kernels.causal_blocks import backward_over_blocks, is_faster_over_blocks
 
 _HEAD_MULTIPLE = 8  # of head sizes in the CUDA operators
 _LOG_SUM_MULTIPLE = 32  # of the length to which the memory-efficient operator pads the log-sum-exp
@@ -32,7 +35,7 @@ def forward(
         k_BGTD: keys, likewise.
         v_BGTD: values, likewise.
         is_causal: query i attends to keys 0 to i; S = T.
-        mask: [S, T] in the dtype of q, added to the scores.
+        mask: [S, S] in the dtype of q, added to the scores: -inf where a query does not attend, as to all later keys.
     """
     if not _on_cuda(q_BNSD):
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -66,8 +69,10 @@ def backward(
     if grad_BNSD.stride(-1) != 1:
         grad_BNSD = grad_BNSD.contiguous()
     if not _on_cuda(q_BNSD):
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         saved = (grad_BNSD, q_BNSD, k_BGTD, v_BGTD, out_BNSD, log_sum_BNS)
+        if (is_causal or mask is not None) and is_faster_over_blocks(q_BNSD):
+            return backward_over_blocks(*saved, hidden_SS=None if mask is None else mask < 0)
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return fused(*saved, 0.0, is_causal, attn_mask=mask)
     size, groups, scale = q_BNSD.shape[-1], k_BGTD.shape[1], 1 / sqrt(q_BNSD.shape[-1])
     grad, q, k, v, out = (_padded(x) for x in (grad_BNSD, q_BNSD, k_BGTD, v_BGTD, out_BNSD))
