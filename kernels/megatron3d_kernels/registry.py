@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from megatron3d_kernels import grouped_products, products, rectangles
+from megatron3d_kernels import packed as packed_documents
 from megatron3d_kernels.activation import activation
 from megatron3d_kernels.attention import attention
 from megatron3d_kernels.cross_entropy import Sums, cross_entropy_backward, local_max, local_softmax_sums
@@ -18,7 +19,6 @@ from megatron3d_kernels.dropout import dropout
 from megatron3d_kernels.gated_activation import fused_gated_activation, gated_activation, swiglu
 from megatron3d_kernels.launch import TRITON, TritonSupport
 from megatron3d_kernels.layer_norm import layer_norm
-from megatron3d_kernels.packed import packed_attention, suits_packed
 from megatron3d_kernels.rms_norm import rms_norm
 from megatron3d_kernels.rotary import apply_rotary
 from megatron3d_kernels.selection import Selection
@@ -34,15 +34,18 @@ class Registry(Selection):
         support: TritonSupport = TRITON,
         library: str = products.TORCH,
         grouped: str | None = None,
+        packed: str = packed_documents.TORCH,
     ) -> None:
-        """Decide once for all calls: kernels as `Selection` does, the library of the products ("torch", "onednn"), and
-        the way of grouped ones ("looped", "batched", "grouped"; None is by the measured table).
+        """Decide once for all calls: kernels as `Selection` does, the library of the products ("torch", "onednn"), the
+        way of grouped ones ("looped", "batched", "grouped"; None is by the measured table), and the kernel of packed
+        documents on CUDA ("torch", "flash-attn").
 
-        Raises KernelError as `Selection` does, and for a library or way that is unknown or not there.
+        Raises KernelError as `Selection` does, and for a library, way or kernel that is unknown or not there.
         """
         super().__init__(force, support=support)
         self._grouped = grouped_products.require_way(grouped)
         self._library = products.require_library(library)
+        self._packed = packed_documents.require_packed(packed)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x W^T + b, without autograd; see `products.linear`."""
@@ -124,8 +127,8 @@ class Registry(Selection):
     ) -> torch.Tensor:
         """softmax(q k^T / sqrt(D)) v over rectangles of the scores; see `rectangles.rectangle_attention`, and `packed`
         for documents on CUDA."""
-        if suits_packed(q_BNSD, plan):
-            return packed_attention(q_BNSD, k_BGTD, v_BGTD, plan)
+        if packed_documents.suits_packed(q_BNSD, plan):
+            return packed_documents.packed_attention(q_BNSD, k_BGTD, v_BGTD, plan, kernel=self._packed)
         return rectangles.rectangle_attention(q_BNSD, k_BGTD, v_BGTD, plan)
 
     def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:

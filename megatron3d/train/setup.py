@@ -146,7 +146,10 @@ def build_model(
     """
     sink, gate = GradSink(), WeightGate()
     sequence_parallel = config.parallel.sequence_parallel and mesh.tp.size > 1
-    kernels = Registry(library=ONEDNN if config.train.matmul == "onednn" else TORCH)
+    library, packed = ONEDNN if config.train.matmul == "onednn" else TORCH, config.train.packed_attention
+    if packed != TORCH and device.type != "cuda":
+        raise ConfigError(f"--packed-attention {packed} is for CUDA devices, and the device is {device}; drop it.")
+    kernels = Registry(library=library, packed=packed)
     context = LayerContext(
         mesh.tp,
         sequence_parallel,

@@ -279,6 +279,16 @@ def test_the_sentence_of_the_style_guide_is_said() -> None:
     ]
 
 
+def test_flash_attn_is_refused_where_nothing_would_use_it_and_where_it_is_missing() -> None:
+    """The package is for CUDA machines, and tests have none."""
+    assert problems_of("--packed-attention flash-attn --device cpu") == [
+        "--packed-attention flash-attn is for documents that --reset-attention-mask separates; give both or none.",
+        "--packed-attention flash-attn computes in 16 bits; give --bf16 or --fp16, or drop it.",
+        "--packed-attention flash-attn is for CUDA devices, and --device is cpu; drop it.",
+        "--packed-attention flash-attn needs the package flash-attn, which is not installed; install or drop it.",
+    ]
+
+
 def test_all_problems_are_collected_and_raised_together() -> None:
     change = "--num-layers 0 --num-query-groups 3 --bf16 --fp16 --min-lr 1 --split x --keep-last 3"
     problems = problems_of(change, drop="--mock-data")

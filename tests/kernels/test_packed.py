@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron3d_kernels.packed import packed_attention, suits_packed
+from megatron3d_kernels.launch import KernelError
+from megatron3d_kernels.packed import KERNELS, packed_attention, suits_packed
 from megatron3d_kernels.rectangles import Plan, Rectangle, reference
+from megatron3d_kernels.registry import Registry
 from torch import Tensor
 
 
@@ -22,8 +26,8 @@ def documents(*lengths: int) -> tuple[Rectangle, ...]:
 def one_by_one(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, other_bounds: Tensor, *sizes: int, **how: Any
 ) -> Tensor:
-    """What torch documents of `varlen_attn`, a sequence at a time."""
-    assert how == {"window_size": (-1, 0), "enable_gqa": True} and bounds.dtype is torch.int32
+    """What torch documents of `varlen_attn`, and flash-attn of its function, a sequence at a time."""
+    assert how in ({"window_size": (-1, 0), "enable_gqa": True}, {"causal": True}) and bounds.dtype is torch.int32
     assert torch.equal(bounds, other_bounds) and sizes == (int(bounds.diff().max()),) * 2
     parts = []
     for first, stop in zip(bounds.tolist(), bounds[1:].tolist()):
@@ -33,10 +37,15 @@ def one_by_one(
 
 
 @pytest.mark.parametrize("plan", [[documents(3, 5, 1), documents(9)], [documents(4, 5)]])
-def test_documents_of_all_samples_are_given_and_come_back_in_place(plan: Plan) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_documents_of_all_samples_are_given_and_come_back_in_place(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, plan: Plan
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=one_by_one))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", one_by_one)
     torch.manual_seed(0)
     q, k, v = (torch.randn(9, 2, heads, 8).permute(1, 2, 0, 3) for heads in (4, 2, 2))
-    torch.testing.assert_close(packed_attention(q, k, v, plan, one_by_one), reference(q, k, v, plan))
+    torch.testing.assert_close(packed_attention(q, k, v, plan, kernel=kernel), reference(q, k, v, plan))
 
 
 def test_only_documents_in_16_bits_on_cuda_go_this_way() -> None:
@@ -59,6 +68,14 @@ def test_only_documents_in_16_bits_on_cuda_go_this_way() -> None:
     assert not suits([documents(3, 5)]) and not suits([documents(3, 6)[1:]])
     assert not suits([[*documents(3), Rectangle(range(3, 9), range(6), is_causal=False)]])
     assert not suits([[*documents(3), Rectangle(range(3, 9), range(6), is_causal=True)]])
+
+
+def test_a_kernel_that_is_unknown_or_not_installed_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KernelError, match="no kernel 'flash' for packed documents; use one of torch, flash-attn"):
+        Registry(packed="flash")
+    monkeypatch.setattr("megatron3d_kernels.packed.find_spec", lambda _: None)
+    with pytest.raises(KernelError, match="need the package flash-attn; install it, or use 'torch'"):
+        Registry(packed="flash-attn")
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from megatron3d.config.batch_size import batch_size_at, parse_step_schedule
 from megatron3d.config.derive import model_parallel_size
@@ -62,6 +63,7 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from mlp_chunks_rule(run.model, run.train)
     yield from random_ltd_problems(train, given.model, run.parallel)
     yield from matmul_rule(train, optim, run.parallel.device)
+    yield from packed_attention_rule(train, optim, run.data, run.parallel.device)
     yield from data_rule(run.data)
     yield from curriculum_rule(given.curriculum, run.curriculum, run.data)
     yield from sample_order_rule(run.data, run.model)
@@ -319,6 +321,20 @@ def matmul_rule(train: GivenTrain, optim: GivenOptim, device: str | None) -> Ite
         yield f"--matmul onednn is for products in fp32, not --{optim.precision}; drop one of them."
     if device == "cuda":
         yield "--matmul onednn is for products on a CPU, and --device is cuda; drop it, or use --device cpu."
+
+
+def packed_attention_rule(train: GivenTrain, optim: GivenOptim, data: DataConfig, device: str | None) -> Iterator[str]:
+    """flash-attn is there for packed documents in 16 bits on CUDA devices, where it is installed."""
+    if train.packed_attention != "flash-attn":
+        return
+    if not data.reset_attention_mask:
+        yield "--packed-attention flash-attn is for documents that --reset-attention-mask separates; give both or none."
+    if optim.precision == "fp32":
+        yield "--packed-attention flash-attn computes in 16 bits; give --bf16 or --fp16, or drop it."
+    if device == "cpu":
+        yield "--packed-attention flash-attn is for CUDA devices, and --device is cpu; drop it."
+    if find_spec("flash_attn") is None:
+        yield "--packed-attention flash-attn needs the package flash-attn, which is not installed; install or drop it."
 
 
 def data_rule(data: DataConfig) -> Iterator[str]:

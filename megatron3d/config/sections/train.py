@@ -8,6 +8,7 @@ from megatron3d.config.fields import option, options, switch
 from megatron3d.config.sections.random_ltd import GivenRandomLtd
 
 MATMUL_CHOICES = ("auto", "onednn", "mkl")
+PACKED_ATTENTION_CHOICES = ("torch", "flash-attn")
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,13 @@ class GivenTrain(GivenRandomLtd):
         "--matmul",
         "The library of fp32 products on a CPU: torch's own (mkl), oneDNN, or by a measurement at the first start.",
         choices=MATMUL_CHOICES,
+    )
+    packed_attention: str = option(
+        "torch",
+        "--packed-attention",
+        "The CUDA kernel of attention within documents (--reset-attention-mask): torch's own, or that of the package "
+        "flash-attn.",
+        choices=PACKED_ATTENTION_CHOICES,
     )
     peak_tflops: float | None = option(
         None, "--peak-tflops", "Peak of one device, for MFU where the device is not known.", unit="TFLOP/s"
