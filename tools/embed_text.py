@@ -220,12 +220,12 @@ def open_tokenizer(args: argparse.Namespace, config: RunConfig, saved: SavedRun)
 
 def length_limit(wanted: int | None, config: RunConfig) -> int:
     """Tokens that a text may have. Raises: ConfigError if that is less than three, or more than the positions."""
-    learned = config.model.position_embedding_type == "learned_absolute"
+    ends = config.model.position_embedding_type != "none"
     positions = config.model.max_position_embeddings
     length = positions if wanted is None else wanted
     if length < 3:
         raise ConfigError(f"--max-length {length} leaves no room between [CLS] and [SEP]; use at least 3")
-    if learned and length > positions:
+    if ends and length > positions:
         raise ConfigError(
             f"--max-length {length} is longer than the {positions} positions of the model; use {positions}"
         )

@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="ranks that share depth")
     run.add_argument(
         "--expert-model-parallel-size", type=int, default=1, metavar="N", help="ranks that hold different experts"
+    )
+    run.add_argument(
+        "--max-position-embeddings",
+        type=int,
+        metavar="N",
+        help="let rotary positions go on to N, at which the model may not have been trained",
     )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one, else cpu")
     run.add_argument("--bf16", action="store_true", help="compute in bf16 (default fp32, whatever trained it)")
@@ -166,7 +172,9 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
             f"--load {args.load} holds {named(stored.model.architecture)}, which predicts masked tokens and goes on "
             "with no text; give the checkpoint of a GPT."
         )
-    config = generation_config(stored, parallel, world_size=world_size, bf16=args.bf16)
+    config = generation_config(
+        _with_positions(stored, args.max_position_embeddings), parallel, world_size=world_size, bf16=args.bf16
+    )
     vocabulary = open_vocabulary(args, config, saved)
     ids = tuple(_encode(prompt, vocabulary) for prompt in prompts)
     new_token_limits(ids, config.model, options)
@@ -174,6 +182,19 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
         [] if saved.content is None else code_differences(saved.content.code, code_content(config.model.architecture))
     )
     return Job(directory, config, vocabulary, prompts, ids, options, notes=tuple(f"changed: {one}" for one in changed))
+
+
+def _with_positions(stored: RunConfig, wanted: int | None) -> RunConfig:
+    """The run with as many positions as are wanted. Raises: ConfigError where they are rows of a table."""
+    if wanted is None:
+        return stored
+    if stored.model.position_embedding_type != "rope":
+        raise ConfigError(
+            f"--max-position-embeddings {wanted} is about rotary positions, and those of the model are "
+            f"{stored.model.position_embedding_type}; leave it out"
+        )
+    length = min(wanted, stored.model.seq_length)
+    return replace(stored, model=replace(stored.model, seq_length=length, max_position_embeddings=wanted))
 
 
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:

@@ -7,10 +7,12 @@ Sources: GPT-2: Radford et al. 2019 and the released weights. GPT-3: Brown et al
 its 1.3B row prints 24 heads of 128 for a width of 2048, which does not give 1.3B parameters, so we take 16 heads of
 128; its 13B row prints a width of 5140 with 40 heads of 128, kept as printed. Turing-NLG: Microsoft 2020. MT-NLG:
 Smith et al. 2022 (arXiv:2201.11990), section 3.1. megatron-*: Narayanan et al. 2021 (arXiv:2104.04473), table 1.
-Llama 2: Touvron et al. 2023 (arXiv:2307.09288); Llama 3: Grattafiori et al. 2024 (arXiv:2407.21783), table 3, at the
-sequence length of their first training phase. Mixtral: Jiang et al. 2024 (arXiv:2401.04088), table 1; Qwen3: Yang et
-al. 2025 (arXiv:2505.09388), table 2; OLMoE: Muennighoff et al. 2024 (arXiv:2409.02060), table 1; deepspeed-moe:
-Rajbhandari et al. 2022 (arXiv:2201.05596), table 2. BERT: Devlin et al. 2018 (arXiv:1810.04805), section 3, with the
+Llama 2: Touvron et al. 2023 (arXiv:2307.09288); Llama 3 and 3.1: Grattafiori et al. 2024 (arXiv:2407.21783), table 3,
+at the sequence length of their first training phase. Mistral: Jiang et al. 2023 (arXiv:2310.06825), table 1, with the
+vocabulary and without the window of the released weights 0.3; Mixtral: Jiang et al. 2024 (arXiv:2401.04088), table 1;
+Qwen2.5: Yang et al. 2024 (arXiv:2412.15115) and the released weights; Qwen3: Yang et al. 2025 (arXiv:2505.09388),
+tables 1 and 2; OLMoE: Muennighoff et al. 2024 (arXiv:2409.02060), table 1; deepspeed-moe: Rajbhandari et al. 2022
+(arXiv:2201.05596), table 2. BERT: Devlin et al. 2018 (arXiv:1810.04805), section 3, with the
 norm's epsilon and vocabulary of the released weights; megatron-bert-*: Shoeybi et al. 2019 (arXiv:1909.08053), table 4.
 """
 
@@ -132,6 +134,8 @@ _MT_NLG = _GPTFamily("Smith et al. 2022, section 3.1", 50257, 2048)
 _SC21 = _GPTFamily("Narayanan et al. 2021, table 1", 51200, 2048)
 _LLAMA2 = _LlamaFamily("Touvron et al. 2023, with the counts of the released weights", 32000, 4096, 10000.0)
 _LLAMA3 = _LlamaFamily("Grattafiori et al. 2024, with the counts of the released weights", 128256, 8192, 500000.0)
+_MISTRAL = _LlamaFamily("Jiang et al. 2023, with the counts of the released weights 0.3", 32768, 32768, 1e6)
+_QWEN25 = _LlamaFamily("Yang et al. 2024, with the counts of the released weights", 152064, 32768, 1e6)
 _MIXTRAL = _LlamaFamily("Jiang et al. 2024, with the counts of the released weights", 32000, 32768, 1e6)
 _QWEN3 = _LlamaFamily("Yang et al. 2025, with the counts of the released weights", 151936, 32768, 1e6)
 _OLMOE = _LlamaFamily("Muennighoff et al. 2024, with the counts of the released weights", 50304, 4096, 10000.0)
@@ -170,6 +174,42 @@ _ROWS: tuple[Preset, ...] = (
     _LLAMA3.preset("llama3-8b", "8.030B", layers=32, hidden=4096, heads=32, groups=8, ffn=14336),
     _LLAMA3.preset("llama3-70b", "70.554B", layers=80, hidden=8192, heads=64, groups=8, ffn=28672),
     _LLAMA3.preset("llama3-405b", "405.853B", layers=126, hidden=16384, heads=128, groups=8, ffn=53248),
+    _LLAMA3.preset(
+        "llama3.1-8b",
+        "8.030B",
+        layers=32,
+        hidden=4096,
+        heads=32,
+        groups=8,
+        ffn=14336,
+        rotary_scaling="llama3",
+        rotary_scaling_factor=8.0,
+        max_position_embeddings=131072,
+    ),
+    _MISTRAL.preset("mistral-7b", "7.248B", layers=32, hidden=4096, heads=32, groups=8, ffn=14336),
+    _QWEN25.preset(
+        "qwen2.5-7b",
+        "7.616B",
+        layers=28,
+        hidden=3584,
+        heads=28,
+        groups=4,
+        ffn=18944,
+        add_qkv_bias=True,
+        norm_epsilon=1e-6,
+    ),
+    _QWEN3.preset(
+        "qwen3-8b",
+        "8.191B",
+        layers=36,
+        hidden=4096,
+        heads=32,
+        groups=8,
+        ffn=12288,
+        kv_channels=128,
+        qk_layernorm=True,
+        norm_epsilon=1e-6,
+    ),
     _MIXTRAL.preset("mixtral-8x7b", "46.703B", layers=32, hidden=4096, heads=32, groups=8, ffn=14336, num_experts=8),
     _QWEN3.preset(
         "qwen3-30b-a3b",

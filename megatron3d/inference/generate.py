@@ -94,8 +94,11 @@ def new_token_limits(prompts: Sequence[Sequence[int]], config: ModelConfig, opti
 
 
 def position_limit(config: ModelConfig) -> int | None:
-    """How many tokens a sequence can have in all; None where positions do not end (rotary, or none)."""
-    return config.max_position_embeddings if config.position_embedding_type == "learned_absolute" else None
+    """How many tokens a sequence can have in all; None where there are no positions.
+
+    Rotary ones could be computed for any length, but beyond the one that the model is meant for its text is of no use.
+    """
+    return None if config.position_embedding_type == "none" else config.max_position_embeddings
 
 
 def _limit(number: int, prompt: Sequence[int], config: ModelConfig, options: SamplingOptions) -> int:

@@ -51,7 +51,7 @@ class SampleLoss:
                 "the checkpoint of a GPT."
             )
         limit = stored.model.max_position_embeddings
-        if stored.model.position_embedding_type == "learned_absolute" and seq_length > limit:
+        if stored.model.position_embedding_type != "none" and seq_length > limit:
             raise ConfigError(
                 f"--load {load} has {limit} positions, fewer than --seq-length {seq_length}; give a checkpoint with "
                 "enough of them."

@@ -182,12 +182,12 @@ def test_ignoring_the_end_of_document_goes_on_to_the_number_of_tokens(checkpoint
     assert beyond[:tokens_to_end] == RESTS[3] and len(beyond) == 40
 
 
-def test_learned_positions_end_a_text_and_rotary_ones_do_not(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_positions_of_the_model_end_a_text(checkpoint: Checkpoint, kind: str) -> None:
     options = replace(GREEDY, max_new_tokens=60, ignore_eod=True)
     prompts = [PROMPT_IDS[0], PROMPT_IDS[2]]
-    learned = generate(*opened(checkpoint("gpt2")), prompts, options, EOD)
-    assert [len(p) + len(new) for p, new in zip(prompts, learned, strict=True)] == [POSITIONS, POSITIONS]
-    assert [len(new) for new in generate(*opened(checkpoint("llama")), prompts, options, EOD)] == [60, 60]
+    found = generate(*opened(checkpoint(kind)), prompts, options, EOD)
+    assert [len(p) + len(new) for p, new in zip(prompts, found, strict=True)] == [POSITIONS, POSITIONS]
 
 
 def test_a_prompt_that_fills_all_positions_is_refused_with_both_numbers(checkpoint: Checkpoint) -> None:

@@ -79,6 +79,15 @@ def test_a_text_that_meets_the_last_position_says_so(run: Run) -> None:
     assert "prompt 0 stopped after 43 of 64 new tokens: --max-position-embeddings of the model is 48" in err
 
 
+def test_rotary_positions_go_on_where_that_is_asked_for(run: Run) -> None:
+    words = ("--prompt", "a sti", "--greedy", "--ignore-eod", "--json")
+    short, longer = (
+        json.loads(run(*words, *more, model="llama")[0]) for more in ((), ("--max-position-embeddings", "56"))
+    )
+    assert (len(short["token_ids"]), len(longer["token_ids"])) == (43, 51)
+    assert longer["token_ids"][:43] == short["token_ids"]
+
+
 def test_the_same_seed_draws_the_same_text_and_another_seed_another(run: Run) -> None:
     words = ("--prompt", "a", "--temperature", "4", "--top-k", "50", "--top-p", "0.95", "--json")
     first, again, other = (run(*words, "--seed", seed)[0] for seed in ("1", "1", "2"))
@@ -106,6 +115,7 @@ def test_null_tokenizer_takes_and_gives_numbers(run: Run) -> None:
         (("--prompt", "a", "--greedy", "--top-k", "3"), ConfigError, "--top-k 3 would have no effect"),
         (("--prompt", "a", "--temperature", "0"), ConfigError, "--temperature 0 is not above 0"),
         (("--prompt", "a", "--batch-size", "0"), ConfigError, "--batch-size 0"),
+        (("--prompt", "a", "--max-position-embeddings", "64"), ConfigError, "those of the model are learned_absolute"),
         (("--prompts-file", "gone.txt"), DataError, "--prompts-file gone.txt cannot be read"),
         (("--prompt", "a", "--load", "gone"), CheckpointError, "--load gone is not a directory"),
         (("--prompt", "a", "--ckpt-step", "7"), CheckpointError, "--ckpt-step 7"),

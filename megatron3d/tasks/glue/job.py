@@ -217,9 +217,9 @@ def _check_classifier(args: argparse.Namespace, origin: InitialWeights, task: Ta
 def _max_length(wanted: int, origin: InitialWeights, multiple: int) -> int:
     """Tokens that samples are cut to; the batch they are in, padded to a multiple, must have its positions."""
     positions = origin.model.max_position_embeddings
-    learned = origin.model.position_embedding_type == "learned_absolute"
+    ends = origin.model.position_embedding_type != "none"
     longest = positions - positions % multiple
-    if learned and wanted > longest:
+    if ends and wanted > longest:
         padded = f", whole batches of which are a multiple of {multiple} long" if multiple > 1 else ""
         raise ConfigError(
             f"--max-seq-length {wanted} is longer than the {positions} positions of the model in {origin.path} allow"
