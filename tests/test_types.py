@@ -63,6 +63,7 @@ MEANING_OF_NONE = {
         "train_iters": "the length is in samples",
         "train_samples": "the length is in iterations",
         "train_tokens": "the length is not in tokens",
+        "loss_chunk_size": "the logits of all positions are there at once",
         "exit_interval": "no stop at a step",
         "exit_duration_in_mins": "no stop after a time",
         "tensorboard_dir": "no events",

@@ -96,9 +96,9 @@ def _of_squares(
         for square in plan[sample if len(plan) > 1 else 0]:
             assert square.is_causal and square.queries == square.keys, f"{square} is no document"
             own = (slice(sample, sample + 1), slice(None), slice(square.queries.start, square.queries.stop))
-            rows = (x[own] for x in q_k_v)
-            first = square.queries.start
-            parts.append(_attend(*rows, Masking(None, True), replace(of_sample, first_position=first), kernels=kernels))
+            q_BNRD, k_BGRD, v_BGRD = (x[own] for x in q_k_v)
+            of_square = replace(of_sample, first_position=square.queries.start)
+            parts.append(_attend(q_BNRD, k_BGRD, v_BGRD, Masking(None, True), of_square, kernels=kernels))
         of_samples.append(torch.cat(parts, dim=2))
     return torch.cat(of_samples)
 

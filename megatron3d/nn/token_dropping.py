@@ -145,7 +145,9 @@ def on_kept_positions(
             return layer(x_SBH, inputs)
         if inputs.rectangles is not None:
             # The host draws too: waiting for what the device has drawn would cost more.
-            inputs = replace(inputs, rectangles=kept_rectangles(inputs.rectangles, kept(torch.device("cpu"))))
+            on_host_BR = kept(torch.device("cpu"))
+            assert on_host_BR is not None, "what a layer sees does not depend on the device"
+            inputs = replace(inputs, rectangles=kept_rectangles(inputs.rectangles, on_host_BR))
         first = length * context.tp.rank if shards > 1 else 0
         rows_K = _rows(context.local_sequence(kept_BR.t()) - first)
         y_RBH = layer(_Keep.apply(x_SBH, rows_K), _of_kept(inputs, kept_BR, length * shards))

@@ -59,8 +59,8 @@ class ChunkedProjection:
 
     def gathered(self, x: Tensor) -> Tensor:
         """All rows [T, H] of the input."""
-        whole = start_all_gather(x, self.context.tp).wait() if self.input_type == "V" else x
-        return whole.reshape(-1, whole.shape[-1])
+        gathered = start_all_gather(x, self.context.tp).wait() if self.input_type == "V" else x
+        return gathered.reshape(-1, gathered.shape[-1])
 
     def logits(self, x_CH: Tensor) -> Tensor:
         """This rank's logits [C, V]; of a table in blocks with some columns more at the end."""

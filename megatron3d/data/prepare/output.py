@@ -192,12 +192,13 @@ class PreprocessOutput:
     def _begin(self, resume: bool, note: Callable[[str], None]) -> None:
         """Replace the state, which shows from now on what a killed run leaves, and remove what an earlier one left."""
         plan, before = self._plan, self._before
-        if resume and before is None:
-            note(f"--resume: there is no {plan.state}, so this begins at the start.")
-        elif resume and before.state.is_published:
-            note(f"--resume: the output that {plan.state} counts is not there any more, so this begins at the start.")
-        elif resume:
-            note(f"--resume: {plan.state} counts no document yet, so this begins at the start.")
+        if resume:
+            why = f"there is no {plan.state}"
+            if before is not None and before.state.is_published:
+                why = f"the output that {plan.state} counts is not there any more"
+            elif before is not None:
+                why = f"{plan.state} counts no document yet"
+            note(f"--resume: {why}, so this begins at the start.")
         elif self._saved:
             note(f"The unfinished output of an earlier run is replaced; --resume would have gone on from {plan.state}.")
         self._has_begun, self._saved = True, False

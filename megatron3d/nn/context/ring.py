@@ -139,7 +139,7 @@ def _backward(queries: _Queries, own_2BGSD: Tensor, plans: Sequence[Plan], ring:
             gradients.add_own(of_keys)
         else:
             gradients.add_and_pass(of_keys)
-    return torch.zeros_like(queries.q_BNSD) if dq_BNSD is None else dq_BNSD, gradients.whole()
+    return torch.zeros_like(queries.q_BNSD) if dq_BNSD is None else dq_BNSD, gradients.summed()
 
 
 class _KeyGradients:
@@ -167,7 +167,7 @@ class _KeyGradients:
         self._hop = start_hop(leaving, arriving, self._ring, tag=_GRADIENTS)
         self._spare = [leaving, arriving]
 
-    def whole(self) -> Tensor:
+    def summed(self) -> Tensor:
         """The gradients of this rank's keys and values, once all ranks' queries have attended to them."""
         return self._own if self._hop is None else self._own.add_(self._hop.wait())
 
