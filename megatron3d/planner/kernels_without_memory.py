@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from megatron3d_kernels.causal_blocks import causal_blocks, suits_blocks
+from megatron3d_kernels.cross_entropy import CHUNK_ELEMENTS
 from megatron3d_kernels.launch import TritonSupport
 from megatron3d_kernels.rectangles import Plan
 from megatron3d_kernels.registry import Registry
@@ -47,6 +48,50 @@ class CpuKernels(Registry):
             q_BNSD, k_BGTD, v_BGTD, attn_mask=bias, is_causal=is_causal
         )
         return y_BNSD
+
+    def local_softmax_sums(
+        self, logits: Tensor, target: Tensor, vocab_start: int, num_valid: int, *, overwrite: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the first rows alone: the others take in turn what these take."""
+        num_rows = _rows_that_show_all(logits)
+        some = super().local_softmax_sums(
+            logits.flatten(0, -2)[:num_rows], target.flatten()[:num_rows], vocab_start, num_valid, overwrite=overwrite
+        )
+        row_max, sum_exp, target_logit = (one.new_empty(logits.shape[:-1]) for one in some)
+        return row_max, sum_exp, target_logit
+
+    def cross_entropy_backward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        max: Tensor,
+        sum_exp: Tensor,
+        target_logit: Tensor,
+        grad_loss: Tensor,
+        *,
+        vocab_start: int,
+        num_valid: int,
+        in_place: bool = False,
+        overwritten: bool = False,
+    ) -> Tensor:
+        """Of the first rows alone, as `local_softmax_sums`."""
+        num_rows = _rows_that_show_all(logits)
+        grad = logits if in_place and logits.is_contiguous() else logits.new_empty(logits.shape)
+        rows = (one.reshape(-1)[:num_rows] for one in (target, max, sum_exp, target_logit, grad_loss))
+        super().cross_entropy_backward(
+            grad.flatten(0, -2)[:num_rows],
+            *rows,
+            vocab_start=vocab_start,
+            num_valid=num_valid,
+            in_place=True,
+            overwritten=overwritten,
+        )
+        return grad
+
+
+def _rows_that_show_all(logits: Tensor) -> int:
+    """Rows of two of the chunks that the references work on."""
+    return 2 * max(1, CHUNK_ELEMENTS // logits.shape[-1])
 
 
 class GpuKernels(Registry):

@@ -30,10 +30,10 @@ class Recorded:
 
     def __init__(self, store: InputStore) -> None:
         self.store, self.log = store, list[str]()
-        self.inputs: list[weakref.ref[Tensor]] = []
+        self.inputs: list[weakref.ref[torch.UntypedStorage]] = []
 
     def put(self, x: Tensor) -> StoredInput:
-        self.inputs.append(weakref.ref(x))
+        self.inputs.append(weakref.ref(x.untyped_storage()))
         self.log.append(f"put {len(self.inputs)}")
         return _RecordedInput(self, self.store.put(x), len(self.inputs))
 
