@@ -14,6 +14,7 @@ from megatron3d.planner.stage_records import StageRecords
 from megatron3d.train.plan import plan_of
 from tests.planner.measured import config_of
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (
     "--num-layers 1 --hidden-size 16 --num-attention-heads 1 --ffn-hidden-size 64 --vocab-size 50257 "
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --hidden-dropout 0 "
@@ -46,7 +47,8 @@ def length(num_tokens: int) -> str:
 
 def one_step(flags: str) -> dict[str, float]:
     """Loss, gradient norm, peak memory of the process and seconds of a step in a process of its own."""
-    made = subprocess.run([sys.executable, "-c", ONE_STEP, flags], capture_output=True, text=True, check=True)
+    argv = [sys.executable, "-c", ONE_STEP, flags]
+    made = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(made.stdout.splitlines()[-1])
 
 
