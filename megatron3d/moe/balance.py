@@ -82,14 +82,27 @@ def _by_sample(values_TE: Tensor, places: TokenPlaces) -> Tensor:
 
 
 def _counts_by_sample(router: Router, routing: Routing, places: TokenPlaces) -> Tensor:
-    """How many tokens of each sample chose each expert, all tensor-parallel ranks together, [B, E]."""
+    """How many tokens of each sample chose each expert, all ranks together that have its tokens, [B, E]."""
     experts, samples = router.num_experts, places.num_samples
     place_TK = places.sample_T.unsqueeze(1) * experts + routing.expert_TK
     ones = torch.ones_like(routing.weight_TK.detach(), dtype=torch.float32)
     ones = _of_tokens(ones, places)
     counts = torch.zeros(samples * experts, dtype=torch.float32, device=place_TK.device)
     counts.scatter_add_(0, place_TK.flatten(), ones.flatten())
-    return router.context.replay.run(lambda: all_reduce(counts, router.context.tp)).view(samples, experts)
+    return _of_whole_samples(router, counts, places).view(samples, experts)
+
+
+def _of_whole_samples(router: Router, counts: Tensor, places: TokenPlaces) -> Tensor:
+    """The sum of counts, which it may overwrite, over the ranks that have tokens of the same samples."""
+    context = router.context
+    axes = [context.tp] if places.position_T is None else [context.tp, context.cp]
+
+    def summed() -> Tensor:
+        for axis in axes:
+            all_reduce(counts, axis)
+        return counts
+
+    return context.replay.run(summed)
 
 
 def _of_sequences(router: Router, routing: Routing, scores_TE: Tensor, places: TokenPlaces) -> Tensor:
@@ -99,7 +112,7 @@ def _of_sequences(router: Router, routing: Routing, scores_TE: Tensor, places: T
 
 
 def _of_micro_batch(router: Router, routing: Routing, scores_TE: Tensor, places: TokenPlaces) -> Tensor:
-    counts_E = router.context.replay.run(lambda: all_reduce(routing.counts_E.float(), router.context.tp))
+    counts_E = _of_whole_samples(router, routing.counts_E.float(), places)
     tokens = places.length * places.num_samples
     factor = places.num_samples * router.num_experts / (router.config.moe_router_topk * tokens**2)
     return (counts_E * scores_TE.sum(0)).sum() * factor

@@ -7,6 +7,7 @@ the load (`balance.py`) and for whoever reports it. No token is dropped unless e
 Each rank of the tensor axis routes tokens of its own. Under sequence parallelism it has its own; without, where all
 ranks hold all tokens, each takes its part of the sequence and the parts are gathered again behind the experts, so that
 nothing is sent or computed twice (Singh et al. 2023, arXiv:2303.06318, section 4.2, drop duplicates in this way).
+Context-parallel ranks have tokens of their own too; what is counted by sample is counted over both axes.
 
 With `--mlp-type residual` each token also passes an MLP as wide as an expert, and the layer gives c_0 times what the
 experts give plus c_1 times what that gives, c = softmax(C x + b): Rajbhandari et al. 2022 (arXiv:2201.05596), section
@@ -75,26 +76,33 @@ class MixtureOfExperts(nn.Module):
         """This rank's part of the sequence, filled up to the length of the longest part, and where it stands."""
         context = self.context
         length, samples = x_SBH.shape[:2]
+        positions_SB = context.positions(x_SBH, inputs.positions_BL)  # [S, 1] where they are those of all samples
         valid_T = None
         if context.sequence_parallel:
-            positions_S = context.positions(x_SBH).squeeze(1)
             length = length * context.tp.size
         else:
             missing = -length % context.tp.size
-            x_SBH = typed.shard(F.pad(x_SBH, (0, 0, 0, 0, 0, missing)) if missing else x_SBH, context.tp)
-            positions_S = own_part(torch.arange(length + missing, device=x_SBH.device), context.tp)
             if missing:
-                valid_T = (positions_S < length).repeat_interleave(samples)
-        sample_T = torch.arange(samples, device=x_SBH.device).repeat(positions_S.shape[0])
-        keys = None if inputs.dropout is None else partial(self._keys, inputs, positions_S, samples)
+                x_SBH, positions_SB = F.pad(x_SBH, (0, 0, 0, 0, 0, missing)), F.pad(positions_SB, (0, 0, 0, missing))
+                rows_S = own_part(torch.arange(length + missing, device=x_SBH.device), context.tp)
+                valid_T = (rows_S < length).repeat_interleave(samples)
+            x_SBH, positions_SB = typed.shard(x_SBH, context.tp), own_part(positions_SB, context.tp)
+        is_cut = inputs.shards is not None
         return x_SBH, TokenPlaces(
-            sample_T, samples, length, keys, valid_T, has_capacity=inputs.cache is None, share=inputs.kept_share
+            torch.arange(samples, device=x_SBH.device).repeat(positions_SB.shape[0]),
+            samples,
+            length * context.cp.size if is_cut else length,
+            None if inputs.dropout is None else partial(self._keys, inputs, positions_SB, samples),
+            valid_T,
+            has_capacity=inputs.cache is None,
+            share=inputs.kept_share,
+            position_T=positions_SB.expand(-1, samples).flatten() if is_cut else None,
         )
 
-    def _keys(self, inputs: LayerInputs, positions_S: Tensor, samples: int) -> Tensor:
+    def _keys(self, inputs: LayerInputs, positions_SB: Tensor, samples: int) -> Tensor:
         assert inputs.dropout is not None, "keys are of a training step"
-        keys_B = inputs.dropout.keys(f"layers.{self.layer}.router", samples, positions_S.device)
-        return child_keys(keys_B, positions_S.unsqueeze(1)).flatten()
+        keys_B = inputs.dropout.keys(f"layers.{self.layer}.router", samples, positions_SB.device)
+        return child_keys(keys_B, positions_SB).flatten()
 
     def _all_tokens(self, y_SBH: Tensor, length: int) -> Tensor:
         """Back on the residual stream."""

@@ -53,6 +53,8 @@ class TokenPlaces:
         has_capacity: whether these are whole sequences, of which an expert may drop tokens.
         valid_T: which are tokens; others fill up a shard and pass no expert. None where all are.
         share: of the positions of the sequence those that stand here, above 0 to 1; the others pass the layer by.
+        position_T: where each stands in its sample, int64, where context-parallel ranks have other tokens of the same
+            samples; None where tensor-parallel ranks have all of them, one rank's before the next one's.
     """
 
     sample_T: Tensor
@@ -62,6 +64,7 @@ class TokenPlaces:
     valid_T: Tensor | None
     has_capacity: bool = True
     share: float = 1.0
+    position_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ class Router(ParallelModule):
             capacity=capacity,
             num_experts=self.num_experts,
             tp=self.context.tp,
+            cp=self.context.cp,
+            position_T=places.position_T,
         )
         return self.context.replay.run(choose)
 

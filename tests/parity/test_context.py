@@ -30,6 +30,7 @@ CASES = [
     brief(Case("llama-gqa", Layout(cp=2), f"{PACKED} --zero-stage 1 --recompute-granularity selective")),
     brief(Case("bert", Layout(cp=2), "--zero-stage 2")),
     brief(Case("llama-gqa", Layout(cp=4), "--zero-stage 3 --cp-gather-again --recompute-granularity full")),
+    brief(Case("experts-many", Layout(cp=2, ep=2))),
     brief(Case("gpt2", Layout(tp=2, cp=2), f"{DROPS} {SP} --zero-stage 2")),
     brief(Case("gpt2", Layout(pp=2, cp=2), f"{PACKED} --pipeline-schedule zb-h1 --cp-cut zigzag")),
 ]
@@ -43,7 +44,13 @@ SLOW = [
     Case("llama-gqa", Layout(dp=2, cp=2), f"{PACKED} --zero-stage 3 --overlap-param-gather"),
     Case("llama-tied", Layout(pp=2, cp=2), "--pipeline-schedule zb-v --zero-stage 1"),
     Case("gpt2", Layout(pp=2, cp=2), "--num-virtual-stages-per-pipeline-rank 2 --recompute-granularity full"),
-    Case("gpt2-mqa", Layout(tp=2, cp=2), f"{PACKED} --zero-stage 3"),
+    Case("experts-many", Layout(cp=4), "--cp-cut contiguous --zero-stage 1"),
+    Case("experts-many", Layout(tp=2, cp=2, ep=2), SP),
+    Case(
+        "experts-many", Layout(tp=2, cp=2, ep=4, etp=1), "--recompute-granularity full --recompute-reuse-communication"
+    ),
+    Case("experts", Layout(dp=2, cp=2, ep=4), "--zero-stage 3 --moe-token-dispatcher-type allgather"),
+    Case("gpt2-mqa", Layout(tp=2, cp=2, kv_copies=2), f"{PACKED} --zero-stage 3"),
 ]
 
 

@@ -75,11 +75,6 @@ def _model_problems(model: GivenModel, parallel: ParallelConfig) -> Iterator[str
             "does: fused attention kernels draw by their own rows and columns, which here are those of one rank; use "
             "--attention-dropout 0 (--hidden-dropout is the same at every layout)."
         )
-    if model.has_experts:
-        yield (
-            f"--num-experts {model.num_experts} with {_CP} {cp} is not in this version: capacities and the losses of "
-            "balance count whole samples; use --sequence-parallel or --expert-model-parallel-size instead."
-        )
     if not model.is_causal and parallel.cp_cut == "balanced":
         yield (
             f"--cp-cut balanced gives ranks the same area of causal attention, and that of {named(model.architecture)} "

@@ -36,6 +36,7 @@ INSTEAD = {
     "train_data_path": "use --data-dir, or --train-file with --task tsv",
     "mock_data": "use --data-dir",
     "seq_length": "use --max-seq-length",
+    "context_parallel_size": "texts of a task are short; use --tensor-model-parallel-size, or data-parallel ranks",
     "finetune": "the weights alone are taken from --load anyway; leave the option out",
 }
 
