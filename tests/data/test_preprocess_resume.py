@@ -106,6 +106,21 @@ def test_a_run_that_is_ended_after_each_batch_is_resumed_to_the_same_bytes(
     assert contents(tmp_path / "ended") == whole
 
 
+def test_a_file_that_grows_or_goes_while_it_is_read_is_noted(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    for file in files:
+        file.write_text('{"text": "a", "title": "b"}\n')
+
+    def change(progress: PreprocessProgress) -> None:
+        if progress.num_documents == 3:
+            files[0].write_bytes(files[0].read_bytes() * 2)
+            files[2].unlink()
+
+    done, notes = run(files, tmp_path / "out", change)
+    assert done is not None and done.num_documents == 3 and done.input_share == 1
+    assert [note.split(" has changed since this run began")[0] for note in notes] == [str(files[0]), str(files[2])]
+
+
 @pytest.mark.usefixtures("small_batches")
 def test_a_state_counts_nothing_that_is_not_on_the_disk(
     tmp_path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch

@@ -171,16 +171,40 @@ def test_long_lines_and_many_short_ones_are_the_same_by_place_and_by_content(fol
         assert f"this line takes {size:,} bytes" in detail and start.startswith(letter * 200)
 
 
-def test_a_file_that_changes_between_cut_and_split_is_an_error(folder: Path) -> None:
+CHANGED = {
+    "a line less": b'{"text": "a"}\n' * 8,
+    "the last line cut": b'{"text": "a"}\n' * 8 + b'{"text',
+    "another file with as many lines": b'{"text": "aaaa"}\n' + b'{"text": "a"}\n' * 9,
+}
+
+
+@pytest.mark.parametrize("content", CHANGED.values(), ids=CHANGED)
+def test_a_file_that_changes_between_cut_and_split_is_an_error(folder: Path, content: bytes) -> None:
     path = folder / "changing.jsonl"
     path.write_bytes(b'{"text": "a"}\n' * 9)
     (block,) = read_blocks([InputSpan(path)], ["text"], by_range=True)
-    path.write_bytes(b'{"text": "a"}\n' * 8)
+    path.write_bytes(content)
     with pytest.raises(DataError, match=f"{path} has changed while it was read"):
         as_records(block)
     path.unlink()
     with pytest.raises(DataError, match=f"{path} cannot be read"):
         as_records(block)
+
+
+@pytest.mark.parametrize("span_end", [None, 14 * 8000], ids=["whole", "a shard"])
+@pytest.mark.parametrize("by_range", [False, True])
+def test_a_file_that_becomes_shorter_while_it_is_read_is_an_error(
+    folder: Path, span_end: int | None, by_range: bool
+) -> None:
+    path, line = folder / "shrinking.jsonl", b'{"text": "a"}\n'
+    path.write_bytes(line * 9000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(line_blocks, "_BLOCK_BYTES", 1 << 14)
+        blocks = read_blocks([InputSpan(path, 0, span_end)], ["text"], by_range=by_range)
+        next(blocks)
+        path.write_bytes(line * 5000)
+        with pytest.raises(DataError, match=f"{path} has changed while it was read"):
+            list(blocks)
 
 
 def column_file(kind: str) -> bytes:

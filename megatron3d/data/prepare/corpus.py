@@ -9,6 +9,7 @@ with a record never is.
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import BinaryIO
 from megatron3d.data.prepare.columns import count_rows, read_rows
 from megatron3d.data.prepare.compressed import DAMAGE, decompressed
 from megatron3d.data.prepare.inputs import COLUMN_KINDS, STANDARD_INPUT, file_kind, is_compressed
-from megatron3d.data.prepare.lines import FileRange, LineBlock, as_records, cut_lines, skip_line, too_long
+from megatron3d.data.prepare.lines import FileRange, LineBlock, as_records, changed, cut_lines, skip_line, too_long
 from megatron3d.data.prepare.records import RawBatch, parse_documents
 from megatron3d.data.prepare.rejects import MAX_LINE_BYTES, BadRecordLimits, RejectTally
 from megatron3d.data.prepare.spans import InputSpan, Position, whole_files
@@ -184,10 +185,12 @@ def _read_lines(span: InputSpan, begin: Position, bytes_before: int, options: _L
             raw.seek(begin.byte)
         else:
             begin = replace(begin, byte=sum(skip_line(stream) for _ in range(begin.num_read)))
-        by_range, limit = is_plain and options.by_range, options.max_line_bytes
+        by_range, limit, behind = is_plain and options.by_range, options.max_line_bytes, begin.byte
+        whole = span.end if span.end is not None else os.fstat(raw.fileno()).st_size if is_plain else 0
         for cut in cut_lines(stream, begin, end=span.end, max_line_bytes=limit, with_content=not by_range):
             done = cut.end - span.first if is_plain else 0 if span.file == STANDARD_INPUT else raw.tell()
-            end = Position(begin.span, cut.lines_before + cut.num_lines, cut.end)
+            behind = cut.end
+            end = Position(begin.span, cut.lines_before + cut.num_lines, behind)
             if cut.is_too_long:
                 record = too_long(cut.end - cut.first, limit, cut.content or b"")
                 yield RawBatch(span.name, [cut.lines_before + 1], [record], bytes_before + done, end)
@@ -204,6 +207,8 @@ def _read_lines(span: InputSpan, begin: Position, bytes_before: int, options: _L
                 bytes_before + done,
                 end,
             )
+        if behind < whole:
+            raise changed(span.file)
 
 
 def _read_columns(span: InputSpan, keys: Sequence[str], begin: Position, bytes_before: int) -> Iterator[RawBatch]:

@@ -35,13 +35,16 @@ class FileRange:
     end: int
 
     def read(self) -> bytes:
-        """The bytes, fewer if the file has become shorter. Raises: DataError if it cannot be read."""
+        """The bytes. Raises: DataError if the file cannot be read, or has become shorter."""
         try:
             with open(self.file, "rb") as stream:
                 stream.seek(self.first)
-                return stream.read(self.end - self.first)
+                content = stream.read(self.end - self.first)
         except OSError as error:
             raise DataError(f"{self.file} cannot be read ({error.strerror or error}).") from error
+        if len(content) < self.end - self.first:
+            raise changed(self.file)
+        return content
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,10 @@ class CutLines:
 
 @dataclass(frozen=True)
 class LineBlock:
-    """Lines in a row of one file, not yet split; `RawBatch` says what its `path`, `input_bytes` and `end` are too."""
+    """Lines in a row of one file, not yet split; `RawBatch` says what its `path`, `input_bytes` and `end` are too.
+
+    Each has its line feed, but for a last line of a file without one, which comes alone.
+    """
 
     path: str
     content: bytes | FileRange
@@ -80,10 +86,11 @@ class LineBlock:
         """
         content = self.content if isinstance(self.content, bytes) else self.content.read()
         lines = content.split(b"\n")
-        if not lines[-1]:
+        is_ended = not lines[-1]
+        if is_ended:
             lines.pop()
-        if len(lines) != self.num_lines:
-            raise DataError(f"{self.path} has changed while it was read; run again when nothing writes it.")
+        if len(lines) != self.num_lines or not (is_ended or self.num_lines == 1):
+            raise changed(self.path)
         numbers: list[int] = []
         records: list[bytes | dict[str, Any] | Unreadable] = []
         for number, line in enumerate(lines, start=self.lines_before + 1):
@@ -103,6 +110,11 @@ class LineBlock:
 def as_records(batch: RawBatch | LineBlock) -> RawBatch:
     """The batch with its records apart. Raises: as `LineBlock.split`."""
     return batch.split() if isinstance(batch, LineBlock) else batch
+
+
+def changed(file: Path | str) -> DataError:
+    """The error for a file that something writes while it is read."""
+    return DataError(f"{file} has changed while it was read; run again when nothing writes it.")
 
 
 def too_long(size: int, max_line_bytes: int, start: bytes) -> Unreadable:
@@ -127,7 +139,7 @@ def cut_lines(
     held: list[bytes] = []  # of the bytes between the two, which hold no line feed
     buffer = memoryview(bytearray(_BLOCK_BYTES))  # the same for all, which costs half of new memory for each
     source = cast(io.BufferedIOBase, stream)
-    while num_read := source.readinto(buffer if end is None else buffer[: end - behind]):
+    while num_read := source.readinto(buffer if end is None else buffer[: max(0, end - behind)]):
         at, chunk = behind, buffer[:num_read]
         behind += num_read
         size = 0  # of its bytes up to the last line feed

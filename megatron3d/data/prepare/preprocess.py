@@ -24,7 +24,7 @@ from megatron3d.data.prepare.executors import Executor, Processes
 from megatron3d.data.prepare.inputs import STANDARD_INPUT
 from megatron3d.data.prepare.output import DEFAULT_CHECKPOINT_S, OutputPlan, PreprocessOutput, is_complete
 from megatron3d.data.prepare.rejects import BadRecordLimits, RejectTally
-from megatron3d.data.prepare.run_state import RunCounts, RunState, run_identity, state_path
+from megatron3d.data.prepare.run_state import RunCounts, RunState, changed_files, run_identity, state_path
 from megatron3d.data.prepare.shard import Shard, shard_spans
 from megatron3d.data.prepare.spans import InputSpan
 from megatron3d.errors import ConfigError, DataError
@@ -80,7 +80,8 @@ class PreprocessProgress:
         """Seconds left if the rest goes like the part done; None if nobody knows what the rest is."""
         if self.input_share is None:
             return None
-        return self.elapsed_s * (1 - self.input_share) / max(self.input_share - self.resumed_share, 1e-9)
+        left_share = max(0.0, 1 - self.input_share)  # a file may grow while it is read
+        return self.elapsed_s * left_share / max(self.input_share - self.resumed_share, 1e-9)
 
 
 def output_prefix(prefix: str, key: str, *, split_sentences: bool = False, shard: Shard | None = None) -> str:
@@ -141,6 +142,8 @@ def preprocess(
         tally.finish()
         if options.shard.count == 1:
             _require_tokens(files, request.json_keys, output.state)
+        for file in changed_files(plan.identity, files) if plan.is_resumable else ():
+            note(f"{file} has changed since this run began; the output holds what it was when it was read.")
     return replace(progress, rejected=tally.summary if tally.num_rejected else "")
 
 

@@ -83,12 +83,16 @@ def run_identity(request: EncodeRequest, files: Sequence[Path], shard: Shard, *,
     """All that the output depends on, by the names that users know. Raises: DataError if a file cannot be read."""
     found = {"--shard": str(shard), "--max-line-bytes": str(max_line_bytes), "input files": str(len(files))}
     found |= _options(asdict(request))
-    for number, file in enumerate(files):
-        status = file.stat()
-        found[f"input file {number}"] = (
-            f"{os.path.abspath(file)} of {status.st_size} bytes, changed at {status.st_mtime_ns / 1e9:.6f}"
-        )
-    return found
+    return found | {f"input file {number}": _file_identity(file) for number, file in enumerate(files)}
+
+
+def changed_files(identity: Mapping[str, str], files: Sequence[Path]) -> list[Path]:
+    """Those of `files` that are gone or other ones than when `run_identity` was asked about all of them."""
+
+    def is_changed(number: int, file: Path) -> bool:
+        return not file.exists() or identity[f"input file {number}"] != _file_identity(file)
+
+    return [file for number, file in enumerate(files) if is_changed(number, file)]
 
 
 def save_state(path: Path, run: RunRecord) -> None:
@@ -144,6 +148,12 @@ def require_same_run(path: Path, saved: Mapping[str, str], now: Mapping[str, str
                 ]
             )
         )
+
+
+def _file_identity(file: Path) -> str:
+    """A file by name, size and time of change. Raises: OSError."""
+    status = file.stat()
+    return f"{os.path.abspath(file)} of {status.st_size} bytes, changed at {status.st_mtime_ns / 1e9:.6f}"
 
 
 def _beside(path: Path) -> Path:
