@@ -18,6 +18,7 @@ from megatron3d.data.batch import GPTBatch
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.train.evaluate import evaluate
 from megatron3d.train.step import train_step
+from tests.dist.pool import Pool
 from tests.parity.runs import RATES, Case, data_of, parts_of
 
 LENGTH = 256
@@ -56,9 +57,10 @@ class Masked(GPTBatch):
         return super().model_inputs() | {"attention_mask_BST": mask_BST}
 
 
-def step_of(options: str, *, masked: bool = False) -> tuple[float, list[Tensor]]:
+def step_of(options: str, *, masked: bool = False, cp: int = 1) -> tuple[float, list[Tensor]]:
     """Loss and weights after a step; an evaluation follows it."""
-    parts = parts_of(Case("llama", Layout(), f"{OPTIONS} {options}"), make_mesh(Layout()))
+    layout = Layout(cp=cp)
+    parts = parts_of(Case("llama", layout, f"{OPTIONS} {options}"), make_mesh(layout))
     data = data_of(parts.config)
     with GlobalBatches(data.reader(data.train), num_workers=0) as batches:
         batch = batches.read(0, 2, 0, 1)
@@ -93,3 +95,17 @@ def test_a_step_is_that_of_the_mask_without_a_tensor_of_the_size_of_the_scores(w
     for one, other in zip(weights, masked_weights, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)  # Adam's first step divides by small gradients
     assert way or loss != pytest.approx(step_of(way)[0], rel=1e-5), "documents must make a difference"
+
+
+def _largest_and_loss(rank: int, world_size: int) -> tuple[tuple[int, str], float]:
+    with _LargestTensor() as recorder:
+        loss, _ = step_of("--reset-attention-mask", cp=world_size)
+    return recorder.largest, loss
+
+
+def test_a_step_of_two_context_parallel_ranks_has_no_tensor_of_the_size_of_their_scores(pool: Pool) -> None:
+    """Those of a rank are S x S/2."""
+    want = step_of("--reset-attention-mask")[0]
+    for largest, loss in pool.run(2, _largest_and_loss):
+        assert largest[0] < LENGTH**2 // 2, largest
+        assert loss == pytest.approx(want, rel=1e-6)
