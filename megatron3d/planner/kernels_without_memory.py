@@ -52,8 +52,10 @@ class CpuKernels(Registry):
     def local_softmax_sums(
         self, logits: Tensor, target: Tensor, vocab_start: int, num_valid: int, *, overwrite: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the first rows alone: the others take in turn what these take."""
+        """Of many rows those of the first alone: the others take in turn what these take."""
         num_rows = _rows_that_show_all(logits)
+        if target.numel() <= num_rows:
+            return super().local_softmax_sums(logits, target, vocab_start, num_valid, overwrite=overwrite)
         some = super().local_softmax_sums(
             logits.flatten(0, -2)[:num_rows], target.flatten()[:num_rows], vocab_start, num_valid, overwrite=overwrite
         )
@@ -74,17 +76,15 @@ class CpuKernels(Registry):
         in_place: bool = False,
         overwritten: bool = False,
     ) -> Tensor:
-        """Of the first rows alone, as `local_softmax_sums`."""
-        num_rows = _rows_that_show_all(logits)
+        """Of many rows those of the first alone, as `local_softmax_sums`."""
+        num_rows, rows = _rows_that_show_all(logits), (target, max, sum_exp, target_logit, grad_loss)
+        shard = {"vocab_start": vocab_start, "num_valid": num_valid}
+        if target.numel() <= num_rows:
+            return super().cross_entropy_backward(logits, *rows, **shard, in_place=in_place, overwritten=overwritten)
         grad = logits if in_place and logits.is_contiguous() else logits.new_empty(logits.shape)
-        rows = (one.reshape(-1)[:num_rows] for one in (target, max, sum_exp, target_logit, grad_loss))
+        some = (one.reshape(-1)[:num_rows] for one in rows)
         super().cross_entropy_backward(
-            grad.flatten(0, -2)[:num_rows],
-            *rows,
-            vocab_start=vocab_start,
-            num_valid=num_valid,
-            in_place=True,
-            overwritten=overwritten,
+            grad.flatten(0, -2)[:num_rows], *some, **shard, in_place=True, overwritten=overwritten
         )
         return grad
 

@@ -7,6 +7,7 @@ as all others, so every result must stay; units, gates, norms, optimizers and re
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,8 +22,8 @@ from tests.parity.runs import Case, Trace, brief, trace_cases
 class ExpertMLP(MLP):
     """An MLP whose parameters are of the kind "expert"."""
 
-    def __init__(self, *given: object) -> None:
-        super().__init__(*given)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         for linear in (self.up, self.down):
             linear.specs = {name: replace(spec, kind="expert") for name, spec in linear.specs.items()}
 

@@ -52,6 +52,22 @@ def one_step(flags: str) -> dict[str, float]:
     return json.loads(made.stdout.splitlines()[-1])
 
 
+def peak_of(num_tokens: int, vocabulary: int, options: str) -> int:
+    config = config_of(f"{length(num_tokens)} --vocab-size {vocabulary} {options}", 1)
+    return ledger_of(StageRecords(config, "cpu"), plan_of(config))[0].peak
+
+
+def test_in_chunks_the_peak_does_not_grow_with_the_product_of_length_and_vocabulary() -> None:
+    """What twice the length adds is the same with a vocabulary of 1,024 and of 32,768."""
+
+    def growth(vocabulary: int, options: str) -> int:
+        return peak_of(16_384, vocabulary, options) - peak_of(8192, vocabulary, options)
+
+    chunks = "--recompute-granularity full --loss-chunk-size 256"
+    assert growth(32_768, chunks) <= growth(1024, chunks)
+    assert growth(32_768, "") > growth(1024, "") + 8192 * 31_000 * 4
+
+
 @pytest.mark.slow
 def test_a_step_of_262144_tokens_takes_at_most_4_gb_where_the_plain_path_needs_52(tmp_path: Path) -> None:
     config = config_of(length(262_144), 1)
