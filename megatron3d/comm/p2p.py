@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron3d.comm.collectives import Pending
 from megatron3d.comm.mesh import Axis
+from megatron3d.comm.shape_only import ShapeOnlyGroup
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def start_exchange(messages: Sequence[Message], axis: Axis) -> list[Pending]:
     for message in messages:
         size_bytes = message.tensor.numel() * message.tensor.element_size()
         axis.meter.add(axis.name, "send" if message.sends else "receive", size_bytes)
+    if isinstance(axis.group, ShapeOnlyGroup):
+        return [Pending(message.tensor) for message in messages]
     posts = [
         dist.P2POp(
             dist.isend if message.sends else dist.irecv,

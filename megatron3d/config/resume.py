@@ -77,7 +77,7 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
             Effect.REPORTED: "grad_reduce_in_bf16 offload_delayed_update",
             Effect.FREE: (
                 "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size "
-                "cp_cut cp_comm_type cp_gather_again context_cut "
+                "cp_cut cp_comm_type hierarchical_context_parallel_sizes cp_gather_again context_cut "
                 "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel pipeline_schedule "
                 "num_layers_per_virtual_pipeline_stage "
                 "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_virtual_pipeline_stage "

@@ -24,5 +24,6 @@ def layout_of(parallel: ParallelConfig, *, query_groups: int | None = None) -> L
         ep=parallel.expert_model_parallel_size,
         etp=parallel.expert_tensor_parallel_size,
         zero_shard=parallel.zero_shard_size,
+        cp_heads=parallel.context_head_ranks,
         kv_copies=1 if query_groups is None else max(1, parallel.tensor_model_parallel_size // query_groups),
     )

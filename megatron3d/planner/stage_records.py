@@ -36,12 +36,13 @@ _Unit = tuple[int, ...]  # positions of layers that are recomputed as one, or of
 @dataclass(frozen=True)
 class _Kind:
     """How a unit differs from others: whether it is recomputed, and of each layer the names of what is frozen, how many
-    experts it has and whether it drops tokens."""
+    experts it has, whether it drops tokens, and how it attends over context-parallel ranks."""
 
     recompute: bool
     frozen: tuple[frozenset[str], ...]
     experts: tuple[int, ...]
     drops: tuple[bool, ...]
+    exchanges: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,14 @@ class StageRecords:
         units = _units(self.config.train, len(part.layers))
         experts = [self.config.model.experts_of(layer) for layer in part.layers]
         drops = self._drops_in(part.layers)
+        exchanges = [self.config.parallel.context_kind_of(layer) for layer in part.layers]
         kinds = [
             _Kind(
                 recompute,
                 tuple(frozen[i] for i in unit),
                 tuple(experts[i] for i in unit),
                 tuple(drops[i] for i in unit),
+                tuple(exchanges[i] for i in unit),
             )
             for unit, recompute in units.items()
         ]
@@ -138,7 +141,9 @@ class StageRecords:
         short = StagePart(range(len(layers)), part.is_first, part.is_last)
         found = _units(train, len(layers))
         assert [len(unit) for unit in found] == [len(kind.frozen) for kind in kinds], f"{found} are not like {kinds}"
-        config = replace(self.config, model=self._with_experts_in(kinds), train=train)
+        exchanges = tuple(exchange for kind in kinds for exchange in kind.exchanges)
+        parallel = replace(self.config.parallel, cp_comm_type=exchanges)
+        config = replace(self.config, model=self._with_experts_in(kinds), parallel=parallel, train=train)
         return [*found], _recorded(run_of(config), short, splits=splits)
 
     def _with_experts_in(self, kinds: Sequence[_Kind]) -> ModelConfig:

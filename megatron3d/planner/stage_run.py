@@ -124,14 +124,16 @@ class StageRun:
         config = self.config
         layout = layout_of(config.parallel, query_groups=config.model.num_query_groups)
         rank = layout.ranks_along("tp", 0)[self._tp_rank]
-        tp, kv, expert, expert_tp, cp = (
-            self._axis(name, layout.ranks_along(name, rank), rank) for name in ("tp", "kv", "expert", "expert_tp", "cp")
+        tp, kv, expert, expert_tp, cp, heads, ring = (
+            self._axis(name, layout.ranks_along(name, rank), rank)
+            for name in ("tp", "kv", "expert", "expert_tp", "cp", "cp_heads", "cp_ring")
         )
         sequence_parallel = config.parallel.sequence_parallel and tp.size > 1
         library = ONEDNN if config.train.matmul == "onednn" else TORCH
         kernels = CpuKernels(library=library) if self._on_cpu else GpuKernels()
         store = InputsWithoutMemory(on_cpu=self._on_cpu) if config.parallel.offload_activations else None
-        exchange = KeyExchange(config.parallel.cp_comm_type or ("allgather",), config.parallel.cp_gather_again)
+        kinds = config.parallel.cp_comm_type or ("allgather",)
+        exchange = KeyExchange(kinds, config.parallel.cp_gather_again, heads, ring)
         context = LayerContext(
             tp,
             sequence_parallel,

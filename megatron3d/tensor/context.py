@@ -31,10 +31,14 @@ class KeyExchange:
     Attributes:
         kinds: of each layer of the model, or one for all (`--cp-comm-type`).
         gathers_again: whether gathered keys and values are gathered again in the backward instead of being kept.
+        heads: for the kind a2a+p2p, the ranks that exchange heads.
+        ring: and those that pass keys and values round.
     """
 
     kinds: tuple[str, ...] = ("allgather",)
     gathers_again: bool = False
+    heads: Axis = field(default_factory=partial(_axis_of_one, "cp_heads"))
+    ring: Axis = field(default_factory=partial(_axis_of_one, "cp_ring"))
 
     def kind_of(self, layer: int) -> str:
         """That of one layer."""
@@ -70,7 +74,7 @@ class LayerContext:
     expert: Axis = field(default_factory=partial(_axis_of_one, "expert"))
     expert_tp: Axis = field(default_factory=partial(_axis_of_one, "expert_tp"))
     cp: Axis = field(default_factory=partial(_axis_of_one, "cp"))
-    exchange: KeyExchange = KeyExchange()
+    exchange: KeyExchange = field(default_factory=KeyExchange)
     replay: Replay = field(default_factory=Replay)
     kept_inputs: InputStore | None = None
 

@@ -13,7 +13,7 @@ import torch
 from megatron3d_kernels.products import ONEDNN, TORCH
 from megatron3d_kernels.registry import Registry
 
-from megatron3d.comm.mesh import Mesh
+from megatron3d.comm.mesh import Axis, Mesh
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.parallel import ParallelConfig
@@ -161,7 +161,7 @@ def build_model(
         expert_tp=mesh.expert_tp,
         kept_inputs=kept_inputs,
         cp=mesh.cp,
-        exchange=key_exchange(config.parallel),
+        exchange=key_exchange(config.parallel, heads=mesh.cp_heads, ring=mesh.cp_ring),
     )
     plan = plan_of(config)
     stages = {
@@ -174,9 +174,9 @@ def build_model(
     return Model(mesh, device, DTYPES[config.optim.precision], stages, sink, gate, LoweredSchedules(plan, mesh.pp.rank))
 
 
-def key_exchange(parallel: ParallelConfig) -> KeyExchange:
-    """How the options let context-parallel ranks attend to each other's keys."""
-    return KeyExchange(tuple(parallel.cp_comm_type) or ("allgather",), parallel.cp_gather_again)
+def key_exchange(parallel: ParallelConfig, *, heads: Axis, ring: Axis) -> KeyExchange:
+    """How the options let context-parallel ranks attend to each other's keys; the axes are those of a2a+p2p."""
+    return KeyExchange(tuple(parallel.cp_comm_type) or ("allgather",), parallel.cp_gather_again, heads, ring)
 
 
 def _share_tied_table(stages: list[Stage]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megatron3d.config.architectures import named
+from megatron3d.config.rules.exchange import exchange_problems
 from megatron3d.config.sections.model import GivenModel
 from megatron3d.config.sections.parallel import CONTEXT_COMM_TYPES, ParallelConfig
 from megatron3d.config.sections.train import DraftTrain
@@ -15,7 +16,8 @@ _CP = "--context-parallel-size"
 
 def context_problems(model: GivenModel, parallel: ParallelConfig, train: DraftTrain) -> Iterator[str]:
     """What does not go together with samples that are cut over ranks."""
-    yield from _exchange_problems(parallel, model.num_layers)
+    yield from _kind_problems(parallel, model.num_layers)
+    yield from exchange_problems(model, parallel)
     if parallel.context_parallel_size == 1:
         return
     yield from _length_problems(model, parallel)
@@ -27,7 +29,7 @@ def context_problems(model: GivenModel, parallel: ParallelConfig, train: DraftTr
         )
 
 
-def _exchange_problems(parallel: ParallelConfig, num_layers: int | None) -> Iterator[str]:
+def _kind_problems(parallel: ParallelConfig, num_layers: int | None) -> Iterator[str]:
     """Kinds of attention over context-parallel ranks."""
     kinds = parallel.cp_comm_type
     for kind in dict.fromkeys(kinds):
@@ -38,9 +40,6 @@ def _exchange_problems(parallel: ParallelConfig, num_layers: int | None) -> Iter
             f"--cp-comm-type {' '.join(kinds)} has {len(kinds)} kinds for --num-layers {num_layers}; give one for all "
             "layers, or one for each."
         )
-    missing = [kind for kind in dict.fromkeys(kinds) if kind in CONTEXT_COMM_TYPES and kind != "allgather"]
-    if missing and parallel.context_parallel_size > 1:
-        yield f"--cp-comm-type {missing[0]} is not in this version; use allgather."
 
 
 def length_multiple(parallel: ParallelConfig) -> tuple[int, str]:

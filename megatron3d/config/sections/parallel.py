@@ -57,6 +57,11 @@ class GivenParallel:
         f"How context-parallel ranks attend to each other's keys: {', '.join(CONTEXT_COMM_TYPES)}; one for all layers, "
         "or one for each.",
     )
+    hierarchical_context_parallel_sizes: tuple[str, ...] = options(
+        "--hierarchical-context-parallel-sizes",
+        "With --cp-comm-type a2a+p2p: HEADS RING, consecutive ranks that exchange heads, and groups of them that "
+        "pass keys and values round; together --context-parallel-size.",
+    )
     cp_gather_again: bool = switch(
         "--cp-gather-again",
         "With --cp-comm-type allgather: gather keys and values again in the backward instead of keeping them.",
@@ -170,6 +175,17 @@ class GivenParallel:
     distributed_timeout_minutes: float = option(
         10.0, "--distributed-timeout-minutes", "A collective that takes longer ends the job.", unit="minutes"
     )
+
+    def context_kind_of(self, layer: int) -> str:
+        """How a layer attends over context-parallel ranks."""
+        kinds = self.cp_comm_type or ("allgather",)
+        return kinds[layer if len(kinds) > 1 else 0]
+
+    @property
+    def context_head_ranks(self) -> int:
+        """Consecutive context-parallel ranks that exchange heads in layers of kind a2a+p2p; 1 where no layer is."""
+        sizes = self.hierarchical_context_parallel_sizes
+        return int(sizes[0]) if sizes and "a2a+p2p" in self.cp_comm_type else 1
 
 
 @dataclass(frozen=True)

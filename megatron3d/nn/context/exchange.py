@@ -11,23 +11,54 @@ Shapes: B micro-batch, N query heads, G key and value heads, s positions of this
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 
 from megatron3d.comm.mesh import Axis
+from megatron3d.comm.meter import Meter
 from megatron3d.comm.replay import Replay
 from megatron3d.nn.context.heads import to_heads, to_positions
 from megatron3d.nn.context.plan import ExchangePlan
 from megatron3d.nn.context.ring import ring_attention
+from megatron3d.nn.inputs import LayerInputs
+from megatron3d.tensor.context import LayerContext
 
 
 @dataclass(frozen=True)
 class ExchangeAxes:
-    """The ranks of a kind: those that exchange heads, and those that pass keys round."""
+    """The ranks of a kind: those that exchange heads, and those that pass keys and values round."""
 
     heads: Axis
     ring: Axis
+
+
+_ALONE = Axis("alone", 1, 0, (0,), None, Meter())
+
+AXES_OF_KIND: Mapping[str, Callable[[LayerContext], ExchangeAxes]] = MappingProxyType(
+    {
+        "p2p": lambda context: ExchangeAxes(_ALONE, context.cp),
+        "a2a": lambda context: ExchangeAxes(context.cp, _ALONE),
+        "a2a+p2p": lambda context: ExchangeAxes(context.exchange.heads, context.exchange.ring),
+    }
+)
+
+
+@dataclass(frozen=True)
+class ExchangeAttention:
+    """One of these kinds for a layer."""
+
+    context: LayerContext
+    kind: str
+
+    def __call__(self, q_BNsD: Tensor, k_BGsD: Tensor, v_BGsD: Tensor, inputs: LayerInputs) -> Tensor:
+        """[B, N, s, D]."""
+        assert inputs.shards is not None, "samples that are cut come with their shards"
+        axes = AXES_OF_KIND[self.kind](self.context)
+        plan = inputs.shards.exchange_plan(axes.heads.size)
+        return exchanged_attention(q_BNsD, k_BGsD, v_BGsD, plan, axes, replay=self.context.replay)
 
 
 def exchanged_attention(

@@ -10,11 +10,13 @@ size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
 from torch import Tensor
 
+from megatron3d.nn.context.exchange import AXES_OF_KIND, ExchangeAttention
 from megatron3d.nn.context.gathered import AllGatherAttention
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.tensor.context import LayerContext
@@ -28,7 +30,9 @@ class ContextAttention(Protocol):
         ...
 
 
-KINDS: Mapping[str, Callable[[LayerContext], ContextAttention]] = MappingProxyType({"allgather": AllGatherAttention})
+KINDS: Mapping[str, Callable[[LayerContext], ContextAttention]] = MappingProxyType(
+    {"allgather": AllGatherAttention} | {kind: partial(ExchangeAttention, kind=kind) for kind in AXES_OF_KIND}
+)
 """The kinds by their names: each makes the attention of a layer from its context."""
 
 

@@ -19,6 +19,7 @@ from megatron3d_kernels.rectangles import Plan, Rectangle
 from torch import Tensor
 
 from megatron3d.nn.context.cut import ContextCut, Runs, documents_of, places_of, positions_of
+from megatron3d.nn.context.plan import ExchangePlan, plan_exchange
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,17 @@ class ContextShards:
     def plan_of_gathered(self) -> Plan:
         """The scores of this rank's queries with the keys of whole samples, in the order of the sample."""
         return tuple(tuple(_of_gathered(of_sample, self.rank, self.is_causal)) for of_sample in self.runs)
+
+    @cached_property
+    def _exchange_plans(self) -> dict[int, ExchangePlan]:
+        return {}
+
+    def exchange_plan(self, group_size: int) -> ExchangePlan:
+        """What ranks need to know that exchange heads in groups of this size and pass keys round between groups."""
+        if group_size not in self._exchange_plans:
+            plan = plan_exchange(self.runs, rank=self.rank, group_size=group_size, is_causal=self.is_causal)
+            self._exchange_plans[group_size] = plan.to(self.positions_BL.device)
+        return self._exchange_plans[group_size]
 
     def to(self, device: torch.device) -> ContextShards:
         """The same with its tensors on `device`; copies from pinned memory do not block the host."""
