@@ -144,8 +144,8 @@ def on_kept_positions(
         if kept_BR is None:
             return layer(x_SBH, inputs)
         if inputs.rectangles is not None:
-            # The host draws too: waiting for what the device has drawn would cost more.
-            on_host_BR = kept(torch.device("cpu"))
+            # The host of a device draws too: waiting for what the device has drawn would cost more.
+            on_host_BR = kept_BR if kept_BR.device.type == "cpu" else kept(torch.device("cpu"))
             assert on_host_BR is not None, "what a layer sees does not depend on the device"
             inputs = replace(inputs, rectangles=kept_rectangles(inputs.rectangles, on_host_BR))
         first = length * context.tp.rank if shards > 1 else 0
