@@ -77,7 +77,7 @@ MODULE_MAY_IMPORT: dict[str, set[str]] = {
 
 # What may be imported inside a function, because few runs need it and its own imports take long: torch's distributed
 # checkpointing 0.8 s, without which a run without --save does; matplotlib 0.5 s, which only --profile-pipeline needs;
-# TensorBoard, which only --tensorboard-dir needs; torch's kernel for sequences of various lengths 0.3 s, on CUDA only.
+# TensorBoard, which only --tensorboard-dir needs; torch's kernel for sequences of various lengths 1.3 s, on CUDA only.
 MAY_IMPORT_LATE: dict[str, set[str]] = {
     "megatron3d_kernels.packed": {"torch.nn.attention.varlen"},
     "megatron3d.checkpoint.save": {"megatron3d.checkpoint.store"},

@@ -57,7 +57,7 @@ def packed_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, plan: Plan,
 
 
 def _by_torch(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, bounds: Tensor, longest: int) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # a quarter of a second that only CUDA runs need
+    from torch.nn.attention.varlen import varlen_attn  # more than a second that only CUDA runs need
 
     options = {"window_size": (-1, 0), "enable_gqa": q_TND.shape[1] != k_TGD.shape[1]}
     return varlen_attn(q_TND, k_TGD, v_TGD, bounds, bounds, longest, longest, **options)

@@ -6,6 +6,7 @@ import sys
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from megatron3d_kernels.packed import KERNELS, packed_attention, suits_packed
 from megatron3d_kernels.rectangles import Plan, Rectangle, reference
 from megatron3d_kernels.registry import Registry
 from torch import Tensor
+from torch.nn.attention import varlen
 
 
 def documents(*lengths: int) -> tuple[Rectangle, ...]:
@@ -42,7 +44,7 @@ def test_documents_of_all_samples_are_given_and_come_back_in_place(
     monkeypatch: pytest.MonkeyPatch, kernel: str, plan: Plan
 ) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=one_by_one))
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", one_by_one)
+    monkeypatch.setattr(varlen, "varlen_attn", create_autospec(varlen.varlen_attn, side_effect=one_by_one))
     torch.manual_seed(0)
     q, k, v = (torch.randn(9, 2, heads, 8).permute(1, 2, 0, 3) for heads in (4, 2, 2))
     torch.testing.assert_close(packed_attention(q, k, v, plan, kernel=kernel), reference(q, k, v, plan))
