@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,10 @@ from numpy.typing import NDArray
 from megatron3d.data.library_errors import as_data_error
 from megatron3d.data.tokenizer_interface import SpecialIds, Tokenizer
 from megatron3d.errors import ConfigError, DataError, install_extra
+
+# Characters. The library keeps every word that it has met, which takes 8 bytes for each byte of new words, and has no
+# limit for that; so it is built again, which takes 0.2 s, as often as keeps its memory within bounds.
+_RENEWED_AFTER = 1 << 30
 
 
 class GigatokenTokenizer(Tokenizer):
@@ -42,22 +47,17 @@ class GigatokenTokenizer(Tokenizer):
             ),
         )
         try:
-            library = importlib.import_module("gigatoken")
+            self._package = importlib.import_module("gigatoken")
         except ImportError as error:
             raise ConfigError(f"gigatoken is not installed; run: {install_extra('gigatoken')}") from error
         if (description := reference.as_json()) is None:
             raise DataError("gigatoken does not have this kind of tokenizer: it has byte-level BPE")
-        try:
-            with as_data_error("it refuses the tokenizer", "use another encoder"):
-                self._library = library.Tokenizer.from_json(description)
-        except DataError as error:
-            reason = str(error.__cause__).split("\n")[0]  # a place in its sources follows
-            raise DataError(f"gigatoken does not have this kind of tokenizer: {reason:.200}") from error
-        self._reference = reference
+        self._reference, self._description = reference, description
+        self._library, self._num_characters = self._built(), 0
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`."""
-        return self._library.encode(text).tolist()
+        return self._encoded(text).tolist()
 
     def encode_arrays(self, texts: Sequence[str], dtype: np.dtype) -> tuple[NDArray, NDArray[np.int64]]:
         """The ids of all texts in a row, in `dtype`, and how many each text has.
@@ -66,7 +66,7 @@ class GigatokenTokenizer(Tokenizer):
         else and whose building longer than the calls that they save; and they may use threads, which a forked process
         does not have.
         """
-        rows = [self._library.encode(text) for text in texts]
+        rows = [self._encoded(text) for text in texts]
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         ids = np.concatenate(rows, dtype=dtype, casting="unsafe") if rows else np.empty(0, dtype)
         return ids, lengths
@@ -74,3 +74,19 @@ class GigatokenTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""
         return self._reference.decode(ids)
+
+    def _built(self) -> Any:
+        """The tokenizer in the library. Raises: DataError if that does not have this kind."""
+        try:
+            with as_data_error("it refuses the tokenizer", "use another encoder"):
+                return self._package.Tokenizer.from_json(self._description)
+        except DataError as error:
+            reason = str(error.__cause__).split("\n")[0]  # a place in its sources follows
+            raise DataError(f"gigatoken does not have this kind of tokenizer: {reason:.200}") from error
+
+    def _encoded(self, text: str) -> NDArray:
+        """The ids as the library gives them."""
+        if self._num_characters >= _RENEWED_AFTER:
+            self._library, self._num_characters = self._built(), 0
+        self._num_characters += len(text)
+        return self._library.encode(text)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from megatron3d.data import gigatoken_tokenizer
 from megatron3d.data.gigatoken_tokenizer import GigatokenTokenizer
 from megatron3d.data.prepare import records
 from megatron3d.data.prepare.corpus import read_batches
@@ -128,7 +132,7 @@ def test_the_first_other_ids_is_named_by_its_text_and_both_ids() -> None:
 
 
 def test_without_the_library_one_sentence_says_so_and_its_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gigatoken", None)
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
     tokenizer, notes = LibraryTokenizer(byte_pairs(), SpecialIds()), []
     assert choose_encoder(Encoder.AUTO, tokenizer, TEXTS, notes.append) is Encoder.REFERENCE
     assert (
@@ -139,6 +143,36 @@ def test_without_the_library_one_sentence_says_so_and_its_name_is_an_error(monke
     with pytest.raises(ConfigError, match="--encoder gigatoken cannot be used: gigatoken is not installed"):
         choose_encoder(Encoder.GIGATOKEN, tokenizer, TEXTS, notes.append)
     assert choose_encoder(Encoder.REFERENCE, tokenizer, TEXTS, notes.append) is Encoder.REFERENCE and len(notes) == 1
+
+
+class Remembering:
+    """Stands for the library's tokenizer: the ids are the bytes, and it keeps every text that it has met."""
+
+    built: ClassVar[list[Remembering]] = []
+
+    def __init__(self) -> None:
+        self.met: list[str] = []
+        self.built.append(self)
+
+    @classmethod
+    def from_json(cls, description: str) -> Remembering:
+        assert json.loads(description)["model"]["type"] == "BPE"
+        return cls()
+
+    def encode(self, text: str) -> np.ndarray:
+        self.met.append(text)
+        return np.frombuffer(text.encode(), np.uint8)
+
+
+def test_what_the_library_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", SimpleNamespace(Tokenizer=Remembering))
+    monkeypatch.setattr(Remembering, "built", [])
+    monkeypatch.setattr(gigatoken_tokenizer, "_RENEWED_AFTER", 40)
+    tokenizer = GigatokenTokenizer(LibraryTokenizer(byte_pairs(), SpecialIds()))
+    texts = [f"text number {number}" for number in range(10, 30)]
+    ids, lengths = tokenizer.encode_arrays(texts, np.dtype("<u2"))
+    assert bytes(ids.astype(np.uint8)) == "".join(texts).encode() and lengths.tolist() == [14] * 20
+    assert [len(one.met) for one in Remembering.built] == [3] * 6 + [2]
 
 
 # --- With the library ------------------------------------------------------------------------------------------------

@@ -283,6 +283,8 @@ def test_damage_to_what_an_ended_run_left_is_named(
     state.write_text(text.replace('"num_read"', '"number"'))
     assert tool.main(words) == 3
     assert "out.resume.json cannot be read (position has no field 'num_read')" in capsys.readouterr().err
+    assert tool.main(words[:-1]) == 0
+    assert f"{state} cannot be read, so what it counts is replaced." in capsys.readouterr().err
 
 
 def test_a_state_at_a_place_where_no_record_begins_is_refused(tmp_path: Path, files: list[Path]) -> None:

@@ -199,6 +199,8 @@ class PreprocessOutput:
             elif before is not None:
                 why = f"{plan.state} counts no document yet"
             note(f"--resume: {why}, so this begins at the start.")
+        elif self._saved and before is None:
+            note(f"{plan.state} cannot be read, so what it counts is replaced.")
         elif self._saved:
             note(f"The unfinished output of an earlier run is replaced; --resume would have gone on from {plan.state}.")
         self._has_begun, self._saved = True, False
