@@ -26,11 +26,12 @@ def cases() -> list[Case]:
         Case("llama", Layout(tp=2), CHUNKS),
         Case("bert", Layout(tp=2), f"{SP} {CHUNKS}"),
         Case("gpt2", Layout(pp=2), f"{ZB} {CHUNKS}"),
-        Case("gpt2-words", Layout(dp=2), f"--zero-stage 3 {CHUNKS}"),
+        Case("gpt2-words", Layout(cp=2), f"--zero-stage 3 {CHUNKS}"),
         Case("gpt2-words", Layout(pp=2, dp=2), f"--zero-stage 3 {ZB} {CHUNKS}"),
         Case("llama", Layout(tp=2, pp=2), f"{SP} {ZB} {CHUNKS}"),
         Case("gpt2-mixed", Layout(tp=2, pp=2), f"{ZB} {CHUNKS}"),
         Case("bert", Layout(dp=2), f"--zero-stage 3 {CHUNKS}"),
+        Case("gpt2", Layout(tp=2, cp=2), f"{SP} --zero-stage 2 {CHUNKS}"),
     ]
     return [brief(case) for case in pairs]
 

@@ -108,7 +108,7 @@ SLOW = {
     ),
     *("llama tp", "llama tp sp bf16", "llama pp full", "llama full zero 1", "llama full zero 2", "wide zero 1"),
     *("wide zero 2", "wide bf16 zero 1", "wide bf16 zero 2", "wide bf16 zero 3 many words untied", "bert zero 3"),
-    *("bert bf16 in chunks", "llama many words in chunks zero 3", "llama tp sp in chunks"),
+    *("bert bf16 in chunks", "llama many words in chunks zero 3", "llama tp sp in chunks", "gpt inputs away"),
     *("wide zero 3 many words frozen", "experts ep full reusing", "gpt frozen pp zb-h1", "bert pp", "llama pp"),
     *("gpt dropout bf16 selective", "bert bf16", "wide bf16 offload", "wide muon tp", "llama tp sp", "wide zero 3"),
     *("wide bf16 zero 3 many words",),
