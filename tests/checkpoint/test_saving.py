@@ -88,7 +88,11 @@ def prepared(root: Path, before: list[tuple[int, int]]) -> Path:
 
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.heavy
-@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize(
+    # pruning makes the calls of the next step, and more
+    "situation",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "next step" else []) for name in SITUATIONS],
+)
 def test_a_kill_at_any_call_to_the_system_leaves_a_whole_checkpoint_and_a_valid_latest(
     tmp_path: Path, situation: str
 ) -> None:
@@ -115,7 +119,12 @@ def test_a_kill_at_any_call_to_the_system_leaves_a_whole_checkpoint_and_a_valid_
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("situation", "from_there_on"), [("next step", False), ("the same step again", False), ("next step, pruning", True)]
+    ("situation", "from_there_on"),
+    [
+        pytest.param("next step", False, marks=pytest.mark.slow),
+        ("the same step again", False),
+        ("next step, pruning", True),
+    ],
 )
 def test_a_disk_that_fills_up_at_any_call_is_reported_and_leaves_a_whole_checkpoint(
     tmp_path: Path, situation: str, from_there_on: bool

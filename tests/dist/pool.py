@@ -55,6 +55,16 @@ class RankError(AssertionError):
     """A body failed on some rank: it raised, its process died, or it ran out of time. The text says who and where."""
 
 
+def start_process(function: Callable[..., None], *args: Any) -> ForkServerProcess:
+    """Start a daemon process that calls a module-level function: a fork of the one server, which has the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*WORKER_IMPORTS])
+    process = context.Process(target=function, args=args, daemon=True)
+    with _environment(WORKER_ENVIRONMENT):  # The server, started by the first process, keeps it for all.
+        process.start()
+    return process
+
+
 @dataclass
 class _Worker:
     process: ForkServerProcess
@@ -87,8 +97,6 @@ class Pool:
     """The kept workers. Not thread-safe: one call at a time."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([*WORKER_IMPORTS])
         self._workers: list[_Worker] = []
         self._store: dist.TCPStore | None = None
         self._calls = 0
@@ -154,12 +162,8 @@ class Pool:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._started += 1
         stack_file = Path(self._folder.name) / f"stack{self._started}.txt"
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(
-            target=worker.serve, args=(theirs, self._store.port, str(stack_file)), daemon=True
-        )
-        with _environment(WORKER_ENVIRONMENT):  # The fork server, started by the first worker, keeps it for all.
-            process.start()
+        ours, theirs = multiprocessing.Pipe()
+        process = start_process(worker.serve, theirs, self._store.port, str(stack_file))
         theirs.close()
         return _Worker(process, ours, stack_file)
 

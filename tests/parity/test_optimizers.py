@@ -76,7 +76,7 @@ SLOW = (Layout(tp=4), Layout(pp=2, dp=2), Layout(dp=4, zero_shard=2))
 
 
 def _size_and_slowness(case: tuple[str, Case]) -> tuple[int, bool]:
-    return case[1].layout.world_size, case[1].layout in SLOW
+    return case[1].layout.world_size, case[1].layout in SLOW or case[1].model == "bert"
 
 
 BATCHES = [

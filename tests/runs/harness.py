@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import io
 import json
 import multiprocessing
@@ -34,7 +33,7 @@ from megatron3d.data.indexed import IndexedDatasetWriter
 from megatron3d.offload.block_file import BlockFile
 from megatron3d.train import joining, launch, loop
 from megatron3d.train.signals import STOP_SIGNALS
-from tests.dist.pool import WORKER_IMPORTS
+from tests.dist.pool import start_process
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "pretrain_gpt.py"
@@ -246,9 +245,7 @@ class Launcher:
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
         self._connection, theirs = multiprocessing.Pipe()
-        context = multiprocessing.get_context("spawn")
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
+        self._process = start_process(_serve, theirs)
         theirs.close()
 
     @contextlib.contextmanager
@@ -302,8 +299,6 @@ def _free_port() -> int:
 
 def _serve(connection: Connection) -> None:
     """The launcher's process: fork for an `_Order`, wait for a (pid, timeout)."""
-    for name in WORKER_IMPORTS:
-        importlib.import_module(name)
     gc.freeze()  # What imports made stays: no rank looks through it, which would also copy its pages.
     with contextlib.suppress(EOFError):
         while True:

@@ -43,7 +43,10 @@ def valid_losses(path: Path) -> dict[int, float]:
     return {record["step"]: record["valid_loss"] for record in records(path) if "valid_loss" in record}
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name",  # the place and the stage are in two other rows
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "zero 3, all on the host" else []) for name in SETTINGS],
+)
 def test_a_run_that_saves_measures_stops_and_is_prolonged_has_the_losses_of_one_that_does_nothing_of_it(
     pool: Pool, tmp_path: Path, name: str
 ) -> None:

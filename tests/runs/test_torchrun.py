@@ -48,26 +48,17 @@ def test_a_wrong_option_is_printed_once_though_rank_0_comes_seconds_after_the_ot
     assert all(wrong in report["message"]["message"] for report in reports)
 
 
-def test_a_stop_that_was_asked_for_ends_the_job_once_however_many_restarts_are_left(tmp_path: Path) -> None:
-    save = tmp_path / "save"
-    argv = words(MOCK, "--train-iters 20 --exit-interval 2 --save", save)
-    with torchrun(tmp_path / "log.txt", ["--nproc-per-node", "2", "--max-restarts", "2"], argv) as job:
-        assert job.wait() == 0, job.said
-    assert job.said.count("stopped after step 2 because --exit-interval 2 is over") == 1
-    assert (exit_status(save)["code"], exit_status(save)["step"]) == (75, 2)
-    assert (save / "latest").read_text().strip() == "iter_0000002"
-
-
-def test_a_killed_worker_is_replaced_by_max_restarts_and_the_losses_are_those_of_a_whole_run(
+def test_a_killed_worker_is_replaced_and_a_stop_that_was_asked_for_ends_the_job_though_restarts_are_left(
     launcher: Launcher, tmp_path: Path
 ) -> None:
-    common = words(MOCK, "--pipeline-model-parallel-size 2 --train-iters 40 --save-interval 7 --keep-last 2")
+    common = words(MOCK, "--pipeline-model-parallel-size 2 --train-iters 60 --exit-interval 40")
+    common += words("--save-interval 7 --keep-last 2")
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     with launcher.job([*common, *words("--metrics-file", whole, "--save", tmp_path / "other")], 2) as job:
-        assert job.wait() == [0, 0]
+        assert job.wait() == [75, 75]
     argv = [*common, *words("--metrics-file", killed, "--save", tmp_path / "save")]
     with torchrun(tmp_path / "log.txt", ["--nproc-per-node", "2", "--max-restarts", "3"], argv) as elastic:
-        elastic.wait_for("step 10/40")
+        elastic.wait_for("step 10/60")
         os.kill(elastic.workers()[-1], signal.SIGKILL)
         assert elastic.wait() == 0, elastic.said
     assert elastic.said.count("starting from the initial weights") == 1
@@ -75,7 +66,10 @@ def test_a_killed_worker_is_replaced_by_max_restarts_and_the_losses_are_those_of
     # which new workers connect to dead ones.
     assert len(re.findall("^model$", elastic.said, re.MULTILINE)) == 2, f"one restart is enough:\n{elastic.said}"
     assert losses(killed) == losses(whole)
-    assert exit_status(tmp_path / "save")["code"] == 0
+    assert elastic.said.count("stopped after step 40 because --exit-interval 40 is over") == 1
+    status = exit_status(tmp_path / "save")
+    assert (status["code"], status["step"]) == (75, 40)
+    assert (tmp_path / "save" / "latest").read_text().strip() == "iter_0000040"
 
 
 def test_workers_whose_agent_is_killed_save_and_stop(tmp_path: Path) -> None:
