@@ -8,10 +8,15 @@ from __future__ import annotations
 import fcntl
 import glob
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+# How long a lock is waited for. Workers inherit the locks of the process that started them, and end, when that is
+# killed, after `process/parent.py`'s interval or a little later.
+_WAIT_S, _POLL_S = 2.0, 0.02
 
 
 @contextmanager
@@ -65,8 +70,8 @@ def open_partial(path: Path) -> IO[bytes]:
 def open_resumable(path: Path) -> IO[bytes]:
     """The file `{path}.partial`, locked, with what an earlier run left in it: to be cut, written on and then renamed.
 
-    Its name is the same in each run, so one run at a time can have it. Other partial files beside `path` that nobody
-    writes are removed.
+    Its name is the same in each run, so one run at a time can have it; workers of a killed run may have it for a moment
+    longer than that, for which this waits. Other partial files beside `path` that nobody writes are removed.
 
     Raises: OSError if the system refuses; BlockingIOError, one of them, if another run has it.
     """
@@ -76,13 +81,11 @@ def open_resumable(path: Path) -> IO[bytes]:
         name = path.with_name(f"{path.name}.partial")
         stream = open(name, "wb", opener=lambda file, flags: os.open(file, flags & ~os.O_TRUNC, 0o644))  # noqa: SIM115
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            has_lock = _lock_in_time(stream, fcntl.LOCK_EX)
         except BlockingIOError:
             stream.close()
             raise
-        except OSError:
-            return stream  # a file system without locks
-        if has_name(stream, name):
+        if not has_lock or has_name(stream, name):
             return stream
         stream.close()  # the run that had it renamed or removed it before it was locked here
 
@@ -91,11 +94,9 @@ def is_in_use(path: Path) -> bool:
     """Whether a process holds the lock on a partial file. Raises: OSError if it cannot be opened."""
     with open(path, "rb") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _lock_in_time(stream, fcntl.LOCK_SH)
         except BlockingIOError:
             return True
-        except OSError:
-            return False  # a file system without locks
     return False
 
 
@@ -113,6 +114,24 @@ def _remove_abandoned(path: Path) -> None:
         with suppress(OSError), open(partial, "rb") as stream:  # gone meanwhile, or locked by its writer
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             partial.unlink()
+
+
+def _lock_in_time(stream: IO[bytes], kind: int) -> bool:
+    """Lock a file, if need be a little later; False on a file system without locks.
+
+    Raises: BlockingIOError if another process still has the lock then.
+    """
+    end_s = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            fcntl.flock(stream, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end_s:
+                raise
+            time.sleep(_POLL_S)
+        except OSError:
+            return False
 
 
 def _lock(stream: IO[bytes]) -> None:

@@ -24,6 +24,7 @@ from megatron3d.data.prepare.run_state import RunRecord, load_state, save_state
 from megatron3d.data.prepare.spans import Position
 from megatron3d.data.tokenizer import TokenizerSpec
 from megatron3d.errors import ConfigError, DataError
+from megatron3d.storage import atomic
 
 REQUEST = EncodeRequest(TokenizerSpec("ByteTokenizer"), ("text", "title"), append_eod=True)
 TEXTS = ["first", "", "zweiter: über", "日本 🙂"] + [f"text {n} " * (n % 7) for n in range(120)]
@@ -316,8 +317,14 @@ def test_standard_input_is_neither_resumed_nor_sharded(
 
 @pytest.mark.usefixtures("small_batches")
 def test_two_runs_cannot_write_the_same_output(
-    tmp_path: Path, files: list[Path], whole: dict[str, bytes], tool: ModuleType, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    files: list[Path],
+    whole: dict[str, bytes],
+    tool: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(atomic, "_WAIT_S", 0)
     words = ["--input", str(files[0]), "--output-prefix", str(tmp_path / "one/out"), "--tokenizer-type"]
     codes, others = [], (["ByteTokenizer"], ["ByteTokenizer", "--split-sentences"])
     run(files, tmp_path / "one/out", lambda _: codes.extend(tool.main([*words, *other]) for other in others))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import importlib
+import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron3d.errors import StorageError
-from megatron3d.storage import checksum, chunks
-from megatron3d.storage.atomic import atomic_path, write_text_atomically
+from megatron3d.storage import atomic, checksum, chunks
+from megatron3d.storage.atomic import atomic_path, is_in_use, open_resumable, write_text_atomically
 from megatron3d.storage.durable import write_file
 from megatron3d.storage.refusals import storage_errors
 
@@ -43,6 +45,27 @@ def test_a_block_that_writes_nothing_is_an_error_and_no_empty_file(tmp_path: Pat
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_lock_of_processes_that_are_ending_is_waited_for_and_another_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another open file stands for the worker of a killed tool, which has the lock too; it goes at the third try."""
+    first, tries, now_s = open_resumable(tmp_path / "file"), [], itertools.count()
+    first.write(b"kept")
+
+    def end_at_the_third(seconds: float) -> None:
+        tries.append(seconds)
+        if len(tries) == 3:
+            first.close()
+
+    monkeypatch.setattr(atomic, "time", SimpleNamespace(monotonic=lambda: next(now_s) / 10, sleep=end_at_the_third))
+    with open_resumable(tmp_path / "file") as second:
+        assert len(tries) == 3 and Path(second.name).read_bytes() == b"kept"
+        with pytest.raises(BlockingIOError):
+            open_resumable(tmp_path / "file")
+        assert is_in_use(Path(second.name))
+    assert len(tries) < 50 and not is_in_use(Path(second.name))
+
+
 def test_a_full_disk_names_file_reason_and_both_remedies() -> None:
     expected = r"^could not write the list out/x: No space left on device; free space there or name another file$"
     with (
