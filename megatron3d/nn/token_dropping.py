@@ -8,8 +8,8 @@ Nothing here has a state. What a layer keeps is a function of run, step, sample 
 split backward and several micro-batches under way all keep the same, at every layout.
 
 The draw is stratified: a sample is cut into 16 strata of consecutive positions, and of each equally many are kept. So
-the ranks of sequence parallelism, each of which holds whole strata, keep equally many rows of their own shards, and
-exchange nothing beyond what the layer exchanges anyway.
+the ranks of sequence and context parallelism, each of which holds whole strata, keep equally many rows of their own
+shards, and exchange nothing beyond what the layer exchanges anyway.
 
 Kept positions are in ascending order, so that attention among them is plain causal attention where it was before.
 Dropout inside the layer counts the rows that it sees.
@@ -139,15 +139,20 @@ def on_kept_positions(
             return layer(x_SBH, inputs)
         shards = context.tp.size if context.sequence_parallel else 1
         length, samples = x_SBH.shape[0], x_SBH.shape[1]
-        kept = partial(inputs.dropping.kept, number, samples, length * shards)
+        parts = 1 if inputs.shards is None else inputs.shards.num_ranks
+        kept = partial(inputs.dropping.kept, number, samples, length * shards * parts)
         kept_BR = kept(x_SBH.device)
         if kept_BR is None:
             return layer(x_SBH, inputs)
-        if inputs.rectangles is not None:
+        if inputs.rectangles is not None or inputs.shards is not None:
             # The host of a device draws too: waiting for what the device has drawn would cost more.
             on_host_BR = kept_BR if kept_BR.device.type == "cpu" else kept(torch.device("cpu"))
             assert on_host_BR is not None, "what a layer sees does not depend on the device"
-            inputs = replace(inputs, rectangles=kept_rectangles(inputs.rectangles, on_host_BR))
+            if inputs.rectangles is not None:
+                inputs = replace(inputs, rectangles=kept_rectangles(inputs.rectangles, on_host_BR))
+            if inputs.shards is not None:
+                left, rows_BR = inputs.shards.of_kept(on_host_BR)
+                inputs, kept_BR = replace(inputs, shards=left.to(x_SBH.device)), rows_BR.to(x_SBH.device)
         first = length * context.tp.rank if shards > 1 else 0
         rows_K = _rows(context.local_sequence(kept_BR.t()) - first)
         y_RBH = layer(_Keep.apply(x_SBH, rows_K), _of_kept(inputs, kept_BR, length * shards))

@@ -22,7 +22,12 @@ from tests.parity.runs import Case, Trace, batches, brief, trace_cases
 
 PACKED = "--reset-attention-mask --reset-position-ids"
 DROPS = "--hidden-dropout 0.1"
-OF_MODEL = (PACKED, DROPS)  # what the one process takes too, where it begins the options of a case
+LTD = (  # of samples that are longer from step to step
+    f"--seq-length 64 --random-ltd --random-ltd-min 16 --random-ltd-steps 8 {DROPS} "
+    "--seq-length-curriculum truncate --seq-length-curriculum-min-difficulty 32 --seq-length-curriculum-steps 3 "
+    "--seq-length-curriculum-difficulty-step 8"
+)
+OF_MODEL = (PACKED, DROPS, LTD)  # what the one process takes too, where it begins the options of a case
 SP = "--sequence-parallel"
 
 CASES = [
@@ -31,6 +36,7 @@ CASES = [
     brief(Case("bert", Layout(cp=2), "--zero-stage 2")),
     brief(Case("llama-gqa", Layout(cp=4), "--zero-stage 3 --cp-gather-again --recompute-granularity full")),
     brief(Case("experts-many", Layout(cp=2, ep=2))),
+    brief(Case("llama-gqa", Layout(cp=2), f"{LTD} --recompute-granularity full")),
     brief(Case("gpt2", Layout(tp=2, cp=2), f"{DROPS} {SP} --zero-stage 2")),
     brief(Case("gpt2", Layout(pp=2, cp=2), f"{PACKED} --pipeline-schedule zb-h1 --cp-cut zigzag")),
 ]
@@ -44,6 +50,8 @@ SLOW = [
     Case("llama-gqa", Layout(dp=2, cp=2), f"{PACKED} --zero-stage 3 --overlap-param-gather"),
     Case("llama-tied", Layout(pp=2, cp=2), "--pipeline-schedule zb-v --zero-stage 1"),
     Case("gpt2", Layout(pp=2, cp=2), "--num-virtual-stages-per-pipeline-rank 2 --recompute-granularity full"),
+    Case("llama-gqa", Layout(tp=2, cp=2), f"{LTD} {SP}"),
+    Case("gpt2", Layout(cp=4), f"{LTD} --cp-cut contiguous"),
     Case("experts-many", Layout(cp=4), "--cp-cut contiguous --zero-stage 1"),
     Case("experts-many", Layout(tp=2, cp=2, ep=2), SP),
     Case(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megatron3d.config.architectures import named
+from megatron3d.config.random_ltd import NUM_STRATA
 from megatron3d.config.rules.exchange import exchange_problems
 from megatron3d.config.sections.model import GivenModel
 from megatron3d.config.sections.parallel import CONTEXT_COMM_TYPES, ParallelConfig
@@ -22,10 +23,16 @@ def context_problems(model: GivenModel, parallel: ParallelConfig, train: DraftTr
         return
     yield from _length_problems(model, parallel)
     yield from _model_problems(model, parallel)
-    if train.random_ltd:
+    multiple, why = length_multiple(parallel)
+    if train.random_ltd and parallel.context_cut == "balanced":
         yield (
-            f"--random-ltd draws the positions that a layer sees from whole samples, and {_CP} "
-            f"{parallel.context_parallel_size} cuts them; leave out one of the two."
+            "--random-ltd keeps equally many positions of each sixteenth of a sample, and --cp-cut balanced gives "
+            "ranks other parts of each; use --cp-cut zigzag or contiguous."
+        )
+    elif train.random_ltd and train.random_ltd_router is None and NUM_STRATA % multiple:
+        yield (
+            f"--random-ltd keeps equally many positions of each sixteenth of a sample, and {why} cut samples into "
+            f"{multiple} parts, which are no whole sixteenths; use fewer ranks for each sample."
         )
 
 

@@ -35,7 +35,7 @@ def random_ltd_problems(options: GivenRandomLtd, model: GivenModel, parallel: Pa
         return
     yield from _schedule_problems(options, model.seq_length)
     tp = parallel.tensor_model_parallel_size
-    if parallel.sequence_parallel and NUM_STRATA % tp:
+    if parallel.sequence_parallel and parallel.context_parallel_size == 1 and NUM_STRATA % tp:  # else see `context.py`
         yield (
             f"--random-ltd keeps equally many positions of each sixteenth of a sample, and --sequence-parallel cuts "
             f"samples into --tensor-model-parallel-size {tp} shards, which are no whole sixteenths; use 2, 4, 8 or 16 "

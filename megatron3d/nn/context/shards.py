@@ -16,9 +16,11 @@ from functools import cached_property
 import numpy as np
 import torch
 from megatron3d_kernels.rectangles import Plan, Rectangle
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron3d.nn.context.cut import ContextCut, Runs, documents_of, places_of, positions_of
+from megatron3d.errors import ConfigError
+from megatron3d.nn.context.cut import ContextCut, Run, Runs, documents_of, places_of, positions_of
 from megatron3d.nn.context.plan import ExchangePlan, plan_exchange
 
 
@@ -62,6 +64,28 @@ class ContextShards:
             self._exchange_plans[group_size] = plan.to(self.positions_BL.device)
         return self._exchange_plans[group_size]
 
+    def of_kept(self, kept_BK: Tensor) -> tuple[ContextShards, Tensor]:
+        """The same of samples of which a layer sees some positions, counted among those; and which rows of this rank
+        these are, int64 [B, K/R] ascending.
+
+        Args:
+            kept_BK: the positions, int64 on the host, each row ascending.
+
+        Raises: ConfigError if the ranks do not have equally many of them.
+        """
+        of_samples = self.runs if len(self.runs) > 1 else self.runs * len(kept_BK)
+        kept = [_kept_runs(of_one, kept_K.numpy()) for of_one, kept_K in zip(of_samples, kept_BK, strict=True)]
+        runs = tuple(of_sample for of_sample, _ in kept)
+        counts = sorted({sum(len(run.rows) for run in of_rank) for of_sample in runs for of_rank in of_sample})
+        if len(counts) > 1:
+            raise ConfigError(
+                f"a layer sees from {counts[0]} to {counts[-1]} positions of a sample on the ranks of "
+                f"--context-parallel-size {self.num_ranks}; let --random-ltd-router keep equally many on each, or use "
+                "--cp-cut contiguous or zigzag with the random choice"
+            )
+        shards = _shards(runs, self.rank, is_causal=self.is_causal)
+        return shards, torch.from_numpy(np.stack([rows[self.rank] for _, rows in kept]))
+
     def to(self, device: torch.device) -> ContextShards:
         """The same with its tensors on `device`; copies from pinned memory do not block the host."""
         positions_BL, places_BS = (x.to(device, non_blocking=True) for x in (self.positions_BL, self.places_BS))
@@ -79,10 +103,30 @@ def shards_of(cut: ContextCut, rank: int, documents_BS: Tensor | None = None, *,
         is_causal: whether a token attends to none behind it.
     """
     documents = [None] if documents_BS is None else [documents_S.numpy() for documents_S in documents_BS]
-    runs = tuple(cut.runs(documents_S) for documents_S in documents)
+    return _shards(tuple(cut.runs(documents_S) for documents_S in documents), rank, is_causal=is_causal)
+
+
+def _shards(runs: tuple[Runs, ...], rank: int, *, is_causal: bool) -> ContextShards:
     positions_BL = torch.from_numpy(np.stack([positions_of(of_sample[rank]) for of_sample in runs]))
     places_BS = torch.from_numpy(np.stack([places_of(of_sample) for of_sample in runs]))
     return ContextShards(rank, runs, is_causal, positions_BL, places_BS)
+
+
+def _kept_runs(runs: Runs, kept_K: NDArray[np.int64]) -> tuple[Runs, list[NDArray[np.int64]]]:
+    """What is left of the runs of a sample, and the rows of each rank that this is."""
+    found, rows = [], []
+    for of_rank in runs:
+        left, rows_of_rank = [], [np.empty(0, dtype=np.int64)]
+        before = 0
+        for run in of_rank:
+            first, stop = np.searchsorted(kept_K, (run.positions.start, run.positions.stop)).tolist()
+            if first < stop:
+                left.append(Run(run.document, first, range(before, before + stop - first)))
+                rows_of_rank.append(kept_K[first:stop] - run.first + run.rows.start)
+                before += stop - first
+        found.append(tuple(left))
+        rows.append(np.concatenate(rows_of_rank))
+    return tuple(found), rows
 
 
 def _of_gathered(runs: Runs, rank: int, is_causal: bool) -> Iterator[Rectangle]:
