@@ -51,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "--expert-model-parallel-size", type=int, default=1, metavar="N", help="ranks that hold different experts"
     )
     run.add_argument(
+        "--context-parallel-size", type=int, default=1, metavar="N", help="ranks that read each prompt together"
+    )
+    run.add_argument(
         "--max-position-embeddings",
         type=int,
         metavar="N",
@@ -165,6 +168,7 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
         device=args.device,
     )
     if not stored.model.is_causal:

@@ -4,7 +4,8 @@ Sequences of different lengths are aligned at the right, so that all grow at the
 of the shorter ones is never attended to and has no position, so each sequence gets what it would get alone.
 
 A forward is the forward-only schedule through the interpreter of training. With several stages the sequences pass as
-several micro-batches where they divide, so that stages work at the same time.
+several micro-batches where they divide, so that stages work at the same time. With context-parallel ranks these read
+prompts together (`prefill.py`), and then go on alike.
 
 Dims: B sequences, T places (padding included), S places read in one forward, H hidden, V vocabulary.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from megatron3d.comm.collectives import all_gather
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.inference.kv_cache import StageCache
+from megatron3d.inference.prefill import cut_piece, pieces, plan_of_piece
 from megatron3d.models.stage import MicroBatch
 from megatron3d.pipeline.run import Wire, run
 from megatron3d.train.setup import Model
@@ -82,8 +84,10 @@ class GrowingBatch:
         first = self.num_read if self.use_cache else 0
         at_once = max(1, MAX_TOKENS_READ_AT_ONCE // tokens_BT.shape[0]) if self.use_cache else stop
         outputs: list[Tensor] = []
-        for start in range(first, stop, at_once):
-            outputs = self._forward(tokens_BT, start, min(start + at_once, stop))
+        for places, is_cut in pieces(
+            first, stop, at_once=at_once, num_ranks=self.model.mesh.cp.size if self.use_cache else 1
+        ):
+            outputs = self._forward(tokens_BT, places, is_cut=is_cut)
         self.num_read = stop
         if not outputs:
             return None
@@ -91,9 +95,18 @@ class GrowingBatch:
         # Columns from the vocabulary's size on are padding: they belong to no token.
         return all_gather(local_BV, self.model.mesh.tp, dim=-1)[:, : self.config.vocab_size].float()
 
-    def _forward(self, tokens_BT: Tensor, start: int, stop: int) -> list[Tensor]:
+    def _forward(self, tokens_BT: Tensor, places: range, *, is_cut: bool) -> list[Tensor]:
+        micros = self._cut_micros(tokens_BT, places) if is_cut else self._micros(tokens_BT, places)
+        model = self.model
+        row = model.rows.forward_only(len(micros))
+        shapes = [(micros[0].tokens_BS.shape[1], self.group_size, self.config.hidden_size)] * len(micros)
+        wire = Wire(model.mesh.pp, shapes, model.dtype, model.device)
+        return run(row.schedule, row.actions, model.stages, micros, wire=wire)
+
+    def _micros(self, tokens_BT: Tensor, places: range) -> list[MicroBatch]:
+        start, stop = places.start, places.stop
         positions_BS, mask_BST = self._positions(start, stop), self._mask(start, stop)
-        micros = [
+        return [
             MicroBatch(
                 tokens_BS=tokens_BT[group.rows, start:stop],
                 position_ids_BS=positions_BS[group.rows],
@@ -102,11 +115,24 @@ class GrowingBatch:
             )
             for group in self.groups
         ]
-        model = self.model
-        row = model.rows.forward_only(len(micros))
-        shapes = [(stop - start, self.group_size, self.config.hidden_size)] * len(micros)
-        wire = Wire(model.mesh.pp, shapes, model.dtype, model.device)
-        return run(row.schedule, row.actions, model.stages, micros, wire=wire)
+
+    def _cut_micros(self, tokens_BT: Tensor, places: range) -> list[MicroBatch]:
+        """Those of the places on which this context-parallel rank works."""
+        shards = cut_piece(places, self.model.mesh.cp, tokens_BT.device)
+        (own_L,) = shards.positions_BL
+        positions_BL = self._positions(places.start, places.stop)[:, own_L]
+        tokens_BL = tokens_BT[:, places.start : places.stop][:, own_L]
+        padding = self.padding_B.tolist()
+        return [
+            MicroBatch(
+                tokens_BS=tokens_BL[group.rows],
+                position_ids_BS=positions_BL[group.rows],
+                rectangles=plan_of_piece(shards, places, padding[group.rows]),
+                cache=group.cache,
+                shards=shards,
+            )
+            for group in self.groups
+        ]
 
     def _positions(self, start: int, stop: int) -> Tensor:
         """Positions [B, S] of the places, counted from each sequence's first token."""

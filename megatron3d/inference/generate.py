@@ -160,6 +160,6 @@ class _Batch:
             draws = [uniform_draw(options.seed, r.number, len(r.prompt) + step) for r in self.requests]
             next_B = choose_tokens(logits_BV, options, torch.tensor(draws, dtype=torch.float64, device=device))
             # Sums of probabilities may differ in the last digit from device to device: one rank's choice counts.
-            next_B = broadcast(next_B, mesh.tp)
+            next_B = broadcast(broadcast(next_B, mesh.tp), mesh.cp)
         next_B = broadcast(next_B, mesh.pp, source=self.model.rows.plan.stage_to_rank[-1])
         return next_B if _readers(mesh).size == mesh.batch.size else broadcast(next_B, mesh.batch)

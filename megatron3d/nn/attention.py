@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.nn.attention_core import Masking, ProbabilityDropout, attend
+from megatron3d.nn.context.gathered import gathered_keys
 from megatron3d.nn.context.kinds import context_attention
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.norm import Norm, ShardedRMSNorm, sharded_rms_norms
@@ -78,6 +79,8 @@ class SelfAttention(nn.Module):
         if self.first_only:
             q_BNSD = q_BNSD[:, :, :1]
         if inputs.cache is not None:
+            if inputs.shards is not None:
+                k_BGSD, v_BGSD = gathered_keys(k_BGSD, v_BGSD, self.context, inputs.shards)
             k_BGSD, v_BGSD = inputs.cache.extend(self.layer, k_BGSD, v_BGSD)
         if self.recompute_core and torch.is_grad_enabled():
             y_BNSD = recomputed(partial(self._core, inputs=inputs), q_BNSD, k_BGSD, v_BGSD, inputs=inputs)
@@ -107,13 +110,14 @@ class SelfAttention(nn.Module):
 
     def _core(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, inputs: LayerInputs) -> Tensor:
         """softmax(q k^T / sqrt(D)) v; where no mask is given, causal if the model is."""
-        if self.over_context is not None and inputs.shards is not None:
+        if self.over_context is not None and inputs.shards is not None and inputs.cache is None:
             return self.over_context(q_BNSD, k_BGTD, v_BGTD, inputs)
         mask_BST = inputs.attention_mask_BST
         if mask_BST is not None and self.first_only:
             mask_BST = mask_BST[:, :1]
         queries, keys = q_BNSD.shape[2], k_BGTD.shape[2]
-        assert mask_BST is not None or queries in (1, keys), f"{queries} queries of {keys} keys need a mask"
+        is_known = mask_BST is not None or inputs.rectangles is not None
+        assert is_known or queries in (1, keys), f"{queries} queries of {keys} keys need a mask"
         masking = Masking(mask_BST, self.config.is_causal and queries > 1, inputs.rectangles)
         dropout = self._dropout(inputs, heads=q_BNSD.shape[1])
         return attend(q_BNSD, k_BGTD, v_BGTD, masking, dropout, kernels=self.context.kernels)

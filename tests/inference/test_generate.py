@@ -44,7 +44,12 @@ RESTS = [[*ids(text[len(prompt) :]), EOD] for text, prompt in zip(TEXTS, PROMPTS
 def opened(directory: Path, layout: Layout | None = None, *, bf16: bool = False) -> tuple[Model, RunConfig]:
     """The model of a checkpoint at a layout of all ranks there are."""
     layout = layout or Layout()
-    parallel = GivenParallel(tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, device="cpu")
+    parallel = GivenParallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        device="cpu",
+    )
     stored = from_dict(read_document(directory, "run"))
     config = generation_config(stored, parallel, world_size=layout.world_size, bf16=bf16)
     return load_model(config, make_mesh(layout), torch.device("cpu"), directory), config
@@ -113,7 +118,7 @@ def test_logits_with_the_cache_equal_a_full_recomputation(
 
 LAYOUTS = {
     "gpt2": (Layout(tp=2, pp=2), Layout(tp=4), Layout(pp=4), Layout(pp=2, dp=2)),
-    "llama": (Layout(tp=2, pp=2), Layout(pp=4), Layout(tp=4, kv_copies=2)),
+    "llama": (Layout(tp=2, pp=2), Layout(pp=4), Layout(tp=4, kv_copies=2), Layout(pp=2, cp=2)),
 }
 
 

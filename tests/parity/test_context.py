@@ -66,7 +66,7 @@ def _of_model(case: Case) -> str:
     return next((options for options in OF_MODEL if case.options.startswith(options)), "")
 
 
-@pytest.mark.parametrize(("world_size", "cases"), batches(CASES + SLOW, slow=SLOW))
+@pytest.mark.parametrize(("world_size", "cases"), batches(CASES) + batches(SLOW, slow=SLOW, by_layout=True))
 def test_samples_cut_over_ranks_train_as_in_one_process(
     pool: Pool, parity_table: list[str], world_size: int, cases: list[Case]
 ) -> None:

@@ -74,6 +74,13 @@ class _GatheredAttention(torch.autograd.Function):
         return dq_BNLD, dk_BGLD, dv_BGLD, None, None
 
 
+def gathered_keys(
+    k_BGLD: Tensor, v_BGLD: Tensor, context: LayerContext, shards: ContextShards
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, G, S, D] of all ranks, in the order of the sample, without gradients."""
+    return _keys_and_values(_gathered(torch.stack((k_BGLD, v_BGLD)).movedim(3, 0).contiguous(), context, shards))
+
+
 def _keys_and_values(both_SKBGD: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values, [B, G, S, D] each."""
     k_BGSD, v_BGSD = both_SKBGD.permute(1, 2, 3, 0, 4)
