@@ -66,11 +66,13 @@ class _GatheredAttention(torch.autograd.Function):
         q_BNLD, kept, y_BNLD, log_sum_BNL = ctx.saved_tensors
         context: LayerContext = ctx.context
         shards: ContextShards = ctx.shards
-        gathered_SKBGD = _gathered(kept, context, shards) if context.exchange.gathers_again else kept
-        k_BGSD, v_BGSD = _keys_and_values(gathered_SKBGD)
+        # What has the length of whole samples goes as soon as it was used, so that never more than three such tensors
+        # of keys and values, or their gradients, are there at once.
+        k_BGSD, v_BGSD = _keys_and_values(_gathered(kept, context, shards) if context.exchange.gathers_again else kept)
         of_scores = (grad_BNLD, q_BNLD, k_BGSD, v_BGSD, y_BNLD, log_sum_BNL)
-        dq_BNLD, dk_BGSD, dv_BGSD = rectangles.backward(*of_scores, plan=shards.plan_of_gathered)
-        dk_BGLD, dv_BGLD = _scattered(torch.stack((dk_BGSD, dv_BGSD)).movedim(3, 0), context, shards)
+        dq_BNLD, *of_keys = rectangles.backward(*of_scores, plan=shards.plan_of_gathered)
+        del k_BGSD, v_BGSD, of_scores
+        dk_BGLD, dv_BGLD = _scattered(of_keys, context, shards)
         return dq_BNLD, dk_BGLD, dv_BGLD, None, None
 
 
@@ -96,14 +98,17 @@ def _gathered(own_LKBGD: Tensor, context: LayerContext, shards: ContextShards) -
     return by_rank_SKBGD.gather(0, _of_samples(places_BS, by_rank_SKBGD))
 
 
-def _scattered(grad_SKBGD: Tensor, context: LayerContext, shards: ContextShards) -> tuple[Tensor, Tensor]:
-    """The sum over the ranks of the gradients of this rank's keys and values, [B, G, L, D] each."""
-    places_BS = shards.places_BS
-    by_rank_SKBGD = torch.empty_like(grad_SKBGD, memory_format=torch.contiguous_format)
-    if len(places_BS) == 1:
-        by_rank_SKBGD.index_copy_(0, places_BS[0], grad_SKBGD)
-    else:
-        by_rank_SKBGD.scatter_(0, _of_samples(places_BS, grad_SKBGD), grad_SKBGD)
+def _scattered(gradients: list[Tensor], context: LayerContext, shards: ContextShards) -> tuple[Tensor, Tensor]:
+    """The sum over the ranks of the gradients of this rank's keys and values, [B, G, L, D] each, from those of all
+    positions, [B, G, S, D] each, which are taken out of the list."""
+    places_BS, (samples, groups, length, size) = shards.places_BS, gradients[0].shape
+    by_rank_SKBGD = gradients[0].new_empty(length, len(gradients), samples, groups, size)
+    for of_rank_SBGD in reversed(by_rank_SKBGD.unbind(1)):
+        grad_SBGD = gradients.pop().permute(2, 0, 1, 3)
+        if len(places_BS) == 1:
+            of_rank_SBGD.index_copy_(0, places_BS[0], grad_SBGD)
+        else:
+            of_rank_SBGD.scatter_(0, places_BS.t()[:, :, None, None].expand_as(grad_SBGD), grad_SBGD)
     return _keys_and_values(collectives.reduce_scatter(by_rank_SKBGD, context.cp))
 
 
