@@ -55,14 +55,14 @@ class _RecordedInput:
         return self.stored.take()
 
 
-def results(store: InputStore | None, *, seed: int = 1) -> tuple[list[Tensor], Tensor]:
+def results(store: InputStore | None, *, seed: int = 1, device: torch.device = CPU) -> tuple[list[Tensor], Tensor]:
     """Gradients of the stage's input and of each layer's weight, and the output of its layers."""
-    weights = [numbered(8, 8, seed=10 + i, dtype=torch.float32).requires_grad_() for i in range(NUM_LAYERS)]
+    weights = [numbered(8, 8, seed=10 + i, dtype=torch.float32).to(device).requires_grad_() for i in range(NUM_LAYERS)]
 
     def layer(number: int) -> Layer:
         return lambda x, inputs: torch.tanh(x @ weights[number])
 
-    x = numbered(16, 2, 8, seed=seed, dtype=torch.float32).requires_grad_()
+    x = numbered(16, 2, 8, seed=seed, dtype=torch.float32).to(device).requires_grad_()
     y = run_layers([layer(i) for i in range(NUM_LAYERS)], GROUPS, x, LayerInputs(), store=store)
     if isinstance(store, Recorded):
         assert not any(one() for one in store.inputs), "an input is still on the device"
@@ -70,10 +70,11 @@ def results(store: InputStore | None, *, seed: int = 1) -> tuple[list[Tensor], T
     return [one.grad for one in (x, *weights) if one.grad is not None], y.detach()
 
 
-@pytest.mark.parametrize("kind", ["files", "host"])
+@pytest.mark.parametrize("kind", ["files", "host", pytest.param("pinned", marks=pytest.mark.gpu)])
 def test_inputs_come_back_one_group_ahead_and_leave_the_device_meanwhile(kind: str, tmp_path: Path) -> None:
-    store = Recorded(FileInputs(tmp_path, "rank00000") if kind == "files" else HostInputs(CPU))
-    (expected, y), (found, its_y) = results(None), results(store)
+    device = torch.device("cuda", 0) if kind == "pinned" else CPU
+    store = Recorded(FileInputs(tmp_path, "rank00000") if kind == "files" else HostInputs(device))
+    (expected, y), (found, its_y) = results(None, device=device), results(store, device=device)
     assert len(found) == NUM_LAYERS + 1 and torch.equal(y, its_y)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     # The first group's input came from outside, and stays there.
