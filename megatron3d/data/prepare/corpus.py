@@ -186,7 +186,7 @@ def _read_lines(span: InputSpan, begin: Position, bytes_before: int, options: _L
         else:
             begin = replace(begin, byte=sum(skip_line(stream) for _ in range(begin.num_read)))
         by_range, limit, behind = is_plain and options.by_range, options.max_line_bytes, begin.byte
-        whole = span.end if span.end is not None else os.fstat(raw.fileno()).st_size if is_plain else 0
+        expected_end = span.end if span.end is not None else os.fstat(raw.fileno()).st_size if is_plain else 0
         for cut in cut_lines(stream, begin, end=span.end, max_line_bytes=limit, with_content=not by_range):
             done = cut.end - span.first if is_plain else 0 if span.file == STANDARD_INPUT else raw.tell()
             behind = cut.end
@@ -207,7 +207,7 @@ def _read_lines(span: InputSpan, begin: Position, bytes_before: int, options: _L
                 bytes_before + done,
                 end,
             )
-        if behind < whole:
+        if behind < expected_end:
             raise changed(span.file)
 
 

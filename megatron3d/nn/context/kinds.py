@@ -25,7 +25,7 @@ from megatron3d.tensor.context import LayerContext
 class ContextAttention(Protocol):
     """Attention over samples of which each rank has some positions."""
 
-    def __call__(self, q_BNLD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, inputs: LayerInputs) -> Tensor:
+    def __call__(self, q_BNLD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, inputs: LayerInputs, /) -> Tensor:
         """[B, N, L, D]; `inputs` have the shards of the micro-batch."""
         ...
 

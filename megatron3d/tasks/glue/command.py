@@ -111,6 +111,8 @@ def _without(words: Sequence[str], name: str) -> list[str]:
 def _problems_between_values(args: argparse.Namespace, command: Command, world_size: int) -> Iterator[str]:
     """What is wrong between options of pretraining, whatever the model, the data and the length of the run will be."""
     run, unknown = command.run, set(INSTEAD)
+    if run.parallel.context_parallel_size == 1:
+        unknown.remove("context_parallel_size")  # which nothing else of the task stands for
     for option in OPTIONS:
         is_open = option.name in ("lr", "global_batch_size", "micro_batch_size") and option.value_in(run) is None
         if option.section in ("model", "data") or (is_open and (option.name != "lr" or args.epochs == 0)):
