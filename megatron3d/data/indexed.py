@@ -301,6 +301,11 @@ def _misplaced(offsets: NDArray[np.int64], ends: NDArray[np.int64]) -> tuple[int
     return int(order[place]), int(due[place])
 
 
+def index_bytes(num_sequences: int, num_documents: int) -> int:
+    """The size of an index without modes."""
+    return HEADER_BYTES + 12 * num_sequences + 8 * (num_documents + 1)
+
+
 def check_files_exist(prefix: str) -> None:
     """Raises: DataError naming the missing file, and the prefix where an ending was given with it."""
     missing = [f"{prefix}{ending}" for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
@@ -333,7 +338,7 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int, bool]:
         raise DataError(f"{path} has the dtype code {code} in byte 17; the codes are 1 to {max(DTYPE_OF_CODE)}.")
     if DTYPE_OF_CODE[code].kind == "f":
         raise DataError(f"{path} stores {DTYPE_OF_CODE[code].name} numbers (dtype code {code}), not token ids.")
-    expected = HEADER_BYTES + 12 * num_sequences + 8 * num_bounds
+    expected = index_bytes(num_sequences, num_bounds - 1)
     if size not in (expected, expected + num_sequences):
         raise DataError(
             f"{path} is {size} bytes long, but with {num_sequences} sequences and {num_bounds} document bounds it "

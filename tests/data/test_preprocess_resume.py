@@ -23,7 +23,7 @@ from megatron3d.data.prepare.preprocess import PreprocessProgress, RunOptions, p
 from megatron3d.data.prepare.run_state import RunRecord, load_state, save_state
 from megatron3d.data.prepare.spans import Position
 from megatron3d.data.tokenizer import TokenizerSpec
-from megatron3d.errors import ConfigError, DataError
+from megatron3d.errors import ConfigError, DataError, StorageError
 from megatron3d.storage import atomic
 
 REQUEST = EncodeRequest(TokenizerSpec("ByteTokenizer"), ("text", "title"), append_eod=True)
@@ -228,7 +228,7 @@ def test_a_complete_output_is_left_as_it_is_and_without_a_state_a_run_begins_at_
 
 
 def test_a_complete_output_of_other_options_or_of_unknown_ones_is_refused(
-    tmp_path: Path, files: list[Path], whole: dict[str, bytes]
+    tmp_path: Path, files: list[Path], whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = tmp_path / "out.resume.json"
     run(files, tmp_path / "out")
@@ -236,13 +236,27 @@ def test_a_complete_output_of_other_options_or_of_unknown_ones_is_refused(
         run(files, tmp_path / "out", resume=True, limits=dataclasses.replace(LIMITS, max_line_bytes=1000))
     with pytest.raises(DataError, match="records rejected"):  # a run that replaces nothing leaves what is known
         run(files, tmp_path / "out", limits=dataclasses.replace(LIMITS, max_fraction=0))
+    with monkeypatch.context() as patched:
+        patched.setitem(globals(), "REQUEST", dataclasses.replace(REQUEST, json_keys=("text", "title", "meta")))
+        with pytest.raises(ConfigError, match="--json-keys: text title then, text title meta now"):
+            run(files, tmp_path / "out", resume=True)
     assert contents(tmp_path) == whole
-    os.truncate(tmp_path / "out_text_document.bin", 10)
-    with pytest.raises(DataError, match=r"holds 10 bytes, but \d+ by .*out\.resume\.json: it was changed"):
-        run(files, tmp_path / "out", resume=True)
+    for name in ("out_text_document.idx", "out_text_document.bin"):
+        os.truncate(tmp_path / name, 10)
+        with pytest.raises(DataError, match=rf"{name} holds 10 bytes, but \d+ by .*out\.resume\.json: it was changed"):
+            run(files, tmp_path / "out", resume=True)
     state.unlink()
     with pytest.raises(ConfigError, match=r"out_text_document\.bin is complete, but there is no .*out\.resume\.json"):
         run(files, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_place_where_the_system_refuses_even_to_look_is_named(
+    tmp_path: Path, files: list[Path], resume: bool
+) -> None:
+    """Such as a folder that is closed to the user, or a name that is too long."""
+    with pytest.raises(StorageError, match=r"could not write .*xxx_rejects\.jsonl"):
+        run(files, tmp_path / ("x" * 300), resume=resume)
 
 
 @pytest.mark.parametrize("resume", [False, True])

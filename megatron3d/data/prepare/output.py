@@ -9,6 +9,7 @@ the run would have replaced.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron3d.data.indexed import IndexedDatasetWriter
+from megatron3d.data.indexed import IndexedDatasetWriter, index_bytes
 from megatron3d.data.partial_files import Extent, PartialFiles, partial_paths, reclaim, storing
 from megatron3d.data.prepare.corpus import check_position
 from megatron3d.data.prepare.encode import EncodedBatch
@@ -63,7 +64,7 @@ def is_complete(plan: OutputPlan) -> bool:
     damaged, or the output is not the one that it counts.
     """
     written = [Path(f"{target}.{ending}") for target in plan.targets for ending in ("bin", "idx")]
-    if not all(path.exists() for path in written):
+    if not all(os.path.exists(path) for path in written):  # not Path.exists, which raises for a closed folder
         return False
     if not plan.state.exists():
         if any(path.exists() for target in plan.targets for path in partial_paths(target)):
@@ -76,12 +77,16 @@ def is_complete(plan: OutputPlan) -> bool:
     if not saved.state.is_published:
         return False
     require_same_run(plan.state, saved.identity, plan.identity)
-    for target, extent in zip(plan.targets, saved.state.extents):
-        path = Path(f"{target}.bin")
-        if path.stat().st_size != extent.bin_bytes:
+    sizes = [
+        size
+        for extent in saved.state.extents
+        for size in (extent.bin_bytes, index_bytes(extent.num_sequences, extent.num_documents))
+    ]
+    for path, size in zip(written, sizes):
+        if path.stat().st_size != size:
             raise DataError(
-                f"{path} holds {path.stat().st_size} bytes, but {extent.bin_bytes} by {plan.state}: it was changed or "
-                "replaced since; leave out --resume to make it again."
+                f"{path} holds {path.stat().st_size} bytes, but {size} by {plan.state}: it was changed or replaced "
+                "since; leave out --resume to make it again."
             )
     return True
 
@@ -156,7 +161,7 @@ class PreprocessOutput:
     def _earlier(self, resume: bool) -> RunState | None:
         """The state that this run resumes from, its list of rejects under the partial name; None to start again."""
         path = self._plan.state
-        if not path.exists():
+        if not os.path.exists(path):
             return None
         self._saved = True
         try:
@@ -166,9 +171,11 @@ class PreprocessOutput:
                 raise
             return None
         self._saved = not self._before.state.is_published
-        if not resume or self._before.state.is_published:
+        if not resume:
             return None
         require_same_run(path, self._before.identity, self._plan.identity)
+        if self._before.state.is_published:
+            return None
         earlier = self._before.state
         self._check(earlier)
         if earlier.is_read:

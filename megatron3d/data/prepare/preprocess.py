@@ -8,6 +8,7 @@ byte, for any executor and number of workers, and for a run that was ended and r
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
@@ -162,7 +163,7 @@ def _check(files: Sequence[Path], prefix: str, request: EncodeRequest, options: 
             f"the end of a text, id {tokenizer.eod}, there itself; leave --append-eod out."
         )
     rejects = rejects_path(prefix, options.shard)
-    if rejects.exists() and any(file != STANDARD_INPUT and rejects.samefile(file) for file in files):
+    if os.path.exists(rejects) and any(file != STANDARD_INPUT and rejects.samefile(file) for file in files):
         problems.append(f"--input names {rejects}, which lists the bad records of a run with this --output-prefix.")
     if STANDARD_INPUT in files and options.resume:
         problems.append("--resume: what was read from standard input cannot be read again; name files with --input.")

@@ -90,7 +90,7 @@ def changed_files(identity: Mapping[str, str], files: Sequence[Path]) -> list[Pa
     """Those of `files` that are gone or other ones than when `run_identity` was asked about all of them."""
 
     def is_changed(number: int, file: Path) -> bool:
-        return not file.exists() or identity[f"input file {number}"] != _file_identity(file)
+        return not os.path.exists(file) or identity[f"input file {number}"] != _file_identity(file)
 
     return [file for number, file in enumerate(files) if is_changed(number, file)]
 
