@@ -61,6 +61,11 @@ def _problems(change: str, world_size: int) -> list[str]:
             "--hierarchical-context-parallel-sizes 8 1 gives whole heads to each of 8 ranks",
         ),
         (
+            "--context-parallel-size 4 --cp-comm-type p2p a2a --cp-gather-again",
+            4,
+            "--cp-gather-again is about --cp-comm-type allgather, and no layer has it with p2p a2a; leave it out",
+        ),
+        (
             "--context-parallel-size 4 --cp-comm-type p2p --hierarchical-context-parallel-sizes 2 2",
             4,
             "--hierarchical-context-parallel-sizes 2 2 is about --cp-comm-type a2a+p2p, which no layer has",

@@ -17,6 +17,11 @@ def exchange_problems(model: GivenModel, parallel: ParallelConfig) -> Iterator[s
     given = parallel.hierarchical_context_parallel_sizes
     if given and "a2a+p2p" not in kinds:
         yield f"{_SIZES} {' '.join(given)} is about --cp-comm-type a2a+p2p, which no layer has; leave it out."
+    if parallel.cp_gather_again and kinds and "allgather" not in kinds:
+        yield (
+            f"--cp-gather-again is about --cp-comm-type allgather, and no layer has it with {' '.join(kinds)}; leave "
+            "it out."
+        )
     if cp == 1:
         return
     if "a2a" in kinds:
