@@ -52,7 +52,7 @@ MEANING_OF_NONE = {
         "pipeline_memory_limit_gb": "the automatic schedule knows no limit",
         "decoder_first_pipeline_num_layers": "the first stage is not fixed",
         "decoder_last_pipeline_num_layers": "the last stage is not fixed",
-        "cp_cut": "one rank has whole samples",
+        "cp_cut": "the model and its documents choose `context_cut`",
         "zero_shard_size": "state is sharded over all data-parallel ranks",
         "offload_dir": "no files",
         "device": "cuda where there is one, else cpu, on each machine for itself",
