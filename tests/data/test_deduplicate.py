@@ -107,6 +107,8 @@ def test_nothing_appears_where_a_run_ends_early(
 
     with pytest.raises(KeyboardInterrupt):
         deduplicate([write_lines(corpus, [b'{"text": "a"}'])], output, DeduplicateRequest(), report=interrupt)
+    assert tool.main(["--input", str(corpus), "--output", str(tmp_path / "out" / f"{'x' * 300}.jsonl")]) == 7
+    assert "File name too long" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["o.jsonl"]
     assert output.read_text() == "an earlier run's"
 

@@ -298,6 +298,12 @@ def test_missing_input_and_missing_column_have_exit_code_3(tmp_path: Path, run: 
     out = ("--output-prefix", tmp_path / "out")
     code, printed = run("--input", tmp_path / "no*.jsonl", *out)
     assert code == 3 and f"--input {tmp_path}/no*.jsonl names no file" in printed
+    (tmp_path / "links" / "folder.jsonl").mkdir(parents=True)
+    write_corpus(tmp_path / "links" / "a.jsonl")
+    assert run("--input", tmp_path / "links" / "*.jsonl", *out)[0] == 0
+    (tmp_path / "links" / "b.jsonl").symlink_to(tmp_path / "gone")
+    code, printed = run("--input", tmp_path / "links" / "*.jsonl", *out)
+    assert code == 3 and f"--input {tmp_path}/links/b.jsonl cannot be read (No such file or directory)" in printed
     write_corpus(tmp_path / "c.parquet")
     code, printed = run("--input", tmp_path / "c.parquet", *out, "--json-keys", "body")
     assert code == 3 and "has no column body; its columns are other, text" in printed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -149,7 +150,7 @@ def _is_of_wrong_length(text: str, request: DeduplicateRequest, counts: Deduplic
 def _check_output(files: Sequence[Path], output: Path) -> None:
     if not output.name.endswith(OUTPUT_ENDINGS):
         raise ConfigError(f"--output {output} has an ending that is not known; it can be {', '.join(OUTPUT_ENDINGS)}.")
-    written = [path for path in (output, duplicates_path(output), rejects_path(output)) if path.exists()]
+    written = [path for path in (output, duplicates_path(output), rejects_path(output)) if os.path.exists(path)]
     for file in files:
         if file != STANDARD_INPUT and any(path.samefile(file) for path in written):
             raise ConfigError(f"--output {output} would replace the input {file}; choose another name.")

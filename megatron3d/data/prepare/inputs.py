@@ -86,18 +86,29 @@ def _files_of(pattern: str) -> list[Path]:
         return [Path(pattern)]
     if os.path.isdir(pattern):
         return _files_of_saved_dataset(Path(pattern))
-    matches = [Path(match) for match in ([pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern)))]
+    matches = [Path(match) for match in ([pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern)))]
     found = []
     for match in matches:
-        if match.is_file():
+        if os.path.isfile(match):
             found.append(match)
-        elif (match / _STATE).is_file():
+        elif not os.path.isdir(match):
+            raise _not_a_file(match)
+        elif os.path.isfile(match / _STATE):
             found += _files_of_saved_dataset(match)
-    if not found and any(match.exists() and not match.is_dir() for match in matches):
-        raise DataError(f"--input {pattern} is a pipe or device; pipe lines of JSON into the command with --input -.")
     if not found:
         raise DataError(f"--input {pattern} names no file; give paths or globs of {FORMATS} files.")
     return found
+
+
+def _not_a_file(match: Path) -> DataError:
+    """The error for what a path or glob names and is neither a file nor a folder."""
+    try:
+        os.stat(match)
+    except OSError as error:  # most often a link
+        return DataError(
+            f"--input {match} cannot be read ({error.strerror}); restore the file that it stands for, or leave it out."
+        )
+    return DataError(f"--input {match} is a pipe or device; pipe lines of JSON into the command with --input -.")
 
 
 def _files_of_saved_dataset(folder: Path) -> list[Path]:
