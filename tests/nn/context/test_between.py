@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron3d.nn.context.cut import CUT_KINDS, ContextCut, positions_of
+from megatron3d.config.sections.parallel import CONTEXT_CUTS
+from megatron3d.nn.context.cut import ContextCut, positions_of
 from megatron3d.nn.context.plan import plan_exchange
 
 LENGTH, RANKS = 48, 4
@@ -19,7 +20,7 @@ def _documents(seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("group_size", [1, 2, 4])
-@pytest.mark.parametrize("cut", CUT_KINDS)
+@pytest.mark.parametrize("cut", CONTEXT_CUTS)
 def test_rectangles_of_all_groups_are_the_mask_of_the_sample(cut: str, group_size: int, is_causal: bool) -> None:
     for number_of_cuts in (0, 1, 5, 20):
         documents_S = _documents(number_of_cuts)

@@ -18,7 +18,7 @@ from megatron3d.comm.replay import Replay
 from megatron3d.comm.ring import Hop, start_hop
 from megatron3d.nn.context import ring
 from megatron3d.nn.context.between import rectangles_between
-from megatron3d.nn.context.cut import ContextCut, CutKind, Runs, positions_of
+from megatron3d.nn.context.cut import ContextCut, Runs, positions_of
 from megatron3d.nn.context.exchange import ExchangeAxes, exchanged_attention
 from megatron3d.nn.context.plan import plan_exchange
 from tests.dist.pool import Pool
@@ -33,7 +33,7 @@ class Case:
     """`kind` of exchange over a `cut`; `packed` samples have several documents each."""
 
     kind: str
-    cut: CutKind
+    cut: str
     heads: int = 4
     groups: int = 2
     packed: bool = False
