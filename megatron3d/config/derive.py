@@ -196,7 +196,7 @@ def _context_cut(parallel: GivenParallel, model: GivenModel, data: DataConfig) -
     """How samples are cut: so that ranks have the same area of attention, of a causal model; else as they are."""
     if parallel.cp_cut is not None:
         return parallel.cp_cut
-    if not model.is_causal:
+    if parallel.context_parallel_size == 1 or not model.is_causal:
         return "contiguous"
     return "balanced" if data.reset_attention_mask else "zigzag"
 

@@ -51,8 +51,8 @@ class FakeGpuKernels(GpuKernels):
 
     implementation = ""
 
-    def __init__(self, *, library: str) -> None:
-        super().__init__()
+    def __init__(self, *, library: str, packed: str) -> None:
+        super().__init__(packed=packed)
         assert library == TORCH, f"products on a GPU are torch's, not those of {library}"
         self._possible_keys = frozenset((NAME, dtype) for dtype in TRITON_DTYPES)
         if self.implementation == REFERENCE:

@@ -195,4 +195,4 @@ class ParallelConfig(GivenParallel):
     data_parallel_size: int = 1
     world_size: int = 1
     virtual_stages: int | None = None
-    context_cut: str = "zigzag"
+    context_cut: str = "contiguous"
