@@ -52,8 +52,8 @@ class FakeGpuKernels(GpuKernels):
     implementation = ""
 
     def __init__(self, *, library: str, packed: str) -> None:
-        super().__init__(packed=packed)
-        assert library == TORCH, f"products on a GPU are torch's, not those of {library}"
+        super().__init__()
+        assert library == packed == TORCH, f"products and packed documents on a GPU are torch's: {library}, {packed}"
         self._possible_keys = frozenset((NAME, dtype) for dtype in TRITON_DTYPES)
         if self.implementation == REFERENCE:
             self._forced = dict.fromkeys(self._forced, REFERENCE)
