@@ -58,8 +58,8 @@ MODELS = {
         "--ffn-hidden-size 64 --group-query-attention --num-query-groups 2"
     ),
     "llama-gqa": (
-        "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --add-qkv-bias "
-        "--ffn-hidden-size 64 --qk-layernorm --num-query-groups 2"
+        "--position-embedding-type yarn --rotary-original-max-position-embeddings 4 --normalization RMSNorm --swiglu "
+        "--disable-bias-linear --add-qkv-bias --ffn-hidden-size 64 --qk-layernorm --num-query-groups 2"
     ),
 }
 # Frozen: the beginning of the model, so that no gradient goes through it; and parameters here and there in each block.
