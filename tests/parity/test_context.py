@@ -22,12 +22,13 @@ from tests.parity.runs import Case, Trace, batches, brief, trace_cases
 
 PACKED = "--reset-attention-mask --reset-position-ids"
 DROPS = "--hidden-dropout 0.1"
+BY_POSITION = "--moe-token-drop-policy position"
 LTD = (  # of samples that are longer from step to step
     f"--seq-length 64 --random-ltd --random-ltd-min 16 --random-ltd-steps 8 {DROPS} "
     "--seq-length-curriculum truncate --seq-length-curriculum-min-difficulty 32 --seq-length-curriculum-steps 3 "
     "--seq-length-curriculum-difficulty-step 8"
 )
-OF_MODEL = (PACKED, DROPS, LTD)  # what the one process takes too, where it begins the options of a case
+OF_MODEL = (PACKED, DROPS, LTD, BY_POSITION)  # what the one process takes too, where it begins the options of a case
 SP = "--sequence-parallel"
 
 CASES = [
@@ -35,7 +36,7 @@ CASES = [
     brief(Case("llama-gqa", Layout(cp=2), f"{PACKED} --zero-stage 1 --recompute-granularity selective")),
     brief(Case("bert", Layout(cp=2), "--zero-stage 2")),
     brief(Case("llama-gqa", Layout(cp=4), "--zero-stage 3 --cp-gather-again --recompute-granularity full")),
-    brief(Case("experts-many", Layout(cp=2, ep=2))),
+    brief(Case("experts-many", Layout(cp=2, ep=2), BY_POSITION)),
     brief(Case("llama-gqa", Layout(cp=2), f"{LTD} --recompute-granularity full")),
     brief(Case("gpt2", Layout(tp=2, cp=2), f"{DROPS} {SP} --zero-stage 2")),
     brief(Case("gpt2", Layout(pp=2, cp=2), f"{PACKED} --pipeline-schedule zb-h1 --cp-cut zigzag")),
