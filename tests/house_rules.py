@@ -52,6 +52,11 @@ class Source:
         return ast.parse(self.text, self.path)
 
     @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All nodes of the tree; walked once, as most rules look at every node."""
+        return list(ast.walk(self.tree))
+
+    @cached_property
     def module(self) -> str:
         """Its import name, such as `megatron3d.pipeline.run`; scripts and tools have their path as one."""
         name = self.path.removeprefix("kernels/").removesuffix(".py").removesuffix("/__init__")
@@ -64,7 +69,7 @@ class Source:
 
     def functions(self) -> Iterator[FunctionNode]:
         """Every function and method, nested ones too."""
-        return (node for node in ast.walk(self.tree) if isinstance(node, FunctionNode))
+        return (node for node in self.nodes if isinstance(node, FunctionNode))
 
 
 Rule = Callable[[list[Source]], list[str]]
@@ -92,7 +97,7 @@ def room_of(module: str) -> str:
 
 def imported_modules(source: Source, known: set[str]) -> Iterator[tuple[ast.stmt, str]]:
     """Every module a file imports, with its statement; `from a import b` means a.b where that is in `known`."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Import):
             yield from ((node, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -157,7 +162,7 @@ def private_imports(sources: list[Source]) -> list[str]:
     return [
         f"{source.path}:{node.lineno}: imports the private {node.module}.{alias.name}"
         for source in sources
-        for node in ast.walk(source.tree)
+        for node in source.nodes
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron3d")
         for alias in node.names
         if alias.name.startswith("_")
@@ -172,7 +177,7 @@ def imports_out_of_place(sources: list[Source]) -> list[str]:
     """
     offenders = []
     for source in sources:
-        relative = (n for n in ast.walk(source.tree) if isinstance(n, ast.ImportFrom) and n.level > 0)
+        relative = (n for n in source.nodes if isinstance(n, ast.ImportFrom) and n.level > 0)
         offenders += [f"{source.path}:{node.lineno}: relative import" for node in relative]
         for function in source.functions():
             if source.room == "scripts" and function.name == "main":
@@ -234,7 +239,7 @@ def class_names_defined_twice(sources: list[Source]) -> list[str]:
 
 def dotted_names(source: Source) -> Iterator[tuple[int, str]]:
     """Every dotted name a file uses or imports, with its line: `torch.cuda.synchronize`, `os.environ` ..."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -337,7 +342,7 @@ def unsafe_loading(sources: list[Source]) -> list[str]:
 
 
 def _nodes(sources: list[Source], kind: type[ast.AST]) -> Iterator[tuple[Source, ast.AST]]:
-    return ((source, node) for source in sources for node in ast.walk(source.tree) if isinstance(node, kind))
+    return ((source, node) for source in sources for node in source.nodes if isinstance(node, kind))
 
 
 # --- Budgets ----------------------------------------------------------------------------------------------------------
