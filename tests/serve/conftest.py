@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from megatron3d.checkpoint.directory import find_checkpoint
 from megatron3d.comm.layout import Layout
 from tests.dist.pool import Pool
+from tests.made_once import made_once
 from tests.serve.small import KINDS, write_checkpoint, write_vocabulary
 from tests.serve.started import Started, start
 from tools import export_onnx
@@ -32,23 +35,24 @@ class Exported:
 
 @pytest.fixture(scope="session")
 def exported(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """The classifiers by name, see `small.KINDS`; each is made when first asked for."""
-    made: dict[str, Exported] = {}
+    """The classifiers by name, see `small.KINDS`; each is made when first asked for, for all processes."""
+
+    def make(name: str, folder: Path) -> None:
+        layout = LAYOUTS[name]
+        write_vocabulary(folder)
+        if layout.world_size == 1:
+            write_checkpoint(0, 1, KINDS[name], layout, folder)
+        else:
+            pool.run(layout.world_size, write_checkpoint, KINDS[name], layout, folder)
+        words = ["--load", str(folder), "--output", str(folder / "exports" / f"{name}.onnx")]
+        words += ["--label-names", "negative", "positive"] if name == "single" else []
+        report = export_onnx.export(export_onnx.parser().parse_args(words))
+        (folder / "report.json").write_text(json.dumps(report))
 
     def get(name: str) -> Exported:
-        if name not in made:
-            folder, layout = tmp_path_factory.mktemp(name), LAYOUTS[name]
-            write_vocabulary(folder)
-            if layout.world_size == 1:
-                write_checkpoint(0, 1, KINDS[name], layout, folder)
-            else:
-                pool.run(layout.world_size, write_checkpoint, KINDS[name], layout, folder)
-            path = folder / "exports" / f"{name}.onnx"
-            words = ["--load", str(folder), "--output", str(path)]
-            words += ["--label-names", "negative", "positive"] if name == "single" else []
-            report = export_onnx.export(export_onnx.parser().parse_args(words))
-            made[name] = Exported(find_checkpoint(folder), layout, path, report)
-        return made[name]
+        folder = made_once(tmp_path_factory, f"classifier-{name}", partial(make, name))
+        report = json.loads((folder / "report.json").read_text())
+        return Exported(find_checkpoint(folder), LAYOUTS[name], folder / "exports" / f"{name}.onnx", report)
 
     return get
 

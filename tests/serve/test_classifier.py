@@ -171,10 +171,10 @@ def test_files_that_are_no_exported_classifier_are_refused_by_name(exported: Get
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_file_with_any_bit_flipped_is_not_served(exported: Get, where: float, bit: int) -> None:
+def test_a_file_with_any_bit_flipped_is_not_served(exported: Get, tmp_path: Path, where: float, bit: int) -> None:
     content = bytearray(exported("single").path.read_bytes())
     content[int(where * len(content))] ^= 1 << bit
-    path = exported("single").path.parents[1] / "flipped.onnx"
+    path = tmp_path / "flipped.onnx"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"digest|SHA-256"):
         open_classifier(path)
