@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron3d.comm.collectives import all_gather
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.inference.kv_cache import StageCache
-from megatron3d.inference.prefill import cut_piece, pieces, plan_of_piece
+from megatron3d.inference.prefill import cut_chunk, chunks, plan_of_chunk
 from megatron3d.models.stage import MicroBatch
 from megatron3d.pipeline.run import Wire, run
 from megatron3d.train.setup import Model
@@ -84,7 +84,7 @@ class GrowingBatch:
         first = self.num_read if self.use_cache else 0
         at_once = max(1, MAX_TOKENS_READ_AT_ONCE // tokens_BT.shape[0]) if self.use_cache else stop
         outputs: list[Tensor] = []
-        for places, is_cut in pieces(
+        for places, is_cut in chunks(
             first, stop, at_once=at_once, num_ranks=self.model.mesh.cp.size if self.use_cache else 1
         ):
             outputs = self._forward(tokens_BT, places, is_cut=is_cut)
@@ -118,7 +118,7 @@ class GrowingBatch:
 
     def _cut_micros(self, tokens_BT: Tensor, places: range) -> list[MicroBatch]:
         """Those of the places on which this context-parallel rank works."""
-        shards = cut_piece(places, self.model.mesh.cp, tokens_BT.device)
+        shards = cut_chunk(places, self.model.mesh.cp, tokens_BT.device)
         (own_L,) = shards.positions_BL
         positions_BL = self._positions(places.start, places.stop)[:, own_L]
         tokens_BL = tokens_BT[:, places.start : places.stop][:, own_L]
@@ -127,7 +127,7 @@ class GrowingBatch:
             MicroBatch(
                 tokens_BS=tokens_BL[group.rows],
                 position_ids_BS=positions_BL[group.rows],
-                rectangles=plan_of_piece(shards, places, padding[group.rows]),
+                rectangles=plan_of_chunk(shards, places, padding[group.rows]),
                 cache=group.cache,
                 shards=shards,
             )

@@ -1,10 +1,10 @@
 """Reading a prompt with context-parallel ranks: each works on some of its places, and all have the keys of all.
 
-A piece of the prompt is cut as a sample is in training, zigzag. Every layer gathers its keys and values into the cache
+A chunk of the prompt is cut as a sample is in training, zigzag. Every layer gathers its keys and values into the cache
 of every rank, in the order of the sequence; this rank's queries attend to those in front of them. So generation goes on
 from the cache as on one rank, and all ranks of the axis generate the same.
 
-Dims: B sequences, S places of a piece, L of them on this rank.
+Dims: B sequences, S places of a chunk, L of them on this rank.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from megatron3d.nn.context.shards import ContextShards, shards_of
 _CUT = "zigzag"
 
 
-def pieces(start: int, stop: int, *, at_once: int, num_ranks: int) -> Iterator[tuple[range, bool]]:
-    """The places from `start` to `stop` in pieces, and whether a piece is cut over the ranks.
+def chunks(start: int, stop: int, *, at_once: int, num_ranks: int) -> Iterator[tuple[range, bool]]:
+    """The places from `start` to `stop` in chunks, and whether a chunk is cut over the ranks.
 
-    Pieces that are cut have a multiple of 2 x ranks places, at most `at_once` on each rank if that many divide so. The
+    Chunks that are cut have a multiple of 2 x ranks places, at most `at_once` on each rank if that many divide so. The
     last place is in none of them, so that every rank has what the model predicts after it.
     """
     multiple = chunks_of(_CUT, num_ranks)
@@ -36,17 +36,17 @@ def pieces(start: int, stop: int, *, at_once: int, num_ranks: int) -> Iterator[t
         start += size
 
 
-def cut_piece(places: range, axis: Axis, device: torch.device) -> ContextShards:
-    """Which places of a piece this rank works on, the same of every sequence; counted from its beginning."""
+def cut_chunk(places: range, axis: Axis, device: torch.device) -> ContextShards:
+    """Which places of a chunk this rank works on, the same of every sequence; counted from its beginning."""
     return shards_of(ContextCut(_CUT, len(places), axis.size), axis.rank, is_causal=True).to(device)
 
 
-def plan_of_piece(shards: ContextShards, places: range, padding: Sequence[int]) -> Plan:
+def plan_of_chunk(shards: ContextShards, places: range, padding: Sequence[int]) -> Plan:
     """The scores of this rank's queries with the keys of the cache.
 
     Args:
-        shards: of the piece.
-        places: of the piece in the sequences.
+        shards: of the chunk.
+        places: of the chunk in the sequences.
         padding: places at the left of each sequence that nothing behind them attends to.
     """
     (of_all,) = shards.runs
