@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron3d.comm.collectives import all_gather
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.inference.kv_cache import StageCache
-from megatron3d.inference.prefill import cut_chunk, chunks, plan_of_chunk
+from megatron3d.inference.prefill import chunks, cut_chunk, plan_of_chunk
 from megatron3d.models.stage import MicroBatch
 from megatron3d.pipeline.run import Wire, run
 from megatron3d.train.setup import Model

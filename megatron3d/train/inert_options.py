@@ -31,7 +31,7 @@ class InertOptions:
     def lines(self) -> list[str]:
         """A sentence for each option without effect."""
         of_data = [*self._sample_order(), *self._fim(), *self._data_options()]
-        without_steps = [*self._no_data(), *self._wandb(), *of_data]
+        without_steps = [*self._no_data(), *self._wandb(), *self._context(), *of_data]
         if self.progress.step >= self.last_step:
             return [self._finished(), *without_steps]
         return [*without_steps, *self._intervals(), *self._warmup(), *self._single_steps(), *self._replicas()]
@@ -74,6 +74,14 @@ class InertOptions:
         for name in ("wandb_entity", "wandb_exp_name") if not train.wandb_project else ():
             if value := BY_NAME[name].value_in(self.config):
                 yield f"{BY_NAME[name].spelling} {value} has no effect without --wandb-project: nothing is sent there"
+
+    def _context(self) -> Iterator[str]:
+        if self.config.parallel.context_parallel_size > 1:
+            return
+        for name in ("cp_cut", "cp_comm_type", "hierarchical_context_parallel_sizes", "cp_gather_again"):
+            option = BY_NAME[name]
+            if option.value_in(self.config) != option.default:
+                yield f"{option.spelling} has no effect without --context-parallel-size above 1: samples are not cut"
 
     def _sample_order(self) -> Iterator[str]:
         data, option = self.config.data, BY_NAME["mid_level_dataset_surplus"]

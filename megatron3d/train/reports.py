@@ -273,6 +273,10 @@ class Reports:
     def _introduce(self, record: StartRecord, frozen: str | None) -> None:
         held = ", ".join(f"{name} {format_bytes(size)}" for name, size in record.bytes_per_rank.items())
         self.note(f"{record.model}: {format_count(record.parameters)} parameters on {self.parts.mesh.layout}, {held}")
+        parallel = self.parts.config.parallel
+        if parallel.context_parallel_size > 1:
+            kinds = ", ".join(dict.fromkeys(parallel.cp_comm_type)) or "allgather"
+            self.note(f"samples are cut over context-parallel ranks: {parallel.context_cut}, attention by {kinds}")
         for line in expert_notes(self.parts.config.model):
             self.note(line)
         predicted = record.predicted_bytes_per_rank
@@ -349,6 +353,8 @@ def start_record(parts: TrainingSetup, *, predicted: Mapping[str, int] | None = 
     degrees = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "zero": config.parallel.zero_stage}
     if config.model.has_experts:
         degrees |= {"ep": layout.ep, "etp": layout.expert_tp}
+    if layout.cp > 1:
+        degrees |= {"cp": layout.cp}
     return StartRecord(
         model=config.model.traits.title,
         parameters=_num_parameters(parts, parts.engine.units),

@@ -198,8 +198,8 @@ def micro_batches(
     """Cut a rank's batch, on the host, into micro-batches on the device, without dropout; `losses` takes those of all
     of them, and `cutter` gives this rank's part of their samples."""
     micros = []
-    for whole in batch.split(size):
-        part, inputs = (whole, {}) if cutter is None else cutter.cut(whole, device)
+    for micro in batch.split(size):
+        part, inputs = (micro, {}) if cutter is None else cutter.cut(micro, device)
         index_P, rectangles = part.label_index(), _rectangles(part)  # before it moves: nothing waits for a device
         inputs |= {
             "label_index_P": None if index_P is None else index_P.to(device, non_blocking=True),

@@ -146,6 +146,16 @@ INERT_DATA_OPTIONS = [
             {"world_size": 2},
             "compares nothing: it is longer than the run",
         ),
+        (
+            "--train-iters 20 --cp-cut zigzag",
+            {},
+            "--cp-cut has no effect without --context-parallel-size above 1: samples are not cut",
+        ),
+        (
+            "--train-iters 20 --cp-comm-type allgather",
+            {},
+            "--cp-comm-type has no effect without --context-parallel-size above 1: samples are not cut",
+        ),
     ],
 )
 def test_an_option_without_effect_is_said_in_one_line(options: str, start: dict[str, int], line: str) -> None:
