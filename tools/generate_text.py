@@ -160,6 +160,11 @@ def settle(args: argparse.Namespace, world_size: int) -> Job:
     options = sampling_options(args)
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size} generates nothing; use at least 1")
+    if args.no_kv_cache and args.context_parallel_size > 1:
+        raise ConfigError(
+            "--no-kv-cache reads whole sequences for each token, which --context-parallel-size "
+            f"{args.context_parallel_size} does not cut; leave out one of the two"
+        )
     prompts = read_prompts(args.prompt, args.prompts_file)
     directory = find_checkpoint(Path(args.load), args.ckpt_step)
     saved = read_saved_run(directory, architecture=args.architecture)

@@ -24,12 +24,12 @@ _CUT = "zigzag"
 def chunks(start: int, stop: int, *, at_once: int, num_ranks: int) -> Iterator[tuple[range, bool]]:
     """The places from `start` to `stop` in chunks, and whether a chunk is cut over the ranks.
 
-    Chunks that are cut have a multiple of 2 x ranks places, at most `at_once` on each rank if that many divide so. The
+    Chunks that are cut have a multiple of 2 x ranks places, at most `at_once` (but at least 2) on each rank. The
     last place is in none of them, so that every rank has what the model predicts after it.
     """
     multiple = chunks_of(_CUT, num_ranks)
     while start < stop:
-        most = min(at_once * num_ranks, stop - start - 1) // multiple * multiple
+        most = min(max(2, at_once) * num_ranks, stop - start - 1) // multiple * multiple
         is_cut = num_ranks > 1 and most > 0
         size = most if is_cut else min(at_once, stop - start)
         yield range(start, start + size), is_cut

@@ -116,6 +116,29 @@ def test_logits_with_the_cache_equal_a_full_recomputation(
         torch.testing.assert_close(with_cache, without, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def _logits_of_reads(rank: int, world_size: int, directory: Path, layout: Layout, stops: list[int]) -> list[Tensor]:
+    """Body of a worker, and what one process does: the logits after each read of three sequences of different lengths,
+    nine places of a rank at once."""
+    loaded, config = opened(directory, layout)
+    tokens_BT = torch.randint(0, VOCAB_SIZE, (3, 43), generator=torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "MAX_TOKENS_READ_AT_ONCE", 9 * len(tokens_BT))
+        batch = GrowingBatch(loaded, config.model, torch.tensor([0, 5, 11]), 43)
+        found = [batch.read(tokens_BT, stop) for stop in stops]
+    return [logits_BV for logits_BV in found if logits_BV is not None]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_prompts_read_by_two_context_ranks_give_the_logits_of_one_process(
+    checkpoint: Checkpoint, pool: Pool, model: str
+) -> None:
+    """Lengths that do not divide, parts that are read after others, and single places."""
+    stops = [13, 33, 39, 40, 41]
+    expected = _logits_of_reads(0, 1, checkpoint(model), Layout(), stops)
+    for found in pool.run(2, _logits_of_reads, checkpoint(model), Layout(cp=2), stops):
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 LAYOUTS = {
     "gpt2": (Layout(tp=2, pp=2), Layout(tp=4), Layout(pp=4), Layout(pp=2, dp=2)),
     "llama": (Layout(tp=2, pp=2), Layout(pp=4), Layout(tp=4, kv_copies=2), Layout(pp=2, cp=2)),
@@ -144,13 +167,27 @@ def test_every_layout_gives_the_text_of_one_process(checkpoint: Checkpoint, pool
             assert found[2 * number : 2 * number + 2] == expected, f"rank {rank} at {layout}"
 
 
+CONTEXT_LAYOUTS = (Layout(tp=2, cp=2), Layout(cp=4), Layout(cp=2, dp=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.parametrize("model", MODELS)
+def test_context_ranks_give_the_text_of_one_process(checkpoint: Checkpoint, pool: Pool, model: str) -> None:
+    loaded, config = opened(checkpoint(model))
+    expected = [RESTS[:5], generate(loaded, config, PROMPT_IDS, DRAWN, EOD)]
+    for rank, found in enumerate(pool.run(4, _generate_at, checkpoint(model), CONTEXT_LAYOUTS)):
+        for number, layout in enumerate(CONTEXT_LAYOUTS):
+            assert found[2 * number : 2 * number + 2] == expected, f"rank {rank} at {layout}"
+
+
 @pytest.mark.slow
 def test_experts_generate_what_they_learned_at_every_layout(checkpoint: Checkpoint, pool: Pool) -> None:
     """A step of one token for each sequence is less than two tensor-parallel ranks can share."""
     model, config = opened(checkpoint("experts"))
     alone = generate(model, config, PROMPT_IDS, GREEDY, EOD)
     assert sum(text == rest for text, rest in zip(alone, RESTS, strict=True)) >= len(RESTS) - 1
-    for layout in (Layout(tp=2), Layout(pp=2)):
+    for layout in (Layout(tp=2), Layout(pp=2), Layout(cp=2)):
         for found in pool.run(2, _generate_at, checkpoint("experts"), (layout,)):
             assert found[0] == alone[:5], str(layout)
 

@@ -118,6 +118,7 @@ def test_null_tokenizer_takes_and_gives_numbers(run: Run) -> None:
         (("--prompt", "a", "--max-position-embeddings", "64"), ConfigError, "those of the model are learned_absolute"),
         (("--prompts-file", "gone.txt"), DataError, "--prompts-file gone.txt cannot be read"),
         (("--prompt", "a", "--load", "gone"), CheckpointError, "--load gone is not a directory"),
+        (("--prompt", "a", "--no-kv-cache", "--context-parallel-size", "2"), ConfigError, "--no-kv-cache reads whole"),
         (("--prompt", "a", "--ckpt-step", "7"), CheckpointError, "--ckpt-step 7"),
         (("--prompt", "a", "--tensor-model-parallel-size", "2"), ConfigError, "A world of 1 ranks"),
         (
@@ -155,10 +156,12 @@ def test_the_process_ends_with_the_code_of_a_missing_checkpoint(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_torchrun_at_tp2_pp2_prints_the_same_json_as_one_process(run: Run, checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("other", ["pipeline", "context"])
+def test_torchrun_prints_the_same_json_as_one_process(run: Run, checkpoint: Checkpoint, other: str) -> None:
     words = ("--prompt", "a sti", "--prompt", "time and", "--greedy", "--json")
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    layout = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--device", "cpu")
+    beside = "--pipeline-model-parallel-size" if other == "pipeline" else "--context-parallel-size"
+    layout = ("--tensor-model-parallel-size", "2", beside, "2", "--device", "cpu")
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone")
     tool = (ROOT / "tools/generate_text.py", "--load", checkpoint("llama"), *words, *layout)
     done = subprocess.run([*launcher, *tool], capture_output=True, text=True, env=environment, timeout=240)
