@@ -70,6 +70,11 @@ def _problems(change: str, world_size: int) -> list[str]:
             4,
             "--hierarchical-context-parallel-sizes 2 2 is about --cp-comm-type a2a+p2p, which no layer has",
         ),
+        (
+            "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes x",
+            1,
+            "--hierarchical-context-parallel-sizes x is not two whole numbers above 0",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(change: str, world_size: int, sentence: str) -> None:
@@ -90,3 +95,10 @@ def test_what_fits_has_no_problem_and_its_axes(change: str, cp_heads: int) -> No
     assert _problems(change, 4) == []
     given = parse_args(f"{SHAPE} {change}".split(), program="t", description="t", log=print)
     assert layout_of(derive(given, 4).parallel).size("cp_heads") == cp_heads
+
+
+@pytest.mark.parametrize("sizes", ["", "--hierarchical-context-parallel-sizes 2 2"])
+def test_one_rank_takes_the_launch_script_of_more(sizes: str) -> None:
+    given = parse_args(f"{SHAPE} --cp-comm-type a2a+p2p {sizes}".split(), program="t", description="t", log=print)
+    assert check(given, 1) == []
+    assert layout_of(derive(given, 1).parallel).size("cp_heads") == 1

@@ -22,27 +22,28 @@ def exchange_problems(model: GivenModel, parallel: ParallelConfig) -> Iterator[s
             f"--cp-gather-again is about --cp-comm-type allgather, and no layer has it with {' '.join(kinds)}; leave "
             "it out."
         )
+    wrong = _size_problem(given, cp) if "a2a+p2p" in kinds else None
+    if wrong:
+        yield wrong
     if cp == 1:
         return
     if "a2a" in kinds:
         yield from _head_problems(model, parallel, cp, f"--cp-comm-type a2a with {_CP} {cp}")
-    if "a2a+p2p" in kinds:
-        wrong = _size_problem(given, cp)
-        if wrong:
-            yield wrong
-        else:
-            yield from _head_problems(model, parallel, int(given[0]), f"{_SIZES} {' '.join(given)}")
+    if "a2a+p2p" in kinds and not wrong:
+        yield from _head_problems(model, parallel, int(given[0]), f"{_SIZES} {' '.join(given)}")
 
 
 def _size_problem(given: tuple[str, ...], cp: int) -> str | None:
-    """What is wrong with the two sizes of a2a+p2p."""
+    """What is wrong with the two sizes of a2a+p2p. One rank alone needs none, and may have those of more."""
     asks = f"give the ranks that exchange heads and the groups that pass keys round, such as {_SIZES} {_example(cp)}"
     if not given:
+        if cp == 1:
+            return None
         return f"--cp-comm-type a2a+p2p needs {_SIZES}; {asks}."
     written = f"{_SIZES} {' '.join(given)}"
     if len(given) != 2 or not all(size.isascii() and size.isdigit() and int(size) for size in given):
         return f"{written} is not two whole numbers above 0; {asks}."
-    if int(given[0]) * int(given[1]) != cp:
+    if cp > 1 and int(given[0]) * int(given[1]) != cp:
         return f"{written} makes {int(given[0]) * int(given[1])} ranks and not {_CP} {cp}; {asks}."
     return None
 

@@ -183,9 +183,11 @@ class GivenParallel:
 
     @property
     def context_head_ranks(self) -> int:
-        """Consecutive context-parallel ranks that exchange heads in layers of kind a2a+p2p; 1 where no layer is."""
+        """Consecutive context-parallel ranks that exchange heads in layers of kind a2a+p2p; 1 where no layer is, or no
+        sample is cut."""
         sizes = self.hierarchical_context_parallel_sizes
-        return int(sizes[0]) if sizes and "a2a+p2p" in self.cp_comm_type else 1
+        is_asked = self.context_parallel_size > 1 and sizes and "a2a+p2p" in self.cp_comm_type
+        return int(sizes[0]) if is_asked else 1
 
 
 @dataclass(frozen=True)
