@@ -40,13 +40,13 @@ class HfConfig:
     path: Path
     values: Mapping[str, Any]
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number from 1 up. Raises: CheckpointError if it is missing without a default, or no such number."""
+    def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number from `least` up. Raises: CheckpointError if it is missing without a default, or no such."""
         value = self.values.get(name)
         value = default if value is None else value
-        if value is None or not is_whole_number(value, 1, _MOST):
+        if value is None or not is_whole_number(value, least, _MOST):
             raise CheckpointError(
-                f"{self.path}: {name} is {value!r:.60} and must be a whole number from 1 to {_MOST}; correct it"
+                f"{self.path}: {name} is {value!r:.60} and must be a whole number from {least} to {_MOST}; correct it"
             )
         return int(value)
 
@@ -127,6 +127,7 @@ class Family:
         derived: patterns of names whose tensors follow from the others (masks, copies of a tied table).
         for_training: patterns of our names whose tensors only training reads, and which therefore do not leave.
         copies: tensors that are written a second time under another name: there -> of which; given the model.
+        tied: tensors of a tied model that its files may have too and that must then be equal: there -> to which.
     """
 
     model_type: str
@@ -139,6 +140,7 @@ class Family:
     derived: tuple[str, ...] = ()
     for_training: tuple[str, ...] = ()
     copies: Callable[[ModelConfig], Mapping[str, str]] = field(default=lambda model: {})
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
 def activation_there(ours: str) -> str:

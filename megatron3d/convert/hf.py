@@ -103,6 +103,8 @@ def read_model(directory: Path, *, with_tokenizer: bool = True) -> HfModel:
         names = _Names(weights, family.prefix)
         rows = _rows_there(family, model, _num_classes_there(config), names, directory)
         left_out = _left_out(family, rows, names)
+        if not model.untie_embeddings_and_output_weights:
+            _check_tied(family, names)
         tensors = {row.ours: row.to_ours(names.read) for row in rows if row.ours is not None}
     components: frozenset[Component] = frozenset(row.component for row in rows)
     if "bert_binary_head" in model.traits.own_options:
@@ -193,6 +195,23 @@ def _left_out(family: Family, rows: Iterable[TensorRule], names: _Names) -> tupl
             "config.json does not have; it belongs to another model, or to an addition (adapter) that must be merged"
         )
     return tuple(rest)
+
+
+def _check_tied(family: Family, names: _Names) -> None:
+    """Refuse a second table that is another than the one it is tied to, as transformers then keeps both.
+
+    Raises: CheckpointError.
+    """
+    for copy, of in family.tied.items():
+        if copy in names.weights and not _same(names.read(of), names.weights[copy].read()):
+            raise CheckpointError(
+                f"{names.weights[copy].file} has other values in {copy} than in {of}, and config.json ties them; set "
+                f"tie_word_embeddings to false to keep both, or take {copy} out"
+            )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other.to(one.dtype))
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -136,6 +137,26 @@ def test_a_number_of_layers_takes_no_memory(own: Path) -> None:
 
 def quantize(name: str, dtype: torch.dtype) -> Callable[[dict[str, Tensor]], None]:
     return lambda tensors: tensors.update({name: tensors[name].mul(10).to(dtype)})
+
+
+@pytest.mark.parametrize(
+    ("name", "copy", "table"),
+    [
+        ("llama", "lm_head.weight", "model.embed_tokens.weight"),
+        ("gpt2", "lm_head.weight", "transformer.wte.weight"),
+        ("bert-classifier", "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+    ],
+)
+def test_a_second_table_of_a_tied_model_is_read_where_it_is_equal_and_else_refused(
+    whole: Callable[[str], Path], tmp_path: Path, name: str, copy: str, table: str
+) -> None:
+    """Of two that differ transformers keeps both, whatever `tie_word_embeddings` says."""
+    directory = change(Path(shutil.copytree(whole(name), tmp_path / name)), tie_word_embeddings=True)
+    change_tensors(directory, lambda tensors: tensors.update({copy: tensors[table].clone()}))
+    assert copy not in read_model(directory).left_out
+    change_tensors(directory, lambda tensors: tensors[copy].add_(1.0))
+    with pytest.raises(CheckpointError, match=f"{re.escape(copy)} than in {re.escape(table)}, and config.json ties"):
+        read_model(directory)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2])

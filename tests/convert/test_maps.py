@@ -147,6 +147,8 @@ def test_a_window_that_no_text_exceeds_bars_nothing() -> None:
     assert read("mistral", sliding_window=None).max_position_embeddings == 131072
     later = {"use_sliding_window": True, "sliding_window": 64, "max_position_embeddings": 128}
     assert read("qwen3", **later, max_window_layers=2).kv_channels == 128, "no layer has a window"
+    everywhere = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+    assert read("qwen2", **everywhere, max_position_embeddings=64).max_position_embeddings == 64
 
 
 @pytest.mark.parametrize(

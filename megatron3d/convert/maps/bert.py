@@ -189,6 +189,7 @@ def _family(model_type: str, names: _Names) -> Family:
             r"cls\.predictions\.bias",
         ),
         copies=_copies,
+        tied={"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"},
     )
 
 

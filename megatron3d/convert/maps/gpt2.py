@@ -113,4 +113,5 @@ GPT2 = Family(
     rows=_rows,
     class_name=_class_name,
     derived=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight"),
+    tied={"lm_head.weight": "transformer.wte.weight"},
 )

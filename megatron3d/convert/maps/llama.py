@@ -104,7 +104,9 @@ def _check_window(kind: _Kind, hf: HfConfig, positions: int) -> None:
             f"{hf.path}: layer_types {types!r:.60} cannot be converted; only full_attention and sliding_attention can"
         )
     has_window = kind.window == "all" or (
-        kind.window == "later" and hf.flag("use_sliding_window", False) and hf.integer("max_window_layers", 28) < layers
+        kind.window == "later"
+        and hf.flag("use_sliding_window", False)
+        and hf.integer("max_window_layers", 28, least=0) < layers
     )
     window = hf.integer("sliding_window", 4096) if hf.values.get("sliding_window", 4096) is not None else None
     if (has_window or "sliding_attention" in types) and window is not None and window < positions:
@@ -225,6 +227,7 @@ def _family(kind: _Kind) -> Family:
         rows=partial(_rows, kind),
         class_name=partial(_class_name, kind),
         derived=(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
+        tied={"lm_head.weight": "model.embed_tokens.weight"},
     )
 
 

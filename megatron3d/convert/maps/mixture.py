@@ -308,6 +308,7 @@ def _family(kind: _Kind) -> Family:
         class_name=partial(_class_name, kind),
         for_training=_FOR_TRAINING,
         derived=(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
+        tied={"lm_head.weight": "model.embed_tokens.weight"},
     )
 
 
