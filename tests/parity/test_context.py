@@ -1,7 +1,7 @@
 """Rows of the layout-parity table: samples cut over context-parallel ranks.
 
-Default rows cover cut, layout, schedule, ZeRO stage, shared heads, packed documents, padding and dropout in pairs; the
-slow ones are further combinations. Runs that are cut in a wrong way must not pass the same comparison.
+Default rows have each cut, layout, schedule, ZeRO stage and kind of documents at least once; the slow ones are further
+combinations (`test_context_rows.py` counts the pairs). Runs that are cut in a wrong way must not pass the comparison.
 """
 
 from __future__ import annotations
