@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from itertools import accumulate, chain
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +61,15 @@ def packed_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, plan: Plan,
 def _by_torch(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, bounds: Tensor, longest: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # more than a second that only CUDA runs need
 
-    options = {"window_size": (-1, 0), "enable_gqa": q_TND.shape[1] != k_TGD.shape[1]}
-    return varlen_attn(q_TND, k_TGD, v_TGD, bounds, bounds, longest, longest, **options)
+    options: dict[str, Any] = {"window_size": (-1, 0)}
+    times = q_TND.shape[1] // k_TGD.shape[1]
+    if times > 1 and "enable_gqa" in signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif times > 1:  # torch 2.11 does not share heads
+        k_TGD, v_TGD = (x.repeat_interleave(times, dim=1) for x in (k_TGD, v_TGD))
+    y_TND = varlen_attn(q_TND, k_TGD, v_TGD, bounds, bounds, longest, longest, **options)
+    assert isinstance(y_TND, Tensor), "nothing but the output is asked for"
+    return y_TND
 
 
 def _by_flash_attn(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, bounds: Tensor, longest: int) -> Tensor:

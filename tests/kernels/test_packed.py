@@ -50,6 +50,21 @@ def test_documents_of_all_samples_are_given_and_come_back_in_place(
     torch.testing.assert_close(packed_attention(q, k, v, plan, kernel=kernel), reference(q, k, v, plan))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_torch_whose_kernel_shares_no_heads_is_given_a_copy_for_each(
+    monkeypatch: pytest.MonkeyPatch, groups: int
+) -> None:
+    def of_torch_2_11(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, window_size: tuple[int, int]) -> Tensor:
+        assert q.shape == k.shape == v.shape
+        return one_by_one(q, k, v, *bounds, window_size=window_size, enable_gqa=True)
+
+    monkeypatch.setattr(varlen, "varlen_attn", of_torch_2_11)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(9, 2, heads, 8).permute(1, 2, 0, 3) for heads in (4, groups, groups))
+    plan = [documents(3, 5, 1), documents(9)]
+    torch.testing.assert_close(packed_attention(q, k, v, plan), reference(q, k, v, plan))
+
+
 def test_only_documents_in_16_bits_on_cuda_go_this_way() -> None:
     on_meta = torch.empty(1, 2, 9, 8, dtype=torch.bfloat16, device="meta")
 
