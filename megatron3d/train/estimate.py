@@ -71,6 +71,7 @@ def describe(found: Estimate) -> str:
         "tp": parallel.tensor_model_parallel_size,
         "pp": parallel.pipeline_model_parallel_size,
         "dp": parallel.data_parallel_size,
+        **({"cp": parallel.context_parallel_size} if parallel.context_parallel_size > 1 else {}),
         **_expert_degrees(parallel),
     }
     layout = ", ".join(f"{name} {size}" for name, size in degrees.items())

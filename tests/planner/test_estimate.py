@@ -64,9 +64,10 @@ def test_gpt3_is_told_rank_by_rank_within_seconds(estimate) -> None:
 
 
 def test_a_bert_needs_no_other_tool(estimate) -> None:
-    code, out, _ = estimate("--preset bert-base --world-size 2 --micro-batch-size 4")
+    cut = "--context-parallel-size 2 --attention-dropout 0"
+    code, out, _ = estimate(f"--preset bert-base --world-size 4 --micro-batch-size 4 {cut}")
     assert code == 0
-    assert out.startswith("BERT: 110,") and "dp 2" in out
+    assert out.startswith("BERT: 110,") and "dp 2, cp 2, ZeRO" in out
 
 
 def test_help_tells_both_kinds_of_flags(estimate) -> None:
