@@ -236,15 +236,15 @@ class BlockBuilder(Protocol):
     """Makes the block of one layer: a module from ([S, B, H] of the residual stream, `LayerInputs`) to [S, B, H]."""
 
     def __call__(
-        self, config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool, mlp_chunks: int
+        self, config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool, mlp_chunks: int = 1
     ) -> nn.Module:
-        """`recompute_core` asks for attention that recomputes its core in the backward, `mlp_chunks` for an MLP that
-        runs over so many chunks of the sequence."""
+        """`recompute_core` asks for attention that recomputes its core in the backward; `mlp_chunks`, which is given
+        where a run asks for it, for an MLP that runs over so many chunks of the sequence."""
         ...
 
 
 def model_block(
-    config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool, mlp_chunks: int
+    config: ModelConfig, context: LayerContext, *, layer: int, recompute_core: bool, mlp_chunks: int = 1
 ) -> Block:
     """The block of a layer as the model's options describe it: with experts where it has some."""
     experts = MixtureOfExperts if config.experts_of(layer) else None
@@ -274,11 +274,9 @@ def assemble_stage(
     that the head reads the first position alone: then the block before it (a `Block`) computes no other, unless the
     sequence is cut over ranks, where that position would be the work of one of them.
     """
-    selective, mlp_chunks = train.recompute_granularity == "selective", train.mlp_chunks_for_training
-    blocks = {
-        layer: block(config, context, layer=layer, recompute_core=selective, mlp_chunks=mlp_chunks)
-        for layer in part.layers
-    }
+    selective, num_chunks = train.recompute_granularity == "selective", train.mlp_chunks_for_training
+    chunks = {"mlp_chunks": num_chunks} if num_chunks > 1 else {}
+    blocks = {layer: block(config, context, layer=layer, recompute_core=selective, **chunks) for layer in part.layers}
     is_whole = not context.sequence_parallel and context.cp.size == 1
     if head is not None and reads_first_only and part.layers and is_whole:
         last = part.layers[-1]

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
 from megatron3d.config.sections.parallel import CONTEXT_CUTS
-from megatron3d.inference.prefill import pieces, plan_of_piece
+from megatron3d.inference.prefill import chunks, plan_of_chunk
 from megatron3d.nn.context.cut import ContextCut
 from megatron3d.nn.context.gathered import AllGatherAttention
 from megatron3d.nn.context.shards import shards_of
@@ -72,20 +72,20 @@ def test_rows_over_gathered_keys_are_those_of_one_process_by_one_collective_each
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_a_prompt_is_read_in_pieces_of_which_the_last_place_is_on_every_rank(num_ranks: int) -> None:
+def test_a_prompt_is_read_in_chunks_of_which_the_last_place_is_on_every_rank(num_ranks: int) -> None:
     for stop in range(1, 60):
-        found = list(pieces(3, 3 + stop, at_once=5, num_ranks=num_ranks))
+        found = list(chunks(3, 3 + stop, at_once=5, num_ranks=num_ranks))
         assert [place for places, _ in found for place in places] == list(range(3, 3 + stop))
         assert not found[-1][1], "the last one is not cut"
         assert all(len(places) % (2 * num_ranks) == 0 for places, is_cut in found if is_cut)
         assert all(len(places) <= (5 * num_ranks if is_cut else 5) for places, is_cut in found)
 
 
-def test_places_of_a_piece_attend_to_all_tokens_so_far_and_padding_to_itself() -> None:
+def test_places_of_a_chunk_attend_to_all_tokens_so_far_and_padding_to_itself() -> None:
     padding = [0, 10, 14]
     for rank in range(2):
         shards = shards_of(ContextCut("zigzag", 8, 2), rank, is_causal=True)
-        plan = plan_of_piece(shards, range(8, 16), padding)
+        plan = plan_of_chunk(shards, range(8, 16), padding)
         for first_token, rectangles in zip(padding, plan, strict=True):
             seen = torch.zeros(4, 16, dtype=torch.bool)
             for one in rectangles:
