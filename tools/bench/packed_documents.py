@@ -17,14 +17,9 @@ from typing import Any
 import torch
 
 from megatron3d.comm.device import pick_device, synchronize
-from megatron3d.comm.layout import Layout
-from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.check import resolve
-from megatron3d.config.cli import parse_args
 from megatron3d.data.batch import GPTBatch
-from megatron3d.models.gpt import build_gpt_stage
-from megatron3d.train.setup import TrainingSetup, build_parts
 from megatron3d.train.step import Rates, train_step
+from tools.bench.one_gpt import add_clock, gpt_of, size_parser
 from tools.bench.rounds import speed_ratio, take_turns
 
 
@@ -50,7 +45,7 @@ def main() -> None:
     tokens_BS = torch.randint(args.vocab, (args.batch, args.seq + 1))
     row = (tokens_BS[:, :-1].contiguous(), tokens_BS[:, 1:].contiguous(), torch.ones(args.batch, args.seq))
     documents_BS = torch.stack([_documents(args.seq, args.documents) for _ in range(args.batch)])
-    parts = _parts(args)
+    parts = gpt_of(args, pick_device(args.device, local_rank=0, local_world_size=1), vocab_size=args.vocab)
     batches = {
         "squares": GPTBatch(*row, document_ids_BS=documents_BS),
         "mask": MaskedBatch(*row, document_ids_BS=documents_BS),
@@ -76,15 +71,18 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"layers": 6, "hidden": 384, "heads": 6, "seq": 4096, "batch": 1, "vocab": 8192}
-    for name, default in (sizes | {"documents": 8, "rounds": 5}).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--processor-time", action="store_true", help="seconds that the process computes, for a CPU that others use too"
-    )
-    parser.add_argument("--bf16", action="store_true", help="bf16 with fp32 master weights")
+    sizes = {
+        "layers": 6,
+        "hidden": 384,
+        "heads": 6,
+        "seq": 4096,
+        "batch": 1,
+        "vocab": 8192,
+        "documents": 8,
+        "rounds": 5,
+    }
+    parser = size_parser(__doc__, sizes)
+    add_clock(parser)
     return parser.parse_args()
 
 
@@ -92,18 +90,6 @@ def _documents(length: int, count: int) -> torch.Tensor:
     """The number of the document of each position, int64 [S], with random boundaries."""
     starts = torch.randperm(length - 1)[: count - 1] + 1
     return torch.zeros(length, dtype=torch.int64).index_fill_(0, starts, 1).cumsum(0)
-
-
-def _parts(args: argparse.Namespace) -> TrainingSetup:
-    flags = (
-        f"--num-layers {args.layers} --hidden-size {args.hidden} --num-attention-heads {args.heads} "
-        f"--seq-length {args.seq} --micro-batch-size {args.batch} --global-batch-size {args.batch} --train-iters 1 "
-        f"--lr 1e-4 --mock-data --vocab-size {args.vocab} --hidden-dropout 0 --attention-dropout 0"
-    )
-    argv = flags.split() + (["--bf16"] if args.bf16 else [])
-    config = resolve(parse_args(argv, program="bench", description=""), 1)
-    device = pick_device(args.device, local_rank=0, local_world_size=1)
-    return build_parts(config, make_mesh(Layout()), device, build_gpt_stage)
 
 
 if __name__ == "__main__":

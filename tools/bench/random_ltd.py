@@ -15,15 +15,11 @@ import time
 import torch
 
 from megatron3d.comm.device import pick_device, synchronize
-from megatron3d.comm.layout import Layout
-from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.check import resolve
-from megatron3d.config.cli import parse_args
 from megatron3d.data.batch import GPTBatch
 from megatron3d.models.flops import layer_flops, pretraining_flops
-from megatron3d.models.gpt import build_gpt_stage
-from megatron3d.train.setup import TrainingSetup, build_parts
+from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.step import Rates, train_step
+from tools.bench.one_gpt import add_clock, gpt_of, size_parser
 from tools.bench.rounds import speed_ratio, take_turns
 
 _FULL = 1  # number of the step from which on the layers see all positions
@@ -32,7 +28,9 @@ _FULL = 1  # number of the step from which on the layers see all positions
 def main() -> None:
     """Measure and print."""
     args = _arguments()
-    parts = _parts(args)
+    device = pick_device(args.device, local_rank=0, local_world_size=1)
+    drops = f"--random-ltd --random-ltd-min {args.kept} --random-ltd-steps {_FULL}"
+    parts = gpt_of(args, device, *drops.split(), vocab_size=args.vocab)
     tokens_BS = torch.randint(args.vocab, (args.batch, args.seq + 1), generator=torch.Generator().manual_seed(0))
     batch = GPTBatch(tokens_BS[:, :-1].contiguous(), tokens_BS[:, 1:].contiguous(), torch.ones(args.batch, args.seq))
 
@@ -54,29 +52,10 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"layers": 12, "hidden": 384, "heads": 6, "seq": 512, "batch": 2, "vocab": 8192, "kept": 256, "rounds": 5}
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--processor-time", action="store_true", help="seconds that the process computes, for a CPU that others use too"
-    )
-    parser.add_argument("--bf16", action="store_true", help="bf16 with fp32 master weights")
+    parser = size_parser(__doc__, sizes)
+    add_clock(parser)
     return parser.parse_args()
-
-
-def _parts(args: argparse.Namespace) -> TrainingSetup:
-    flags = (
-        f"--num-layers {args.layers} --hidden-size {args.hidden} --num-attention-heads {args.heads} "
-        f"--seq-length {args.seq} --micro-batch-size {args.batch} --global-batch-size {args.batch} --train-iters 1 "
-        f"--lr 1e-4 --mock-data --vocab-size {args.vocab} --hidden-dropout 0 --attention-dropout 0 "
-        f"--random-ltd --random-ltd-min {args.kept} --random-ltd-steps {_FULL}"
-    )
-    argv = flags.split() + (["--bf16"] if args.bf16 else [])
-    config = resolve(parse_args(argv, program="bench", description=""), 1)
-    device = pick_device(args.device, local_rank=0, local_world_size=1)
-    return build_parts(config, make_mesh(Layout()), device, build_gpt_stage)
 
 
 def _share_of_flops(parts: TrainingSetup) -> float:
