@@ -69,6 +69,7 @@ def test_in_chunks_the_peak_does_not_grow_with_the_product_of_length_and_vocabul
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # five minutes of one core alone, far more beside others
 def test_a_step_of_262144_tokens_takes_at_most_4_gb_where_the_plain_path_needs_52(tmp_path: Path) -> None:
     config = config_of(length(262_144), 1)
     assert ledger_of(StageRecords(config, "cpu"), plan_of(config))[0].peak > 52e9
