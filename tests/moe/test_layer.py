@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
@@ -22,6 +19,7 @@ from megatron3d.params.grads import GradSink
 from megatron3d.params.module import declared_parameters, materialize_all
 from megatron3d.tensor.context import LayerContext, unsharded_context
 from tests.dist.pool import Pool
+from tests.largest_result import LargestResult
 from tests.nn.dense import model_config
 
 S, B, H, F, E, K = 6, 2, 16, 12, 8, 3
@@ -219,21 +217,6 @@ def test_every_transport_gives_the_same_and_padding_reads_no_count(
         torch.testing.assert_close(others[name], gradient, rtol=0, atol=1e-13, msg=name)
 
 
-class _Largest(TorchDispatchMode):
-    """Notes the most elements of any tensor that an operation gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for one in tree_leaves(result):
-            if isinstance(one, Tensor):
-                self.elements = max(self.elements, one.numel())
-        return result
-
-
 @pytest.mark.parametrize(
     "changes", [{}, {"moe_expert_capacity_factor": 256.0}, GATHERED], ids=["dropless", "capacity", "gathered"]
 )
@@ -243,7 +226,7 @@ def test_a_thousand_experts_take_memory_of_tokens_by_experts_and_no_more(changes
     experts, chosen = 1024, 2
     _, layer = layer_of(num_experts=experts, moe_router_topk=chosen, moe_ffn_hidden_size=2, **changes)
     x_SBH = hidden().requires_grad_()
-    with _Largest() as largest:
+    with LargestResult() as largest:
         layer(x_SBH, LayerInputs()).sum().backward()
     assert largest.elements <= experts * max(S * B, H), largest.elements
 

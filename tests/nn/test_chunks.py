@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import make_mesh
@@ -17,6 +13,7 @@ from megatron3d.nn.mlp import MLP
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import declared_parameters
 from megatron3d.tensor.context import LayerContext
+from tests.largest_result import LargestResult
 from tests.nn.dense import model_config
 from tests.tensor.full import fill, numbered
 
@@ -54,25 +51,15 @@ def test_results_do_not_depend_on_the_number_of_chunks_and_each_gradient_arrives
             assert (a - b).abs().max() <= 1e-6 * a.abs().max()
 
 
-class _Widest(TorchDispatchMode):
-    """The most elements of a result that is as wide as the inner layer, weights and their gradients left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in tree_leaves(out):
-            if isinstance(one, Tensor) and one.dim() == 3 and one.shape[-1] >= F:
-                self.elements = max(self.elements, one.numel())
-        return out
+def _is_wide(one: Tensor) -> bool:
+    """Whether a result is as wide as the inner layer, and neither a weight nor the gradient of one."""
+    return one.dim() == 3 and one.shape[-1] >= F
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_inner_tensor_is_longer_than_a_chunk(name: str) -> None:
     wide = 2 * F if CONFIGS[name].is_gated else F
     for num_chunks in (1, 3):
-        with _Widest() as seen:
+        with LargestResult(_is_wide) as seen:
             results(CONFIGS[name], num_chunks)
         assert seen.elements == S // num_chunks * B * wide

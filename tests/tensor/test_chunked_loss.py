@@ -3,13 +3,9 @@ in which the input is sharded; the same communication; and never more logits tha
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import Mesh, make_mesh
@@ -21,6 +17,7 @@ from megatron3d.tensor.embedding import VocabParallelEmbedding
 from megatron3d.tensor.linear import InputType
 from megatron3d.tensor.loss import vocab_parallel_cross_entropy, vocab_parallel_hits
 from tests.dist.pool import Pool
+from tests.largest_result import LargestResult
 from tests.tensor.full import fill, numbered
 
 P, H = 24, 6  # positions, hidden
@@ -92,26 +89,16 @@ def test_so_it_is_where_the_vocabulary_is_sharded_whatever_the_type_of_the_input
     pool.run(2, check_all_types)
 
 
-class _MostLogits(TorchDispatchMode):
-    """The most elements of a result whose last dimension is the vocabulary, the table and its gradient left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in tree_leaves(out):
-            if isinstance(one, Tensor) and one.dim() and one.shape[-1] == PADDED:
-                self.elements = max(self.elements, one.numel())
-        return out
+def _are_logits(one: Tensor) -> bool:
+    """Whether the last dimension is the vocabulary, as it is not in the table and its gradient."""
+    return one.dim() > 0 and one.shape[-1] == PADDED
 
 
 @pytest.mark.parametrize("defers", [False, True])
 def test_no_more_logits_exist_than_a_chunk_has(defers: bool) -> None:
-    with _MostLogits() as seen:
+    with LargestResult(_are_logits) as seen:
         results(make_mesh(Layout()), "local", num_chunks=2, defers=defers)
     assert seen.elements == P // 2 * PADDED
-    with _MostLogits() as seen:
+    with LargestResult(_are_logits) as seen:
         results(make_mesh(Layout()), "local", num_chunks=None)
     assert seen.elements == P * PADDED
