@@ -8,6 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -130,6 +131,20 @@ class HostCopies:
             if tensor.device.type == "cuda":
                 tensor.record_stream(self._stream)  # its memory must not be reused before the copy is made
         return Copy(event)
+
+
+def marker_of(device: torch.device) -> Callable[[], Callable[[], bool]] | None:
+    """Marks the moment at which everything queued so far on the current stream of a GPU is done, and returns whether
+    that has come; None for the CPU, which is never ahead of its work."""
+    if device.type != "cuda":
+        return None
+
+    def mark() -> Callable[[], bool]:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        return event.query
+
+    return mark
 
 
 TimeMark = float | torch.cuda.Event

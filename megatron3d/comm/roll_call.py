@@ -23,7 +23,6 @@ from types import FrameType
 import torch.distributed as dist
 
 from megatron3d.comm.meter import Meter
-from megatron3d.comm.waiting import describe_collective
 
 POLL_S = 1.0
 ANSWER_S = 5.0  # a few polls, as a busy process may be late; other ranks time out at their own moments meanwhile
@@ -104,9 +103,9 @@ class RollCall:
                     return
 
     def _answer(self) -> None:
-        names = self._meter.waiting_for if self._meter is not None else None
+        wait = self._meter.oldest_wait() if self._meter is not None else None
         answer = {
-            "waiting_for": None if names is None else describe_collective(names),
+            "waiting_for": None if wait is None else str(wait),
             "at": self._line_of_main_thread(),
         }
         self._store.set(f"answer/{self._rank}", json.dumps(answer))

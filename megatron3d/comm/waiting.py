@@ -13,7 +13,7 @@ from types import TracebackType
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from megatron3d.comm.meter import Meter
+from megatron3d.comm.meter import Meter, Wait
 from megatron3d.errors import PeerError
 
 _STDERR = 2
@@ -35,22 +35,22 @@ class CollectiveError(PeerError):
 
 
 class Waiting:
-    """A context manager around one blocking wait: while it lasts `meter.waiting_for` names it.
+    """A context manager around one blocking wait, which the meter names while it lasts.
 
     An error that means that a peer is lost or silent becomes a `CollectiveError`; if it was silent, the stacks of all
     threads go to standard error first, while they still show the wait.
     """
 
     def __init__(self, collective: str, axis: str, ranks: Sequence[int], meter: Meter | None = None) -> None:
-        self._names, self._meter = (collective, axis, ranks), meter
+        self._wait, self._meter = Wait(collective, axis, ranks), meter
         self._event: record_function | None = None
 
     def __enter__(self) -> Waiting:
         """Remember what is waited for."""
         if self._meter is not None:
-            self._meter.waiting_for = self._names
+            self._meter.begin_wait(self._wait)
             if self._meter.profiles:
-                self._event = record_function(f"wait {self._names[1]} {self._names[0]}")
+                self._event = record_function(f"wait {self._wait.axis} {self._wait.collective}")
                 self._event.__enter__()
         return self
 
@@ -62,19 +62,12 @@ class Waiting:
             self._event.__exit__(kind, error, trace)
         if error is None:
             if self._meter is not None:
-                self._meter.waiting_for = None
+                self._meter.end_wait()
         elif isinstance(error, Exception) and not isinstance(error, PeerError) and is_peer_failure(error):
             if is_timeout(error):
                 faulthandler.dump_traceback(file=_STDERR, all_threads=True)
-            waited_for = describe_collective(self._names)
+            waited_for = str(self._wait)
             raise CollectiveError(f"{waited_for}: {first_line(error)}", waited_for=waited_for) from error
-
-
-def describe_collective(names: tuple[str, str, Sequence[int]]) -> str:
-    """A collective with its axis and ranks: "all_reduce over dp (ranks 0, 1)"."""
-    collective, axis, ranks = names
-    listed = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
-    return f"{collective} over {axis} (ranks {listed})"
 
 
 def is_peer_failure(error: BaseException) -> bool:

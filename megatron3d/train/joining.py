@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
 from megatron3d.comm.agree import require_agreement
-from megatron3d.comm.device import pick_device
+from megatron3d.comm.device import marker_of, pick_device
 from megatron3d.comm.join import join, leave
 from megatron3d.comm.mesh import Mesh, make_mesh
+from megatron3d.comm.meter import Wait
 from megatron3d.comm.roll_call import RollCall, report
 from megatron3d.comm.waiting import CollectiveError, first_line, is_peer_failure, is_timeout
+from megatron3d.comm.watcher import Watcher, flight_record, flight_record_path, group_timeout
 from megatron3d.config.agreement import agreed_options
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError, Megatron3dError, PeerError, StopRequested
@@ -52,9 +56,11 @@ def joined(
     if save and launch.rank == 0:
         context.ended_after = clear_exit_status(save)
     device = pick_device(parallel.device, local_rank=launch.local_rank, local_world_size=launch.local_world_size)
-    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    limit = timedelta(minutes=parallel.distributed_timeout_minutes)
+    timeout = group_timeout(limit, device)
     layout = layout_of(parallel, query_groups=config.model.num_query_groups)
     roll: RollCall | None = None
+    watcher: Watcher | None = None
     try:
         store = join(launch, device, timeout=timeout)
         if store is not None:
@@ -65,8 +71,12 @@ def joined(
         mesh = make_mesh(layout, timeout=timeout)
         if roll is not None:
             roll.watch(mesh.meter)
+            mesh.meter.mark = marker_of(device)
+            watcher = Watcher(mesh.meter, limit, partial(_end_stuck, context=context, mesh=mesh, roll=roll))
         yield mesh, device
     except Exception as error:
+        if watcher is not None:
+            watcher.close()  # this thread is not stuck
         if isinstance(error, StopRequested) and roll is not None:
             roll.close()  # all ranks end here
         if (isinstance(error, Megatron3dError) and not isinstance(error, CollectiveError)) or not is_peer_failure(
@@ -74,9 +84,36 @@ def joined(
         ):
             raise
         raise _peer_error(error, roll, launch.world_size) from error
+    if watcher is not None:
+        watcher.close()
     if roll is not None:
         roll.close()
     leave()
+
+
+def _end_stuck(wait: Wait, *, context: RunContext, mesh: Mesh, roll: RollCall) -> None:
+    """End this process, whose main thread waits in C for a collective, as if the collective had raised."""
+    found = CollectiveError(f"{wait}: timed out", waited_for=str(wait))
+    error = _peer_error(found, roll, context.launch.world_size)
+    error.add_note(f"on {mesh}, after step {context.last_step}")
+    if context.save and (record := flight_record()):
+        path = flight_record_path(Path(context.save), context.launch.rank)
+        error = _with_flight_record(error, path, record)
+    context.end_by(error)
+
+
+def _with_flight_record(error: PeerError, path: Path, record: bytes) -> PeerError:
+    """The same error, saying where the record of the latest collectives is, or why it is nowhere."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(record)
+        said = f"the latest collectives of this rank are in {path}"
+    except OSError as refusal:
+        said = f"the latest collectives of this rank could not be written to {path}: {refusal.strerror}"
+    more = PeerError(f"{error}; {said}")
+    for note in getattr(error, "__notes__", []):
+        more.add_note(note)
+    return more
 
 
 def _peer_error(error: Exception, roll: RollCall | None, world_size: int) -> PeerError:

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from megatron3d.comm.launch import Launch, end_process, read_launch
 from megatron3d.errors import ConfigError, InUseError, Megatron3dError, PeerError, StopRequested
@@ -64,6 +65,10 @@ class RunContext:
         if self.save:
             reason = f"forced to end by a second {signal.Signals(code - 128).name}, without a save"
             write_exit_status(self.save, ExitStatus(code, reason, self.launch.rank, self.last_step, time.time()))
+
+    def end_by(self, error: PeerError) -> NoReturn:
+        """End this process now because of an error that another thread than the main one found."""
+        end_process(_report(error, self))
 
     def early_end(self, reason: str) -> None:
         """End this process, which is asked to stop while it starts: it has joined no others that could stop with it."""

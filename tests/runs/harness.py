@@ -8,6 +8,7 @@ jobs, without torchrun, so that the exit code of each rank can be seen.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import io
 import json
@@ -29,6 +30,8 @@ from unittest import mock
 import numpy as np
 import torch
 
+from megatron3d.comm.meter import Meter
+from megatron3d.comm.waiting import Waiting
 from megatron3d.data.indexed import IndexedDatasetWriter
 from megatron3d.offload.block_file import BlockFile
 from megatron3d.train import joining, launch, loop
@@ -166,8 +169,9 @@ def random_documents(seed: int, *, count: int = 40, length: int = 60, low: int =
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong on a rank instead of its step number `step` (from 1): "kill", "hang" or "raise"; or, in that
-    step, "kill-writing" when some of its offloaded state is written back and some is not.
+    """What goes wrong on a rank instead of its step number `step` (from 1): "kill", "hang" or "raise", or
+    "stuck" in C as in a wait of NCCL's; or, in that step, "kill-writing" when some of its offloaded state is written
+    back and some is not.
 
     Or a SIGTERM arrives: "stop-evaluating" before the second batch of evaluation number `step`, "stop-starting"
     before the checkpoint is looked for.
@@ -364,10 +368,21 @@ def _faulty(train_step: Callable[..., Any], at_step: int, kind: str) -> Callable
                 return train_step(*args, step=step, **kwargs)
             if kind == "hang":
                 time.sleep(3600)
+            if kind == "stuck":
+                _get_stuck(args[0].mesh.meter)
             raise RuntimeError("a fault was injected here")
         return train_step(*args, step=step, **kwargs)
 
     return step_or_fail
+
+
+def _get_stuck(meter: Meter) -> None:
+    """What NCCL does when another rank is lost: its wait returns at once, as the device waits, and the main thread
+    stops in C where it reads a value back."""
+    meter.mark = lambda: lambda: False  # a moment that does not come
+    with Waiting("all_reduce", "batch", (0, 1), meter):
+        pass
+    ctypes.CDLL(None).sleep(3600)
 
 
 def _stopped_before(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -171,6 +172,24 @@ def test_a_rank_that_hangs_is_found_by_the_collective_timeout(launcher: Launcher
         assert "all 2 ranks answer a roll call, but not all are in a collective: rank 1 is at runs/harness.py" in said
         assert "step_or_fail" in job.said(1), "the hanging rank must write its stacks too"
     assert (exit_status(tmp_path)["code"], exit_status(tmp_path)["rank"]) == (6, 0)
+
+
+def test_a_rank_that_is_stuck_in_c_ends_with_the_rank_and_collective_it_waits_for(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    argv = words(MOCK, "--distributed-timeout-minutes 0.05 --save", tmp_path)
+    with launcher.job(argv, 2, fault=Fault(rank=0, step=3, kind="stuck")) as job:
+        # gloo's wait of rank 1 ends first; rank 0, which no exception reaches, answers its roll call.
+        assert job.wait(1, 0, timeout_s=PROMPT_S) == [6, 6]
+        assert "rank 0 waits in all_reduce over batch (ranks 0, 1)" in job.said(1)
+        said = job.said(0)
+    assert "rank 0 of 2 (TP1 x PP1 x DP2: dp 0), after step 2): a collective failed" in said
+    assert "all_reduce over batch (ranks 0, 1) was not finished within --distributed-timeout-minutes" in said
+    assert "Current thread" in said and "_get_stuck" in said, "the stacks show where it is stuck"
+    status = exit_status(tmp_path)
+    assert status["code"] == 6 and "all_reduce over batch (ranks 0, 1)" in status["reason"] and status["step"] == 2
+    record = json.loads((tmp_path / "flight_recorder_rank_0.json").read_text())
+    assert any("all_reduce" in one["profiling_name"] for one in record["entries"])
 
 
 @pytest.mark.parametrize(
