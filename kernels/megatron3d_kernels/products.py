@@ -15,6 +15,10 @@ torch itself multiplies bf16 on a CPU through oneDNN. Two of its calls cost more
 another way whatever the library: a bias is added inside of the product instead of being copied to every row of the
 result first, and of a weight gradient the narrower operand is transposed before the product, not inside of it.
 
+The weight gradient of bf16 and fp16 operands may be added to a buffer in fp32. On CUDA the product itself does that
+(cuBLAS takes narrow operands and a wide result), so that nothing is rounded before the sum. Where a device or its torch
+has no such product, as on CPUs, one in the dtype of the operands is made and then added.
+
 Shapes: T tokens, I input and O output features.
 """
 
@@ -31,6 +35,7 @@ from megatron3d_kernels.launch import KernelError
 TORCH, ONEDNN = "torch", "onednn"
 LIBRARIES = (TORCH, ONEDNN)
 
+_NARROW = (torch.bfloat16, torch.float16)
 _BLOCK_ELEMENTS = 1 << 20
 """Of the weight gradient that are made at once (4 MiB), which then lie in a cache while they are added."""
 _LEAST_ROWS = 64
@@ -86,9 +91,11 @@ def weight_gradient(grad_TO: Tensor, x_TI: Tensor, *, library: str = TORCH) -> T
 def add_weight_gradient(
     buffer_OI: Tensor, grad_TO: Tensor, x_TI: Tensor, *, library: str = TORCH, overwrites: bool = False
 ) -> None:
-    """buffer += g^T x, or buffer = g^T x if it `overwrites`, without a temporary of the buffer's size. All of one
-    dtype."""
-    if not _takes_onednn(library, buffer_OI, grad_TO, x_TI):
+    """buffer += g^T x, or buffer = g^T x if it `overwrites`. There is a temporary of the buffer's size only where the
+    operands have another dtype than the buffer and `adds_in_fp32` is False."""
+    if buffer_OI.dtype != grad_TO.dtype:
+        _add_to_other_dtype(buffer_OI, grad_TO, x_TI, library, overwrites)
+    elif not _takes_onednn(library, buffer_OI, grad_TO, x_TI):
         if overwrites:
             torch.mm(grad_TO.t(), x_TI, out=buffer_OI)
         else:
@@ -97,6 +104,52 @@ def add_weight_gradient(
         _add_by_blocks(buffer_OI.t(), x_TI, grad_TO, overwrites)
     else:
         _add_by_blocks(buffer_OI, grad_TO, x_TI, overwrites)
+
+
+def adds_in_fp32(device: torch.device) -> bool:
+    """Whether products of bf16 and fp16 operands on this device are added to fp32 buffers without rounding first."""
+    return device.type == "cuda" and _cuda_adds_in_fp32(device)
+
+
+def add_in_fp32(buffer_OI: Tensor, grad_TO: Tensor, x_TI: Tensor, *, overwrites: bool = False) -> None:
+    """buffer += g^T x, or =, in one product: the buffer in fp32, the operands both in bf16 or both in fp16."""
+    if overwrites:
+        torch.mm(grad_TO.t(), x_TI, out_dtype=torch.float32, out=buffer_OI)
+    else:
+        torch.addmm(buffer_OI, grad_TO.t(), x_TI, out_dtype=torch.float32, out=buffer_OI)
+
+
+def describe_wide_sums() -> str:
+    """A sentence for people: how weight gradients in bf16 and fp16 reach fp32 buffers on the devices that are here."""
+    inside, apart = "inside of the product", "by a product that is rounded to their dtype and then added"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = [torch.device("cpu"), *([] if accelerator is None else [torch.device(accelerator.type, 0)])]
+    found = ", ".join(f"on {device.type} {inside if adds_in_fp32(device) else apart}" for device in devices)
+    return f"weight gradients of bf16 and fp16 operands reach fp32 buffers {found}"
+
+
+@cache
+def _cuda_adds_in_fp32(device: torch.device) -> bool:
+    """One small product of each kind, which torch refuses where it or the device's library lacks them."""
+    buffer, operand = torch.zeros(8, 8, device=device), torch.ones(8, 8, device=device, dtype=torch.bfloat16)
+    try:
+        add_in_fp32(buffer, operand, operand, overwrites=True)
+        add_in_fp32(buffer, operand, operand)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _add_to_other_dtype(buffer_OI: Tensor, grad_TO: Tensor, x_TI: Tensor, library: str, overwrites: bool) -> None:
+    is_wider = buffer_OI.dtype == torch.float32 and grad_TO.dtype in _NARROW and grad_TO.dtype == x_TI.dtype
+    if is_wider and adds_in_fp32(buffer_OI.device):
+        add_in_fp32(buffer_OI, grad_TO, x_TI, overwrites=overwrites)
+        return
+    product_OI = weight_gradient(grad_TO, x_TI, library=library)
+    if overwrites:
+        buffer_OI.copy_(product_OI)
+    else:
+        buffer_OI.add_(product_OI)
 
 
 def _add_by_blocks(buffer_NW: Tensor, narrow_TN: Tensor, wide_TW: Tensor, overwrites: bool) -> None:

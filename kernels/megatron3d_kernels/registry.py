@@ -6,7 +6,7 @@ The same functions exist without a registry in the file of each kernel; how one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -21,7 +21,7 @@ from megatron3d_kernels.launch import TRITON, TritonSupport
 from megatron3d_kernels.layer_norm import layer_norm
 from megatron3d_kernels.rms_norm import rms_norm
 from megatron3d_kernels.rotary import apply_rotary
-from megatron3d_kernels.selection import Selection
+from megatron3d_kernels.selection import KERNEL_NAMES, Selection
 
 
 class Registry(Selection):
@@ -46,6 +46,10 @@ class Registry(Selection):
         self._grouped = grouped_products.require_way(grouped)
         self._library = products.require_library(library)
         self._packed = packed_documents.require_packed(packed)
+
+    def explain(self, kernel_names: Iterable[str] = KERNEL_NAMES) -> str:
+        """The table of `Selection.explain`, and how weight gradients reach fp32 buffers."""
+        return f"{super().explain(kernel_names)}\n{products.describe_wide_sums()}"
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x W^T + b, without autograd; see `products.linear`."""

@@ -289,11 +289,12 @@ class GradSink:
             self.add(weight, kernels.weight_gradient(grad_TO, x_TI))
             return
         if destination.blocks is None:
-            _add_product_to(destination.place_of(), grad_TO, x_TI, kernels)
+            place = destination.place_of()
+            kernels.add_weight_gradient(place.buffer, grad_TO, x_TI, overwrites=place.takes_first())
         else:
             for block, buffer_NI in destination.blocks.buffers():
-                place = GradPlace(buffer_NI, is_empty=True)
-                _add_product_to(place, block.columns_of(grad_TO).flatten(-2), x_TI, kernels)
+                columns_TN = block.columns_of(grad_TO).flatten(-2)
+                kernels.add_weight_gradient(buffer_NI, columns_TN, x_TI, overwrites=True)
         self._arrived(weight)
 
     def _take_from_autograd(self, parameter: torch.Tensor) -> None:
@@ -309,13 +310,6 @@ class GradSink:
             self._deferred.append(work)
         else:
             work()
-
-
-def _add_product_to(place: GradPlace, grad_TO: Tensor, x_TI: Tensor, kernels: Registry) -> None:
-    if place.buffer.dtype == grad_TO.dtype:  # no temporary of weight size
-        kernels.add_weight_gradient(place.buffer, grad_TO, x_TI, overwrites=place.takes_first())
-    else:
-        place.add(kernels.weight_gradient(grad_TO, x_TI))
 
 
 def add_to_rows(buffer: Tensor, rows: Tensor, grad_rows: Tensor) -> Tensor:

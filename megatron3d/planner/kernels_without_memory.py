@@ -19,6 +19,7 @@ import torch
 from megatron3d_kernels.causal_blocks import causal_blocks, suits_blocks
 from megatron3d_kernels.cross_entropy import CHUNK_ELEMENTS
 from megatron3d_kernels.launch import TritonSupport
+from megatron3d_kernels.products import add_in_fp32
 from megatron3d_kernels.rectangles import Plan
 from megatron3d_kernels.registry import Registry
 from megatron3d_kernels.selection import TRITON_NAME
@@ -103,6 +104,15 @@ class GpuKernels(Registry):
     def weight_gradient(self, grad_TO: Tensor, x_TI: Tensor) -> Tensor:
         """[O, I], without the copy that bf16 products take on a CPU."""
         return grad_TO.t() @ x_TI
+
+    def add_weight_gradient(
+        self, buffer_OI: Tensor, grad_TO: Tensor, x_TI: Tensor, *, overwrites: bool = False
+    ) -> None:
+        """Into a buffer of any dtype inside of the product, as on a GPU whose torch has that."""
+        if buffer_OI.dtype == grad_TO.dtype:
+            super().add_weight_gradient(buffer_OI, grad_TO, x_TI, overwrites=overwrites)
+        else:
+            add_in_fp32(buffer_OI, grad_TO, x_TI, overwrites=overwrites)
 
     def attention(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -96,6 +97,43 @@ def test_bf16_products_are_rounded_once_at_every_shape_and_stride(
         assert found[name].dtype == torch.bfloat16 and found[name].shape == exact.shape
         # Half a unit in the last of bf16's 8 bits, and the rounding of an fp32 sum.
         assert bool(((found[name].double() - exact).abs() <= exact.abs() * 2**-8 + 2e-5).all()), name
+
+
+def in_fp32(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.mm or torch.addmm with `out_dtype`, which a CPU lacks: operands widened without loss, the sum in fp32."""
+
+    def multiply(*operands: Tensor, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert out_dtype == out.dtype == torch.float32 and operands[-1].dtype != torch.float32
+        return product(*(one.float() for one in operands), out=out)
+
+    return multiply
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_weight_gradients_of_narrow_operands_reach_an_fp32_buffer(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, is_inside: bool
+) -> None:
+    """Inside of the product without a rounding to `dtype`; else rounded once, and no more."""
+    monkeypatch.setattr(products, "adds_in_fp32", lambda device: is_inside)
+    monkeypatch.setattr(torch, "mm", in_fp32(torch.mm) if is_inside else torch.mm)
+    monkeypatch.setattr(torch, "addmm", in_fp32(torch.addmm) if is_inside else torch.addmm)
+    x, grad = laid_out(70, 33, "dense", 1).to(dtype), laid_out(70, 21, "every other column", 2).to(dtype)
+    wanted, largest = grad.double().t() @ x.double(), grad.double().t().abs() @ x.double().abs()
+    rounding = 0.0 if is_inside else torch.finfo(dtype).eps / 2
+    for first in (1.0, 0.0):
+        buffer = torch.full((21, 33), first or torch.nan)
+        Registry().add_weight_gradient(buffer, grad, x, overwrites=first == 0)
+        error = (buffer.double() - first - wanted).abs()
+        assert bool((error <= rounding * wanted.abs() + NOISE * (1 + largest)).all())
+        assert is_inside or bool((error > NOISE * (1 + largest)).any())  # the bound can be missed
+
+
+def test_a_cpu_adds_no_products_in_fp32() -> None:
+    """As said by the registry; when torch learns it, the way through a temporary should go."""
+    assert not products.adds_in_fp32(torch.device("cpu"))
+    with pytest.raises((RuntimeError, TypeError)):
+        products.add_in_fp32(torch.zeros(8, 8), *[torch.ones(8, 8).bfloat16()] * 2)
 
 
 def test_onednn_makes_no_copy_of_weights_and_no_temporary_of_their_size() -> None:

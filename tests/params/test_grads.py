@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron3d.params.grads import GradSink
+from megatron3d.params.row_blocks import RowBlock
+from megatron3d.planner.kernels_without_memory import GpuKernels
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -59,6 +67,60 @@ def test_linear_gradients_equal_those_of_autograd() -> None:
 
 
 ROWS = torch.tensor([4, 0, 4, 2])
+
+
+class Launches(TorchDispatchMode):
+    """The operations that compute something, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not (func.is_view or "empty" in str(func) or func is torch.ops.aten._unsafe_view.default):
+            self.names.append(str(func).removeprefix("aten."))
+        return out
+
+
+@dataclass(frozen=True)
+class TwoBlocks:
+    """A table of 6 rows in blocks of 3, [3, 4] each."""
+
+    buffer: torch.Tensor
+    blocks: tuple[RowBlock, ...] = (RowBlock(1, 6, 0, 3), RowBlock(1, 6, 3, 6))
+
+    def buffers(self) -> Iterator[tuple[RowBlock, torch.Tensor]]:
+        return ((block, self.buffer[block.start : block.stop]) for block in self.blocks)
+
+    def add_rows(self, rows: torch.Tensor, grad_rows: torch.Tensor) -> None:
+        raise AssertionError("no rows are looked up here")
+
+
+@pytest.mark.parametrize("way", ["layer", "experts", "deferred", "blocks"])
+def test_on_a_gpu_narrow_weight_gradients_reach_fp32_buffers_without_a_pass_of_their_own(way: str) -> None:
+    """One product for each weight and micro-batch, whichever way it comes, and nothing that adds or converts."""
+    sink, kernels = GradSink(), GpuKernels()
+    weights = [nn.Parameter(torch.empty(6, 4, dtype=torch.bfloat16, device="meta")) for _ in range(2)]
+    for weight in weights:
+        buffer = torch.empty(6, 4, device="meta")
+        if way == "blocks":
+            sink.bind_blocks(weight, TwoBlocks(buffer), lambda: None)
+        else:
+            sink.bind(weight, buffer, lambda: None).is_empty = True
+    grad, x = (torch.empty(5, width, dtype=torch.bfloat16, device="meta") for width in (6, 4))
+    with Launches() as seen:
+        for _ in range(2):
+            with sink.defer() if way == "deferred" else nullcontext([]) as works:
+                if way == "experts":
+                    sink.add_grouped_linear(weights, [None, None], grad, x, [3, 2], kernels=kernels)
+                else:
+                    for weight in weights:
+                        sink.add_linear(weight, None, grad, x, kernels=kernels)
+            for work in works:
+                work()
+    first, second = ["mm.dtype_out"] * 2, ["addmm.dtype_out"] * 2
+    assert seen.names == (4 * first if way == "blocks" else first + second)
 
 
 @pytest.mark.parametrize("way", ["product", "product of another dtype", "by hand", "rows", "autograd"])
