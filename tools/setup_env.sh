@@ -14,6 +14,8 @@
 #                     wheels carry CUDA (about 3 GB with the libraries they need). PyTorch publishes much smaller
 #                     CPU-only wheels (200 MB) at https://download.pytorch.org/whl/cpu. Everything else always comes
 #                     from the ordinary index.
+#   TORCH_VERSION     another torch than the pinned one, such as 2.11.0, with the Triton that its wheels require; the
+#                     environment is then .venv-torch-2.11.0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,6 +25,13 @@ fail() {
 }
 
 what=${1:-run}
+venv=.venv${TORCH_VERSION:+-torch-$TORCH_VERSION}
+case ${TORCH_VERSION:-} in  # the Triton that torch's CUDA wheels require, which its CPU wheels leave out
+    "") triton="" ;;
+    2.11.[0-9]*) triton=3.6.0 ;;
+    2.12.[0-9]* | 2.13.[0-9]*) triton=3.7.1 ;;
+    *) fail "TORCH_VERSION=$TORCH_VERSION is not supported; name a whole version from 2.11.0 to 2.13, such as 2.11.0" ;;
+esac
 case $what in
     run) extras="[glue,onnx,serve]" ;;
     test) extras="[test]" ;;
@@ -45,41 +54,47 @@ find_python() {
 $reasons"
 }
 
-if [ ! -x .venv/bin/python ]; then
+if [ ! -x "$venv/bin/python" ]; then
     python=$(find_python)
-    printf 'Making .venv with %s\n' "$("$python" --version)"
-    "$python" -m venv .venv || fail "'$python -m venv .venv' failed; delete .venv and see the message above"
+    printf 'Making %s with %s\n' "$venv" "$("$python" --version)"
+    "$python" -m venv "$venv" || fail "'$python -m venv $venv' failed; delete $venv and see the message above"
 fi
-.venv/bin/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' ||
-    fail ".venv holds $(.venv/bin/python --version 2>&1), which is not Python 3.11 or 3.12; delete .venv and run this again"
+"$venv/bin/python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' ||
+    fail "$venv holds $("$venv/bin/python" --version 2>&1), which is not Python 3.11 or 3.12; delete $venv and run this again"
 
-wanted=$({ cat constraints.txt pyproject.toml setup.py tools/setup_env.sh; pwd; } | sha256sum)
+wanted=$({ printf '%s\n' "${TORCH_VERSION:-}"; cat constraints.txt pyproject.toml setup.py tools/setup_env.sh; pwd; } | sha256sum)
 for done in "$what" test; do
-    [ "$(cat ".venv/megatron3d-$done.sha256" 2>/dev/null)" != "$wanted" ] || exit 0
+    [ "$(cat "$venv/megatron3d-$done.sha256" 2>/dev/null)" != "$wanted" ] || exit 0
 done
-stamp=.venv/megatron3d-$what.sha256
+stamp=$venv/megatron3d-$what.sha256
 rm -f "$stamp"
 
-pip=(.venv/bin/python -m pip --disable-pip-version-check)
+constraints=constraints.txt
+if [ -n "$triton" ]; then
+    constraints=$venv/constraints.txt
+    sed -E -e "s/^torch==.*/torch==$TORCH_VERSION/" -e "s/^triton==.*/triton==$triton/" constraints.txt >"$constraints"
+fi
+
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 # One line for each package as it comes, or minutes would pass without a sign of life; pip's errors are left alone.
 with_progress() {
     "$@" | sed -u -n -E -e 's/^Installing collected packages:.*/Unpacking all of them/' \
         -e 's/^ *((Downloading|Using cached|Processing|Building wheel|Unpacking) .{1,90}).*/  \1/p'
 }
-printf 'Installing the pinned dependencies into .venv (once; minutes on a slow connection)\n'
+printf 'Installing the pinned dependencies into %s (once; minutes on a slow connection)\n' "$venv"
 if [ -n "${TORCH_INDEX_URL:-}" ]; then
     # Its own dependencies follow from the ordinary index in the next step.
-    with_progress "${pip[@]}" install --progress-bar off --no-deps --index-url "$TORCH_INDEX_URL" -c constraints.txt torch ||
+    with_progress "${pip[@]}" install --progress-bar off --no-deps --index-url "$TORCH_INDEX_URL" -c "$constraints" torch ||
         fail "torch could not be installed from TORCH_INDEX_URL=$TORCH_INDEX_URL; check that address or unset it"
 elif ! command -v nvidia-smi >/dev/null; then
     printf 'No GPU is seen here: TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu makes this download far smaller\n'
 fi
-with_progress "${pip[@]}" install --progress-bar off -c constraints.txt -e ".$extras" ||
+with_progress "${pip[@]}" install --progress-bar off -c "$constraints" -e ".$extras" ||
     fail "the installation failed; the message above says which package. A package index must be reachable"
 
 if [ "$what" = test ]; then
     # Some tests compare with Megatron-LM's own core; without its dependencies, of which those tests need none.
-    "${pip[@]}" install --quiet --no-deps -c constraints.txt megatron-core ||
+    "${pip[@]}" install --quiet --no-deps -c "$constraints" megatron-core ||
         printf 'megatron-core could not be installed: the tests that compare with it skip by name, all others run\n'
 fi
 printf '%s' "$wanted" >"$stamp"

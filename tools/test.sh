@@ -7,6 +7,8 @@
 #   bash tools/test.sh tests/pipeline -k 1f1b   other arguments are pytest's, and all tests run in one process
 #   bash tools/test.sh -m slow                  the tests that are left out by default because they take minutes
 #
+#   TORCH_VERSION=2.11.0 bash tools/test.sh     the whole suite with another torch, in an environment of its own
+#
 # Needs Python 3.11 or 3.12 and a package index; no GPU. Environment: PYTHON picks the interpreter, TORCH_INDEX_URL the
 # index of torch: with CPU-only wheels, which PyTorch publishes at https://download.pytorch.org/whl/cpu, the download
 # is 200 MB instead of 3 GB. The exit code is pytest's.
@@ -20,4 +22,4 @@ case "$*" in
     # than cores, since tests of whole runs mostly wait.
     "" | --fast | --whole-parity) set -- -n "$(($(nproc) + 1))" --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@" ;;
 esac
-exec .venv/bin/python -m pytest "$@"
+exec ".venv${TORCH_VERSION:+-torch-$TORCH_VERSION}/bin/python" -m pytest "$@"
