@@ -72,7 +72,9 @@ rm -f "$stamp"
 constraints=constraints.txt
 if [ -n "$triton" ]; then
     constraints=$venv/constraints.txt
-    sed -E -e "s/^torch==.*/torch==$TORCH_VERSION/" -e "s/^triton==.*/triton==$triton/" constraints.txt >"$constraints"
+    # Some releases of torch need an older setuptools than the pinned one.
+    sed -E -e "s/^torch==.*/torch==$TORCH_VERSION/" -e "s/^triton==.*/triton==$triton/" -e '/^setuptools==/d' \
+        constraints.txt >"$constraints"
 fi
 
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
