@@ -29,7 +29,8 @@ def one_by_one(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, other_bounds: Tensor, *sizes: int, **how: Any
 ) -> Tensor:
     """What torch documents of `varlen_attn`, and flash-attn of its function, a sequence at a time."""
-    assert how in ({"window_size": (-1, 0), "enable_gqa": True}, {"causal": True}) and bounds.dtype is torch.int32
+    of_torch = {"window_size": (-1, 0)} | ({"enable_gqa": True} if q.shape != k.shape else {})
+    assert how in (of_torch, {"causal": True}) and bounds.dtype is torch.int32
     assert torch.equal(bounds, other_bounds) and sizes == (int(bounds.diff().max()),) * 2
     parts = []
     for first, stop in zip(bounds.tolist(), bounds[1:].tolist()):
@@ -56,7 +57,7 @@ def test_a_torch_whose_kernel_shares_no_heads_is_given_a_copy_for_each(
 ) -> None:
     def of_torch_2_11(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, window_size: tuple[int, int]) -> Tensor:
         assert q.shape == k.shape == v.shape
-        return one_by_one(q, k, v, *bounds, window_size=window_size, enable_gqa=True)
+        return one_by_one(q, k, v, *bounds, window_size=window_size)
 
     monkeypatch.setattr(varlen, "varlen_attn", of_torch_2_11)
     torch.manual_seed(0)
