@@ -16,20 +16,30 @@ a coordinate (a sample, a position), and so on for the next coordinate.
 Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014), figures 16 and 17, with the
 mixer "Mix13" of Stafford, as in Java's SplittableRandom and Vigna's splitmix64.c.
 
+The Triton kernel makes the same bits in registers, forward and again in the backward, so that no mask is kept. On a CPU
+the reference keeps it, one byte an element: making it takes longer than all else that dropout does.
+
 Shapes: W width of a row. Keys are int64 that hold the 64 bits.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron3d_kernels.launch import as_rows, block_of, jit, launch, num_warps_for, tl
+from megatron3d_kernels.selection import DEFAULT_SELECTION, Kernel, Selection
 
 _STEPS = 1 << 16  # values of the 16 random bits that decide about one element
 _LANES = 4  # elements that share one output of the generator
 _CHUNK_WORDS = 1 << 16  # outputs computed at a time on a CPU: half a MiB, which stays in its cache
 _CHUNK_WORDS_CUDA = 1 << 22
+_BLOCK = 4096  # columns of one program of the Triton kernel
 
 
 def _signed(bits: int) -> int:
@@ -64,7 +74,7 @@ def keep_mask(keys: Tensor, width: int, probability: float, *, first: int = 0) -
     most = _CHUNK_WORDS_CUDA if keys.is_cuda else _CHUNK_WORDS
     rows = min(keys.numel(), max(1, most // words))
     z, scratch = (torch.empty(rows, words, dtype=torch.int64, device=keys.device) for _ in range(2))
-    least = _num_dropped(probability) - _STEPS // 2
+    least = least_kept(probability)
     for chunk_keys, chunk_keep in zip(keys.reshape(-1, 1).split(rows), keep.split(rows), strict=True):
         count = len(chunk_keys)
         torch.add(chunk_keys, counters, out=z[:count])
@@ -78,20 +88,128 @@ def kept_scale(probability: float) -> float:
     return _STEPS / (_STEPS - _num_dropped(probability))
 
 
-def dropout(x: Tensor, keys: Tensor, probability: float) -> Tensor:
-    """Zero each element of x [..., W] with `probability` and scale the rest so that the mean stays.
+def least_kept(probability: float) -> int:
+    """The least that the 16 bits of a kept element are, read as a signed number."""
+    return _num_dropped(probability) - _STEPS // 2
 
-    The probability is rounded to a multiple of 2^-16, and the scale is that of the rounded one. Kept for the backward
-    is the mask, one byte an element.
+
+@dataclass(frozen=True)
+class RowDropout:
+    """Which elements of [..., W] are dropped.
+
+    Attributes:
+        keys: int64 [...], the key of each row.
+        probability: 0 to below 1, rounded to a multiple of 2^-16; the scale of what is kept is that of the rounded one.
+    """
+
+    keys: Tensor
+    probability: float
+
+
+def dropout(
+    x: Tensor,
+    keys: Tensor,
+    probability: float,
+    *,
+    residual: Tensor | None = None,
+    selection: Selection = DEFAULT_SELECTION,
+) -> Tensor:
+    """Zero each element of x [..., W] with `probability` and scale the rest so that the mean stays.
 
     Args:
         x: any floating dtype and any strides.
         keys: int64 [...], the key of each row.
-        probability: 0 to below 1.
+        probability: as in `RowDropout`.
+        residual: of the shape and dtype of x, added to the result.
     """
     assert keys.shape == x.shape[:-1], f"keys {tuple(keys.shape)} do not fit the rows of {tuple(x.shape)}"
-    keep = keep_mask(keys, x.shape[-1], probability)
-    return (x * keep).mul_(kept_scale(probability))  # the scale as a number: bf16 would round it in the mask
+    return selection.pick(DROPOUT, x)(x, RowDropout(keys, probability), residual)
+
+
+def _reference(x: Tensor, dropping: RowDropout, residual: Tensor | None) -> Tensor:
+    """Kept for the backward is the mask, one byte an element."""
+    keep = keep_mask(dropping.keys, x.shape[-1], dropping.probability)
+    # The scale as a number: bf16 would round it in the mask.
+    dropped = (x * keep).mul_(kept_scale(dropping.probability))
+    return dropped if residual is None else residual + dropped
+
+
+def _triton(x: Tensor, dropping: RowDropout, residual: Tensor | None) -> Tensor:
+    """The Triton kernel behind one autograd function."""
+    return _Dropout.apply(x, residual, dropping)
+
+
+class _Dropout(torch.autograd.Function):
+    """Keeps the keys of the rows alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, dropping: RowDropout) -> Tensor:
+        """A program for each row and block of columns."""
+        ctx.save_for_backward(dropping.keys)
+        ctx.probability = dropping.probability
+        return _dropped(x, residual, dropping)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """The same of the gradient."""
+        (keys,) = ctx.saved_tensors
+        dropping = RowDropout(keys, ctx.probability)
+        grad_x = _dropped(grad, None, dropping) if ctx.needs_input_grad[0] else None
+        return grad_x, grad if ctx.needs_input_grad[1] else None, None
+
+
+def _dropped(x: Tensor, residual: Tensor | None, dropping: RowDropout) -> Tensor:
+    rows, y = as_rows(x), x.new_empty(x.shape)
+    residual_rows = rows if residual is None else as_rows(residual)
+    num_rows, num_columns = rows.shape
+    block = max(block_of(num_columns, limit=_BLOCK), _LANES)
+    grid = (num_rows, -(-num_columns // block))
+    numbers = (least_kept(dropping.probability), kept_scale(dropping.probability))
+    arguments = (rows, residual_rows, dropping.keys.contiguous(), y, rows.stride(0), residual_rows.stride(0))
+    constants = {"HAS_RESIDUAL": residual is not None, "BLOCK": block, "num_warps": num_warps_for(block)}
+    launch(_dropout_kernel, grid, *arguments, num_columns, *numbers, device=x.device, **constants)
+    return y
+
+
+@jit
+def kept_columns(key: tl.tensor, first_word: tl.tensor, least: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Which of BLOCK (at least 4) elements of a row are kept, from output `first_word` of its key on."""
+    words = (first_word + 1 + tl.arange(0, BLOCK // 4)).to(tl.uint64)
+    z = key.to(tl.uint64) + words * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    shifts = (tl.arange(0, 4) * 16).to(tl.uint64)
+    lanes = (z[:, None] >> shifts[None, :]).to(tl.uint16).to(tl.int16, bitcast=True)
+    return tl.reshape(lanes, (BLOCK,)).to(tl.int32) >= least
+
+
+@jit
+def _dropout_kernel(
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    keys_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    num_columns: tl.tensor,
+    least: tl.tensor,
+    scale: tl.tensor,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Drop and scale BLOCK elements of one row, and add the residual."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < num_columns
+    keep = kept_columns(tl.load(keys_ptr + row), block * (BLOCK // 4), least, BLOCK)
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    y = tl.where(keep, x * scale, 0.0)
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + row * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * num_columns + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def _num_dropped(probability: float) -> int:
@@ -108,3 +226,6 @@ def _mix_(z: Tensor, scratch: Tensor) -> Tensor:
         if factor is not None:
             z.mul_(factor)
     return z
+
+
+DROPOUT = Kernel(name="dropout", reference=_reference, triton=_triton)

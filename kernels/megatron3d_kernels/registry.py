@@ -15,10 +15,11 @@ from megatron3d_kernels import packed as packed_documents
 from megatron3d_kernels.activation import activation
 from megatron3d_kernels.attention import attention
 from megatron3d_kernels.cross_entropy import Sums, cross_entropy_backward, local_max, local_softmax_sums
-from megatron3d_kernels.dropout import dropout
+from megatron3d_kernels.dropout import RowDropout, dropout
 from megatron3d_kernels.gated_activation import fused_gated_activation, gated_activation, swiglu
 from megatron3d_kernels.launch import TRITON, TritonSupport
 from megatron3d_kernels.layer_norm import layer_norm
+from megatron3d_kernels.residual_norm import Pair, RowNorm, added_norm, forked_norm
 from megatron3d_kernels.rms_norm import rms_norm
 from megatron3d_kernels.rotary import apply_rotary
 from megatron3d_kernels.selection import KERNEL_NAMES, Selection
@@ -113,6 +114,22 @@ class Registry(Selection):
         """Divide [..., H] by its root mean square and scale; see `rms_norm.rms_norm`."""
         return rms_norm(x, weight, eps, selection=self)
 
+    def forked_norm(self, x: torch.Tensor, norm: RowNorm) -> Pair:
+        """x for the residual connection, and norm(x); see `residual_norm.forked_norm`."""
+        return forked_norm(x, norm, selection=self)
+
+    def added_norm(
+        self,
+        residual: torch.Tensor,
+        branch: torch.Tensor,
+        norm: RowNorm,
+        *,
+        bias: torch.Tensor | None = None,
+        dropping: RowDropout | None = None,
+    ) -> Pair:
+        """residual + dropout(branch + bias), and its norm; see `residual_norm.added_norm`."""
+        return added_norm(residual, branch, norm, bias=bias, dropping=dropping, selection=self)
+
     def attention(
         self,
         q_BNSD: torch.Tensor,
@@ -139,9 +156,11 @@ class Registry(Selection):
         """gelu, gelu_tanh, relu, squared_relu or silu, always torch's; see `activation.activation`."""
         return activation(x, kind)
 
-    def dropout(self, x: torch.Tensor, keys: torch.Tensor, probability: float) -> torch.Tensor:
-        """Drop elements of [..., W] by the keys [...] of its rows, always torch's; see `dropout.dropout`."""
-        return dropout(x, keys, probability)
+    def dropout(
+        self, x: torch.Tensor, keys: torch.Tensor, probability: float, *, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Drop elements of [..., W] by the keys [...] of its rows and add a residual; see `dropout.dropout`."""
+        return dropout(x, keys, probability, residual=residual, selection=self)
 
     def gated_activation(self, gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
         """act(gate) * up for swiglu, geglu, reglu; see `gated_activation.gated_activation`."""

@@ -25,6 +25,8 @@ IMPLEMENTATIONS = (REFERENCE, TRITON_NAME)
 KERNEL_NAMES = (
     "layer_norm",
     "rms_norm",
+    "residual_norm",
+    "dropout",
     "gated_activation",
     "rotary",
     "cross_entropy",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from megatron3d_kernels.dropout import RowDropout
 from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.errors import ConfigError
 from megatron3d.nn.attention import SelfAttention
-from megatron3d.nn.dropout import drop_hidden
+from megatron3d.nn.dropout import hidden_dropout
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.mlp import MLP
 from megatron3d.nn.norm import residual_norm
@@ -75,14 +76,21 @@ class Block(nn.Module):
     def forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
         """[S, B, H] to [S, B, H] (S local under sequence parallelism), or to [1, B, H] of the first position."""
         if self.config.norm_position == "post":
-            attended_SBH = self._drop(self.attention(x_SBH, inputs), inputs, "attention")
-            x_SBH = self.attention_norm(self._kept(x_SBH) + attended_SBH)
-            return self.mlp_norm(x_SBH + self._drop(self.mlp(x_SBH, inputs), inputs, "mlp"))
-        normed_SBH = self.attention_norm(x_SBH)
-        attended_SBH = self._drop(self.attention(normed_SBH, inputs), inputs, "attention")
-        x_SBH = self._kept(self._residual(x_SBH, normed_SBH)) + attended_SBH
-        normed_SBH = self.mlp_norm(x_SBH)
-        return self._residual(x_SBH, normed_SBH) + self._drop(self.mlp(normed_SBH, inputs), inputs, "mlp")
+            residual_SBH = self._kept(x_SBH)
+            dropping = self._dropping(residual_SBH, inputs, "attention")
+            x_SBH = self.attention_norm.of_sum(residual_SBH, self.attention(x_SBH, inputs), dropping)[1]
+            return self.mlp_norm.of_sum(x_SBH, self.mlp(x_SBH, inputs), self._dropping(x_SBH, inputs, "mlp"))[1]
+        x_SBH, normed_SBH = self.attention_norm.forked(x_SBH)
+        residual_SBH = self._kept(self._residual(x_SBH, normed_SBH))
+        dropping = self._dropping(residual_SBH, inputs, "attention")
+        x_SBH, normed_SBH = self.mlp_norm.of_sum(residual_SBH, self.attention(normed_SBH, inputs), dropping)
+        residual_SBH = self._residual(x_SBH, normed_SBH)
+        return self._added(residual_SBH, self.mlp(normed_SBH, inputs), self._dropping(x_SBH, inputs, "mlp"))
+
+    def _added(self, residual_SBH: Tensor, branch_SBH: Tensor, dropping: RowDropout | None) -> Tensor:
+        if dropping is None:
+            return residual_SBH + branch_SBH
+        return self.context.kernels.dropout(branch_SBH, dropping.keys, dropping.probability, residual=residual_SBH)
 
     def _kept(self, x_SBH: Tensor) -> Tensor:
         return x_SBH[:1] if self.first_only else x_SBH
@@ -90,12 +98,12 @@ class Block(nn.Module):
     def _residual(self, x_SBH: Tensor, normed_SBH: Tensor) -> Tensor:
         return normed_SBH if self.config.apply_residual_connection_post_layernorm else x_SBH
 
-    def _drop(self, x_SBH: Tensor, inputs: LayerInputs, half: str) -> Tensor:
-        return drop_hidden(
+    def _dropping(self, x_SBH: Tensor, inputs: LayerInputs, half: str) -> RowDropout | None:
+        """What is dropped of a half's output, which has the shape of `x_SBH`."""
+        return hidden_dropout(
             x_SBH,
             self.config.hidden_dropout,
             inputs.dropout,
             site=f"layers.{self.layer}.{half}",
             positions_SB=self.context.positions(x_SBH, inputs.positions_BL),
-            kernels=self.context.kernels,
         )

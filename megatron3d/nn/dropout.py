@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from megatron3d_kernels.dropout import child_keys
+from megatron3d_kernels.dropout import RowDropout, child_keys
 from megatron3d_kernels.registry import Registry
 from torch import Tensor
 
@@ -49,6 +49,17 @@ def step_seed(seed: int, step: int) -> int:
     return stream_seed(seed, "dropout", step)
 
 
+def hidden_dropout(
+    x_SBH: Tensor, probability: float, stream: DropoutStream | None, *, site: str, positions_SB: Tensor
+) -> RowDropout | None:
+    """Which elements of a tensor like [S, B, H] are dropped, whose row s of sample b stands at `positions_SB[s, b]`
+    (int64, [S, B], or [S, 1] for all samples alike) of the sequence; without a stream, none."""
+    if stream is None or probability == 0.0:
+        return None
+    keys_B = stream.keys(site, x_SBH.shape[1], x_SBH.device)
+    return RowDropout(child_keys(keys_B, positions_SB), probability)
+
+
 def drop_hidden(
     x_SBH: Tensor,
     probability: float,
@@ -58,12 +69,9 @@ def drop_hidden(
     positions_SB: Tensor,
     kernels: Registry,
 ) -> Tensor:
-    """Dropout of [S, B, H], where row s of sample b stands at `positions_SB[s, b]` (int64, [S, B], or [S, 1] for all
-    samples alike) of the sequence; without a stream, `x_SBH` as it is."""
-    if stream is None or probability == 0.0:
-        return x_SBH
-    keys_B = stream.keys(site, x_SBH.shape[1], x_SBH.device)
-    return kernels.dropout(x_SBH, child_keys(keys_B, positions_SB), probability)
+    """Dropout of [S, B, H] by `hidden_dropout`; without a stream, `x_SBH` as it is."""
+    dropping = hidden_dropout(x_SBH, probability, stream, site=site, positions_SB=positions_SB)
+    return x_SBH if dropping is None else kernels.dropout(x_SBH, dropping.keys, dropping.probability)
 
 
 def drop_samples(

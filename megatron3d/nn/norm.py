@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from megatron3d_kernels.dropout import RowDropout
+from megatron3d_kernels.residual_norm import RowNorm
 from torch import Tensor, nn
 
 from megatron3d.config.sections.model import ModelConfig
@@ -39,11 +41,25 @@ class Norm(ParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., size]; statistics in fp32, result in the dtype of `x`."""
-        # The sum is made in fp32: 1 + w in 16 bits would round away what storing w keeps.
-        weight = self.weight.float() + 1 if self.is_stored_less_one else self.weight
         if self.is_rms:
-            return self.kernels.rms_norm(x, weight, self.epsilon)
-        return self.kernels.layer_norm(x, weight, self.bias, self.epsilon)
+            return self.kernels.rms_norm(x, self._scale(), self.epsilon)
+        return self.kernels.layer_norm(x, self._scale(), self.bias, self.epsilon)
+
+    def forked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., size] as it is, for the residual connection, and normalised: where both are used, their gradients are
+        added within the norm's backward."""
+        return self.kernels.forked_norm(x, self._row_norm())
+
+    def of_sum(self, residual: Tensor, branch: Tensor, dropping: RowDropout | None) -> tuple[Tensor, Tensor]:
+        """The sum of [..., size] and a branch, elements of which may be dropped, and the sum normalised."""
+        return self.kernels.added_norm(residual, branch, self._row_norm(), dropping=dropping)
+
+    def _row_norm(self) -> RowNorm:
+        return RowNorm(self._scale(), self.bias, self.epsilon, self.is_rms)
+
+    def _scale(self) -> Tensor:
+        # The sum is made in fp32: 1 + w in 16 bits would round away what storing w keeps.
+        return self.weight.float() + 1 if self.is_stored_less_one else self.weight
 
 
 class ShardedRMSNorm(ParallelModule):

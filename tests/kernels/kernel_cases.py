@@ -25,10 +25,13 @@ FP32_NOISE = 3e-6
 roundings that do not all point one way."""
 
 
-def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, what: str, *, floor: float = 0.0) -> None:
+def assert_close(
+    got: Tensor, want: Tensor, dtype: torch.dtype, what: str, *, floor: float = 0.0, rounded: float = 0.0
+) -> None:
     """One rounding to the dtype (half a unit in the last place, a whole one at a boundary) plus noise of fp32 sums.
 
     floor: size of the terms inside, where they cancel to a smaller result; noise is a share of them.
+    rounded: share of the largest value up to which terms inside are rounded to the dtype.
     """
     assert got.dtype == dtype, f"{what}: result is {got.dtype}, not {dtype}"
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)} is not {tuple(want.shape)}"
@@ -36,22 +39,32 @@ def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, what: str, *, fl
         return
     error = (got.double().cpu() - want.cpu()).abs()
     info = torch.finfo(dtype)
-    bound = want.abs().cpu() * info.eps + max(float(want.detach().abs().max()), floor) * FP32_NOISE + info.tiny
+    largest = float(want.detach().abs().max())
+    bound = want.abs().cpu() * info.eps + max(largest, floor) * FP32_NOISE + rounded * largest * info.eps + info.tiny
     worst = (error / bound).argmax()
     assert bool((error <= bound).all()), f"{what}: error {error.flatten()[worst]} over {bound.flatten()[worst]}"
 
 
-def check(operation: Operation, formula: Operation, inputs: list[Tensor], what: str, *, floor: float = 0.0) -> None:
+def check(
+    operation: Operation,
+    formula: Operation,
+    inputs: list[Tensor],
+    what: str,
+    *,
+    floor: float = 0.0,
+    rounded: float = 0.0,
+) -> None:
     """Compare values and the gradients of all inputs."""
     dtype = inputs[0].dtype
     wide = [x.detach().double().requires_grad_() for x in inputs]
     leaves = [x.detach().requires_grad_() for x in inputs]
     want, got = formula(*wide), operation(*leaves)
-    assert_close(got, want, dtype, f"{what}: value", floor=floor)
+    assert_close(got, want, dtype, f"{what}: value", floor=floor, rounded=rounded)
     grad = random(tuple(want.shape), want.device, dtype, seed=7)
     wanted = torch.autograd.grad(want, wide, grad.double())
     for place, (given, expected) in enumerate(zip(torch.autograd.grad(got, leaves, grad), wanted)):
-        assert_close(given, expected, inputs[place].dtype, f"{what}: gradient of input {place}", floor=floor)
+        name = f"{what}: gradient of input {place}"
+        assert_close(given, expected, inputs[place].dtype, name, floor=floor, rounded=rounded)
 
 
 def check_alone(operation: Operation, inputs: list[Tensor], what: str) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import triton
 from megatron3d_kernels import GATED_ACTIVATIONS, KERNEL_NAMES, Registry
+from megatron3d_kernels.dropout import RowDropout
 from megatron3d_kernels.launch import TRITON, TritonSupport
+from megatron3d_kernels.residual_norm import RowNorm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -64,6 +66,7 @@ def use_all_kernels(registry: Registry, dtype: torch.dtype, width: int) -> None:
     weight, bias = (torch.ones(width, dtype=dtype, requires_grad=True) for _ in range(2))
     for y in (registry.layer_norm(x, weight, bias), registry.layer_norm(x, weight), registry.rms_norm(x, weight)):
         y.backward(torch.ones_like(x))
+    use_residual_kernels(registry, x, weight, bias)
     for kind in GATED_ACTIVATIONS:
         registry.fused_gated_activation(x, kind).backward(torch.ones(4, width // 2, dtype=dtype))
     for interleaved in (False, True):
@@ -74,6 +77,20 @@ def use_all_kernels(registry: Registry, dtype: torch.dtype, width: int) -> None:
     registry.local_max(x, width - 1)
     registry.local_softmax_sums(x, target, 0, width - 1)
     registry.cross_entropy_backward(x, target, row, row, row, row, vocab_start=0, num_valid=width - 1)
+
+
+def use_residual_kernels(registry: Registry, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Norms beside the stream and of sums, with what a sum may have; dropout by itself."""
+    keys = torch.zeros(len(x), dtype=torch.int64)
+    for norm in (RowNorm(weight, bias, 1e-5, False), RowNorm(weight, None, 1e-5, True)):
+        torch.stack(registry.forked_norm(x, norm)).sum().backward()
+        for branch_bias in (None, bias):
+            for dropping in (None, RowDropout(keys, 0.1)):
+                pair = registry.added_norm(x, x, norm, bias=branch_bias, dropping=dropping)
+                torch.stack(pair).sum().backward()
+                registry.added_norm(x, x, norm, bias=branch_bias, dropping=dropping)[1].sum().backward()
+    for residual in (None, x):
+        registry.dropout(x, keys, 0.1, residual=residual).sum().backward()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import sys
 import traceback
 
 import torch
-from megatron3d_kernels import Registry, layer_norm, rms_norm
+from megatron3d_kernels import Registry, layer_norm, residual_norm, rms_norm
 
-from tests.kernels.kernel_cases import CASES, DTYPES
+from tests.kernels.cases import CASES
+from tests.kernels.kernel_cases import DTYPES
 
 
 def outcome(case: str, dtype: str) -> str:
@@ -27,7 +28,8 @@ def outcome(case: str, dtype: str) -> str:
 
 if __name__ == "__main__":
     # Fewer programs than rows, so that the few rows an interpreter can bear make a program loop over several.
-    layer_norm.BACKWARD_PROGRAMS = rms_norm.BACKWARD_PROGRAMS = 4
+    for file in (layer_norm, residual_norm, rms_norm):
+        file.BACKWARD_PROGRAMS = 4
     json.dump(
         {f"{case}-{dtype}": outcome(case, dtype) for case in sys.argv[1:] or CASES for dtype in DTYPES}, sys.stdout
     )

@@ -13,7 +13,8 @@ from megatron3d_kernels import cross_entropy as cross_entropy_file
 from megatron3d_kernels import layer_norm as layer_norm_file
 from megatron3d_kernels import rms_norm as rms_norm_file
 
-from tests.kernels.kernel_cases import CASES, DTYPES, assert_close, gate_formula, sharded_cross_entropy
+from tests.kernels.cases import CASES
+from tests.kernels.kernel_cases import DTYPES, assert_close, gate_formula, sharded_cross_entropy
 
 REFERENCE = Registry("reference")
 CPU = torch.device("cpu")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from megatron3d_kernels import KERNEL_NAMES, Registry, products
 
-from tests.kernels.kernel_cases import CASES, DTYPES, layer_norm_case, rms_norm_case
+from tests.kernels.cases import CASES
+from tests.kernels.kernel_cases import DTYPES, layer_norm_case, rms_norm_case
 
 pytestmark = [
     pytest.mark.gpu,

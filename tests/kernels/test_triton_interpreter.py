@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.kernel_cases import CASES, DTYPES
+from tests.kernels.cases import CASES
+from tests.kernels.kernel_cases import DTYPES
 
 pytest.importorskip("triton", reason="needs the triton package")
 

@@ -176,13 +176,20 @@ def test_attention_dropout_keeps_the_mean_of_the_values() -> None:
 # --- Two tensor-parallel ranks ----------------------------------------------------------------------------------------
 
 
+def dropped_of_ones(block: Block, x: Tensor, inputs: LayerInputs) -> Tensor:
+    """What a block's second half would drop of ones."""
+    dropping = block._dropping(x, inputs, "mlp")
+    assert dropping is not None, "the block drops"
+    return block.context.kernels.dropout(torch.ones_like(x), dropping.keys, dropping.probability)
+
+
 def _block_and_mask(axis_size: int, sequence_parallel: bool) -> tuple[Tensor, Tensor, LayerContext]:
     context = context_of(axis_size, sequence_parallel)
     block = Block(DROPPING, context, layer=0)
     fill(block, context.tp, dtype=torch.float32)
     inputs, whole = LayerInputs(dropout=DropoutStream(3, 0)), numbered(S, B, H, seed=2, dtype=torch.float32)
     x = context.local_sequence(whole)
-    return block(x, inputs).detach(), block._drop(torch.ones_like(x), inputs, "mlp"), context
+    return block(x, inputs).detach(), dropped_of_ones(block, x, inputs), context
 
 
 def _on_two_ranks(rank: int, world_size: int, sequence_parallel: bool) -> list[Tensor]:

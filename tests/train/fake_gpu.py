@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron3d_kernels import cross_entropy, gated_activation, layer_norm, rms_norm, rotary
+from megatron3d_kernels import cross_entropy, dropout, gated_activation, layer_norm, residual_norm, rms_norm, rotary
 from megatron3d_kernels.products import TORCH
 from megatron3d_kernels.selection import REFERENCE, TRITON_DTYPES
 from torch import Tensor
@@ -98,7 +98,7 @@ def main() -> None:
     _setup_privateuseone_for_python_backend(NAME)
     # What `torch.utils.checkpoint` asks of a device before it recomputes.
     torch.get_device_module(NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
-    for kernel in (cross_entropy, gated_activation, layer_norm, rms_norm, rotary):
+    for kernel in (cross_entropy, dropout, gated_activation, layer_norm, residual_norm, rms_norm, rotary):
         kernel.launch = lambda *arguments, **constants: None
     parts_of_a_run.Registry = FakeGpuKernels
     torch.tensor = _tensor

@@ -1,0 +1,8 @@
+"""All cases of kernels by name, for whoever runs them: references, interpreter, GPU."""
+
+from __future__ import annotations
+
+from tests.kernels import kernel_cases
+from tests.kernels.residual_cases import residual_cases
+
+CASES = {**kernel_cases.CASES, **residual_cases()}
