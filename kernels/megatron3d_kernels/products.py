@@ -73,6 +73,27 @@ def input_gradient(grad_out: Tensor, weight_OI: Tensor, *, library: str = TORCH)
     return _onednn(grad_out, weight_OI.contiguous().t(), None)
 
 
+def linear_into(
+    y_RTO: Tensor, x_RTI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, library: str = TORCH
+) -> None:
+    """y = x W^T + b, written where y is: R blocks of T rows, which may lie apart in x and in y. Not for autograd."""
+    if _takes_onednn(library, x_RTI, weight_OI) or (bias_O is not None and _is_bf16_on_cpu(x_RTI, weight_OI)):
+        for y_TO, x_TI in zip(y_RTO, x_RTI, strict=True):
+            y_TO.copy_(_onednn(x_TI, weight_OI, bias_O))
+    else:
+        _multiply_into(y_RTO, x_RTI, weight_OI.t(), bias_O)
+
+
+def input_gradient_into(grad_x_RTI: Tensor, grad_RTO: Tensor, weight_OI: Tensor, *, library: str = TORCH) -> None:
+    """g W, written where `grad_x` is; blocks of rows as in `linear_into`."""
+    if _takes_onednn(library, grad_RTO, weight_OI):
+        weight_IO = weight_OI.contiguous().t()
+        for grad_x_TI, grad_TO in zip(grad_x_RTI, grad_RTO, strict=True):
+            grad_x_TI.copy_(_onednn(grad_TO, weight_IO, None))
+    else:
+        _multiply_into(grad_x_RTI, grad_RTO, weight_OI, None)
+
+
 def weight_gradient(grad_TO: Tensor, x_TI: Tensor, *, library: str = TORCH) -> Tensor:
     """g^T x, [O, I]; the transposed view of a dense matrix where that is made faster."""
     if _takes_onednn(library, grad_TO, x_TI):
@@ -150,6 +171,28 @@ def _add_to_other_dtype(buffer_OI: Tensor, grad_TO: Tensor, x_TI: Tensor, librar
         buffer_OI.copy_(product_OI)
     else:
         buffer_OI.add_(product_OI)
+
+
+def _multiply_into(y_RTM: Tensor, x_RTK: Tensor, weight_KM: Tensor, bias_M: Tensor | None) -> None:
+    """y = x W + b, block by block on a CPU, which would copy the weight for each, and for a single one, whose bias a
+    GPU adds inside of the product."""
+    if x_RTK.device.type != "cpu" and len(x_RTK) > 1:
+        multiply_blocks(y_RTM, x_RTK, weight_KM, bias_M)
+        return
+    for y_TM, x_TK in zip(y_RTM, x_RTK, strict=True):
+        if bias_M is None:
+            torch.mm(x_TK, weight_KM, out=y_TM)
+        else:
+            torch.addmm(bias_M, x_TK, weight_KM, out=y_TM)
+
+
+def multiply_blocks(y_RTM: Tensor, x_RTK: Tensor, weight_KM: Tensor, bias_M: Tensor | None) -> None:
+    """y = x W + b for all blocks of rows by one kernel, which reads one weight for each."""
+    weights_RKM = weight_KM.expand(len(x_RTK), *weight_KM.shape)
+    if bias_M is None:
+        torch.bmm(x_RTK, weights_RKM, out=y_RTM)
+    else:
+        torch.baddbmm(bias_M, x_RTK, weights_RKM, out=y_RTM)
 
 
 def _add_by_blocks(buffer_NW: Tensor, narrow_TN: Tensor, wide_TW: Tensor, overwrites: bool) -> None:

@@ -60,6 +60,16 @@ class Registry(Selection):
         """The gradient of a linear layer's input; see `products.input_gradient`."""
         return products.input_gradient(grad_out, weight, library=self._library)
 
+    def linear_into(
+        self, y_RTO: torch.Tensor, x_RTI: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """x W^T + b, written where y is; see `products.linear_into`."""
+        products.linear_into(y_RTO, x_RTI, weight, bias, library=self._library)
+
+    def input_gradient_into(self, grad_x_RTI: torch.Tensor, grad_RTO: torch.Tensor, weight: torch.Tensor) -> None:
+        """The gradient of a linear layer's input, written where `grad_x` is; see `products.input_gradient_into`."""
+        products.input_gradient_into(grad_x_RTI, grad_RTO, weight, library=self._library)
+
     def weight_gradient(self, grad_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
         """The gradient of a linear layer's weight; see `products.weight_gradient`."""
         return products.weight_gradient(grad_TO, x_TI, library=self._library)

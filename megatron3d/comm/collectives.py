@@ -47,6 +47,11 @@ class Pending:
             self._work = None
         return self._result
 
+    @property
+    def destination(self) -> Tensor:
+        """Where the result is going to be, which nobody reads or writes before `wait`."""
+        return self._result
+
     def is_done(self) -> bool:
         """Whether `wait` would return at once; False where the backend cannot tell."""
         return self._work is None or self._work.is_completed()
@@ -60,11 +65,12 @@ def start_all_reduce(x: Tensor, axis: Axis, *, reduction: str = "sum") -> Pendin
     return Pending(x, dist.all_reduce(x, _REDUCTIONS[reduction], group=axis.group, async_op=True), axis, "all_reduce")
 
 
-def start_all_gather(x: Tensor, axis: Axis) -> Pending:
-    """Concatenate every rank's `x` along dimension 0: [n, ...] becomes [n * size, ...]."""
+def start_all_gather(x: Tensor, axis: Axis, *, into: Tensor | None = None) -> Pending:
+    """Concatenate every rank's `x` along dimension 0: [n, ...] becomes [n * size, ...], in new memory or in the
+    contiguous `into`, of which `x` is no part."""
     if axis.size == 1:
-        return Pending(x)
-    gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+        return Pending(x if into is None else into.copy_(x))
+    gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:])) if into is None else into
     axis.meter.add(axis.name, "all_gather", gathered.nbytes)
     return Pending(gathered, _start_gather(gathered, x.contiguous(), axis), axis, "all_gather")
 
@@ -79,12 +85,13 @@ def start_all_gather_into(gathered: Tensor, x: Tensor, axis: Axis) -> Pending:
     return Pending(gathered, _gather_flat(gathered, x, group=axis.group, async_op=True), axis, "all_gather")
 
 
-def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
-    """Sum `x` over the axis and keep this rank's part along dimension 0: [n * size, ...] becomes [n, ...]."""
+def start_reduce_scatter(x: Tensor, axis: Axis, *, into: Tensor | None = None) -> Pending:
+    """Sum `x` over the axis and keep this rank's part along dimension 0: [n * size, ...] becomes [n, ...], in new
+    memory or in the contiguous `into`, which is no part of `x`."""
     if axis.size == 1:
-        return Pending(x)
+        return Pending(x if into is None else into.copy_(x))
     _require_divisible(x.shape[0], axis)
-    part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:])) if into is None else into
     axis.meter.add(axis.name, "reduce_scatter", x.nbytes)
     return Pending(part, _start_scatter(part, x.contiguous(), axis), axis, "reduce_scatter")
 

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from megatron3d.comm.collectives import Pending
+
 Result = TypeVar("Result")
 
 
@@ -37,6 +39,15 @@ class Replay:
         result = collective()
         self._results.append(_apart(result))
         return result
+
+    def start(self, collective: Callable[[], Pending]) -> Pending:
+        """The same for a collective under way: started, or over already in the second run."""
+        if self._results is not None and self._is_second:
+            return Pending(self._results.popleft())
+        pending = collective()
+        if self._results is not None:
+            self._results.append(_apart(pending.destination))
+        return pending
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts for a forward and for the second run of it."""

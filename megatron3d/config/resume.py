@@ -78,7 +78,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
             Effect.FREE: (
                 "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size "
                 "cp_cut cp_comm_type hierarchical_context_parallel_sizes cp_gather_again context_cut "
-                "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel pipeline_schedule "
+                "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel tp_comm_overlap "
+                "tp_comm_overlap_chunks pipeline_schedule "
                 "num_layers_per_virtual_pipeline_stage "
                 "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_virtual_pipeline_stage "
                 "pipeline_model_parallel_layout pipeline_split_costs pipeline_memory_limit_gb "

@@ -19,7 +19,7 @@ import torch
 from megatron3d_kernels.causal_blocks import causal_blocks, suits_blocks
 from megatron3d_kernels.cross_entropy import CHUNK_ELEMENTS
 from megatron3d_kernels.launch import TritonSupport
-from megatron3d_kernels.products import add_in_fp32
+from megatron3d_kernels.products import add_in_fp32, multiply_blocks
 from megatron3d_kernels.rectangles import Plan
 from megatron3d_kernels.registry import Registry
 from megatron3d_kernels.selection import TRITON_NAME
@@ -104,6 +104,10 @@ class GpuKernels(Registry):
     def weight_gradient(self, grad_TO: Tensor, x_TI: Tensor) -> Tensor:
         """[O, I], without the copy that bf16 products take on a CPU."""
         return grad_TO.t() @ x_TI
+
+    def linear_into(self, y_RTO: Tensor, x_RTI: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Where y is, without the results that bf16 products with a bias have on a CPU first."""
+        multiply_blocks(y_RTO, x_RTI, weight.t(), bias)
 
     def add_weight_gradient(
         self, buffer_OI: Tensor, grad_TO: Tensor, x_TI: Tensor, *, overwrites: bool = False

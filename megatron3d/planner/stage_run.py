@@ -146,6 +146,7 @@ class StageRun:
             cp=cp,
             exchange=exchange,
             kept_inputs=store,
+            overlap_chunks=config.parallel.overlap_chunks,
         )
         model = config.model
         if not self._on_cpu:  # fused kernels draw what they drop, and keep no mask of it

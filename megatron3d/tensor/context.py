@@ -63,6 +63,8 @@ class LayerContext:
         exchange: how these attend to each other's keys.
         replay: what the collectives of a forward gave, for its recomputation.
         kept_inputs: takes the inputs of recomputed layers off the device; None keeps them there.
+        overlap_chunks: in how many chunks products and collectives of `tp` run beside each other (`overlap.py`); 1
+            leaves both whole.
     """
 
     tp: Axis
@@ -77,6 +79,7 @@ class LayerContext:
     exchange: KeyExchange = field(default_factory=KeyExchange)
     replay: Replay = field(default_factory=Replay)
     kept_inputs: InputStore | None = None
+    overlap_chunks: int = 1
 
     @property
     def residual_gradient(self) -> Literal["equal", "partial"]:

@@ -6,7 +6,8 @@ With sequence parallelism those become an all-gather and a reduce-scatter along 
 
 The backward is written out so that it can (a) overlap the collective of the input gradient with the product for the
 weight gradient, (b) keep only the sequence shard of the input and gather it again, and (c) defer the weight gradient
-for schedules that split the backward.
+for schedules that split the backward. With `--tp-comm-overlap` collectives that no product hides otherwise, as those of
+the forward, run beside the products of chunks (`overlap.py`).
 
 Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.2.
 
@@ -15,6 +16,7 @@ Shapes: S sequence (local under sequence parallelism where type is V), B micro-b
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +27,7 @@ from megatron3d.comm.collectives import start_all_gather, start_all_reduce, star
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import ZEROS, Init, ParamKind, TpGradient
 from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.overlap import gather_and_multiply, multiply_and_reduce, row_linear
 
 InputType = Literal["I", "V", "local"]
 
@@ -45,6 +48,9 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x if weight.requires_grad else None)
         ctx.weight, ctx.bias, ctx.context, ctx.input_type = weight, bias, context, input_type
         gathered = x
+        if input_type == "V" and context.overlap_chunks > 1:
+            multiply = partial(context.kernels.linear_into, weight=weight, bias=bias)
+            return gather_and_multiply(x, len(weight), multiply, context)
         if input_type == "V":
             gathered = context.replay.run(lambda: start_all_gather(x, context.tp).wait())
         return context.kernels.linear(gathered, weight, bias)
@@ -55,7 +61,13 @@ class _Linear(torch.autograd.Function):
         context: LayerContext = ctx.context
         gathering = start_all_gather(x, context.tp) if ctx.input_type == "V" and x is not None else None
         grad_in, reducing = None, None
-        if ctx.needs_input_grad[0]:  # not where everything before is frozen
+        # Where no product for the weight gradient follows, the sum runs beside the chunks of this one.
+        in_chunks = context.overlap_chunks > 1 and ctx.input_type != "local" and (x is None or context.sink.defers)
+        if ctx.needs_input_grad[0] and in_chunks:
+            multiply = partial(context.kernels.input_gradient_into, weight=ctx.weight)
+            scatters = ctx.input_type == "V"
+            grad_in = multiply_and_reduce(grad_out, ctx.weight.shape[1], multiply, context, scatters=scatters)
+        elif ctx.needs_input_grad[0]:  # not where everything before is frozen
             grad_in = context.kernels.input_gradient(grad_out, ctx.weight)
             if ctx.input_type == "V":
                 reducing = start_reduce_scatter(grad_in, context.tp)
@@ -173,8 +185,11 @@ class RowParallelLinear(ParallelModule):
         """[S, B, I/tp] to [S, B, O] (S local under sequence parallelism)."""
         if self.context.tp.size == 1:
             return linear(x_SBI, self.weight, self.bias, context=self.context, input_type="local")
-        partial_SBO = linear(x_SBI, self.weight, None, context=self.context, input_type="local")
-        y_SBO = to_residual(partial_SBO, self.context)
+        if self.context.overlap_chunks > 1:
+            y_SBO = row_linear(x_SBI, self.weight, self.context)
+        else:
+            partial_SBO = linear(x_SBI, self.weight, None, context=self.context, input_type="local")
+            y_SBO = to_residual(partial_SBO, self.context)
         return y_SBO if self.bias is None else y_SBO + self.bias
 
 

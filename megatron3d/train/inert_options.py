@@ -31,7 +31,7 @@ class InertOptions:
     def lines(self) -> list[str]:
         """A sentence for each option without effect."""
         of_data = [*self._sample_order(), *self._fim(), *self._data_options()]
-        without_steps = [*self._no_data(), *self._wandb(), *self._context(), *of_data]
+        without_steps = [*self._no_data(), *self._wandb(), *self._context(), *self._overlap(), *of_data]
         if self.progress.step >= self.last_step:
             return [self._finished(), *without_steps]
         return [*without_steps, *self._intervals(), *self._warmup(), *self._single_steps(), *self._replicas()]
@@ -82,6 +82,14 @@ class InertOptions:
             option = BY_NAME[name]
             if option.value_in(self.config) != option.default:
                 yield f"{option.spelling} has no effect without --context-parallel-size above 1: samples are not cut"
+
+    def _overlap(self) -> Iterator[str]:
+        parallel, chunks = self.config.parallel, BY_NAME["tp_comm_overlap_chunks"]
+        if parallel.tp_comm_overlap and parallel.tensor_model_parallel_size == 1:
+            needs = "--tensor-model-parallel-size above 1: layers communicate nothing"
+            yield f"--tp-comm-overlap has no effect without {needs}"
+        elif not parallel.tp_comm_overlap and parallel.tp_comm_overlap_chunks != chunks.default:
+            yield f"{chunks.spelling} {parallel.tp_comm_overlap_chunks} has no effect without --tp-comm-overlap"
 
     def _sample_order(self) -> Iterator[str]:
         data, option = self.config.data, BY_NAME["mid_level_dataset_surplus"]

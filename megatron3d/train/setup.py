@@ -162,6 +162,7 @@ def build_model(
         kept_inputs=kept_inputs,
         cp=mesh.cp,
         exchange=key_exchange(config.parallel, heads=mesh.cp_heads, ring=mesh.cp_ring),
+        overlap_chunks=config.parallel.overlap_chunks,
     )
     plan = plan_of(config)
     stages = {

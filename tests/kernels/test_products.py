@@ -179,3 +179,25 @@ def test_a_library_that_is_unknown_or_missing_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(products, "has_onednn", lambda: False)
     with pytest.raises(KernelError, match="need a torch that is built with oneDNN"):
         Registry(library="onednn")
+
+
+@pytest.mark.parametrize("library", products.LIBRARIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_are_written_into_rows_that_lie_apart(library: str, dtype: torch.dtype, has_bias: bool) -> None:
+    """Three blocks of two rows, each between rows that stay as they are."""
+    kernels, draw = Registry(library=library), torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(shape, generator=draw).to(dtype) for shape in ((3, 7, 33), (21, 33)))
+    bias = torch.randn(21, generator=draw).to(dtype) if has_bias else None
+    y, back, rows = torch.full((3, 7, 21), 9.0, dtype=dtype), torch.full_like(x, 9.0), slice(2, 4)
+    kernels.linear_into(y[:, rows], x[:, rows], weight, bias)
+    kernels.input_gradient_into(back[:, rows], y[:, rows], weight)
+    at_once = torch.full_like(y, 9.0)
+    products.multiply_blocks(at_once[:, rows], x[:, rows], weight.t(), bias)
+
+    tolerance = {"rtol": 2**-8, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+    wanted, wanted_back = torch.full((3, 7, 21), 9.0).double(), torch.full((3, 7, 33), 9.0).double()
+    wanted[:, rows] = x[:, rows].double() @ weight.t().double() + (0 if bias is None else bias.double())
+    wanted_back[:, rows] = y[:, rows].double() @ weight.double()
+    for found, expected in ((y, wanted), (at_once, wanted), (back, wanted_back)):
+        torch.testing.assert_close(found.double(), expected, **tolerance)

@@ -45,6 +45,7 @@ TWO = (
     ("gpt", f"{GPT} {DROPOUT} {TP_SP}"),
     ("gpt", f"{LLAMA} --tensor-model-parallel-size 2"),
     ("gpt", f"{LLAMA} {TP_SP} --bf16"),
+    ("gpt", f"{GPT} {DROPOUT} {TP_SP} --tp-comm-overlap"),
     ("gpt", f"{LLAMA} --pipeline-model-parallel-size 2"),
     ("bert", f"{BERT} {TP_SP}"),
 )

@@ -156,6 +156,16 @@ INERT_DATA_OPTIONS = [
             {},
             "--cp-comm-type has no effect without --context-parallel-size above 1: samples are not cut",
         ),
+        (
+            "--train-iters 20 --tp-comm-overlap",
+            {},
+            "--tp-comm-overlap has no effect without --tensor-model-parallel-size above 1: layers communicate nothing",
+        ),
+        (
+            "--train-iters 20 --tp-comm-overlap-chunks 8",
+            {},
+            "--tp-comm-overlap-chunks 8 has no effect without --tp-comm-overlap",
+        ),
     ],
 )
 def test_an_option_without_effect_is_said_in_one_line(options: str, start: dict[str, int], line: str) -> None:

@@ -62,6 +62,7 @@ BOUNDS: tuple[Bound, ...] = (
         "rotary_scaling_factor rotary_seq_len_interpolation_factor rotary_original_max_position_embeddings",
         at_least=1,
     ),
+    Bound("tp_comm_overlap_chunks", at_least=2),
     Bound(
         "seq_length_curriculum_min_difficulty seq_length_curriculum_max_difficulty seq_length_curriculum_steps "
         "seq_length_curriculum_difficulty_step seq_length_curriculum_root_degree",

@@ -77,6 +77,12 @@ class GivenParallel:
     sequence_parallel: bool = switch(
         "--sequence-parallel", "Shard norms, dropout and residuals along the sequence over the TP ranks."
     )
+    tp_comm_overlap: bool = switch(
+        "--tp-comm-overlap", "Run the collectives of tensor-parallel layers beside their products, chunk by chunk."
+    )
+    tp_comm_overlap_chunks: int = option(
+        4, "--tp-comm-overlap-chunks", "Chunks of a micro-batch's positions with --tp-comm-overlap."
+    )
     pipeline_schedule: str | None = option(
         None,
         "--pipeline-schedule",
@@ -198,3 +204,9 @@ class ParallelConfig(GivenParallel):
     world_size: int = 1
     virtual_stages: int | None = None
     context_cut: str = "contiguous"
+
+    @property
+    def overlap_chunks(self) -> int:
+        """Chunks in which products of tensor-parallel layers and their collectives run beside each other; 1 is none."""
+        overlaps = self.tp_comm_overlap and self.tensor_model_parallel_size > 1
+        return self.tp_comm_overlap_chunks if overlaps else 1
