@@ -25,6 +25,7 @@ Shapes: W width of a row. Keys are int64 that hold the 64 bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ _LANES = 4  # elements that share one output of the generator
 _CHUNK_WORDS = 1 << 16  # outputs computed at a time on a CPU: half a MiB, which stays in its cache
 _CHUNK_WORDS_CUDA = 1 << 22
 _BLOCK = 4096  # columns of one program of the Triton kernel
+_KEYS_BLOCK = 512
 
 
 def _signed(bits: int) -> int:
@@ -88,6 +90,20 @@ def kept_scale(probability: float) -> float:
     return _STEPS / (_STEPS - _num_dropped(probability))
 
 
+def row_keys(
+    x: Tensor, key: int, first_sample: int, positions_SB: Tensor, *, selection: Selection = DEFAULT_SELECTION
+) -> Tensor:
+    """The keys of the rows of x [S, B, W], int64 [S, B]: of the key, the sample and the position, in this order.
+
+    Args:
+        x: tells where and how its dropout is computed.
+        key: from -2^63 to 2^63 - 1.
+        first_sample: number of the first sample, which the others follow.
+        positions_SB: int64 [S, B], or [S, 1] for all samples alike.
+    """
+    return selection.pick(DROPOUT, x).row_keys(key, range(first_sample, first_sample + x.shape[1]), positions_SB)
+
+
 def least_kept(probability: float) -> int:
     """The least that the 16 bits of a kept element are, read as a signed number."""
     return _num_dropped(probability) - _STEPS // 2
@@ -123,7 +139,7 @@ def dropout(
         residual: of the shape and dtype of x, added to the result.
     """
     assert keys.shape == x.shape[:-1], f"keys {tuple(keys.shape)} do not fit the rows of {tuple(x.shape)}"
-    return selection.pick(DROPOUT, x)(x, RowDropout(keys, probability), residual)
+    return selection.pick(DROPOUT, x).drop(x, RowDropout(keys, probability), residual)
 
 
 def _reference(x: Tensor, dropping: RowDropout, residual: Tensor | None) -> Tensor:
@@ -132,6 +148,11 @@ def _reference(x: Tensor, dropping: RowDropout, residual: Tensor | None) -> Tens
     # The scale as a number: bf16 would round it in the mask.
     dropped = (x * keep).mul_(kept_scale(dropping.probability))
     return dropped if residual is None else residual + dropped
+
+
+def _reference_keys(key: int, samples: range, positions_SB: Tensor) -> Tensor:
+    samples_B = torch.arange(samples.start, samples.stop, device=positions_SB.device)
+    return child_keys(child_keys(key, samples_B), positions_SB)
 
 
 def _triton(x: Tensor, dropping: RowDropout, residual: Tensor | None) -> Tensor:
@@ -172,14 +193,51 @@ def _dropped(x: Tensor, residual: Tensor | None, dropping: RowDropout) -> Tensor
     return y
 
 
+def _triton_keys(key: int, samples: range, positions_SB: Tensor) -> Tensor:
+    """One launch, where the composition takes about twenty."""
+    count, positions = len(samples), positions_SB.contiguous()
+    keys_SB = torch.empty(len(positions), count, dtype=torch.int64, device=positions.device)
+    sizes = (keys_SB.numel(), key, samples.start, count)
+    grid, constants = (-(-keys_SB.numel() // _KEYS_BLOCK),), {"BLOCK": _KEYS_BLOCK, "num_warps": 4}
+    constants = {"OF_EACH_SAMPLE": positions.shape[1] > 1, **constants}
+    launch(_row_keys_kernel, grid, positions, keys_SB, *sizes, device=positions.device, **constants)
+    return keys_SB
+
+
+@jit
+def _output(keys: tl.tensor, numbers: tl.tensor) -> tl.tensor:
+    """Outputs of SplitMix64, uint64."""
+    z = keys + (numbers + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@jit
+def _row_keys_kernel(
+    positions_ptr: tl.tensor,
+    keys_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    key: tl.tensor,
+    first_sample: tl.tensor,
+    num_samples: tl.tensor,
+    OF_EACH_SAMPLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The keys of BLOCK rows, each of its sample and its position."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < num_rows
+    at = rows if OF_EACH_SAMPLE else rows // num_samples
+    positions = tl.load(positions_ptr + at, mask=inside, other=0)
+    keys = tl.zeros((BLOCK,), dtype=tl.int64) + key
+    of_samples = _output(keys.to(tl.uint64), first_sample + rows % num_samples)
+    tl.store(keys_ptr + rows, _output(of_samples, positions).to(tl.int64), mask=inside)
+
+
 @jit
 def kept_columns(key: tl.tensor, first_word: tl.tensor, least: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
     """Which of BLOCK (at least 4) elements of a row are kept, from output `first_word` of its key on."""
-    words = (first_word + 1 + tl.arange(0, BLOCK // 4)).to(tl.uint64)
-    z = key.to(tl.uint64) + words * 0x9E3779B97F4A7C15
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    z = z ^ (z >> 31)
+    z = _output(key.to(tl.uint64), first_word + tl.arange(0, BLOCK // 4))
     shifts = (tl.arange(0, 4) * 16).to(tl.uint64)
     lanes = (z[:, None] >> shifts[None, :]).to(tl.uint16).to(tl.int16, bitcast=True)
     return tl.reshape(lanes, (BLOCK,)).to(tl.int32) >= least
@@ -228,4 +286,16 @@ def _mix_(z: Tensor, scratch: Tensor) -> Tensor:
     return z
 
 
-DROPOUT = Kernel(name="dropout", reference=_reference, triton=_triton)
+@dataclass(frozen=True)
+class Implementation:
+    """Dropout of x by keys, with a residual added or None, and the keys of the rows of a hidden tensor."""
+
+    drop: Callable[[Tensor, RowDropout, Tensor | None], Tensor]
+    row_keys: Callable[[int, range, Tensor], Tensor]
+
+
+DROPOUT = Kernel(
+    name="dropout",
+    reference=Implementation(_reference, _reference_keys),
+    triton=Implementation(_triton, _triton_keys),
+)

@@ -15,7 +15,7 @@ from megatron3d_kernels import packed as packed_documents
 from megatron3d_kernels.activation import activation
 from megatron3d_kernels.attention import attention
 from megatron3d_kernels.cross_entropy import Sums, cross_entropy_backward, local_max, local_softmax_sums
-from megatron3d_kernels.dropout import RowDropout, dropout
+from megatron3d_kernels.dropout import RowDropout, dropout, row_keys
 from megatron3d_kernels.gated_activation import fused_gated_activation, gated_activation, swiglu
 from megatron3d_kernels.launch import TRITON, TritonSupport
 from megatron3d_kernels.layer_norm import layer_norm
@@ -171,6 +171,10 @@ class Registry(Selection):
     ) -> torch.Tensor:
         """Drop elements of [..., W] by the keys [...] of its rows and add a residual; see `dropout.dropout`."""
         return dropout(x, keys, probability, residual=residual, selection=self)
+
+    def row_keys(self, x: torch.Tensor, key: int, first_sample: int, positions_SB: torch.Tensor) -> torch.Tensor:
+        """The keys of the rows of x [S, B, W] by sample and position, int64 [S, B]; see `dropout.row_keys`."""
+        return row_keys(x, key, first_sample, positions_SB, selection=self)
 
     def gated_activation(self, gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
         """act(gate) * up for swiglu, geglu, reglu; see `gated_activation.gated_activation`."""

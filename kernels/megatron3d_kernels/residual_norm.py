@@ -94,7 +94,7 @@ def _reference(
     x = residual
     if branch is not None:
         branch = branch if branch_bias is None else branch + branch_bias
-        x = residual + branch if dropping is None else DROPOUT.reference(branch, dropping, residual)
+        x = residual + branch if dropping is None else DROPOUT.reference.drop(branch, dropping, residual)
     if norm.is_rms:
         return x, RMS_NORM.reference(x, norm.weight, norm.eps)
     return x, LAYER_NORM.reference(x, norm.weight, norm.bias, norm.eps)

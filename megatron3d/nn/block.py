@@ -106,4 +106,5 @@ class Block(nn.Module):
             inputs.dropout,
             site=f"layers.{self.layer}.{half}",
             positions_SB=self.context.positions(x_SBH, inputs.positions_BL),
+            kernels=self.context.kernels,
         )

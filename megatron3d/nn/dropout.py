@@ -50,14 +50,20 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def hidden_dropout(
-    x_SBH: Tensor, probability: float, stream: DropoutStream | None, *, site: str, positions_SB: Tensor
+    x_SBH: Tensor,
+    probability: float,
+    stream: DropoutStream | None,
+    *,
+    site: str,
+    positions_SB: Tensor,
+    kernels: Registry,
 ) -> RowDropout | None:
     """Which elements of a tensor like [S, B, H] are dropped, whose row s of sample b stands at `positions_SB[s, b]`
     (int64, [S, B], or [S, 1] for all samples alike) of the sequence; without a stream, none."""
     if stream is None or probability == 0.0:
         return None
-    keys_B = stream.keys(site, x_SBH.shape[1], x_SBH.device)
-    return RowDropout(child_keys(keys_B, positions_SB), probability)
+    key = stream_seed(stream.seed, site)
+    return RowDropout(kernels.row_keys(x_SBH, key, stream.first_sample, positions_SB), probability)
 
 
 def drop_hidden(
@@ -70,7 +76,7 @@ def drop_hidden(
     kernels: Registry,
 ) -> Tensor:
     """Dropout of [S, B, H] by `hidden_dropout`; without a stream, `x_SBH` as it is."""
-    dropping = hidden_dropout(x_SBH, probability, stream, site=site, positions_SB=positions_SB)
+    dropping = hidden_dropout(x_SBH, probability, stream, site=site, positions_SB=positions_SB, kernels=kernels)
     return x_SBH if dropping is None else kernels.dropout(x_SBH, dropping.keys, dropping.probability)
 
 

@@ -144,6 +144,16 @@ def dropout_case(shape: tuple[int, ...], device: torch.device, dtype: torch.dtyp
         check(with_residual, sums, [x, residual], name, rounded=inside(registry, dtype))
 
 
+def row_keys_case(device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
+    """Keys of samples and positions are keys of keys, whether samples have the same positions or their own."""
+    x = random((7, 3, 4), device, dtype)
+    for positions_SB in (torch.arange(5, 12).unsqueeze(1), (torch.arange(21) ** 3).view(3, 7).t()):
+        for key, first in ((-(1 << 63), 0), (7 << 50, 1000), (5, 1)):
+            keys_B = child_keys(key, torch.arange(first, first + 3))
+            found = registry.row_keys(x, key, first, positions_SB.to(device))
+            assert torch.equal(found.cpu(), child_keys(keys_B, positions_SB))
+
+
 def residual_norms_accept_other_parameter_dtype(device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
     """Parameters in fp32 beside a narrower stream are used as they are, and get gradients of their own dtype."""
     x, weight = random((5, 33), device, dtype), random((33,), device, torch.float32, seed=3)
@@ -183,6 +193,7 @@ def residual_cases() -> dict[str, Case]:
     """All cases by name."""
     cases: dict[str, Case] = {
         "residual_gradients_alone": residual_gradients_do_not_depend_on_which_are_needed,
+        "dropout_row_keys": row_keys_case,
         "residual_empty_rows": empty_residual_rows_stay_empty,
         "residual_norms_fp32_parameters": residual_norms_accept_other_parameter_dtype,
     }
