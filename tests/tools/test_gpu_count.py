@@ -80,12 +80,12 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, flo
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("case", "most_kernels", "most_mb"), [("gpt-1.3b", 51, 1494), ("llama-8b", 41, 4170)])
+@pytest.mark.parametrize(("case", "most_kernels", "most_mb"), [("gpt-1.3b", 42, 910), ("llama-8b", 34, 1810)])
 def test_a_layer_takes_no_more_kernels_and_bytes(figures, case: str, most_kernels: int, most_mb: int) -> None:
     of_case = figures[case]
     assert of_case["kernels"] <= most_kernels
     assert of_case["elementwise_mb"] <= most_mb
-    assert of_case["end_bytes_a_parameter"] <= 42
+    assert of_case["end_bytes_a_parameter"] <= 46
 
 
 @pytest.mark.heavy
