@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "offload": {"errors", "storage", "comm", "params"},
     "zero": {"errors", "comm", "params", "offload"},
     "checkpoint": {"errors", "files", "storage", "comm", "params"},
-    "optim": {"errors", "params", "config"},
+    "optim": {"errors", "params", "config", "kernels"},
     # Arithmetic on what these rooms declare (plans, tables, layouts, schedules): it allocates and starts nothing.
     "planner": {
         *("errors", "config", "comm", "params", "kernels", "tensor", "nn", "models", "pipeline"),

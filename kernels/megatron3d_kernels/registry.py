@@ -13,6 +13,7 @@ import torch
 from megatron3d_kernels import grouped_products, products, rectangles
 from megatron3d_kernels import packed as packed_documents
 from megatron3d_kernels.activation import activation
+from megatron3d_kernels.adam import AdamStep, AdamTensors, adam
 from megatron3d_kernels.attention import attention
 from megatron3d_kernels.cross_entropy import Sums, cross_entropy_backward, local_max, local_softmax_sums
 from megatron3d_kernels.dropout import RowDropout, dropout, row_keys
@@ -193,6 +194,10 @@ class Registry(Selection):
     ) -> torch.Tensor:
         """Turn the leading part of each head of [B, N, S, D] by its position; see `rotary.apply_rotary`."""
         return apply_rotary(x, cos, sin, interleaved, selection=self)
+
+    def adam(self, parameters: Sequence[AdamTensors], step: AdamStep) -> None:
+        """Update flat parameters and their copies in place; see `adam.adam`."""
+        adam(parameters, step, selection=self)
 
     def local_max(self, logits: torch.Tensor, num_valid: int) -> torch.Tensor:
         """Largest valid logit of each row of a vocabulary shard; see `cross_entropy.local_max`."""

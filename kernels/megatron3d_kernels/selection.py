@@ -30,6 +30,7 @@ KERNEL_NAMES = (
     "gated_activation",
     "rotary",
     "cross_entropy",
+    "adam",
 )
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHOWN_DTYPES = (*TRITON_DTYPES, torch.float64)

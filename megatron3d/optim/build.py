@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from megatron3d_kernels.selection import DEFAULT_SELECTION, Selection
+from torch import Tensor, nn
 
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.config.update_rules import UPDATE_RULES
@@ -63,7 +64,11 @@ def other_state_views(optimizer: torch.optim.Optimizer, *, with_copies: bool) ->
 
 
 def build_optimizer(
-    config: OptimConfig, parameters: Iterable[tuple[nn.Parameter, bool]], full: FullAccess | None = None
+    config: OptimConfig,
+    parameters: Iterable[tuple[nn.Parameter, bool]],
+    full: FullAccess | None = None,
+    *,
+    kernels: Selection = DEFAULT_SELECTION,
 ) -> torch.optim.Optimizer:
     """An optimizer with its state allocated, so that a checkpoint can be loaded into it before the first step.
 
@@ -71,6 +76,7 @@ def build_optimizer(
         config: kind and coefficients.
         parameters: (parameter, whether weight decay applies); parameters are one-dimensional fp32.
         full: which parameters of the model they hold, for lamb, adafactor and muon; others do not ask.
+        kernels: pick the implementation of Adam.
 
     Raises:
         ConfigError: an implementation that is not here, or a `full` that is needed and missing.
@@ -78,7 +84,7 @@ def build_optimizer(
     listed = list(parameters)
     groups = _groups(listed)
     if config.optimizer in ("adam", "adamw"):
-        return _adam(groups, config)
+        return _adam(groups, config, kernels)
     if config.optimizer in _ELEMENTWISE:
         return _ELEMENTWISE[config.optimizer](groups, config)
     if full is None:
@@ -87,7 +93,7 @@ def build_optimizer(
         )
     if config.optimizer in _OVER_FULL_PARAMETERS:
         return _OVER_FULL_PARAMETERS[config.optimizer](groups, config, full)
-    return _muon(listed, config, full)
+    return _muon(listed, config, full, kernels)
 
 
 def _groups(parameters: list[tuple[nn.Parameter, bool]]) -> list[dict[str, Any]]:
@@ -95,17 +101,19 @@ def _groups(parameters: list[tuple[nn.Parameter, bool]]) -> list[dict[str, Any]]
     return [{"params": parameters, "decays": decays} for decays, parameters in by_decay.items()]
 
 
-def _adam(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+def _adam(groups: list[dict[str, Any]], config: OptimConfig, kernels: Selection) -> torch.optim.Optimizer:
     if config.optimizer_implementation != "torch":
         return external_adam(groups, config)
-    return FusedAdam(groups, config)
+    return FusedAdam(groups, config, kernels=kernels)
 
 
-def _muon(parameters: list[tuple[nn.Parameter, bool]], config: OptimConfig, full: FullAccess) -> torch.optim.Optimizer:
+def _muon(
+    parameters: list[tuple[nn.Parameter, bool]], config: OptimConfig, full: FullAccess, kernels: Selection
+) -> torch.optim.Optimizer:
     matrices = {p.flat for p in full.owned_slices() if p.flat is not None and p.spec.is_hidden_matrix}
     hidden = [(flat, decays) for flat, decays in parameters if flat in matrices]
     others = _groups([(flat, decays) for flat, decays in parameters if flat not in matrices])
-    scalar = Lion(others, config) if config.muon_scalar_optimizer == "lion" else _adam(others, config)
+    scalar = Lion(others, config) if config.muon_scalar_optimizer == "lion" else _adam(others, config, kernels)
     return CombinedOptimizer([Muon(_groups(hidden), config, full), scalar])
 
 
@@ -114,6 +122,27 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: floa
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
+def set_grad_scale(optimizer: torch.optim.Optimizer, scale: float) -> bool:
+    """Let the next step multiply gradients by `scale` as it reads them; False where the optimizer does not do that, so
+    that somebody has to do it before."""
+    if not all("grad_scale" in group for group in optimizer.param_groups):
+        return False
+    for group in optimizer.param_groups:
+        group["grad_scale"] = scale
+    return True
+
+
+def write_copies(optimizer: torch.optim.Optimizer, copies: Mapping[nn.Parameter, Tensor]) -> bool:
+    """Let every step bring the copies, of all parameters, up to date; False where the optimizer does not do that."""
+    members = optimizer.optimizers if isinstance(optimizer, CombinedOptimizer) else (optimizer,)
+    flat = [one for one in members if isinstance(one, FlatOptimizer)]
+    if len(flat) < len(members):
+        return False
+    for one in flat:
+        one.write_copies(copies)
+    return True
 
 
 def step_count(optimizer: torch.optim.Optimizer) -> int:

@@ -3,23 +3,23 @@
 Parameters are long one-dimensional fp32 tensors, and so is every tensor of their state, which exists from the start so
 that a checkpoint can be loaded into it. Parameters without a gradient are left alone: a step may concern one
 unit of the model. Gradients are used up: an optimizer may keep its update in them.
+
+A group's "grad_scale" is what its gradients are multiplied with first, as clipping and a loss scale ask for. Where the
+layers compute with a copy of a parameter in another dtype, the optimizer may be given it, and brings it up to date.
 """
 
 from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
+from megatron3d_kernels.adam import CHUNK_CPU, CHUNK_DEVICE
 from torch import Tensor, nn
 
 from megatron3d.config.sections.optim import OptimConfig
-
-# On the CPU a chunk of a few tensors stays in the cache over the passes of an update; on a GPU launches count.
-CHUNK_CPU = 1 << 16
-CHUNK_DEVICE = 1 << 26
 
 
 class EagerOptimizer(torch.optim.Optimizer):
@@ -40,9 +40,13 @@ class FlatOptimizer(EagerOptimizer):
     `config` has the coefficients; a subclass says what state it keeps and how it updates.
     """
 
+    scales_gradients: ClassVar[bool] = False
+    """Whether `update` multiplies gradients by their scale as it reads them; else they come to it multiplied."""
+
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
         self.config = config
-        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        self.copies: Mapping[nn.Parameter, Tensor] = {}
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "grad_scale": 1.0})
         for group in self.param_groups:
             for parameter in group["params"]:
                 # The counter stays on the CPU, where reading it waits for nothing.
@@ -56,6 +60,10 @@ class FlatOptimizer(EagerOptimizer):
     def update(self, updates: Sequence[ParameterUpdate]) -> None:
         """Update the parameters that are due, which may be none; all ranks call it together."""
 
+    def write_copies(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
+        """From now on bring these copies up to date with their parameters at every step."""
+        self.copies = copies
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """Update every parameter that has a gradient; a closure is not taken."""
@@ -67,17 +75,29 @@ class FlatOptimizer(EagerOptimizer):
                     state = self.state[parameter]
                     state["step"] += 1
                     updates.append(ParameterUpdate(parameter, group, state))
+        if not self.scales_gradients:
+            for one in updates:
+                if one.grad_scale != 1.0:
+                    one.grad.mul_(one.grad_scale)
         self.update(updates)
+        self.publish(updates)
+
+    def publish(self, updates: Sequence[ParameterUpdate]) -> None:
+        """Bring the copies of updated parameters up to date."""
+        for one in updates:
+            if one.parameter in self.copies:
+                self.copies[one.parameter].copy_(one.value)
 
 
 class ParameterUpdate:
-    """A parameter to be updated: its values, gradient, state, rates, and the number of the update from 1."""
+    """A parameter to be updated: its values, gradient, state, rates, scale of the gradient, and the number of the
+    update from 1."""
 
     def __init__(self, parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Tensor]) -> None:
         assert parameter.grad is not None, "a parameter without gradient is not due"
         self.parameter, self.value, self.grad, self.state = parameter, parameter.detach(), parameter.grad, state
         self.lr, self.weight_decay = float(group["lr"]), float(group["weight_decay"])
-        self.count = int(state["step"])
+        self.grad_scale, self.count = float(group["grad_scale"]), int(state["step"])
 
 
 def chunks(tensor: Tensor) -> Iterator[slice]:
@@ -88,7 +108,7 @@ def chunks(tensor: Tensor) -> Iterator[slice]:
 
 def by_rates(updates: Sequence[ParameterUpdate]) -> list[list[ParameterUpdate]]:
     """Updates in groups with the same rates and number, which torch's fused kernels take in one call."""
-    groups: dict[tuple[float, float, int], list[ParameterUpdate]] = {}
+    groups: dict[tuple[float, float, float, int], list[ParameterUpdate]] = {}
     for one in updates:
-        groups.setdefault((one.lr, one.weight_decay, one.count), []).append(one)
+        groups.setdefault((one.lr, one.weight_decay, one.grad_scale, one.count), []).append(one)
     return list(groups.values())

@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 import torch
 from megatron3d_kernels.products import ONEDNN, TORCH
 from megatron3d_kernels.registry import Registry
+from megatron3d_kernels.selection import DEFAULT_SELECTION
 
 from megatron3d.comm.mesh import Axis, Mesh
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.stage import MicroBatch, Stage, StageBuilder, whole_stage
 from megatron3d.nn.loss_sink import LossSpec, loss_problems
-from megatron3d.optim.build import build_optimizer
+from megatron3d.optim.build import build_optimizer, write_copies
 from megatron3d.optim.scaler import LossScaler, build_scaler
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.freeze import require_sensible
@@ -108,7 +110,7 @@ class Model:
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """Everything one rank trains with."""
+    """Everything one rank trains with; `writes_copies` says that the optimizer writes the engine's `layer_copies`."""
 
     config: RunConfig
     model: Model
@@ -117,6 +119,7 @@ class TrainingSetup:
     scaler: LossScaler
     states: ModuleStates
     random_ltd: RandomLtd | None = None
+    writes_copies: bool = False
 
     @property
     def mesh(self) -> Mesh:
@@ -146,15 +149,11 @@ def build_model(
     """
     sink, gate = GradSink(), WeightGate()
     sequence_parallel = config.parallel.sequence_parallel and mesh.tp.size > 1
-    library, packed = ONEDNN if config.train.matmul == "onednn" else TORCH, config.train.packed_attention
-    if packed != TORCH and device.type != "cuda":
-        raise ConfigError(f"--packed-attention {packed} is for CUDA devices, and the device is {device}; drop it.")
-    kernels = Registry(library=library, packed=packed)
     context = LayerContext(
         mesh.tp,
         sequence_parallel,
         sink,
-        kernels,
+        kernels_of(config.train, device),
         gate,
         kv=mesh.kv if mesh.kv.size > 1 else None,
         expert=mesh.expert,
@@ -173,6 +172,18 @@ def build_model(
     if problems := loss_problems(next(iter(stages.values())).losses):
         raise ConfigError(f"the losses of {config.model.traits.title} cannot be used: {'; '.join(problems)}")
     return Model(mesh, device, DTYPES[config.optim.precision], stages, sink, gate, LoweredSchedules(plan, mesh.pp.rank))
+
+
+def kernels_of(train: TrainConfig, device: torch.device) -> Registry:
+    """The kernels that the options choose for this device.
+
+    Raises:
+        ConfigError: --packed-attention names a kernel that the device does not run.
+    """
+    library, packed = ONEDNN if train.matmul == "onednn" else TORCH, train.packed_attention
+    if packed != TORCH and device.type != "cuda":
+        raise ConfigError(f"--packed-attention {packed} is for CUDA devices, and the device is {device}; drop it.")
+    return Registry(library=library, packed=packed)
 
 
 def key_exchange(parallel: ParallelConfig, *, heads: Axis, ring: Axis) -> KeyExchange:
@@ -216,12 +227,19 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
     )
     places = {number: stage.places() for number, stage in model.stages.items()}
     engine = ZeroEngine(unit_parameters(model.stages), mesh, options, model.sink, gate=model.gate, places=places)
+    is_on_device = options.offload.states is None
     optimizer = build_optimizer(
-        config.optim, [(flat.parameter, flat.decays) for flat in engine.flat_parameters], engine.full_parameters
+        config.optim,
+        [(flat.parameter, flat.decays) for flat in engine.flat_parameters],
+        engine.full_parameters,
+        # Offloaded states are updated on the CPU, whatever the device of the layers.
+        kernels=kernels_of(config.train, device) if is_on_device else DEFAULT_SELECTION,
     )
+    writes_copies = is_on_device and write_copies(optimizer, engine.layer_copies())
     states = ModuleStates(model.stages.values(), mesh, device, seed=config.data.seed)
     random_ltd = random_ltd_of(config.train, config.model, config.parallel, seed=config.data.seed)
-    return TrainingSetup(config, model, engine, optimizer, build_scaler(config.optim), states, random_ltd)
+    scaler = build_scaler(config.optim)
+    return TrainingSetup(config, model, engine, optimizer, scaler, states, random_ltd, writes_copies=writes_copies)
 
 
 def unit_parameters(stages: dict[int, Stage]) -> dict[str, UnitParameters]:

@@ -26,7 +26,7 @@ from megatron3d.models.stage import MicroBatch
 from megatron3d.nn.documents import Rectangles, document_rectangles
 from megatron3d.nn.dropout import step_seed
 from megatron3d.nn.loss_sink import LossSink, LossSpec
-from megatron3d.optim.build import set_rates
+from megatron3d.optim.build import set_grad_scale, set_rates
 from megatron3d.optim.clip import clip_factor
 from megatron3d.pipeline.run import Backward, Recorder, run
 from megatron3d.train.context import ContextCutter, cutter_of
@@ -109,8 +109,10 @@ def train_step(
     skipped = not _finite_or_raise(parts, losses, loss, grad_norm)
     if not skipped:
         set_rates(parts.optimizer, lr=rates.lr, weight_decay=rates.weight_decay)
-        parts.engine.scale_grads(clip_factor(grad_norm, parts.config.optim.clip_grad) / parts.scaler.scale)
-        parts.engine.step(parts.optimizer)
+        grad_scale = clip_factor(grad_norm, parts.config.optim.clip_grad) / parts.scaler.scale
+        if not set_grad_scale(parts.optimizer, grad_scale):
+            parts.engine.scale_grads(grad_scale)
+        parts.engine.step(parts.optimizer, writes_copies=parts.writes_copies)
         parts.states.update()
         loads = expert_loads(parts)
     parts.scaler.update(not skipped)

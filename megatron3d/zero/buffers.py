@@ -149,10 +149,11 @@ class WeightBuffer:
         """Bytes of master weights that are not the weights themselves."""
         return 0 if self.master is self.shard else size_bytes(self.master)
 
-    def start_publish(self) -> None:
-        """Bring the updated master weights into the shard, and start bringing all shards into `full` if it stays."""
+    def start_publish(self, *, is_copied: bool = False) -> None:
+        """Bring the updated master weights into the shard, unless that `is_copied` already, and start bringing all
+        shards into `full` if it stays."""
         self.finish_gather()
-        if self.master is not None and self.master is not self.shard:
+        if not is_copied and self.master is not None and self.master is not self.shard:
             self.shard.copy_(self.master)
         if not self.is_sharded:
             self._gathering = start_all_gather_into(self._alias, self.shard, self._axis)

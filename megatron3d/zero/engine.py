@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron3d.comm.mesh import Mesh
 from megatron3d.params.boxes import ShardView
@@ -156,13 +156,26 @@ class ZeroEngine:
         return torch.stack([nothing, *(unit.squared_norm() for unit in self.trained.values())]).sum()
 
     def scale_grads(self, factor: float) -> None:
-        """Multiply the reduced gradients, for clipping and for taking a loss scale out."""
+        """Multiply the reduced gradients, for clipping and for taking a loss scale out, where the optimizer does not."""
         if factor != 1.0:
             for unit in self.trained.values():
                 unit.own_grads.mul_(factor)
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Update the master weights of this rank's part, and bring them to the layers.
+    def layer_copies(self) -> dict[nn.Parameter, Tensor]:
+        """What the layers compute with of each flat parameter, in another dtype; nothing where that is the parameter
+        itself, or where it is offloaded."""
+        if self.options.offload.states is not None:
+            return {}
+        return {
+            flat.parameter: unit.weights.shard[flat.span.shifted(-unit.own.start).slice]
+            for unit in self.trained.values()
+            if not unit.stores_layer_weights
+            for flat in unit.flat_parameters
+        }
+
+    def step(self, optimizer: torch.optim.Optimizer, *, writes_copies: bool = False) -> None:
+        """Update the master weights of this rank's part, and bring them to the layers; `writes_copies` says that the
+        optimizer writes `layer_copies` as it updates.
 
         With a delayed update this starts the update, and the optimizer with its rates is its thread's until
         `finish_reduce` of the step after, `finish_update` or `states_opened`.
@@ -174,6 +187,7 @@ class ZeroEngine:
             self._delayed.start(optimizer)
             return
         if self._away is not None:
+            assert not writes_copies, "what is offloaded has no copies on the device that an optimizer could write"
             self._away.step(optimizer)
         else:
             self.finish_publish()  # in fp32 the master weights lie in the buffer that a gather under way writes to
@@ -181,7 +195,7 @@ class ZeroEngine:
                 for unit in self.trained.values():
                     attached.enter_context(unit.gradients_attached(unit.own_grads))
                 optimizer.step()
-        self._start_publish()
+        self._start_publish(is_copied=writes_copies)
 
     def finish_update(self) -> None:
         """Bring the weights of a delayed update to the layers; nothing where none is due.
@@ -243,14 +257,15 @@ class ZeroEngine:
             self._away.bring_weights()
         self._start_publish(with_frozen=True)
 
-    def _start_publish(self, *, with_frozen: bool = False) -> None:
+    def _start_publish(self, *, with_frozen: bool = False, is_copied: bool = False) -> None:
         """Bring the shards to the layers of every rank; those of frozen weights, which no step changes, after a load.
+        `is_copied` says that the shards have the master weights already.
 
         With `overlap_gather` this returns while they are on their way; whoever reads them waits at a gate, or for
         `finish_publish`.
         """
         for unit in (self.units if with_frozen else self.trained).values():
-            unit.weights.start_publish()
+            unit.weights.start_publish(is_copied=is_copied)
         if not self.options.overlap_gather:
             self.finish_publish()
 

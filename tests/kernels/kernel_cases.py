@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from megatron3d_kernels import Registry
+from megatron3d_kernels.adam import AdamStep, AdamTensors
 from torch import Tensor
 
 Case = Callable[[torch.device, torch.dtype, Registry], None]
@@ -318,6 +319,46 @@ def gradients_do_not_depend_on_which_are_needed(device: torch.device, dtype: tor
     check_alone(partial(registry.gated_activation, kind="swiglu"), [x, y], "gated_activation")
 
 
+def adam_case(layer_dtype: torch.dtype, *, moments: torch.dtype, device: torch.device, registry: Registry) -> None:
+    """Three updates of two parameters against Loshchilov and Hutter 2019, algorithm 2, in float64, with either decay, a
+    scale of the gradients and a copy in the dtype of the layers. Moments in bf16 are taken as they were stored."""
+    for decoupled, grad_scale in ((True, 0.25), (False, 1.0)):
+        fp32 = [[random((n,), device, torch.float32, seed=n + k) for n in (1, 1030)] for k in range(2)]
+        values, copies = fp32[0], [one.to(layer_dtype) for one in fp32[0]]
+        states = [[torch.zeros(n, device=device, dtype=moments) for n in (1, 1030)] for _ in range(2)]
+        for count in (1, 2, 3):
+            step = AdamStep(0.1, 0.2, 0.8, 0.95, 1e-6, count, decoupled, grad_scale)
+            grads = [random((n,), device, torch.float32, seed=10 * count + n) for n in (1, 1030)]
+            before = [[one.double() for one in some] for some in (values, grads, *states)]
+            registry.adam([AdamTensors(*one) for one in zip(values, grads, *states, copies)], step)
+            for number, wide in enumerate(zip(*before)):
+                wanted = adam_formula(*wide, step)
+                for found, exact, what in zip((values, *states), wanted, ("value", "average", "square")):
+                    if found[number].dtype == torch.float32:
+                        assert_close(found[number], exact, torch.float32, f"{what} {count} {decoupled}", floor=3.0)
+                    else:  # by the threshold up or down, a unit in the last place at most
+                        assert bool(((found[number].double() - exact).abs() <= exact.abs() * 2**-7).all()), what
+                assert_close(copies[number], values[number].double(), layer_dtype, "copy")
+
+
+def adam_formula(value: Tensor, grad: Tensor, average: Tensor, square: Tensor, step: AdamStep) -> tuple[Tensor, ...]:
+    """New value and moments, in the dtype of what it is given."""
+    grad = step.grad_scale * grad
+    if step.decoupled:
+        value = value - step.lr * step.weight_decay * value
+    else:
+        grad = grad + step.weight_decay * value
+    average = step.beta1 * average + (1 - step.beta1) * grad
+    square = step.beta2 * square + (1 - step.beta2) * grad**2
+    average_hat, square_hat = average / (1 - step.beta1**step.count), square / (1 - step.beta2**step.count)
+    return value - step.lr * average_hat / (square_hat.sqrt() + step.eps), average, square
+
+
+def adam_of(moments: torch.dtype) -> Case:
+    """The case with moments of a dtype; that of the case is the layers'."""
+    return lambda device, dtype, registry: adam_case(dtype, moments=moments, device=device, registry=registry)
+
+
 def _cases() -> dict[str, Case]:
     """All cases by name."""
     cases: dict[str, Case] = {
@@ -326,6 +367,8 @@ def _cases() -> dict[str, Case]:
         "empty_rows": empty_rows_stay_empty,
         "swiglu_limits": swiglu_of_large_gates_is_finite,
         "norms_fp32_parameters": norms_accept_other_parameter_dtype,
+        "adam": adam_of(torch.float32),
+        "adam_bf16_moments": adam_of(torch.bfloat16),
     }
     for shape in ((1, 1), (3, 2, 37), (1, 1030)):
         name = "x".join(map(str, shape))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import torch
 import triton
 from megatron3d_kernels import GATED_ACTIVATIONS, KERNEL_NAMES, Registry
+from megatron3d_kernels.adam import AdamStep, AdamTensors
 from megatron3d_kernels.dropout import RowDropout
 from megatron3d_kernels.launch import TRITON, TritonSupport
 from megatron3d_kernels.residual_norm import RowNorm
@@ -22,7 +24,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 MODULES = [import_module(f"megatron3d_kernels.{name}") for name in KERNEL_NAMES]
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int16: "*i16",
+}
 
 
 class Compilations:
@@ -76,6 +84,11 @@ def use_all_kernels(registry: Registry, dtype: torch.dtype, width: int) -> None:
     target, row = torch.zeros(4, dtype=torch.int64), torch.ones(4)
     registry.local_max(x, width - 1)
     registry.local_softmax_sums(x, target, 0, width - 1)
+    for average, square, copy in product(*[(torch.float32, torch.bfloat16)] * 2, (None, dtype)):
+        tensors = [torch.zeros(width, dtype=one) for one in (torch.float32, torch.float32, average, square)]
+        into = None if copy is None else torch.zeros(width, dtype=copy)
+        for decoupled in (True, False):
+            registry.adam([AdamTensors(*tensors, into)], AdamStep(0.1, 0.1, 0.9, 0.99, 1e-8, 3, decoupled))
     registry.cross_entropy_backward(x, target, row, row, row, row, vocab_start=0, num_valid=width - 1)
 
 

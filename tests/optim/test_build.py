@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from megatron3d.config.sections.optim import OptimConfig
-from megatron3d.optim.build import build_optimizer, set_rates, set_step_count, state_bytes, state_names, step_count
+from megatron3d.optim.build import (
+    build_optimizer,
+    set_grad_scale,
+    set_rates,
+    set_step_count,
+    state_bytes,
+    state_names,
+    step_count,
+    write_copies,
+)
 
 SHAPES, DECAYS = [(6, 5), (7,), (3, 4)], [True, False, True]
 RATES = [(0.1, 0.2), (0.05, 0.1), (0.02, 0.0), (0.2, 0.3)]  # (learning rate, weight decay) of each step
@@ -157,3 +167,31 @@ def test_a_rank_without_parameters_has_an_optimizer_that_does_nothing() -> None:
     set_rates(optimizer, lr=0.5, weight_decay=0.1)
     optimizer.step()
     assert step_count(optimizer) == 0 and state_bytes(optimizer) == 0
+
+
+@pytest.mark.parametrize("name", ["adam", "lion", "sgd"])
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_a_scale_given_to_the_step_is_one_applied_to_the_gradients_and_copies_follow(name: str, moments: str) -> None:
+    """To the bit, as on a CPU all do; the copies of all parameters are their values, rounded."""
+    kept = {"exp_avg_dtype": moments if name != "sgd" else "fp32"}
+    config = replace(ADAM, optimizer=name, **kept)
+    given, scaled = flat_parameters(), flat_parameters()
+    optimizer, plain = build_optimizer(config, given), build_optimizer(config, scaled)
+    copies = {part: torch.empty(part.shape, dtype=torch.bfloat16) for part, _ in given}
+    assert write_copies(optimizer, copies)
+    for step, scale in enumerate((0.3, 1.0, 2.0)):
+        assert set_grad_scale(optimizer, scale)
+        step_flat(optimizer, given, step)
+        for (part, _), grad in zip(scaled, to_flat(gradients(step))):
+            part.grad = grad * scale
+        set_rates(plain, lr=RATES[step][0], weight_decay=RATES[step][1])
+        plain.step()
+        for (part, _), (expected, _) in zip(given, scaled):
+            assert torch.equal(part, expected)
+            assert torch.equal(copies[part], part.detach().bfloat16())
+
+
+def test_an_optimizer_of_others_scales_no_gradients_and_writes_no_copies() -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
+    assert not set_grad_scale(optimizer, 0.5) and not write_copies(optimizer, {})
+    assert all("grad_scale" not in group for group in optimizer.param_groups)

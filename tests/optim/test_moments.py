@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron3d_kernels.rounding import threshold
 from torch import Tensor, nn
 
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.optim.build import build_optimizer, set_rates, state_bytes
-from megatron3d.optim.moments import read_moment, threshold, write_moment
+from megatron3d.optim.moments import read_moment, write_moment
 
 BF16_STEP = 2.0**-7  # largest distance of two neighbours in bf16, relative to the smaller
 

@@ -40,7 +40,7 @@ def put_off_updates(parts: TrainingSetup) -> None:
             step(parts.optimizer)
             _give(units, arrived)
 
-    def put_off(optimizer: torch.optim.Optimizer) -> None:
+    def put_off(optimizer: torch.optim.Optimizer, *, writes_copies: bool) -> None:
         waiting[:] = [unit.own_grads.clone() for unit in units]
 
     engine.finish_reduce, engine.step = finish_and_update, put_off
