@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron3d_kernels.adam import AdamStep, AdamTensors
 from megatron3d_kernels.registry import Registry
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -113,6 +114,9 @@ def measurements(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iter
     angles = torch.rand(shape.rows, size // 2, device=device)
     rotate = lambda r: lambda: r.apply_rotary(q_BNSD, angles, angles)  # noqa: E731
     yield from _both("rotary", f"[1, {shape.heads}, {shape.rows}, {size}]", rotate, [q_BNSD])
+    flat = [torch.rand(shape.hidden * shape.hidden, device=device) for _ in range(4)]
+    tensors, step = AdamTensors(*flat, flat[0].to(dtype)), AdamStep(1e-4, 0.1, 0.9, 0.95, 1e-8, 2, grad_scale=0.5)
+    yield Measurement("adam", f"[{flat[0].numel()}]", lambda r: lambda: r.adam([tensors], step))
     yield from _cross_entropy(shape, device, dtype)
 
 

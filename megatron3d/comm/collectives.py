@@ -18,6 +18,8 @@ from megatron3d.comm import pairwise
 from megatron3d.comm.mesh import Axis
 from megatron3d.comm.waiting import Waiting
 
+LARGEST_TOGETHER = 1 << 20
+"""Bytes of a tensor up to which waiting for a reduction of its own costs more than copying it."""
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 # torch 2.13 renamed the two collectives on one flat tensor; older versions know only the first name.
@@ -111,6 +113,22 @@ def start_reduce_scatter_into(part: Tensor, x: Tensor, axis: Axis) -> Pending:
 def all_reduce(x: Tensor, axis: Axis, *, reduction: str = "sum") -> Tensor:
     """`start_all_reduce` and wait."""
     return start_all_reduce(x, axis, reduction=reduction).wait()
+
+
+def all_reduce_together(tensors: Sequence[Tensor], axis: Axis) -> None:
+    """Add up contiguous tensors of one dtype over the axis, in place: the small ones in one reduction."""
+    if axis.size == 1 or not tensors:
+        return
+    small = [one for one in tensors if one.nbytes <= LARGEST_TOGETHER]
+    for one in tensors:
+        if one.nbytes > LARGEST_TOGETHER:
+            all_reduce(one, axis)
+    if len(small) == 1:
+        all_reduce(small[0], axis)
+    elif small:
+        sums = all_reduce(torch.cat([one.flatten() for one in small]), axis)
+        for one, total in zip(small, sums.split([one.numel() for one in small]), strict=True):
+            one.copy_(total.view(one.shape))
 
 
 def all_gather(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:

@@ -63,6 +63,17 @@ def backend_of(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
+def runs_ahead(device: torch.device) -> bool:
+    """Whether Python runs ahead of the device, which works on what was queued before."""
+    return device.type == "cuda"
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the host brought to a device, without waiting for what the device does; on the CPU it is there."""
+    # From pageable memory the copy would wait for the stream. torch keeps pinned memory until the copy is made.
+    return (x.pin_memory() if runs_ahead(device) else x).to(device, non_blocking=True)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until everything queued on the device is done."""
     if device.type == "cuda":

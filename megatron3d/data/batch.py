@@ -7,6 +7,7 @@ A batch knows nothing of ranks or layouts; `loader.py` decides which samples it 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -33,8 +34,11 @@ class Samples:
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on `device`; copies from pinned memory do not block the host."""
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()}
-        return replace(self, **moved)
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """The same batch of what `move` gives for each of its tensors."""
+        return replace(self, **{name: move(tensor) for name, tensor in self._tensors().items()})
 
     def split(self, micro_batch_size: int) -> list[Self]:
         """The micro-batches in order, as views: micro-batch m holds samples [m*size, (m+1)*size).

@@ -7,11 +7,10 @@ dropped_share/layer_3      choices that experts had no room for, of all, where t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron3d.comm.collectives import all_reduce
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.models.counts import num_active_parameters
 from megatron3d.moe.layer import MixtureOfExperts
@@ -20,20 +19,27 @@ from megatron3d.train.progress import format_count
 from megatron3d.train.setup import TrainingSetup
 
 
-def expert_loads(parts: TrainingSetup) -> dict[str, float]:
-    """The loads of a step whose totals have been reduced, by name; collective over all ranks, and nothing of a dense
-    model."""
+def expert_shares(parts: TrainingSetup) -> torch.Tensor:
+    """This rank's share of the loads of a step whose totals have been reduced, fp64 [3 * layers], on the device; shares
+    add up over all ranks. Empty for a dense model."""
     model = parts.config.model
-    layers = [layer for layer in range(model.num_layers) if model.experts_of(layer)]
-    if not layers:
-        return {}
-    found = torch.zeros(3, model.num_layers, dtype=torch.float64, device=parts.model.device)
+    num_layers = model.num_layers if model.num_expert_layers else 0
+    found = torch.zeros(3, num_layers, dtype=torch.float64, device=parts.model.device)
     if parts.mesh.grad.rank == parts.mesh.tp.rank == 0:  # ranks that hold the same layers have the same totals
         for stage in parts.model.stages.values():
             for module in stage.modules():
                 if isinstance(module, MixtureOfExperts):
                     found[:, module.layer] = _load_of(module)
-    values = dict(zip(("expert_load", "router_entropy", "dropped_share"), all_reduce(found, parts.mesh.world).tolist()))
+    return found.flatten()
+
+
+def expert_loads(model: ModelConfig, sums: Sequence[float]) -> dict[str, float]:
+    """The sums of the shares of all ranks, by name; nothing of a dense model."""
+    layers = [layer for layer in range(model.num_layers) if model.experts_of(layer)]
+    if not layers:
+        return {}
+    names, num_layers = ("expert_load", "router_entropy", "dropped_share"), model.num_layers
+    values = {name: sums[number * num_layers :][:num_layers] for number, name in enumerate(names)}
     if model.moe_expert_capacity_factor is None:
         del values["dropped_share"]
     return {f"{name}/layer_{layer}": of_layers[layer] for name, of_layers in values.items() for layer in layers}

@@ -16,7 +16,6 @@ from typing import Any
 
 from megatron3d.checkpoint.async_save import AsyncSave
 from megatron3d.checkpoint.directory import step_of
-from megatron3d.comm.device import synchronize
 from megatron3d.config.batch_size import batch_size_at
 from megatron3d.config.lengths import SampleShape, sample_shape
 from megatron3d.config.sections.data import DataConfig
@@ -40,6 +39,7 @@ from megatron3d.train.retention import Retention
 from megatron3d.train.setup import TrainingSetup
 from megatron3d.train.state import Progress, Restored
 from megatron3d.train.step import Rates, train_step
+from megatron3d.train.step_clock import StepClock
 from megatron3d.train.step_profile import DATA, StepProfiler
 from megatron3d.train.stopping import agreed_reason, first_reason, signal_reason, stop_while_starting
 from megatron3d.train.training_data import TrainingData, blend_table, samples_of_run, training_data
@@ -149,6 +149,7 @@ class _Loop:
     failure: DeferredFailure = field(init=False)
     batches: PreparedBatches = field(init=False)
     profiler: StepProfiler = field(init=False)
+    clock: StepClock = field(init=False)
     async_saves: AsyncSaves | None = None
     saved_step: int = -1  # the newest checkpoint's, or that of a save under way
     evaluated_step: int = -1
@@ -160,6 +161,7 @@ class _Loop:
         self.failure = DeferredFailure(self.parts.mesh)
         self.batches = PreparedBatches(self.streams.train, self.parts.mesh, self.failure)
         self.profiler = StepProfiler(self.parts.config.train, self.parts.mesh, self.parts.model.device)
+        self.clock = StepClock(self.parts.model.device)
         if self.parts.config.checkpoint.saves_asynchronously:
             self.async_saves = AsyncSaves(self.parts.mesh, published=self._published, note=self.reports.note)
 
@@ -200,6 +202,7 @@ class _Loop:
                 self._evaluate()
             check_interval = config.train.check_weight_hash_across_dp_replicas_interval
             if check_interval is not None and step % check_interval == 0:
+                self.clock.pause()
                 state.check_replicas(self.parts, step)
             if config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0:
                 self._save_at_interval()
@@ -262,7 +265,7 @@ class _Loop:
         shape = sample_shape(config.train, before.step, config.model.seq_length)
         if config.train.skips(before.step):
             return self._leave_out(size, shape, rates), None
-        began_s = time.monotonic()
+        self.clock.begin()
         with self.profiler.part(DATA):
             batch = self.batches.read(before.consumed_samples, size, readers.rank, readers.size)
             self._prepare_next(before.consumed_samples + size, last)
@@ -280,10 +283,9 @@ class _Loop:
             wants_stop=reason is not None,
             recorder=recorder,
         )
-        synchronize(self.parts.model.device)
+        elapsed_s = self.clock.end()
         self.progress = before.after(size, tokens=size * shape.tokens, skipped=result.skipped)
         self.context.step = self.progress.step
-        elapsed_s = time.monotonic() - began_s
         numbers = {"loss_scale": loss_scale, "batch_size": size, "elapsed_s": elapsed_s}
         self.failure.keep(lambda: self.reports.step(self.progress, result, rates, shape, **numbers))
         if result.is_finite:
@@ -296,6 +298,7 @@ class _Loop:
 
     def _leave_out(self, batch_size: int, shape: SampleShape, rates: Rates) -> int:
         """Let an iteration's samples count as consumed without training on them; nobody is asked whether to stop."""
+        self.clock.pause()
         self.progress = self.progress.after(batch_size, tokens=batch_size * shape.tokens, skipped=True)
         self.context.step = self.progress.step
         self.failure.keep(lambda: self.reports.left_out(self.progress, rates, batch_size=batch_size))
@@ -329,6 +332,7 @@ class _Loop:
         if batches is None or num_batches == 0:
             return None
 
+        self.clock.pause()
         prepared, numbers = PreparedBatches(batches, self.parts.mesh, self.failure), itertools.count()
         size = self.parts.config.train.global_batch_size
 
@@ -343,6 +347,7 @@ class _Loop:
 
     def _save_at_interval(self) -> None:
         """Save as the run goes on: with --async-save begin to, once the save before is over."""
+        self.clock.pause()
         if self.async_saves is None:
             self._save()
             return
@@ -376,6 +381,7 @@ class _Loop:
 
     def _save(self, *, evaluation_due: bool = False) -> None:
         """Save and wait for it; a save under way is waited for, and may be the one that is wanted."""
+        self.clock.pause()
         self._wait_for_save("the run ends")
         if self.parts.config.checkpoint.save and self.saved_step != self.progress.step:
             if made_again := self.renew_hold():

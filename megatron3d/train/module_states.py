@@ -67,11 +67,14 @@ class ModuleStates:
         return [(self._mesh.grad, self.values()), (self._mesh.tp, replicated)]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Reduce the totals of the step and let every module update its state; collective over the ranks that hold the
-        same stages."""
+    def reduce_totals(self) -> None:
+        """Reduce the totals of the step; collective over the ranks that hold the same stages."""
         for reduction in ("sum", "max"):
             self._reduce(reduction)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Let every module update its state, after the totals have been reduced."""
         for module in self._modules:
             if module.has_counted or not module.total_specs:
                 module.update_state()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron3d.comm.collectives import all_reduce
+from megatron3d.comm.device import sent
 from megatron3d.data.batch import GroupedSamples, Samples
 from megatron3d.data.shorten import with_shape_of_step
 from megatron3d.errors import NumericsError
@@ -31,7 +32,7 @@ from megatron3d.optim.clip import clip_factor
 from megatron3d.pipeline.run import Backward, Recorder, run
 from megatron3d.train.context import ContextCutter, cutter_of
 from megatron3d.train.dropout import first_samples, with_dropout
-from megatron3d.train.expert_load import expert_loads
+from megatron3d.train.expert_load import expert_loads, expert_shares
 from megatron3d.train.random_ltd import with_token_dropping
 from megatron3d.train.setup import TrainingSetup
 
@@ -99,10 +100,12 @@ def train_step(
     counts = global_counts(parts, batch)
     loss_sums = forward_backward(parts, batch, counts, step=step, consumed_samples=consumed_samples, recorder=recorder)
     parts.engine.finish_reduce()  # also joins the thread of a delayed update, which owned the optimizer until here
-    votes = torch.tensor(float(wants_stop), dtype=torch.float64, device=loss_sums.device)
-    sums = torch.stack([*loss_sums, parts.engine.squared_norm(), votes])
-    *totals, squared_norm, votes = all_reduce(sums, parts.mesh.world).tolist()
-    losses = {name: total / counts[name] for name, total in zip(counts, totals, strict=True)}
+    parts.states.reduce_totals()
+    # The one read of the host in a step, and all that it waits for.
+    votes = torch.full((1,), float(wants_stop), dtype=torch.float64, device=loss_sums.device)
+    sums = torch.cat([votes, parts.engine.squared_norm().reshape(1), loss_sums, expert_shares(parts)])
+    votes, squared_norm, *more = all_reduce(sums, parts.mesh.world).tolist()
+    losses = {name: total / counts[name] for name, total in zip(counts, more)}
     loss = objective(parts.model.losses, losses)
     grad_norm = math.sqrt(squared_norm) / parts.scaler.scale
     loads: Mapping[str, float] = {}
@@ -114,7 +117,7 @@ def train_step(
             parts.engine.scale_grads(grad_scale)
         parts.engine.step(parts.optimizer, writes_copies=parts.writes_copies)
         parts.states.update()
-        loads = expert_loads(parts)
+        loads = expert_loads(parts.config.model, more[len(losses) :])
     parts.scaler.update(not skipped)
     parts.engine.clear_grads()
     return StepResult(loss, losses, grad_norm, skipped, int(votes), loads)
@@ -204,10 +207,11 @@ def micro_batches(
         part, inputs = (micro, {}) if cutter is None else cutter.cut(micro, device)
         index_P, rectangles = part.label_index(), _rectangles(part)  # before it moves: nothing waits for a device
         inputs |= {
-            "label_index_P": None if index_P is None else index_P.to(device, non_blocking=True),
+            "label_index_P": None if index_P is None else sent(index_P, device),
             "rectangles": rectangles,
         }
-        micros.append(MicroBatch(**part.to(device).model_inputs() | inputs, losses=losses))
+        on_device = part.moved(lambda tensor: sent(tensor, device))
+        micros.append(MicroBatch(**on_device.model_inputs() | inputs, losses=losses))
     return micros
 
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron3d.comm.collectives import all_reduce_together
 from megatron3d.comm.mesh import Mesh
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 from megatron3d.params.module import Declared
+from megatron3d.params.norms import sum_of_squares
 from megatron3d.zero.buffers import TransientBuffers, size_bytes
 from megatron3d.zero.cut_tables import Blocks, cut_tables
 from megatron3d.zero.delayed import DelayedUpdate
@@ -146,17 +148,23 @@ class ZeroEngine:
             unit.start_finishing()
         for unit in self.trained.values():
             unit.finish_reduce()
+        partial: dict[str, list[Tensor]] = {}
+        axes = {unit.axes.tensor.name: unit.axes.tensor for unit in self.trained.values()}
+        for unit in self.trained.values():
+            partial.setdefault(unit.axes.tensor.name, []).extend(unit.partial_grads())
+        for name, gradients in partial.items():
+            all_reduce_together(gradients, axes[name])
 
     def _units_of(self, stage: int) -> list[tuple[str, FlatUnit]]:
         return [(name, unit) for name, unit in self.trained.items() if stage in self.parameters[name].stages]
 
     def squared_norm(self) -> Tensor:
         """This rank's share of the global squared gradient norm, fp64; shares add up over all ranks of the mesh."""
-        nothing = torch.zeros((), dtype=torch.float64, device=self.options.device)  # where all of a stage is frozen
-        return torch.stack([nothing, *(unit.squared_norm() for unit in self.trained.values())]).sum()
+        counted = [gradient for unit in self.trained.values() for gradient in unit.counted_grads()]
+        return sum_of_squares(counted, self.options.device)
 
     def scale_grads(self, factor: float) -> None:
-        """Multiply the reduced gradients, for clipping and for taking a loss scale out, where the optimizer does not."""
+        """Multiply the reduced gradients, for clipping and for for a loss scale, where the optimizer does not."""
         if factor != 1.0:
             for unit in self.trained.values():
                 unit.own_grads.mul_(factor)

@@ -26,7 +26,6 @@ from megatron3d.params.boxes import ShardView
 from megatron3d.params.grads import GradPlace, GradSink
 from megatron3d.params.init import initial_shard
 from megatron3d.params.module import Declared
-from megatron3d.params.norms import squared_norm
 from megatron3d.zero.block_buffers import BlockBacking, BlockedGradients, BlockedWeights
 from megatron3d.zero.buffers import GradBuffer, TransientBuffers, WeightBacking, WeightBuffer
 from megatron3d.zero.cut_tables import Blocks, block_name, unit_layout
@@ -367,29 +366,30 @@ class FlatUnit(WeightUnit):
         self.grads.start_replica_sum()
 
     def finish_reduce(self) -> None:
-        """Complete the sums over all axes; `own_grads` then has this rank's part of them, in fp32."""
+        """Complete the sums over the replicas and the holders of a tied table. `own_grads` then has this rank's part,
+        fp32, of which `partial_grads` are still to be added up."""
         self.start_finishing()
         self.grads.finish_replica_sum()
-        for segment in self.layout.segments:
-            span = segment.span.intersect(self.own)
-            if segment.tp_gradient == "partial" and span.length:
-                all_reduce(self.grads.own[span.shifted(-self.own.start).slice], self.axes.tensor)
         if self.tied is not None:
             all_reduce(self.grads.own, self.tied)
         self._is_reduced = True
 
-    def squared_norm(self) -> Tensor:
-        """This rank's share of the sum of squared gradients, fp64: every logical element counts on one rank alone."""
-        total = torch.zeros((), dtype=torch.float64, device=self.options.device)
+    def partial_grads(self) -> Iterator[Tensor]:
+        """Views of `own_grads` that are partial sums over the tensor axis."""
+        for segment in self.layout.segments:
+            span = segment.span.intersect(self.own)
+            if segment.tp_gradient == "partial" and span.length:
+                yield self.own_grads[span.shifted(-self.own.start).slice]
+
+    def counted_grads(self) -> Iterator[Tensor]:
+        """Reduced gradients that this rank counts for their norm; every logical element counts on one rank alone."""
         if self.axes.replica.rank > 0:
-            return total
+            return
         for segment in self.layout.segments:
             is_copy = segment.tied_copy or (segment.tp_gradient != "sharded" and self.axes.tensor.rank > 0)
             span = segment.span.intersect(self.own)
             if not is_copy and span.length:
-                grads = self.own_grads[span.shifted(-self.own.start).slice]
-                total += squared_norm(grads)
-        return total
+                yield self.own_grads[span.shifted(-self.own.start).slice]
 
     def clear_grads(self) -> None:
         """Forget the gradients, for the next step."""

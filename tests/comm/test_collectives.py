@@ -30,6 +30,10 @@ def _check_collectives(rank: int, world_size: int) -> None:
     torch.testing.assert_close(collectives.all_reduce(mine.clone(), axis), stacked.sum(0))
     assert torch.equal(collectives.all_reduce(mine.clone(), axis, reduction="max"), stacked.amax(0))
     assert torch.equal(collectives.all_reduce(mine.clone(), axis, reduction="min"), stacked.amin(0))
+    several = [torch.full((n,), float(mine[0, 0, 0])) for n in (3, collectives.LARGEST_TOGETHER, 1)]
+    collectives.all_reduce_together(several, axis)
+    for one in several:
+        torch.testing.assert_close(one, stacked[:, 0, 0, 0].sum().expand(len(one)))
     for dim in (0, 1, 2, -1):
         assert torch.equal(collectives.all_gather(mine, axis, dim=dim), torch.cat(every, dim))
         part = stacked.sum(0).chunk(world_size, dim)[rank]
