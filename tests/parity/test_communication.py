@@ -89,6 +89,25 @@ def test_sequence_parallel_step_costs_gathers_and_scatters(pool: Pool, tp: int) 
         }
 
 
+@pytest.mark.parametrize("options", ["", SP])
+def test_chunks_beside_products_send_the_same_bytes_in_more_calls(pool: Pool, options: str) -> None:
+    """With C chunks: all-reduces of the forward's 2L row-parallel products; under sequence parallelism all-gathers of
+    the 2L + 1 column-parallel products (head) and of 2L output gradients, and 2L reduce-scatters."""
+    layout, more = Layout(tp=2), f"{options} --micro-batch-size {B}"
+    whole = pool.run(2, counted_step, Case("gpt2", layout, more))
+    cut = pool.run(2, counted_step, Case("gpt2", layout, f"{more} --tp-comm-overlap --tp-comm-overlap-chunks 4"))
+    added = 3 * GLOBAL_BATCH // B
+    for (without, _), (chunked, _) in zip(whole, cut, strict=True):
+        expected = only(without, "tp")
+        products = (
+            {"all_gather": 4 * LAYERS + 1, "reduce_scatter": 2 * LAYERS} if options else {"all_reduce": 2 * LAYERS}
+        )
+        for collective, number in products.items():
+            calls, size = expected[collective]
+            expected[collective] = (calls + added * number, size)
+        assert only(chunked, "tp") == expected
+
+
 @pytest.mark.parametrize("options", ["", "--pipeline-schedule gpipe", SP])
 def test_pipeline_step_sends_one_hidden_tensor_a_boundary_and_direction(pool: Pool, options: str) -> None:
     """A stage sends M activations unless it is last and M gradients unless it is first: n bytes each, n/tp with SP."""

@@ -26,6 +26,7 @@ CASES = [
     brief(Case("llama", Layout(tp=4), f"{SP} {OVERLAP}")),
     brief(Case("gpt2", Layout(tp=2, pp=2), f"{SP} {UNEVEN} --pipeline-schedule zb-h1")),
     brief(Case("gpt2", Layout(tp=2, pp=2), f"{OVERLAP} --pipeline-schedule zb-v")),
+    brief(Case("bert", Layout(tp=2, pp=2), f"{OVERLAP} --pipeline-schedule zb-h1")),
     brief(Case("llama", Layout(tp=2, cp=2), f"{SP} {OVERLAP}")),
     brief(Case("gpt2", Layout(tp=2, dp=2), f"{SP} {OVERLAP} {ZEROS}")),
     brief(Case("gpt2", Layout(tp=2, dp=2), f"{SP} {UNEVEN} --zero-stage 3")),

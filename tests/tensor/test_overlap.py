@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,9 +11,16 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron3d.comm import collectives
+from megatron3d.comm.mesh import Axis
+from megatron3d.comm.meter import Meter
+from megatron3d.comm.shape_only import ShapeOnlyGroup
+from megatron3d.params.grads import GradSink
 from megatron3d.params.module import declared_parameters
 from megatron3d.tensor import overlap
 from megatron3d.tensor.context import LayerContext
@@ -180,3 +189,51 @@ def test_a_chunk_is_on_its_way_while_another_is_multiplied(pool: Pool) -> None:
     assert found == [sequence_parallel] * 2
     plain = f"product {SUMMING} | backward product {SUMMING}".split(" ")[1:]
     assert [" ".join(events).split(" ") for events in pool.run(2, _order, False)] == [plain] * 2
+
+
+@given(st.integers(0, 70), st.integers(1, 9))
+def test_chunks_hold_every_position_once_in_even_parts(length: int, count: int) -> None:
+    context = replace(LayerContext(Axis("tp", 1, 0, (0,), None, Meter()), False, GradSink()), overlap_chunks=count)
+    chunks = overlap.chunks_of(length, context)
+    assert [position for chunk in chunks for position in range(length)[chunk]] == list(range(length))
+    sizes = {chunk.stop - chunk.start for chunk in chunks}
+    assert len(chunks) == min(length, count) and max(sizes, default=1) - min(sizes, default=1) <= 1 and 0 not in sizes
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what is not a view, an allocation or a collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten" and not func.is_view and not {"empty", "view"} & set(re.split(r"[._]", str(func))):
+            self.counts[str(func).split(".")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_off_a_cpu_a_chunk_is_one_product_and_nothing_is_copied_but_one_input(sequence_parallel: bool) -> None:
+    """On tensors without memory. The input of the row-parallel layer is copied where its gradient is gathered."""
+    group = ShapeOnlyGroup(1, 4, copies=False)
+    context = LayerContext(Axis("tp", 4, 1, (0, 1, 2, 3), group, Meter()), sequence_parallel, GradSink())
+    up, down, _ = _pair(replace(context, overlap_chunks=4))
+    for layer in (up, down):
+        for one in declared_parameters(layer).values():
+            weight = nn.Parameter(torch.empty(one.spec.local_shape(4), device="meta"))
+            one.owner.register_parameter(one.attribute, weight)
+            context.sink.bind(weight, torch.empty_like(weight), lambda: None)
+    down.bias = None
+    x = torch.empty(32 // 4 if sequence_parallel else 32, B, INPUT, device="meta", requires_grad=True)
+    with _Operations() as forward:
+        y = down(up(x))
+    with _Operations() as backward:
+        y.backward(torch.empty_like(y))
+    weight_gradients = {"addmm_": 2, "sum": 1, "add_": 1}
+    if sequence_parallel:
+        assert forward.counts == {"baddbmm": 4, "bmm": 4}
+        assert backward.counts == {"bmm": 4, "cat": 1, "mm": 1, **weight_gradients}
+    else:
+        assert forward.counts == {"addmm": 1, "mm": 4}
+        assert backward.counts == {"mm": 2, **weight_gradients}
