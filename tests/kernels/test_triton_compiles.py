@@ -16,7 +16,9 @@ pytestmark = pytest.mark.heavy
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("architecture", [pytest.param("80", marks=pytest.mark.slow), "90"])
+@pytest.mark.parametrize(
+    "architecture", [pytest.param("80", marks=pytest.mark.slow), "90", pytest.param("100", marks=pytest.mark.slow)]
+)
 def test_every_kernel_compiles_for_nvidia_gpus(architecture: str, tmp_path: Path) -> None:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}

@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,13 +166,17 @@ class FakeGpu:
     """The device of this process, made once."""
 
     def __init__(self, implementation: str = "") -> None:
-        """`implementation` "reference" runs the kernels' references, which are torch's operations."""
+        """`implementation` "reference" runs the kernels' references, which are torch's operations.
+
+        `on_launch` may be set to a function that sees kernel, arguments and compile-time constants of each launch.
+        """
         _setup_privateuseone_for_python_backend(NAME)
         # What `torch.utils.checkpoint` asks of a device before it recomputes.
         torch.get_device_module(NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
         self.device = torch.device(NAME, 0)
         self.implementation = implementation
         self.traffic = Traffic()
+        self.on_launch: Callable[[Any, tuple[object, ...], dict[str, Any]], None] = lambda *launch: None
         self._replace_what_needs_a_gpu()
 
     def _replace_what_needs_a_gpu(self) -> None:
@@ -209,6 +213,7 @@ class FakeGpu:
         if 0 not in grid:
             name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_')}"
             self.traffic.kernels.append(FakeKernel(name, ELEMENTWISE, bytes_moved(kernel, arguments, constants)))
+            self.on_launch(kernel, arguments, constants)
 
     def _replace_in_all_modules(self, old: object, new: object) -> None:
         """Whoever has imported the function gets the other one."""
