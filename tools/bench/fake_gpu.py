@@ -190,7 +190,8 @@ class FakeGpu:
             return made if device is None else torch.empty(made.shape, dtype=made.dtype, device=device)
 
         def tolist(tensor: Tensor) -> Any:
-            self.traffic.note_host("tolist", waits=True)
+            if tensor.device.type == NAME:
+                self.traffic.note_host("tolist", waits=True)
             return _ones(tensor.shape)
 
         torch.tensor = tensor  # makes real memory on the device
