@@ -66,6 +66,11 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, library: str 
     return _onednn(x, weight_OI, bias_O)
 
 
+def add_linear(onto: Tensor, x: Tensor, weight_OI: Tensor) -> None:
+    """onto += x W^T for onto [..., O] without gaps, in the product, which rounds once."""
+    onto.view(-1, len(weight_OI)).addmm_(x.reshape(-1, x.shape[-1]), weight_OI.t())
+
+
 def input_gradient(grad_out: Tensor, weight_OI: Tensor, *, library: str = TORCH) -> Tensor:
     """g W, [..., I] from the gradient of the output [..., O]."""
     if not _takes_onednn(library, grad_out, weight_OI):

@@ -20,7 +20,7 @@ from megatron3d_kernels.dropout import RowDropout, dropout, row_keys
 from megatron3d_kernels.gated_activation import fused_gated_activation, gated_activation, swiglu
 from megatron3d_kernels.launch import TRITON, TritonSupport
 from megatron3d_kernels.layer_norm import layer_norm
-from megatron3d_kernels.residual_norm import Pair, RowNorm, added_norm, forked_norm
+from megatron3d_kernels.residual_norm import Pair, RowNorm, added_norm, forked_norm, writes_copies
 from megatron3d_kernels.rms_norm import rms_norm
 from megatron3d_kernels.rotary import apply_rotary
 from megatron3d_kernels.selection import KERNEL_NAMES, Selection
@@ -56,6 +56,10 @@ class Registry(Selection):
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x W^T + b, without autograd; see `products.linear`."""
         return products.linear(x, weight, bias, library=self._library)
+
+    def add_linear(self, onto: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """onto += x W^T, without autograd; see `products.add_linear`."""
+        products.add_linear(onto, x, weight)
 
     def input_gradient(self, grad_out: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The gradient of a linear layer's input; see `products.input_gradient`."""
@@ -125,9 +129,15 @@ class Registry(Selection):
         """Divide [..., H] by its root mean square and scale; see `rms_norm.rms_norm`."""
         return rms_norm(x, weight, eps, selection=self)
 
-    def forked_norm(self, x: torch.Tensor, norm: RowNorm) -> Pair:
-        """x for the residual connection, and norm(x); see `residual_norm.forked_norm`."""
-        return forked_norm(x, norm, selection=self)
+    def forked_norm(
+        self, x: torch.Tensor, norm: RowNorm, *, copies: bool = False, bias: torch.Tensor | None = None
+    ) -> Pair:
+        """x for the residual connection, or a copy, and norm(x); see `residual_norm.forked_norm`."""
+        return forked_norm(x, norm, copies=copies, bias=bias, selection=self)
+
+    def writes_copies(self, x: torch.Tensor) -> bool:
+        """Whether a product should be added to the copy that `forked_norm` makes of such a tensor."""
+        return writes_copies(x, selection=self)
 
     def added_norm(
         self,

@@ -13,6 +13,10 @@ gradient of norm(s) and writes dresidual (and dbranch where something is dropped
 backward makes it again of the keys (`dropout.py`). s is rounded to its dtype before it is normalised, since that is
 what the backward reads.
 
+A copy of x that the next product is added to in place (`products.add_linear`) is written with norm(x), whose kernel has
+x at hand: one write, where a sum of its own reads two tensors and writes one. torch's out-of-place `addmm` would copy
+x by itself, reading it again.
+
 The reference is the composition of the functions that `layer_norm.py`, `rms_norm.py` and `dropout.py` have. H is the
 last dimension.
 """
@@ -57,9 +61,29 @@ class RowNorm:
     is_rms: bool
 
 
-def forked_norm(x: torch.Tensor, norm: RowNorm, *, selection: Selection = DEFAULT_SELECTION) -> Pair:
-    """x [..., H] for the residual connection, and norm(x)."""
-    return selection.pick(RESIDUAL_NORM, x)(x, None, None, norm, None)
+def forked_norm(
+    x: torch.Tensor,
+    norm: RowNorm,
+    *,
+    copies: bool = False,
+    bias: torch.Tensor | None = None,
+    selection: Selection = DEFAULT_SELECTION,
+) -> Pair:
+    """x [..., H] for the residual connection, and norm(x).
+
+    Args:
+        x: the residual stream.
+        norm: of it.
+        copies: whether the first result may be written to in place, and x stays.
+        bias: [H], added to the copy; it gets no gradient here.
+    """
+    assert copies or bias is None, "a bias is added to a copy"
+    return selection.pick(RESIDUAL_NORM, x)(x, None, bias, norm, None, copies)
+
+
+def writes_copies(x: torch.Tensor, *, selection: Selection = DEFAULT_SELECTION) -> bool:
+    """Whether `forked_norm` of such a tensor makes a copy in passing, so that products should be added to it."""
+    return selection.pick(RESIDUAL_NORM, x) is RESIDUAL_NORM.triton
 
 
 def added_norm(
@@ -80,7 +104,7 @@ def added_norm(
         bias: [H], added to the branch before anything is dropped.
         dropping: which elements of the branch are dropped; None drops nothing.
     """
-    return selection.pick(RESIDUAL_NORM, residual)(residual, branch, bias, norm, dropping)
+    return selection.pick(RESIDUAL_NORM, residual)(residual, branch, bias, norm, dropping, False)
 
 
 def _reference(
@@ -89,15 +113,19 @@ def _reference(
     branch_bias: torch.Tensor | None,
     norm: RowNorm,
     dropping: RowDropout | None,
+    copies: bool,
 ) -> Pair:
     """The references of its parts, one after another."""
     x = residual
+    if copies:
+        residual = x.clone() if branch_bias is None else x + branch_bias.detach()
     if branch is not None:
         branch = branch if branch_bias is None else branch + branch_bias
         x = residual + branch if dropping is None else DROPOUT.reference.drop(branch, dropping, residual)
+    first = residual if copies else x
     if norm.is_rms:
-        return x, RMS_NORM.reference(x, norm.weight, norm.eps)
-    return x, LAYER_NORM.reference(x, norm.weight, norm.bias, norm.eps)
+        return first, RMS_NORM.reference(x, norm.weight, norm.eps)
+    return first, LAYER_NORM.reference(x, norm.weight, norm.bias, norm.eps)
 
 
 def _triton(
@@ -106,9 +134,11 @@ def _triton(
     branch_bias: torch.Tensor | None,
     norm: RowNorm,
     dropping: RowDropout | None,
+    copies: bool,
 ) -> Pair:
     """The Triton kernels behind one autograd function."""
-    form = _Form(norm.eps, norm.is_rms, dropping)
+    form = _Form(norm.eps, norm.is_rms, dropping, copies)
+    branch_bias = branch_bias.detach() if copies and branch_bias is not None else branch_bias
     return _ResidualNorm.apply(residual, branch, branch_bias, norm.weight, norm.bias, form)
 
 
@@ -119,6 +149,7 @@ class _Form:
     eps: float
     is_rms: bool
     dropping: RowDropout | None
+    copies: bool
 
 
 def _numbers(probability: float | None) -> tuple[int, float]:
@@ -144,7 +175,8 @@ class _ResidualNorm(torch.autograd.Function):
         num_rows, num_columns = rows.shape
         block = max(whole_row_block("residual_norm", num_columns), _LEAST_BLOCK)
         branch_rows = rows if branch is None else as_rows(branch)
-        summed = residual if branch is None else residual.new_empty(residual.shape)
+        is_new = branch is not None or form.copies
+        summed = residual.new_empty(residual.shape) if is_new else residual
         normed = residual.new_empty(residual.shape)
         inverse_std = torch.empty(num_rows, dtype=torch.float32, device=residual.device)
         mean = inverse_std if form.is_rms else torch.empty_like(inverse_std)
@@ -158,6 +190,7 @@ class _ResidualNorm(torch.autograd.Function):
         constants = {
             "IS_RMS": form.is_rms,
             "HAS_BRANCH": branch is not None,
+            "COPIES": form.copies,
             "HAS_BRANCH_BIAS": branch_bias is not None,
             "DROPS": dropping is not None,
             "HAS_BIAS": bias is not None,
@@ -167,7 +200,8 @@ class _ResidualNorm(torch.autograd.Function):
         launch(_forward_kernel, (num_rows,), *tensors, *sizes, device=residual.device, **constants)
         # No tensor but by `save_for_backward`, which recomputation sees.
         kept_keys = None if dropping is None else keys
-        ctx.save_for_backward(summed, weight, None if form.is_rms else mean, inverse_std, kept_keys)
+        normalised = residual if branch is None else summed
+        ctx.save_for_backward(normalised, weight, None if form.is_rms else mean, inverse_std, kept_keys)
         ctx.probability = probability
         ctx.dtypes = [None if one is None else one.dtype for one in (branch_bias, weight, bias)]
         ctx.set_materialize_grads(False)
@@ -258,6 +292,7 @@ def _forward_kernel(
     scale: tl.tensor,
     IS_RMS: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
+    COPIES: tl.constexpr,
     HAS_BRANCH_BIAS: tl.constexpr,
     DROPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -278,6 +313,11 @@ def _forward_kernel(
         rounded = (x + branch).to(summed_ptr.dtype.element_ty)
         tl.store(summed_ptr + row * num_columns + columns, rounded, mask=inside)
         x = rounded.to(tl.float32)
+    if COPIES:
+        copy = x
+        if HAS_BRANCH_BIAS:
+            copy += tl.load(branch_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(summed_ptr + row * num_columns + columns, copy.to(summed_ptr.dtype.element_ty), mask=inside)
     if IS_RMS:
         centred = x
     else:

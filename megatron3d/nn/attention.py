@@ -73,8 +73,11 @@ class SelfAttention(nn.Module):
             self.query_norm = Norm(config, context, head, tp_gradient="partial")
             self.key_norm = Norm(config, context, head, tp_gradient="partial")
 
-    def forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
-        """[S, B, H] on the residual stream to [S, B, H] on the residual stream ([1, B, H] where one attends)."""
+    def forward(self, x_SBH: Tensor, inputs: LayerInputs, *, onto_SBH: Tensor | None = None) -> Tensor:
+        """[S, B, H] on the residual stream to [S, B, H] on the residual stream ([1, B, H] where one attends).
+
+        With `onto_SBH` the result is that tensor with the output added to it in place (`RowParallelLinear.onto`).
+        """
         q_BNSD, k_BGSD, v_BGSD = self._heads(x_SBH, inputs)
         if self.first_only:
             q_BNSD = q_BNSD[:, :, :1]
@@ -87,7 +90,7 @@ class SelfAttention(nn.Module):
         else:
             y_BNSD = self._core(q_BNSD, k_BGSD, v_BGSD, inputs)
         y_SBO = y_BNSD.permute(2, 0, 1, 3).flatten(2)
-        return self.projection(y_SBO)
+        return self.projection(y_SBO) if onto_SBH is None else self.projection.onto(y_SBO, onto_SBH)
 
     def _heads(self, x_SBH: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
         def heads(part_SBO: Tensor) -> Tensor:

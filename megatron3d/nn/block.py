@@ -80,6 +80,8 @@ class Block(nn.Module):
             dropping = self._dropping(residual_SBH, inputs, "attention")
             x_SBH = self.attention_norm.of_sum(residual_SBH, self.attention(x_SBH, inputs), dropping)[1]
             return self.mlp_norm.of_sum(x_SBH, self.mlp(x_SBH, inputs), self._dropping(x_SBH, inputs, "mlp"))[1]
+        if self._adds_in_products(x_SBH, inputs):
+            return self._added_in_products(x_SBH, inputs)
         x_SBH, normed_SBH = self.attention_norm.forked(x_SBH)
         residual_SBH = self._kept(self._residual(x_SBH, normed_SBH))
         dropping = self._dropping(residual_SBH, inputs, "attention")
@@ -91,6 +93,24 @@ class Block(nn.Module):
         if dropping is None:
             return residual_SBH + branch_SBH
         return self.context.kernels.dropout(branch_SBH, dropping.keys, dropping.probability, residual=residual_SBH)
+
+    def _adds_in_products(self, x_SBH: Tensor, inputs: LayerInputs) -> bool:
+        """Whether nothing comes between the products that end a half and the residual stream, and the norm's kernel
+        makes the copy of the stream that they are added to."""
+        drops = inputs.dropout is not None and self.config.hidden_dropout > 0
+        if drops or self.first_only or self.config.apply_residual_connection_post_layernorm:
+            return False
+        return self.attention.projection.can_add_onto and self.context.kernels.writes_copies(x_SBH)
+
+    def _added_in_products(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
+        """A block with norms before its halves, each of which is added to the stream by its last product."""
+        copy_SBH, normed_SBH = self.attention_norm.forked_copy(x_SBH, self.attention.projection.bias)
+        x_SBH = self.attention(normed_SBH, inputs, onto_SBH=copy_SBH)
+        if not (isinstance(self.mlp, MLP) and self.mlp.can_add_onto):
+            x_SBH, normed_SBH = self.mlp_norm.forked(x_SBH)
+            return x_SBH + self.mlp(normed_SBH, inputs)
+        copy_SBH, normed_SBH = self.mlp_norm.forked_copy(x_SBH, self.mlp.down.bias)
+        return self.mlp(normed_SBH, inputs, onto_SBH=copy_SBH)
 
     def _kept(self, x_SBH: Tensor) -> Tensor:
         return x_SBH[:1] if self.first_only else x_SBH

@@ -35,16 +35,30 @@ class MLP(nn.Module):
         )
         self.down = RowParallelLinear(context, inner, config.hidden_size, bias=bias, init=output_init(config))
 
-    def forward(self, x_SBH: Tensor, inputs: LayerInputs | None = None) -> Tensor:
+    @property
+    def can_add_onto(self) -> bool:
+        """Whether the output can be added to another tensor in the last product."""
+        return self.num_chunks == 1 and self.down.can_add_onto
+
+    def forward(self, x_SBH: Tensor, inputs: LayerInputs | None = None, *, onto_SBH: Tensor | None = None) -> Tensor:
         """[S, B, H] on the residual stream to [S, B, H] on the residual stream; `inputs`, which every feed-forward half
-        is given, are not needed."""
+        is given, are not needed.
+
+        With `onto_SBH` the result is that tensor with the output added to it in place (`RowParallelLinear.onto`).
+        """
+        if onto_SBH is not None:
+            assert self.can_add_onto, f"{self.num_chunks} chunks, {self.down.context.tp.size} tensor-parallel ranks"
+            return self.down.onto(self._inner(x_SBH), onto_SBH)
         if self.num_chunks == 1:
             return self._at_once(x_SBH)
         layer = PositionwiseLayer(self._at_once, self.sink)
         return in_chunks(layer, x_SBH, self.num_chunks, tuple(self.parameters()))
 
     def _at_once(self, x_SBH: Tensor) -> Tensor:
-        return self.down(self._activate(self.up(x_SBH)))
+        return self.down(self._inner(x_SBH))
+
+    def _inner(self, x_SBH: Tensor) -> Tensor:
+        return self._activate(self.up(x_SBH))
 
     def _activate(self, x_SBF: Tensor) -> Tensor:
         kind = self.config.activation

@@ -50,6 +50,11 @@ class Norm(ParallelModule):
         added within the norm's backward."""
         return self.kernels.forked_norm(x, self._row_norm())
 
+    def forked_copy(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same with a copy of [..., size], plus a bias without gradient, that a product may be added to in place
+        (`RowParallelLinear.onto`)."""
+        return self.kernels.forked_norm(x, self._row_norm(), copies=True, bias=bias)
+
     def of_sum(self, residual: Tensor, branch: Tensor, dropping: RowDropout | None) -> tuple[Tensor, Tensor]:
         """The sum of [..., size] and a branch, elements of which may be dropped, and the sum normalised."""
         return self.kernels.added_norm(residual, branch, self._row_norm(), dropping=dropping)

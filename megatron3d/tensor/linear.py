@@ -27,6 +27,7 @@ from megatron3d.comm.collectives import start_all_gather, start_all_reduce, star
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import ZEROS, Init, ParamKind, TpGradient
 from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.onto import linear_onto
 from megatron3d.tensor.overlap import gather_and_multiply, multiply_and_reduce, row_linear
 
 InputType = Literal["I", "V", "local"]
@@ -191,6 +192,15 @@ class RowParallelLinear(ParallelModule):
             partial_SBO = linear(x_SBI, self.weight, None, context=self.context, input_type="local")
             y_SBO = to_residual(partial_SBO, self.context)
         return y_SBO if self.bias is None else y_SBO + self.bias
+
+    @property
+    def can_add_onto(self) -> bool:
+        """Whether `onto` can be used: the product of this rank is the whole output."""
+        return self.context.tp.size == 1
+
+    def onto(self, x_SBI: Tensor, base_SBO: Tensor) -> Tensor:
+        """`base_SBO`, which has the bias, with the product of [S, B, I] added in place."""
+        return linear_onto(x_SBI, base_SBO, self.weight, self.bias, context=self.context)
 
 
 class ReplicatedLinear(ParallelModule):

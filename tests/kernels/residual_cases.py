@@ -73,6 +73,27 @@ def forked_norm_case(
     check(stream_alone, lambda x, *rest: x + 0 * sum(one.sum() for one in rest), [x, *parameters], f"{shape}, stream")
 
 
+def copied_norm_case(
+    is_rms: bool, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, registry: Registry
+) -> None:
+    """A copy plus a bias that gets no gradient; what is written to the copy reaches neither x nor the backward."""
+    weight, bias = random(shape[-1:], device, dtype, seed=3) + 1, random(shape[-1:], device, dtype, seed=4)
+    ahead, norm_bias = random(shape[-1:], device, dtype, seed=5).requires_grad_(), None if is_rms else bias
+
+    def operation(x: Tensor, weight: Tensor) -> Tensor:
+        first, normed = registry.forked_norm(x, row_norm(is_rms, weight, norm_bias), copies=True, bias=ahead)
+        return torch.stack([first.mul_(2), normed])
+
+    def formula(x: Tensor, weight: Tensor) -> Tensor:
+        wide = None if norm_bias is None else norm_bias.double()
+        return torch.stack([2 * (x + ahead.detach().double()), norm_formula(is_rms, x, weight, wide)])
+
+    for layout, x in layouts(shape, device, dtype).items():
+        given, floor = x.clone(), floor_of(is_rms, x)
+        check(operation, formula, [x, weight], f"{shape}, {layout}", floor=floor, rounded=inside(registry, dtype))
+        assert torch.equal(x, given) and ahead.grad is None
+
+
 def inside(registry: Registry, dtype: torch.dtype) -> float:
     """The share of the largest value up to which the reference, a composition, rounds inside to the dtype; Triton
     rounds results alone."""
@@ -203,6 +224,7 @@ def residual_cases() -> dict[str, Case]:
         for is_rms in (False, True):
             kind = "rms" if is_rms else "layer"
             cases[f"forked_{kind}_norm_{name}"] = partial(forked_norm_case, is_rms, shape)
+            cases[f"copied_{kind}_norm_{name}"] = partial(copied_norm_case, is_rms, shape)
             for drops in (False, True):
                 dropping = "dropped_" if drops else ""
                 cases[f"{dropping}added_{kind}_norm_{name}"] = partial(added_norm_case, is_rms, drops, shape)

@@ -97,6 +97,8 @@ def use_residual_kernels(registry: Registry, x: torch.Tensor, weight: torch.Tens
     keys = torch.zeros(len(x), dtype=torch.int64)
     for norm in (RowNorm(weight, bias, 1e-5, False), RowNorm(weight, None, 1e-5, True)):
         torch.stack(registry.forked_norm(x, norm)).sum().backward()
+        for ahead in (None, bias):
+            registry.forked_norm(x, norm, copies=True, bias=ahead)
         for branch_bias in (None, bias):
             for dropping in (None, RowDropout(keys, 0.1)):
                 pair = registry.added_norm(x, x, norm, bias=branch_bias, dropping=dropping)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from megatron3d_kernels.registry import Registry
 from torch import Tensor
 
 from megatron3d.comm.layout import Layout
@@ -21,6 +23,7 @@ from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.mlp import MLP
 from megatron3d.nn.norm import Norm
 from megatron3d.nn.positions import rotary_table
+from megatron3d.nn.recompute import recomputed
 from megatron3d.params.grads import GradSink
 from megatron3d.tensor.context import LayerContext
 from tests.dist.pool import Pool
@@ -122,6 +125,36 @@ def one_rank() -> LayerContext:
 @pytest.mark.parametrize("case", [*CASES, MULTI_QUERY], ids=lambda case: case.name)
 def test_a_block_equals_the_dense_formulas(case: Case) -> None:
     check_block(case, one_rank())
+
+
+class CopyingKernels(Registry):
+    """Makes a copy of the stream beside each norm, as Triton's kernel does."""
+
+    def writes_copies(self, x: Tensor) -> bool:
+        """Always."""
+        return True
+
+
+@pytest.mark.parametrize("case", [*CASES, MULTI_QUERY], ids=lambda case: case.name)
+def test_a_block_that_adds_to_the_stream_in_its_products_equals_the_dense_formulas(case: Case) -> None:
+    check_block(case, replace(one_rank(), kernels=CopyingKernels()))
+
+
+def test_adding_in_products_leaves_the_input_as_it_is_and_gradients_of_a_recomputed_block_alike() -> None:
+    found = []
+    for kernels in (Registry(), CopyingKernels()):
+        for recomputes in (False, True):
+            context = replace(one_rank(), kernels=kernels)
+            block, inputs = Block(model_config(), context, layer=0), LayerInputs()
+            fill(block, context.tp, scale=0.4)
+            x = numbered(S, B, 16, seed=1).requires_grad_()
+            y = recomputed(partial(block, inputs=inputs), x, inputs=inputs) if recomputes else block(x, inputs)
+            y.square().sum().backward()
+            assert torch.equal(x.detach(), numbered(S, B, 16, seed=1))
+            found.append([y.detach(), x.grad, *(one.grad for one in block.parameters())])
+    for other in found[1:]:
+        for one, expected in zip(other, found[0], strict=True):
+            torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-12)
 
 
 def _check_blocks(rank: int, world_size: int, cases: list[Case]) -> None:
