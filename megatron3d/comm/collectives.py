@@ -195,11 +195,13 @@ def gather_values(value: Any, axis: Axis) -> list[Any]:
     return values
 
 
-def count_votes(vote: bool, axis: Axis) -> int:
-    """How many ranks of the axis vote yes, the same on every rank: one small reduction."""
-    if axis.size == 1:
-        return int(vote)
-    return int(all_reduce(torch.tensor(float(vote), device=_device_of(axis)), axis))
+def count_votes(vote: bool, host: Sequence[Axis]) -> int:
+    """How many ranks vote yes, the same on every rank: a small reduction over each of the axes `Mesh.host`, which the
+    device has no part in."""
+    votes = torch.tensor(int(vote))
+    for axis in host:
+        votes = all_reduce(votes, axis)
+    return int(votes)
 
 
 def barrier(axis: Axis) -> None:

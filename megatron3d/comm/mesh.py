@@ -3,8 +3,7 @@
 A layer receives the one axis it needs, never the mesh and never a global, so two layouts can live in one process.
 An axis of size 1 has no group and its collectives are the identity: the same code is the single-process reference.
 
-The groups come from `new_subgroups_by_enumeration` rather than `DeviceMesh`, because the former takes the timeout
-after which a collective fails in its public interface.
+The groups come from `groups.py` rather than `DeviceMesh`, so that they have the timeout after which a collective fails.
 """
 
 from __future__ import annotations
@@ -14,13 +13,26 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megatron3d.comm.groups import make_own_group
 from megatron3d.comm.layout import AXES, GRID, Layout
 from megatron3d.comm.meter import Meter
 
-# These collectives run beside others of the same ranks: a tied table's reduction beside messages between stages, what
-# all ranks agree on and what attention exchanges beside reductions of gradients. So they have groups of their own, by
-# these names, even where the ranks are equal.
-_OWN_GROUP = {"tied": "tied", "world": "world", "cp": "cp", "cp_heads": "cp", "cp_ring": "cp"}
+# A group's collectives run one after another. These run beside others of the same ranks: a tied table's reduction
+# beside messages between stages, and what attention exchanges and gathers of weights beside reductions of gradients. So
+# they have groups of their own, by these names, even where the ranks are equal. What all ranks agree on has the group
+# in which they met, which no other axis uses.
+_OWN_GROUP = {
+    "tied": "tied",
+    "world": "world",
+    "cp": "cp",
+    "cp_heads": "cp",
+    "cp_ring": "cp",
+    "gather": "gather",
+    "expert_gather": "gather",
+}
+
+# The axes along each coordinate of the grid: a sum over one after another is a sum over all ranks.
+_BY_COORDINATE = ("tp", "cp", "batch", "pp")
 
 
 @dataclass(frozen=True)
@@ -48,12 +60,18 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """A layout as one rank sees it: the axes of `layout.AXES` by their names, and `alone`, this rank by itself."""
+    """A layout as one rank sees it: the axes of `layout.AXES` by their names, and `alone`, this rank by itself.
+
+    `host` are the axes tp, cp, batch and pp once more, for numbers that the host has and reads: their groups are of
+    gloo whatever the device, so that nothing waits for what is queued on it. Along one after another they reach all
+    ranks, with fewer connections than a group of all ranks has.
+    """
 
     layout: Layout
     rank: int
     meter: Meter
     alone: Axis
+    host: tuple[Axis, ...]
     tp: Axis
     kv: Axis
     cp: Axis
@@ -63,11 +81,13 @@ class Mesh:
     batch: Axis
     grad: Axis
     shard: Axis
+    gather: Axis
     replica: Axis
     expert_tp: Axis
     expert: Axis
     expert_grad: Axis
     expert_shard: Axis
+    expert_gather: Axis
     expert_replica: Axis
     tied: Axis
     world: Axis
@@ -75,6 +95,11 @@ class Mesh:
     def axis(self, name: str) -> Axis:
         """The axis of a name of `layout.AXES`."""
         return {one.name: one for one in vars(self).values() if isinstance(one, Axis)}[name]
+
+    @property
+    def host_batch(self) -> Axis:
+        """The axis `batch` among those of the host."""
+        return self.host[_BY_COORDINATE.index("batch")]
 
     @property
     def reports_samples(self) -> bool:
@@ -95,7 +120,7 @@ def make_mesh(layout: Layout, *, timeout: timedelta = timedelta(minutes=10)) -> 
 
     Args:
         layout: its world size must be that of the default process group, or 1 in a process without one.
-        timeout: after this long a collective of these groups fails.
+        timeout: after this long a collective of these groups fails; those of `world` have the default group's.
 
     Raises:
         ValueError: the layout has another number of ranks.
@@ -106,20 +131,24 @@ def make_mesh(layout: Layout, *, timeout: timedelta = timedelta(minutes=10)) -> 
         raise ValueError(f"layout {layout} needs {layout.world_size} ranks, there are {world_size}")
     meter, made, axes = Meter(), {}, {}
     for name in AXES:
-        ranks, groups = layout.ranks_along(name, rank), tuple(layout.groups(name))
+        ranks, groups = layout.ranks_along(name, rank), tuple(layout.groups(name) if layout.size(name) > 1 else ())
         key = (_OWN_GROUP.get(name, ""), groups)
         if key not in made:
-            made[key] = _new_groups(groups, timeout)
-        group = made[key] if len(ranks) > 1 else None
-        pairwise = group is not None and dist.get_backend(group) == "gloo"
-        axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, group, meter, pairwise)
-    return Mesh(layout, rank, meter, Axis("alone", 1, 0, (rank,), None, meter), **axes)
+            made[key] = dist.group.WORLD if name == "world" else make_own_group(groups, timeout=timeout)
+        axes[name] = _axis(name, ranks, rank, made[key], meter)
+    host = tuple(_host_axis(axes[name], layout, rank, timeout) for name in _BY_COORDINATE)
+    return Mesh(layout, rank, meter, Axis("alone", 1, 0, (rank,), None, meter), host, **axes)
 
 
-def _new_groups(groups: tuple[tuple[int, ...], ...], timeout: timedelta) -> dist.ProcessGroup | None:
-    """Make process groups of the groups of several ranks, and return this rank's."""
-    several = [list(group) for group in groups if len(group) > 1]
-    if not several:
-        return None
-    own = dist.new_subgroups_by_enumeration(several, timeout=timeout)[0]
-    return own if isinstance(own, dist.ProcessGroup) else None  # torch gives -1 to a rank that is in none
+def _axis(name: str, ranks: tuple[int, ...], rank: int, made: dist.ProcessGroup | None, meter: Meter) -> Axis:
+    group = made if len(ranks) > 1 else None
+    pairwise = group is not None and dist.get_backend(group) == "gloo"
+    return Axis(name, len(ranks), ranks.index(rank), ranks, group, meter, pairwise)
+
+
+def _host_axis(axis: Axis, layout: Layout, rank: int, timeout: timedelta) -> Axis:
+    """The same ranks in a group of the host, which an axis on gloo has already."""
+    if axis.pairwise or axis.size == 1:
+        return axis
+    group = make_own_group(layout.groups(axis.name), timeout=timeout, on_host=True)
+    return _axis(axis.name, axis.ranks, rank, group, axis.meter)

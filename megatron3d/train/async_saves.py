@@ -65,7 +65,7 @@ class AsyncSaves:
 
         Raises: NumericsError on all ranks if what was copied is not finite.
         """
-        if self._save.under_way is None or count_votes(not self._save.is_written(), self._mesh.world):
+        if self._save.under_way is None or count_votes(not self._save.is_written(), self._mesh.host):
             return True
         return self._finish()
 
@@ -83,7 +83,7 @@ class AsyncSaves:
     def _await_written(self, path: Path, why: str) -> None:
         """Wait for a while until all ranks have written, and say so if they have not."""
         began_s = time.monotonic()
-        missing = count_votes(not self._save.is_written_within(_PATIENCE_S), self._mesh.world)
+        missing = count_votes(not self._save.is_written_within(_PATIENCE_S), self._mesh.host)
         now_s = time.monotonic()
         self._waited_s += now_s - began_s
         if missing:

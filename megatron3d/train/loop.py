@@ -338,7 +338,7 @@ class _Loop:
 
         def give_up_if_asked() -> None:
             prepared.prepare(next(numbers) * size, size)
-            reason = agreed_reason(self._reason_to_stop(), self.parts.mesh.world)
+            reason = agreed_reason(self._reason_to_stop(), self.parts.mesh)
             if reason is not None:
                 self._stop(reason, evaluation_due=is_due_later)
 

@@ -124,8 +124,11 @@ def train_step(
 
 
 def global_counts(parts: TrainingSetup, batch: Samples | GroupedSamples) -> dict[str, int]:
-    """What each loss counts in the global batch (at least 1, so that a batch without any has a loss of 0)."""
-    totals = all_reduce(counts_of(parts.model.losses, batch).to(parts.model.device), parts.mesh.batch).tolist()
+    """What each loss counts in the global batch (at least 1, so that a batch without any has a loss of 0).
+
+    The host counts and the host asks, so this waits for nothing that is queued on the device.
+    """
+    totals = all_reduce(counts_of(parts.model.losses, batch), parts.mesh.host_batch).tolist()
     return {spec.name: max(1, total) for spec, total in zip(parts.model.losses, totals, strict=True)}
 
 

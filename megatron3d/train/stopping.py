@@ -12,9 +12,9 @@ from megatron3d.errors import StopRequested
 from megatron3d.train.launch import BEFORE_TRAINING, NO_STEP, RunContext
 
 
-def agreed_reason(reason: str | None, world: Axis) -> str | None:
+def agreed_reason(reason: str | None, mesh: Mesh) -> str | None:
     """The reason of the first rank that has one to stop, on every rank; None if no rank has. Collective."""
-    return first_reason(reason, world) if count_votes(reason is not None, world) else None
+    return first_reason(reason, mesh.world) if count_votes(reason is not None, mesh.host) else None
 
 
 def first_reason(reason: str | None, world: Axis) -> str | None:
@@ -38,7 +38,7 @@ def stop_if_asked(context: RunContext, mesh: Mesh, *, when: str, outcome: str) -
 
     Raises: StopRequested on all ranks.
     """
-    reason = agreed_reason(signal_reason(context), mesh.world)
+    reason = agreed_reason(signal_reason(context), mesh)
     if reason is not None:
         raise StopRequested(f"stopped {when} because {reason}; {outcome}")
 

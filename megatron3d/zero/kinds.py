@@ -24,18 +24,20 @@ class AxisNames:
         grad: the ranks that hold the same shard and sum its gradients.
         shard, replica: how `grad` is cut where ZeRO shards state: ranks that each own a part, and those that own the
             same part.
+        gather: the ranks of `shard` as they gather weights, beside the reductions of gradients of `shard`.
     """
 
     tensor: str
     grad: str
     shard: str
     replica: str
+    gather: str
 
 
 KINDS: Mapping[ParamKind, AxisNames] = MappingProxyType(
     {
-        "dense": AxisNames("tp", "grad", "shard", "replica"),
-        "expert": AxisNames("expert_tp", "expert_grad", "expert_shard", "expert_replica"),
+        "dense": AxisNames("tp", "grad", "shard", "replica", "gather"),
+        "expert": AxisNames("expert_tp", "expert_grad", "expert_shard", "expert_replica", "expert_gather"),
     }
 )
 
@@ -48,6 +50,7 @@ class KindAxes:
     grad: Axis
     shard: Axis
     replica: Axis
+    gather: Axis
 
 
 def kind_axes(kind: ParamKind, mesh: Mesh, policy: Policy) -> KindAxes:
@@ -55,5 +58,6 @@ def kind_axes(kind: ParamKind, mesh: Mesh, policy: Policy) -> KindAxes:
     names = KINDS[kind]
     tensor, grad = mesh.axis(names.tensor), mesh.axis(names.grad)
     if policy.shard_optimizer:
-        return KindAxes(tensor, grad, mesh.axis(names.shard), mesh.axis(names.replica))
-    return KindAxes(tensor, grad, mesh.alone, grad)
+        shard, replica, gather = (mesh.axis(name) for name in (names.shard, names.replica, names.gather))
+        return KindAxes(tensor, grad, shard, replica, gather)
+    return KindAxes(tensor, grad, mesh.alone, grad, mesh.alone)

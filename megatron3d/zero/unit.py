@@ -114,7 +114,7 @@ class WeightUnit:
     def _allocate_weights(self, transient: TransientBuffers) -> None:
         initial = self._initial()
         keeps_master = self._keeps_master_on_device(initial)
-        dtype, axis = self.options.param_dtype, self.axes.shard
+        dtype, axis = self.options.param_dtype, self.axes.gather
         if self.blocks is None:
             self.weights = WeightBuffer(
                 initial,

@@ -72,7 +72,7 @@ def enumerated(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
     # A block of consecutive ranks shards each parameter once, dense ones and those of experts.
     block = layout.tp * (layout.zero_shard or layout.dp * layout.cp)
     for cut, kind in (("", "grad"), ("expert_", "expert_grad")):
-        groups[f"{cut}shard"] = by_block(groups[kind], block)
+        groups[f"{cut}shard"] = groups[f"{cut}gather"] = by_block(groups[kind], block)
         groups[f"{cut}replica"] = across(groups[kind], groups[f"{cut}shard"])
     groups["kv"] = by_block(groups["tp"], layout.kv_copies)
     groups["cp_heads"] = by_block(groups["cp"], layout.tp * layout.cp_heads)

@@ -74,9 +74,9 @@ def _members_and_groups(rank: int, world_size: int, layout: Layout) -> tuple[dic
 @pytest.mark.parametrize(
     ("layout", "num_groups"),
     [
-        (Layout(dp=4), 2),  # all data-parallel uses share one, and `world` has its own
-        (Layout(cp=2, dp=2, zero_shard=2), 5),  # batch is replica; cp apart from shard; grad, world
-        (Layout(tp=2, cp=2, ep=4, etp=1), 5),  # tp, cp, grad, expert, world: more experts than data ranks
+        (Layout(dp=4), 3),  # all data-parallel uses share one, but gathers have their own; `world` has the default
+        (Layout(cp=2, dp=2, zero_shard=2), 6),  # batch is replica; cp and gather apart from shard; grad, world
+        (Layout(tp=2, cp=2, ep=4, etp=1), 6),  # tp, cp, grad, gather, expert, world: more experts than data ranks
         (Layout(tp=2, pp=2, ep=2, etp=1), 4),  # tp is expert, pp, tied, world
     ],
     ids=str,

@@ -34,6 +34,7 @@ def _outcome(gpu: FakeGpu, architecture: str, implementation: str, flags: str) -
     return {
         "inside": [one.what for one in traffic.host if one.is_inside],
         "outside": [one.what for one in traffic.host if not one.is_inside],
+        "reads": traffic.reads(),
         "weights_on": sorted(devices),
     }
 

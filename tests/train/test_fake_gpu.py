@@ -49,7 +49,9 @@ def check(cases: tuple[tuple[str, str, str], ...]) -> None:
         # Weights that lie on the host are copied to the device before they are used; no copy goes the other way.
         fetches = {"aten.copy_.default to the device"} if "--offload-params" in case[2] else set()
         assert set(outcome["inside"]) == fetches, case
-        assert outcome["outside"], case  # at least the samples go to the device, and the loss to the host
+        assert outcome["outside"], case  # at least the samples go to the device
+        # The host waits for one list, at the end of the step: votes to stop, squared norm of the gradients, losses.
+        assert outcome["reads"] == ["tolist"], case
         assert outcome["weights_on"] == ["fakegpu"], case
 
 

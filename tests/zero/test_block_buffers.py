@@ -41,7 +41,7 @@ def weights_by_block(rank: int, world_size: int) -> tuple[bool, list[int], int, 
     weights = BlockedWeights(
         table.flatten().clone(),
         own,
-        axes.shard,
+        axes.gather,
         blocks=blocks,
         dtype=torch.float32,
         transient=transient,

@@ -377,7 +377,7 @@ def test_a_step_moves_the_gradients_once_or_once_a_backward_and_the_weights_once
 ) -> None:
     for counted, num_units, length in pool.run(2, _traffic, Setting(Layout(dp=2), zero_stage, BF16, FP32)):
         once, each = (num_units, 4 * length), (NUM_MICROBATCHES * num_units, NUM_MICROBATCHES * 4 * length)
-        published = {("shard", "all_gather"): (num_units, 2 * length)}
+        published = {("gather", "all_gather"): (num_units, 2 * length)}
         assert (
             counted
             == {
@@ -402,7 +402,7 @@ def test_hierarchical_sharding_sums_over_the_replicas_once_and_only_the_own_part
             ("replica", "all_reduce"): (num_units, 4 * length // 2),
         }
         if zero_stage < 3:
-            expected["shard", "all_gather"] = (num_units, 4 * length)
+            expected["gather", "all_gather"] = (num_units, 4 * length)
         assert counted == expected
 
 
