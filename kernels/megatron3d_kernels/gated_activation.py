@@ -4,7 +4,8 @@
 
 Source: Shazeer, "GLU Variants Improve Transformer" (2020), equations 5 and 6. Only gate and up are saved, in their own
 dtype; backward computes act(gate) again: d_up = d_y * act(gate), d_gate = d_y * up * act'(gate). F is the last
-dimension. `gate_up` holds both in one tensor of width 2F, as one matrix product gives them: first gate, then up.
+dimension. `gate_up` holds both in one tensor of width 2F, as one matrix product gives them: first gate, then up. The
+gradient of that product's bias is the sum of theirs over all rows; the backward can make it in the same pass.
 """
 
 from __future__ import annotations
@@ -17,22 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from megatron3d_kernels.launch import KernelError, as_rows, block_of, compute_dtype, jit, launch, tl
+from megatron3d_kernels.launch import KernelError, as_rows, block_of, compute_dtype, jit, launch, row_programs, tl
 from megatron3d_kernels.selection import DEFAULT_SELECTION, Kernel, Selection
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 MAX_BLOCK = 1024
+SUM_PROGRAMS = 1024
+"""Programs where sums over rows are wanted, each of which adds up its rows before one torch sum over programs. A fixed
+number, not the device's, keeps the order of summation the same on every GPU."""
 
 
 @dataclass(frozen=True)
 class GatedActivation:
     """One implementation. Outputs are given, so that halves of one tensor can be filled; None means not needed.
 
-    forward(gate, up, y, kind) fills y; backward(grad_y, gate, up, grad_gate, grad_up, kind) fills the gradients.
+    forward(gate, up, y, kind) fills y; backward(grad_y, gate, up, grad_gate, grad_up, kind) fills the gradients;
+    backward_with_sums(grad_y, gate_up, grad_gate_up, kind) does so for halves, and returns the sums [2F] over all rows.
     """
 
     forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], None]
     backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, str], None]
+    backward_with_sums: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], torch.Tensor]
 
 
 def gated_activation(
@@ -52,18 +58,23 @@ def gated_activation(
 
 
 def fused_gated_activation(
-    gate_up: torch.Tensor, kind: str, *, selection: Selection = DEFAULT_SELECTION
+    gate_up: torch.Tensor,
+    kind: str,
+    *,
+    bias: torch.Tensor | None = None,
+    selection: Selection = DEFAULT_SELECTION,
 ) -> torch.Tensor:
     """act(gate) * up for gate_up [..., 2F] with gate = gate_up[..., :F] and up = gate_up[..., F:]; result [..., F].
 
     The halves are read where they lie and the gradient is written as one [..., 2F] tensor: no split, no concatenation.
+    `bias` [2F] is one that the product has added already; its gradient is made here, and not there.
 
     Raises KernelError for an unknown `kind` or an odd last dimension.
     """
     _check_kind(kind)
     if gate_up.shape[-1] % 2:
         raise KernelError(f"gate_up has an odd last dimension, {gate_up.shape[-1]}; it holds gate and up, 2F in all.")
-    return _FusedGated.apply(gate_up, kind, selection.pick(GATED_ACTIVATION, gate_up))
+    return _FusedGated.apply(gate_up, bias, kind, selection.pick(GATED_ACTIVATION, gate_up))
 
 
 def swiglu(gate_up: torch.Tensor, *, selection: Selection = DEFAULT_SELECTION) -> torch.Tensor:
@@ -104,7 +115,9 @@ class _FusedGated(torch.autograd.Function):
     """Gate and up as the halves of one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor, kind: str, kernel: GatedActivation) -> torch.Tensor:
+    def forward(
+        ctx: Any, gate_up: torch.Tensor, bias: torch.Tensor | None, kind: str, kernel: GatedActivation
+    ) -> torch.Tensor:
         """Save the input only."""
         ctx.save_for_backward(gate_up)
         ctx.kind, ctx.kernel = kind, kernel
@@ -119,9 +132,12 @@ class _FusedGated(torch.autograd.Function):
         """Fill the two halves of one gradient."""
         (gate_up,) = ctx.saved_tensors
         grad_gate_up = gate_up.new_empty(gate_up.shape)
+        if ctx.needs_input_grad[1]:
+            sums = ctx.kernel.backward_with_sums(grad_y, gate_up, grad_gate_up, ctx.kind)
+            return grad_gate_up, sums, None, None
         halves = (*gate_up.chunk(2, dim=-1), *grad_gate_up.chunk(2, dim=-1))
         ctx.kernel.backward(grad_y, *halves, ctx.kind)
-        return grad_gate_up, None, None
+        return grad_gate_up, None, None, None
 
 
 def _act(gate: torch.Tensor, kind: str) -> torch.Tensor:
@@ -162,6 +178,14 @@ def _reference_backward(
         grad_gate.copy_(_act_backward(wide_grad * up, wide_gate, kind))
 
 
+def _reference_backward_with_sums(
+    grad_y: torch.Tensor, gate_up: torch.Tensor, grad_gate_up: torch.Tensor, kind: str
+) -> torch.Tensor:
+    """Plain torch."""
+    _reference_backward(grad_y, *gate_up.chunk(2, dim=-1), *grad_gate_up.chunk(2, dim=-1), kind)
+    return as_rows(grad_gate_up).sum(0)
+
+
 def _triton_forward(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor, kind: str) -> None:
     """One program per row and block of columns."""
     gate_rows, up_rows = as_rows(gate), as_rows(up)
@@ -188,10 +212,28 @@ def _triton_backward(
     tensors = (grad_rows, gate_rows, up_rows, out_gate, out_up)
     num_rows, num_columns = gate_rows.shape
     block = block_of(num_columns, limit=MAX_BLOCK)
-    needs = {"NEED_GATE": grad_gate is not None, "NEED_UP": grad_up is not None}
+    needs = {"NEED_GATE": grad_gate is not None, "NEED_UP": grad_up is not None, "NEED_SUMS": False}
     constants = {"KIND": kind, **needs, "BLOCK": block, "num_warps": 4}
-    arguments = (*tensors, *(tensor.stride(0) for tensor in tensors), num_columns)
+    arguments = (*tensors, grad_rows, *(tensor.stride(0) for tensor in tensors), num_rows, num_columns, num_rows)
     launch(_backward_kernel, (num_rows, -(-num_columns // block)), *arguments, device=gate.device, **constants)
+
+
+def _triton_backward_with_sums(
+    grad_y: torch.Tensor, gate_up: torch.Tensor, grad_gate_up: torch.Tensor, kind: str
+) -> torch.Tensor:
+    """One program per block of columns and some of the rows."""
+    grad_rows, (gate_rows, up_rows) = as_rows(grad_y), (as_rows(half) for half in gate_up.chunk(2, dim=-1))
+    out_gate, out_up = (as_rows(half) for half in grad_gate_up.chunk(2, dim=-1))
+    tensors = (grad_rows, gate_rows, up_rows, out_gate, out_up)
+    num_rows, num_columns = gate_rows.shape
+    block = block_of(num_columns, limit=MAX_BLOCK)
+    blocks = -(-num_columns // block)
+    programs = row_programs(num_rows, blocks, SUM_PROGRAMS)
+    sums = torch.empty(programs, 2 * num_columns, dtype=torch.float32, device=gate_up.device)
+    constants = {"KIND": kind, "NEED_GATE": True, "NEED_UP": True, "NEED_SUMS": True, "BLOCK": block, "num_warps": 4}
+    arguments = (*tensors, sums, *(tensor.stride(0) for tensor in tensors), num_rows, num_columns, programs)
+    launch(_backward_kernel, (programs, blocks), *arguments, device=gate_up.device, **constants)
+    return sums.sum(0)
 
 
 @jit
@@ -241,35 +283,49 @@ def _backward_kernel(
     up_ptr: tl.tensor,
     grad_gate_ptr: tl.tensor,
     grad_up_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
     grad_y_stride: tl.tensor,
     gate_stride: tl.tensor,
     up_stride: tl.tensor,
     grad_gate_stride: tl.tensor,
     grad_up_stride: tl.tensor,
+    num_rows: tl.tensor,
     num_columns: tl.tensor,
+    num_programs: tl.tensor,
     KIND: tl.constexpr,
     NEED_GATE: tl.constexpr,
     NEED_UP: tl.constexpr,
+    NEED_SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Both gradients of one block of one row."""
-    row = tl.program_id(0).to(tl.int64)
+    """Both gradients of one block of columns, in rows program, program + num_programs, ..."""
+    program = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_columns
-    grad_y = tl.load(grad_y_ptr + row * grad_y_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _act_and_slope(gate, KIND)
-    if NEED_GATE:
-        up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        grad_gate = (grad_y * up * slope).to(grad_gate_ptr.dtype.element_ty)
-        tl.store(grad_gate_ptr + row * grad_gate_stride + columns, grad_gate, mask=inside)
-    if NEED_UP:
-        grad_up = (grad_y * value).to(grad_up_ptr.dtype.element_ty)
-        tl.store(grad_up_ptr + row * grad_up_stride + columns, grad_up, mask=inside)
+    gate_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    up_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    for row_index in range(program, num_rows, num_programs):
+        row = tl.cast(row_index, tl.int64)
+        grad_y = tl.load(grad_y_ptr + row * grad_y_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        value, slope = _act_and_slope(gate, KIND)
+        if NEED_GATE:
+            up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
+            grad_gate = (grad_y * up * slope).to(grad_gate_ptr.dtype.element_ty)
+            tl.store(grad_gate_ptr + row * grad_gate_stride + columns, grad_gate, mask=inside)
+            gate_sum += grad_gate.to(tl.float32)
+        if NEED_UP:
+            grad_up = (grad_y * value).to(grad_up_ptr.dtype.element_ty)
+            tl.store(grad_up_ptr + row * grad_up_stride + columns, grad_up, mask=inside)
+            up_sum += grad_up.to(tl.float32)
+    if NEED_SUMS:
+        sums_row = sums_ptr + program.to(tl.int64) * (2 * num_columns) + columns
+        tl.store(sums_row, gate_sum, mask=inside)
+        tl.store(sums_row + num_columns, up_sum, mask=inside)
 
 
 GATED_ACTIVATION = Kernel(
     name="gated_activation",
-    reference=GatedActivation(forward=_reference_forward, backward=_reference_backward),
-    triton=GatedActivation(forward=_triton_forward, backward=_triton_backward),
+    reference=GatedActivation(_reference_forward, _reference_backward, _reference_backward_with_sums),
+    triton=GatedActivation(_triton_forward, _triton_backward, _triton_backward_with_sums),
 )

@@ -101,6 +101,11 @@ def block_of(num_columns: int, *, limit: int = MAX_BLOCK) -> int:
     return min(1 << max(num_columns - 1, 0).bit_length(), limit)
 
 
+def row_programs(num_rows: int, column_blocks: int, programs: int) -> int:
+    """Programs along the rows, at least one and at most one a row, of about so many in all."""
+    return max(1, min(num_rows, programs // column_blocks))
+
+
 def whole_row_block(kernel_name: str, num_columns: int) -> int:
     """Block for kernels that keep a whole row in registers.
 

@@ -20,9 +20,10 @@ from megatron3d_kernels.dropout import RowDropout, dropout, row_keys
 from megatron3d_kernels.gated_activation import fused_gated_activation, gated_activation, swiglu
 from megatron3d_kernels.launch import TRITON, TritonSupport
 from megatron3d_kernels.layer_norm import layer_norm
+from megatron3d_kernels.query_key_value import Heads, query_key_value
 from megatron3d_kernels.residual_norm import Pair, RowNorm, added_norm, forked_norm, writes_copies
 from megatron3d_kernels.rms_norm import rms_norm
-from megatron3d_kernels.rotary import apply_rotary
+from megatron3d_kernels.rotary import Angles, apply_rotary
 from megatron3d_kernels.selection import KERNEL_NAMES, Selection
 
 
@@ -173,9 +174,9 @@ class Registry(Selection):
             return packed_documents.packed_attention(q_BNSD, k_BGTD, v_BGTD, plan, kernel=self._packed)
         return rectangles.rectangle_attention(q_BNSD, k_BGTD, v_BGTD, plan)
 
-    def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        """gelu, gelu_tanh, relu, squared_relu or silu, always torch's; see `activation.activation`."""
-        return activation(x, kind)
+    def activation(self, x: torch.Tensor, kind: str, *, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """gelu, gelu_tanh, relu, squared_relu or silu; see `activation.activation`."""
+        return activation(x, kind, bias=bias, selection=self)
 
     def dropout(
         self, x: torch.Tensor, keys: torch.Tensor, probability: float, *, residual: torch.Tensor | None = None
@@ -191,9 +192,11 @@ class Registry(Selection):
         """act(gate) * up for swiglu, geglu, reglu; see `gated_activation.gated_activation`."""
         return gated_activation(gate, up, kind, selection=self)
 
-    def fused_gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+    def fused_gated_activation(
+        self, gate_up: torch.Tensor, kind: str, *, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The same for gate and up in one tensor [..., 2F]; see `gated_activation.fused_gated_activation`."""
-        return fused_gated_activation(gate_up, kind, selection=self)
+        return fused_gated_activation(gate_up, kind, bias=bias, selection=self)
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up for gate_up [..., 2F]; see `gated_activation.swiglu`."""
@@ -208,6 +211,18 @@ class Registry(Selection):
     def adam(self, parameters: Sequence[AdamTensors], step: AdamStep) -> None:
         """Update flat parameters and their copies in place; see `adam.adam`."""
         adam(parameters, step, selection=self)
+
+    def query_key_value(
+        self,
+        qkv_SBO: torch.Tensor,
+        heads: tuple[int, int],
+        rotary: Angles | None = None,
+        *,
+        interleaved: bool = False,
+        bias: torch.Tensor | None = None,
+    ) -> Heads:
+        """Views of a projection's output, turned in place; see `query_key_value.query_key_value`."""
+        return query_key_value(qkv_SBO, heads, rotary, interleaved=interleaved, bias=bias, selection=self)
 
     def local_max(self, logits: torch.Tensor, num_valid: int) -> torch.Tensor:
         """Largest valid logit of each row of a vocabulary shard; see `cross_entropy.local_max`."""

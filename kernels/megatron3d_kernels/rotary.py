@@ -24,8 +24,11 @@ from megatron3d_kernels.selection import DEFAULT_SELECTION, Kernel, Selection
 
 HEADS_PER_PROGRAM = 16
 
-Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool, bool], torch.Tensor]
-"""(x [B, N, S, D], cos [B, S, R/2], sin [B, S, R/2], interleaved, inverse) -> the rotated tensor."""
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine, [B, S, R/2] each."""
+
+Rotate = Callable[[torch.Tensor, Angles, bool, bool, torch.Tensor], None]
+"""(x [B, N, S, D], angles, interleaved, inverse, y) puts the rotated x into y, which may be x itself."""
 
 
 def apply_rotary(
@@ -42,6 +45,11 @@ def apply_rotary(
 
     Raises KernelError where the shapes do not fit.
     """
+    return _Rotary.apply(x, *angles_of(x, cos, sin), interleaved, selection.pick(ROTARY, x))
+
+
+def angles_of(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Angles:
+    """cos and sin of each position of x [B, N, S, D]; raises KernelError where the shapes do not fit."""
     if x.dim() != 4 or cos.shape != sin.shape or cos.dim() not in (2, 3) or 2 * cos.shape[-1] > x.shape[-1]:
         raise KernelError(_misfit(x, cos, sin))
     batch, _, sequence, _ = x.shape
@@ -49,7 +57,7 @@ def apply_rotary(
     if table.shape[0] not in (1, batch) or table.shape[1] != sequence:
         raise KernelError(_misfit(x, cos, sin))
     shape = (batch, sequence, cos.shape[-1])
-    return _Rotary.apply(x, cos.expand(shape), sin.expand(shape), interleaved, selection.pick(ROTARY, x))
+    return cos.expand(shape), sin.expand(shape)
 
 
 def _misfit(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str:
@@ -70,31 +78,37 @@ class _Rotary(torch.autograd.Function):
         """Save the angles only."""
         ctx.save_for_backward(cos, sin)
         ctx.interleaved, ctx.rotate = interleaved, rotate
-        return rotate(x, cos, sin, interleaved, False)
+        y = torch.empty_like(x)
+        rotate(x, (cos, sin), interleaved, False, y)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Turn the gradient back."""
-        grad_x = ctx.rotate(grad_y, *ctx.saved_tensors, ctx.interleaved, True) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        cos, sin = ctx.saved_tensors
+        grad_x = torch.empty_like(grad_y)
+        ctx.rotate(grad_y, (cos, sin), ctx.interleaved, True, grad_x)
         return grad_x, None, None, None, None
 
 
-def _reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, inverse: bool) -> torch.Tensor:
+def _reference(x: torch.Tensor, angles: Angles, interleaved: bool, inverse: bool, y: torch.Tensor) -> None:
     """Plain torch; the two results are written into their places, without a concatenation."""
     dtype = compute_dtype(x.dtype)
-    half = cos.shape[-1]
-    cos, sin = cos.unsqueeze(1).to(dtype), sin.unsqueeze(1).to(dtype)
+    half = angles[0].shape[-1]
+    cos, sin = (one.unsqueeze(1).to(dtype) for one in angles)
     if inverse:
         sin = -sin
     first, second = _pair(x, half, interleaved)
     first, second = first.to(dtype), second.to(dtype)
-    y = torch.empty_like(x)
     y_first, y_second = _pair(y, half, interleaved)
-    y_first.copy_((first * cos).addcmul_(second, sin, value=-1))
+    turned_first = (first * cos).addcmul_(second, sin, value=-1)
     y_second.copy_((second * cos).addcmul_(first, sin))
-    y[..., 2 * half :] = x[..., 2 * half :]
-    return y
+    y_first.copy_(turned_first)
+    if y is not x and 2 * half < x.shape[-1]:
+        y[..., 2 * half :] = x[..., 2 * half :]
 
 
 def _pair(x: torch.Tensor, half: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,20 +118,19 @@ def _pair(x: torch.Tensor, half: int, interleaved: bool) -> tuple[torch.Tensor, 
     return x[..., :half], x[..., half : 2 * half]
 
 
-def _triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, inverse: bool) -> torch.Tensor:
+def _triton(x: torch.Tensor, angles: Angles, interleaved: bool, inverse: bool, y: torch.Tensor) -> None:
     """One program per position and group of heads, so that the angles are read once for the group."""
     batch, num_heads, sequence, head_size = x.shape
+    cos, sin = angles
     half = cos.shape[-1]
-    y = torch.empty_like(x)
     heads = block_of(num_heads, limit=HEADS_PER_PROGRAM)
-    tail = head_size - 2 * half
+    tail = 0 if y is x else head_size - 2 * half
     strides = (*x.stride(), *y.stride(), *cos.stride(), *sin.stride())
     arguments = (x, cos, sin, y, num_heads, sequence, half, head_size, *strides)
     pairing = {"INTERLEAVED": interleaved, "INVERSE": inverse}
     blocks = {"BLOCK_HEADS": heads, "BLOCK_HALF": block_of(half), "HAS_TAIL": tail > 0, "BLOCK_TAIL": block_of(tail)}
     grid = (batch * sequence, -(-num_heads // heads))
     launch(_rotary_kernel, grid, *arguments, device=x.device, **pairing, **blocks, num_warps=4)
-    return y
 
 
 @jit

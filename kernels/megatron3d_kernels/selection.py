@@ -27,8 +27,10 @@ KERNEL_NAMES = (
     "rms_norm",
     "residual_norm",
     "dropout",
+    "activation",
     "gated_activation",
     "rotary",
+    "query_key_value",
     "cross_entropy",
     "adam",
 )

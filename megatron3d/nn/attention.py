@@ -93,23 +93,37 @@ class SelfAttention(nn.Module):
         return self.projection(y_SBO) if onto_SBH is None else self.projection.onto(y_SBO, onto_SBH)
 
     def _heads(self, x_SBH: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
-        def heads(part_SBO: Tensor) -> Tensor:
-            return part_SBO.unflatten(-1, (-1, self.config.kv_channels)).permute(1, 2, 0, 3)  # [B, N or G, S, D]
+        """Queries [B, N, S, D], keys and values [B, G, S, D], normalised and turned as the model says."""
+        config, kernels = self.config, self.context.kernels
+        if config.qk_layernorm_across_heads or self.context.kv is not None:
+            q_SBO, k_SBO, v_SBO = self._parts(x_SBH)
+            q, k, v = (part_SBO.unflatten(-1, (-1, config.kv_channels)) for part_SBO in (q_SBO, k_SBO, v_SBO))
+            q, k, v = (x_SBND.permute(1, 2, 0, 3) for x_SBND in (q, k, v))
+        else:
+            rotary = None if config.qk_layernorm else inputs.rotary
+            qkv_SBO = self.qkv(x_SBH, own_bias_gradient=False)
+            heads = (self.local_parts[0] // config.kv_channels, self.local_parts[1] // config.kv_channels)
+            q, k, v = kernels.query_key_value(
+                qkv_SBO, heads, rotary, interleaved=config.rotary_interleaved, bias=self.qkv.bias
+            )
+            if not config.qk_layernorm:
+                return q, k, v
+        if config.qk_layernorm and not config.qk_layernorm_across_heads:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if inputs.rotary is not None:
+            cos, sin = inputs.rotary
+            q, k = (kernels.apply_rotary(x, cos, sin, config.rotary_interleaved) for x in (q, k))
+        return q, k, v
 
+    def _parts(self, x_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three outputs of the projection, [S, B, O] each, normalised across heads and gathered over `kv`."""
         q_SBO, k_SBO, v_SBO = self.qkv(x_SBH).split(self.local_parts, dim=-1)
         if self.config.qk_layernorm_across_heads:
             norms = (self.query_norm, self.key_norm)
             q_SBO, k_SBO = sharded_rms_norms((q_SBO, k_SBO), norms, self.context)
         if self.context.kv is not None:
             k_SBO, v_SBO = self.context.whole_heads(torch.stack((k_SBO, v_SBO))).unbind()
-        q, k, v = (heads(part_SBO) for part_SBO in (q_SBO, k_SBO, v_SBO))
-        if self.config.qk_layernorm and not self.config.qk_layernorm_across_heads:
-            q, k = self.query_norm(q), self.key_norm(k)
-        if inputs.rotary is not None:
-            cos, sin = inputs.rotary
-            interleaved, kernels = self.config.rotary_interleaved, self.context.kernels
-            q, k = (kernels.apply_rotary(x, cos, sin, interleaved) for x in (q, k))
-        return q, k, v
+        return q_SBO, k_SBO, v_SBO
 
     def _core(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, inputs: LayerInputs) -> Tensor:
         """softmax(q k^T / sqrt(D)) v; where no mask is given, causal if the model is."""

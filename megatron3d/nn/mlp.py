@@ -58,10 +58,10 @@ class MLP(nn.Module):
         return self.down(self._inner(x_SBH))
 
     def _inner(self, x_SBH: Tensor) -> Tensor:
-        return self._activate(self.up(x_SBH))
+        return self._activate(self.up(x_SBH, own_bias_gradient=False))
 
     def _activate(self, x_SBF: Tensor) -> Tensor:
-        kind = self.config.activation
-        if self.config.is_gated:
-            return self.kernels.fused_gated_activation(x_SBF, kind)  # [S, B, 2F]: the gate, then the up projection
-        return self.kernels.activation(x_SBF, kind)
+        kind, bias = self.config.activation, self.up.bias
+        if self.config.is_gated:  # [S, B, 2F]: the gate, then the up projection
+            return self.kernels.fused_gated_activation(x_SBF, kind, bias=bias)
+        return self.kernels.activation(x_SBF, kind, bias=bias)

@@ -82,7 +82,7 @@ class _Linear(torch.autograd.Function):
 def linear(
     x: Tensor,
     weight: nn.Parameter,
-    bias: nn.Parameter | None,
+    bias: Tensor | None,
     *,
     context: LayerContext,
     input_type: InputType,
@@ -142,6 +142,8 @@ class ColumnParallelLinear(ParallelModule):
 
     Fused outputs (query, key, value; gate, up) are named by `parts`, each of which is cut by itself, so a rank's
     output is its part of the first, then of the second, and so on.
+
+    With `own_bias_gradient` False what reads the output makes the gradient of the bias, in a pass that it makes anyway.
     """
 
     weight: nn.Parameter
@@ -161,10 +163,11 @@ class ColumnParallelLinear(ParallelModule):
         self.context = context
         declare_linear(self, (out_features, in_features), bias=bias, init=init, tp_dim=0, parts=parts)
 
-    def forward(self, x_SBI: Tensor) -> Tensor:
+    def forward(self, x_SBI: Tensor, *, own_bias_gradient: bool = True) -> Tensor:
         """[S, B, I] (S local under sequence parallelism) to [S, B, O/tp]."""
         input_type: InputType = "V" if self.context.sequence_parallel else "I"
-        return linear(x_SBI, self.weight, self.bias, context=self.context, input_type=input_type)
+        bias = self.bias if own_bias_gradient or self.bias is None else self.bias.detach()
+        return linear(x_SBI, self.weight, bias, context=self.context, input_type=input_type)
 
 
 class RowParallelLinear(ParallelModule):

@@ -165,6 +165,54 @@ def gated_case(kind: str, shape: tuple[int, ...], device: torch.device, dtype: t
         check(partial(registry.fused_gated_activation, kind=kind), fused, [gate_up], f"fused {kind} {shape}, {layout}")
 
 
+def check_bias(operation: Operation, formula: Operation, inputs: list[Tensor], what: str) -> None:
+    """operation(x, bias) of rows x [..., F] that hold the bias already: the value, and both gradients.
+
+    The gradient of the bias adds up gradients of rows that are rounded to the dtype, of which it is a sum.
+    """
+    x, bias = (one.detach().requires_grad_() for one in inputs)
+    wide = x.detach().double().requires_grad_()
+    want = formula(wide)
+    got = operation(x, bias=bias)
+    assert_close(got, want, x.dtype, f"{what}: value")
+    grad = random(tuple(want.shape), want.device, x.dtype, seed=7)
+    grad_x, grad_bias = torch.autograd.grad(got, [x, bias], grad)
+    (want_x,) = torch.autograd.grad(want, wide, grad.double())
+    assert_close(grad_x, want_x, x.dtype, f"{what}: gradient")
+    rows = grad_x.double().flatten(0, -2)
+    largest = float(rows.abs().sum(0).max()) if len(rows) else 0.0
+    assert_close(grad_bias, rows.sum(0), bias.dtype, f"{what}: gradient of the bias", floor=largest)
+
+
+def activation_formula(x: Tensor, kind: str) -> Tensor:
+    """Hendrycks and Gimpel 2016, sections 2 and 2.1; So et al. 2021; Elfwing et al. 2018."""
+    if kind == "gelu":
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    if kind == "gelu_tanh":
+        return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if kind == "silu":
+        return x / (1 + (-x).exp())
+    return x.clamp(min=0) ** (2 if kind == "squared_relu" else 1)
+
+
+def activation_case(
+    kind: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, registry: Registry
+) -> None:
+    """Without and with the gradient of a bias."""
+    formula = partial(activation_formula, kind=kind)
+    bias = random(shape[-1:], device, dtype, seed=4)
+    for layout, x in layouts(shape, device, dtype).items():
+        check(partial(registry.activation, kind=kind), formula, [x], f"{kind} {shape}, {layout}", floor=1.0)
+        check_bias(partial(registry.activation, kind=kind), formula, [x, bias], f"{kind} with bias {shape}, {layout}")
+
+
+def gated_bias_case(kind: str, device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
+    """The gradient of a bias of gate and up, over more rows than there are programs."""
+    gate_up, bias = random((3, 3, 74), device, dtype), random((74,), device, dtype, seed=4)
+    formula = lambda both: gate_formula(both[..., :37], kind) * both[..., 37:]  # noqa: E731
+    check_bias(partial(registry.fused_gated_activation, kind=kind), formula, [gate_up, bias], kind)
+
+
 def swiglu_of_large_gates_is_finite(device: torch.device, dtype: torch.dtype, registry: Registry) -> None:
     """exp(-gate) overflows for very negative gates; value and slope must still be their limits."""
     gate = torch.tensor([-200.0, -90.0, 0.0, 90.0, 200.0], device=device, dtype=dtype)
@@ -210,6 +258,46 @@ def rotary_case(interleaved: bool, rotated: int, device: torch.device, dtype: to
 def _apply(registry: Registry, cos: Tensor, sin: Tensor, interleaved: bool, x: Tensor) -> Tensor:
     """apply_rotary with x last, for `partial`."""
     return registry.apply_rotary(x, cos, sin, interleaved)
+
+
+def query_key_value_case(
+    heads: tuple[int, int],
+    rotated: int,
+    interleaved: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    registry: Registry,
+) -> None:
+    """Views of [S, B, O] turned in place, and one gradient from three in the orders of memory that attention leaves."""
+    sequence, batch, size = 5, 3, 12
+    queries, keys = heads
+    num_heads = queries + 2 * keys
+    frequencies = 10000.0 ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / max(rotated, 1))
+    angles = torch.arange(sequence)[:, None] * frequencies
+    rotary = (angles.cos().float().to(device), angles.sin().float().to(device)) if rotated else None
+    wide_angles = angles.expand(batch, sequence, rotated // 2).unsqueeze(1).to(device)
+    given = random((sequence, batch, num_heads * size), device, dtype, seed=2)
+    wide = given.double().requires_grad_()
+    turned = wide.unflatten(-1, (num_heads, size)).permute(1, 2, 0, 3)
+    wanted = [turned[:, :queries], turned[:, queries : queries + keys], turned[:, queries + keys :]]
+    wanted[:2] = [rotary_formula(x, wide_angles, interleaved=interleaved) for x in wanted[:2]]
+    leaf, bias = given.clone().requires_grad_(), random((num_heads * size,), device, dtype, seed=4).requires_grad_()
+    qkv = leaf * 1
+    got = registry.query_key_value(qkv, heads, rotary, interleaved=interleaved, bias=bias)
+    for name, one, want in zip(("q", "k", "v"), got, wanted, strict=True):
+        assert one.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr(), f"{name} is a copy"
+        assert_close(one, want, dtype, f"{heads}: {name}")
+    grads = [random(tuple(one.shape), device, dtype, seed=7 + place) for place, one in enumerate(got)]
+    grads[0] = grads[0].transpose(1, 2).contiguous().transpose(1, 2)
+    grads[2] = grads[2][:, :1, :1].expand(grads[2].shape)
+    grad, grad_bias = torch.autograd.grad(got, [leaf, bias], grads)
+    (want_grad,) = torch.autograd.grad(wanted, wide, [one.double() for one in grads])
+    assert_close(grad, want_grad, dtype, f"{heads}: gradient")
+    rows = grad.double().flatten(0, 1)
+    largest = float(rows.abs().sum(0).max())
+    assert_close(grad_bias, rows.sum(0), dtype, f"{heads}: gradient of the bias", floor=largest)
+    alone = registry.query_key_value(leaf * 1, heads, rotary, interleaved=interleaved)
+    assert torch.equal(torch.autograd.grad(alone, leaf, grads)[0], grad), "without a bias the gradient is another"
 
 
 def cross_entropy_case(
@@ -377,6 +465,19 @@ def _cases() -> dict[str, Case]:
     for kind in ("swiglu", "geglu", "reglu"):
         for shape in ((2, 2, 37), (1, 1030)):
             cases[f"{kind}_{'x'.join(map(str, shape))}"] = partial(gated_case, kind, shape)
+    for kind in ("gelu", "gelu_tanh", "relu", "squared_relu", "silu"):
+        cases[f"activation_{kind}"] = partial(activation_case, kind, (3, 3, 37))
+    cases["activation_wide"] = partial(activation_case, "gelu_tanh", (2, 1030))
+    cases["swiglu_bias"] = partial(gated_bias_case, "swiglu")
+    cases["geglu_bias"] = partial(gated_bias_case, "geglu")
+    for heads, rotated, interleaved in (
+        ((3, 3), 0, False),
+        ((4, 1), 12, False),
+        ((6, 2), 6, True),
+        ((20, 5), 8, False),
+    ):
+        name = f"query_key_value_{heads[0]}_{heads[1]}_heads_{rotated}_turned"
+        cases[name] = partial(query_key_value_case, heads, rotated, interleaved)
     for interleaved in (False, True):
         for rotated in (12, 6):
             pairing = "interleaved" if interleaved else "halves"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from megatron3d_kernels import GATED_ACTIVATIONS, KERNEL_NAMES, Registry
+from megatron3d_kernels import ACTIVATIONS, GATED_ACTIVATIONS, KERNEL_NAMES, Registry
 from megatron3d_kernels.adam import AdamStep, AdamTensors
 from megatron3d_kernels.dropout import RowDropout
 from megatron3d_kernels.launch import TRITON, TritonSupport
@@ -76,7 +76,12 @@ def use_all_kernels(registry: Registry, dtype: torch.dtype, width: int) -> None:
         y.backward(torch.ones_like(x))
     use_residual_kernels(registry, x, weight, bias)
     for kind in GATED_ACTIVATIONS:
-        registry.fused_gated_activation(x, kind).backward(torch.ones(4, width // 2, dtype=dtype))
+        for one in (None, bias):
+            registry.fused_gated_activation(x, kind, bias=one).backward(torch.ones(4, width // 2, dtype=dtype))
+    for kind in ACTIVATIONS:
+        for one in (None, bias):
+            registry.activation(x, kind, bias=one).backward(torch.ones_like(x))
+    use_query_key_value(registry, dtype, width)
     for interleaved in (False, True):
         for rotated, heads in ((width, 1), (width // 2, 3)):
             q, angles = torch.randn(1, heads, 4, width, dtype=dtype, requires_grad=True), torch.randn(4, rotated // 2)
@@ -108,6 +113,17 @@ def use_residual_kernels(registry: Registry, x: torch.Tensor, weight: torch.Tens
     registry.row_keys(hidden, 1 << 40, 3, torch.zeros(4, 1, dtype=torch.int64))
     for residual in (None, x):
         registry.dropout(x, keys, 0.1, residual=residual).sum().backward()
+
+
+def use_query_key_value(registry: Registry, dtype: torch.dtype, width: int) -> None:
+    """With and without rotary positions on all or half of a head of `width`, and the gradient of a bias."""
+    for rotated, interleaved in ((0, False), (width, False), (width // 2, True)):
+        angles = torch.randn(4, rotated // 2)
+        rotary = (angles, angles) if rotated // 2 else None
+        for bias in (None, torch.ones(5 * width, dtype=dtype, requires_grad=True)):
+            leaf = torch.randn(4, 2, 5 * width, dtype=dtype, requires_grad=True)
+            heads = registry.query_key_value(leaf * 1, (3, 1), rotary, interleaved=interleaved, bias=bias)
+            torch.autograd.backward(heads, [torch.ones_like(one) for one in heads])
 
 
 if __name__ == "__main__":

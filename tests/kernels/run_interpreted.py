@@ -11,7 +11,15 @@ import sys
 import traceback
 
 import torch
-from megatron3d_kernels import Registry, layer_norm, residual_norm, rms_norm
+from megatron3d_kernels import (
+    Registry,
+    activation,
+    gated_activation,
+    layer_norm,
+    query_key_value,
+    residual_norm,
+    rms_norm,
+)
 
 from tests.kernels.cases import CASES
 from tests.kernels.kernel_cases import DTYPES
@@ -30,6 +38,8 @@ if __name__ == "__main__":
     # Fewer programs than rows, so that the few rows an interpreter can bear make a program loop over several.
     for file in (layer_norm, residual_norm, rms_norm):
         file.BACKWARD_PROGRAMS = 4
+    for file in (activation, gated_activation, query_key_value):
+        file.SUM_PROGRAMS = 4
     json.dump(
         {f"{case}-{dtype}": outcome(case, dtype) for case in sys.argv[1:] or CASES for dtype in DTYPES}, sys.stdout
     )
