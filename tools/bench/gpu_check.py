@@ -1,383 +1,97 @@
-"""Checks one GPU in one process: does it compute what the CPU computes, how fast, and where does the time go?
+"""Checks one GPU in one call: does it compute what the CPU computes, how fast, and where does the time go?
 
-    PYTHONPATH=. python tools/bench/gpu_check.py --out DIR
+    python -m tools.bench.gpu_check --out DIR                          # all parts, at most eight minutes
+    python -m tools.bench.gpu_check --parts equal layouts --out DIR    # some of them
 
-Every finding is one JSON line on stdout. A part that fails prints its error as a finding and costs no other part; give
-each part a process and a time limit of its own where a hang must not cost the rest:
-
-    for part in env equal sync kernels mfu zero ckpt; do
-        PYTHONPATH=. timeout 170 python tools/bench/gpu_check.py --part $part --out DIR
-    done
-
-Without a GPU it prints one line that says so and exits with 0. `--device cpu --tiny` runs the same parts on a CPU with
-small models, to check the script itself (30 s on one core).
+Every finding is one JSON line on stdout. Each part (`gpu_parts.py`) is a process with a time limit of its own, so that
+one that hangs or crashes costs itself alone; the last line says which parts were ok, and the exit code is 1 if one was
+not. Without a GPU one line says so, and the exit code is 0. `--device cpu --tiny` runs the same parts on a CPU with
+small models, to check the program itself (a minute).
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import statistics
+import os
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from megatron3d_kernels import Registry
-from torch.nn.attention import SDPBackend
-from torch.profiler import ProfilerActivity, profile
-
-from megatron3d.comm.device import device_name, synchronize
-from megatron3d.comm.layout import Layout
-from megatron3d.comm.mesh import make_mesh
-from megatron3d.config.check import resolve
-from megatron3d.config.cli import parse_args
-from megatron3d.config.run import RunConfig
-from megatron3d.data.batch import GPTBatch
-from megatron3d.models.flops import flops_per_step
-from megatron3d.models.gpt import build_gpt_stage
-from megatron3d.train.setup import TrainingSetup, build_parts
-from megatron3d.train.step import Rates, train_step
+from tools.bench.gpu_options import add_options
 
 ROOT = Path(__file__).resolve().parents[2]
-PEAK_TFLOPS = 989.4  # dense bf16 of an H100 SXM (NVIDIA's data sheet); other cards read `tflops` instead
-TOLERANCE = 2e-4  # of losses and norms in fp32, CPU against GPU: both sum in fp32, in different orders
-GPT = "--num-layers {L} --hidden-size {H} --num-attention-heads {N} --vocab-size 50257"
-LLAMA = (
-    GPT.replace("50257", "128256") + " --ffn-hidden-size {FF} --group-query-attention --num-query-groups {G} --swiglu "
-    "--normalization RMSNorm --position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear"
-)
-TINY = {"L": 2, "H": 128, "N": 4, "FF": 352, "G": 2}
-FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-Finding = dict[str, object]
-
-
-@dataclass(frozen=True)
-class Check:
-    """What the parts share: the device, whether models are tiny, steps of a timing, and where profiles go."""
-
-    device: torch.device
-    tiny: bool
-    steps: int
-    out: Path
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether there is a GPU to look at."""
-        return self.device.type == "cuda"
-
-    def clear_peak(self) -> None:
-        """Forget what earlier models took."""
-        gc.collect()
-        if self.on_gpu:
-            torch.accelerator.empty_cache()
-            torch.accelerator.reset_peak_memory_stats()
-
-    def peak_gib(self) -> float | None:
-        """The most that was allocated since; None on a CPU."""
-        return round(torch.accelerator.max_memory_allocated() / 2**30, 2) if self.on_gpu else None
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Tokens of a sample, samples of a micro-batch, micro-batches of a step."""
-
-    seq: int
-    micro_batch: int
-    num_microbatches: int
-
-
-def main() -> None:
-    """Run the parts that are asked for and print what they find."""
-    args = _arguments()
-    if args.device == "cuda" and not torch.accelerator.is_available():
-        _show({"skipped": f"torch {torch.__version__} sees no GPU; --device cpu --tiny checks the script on a CPU"})
-        return
-    check = Check(torch.device("cuda:0" if args.device == "cuda" else args.device), args.tiny, args.steps, args.out)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if check.on_gpu:
-        torch.accelerator.set_device_index(0)
-    for name, part in PARTS.items():
-        if args.part not in ("all", name):
-            continue
-        began_s = time.perf_counter()
-        try:
-            for finding in part(check):
-                _show({"part": name} | finding)
-        except Exception as error:  # a check of a new machine reports what it can
-            _show({"part": name, "error": repr(error)[:400]})
-        _show({"part": name, "seconds": round(time.perf_counter() - began_s, 1)})
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--part", choices=("all", *PARTS), default="all")
-    parser.add_argument("--tiny", action="store_true", help="small models, for a CPU")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a timing, of which the first warms up")
-    parser.add_argument("--out", type=Path, default=Path("out/gpu_check"), help="directory of the profiles")
-    return parser.parse_args()
-
-
-def _show(finding: Finding) -> None:
-    print(json.dumps(finding, default=str), flush=True)
-
-
-def _model(
-    flags: str, device: torch.device, shape: Shape, *, dropout: float = 0.0, more: str = ""
-) -> tuple[RunConfig, TrainingSetup]:
-    argv = (
-        f"{flags} --seq-length {shape.seq} --max-position-embeddings {shape.seq} "
-        f"--micro-batch-size {shape.micro_batch} --global-batch-size {shape.micro_batch * shape.num_microbatches} "
-        f"--train-iters 1 --lr 1e-4 --mock-data --hidden-dropout {dropout} --attention-dropout {dropout} {more}"
-    )
-    config = resolve(parse_args(argv.split(), program="gpu_check", description=""), 1)
-    return config, build_parts(config, make_mesh(Layout()), device, build_gpt_stage)
-
-
-def _batch(config: RunConfig) -> GPTBatch:
-    samples, seq = config.train.global_batch_size, config.model.seq_length
-    numbers = torch.randint(config.model.vocab_size, (samples, seq + 1), generator=torch.Generator().manual_seed(0))
-    return GPTBatch(numbers[:, :-1].contiguous(), numbers[:, 1:].contiguous(), torch.ones(samples, seq))
-
-
-# --- Parts -------------------------------------------------------------------------------------------------------
-
-
-def environment(check: Check) -> Iterator[Finding]:
-    """Versions, the attention kernel that torch picks for each kind of call, the fused fp32 weight gradient."""
-    yield {"torch": torch.__version__, "cuda": torch.version.cuda, "device": str(check.device)}
-    if not check.on_gpu:
-        return
-    yield {
-        "name": device_name(check.device),
-        "cudnn": torch.backends.cudnn.version(),
-        "kernels": Registry().explain(),
-    }
-    q = torch.randn(4096, 2, 32, 128, device=check.device, dtype=torch.bfloat16).permute(1, 2, 0, 3)
-    mask = torch.ones(2, 1, 4096, 4096, dtype=torch.bool, device=check.device).tril()
-    calls: dict[str, dict[str, Any]] = {
-        "causal": {"is_causal": True},
-        "causal with dropout": {"is_causal": True, "dropout_p": 0.1},
-        "causal with grouped queries": {"is_causal": True, "enable_gqa": True},
-        "mask": {"attn_mask": mask},
-        "mask with grouped queries": {"attn_mask": mask, "enable_gqa": True},
-    }
-    for name, options in calls.items():
-        k = q[:, :8] if "grouped" in name else q
-        yield {"attention": name, "backend": str(SDPBackend(torch._fused_sdp_choice(q, k, k, **options)))}
-    yield _fused_weight_gradient(check.device)
-
-
-def _fused_weight_gradient(device: torch.device) -> Finding:
-    """Whether a bf16 product can add up in an fp32 buffer without a tensor between."""
-    buffer = torch.zeros(512, 256, device=device)
-    grad, x = (torch.randn(1024, width, device=device, dtype=torch.bfloat16) for width in (512, 256))
-    try:
-        torch.addmm(buffer, grad.t(), x, out_dtype=torch.float32, out=buffer)
-    except (RuntimeError, TypeError) as error:
-        return {"fused_fp32_weight_gradient": repr(error)[:200]}
-    return {"fused_fp32_weight_gradient": "works", "off": float((buffer - grad.t().float() @ x.float()).abs().max())}
-
-
-def equality(check: Check) -> Iterator[Finding]:
-    """Losses and gradient norms of three steps in fp32, on the device and on the CPU."""
-    cases = {
-        "gpt": (GPT, ""),
-        "llama": (LLAMA, ""),
-        "gpt recomputed": (GPT, FULL),
-        "gpt zero 3": (GPT, "--zero-stage 3"),
-        "gpt offload": (GPT, "--zero-stage 1 --offload-optimizer cpu"),
-        "llama qk-norm": (LLAMA, "--qk-layernorm"),
-        "gpt muon": (GPT, "--optimizer muon"),
-    }
-    for name, (flags, more) in cases.items():
-        try:
-            there, here = (_numbers(check, flags, device, more=more) for device in (torch.device("cpu"), check.device))
-        except RuntimeError as error:  # what one case lacks does not hide the others
-            yield {"equal": name, "error": repr(error)[:300]}
-            continue
-        worst = max(abs(x - y) / abs(x) for x, y in zip(there, here, strict=True))
-        yield {"equal": name, "worst_relative": worst, "ok": worst < TOLERANCE}
-    if check.on_gpu:
-        runs = [_numbers(check, GPT, check.device, dropout=0.1, more=f"--bf16 {more}") for more in ("", "", FULL)]
-        yield {"dropout_repeats": runs[0] == runs[1], "dropout_recomputed": runs[0] == runs[2], "numbers": runs}
-
-
-def _numbers(check: Check, flags: str, device: torch.device, *, dropout: float = 0.0, more: str) -> list[float]:
-    config, parts = _model(
-        flags.format(**TINY), device, Shape(32 if check.tiny else 256, 2, 2), dropout=dropout, more=more
-    )
-    batch = _batch(config)
-    results = [train_step(parts, batch, Rates(1e-3, 0.01), step=step) for step in range(3)]
-    return [number for result in results for number in (result.loss, result.grad_norm)]
-
-
-def synchronisations(check: Check) -> Iterator[Finding]:
-    """Which lines of a step wait for the device."""
-    if not check.on_gpu:
-        yield {"skipped": "a CPU is never waited for"}
-        return
-    config, parts = _model(GPT.format(**TINY), check.device, Shape(256, 1, 4), more="--bf16")
-    batch = _batch(config)
-    train_step(parts, batch, Rates(1e-4, 0.01), step=0)
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        device = torch.get_device_module(check.device)
-        device.set_sync_debug_mode("warn")
-        train_step(parts, batch, Rates(1e-4, 0.01), step=1)
-        device.set_sync_debug_mode("default")
-    yield {"waits": len(found), "where": [f"{Path(one.filename).name}:{one.lineno}" for one in found]}
-
-
-def kernels(check: Check) -> Iterator[Finding]:
-    """Every kernel, dtype and odd size against fp64: what `pytest -m gpu tests/kernels` checks, without pytest."""
-    sys.path.insert(0, str(ROOT))
-    from tests.kernels.kernel_cases import CASES, DTYPES
-
-    passed, failed = 0, []
-    for implementation in ("triton", "reference") if check.on_gpu else ("reference",):
-        for case, of_dtype in ((case, name) for case in CASES for name in DTYPES):
-            try:
-                CASES[case](check.device, DTYPES[of_dtype], Registry(implementation))
-                passed += 1
-            except Exception as error:  # one bad kernel does not hide the others
-                failed.append((implementation, case, of_dtype, str(error)[:160]))
-    yield {"passed": passed, "failed": len(failed), "first_failures": failed[:20]}
-
-
-def utilisation(check: Check) -> Iterator[Finding]:
-    """Tokens, FLOP/s and peak memory of a step, and a profile of the first of each model."""
-    small, large = {"L": 24, "H": 2048, "N": 16}, {"L": 8, "H": 4096, "N": 32, "FF": 14336, "G": 8}
-    cases = [
-        ("gpt-1.3b", GPT.format(**small), Shape(2048, 4, 4), 0.0, ""),
-        ("gpt-1.3b", GPT.format(**small), Shape(4096, 1, 4), 0.0, ""),
-        ("gpt-1.3b", GPT.format(**small), Shape(4096, 2, 4), 0.0, ""),
-        ("gpt-1.3b dropout", GPT.format(**small), Shape(4096, 1, 4), 0.1, ""),
-        ("llama-8b, 8 layers", LLAMA.format(**large), Shape(4096, 1, 4), 0.0, ""),
-        ("llama-8b, 8 layers", LLAMA.format(**large), Shape(4096, 2, 4), 0.0, ""),
-        ("llama-8b, 8 layers, bf16 gradients", LLAMA.format(**large), Shape(4096, 2, 4), 0.0, "--grad-reduce-in-bf16"),
-        ("llama-8b, 8 layers, recomputed", LLAMA.format(**large), Shape(4096, 4, 2), 0.0, FULL),
-    ]
-    if check.tiny:
-        cases = [("tiny", GPT.format(L=2, H=64, N=4), Shape(64, 1, 2), 0.0, "")]
-    for name, flags, shape, dropout, more in cases:
-        check.clear_peak()
-        try:
-            yield from _utilisation(check, name, flags, shape, dropout=dropout, more=more)
-        except RuntimeError as error:  # a model too large for this card does not cost the others
-            yield {"model": name, "error": repr(error)[:300]}
-
-
-def _utilisation(check: Check, name: str, flags: str, shape: Shape, *, dropout: float, more: str) -> Iterator[Finding]:
-    config, parts = _model(flags, check.device, shape, dropout=dropout, more=f"--bf16 {more}")
-    batch = _batch(config)
-    times = [_seconds(check, parts, batch, step) for step in range(check.steps)]
-    tokens = shape.micro_batch * shape.num_microbatches * shape.seq
-    best = statistics.median(times[1:])
-    tflops = flops_per_step(config.model, tokens) / best / 1e12
-    yield {
-        "model": name,
-        "shape": vars(shape),
-        "seconds": round(best, 4),
-        "first": round(times[0], 2),
-        "tokens_per_s": round(tokens / best),
-        "tflops": round(tflops, 1),
-        "mfu_percent_of_h100": round(100 * tflops / PEAK_TFLOPS, 1),
-        "peak_gib": check.peak_gib(),
-    }
-    if shape.micro_batch == 1 and not more and not dropout:
-        yield _profile(check, name, best, lambda: _seconds(check, parts, batch, 9))
-
-
-def _seconds(check: Check, parts: TrainingSetup, batch: GPTBatch, step: int) -> float:
-    synchronize(check.device)
-    began_s = time.perf_counter()
-    train_step(parts, batch, Rates(1e-4, 0.01), step=step)
-    synchronize(check.device)
-    return time.perf_counter() - began_s
-
-
-def _profile(check: Check, name: str, seconds: float, step: Callable[[], object]) -> Finding:
-    """Write the table of the profiler and print how much of the step the device was idle."""
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if check.on_gpu else [])
-    with profile(activities=kinds) as seen:
-        step()
-    key = "self_device_time_total" if check.on_gpu else "self_cpu_time_total"
-    path = check.out / f"profile_{name.split(',')[0]}.txt"
-    path.write_text(seen.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=90))
-    if not check.on_gpu:
-        return {"profile": str(path)}
-    events = [one for one in seen.events() or () if one.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(one.time_range.elapsed_us() for one in events) / 1e6
-    top = sorted(seen.key_averages(), key=lambda one: -getattr(one, key))[:25]
-    return {
-        "profile": str(path),
-        "kernels": len(events),
-        "busy_s": round(busy, 4),
-        "idle_share": round(1 - busy / seconds, 3),
-        "top_ms": [(one.key[:60], round(getattr(one, key) / 1e3, 1), one.count) for one in top],
-    }
-
-
-def zero(check: Check) -> Iterator[Finding]:
-    """What stage 3, offloading and delayed updates cost in one process, in time and memory."""
-    flags = GPT.format(L=4, H=64, N=4) if check.tiny else GPT.format(L=24, H=1024, N=16)
-    offload = "--zero-stage 1 --offload-optimizer cpu"
-    for more in ("", "--zero-stage 3", offload, f"{offload} --offload-delayed-update"):
-        check.clear_peak()
-        config, parts = _model(flags, check.device, Shape(64 if check.tiny else 2048, 2, 2), more=f"--bf16 {more}")
-        batch, times = _batch(config), []
-        for step in range(3):
-            began_s = time.perf_counter()
-            _seconds(check, parts, batch, step)
-            parts.engine.finish_update()
-            times.append(round(time.perf_counter() - began_s, 3))
-        yield {"zero": more or "plain", "seconds": times, "peak_gib": check.peak_gib()}
-
-
-def resuming(check: Check) -> Iterator[Finding]:
-    """The product's own command: three steps, a checkpoint, three more, against six without a stop."""
-    flags = (
-        "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128 "
-        "--micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --mock-data --vocab-size 1000 --eval-iters 0 "
-        f"--save-interval 3 --train-iters 6 --device {check.device.type} {'--bf16' if check.on_gpu else ''}"
-    )
-    with tempfile.TemporaryDirectory() as directory:
-
-        def losses(name: str, *more: str) -> dict[int, float]:
-            metrics = Path(directory, f"{name}.jsonl")
-            where = ["--save", str(Path(directory, name)), "--metrics-file", str(metrics)]
-            command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *flags.split(), *where, *more]
-            ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-            if ended.returncode not in (0, 75):
-                raise RuntimeError(ended.stderr[-300:])
-            rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-            return {row["step"]: row["loss"] for row in rows if "loss" in row}
-
-        unbroken = losses("unbroken")
-        losses("resumed", "--exit-interval", "3")
-        resumed = losses("resumed")
-        yield {"resume_is_bit_exact": unbroken == resumed, "unbroken": unbroken, "resumed": resumed}
-
-
-PARTS: dict[str, Callable[[Check], Iterator[Finding]]] = {
-    "env": environment,
-    "equal": equality,
-    "sync": synchronisations,
-    "kernels": kernels,
-    "mfu": utilisation,
-    "zero": zero,
-    "ckpt": resuming,
+# The most seconds that each part may take, in the order in which they run. What usually suffices is half of it.
+LIMITS_S = {
+    "env": 60,
+    "equal": 90,
+    "sync": 40,
+    "kernels": 90,
+    "features": 90,
+    "mfu": 170,
+    "zero": 60,
+    "ckpt": 90,
+    "layouts": 100,
 }
+STOP_S = 5.0
+
+
+def main() -> int:
+    """Run the parts that are asked for, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=tuple(LIMITS_S), default=list(LIMITS_S), help="default all")
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds of all parts together (default 480)")
+    parser.add_argument("--limit", type=float, help="seconds of each part; default by part")
+    add_options(parser)
+    args = parser.parse_args()
+    options = ["--device", args.device, "--steps", str(args.steps), "--out", str(args.out)]
+    options += ["--tiny"] if args.tiny else []
+    ends_s, outcomes = time.monotonic() + args.budget, {}
+    for part in args.parts:
+        limit_s = min(args.limit or LIMITS_S[part], ends_s - time.monotonic())
+        if limit_s < 1:
+            _show({"part": part, "error": f"not begun: --budget {args.budget:g} s is over"})
+        outcomes[part] = "not begun" if limit_s < 1 else run_part(part, options, limit_s)
+        if outcomes[part] == "skipped":
+            return 0
+    _show({"parts": outcomes})
+    return 0 if set(outcomes.values()) == {"ok"} else 1
+
+
+def run_part(part: str, options: list[str], limit_s: float) -> str:
+    """Run a part in a process of its own, which prints its findings here: "ok", "skipped" without a GPU, "failed", or
+    "timed out" where its time was over before it ended."""
+    command = [sys.executable, "-u", "-m", "tools.bench.gpu_parts", part, *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        printed, _ = process.communicate(timeout=limit_s)
+        outcome = "ok" if process.returncode == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        printed, outcome = _stopped(process), "timed out"
+    print(printed, end="", flush=True)
+    if outcome == "timed out":
+        _show({"part": part, "error": f"not done after {limit_s:.0f} s"})
+    elif process.returncode not in (0, 1):
+        _show({"part": part, "error": f"its process ended with code {process.returncode}"})
+    return "skipped" if printed.startswith('{"skipped"') else outcome
+
+
+def _stopped(process: subprocess.Popen[str]) -> str:
+    """End a process and those that it started; what it has printed."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        os.killpg(process.pid, number)
+        try:
+            return process.communicate(timeout=STOP_S)[0]
+        except subprocess.TimeoutExpired:
+            continue
+    return ""
+
+
+def _show(finding: dict[str, object]) -> None:
+    print(json.dumps(finding), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
