@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from megatron3d_kernels import grouped_products, products, rectangles
+from megatron3d_kernels import fp8_cast, fp8_products, grouped_products, products, rectangles
 from megatron3d_kernels import packed as packed_documents
 from megatron3d_kernels.activation import activation
 from megatron3d_kernels.adam import AdamStep, AdamTensors, adam
 from megatron3d_kernels.attention import attention
 from megatron3d_kernels.cross_entropy import Sums, cross_entropy_backward, local_max, local_softmax_sums
 from megatron3d_kernels.dropout import RowDropout, dropout, row_keys
+from megatron3d_kernels.fp8 import Operand
 from megatron3d_kernels.gated_activation import fused_gated_activation, gated_activation, swiglu
 from megatron3d_kernels.launch import TRITON, TritonSupport
 from megatron3d_kernels.layer_norm import layer_norm
@@ -119,6 +120,38 @@ class Registry(Selection):
         grouped_products.add_grouped_weight_gradients(
             buffers_OI, grad_RO, x_RI, counts, overwrites=overwrites, library=self._library, way=self._grouped
         )
+
+    def fp8_amax_bits(self, x: torch.Tensor) -> torch.Tensor:
+        """The largest magnitude of a tensor, as bits; see `fp8_cast.amax_bits`."""
+        return fp8_cast.amax_bits(x, selection=self)
+
+    def fp8_cast_tensor(
+        self, x_RC: torch.Tensor, amax: torch.Tensor, dtype: torch.dtype, wanted: fp8_cast.Orientations
+    ) -> fp8_cast.Pair:
+        """A matrix in fp8 by one scale; see `fp8_cast.cast_tensor`."""
+        return fp8_cast.cast_tensor(x_RC, amax, dtype, wanted, selection=self)
+
+    def fp8_cast_blocks(
+        self, x_RC: torch.Tensor, dtype: torch.dtype, wanted: fp8_cast.Orientations, *, square: bool
+    ) -> fp8_cast.Pair:
+        """A matrix in fp8 by scales of blocks; see `fp8_cast.cast_blocks`."""
+        return fp8_cast.cast_blocks(x_RC, dtype, wanted, square=square, selection=self)
+
+    def fp8_transpose(self, operand: Operand) -> Operand:
+        """An operand of one scale, to be summed over its rows; see `fp8_cast.transpose`."""
+        return fp8_cast.transpose(operand, selection=self)
+
+    def fp8_product(
+        self,
+        a_MK: Operand,
+        b_NK: Operand,
+        dtype: torch.dtype,
+        *,
+        bias_N: torch.Tensor | None = None,
+        fast: bool = False,
+    ) -> torch.Tensor:
+        """a b^T + bias of two fp8 matrices; see `fp8_products.scaled_product`."""
+        return fp8_products.scaled_product(a_MK, b_NK, dtype, bias_N=bias_N, fast=fast, selection=self)
 
     def layer_norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5

@@ -33,6 +33,7 @@ KERNEL_NAMES = (
     "query_key_value",
     "cross_entropy",
     "adam",
+    "fp8_cast",
 )
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHOWN_DTYPES = (*TRITON_DTYPES, torch.float64)

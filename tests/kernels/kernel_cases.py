@@ -16,6 +16,8 @@ from megatron3d_kernels import Registry
 from megatron3d_kernels.adam import AdamStep, AdamTensors
 from torch import Tensor
 
+from tests.kernels.fp8_cases import FP8_CASES
+
 Case = Callable[[torch.device, torch.dtype, Registry], None]
 Operation = Callable[..., Tensor]
 
@@ -458,6 +460,7 @@ def _cases() -> dict[str, Case]:
         "adam": adam_of(torch.float32),
         "adam_bf16_moments": adam_of(torch.bfloat16),
     }
+    cases |= FP8_CASES
     for shape in ((1, 1), (3, 2, 37), (1, 1030)):
         name = "x".join(map(str, shape))
         cases[f"layer_norm_{name}"] = partial(layer_norm_case, shape)

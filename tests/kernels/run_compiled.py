@@ -18,6 +18,8 @@ import triton
 from megatron3d_kernels import ACTIVATIONS, GATED_ACTIVATIONS, KERNEL_NAMES, Registry
 from megatron3d_kernels.adam import AdamStep, AdamTensors
 from megatron3d_kernels.dropout import RowDropout
+from megatron3d_kernels.fp8 import E4M3, E5M2
+from megatron3d_kernels.fp8_cast import Orientations
 from megatron3d_kernels.launch import TRITON, TritonSupport
 from megatron3d_kernels.residual_norm import RowNorm
 from triton.backends.compiler import GPUTarget
@@ -31,6 +33,8 @@ TYPES = {
     torch.int64: "*i64",
     torch.int16: "*i16",
 }
+TYPES |= {torch.int32: "*i32", E4M3: "*fp8e4nv", E5M2: "*fp8e5"}
+OLDEST_WITH_FP8 = 89
 
 
 class Compilations:
@@ -126,6 +130,17 @@ def use_query_key_value(registry: Registry, dtype: torch.dtype, width: int) -> N
             torch.autograd.backward(heads, [torch.ones_like(one) for one in heads])
 
 
+def use_fp8_kernels(registry: Registry, dtype: torch.dtype, width: int) -> None:
+    """The same of the casts to fp8, which older GPUs have no numbers for."""
+    x = torch.randn(4, width, dtype=dtype)
+    amax = registry.fp8_amax_bits(x)
+    for to in (E4M3, E5M2):
+        for wanted in (Orientations(), Orientations(rows=False), Orientations(columns=False)):
+            registry.fp8_cast_tensor(x, amax, to, wanted)
+            for square in (True, False):
+                registry.fp8_cast_blocks(x, to, wanted, square=square)
+
+
 if __name__ == "__main__":
     assert not TRITON.interpreted, "run this without TRITON_INTERPRET"
     compilations = Compilations(GPUTarget("cuda", int(sys.argv[1]), 32))
@@ -134,5 +149,8 @@ if __name__ == "__main__":
     forced = Registry("triton", support=TritonSupport(installed=True, interpreted=True, detail="compiled only"))
     use_all_kernels(forced, torch.bfloat16, 96)
     use_all_kernels(forced, torch.float16, 2)
-    kernels = [f"{m.__name__}.{name}" for m in MODULES for name in vars(m) if name.endswith("_kernel")]
+    if has_fp8 := int(sys.argv[1]) >= OLDEST_WITH_FP8:
+        use_fp8_kernels(forced, torch.bfloat16, 96)
+    modules = [module for module in MODULES if has_fp8 or not module.__name__.endswith("fp8_cast")]
+    kernels = [f"{m.__name__}.{name}" for m in modules for name in vars(m) if name.endswith("_kernel")]
     json.dump({"kernels": kernels, "outcomes": compilations.outcomes}, sys.stdout)
