@@ -48,6 +48,21 @@ def scaled_product(
     return product.to(dtype)
 
 
+def scaled_weight_gradient(
+    g_OT: Operand,
+    x_IT: Operand,
+    buffer_dtype: torch.dtype,
+    layer_dtype: torch.dtype,
+    *,
+    selection: Selection = DEFAULT_SELECTION,
+) -> Tensor:
+    """g^T x, [O, I], of a layer of some dtype for a buffer of another: in that of the buffer on a GPU; elsewhere in
+    that of the layer, since bf16 products take a fifth of the time of fp32 ones on a CPU, and those of weight gradients
+    in bf16 are rounded there too (`products.py`)."""
+    is_library = selection.pick(FP8_CAST, g_OT.scale) is FP8_CAST.triton
+    return scaled_product(g_OT, x_IT, buffer_dtype if is_library else layer_dtype, selection=selection)
+
+
 def _scaled_mm(a_MK: Operand, b_NK: Operand, dtype: torch.dtype, bias_N: Tensor | None, fast: bool) -> Tensor:
     a, b = a_MK.data_RK, b_NK.data_RK.t()
     bias = bias_N if dtype != torch.float32 else None  # cuBLASLt adds none to fp32

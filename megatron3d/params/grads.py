@@ -145,6 +145,29 @@ class GradSink:
         else:
             self._deferred.append(work)
 
+    def add_made(self, parameter: nn.Parameter, make: Callable[[torch.dtype], Tensor]) -> None:
+        """Add a gradient that is made when weight gradients are: at once, or with those that are deferred.
+
+        Args:
+            parameter: any that does not come in blocks.
+            make: gives the gradient, in the dtype of the buffer, which it is told, or in a narrower one.
+        """
+
+        @torch.no_grad()
+        def work() -> None:
+            destination = self._destinations.get(parameter)
+            if destination is None:
+                self.add(parameter, make(parameter.dtype))
+                return
+            place = destination.place_of()
+            place.add(make(place.buffer.dtype))
+            self._arrived(parameter)
+
+        if self._deferred is None:
+            work()
+        else:
+            self._deferred.append(work)
+
     def add_grouped_linear(
         self,
         weights: Sequence[nn.Parameter],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -17,7 +17,10 @@ from megatron3d.comm.meter import Meter
 from megatron3d.comm.replay import Replay
 from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
+from megatron3d.tensor.fp8_recipe import Fp8Recipe
 from megatron3d.tensor.kept_inputs import InputStore
+
+InputType = Literal["I", "V", "local"]
 
 
 def _axis_of_one(name: str) -> Axis:
@@ -65,6 +68,7 @@ class LayerContext:
         kept_inputs: takes the inputs of recomputed layers off the device; None keeps them there.
         overlap_chunks: in how many chunks products and collectives of `tp` run beside each other (`overlap.py`); 1
             leaves both whole.
+        fp8: how column- and row-parallel layers compute in fp8; None has their products in the dtype of the inputs.
     """
 
     tp: Axis
@@ -80,12 +84,17 @@ class LayerContext:
     replay: Replay = field(default_factory=Replay)
     kept_inputs: InputStore | None = None
     overlap_chunks: int = 1
+    fp8: Fp8Recipe | None = None
 
     @property
     def residual_gradient(self) -> Literal["equal", "partial"]:
         """How a sum over positions of the residual stream combines over the axis, such as the gradient of a replicated
         parameter used there, or a loss."""
         return "partial" if self.sequence_parallel else "equal"
+
+    def without_fp8(self) -> LayerContext:
+        """For layers that keep the dtype of their inputs."""
+        return self if self.fp8 is None else replace(self, fp8=None)
 
     def local_sequence(self, x: Tensor, *, dim: int = 0) -> Tensor:
         """The part of a tensor known to all ranks that belongs to this rank's positions of the residual stream."""

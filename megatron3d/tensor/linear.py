@@ -17,7 +17,7 @@ Shapes: S sequence (local under sequence parallelism where type is V), B micro-b
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,10 @@ from megatron3d.comm import typed
 from megatron3d.comm.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
 from megatron3d.params.module import ParallelModule
 from megatron3d.params.spec import ZEROS, Init, ParamKind, TpGradient
-from megatron3d.tensor.context import LayerContext
+from megatron3d.tensor.context import InputType, LayerContext
+from megatron3d.tensor.fp8 import fp8_linear
 from megatron3d.tensor.onto import linear_onto
 from megatron3d.tensor.overlap import gather_and_multiply, multiply_and_reduce, row_linear
-
-InputType = Literal["I", "V", "local"]
 
 
 class _Linear(torch.autograd.Function):
@@ -167,7 +166,8 @@ class ColumnParallelLinear(ParallelModule):
         """[S, B, I] (S local under sequence parallelism) to [S, B, O/tp]."""
         input_type: InputType = "V" if self.context.sequence_parallel else "I"
         bias = self.bias if own_bias_gradient or self.bias is None else self.bias.detach()
-        return linear(x_SBI, self.weight, bias, context=self.context, input_type=input_type)
+        apply = linear if self.context.fp8 is None else fp8_linear
+        return apply(x_SBI, self.weight, bias, context=self.context, input_type=input_type)
 
 
 class RowParallelLinear(ParallelModule):
@@ -187,19 +187,20 @@ class RowParallelLinear(ParallelModule):
 
     def forward(self, x_SBI: Tensor) -> Tensor:
         """[S, B, I/tp] to [S, B, O] (S local under sequence parallelism)."""
+        apply = linear if self.context.fp8 is None else fp8_linear
         if self.context.tp.size == 1:
-            return linear(x_SBI, self.weight, self.bias, context=self.context, input_type="local")
+            return apply(x_SBI, self.weight, self.bias, context=self.context, input_type="local")
         if self.context.overlap_chunks > 1:
             y_SBO = row_linear(x_SBI, self.weight, self.context)
         else:
-            partial_SBO = linear(x_SBI, self.weight, None, context=self.context, input_type="local")
+            partial_SBO = apply(x_SBI, self.weight, None, context=self.context, input_type="local")
             y_SBO = to_residual(partial_SBO, self.context)
         return y_SBO if self.bias is None else y_SBO + self.bias
 
     @property
     def can_add_onto(self) -> bool:
-        """Whether `onto` can be used: the product of this rank is the whole output."""
-        return self.context.tp.size == 1
+        """Whether `onto` can be used: the product of this rank is the whole output, and no product in fp8."""
+        return self.context.tp.size == 1 and self.context.fp8 is None
 
     def onto(self, x_SBI: Tensor, base_SBO: Tensor) -> Tensor:
         """`base_SBO`, which has the bias, with the product of [S, B, I] added in place."""

@@ -30,10 +30,9 @@ def wide_numbers(shape: tuple[int, int], device: torch.device, dtype: torch.dtyp
     return x.to(dtype).to(device)
 
 
-def scale_formula(x: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_formula(amax: Tensor, dtype: torch.dtype) -> Tensor:
     """The least power of two by which no number is over the largest of the format; fp64, like its argument."""
-    amax = x.abs().amax()
-    return torch.exp2(torch.ceil(torch.log2(amax / LARGEST[dtype]))) if amax > 0 else torch.tensor(2.0**-100)
+    return torch.exp2(torch.ceil(torch.log2(amax / LARGEST[dtype]))).clamp(min=2.0**-100)
 
 
 def rounding_formula(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,17 +43,15 @@ def rounding_formula(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantized_formula(x_RC: Tensor, dtype: torch.dtype, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """What a matrix becomes by blocks, and their scales."""
-    x_RC = x_RC.double().cpu()
-    out = torch.empty_like(x_RC)
-    scales = []
-    for row in range(0, x_RC.shape[0], block[0]):
-        for column in range(0, x_RC.shape[1], block[1]):
-            at = (slice(row, row + block[0]), slice(column, column + block[1]))
-            scale = scale_formula(x_RC[at], dtype)
-            scales.append(scale)
-            out[at] = rounding_formula(x_RC[at] / scale, dtype) * scale
-    return out, torch.stack(scales).view(-(-x_RC.shape[0] // block[0]), -1)
+    """What a matrix becomes by blocks, and their scales; those at its edges are smaller."""
+    rows, columns = x_RC.shape
+    edges = (0, -columns % block[1], 0, -rows % block[0])
+    blocks = (
+        torch.nn.functional.pad(x_RC.double().cpu(), edges).unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+    )
+    scales = scale_formula(blocks.abs().amax((1, 3), keepdim=True), dtype)
+    out = rounding_formula(blocks / scales, dtype) * scales
+    return out.flatten(2).flatten(0, 1)[:rows, :columns], scales[:, 0, :, 0]
 
 
 def assert_equals_formula(operand: Operand | None, x_RC: Tensor, dtype: torch.dtype, block: tuple[int, int]) -> None:
