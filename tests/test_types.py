@@ -75,6 +75,7 @@ MEANING_OF_NONE = {
         "recompute_num_layers": "whole layers are not recomputed",
         "peak_tflops": "that of the device, if it is known",
         "profile_pipeline": "no picture",
+        "fp8_format": "linear layers compute in the precision of the run",
         "random_ltd_min": "no layer drops tokens",
         "random_ltd_max": "no layer drops tokens, or --seq-length",
         "random_ltd_steps": "no layer drops tokens",

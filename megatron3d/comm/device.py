@@ -58,6 +58,27 @@ def _too_few_gpus(num_gpus: int, num_ranks: int) -> str:
     )
 
 
+_FIRST_WITH_FP8, _WITH_FP8_BLOCKS = (8, 9), (9, 0)
+
+
+def require_fp8(device: torch.device, *, by_blocks: bool) -> None:
+    """Refuse a GPU that has no products of fp8 matrices, with a scale for each or `by_blocks`.
+
+    Raises: ConfigError with what it has and what to use instead.
+    """
+    if device.type != "cuda":
+        return
+    has = torch.cuda.get_device_capability(device)
+    name = f"{device_name(device)} has compute capability {has[0]}.{has[1]}"
+    if has < _FIRST_WITH_FP8:
+        raise ConfigError(f"--fp8-format needs a GPU of compute capability 8.9 or more, and {name}; use --bf16 alone.")
+    if by_blocks and has != _WITH_FP8_BLOCKS:
+        raise ConfigError(
+            f"--fp8-recipe blockwise needs a GPU of compute capability 9.0 (Hopper), and {name}; use --fp8-recipe "
+            "tensorwise."
+        )
+
+
 def backend_of(device: torch.device) -> str:
     """The torch.distributed backend for a device."""
     return "nccl" if device.type == "cuda" else "gloo"

@@ -95,7 +95,9 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
             Effect.REPORTED: (
                 "global_batch_size rampup_batch_size step_batch_size_schedule iterations_to_skip freeze_params matmul "
                 "random_ltd random_ltd_min random_ltd_max random_ltd_steps random_ltd_step_size random_ltd_layers "
-                "random_ltd_router"
+                "random_ltd_router "
+                "fp8_format fp8_recipe fp8_wgrad first_last_layers_bf16 num_layers_at_start_in_bf16 "
+                "num_layers_at_end_in_bf16"
             ),
             # batch_size_steps is step_batch_size_schedule in samples; accumulation steps are in global_batch_size;
             # length_levels and splits_samples are the curriculum of `lengths`.
@@ -207,6 +209,8 @@ _IS_YARN = _has("model", "rotary_scaling", "yarn")
 _IS_LLAMA3 = _has("model", "rotary_scaling", "llama3")
 _USES_ADAM = _has("optim", "optimizer", "adam", "adamw", "lamb", "muon")
 _IS_FP16 = _has("optim", "fp16", True)
+_HAS_FP8 = _has("train", "fp8_format", "e4m3", "hybrid")
+_KEEPS_BF16 = _has("train", "first_last_layers_bf16", True)
 
 
 def _masks_sentences(run: RunConfig) -> bool:
@@ -228,6 +232,8 @@ _RELEVANT: Mapping[Key, Callable[[RunConfig], bool]] = MappingProxyType(
         **{
             ("model", name): _IS_YARN for _, name in EFFECTS if name.startswith(("yarn_", "mscale", "rotary_attention"))
         },
+        **{("train", name): _HAS_FP8 for name in ("fp8_recipe", "fp8_wgrad", "first_last_layers_bf16")},
+        **{("train", f"num_layers_at_{end}_in_bf16"): _KEEPS_BF16 for end in ("start", "end")},
         ("train", "matmul"): lambda run: run.optim.precision == "fp32" and run.parallel.device != "cuda",
         ("model", "add_qkv_bias"): _has("model", "add_bias_linear", False),
         ("model", "bert_binary_head"): lambda run: "bert_binary_head" in run.model.traits.own_options,

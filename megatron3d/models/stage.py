@@ -276,11 +276,18 @@ def assemble_stage(
     """
     selective, num_chunks = train.recompute_granularity == "selective", train.mlp_chunks_for_training
     chunks = {"mlp_chunks": num_chunks} if num_chunks > 1 else {}
-    blocks = {layer: block(config, context, layer=layer, recompute_core=selective, **chunks) for layer in part.layers}
+
+    def context_of(layer: int) -> LayerContext:
+        return context if train.has_fp8(layer, config.num_layers) else context.without_fp8()
+
+    blocks = {
+        layer: block(config, context_of(layer), layer=layer, recompute_core=selective, **chunks)
+        for layer in part.layers
+    }
     is_whole = not context.sequence_parallel and context.cp.size == 1
     if head is not None and reads_first_only and part.layers and is_whole:
         last = part.layers[-1]
-        blocks[last] = Block(config, context, layer=last, recompute_core=selective, first_only=True)
+        blocks[last] = Block(config, context_of(last), layer=last, recompute_core=selective, first_only=True)
     groups = plan_recompute(
         len(part.layers),
         granularity=train.recompute_granularity,

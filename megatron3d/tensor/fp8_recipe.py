@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from megatron3d_kernels.fp8 import E4M3, E5M2
+from megatron3d_kernels.fp8 import E4M3
 from megatron3d_kernels.fp8_cast import Orientations, Pair
 from torch import Tensor, nn
 
@@ -22,14 +22,16 @@ Scaling = Literal["tensorwise", "blockwise"]
 class Fp8Weights:
     """The weights of one rank in fp8, in both orientations, while they do not change."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool = True) -> None:
+        """Without `keeps` every use casts again, as weights should that do not stay either."""
+        self._keeps = keeps
         self._pairs: dict[nn.Parameter, Pair] | None = None
         self._largest: dict[nn.Parameter, Tensor] = {}
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Within the context weights do not change, so what is cast is kept."""
-        self._pairs = {}
+        self._pairs = {} if self._keeps else None
         try:
             yield
         finally:
@@ -69,11 +71,3 @@ class Fp8Recipe:
     gradient_dtype: torch.dtype = E4M3
     casts_weight_gradient: bool = True
     weights: Fp8Weights = field(default_factory=Fp8Weights)
-
-
-def recipe_of(fp8_format: str | None, fp8_recipe: str, *, wgrad: bool) -> Fp8Recipe | None:
-    """The recipe of --fp8-format and --fp8-recipe; None without the former."""
-    if fp8_format is None:
-        return None
-    scaling: Scaling = "blockwise" if fp8_recipe == "blockwise" else "tensorwise"
-    return Fp8Recipe(scaling, E5M2 if fp8_format == "hybrid" else E4M3, wgrad)

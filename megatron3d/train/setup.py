@@ -7,6 +7,7 @@ Nothing here decides anything: the config says what, the mesh says where, and th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from megatron3d_kernels.products import ONEDNN, TORCH
 from megatron3d_kernels.registry import Registry
 from megatron3d_kernels.selection import DEFAULT_SELECTION
 
+from megatron3d.comm.device import require_fp8
 from megatron3d.comm.mesh import Axis, Mesh
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.model import ModelConfig
@@ -34,7 +36,9 @@ from megatron3d.pipeline.run import Wire
 from megatron3d.pipeline.schedule import Action, Schedule
 from megatron3d.planner.memory import part_of
 from megatron3d.tensor.context import KeyExchange, LayerContext
+from megatron3d.tensor.fp8_recipe import Fp8Recipe
 from megatron3d.tensor.kept_inputs import InputStore
+from megatron3d.train.fp8 import fp8_of
 from megatron3d.train.module_states import ModuleStates
 from megatron3d.train.offload import kept_inputs_of, offload_of
 from megatron3d.train.plan import plan_of
@@ -89,6 +93,11 @@ class Model:
     sink: GradSink
     gate: WeightGate
     rows: LoweredSchedules
+    fp8: Fp8Recipe | None = None
+
+    def unchanged_weights(self) -> AbstractContextManager[None]:
+        """Within the context weights do not change, but may come and go where they are sharded."""
+        return nullcontext() if self.fp8 is None else self.fp8.weights.unchanged()
 
     @property
     def losses(self) -> tuple[LossSpec, ...]:
@@ -144,11 +153,15 @@ def build_model(
     of recomputed layers off the device.
 
     Raises:
-        ConfigError: the layers cannot be split as asked, or the losses of the model contradict one another.
+        ConfigError: the layers cannot be split as asked, the losses of the model contradict one another, or the device
+            does not have what --fp8-format or --packed-attention asks for.
         ScheduleError: the order of work is not known or does not take the stages it is given.
     """
     sink, gate = GradSink(), WeightGate()
     sequence_parallel = config.parallel.sequence_parallel and mesh.tp.size > 1
+    fp8 = fp8_of(config.train, config.parallel)
+    if fp8 is not None:
+        require_fp8(device, by_blocks=fp8.scaling == "blockwise")
     context = LayerContext(
         mesh.tp,
         sequence_parallel,
@@ -162,6 +175,7 @@ def build_model(
         cp=mesh.cp,
         exchange=key_exchange(config.parallel, heads=mesh.cp_heads, ring=mesh.cp_ring),
         overlap_chunks=config.parallel.overlap_chunks,
+        fp8=fp8,
     )
     plan = plan_of(config)
     stages = {
@@ -171,7 +185,8 @@ def build_model(
     _share_tied_table(list(stages.values()))
     if problems := loss_problems(next(iter(stages.values())).losses):
         raise ConfigError(f"the losses of {config.model.traits.title} cannot be used: {'; '.join(problems)}")
-    return Model(mesh, device, DTYPES[config.optim.precision], stages, sink, gate, LoweredSchedules(plan, mesh.pp.rank))
+    rows = LoweredSchedules(plan, mesh.pp.rank)
+    return Model(mesh, device, DTYPES[config.optim.precision], stages, sink, gate, rows, fp8)
 
 
 def kernels_of(train: TrainConfig, device: torch.device) -> Registry:

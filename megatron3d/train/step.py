@@ -178,20 +178,21 @@ def forward_backward(
     row = model.rows.training(len(micros))
     parts.engine.begin_step(len(micros))
     parts.states.clear_totals()
-    run(
-        row.schedule,
-        row.actions,
-        model.stages,
-        micros,
-        wire=model.wire(config.model, config.parallel, micros),
-        backward=Backward(
-            model.sink,
-            parts.engine.reduce_stage,
-            before=parts.engine.before_backward,
-            after=parts.engine.after_backward,
-        ),
-        recorder=recorder,
-    )
+    with model.unchanged_weights():
+        run(
+            row.schedule,
+            row.actions,
+            model.stages,
+            micros,
+            wire=model.wire(config.model, config.parallel, micros),
+            backward=Backward(
+                model.sink,
+                parts.engine.reduce_stage,
+                before=parts.engine.before_backward,
+                after=parts.engine.after_backward,
+            ),
+            recorder=recorder,
+        )
     return losses.sums()
 
 

@@ -211,7 +211,7 @@ MISTAKES: tuple[tuple[dict[str, str | None], str], ...] = (
     ({"bf16": "", "fp16": ""}, "--bf16 and --fp16 are both given"),
     ({"swiglu": "", "squared-relu": ""}, "--swiglu and --squared-relu"),
     ({"moe-router-pre-softmax": ""}, "--moe-router-pre-softmax is about experts"),
-    ({"fp8-format": "hybrid"}, "--fp8-format hybrid is not supported"),
+    ({"fp8-param-gather": ""}, "--fp8-param-gather is not supported"),
     ({"split": "0,1"}, "--split 0,1 leaves nothing"),
     ({"log-interval": "often"}, "--log-interval often is not a number"),
     ({"eval-interval": ""}, "--eval-interval has no value"),

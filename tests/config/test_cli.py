@@ -115,7 +115,7 @@ def test_all_problems_of_file_and_flags_come_together(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"bf16": "yes", "moe_latent_size": 8, "num_layer": 4, "swiglu": True}))
     problems = problems_of(
-        f"--config {file} --hidden-size twelve --seq-length --fp8-format hybrid --num-heads 4 --lr nan"
+        f"--config {file} --hidden-size twelve --seq-length --fp8-param-gather --num-heads 4 --lr nan"
     )
     assert len(problems) == 8
     assert sum(problem.startswith(str(file)) for problem in problems) == 3
@@ -125,7 +125,7 @@ def test_all_problems_of_file_and_flags_come_together(tmp_path: Path) -> None:
         "--num-layers?",
         "twelve",
         "--seq-length has no value",
-        "--fp8-format",
+        "--fp8-param-gather",
         "nan",
     ):
         assert any(word in problem for problem in problems), word
@@ -272,7 +272,7 @@ def test_a_word_that_belongs_to_no_flag_is_not_swallowed(line: str) -> None:
     [
         ("--moe-latent-size 8", "leave it out"),
         ("--standalone-embedding-stage", "--pipeline-model-parallel-layout"),
-        ("--fp8-hybrid", "--bf16"),
+        ("--fp8-hybrid", "--fp8-format"),
         ("--retro-add-retriever", "pretrain_gpt.py"),
         ("--lora-rank 4", "--finetune"),
         ("--use-mp-args-from-checkpoint-args", "--use-checkpoint-args"),

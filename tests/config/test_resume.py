@@ -78,6 +78,7 @@ def test_equal_runs_do_not_differ_whatever_their_layout() -> None:
         ("--hidden-dropout 0.1", "--hidden-dropout: checkpoint 0, this run 0.1", Effect.REPORTED),
         ("--global-batch-size 16", "--global-batch-size: checkpoint 8, this run 16", Effect.REPORTED),
         ("--bf16", "precision (--bf16, --fp16): checkpoint fp32, this run bf16", Effect.REPORTED),
+        ("--bf16 --fp8-format e4m3", "--fp8-format: checkpoint none, this run e4m3", Effect.REPORTED),
     ],
 )
 def test_a_changed_option_is_named_with_both_values(options: str, line: str, effect: Effect) -> None:
@@ -149,6 +150,7 @@ def test_a_flag_that_switches_something_off_is_on_in_the_run_that_has_it(key: tu
     spelling = BY_KEY[key].spelling
     kind = "bert" if key[1] in ("bert_binary_head", "mask_whole_words") else "gpt"
     base = "--optimizer muon" if key[1].startswith("muon") else YARN if key[1].startswith("yarn") else ""
+    base = "--bf16 --fp8-format hybrid" if key[1] == "fp8_wgrad" else base
     without, given = (resolved(f"{base} {more}", architecture=kind) for more in ("", spelling))
     assert f"{spelling}: checkpoint off, this run on" in differences_by_line(without, given)
     assert f"{spelling}: checkpoint on, this run off" in differences_by_line(given, without)

@@ -17,6 +17,7 @@ from megatron3d.config.options import BY_NAME
 from megatron3d.config.rules.blend import blend_rule
 from megatron3d.config.rules.curriculum import curriculum_rule
 from megatron3d.config.rules.fim import fim_rule
+from megatron3d.config.rules.fp8 import fp8_problems
 from megatron3d.config.rules.lengths import lengths_rule, token_rates_rule
 from megatron3d.config.rules.long_sequences import mlp_chunks_rule
 from megatron3d.config.rules.optimizer import decoupling_rule, implementation_rule, moments_rule
@@ -56,6 +57,7 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from learning_rate_rule(run.optim, by_samples=run.train.train_samples is not None)
     yield from weight_decay_rule(optim)
     yield from precision_rule(optim)
+    yield from fp8_problems(train, run.model, run.parallel, optim)
     yield from decoupling_rule(optim)
     yield from moments_rule(optim)
     yield from implementation_rule(optim, run.parallel.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron3d.config.fields import option, options, switch
+from megatron3d.config.sections.fp8 import GivenFp8
 from megatron3d.config.sections.random_ltd import GivenRandomLtd
 
 MATMUL_CHOICES = ("auto", "onednn", "mkl")
@@ -12,7 +13,7 @@ PACKED_ATTENTION_CHOICES = ("torch", "flash-attn")
 
 
 @dataclass(frozen=True)
-class GivenTrain(GivenRandomLtd):
+class GivenTrain(GivenRandomLtd, GivenFp8):
     """The run as it is given. Its length is train_iters, or train_samples and train_tokens, of which the first to be
     reached counts.
     """

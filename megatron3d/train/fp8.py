@@ -1,0 +1,21 @@
+"""How the linear layers of a run compute in fp8, from its options."""
+
+from __future__ import annotations
+
+from megatron3d_kernels.fp8 import E4M3, E5M2
+
+from megatron3d.config.sections.fp8 import GivenFp8
+from megatron3d.config.sections.parallel import ParallelConfig
+from megatron3d.tensor.fp8_recipe import Fp8Recipe, Fp8Weights, Scaling
+from megatron3d.zero.policy import policy_of
+
+
+def fp8_of(options: GivenFp8, parallel: ParallelConfig) -> Fp8Recipe | None:
+    """The recipe of --fp8-format and --fp8-recipe; None without the former. Weights that ZeRO gathers and releases are
+    cast at every use, since what is kept of them would take the memory that it saves."""
+    if options.fp8_format is None:
+        return None
+    scaling: Scaling = "blockwise" if options.fp8_recipe == "blockwise" else "tensorwise"
+    dtype = E5M2 if options.fp8_format == "hybrid" else E4M3
+    weights = Fp8Weights(keeps=not policy_of(parallel.zero_stage).shard_params)
+    return Fp8Recipe(scaling, dtype, options.fp8_wgrad, weights)
