@@ -172,6 +172,7 @@ RUNS = (
     "--reset-position-ids --eod-token 3 --position-embedding-type rope",
     "--disable-bias-linear --fp16",
     "--fp16 --loss-scale 8",
+    "--num-layers 4 --bf16 --fp8-format e4m3 --first-last-layers-bf16",
     YARN,
     f"{ROPE} --use-rope-scaling",
     *(f"--optimizer {name}" for name in ("sgd", "lion", "muon")),
