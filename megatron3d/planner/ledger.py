@@ -7,7 +7,7 @@ gradients on their way, whole units under ZeRO, messages, temporaries. docs/memo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron3d.config.run import RunConfig
 from megatron3d.config.sections.parallel import ParallelConfig
@@ -18,6 +18,7 @@ from megatron3d.params.freeze import require_sensible
 from megatron3d.pipeline.lower import lower
 from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.schedule import Action, Schedule
+from megatron3d.planner.fp8 import cast_weight_bytes
 from megatron3d.planner.memory import (
     RankModel,
     StateForecast,
@@ -137,7 +138,8 @@ def ledger_of_rank(
         message_bytes(config),
         sends_linger=device_type == "cpu",
     )
-    in_step = peak_use(stages, *row)
+    cast = cast_weight_bytes(parts.stages.values(), device_type=device_type)
+    in_step = replace(used := peak_use(stages, *row), work=used.work + cast)
     after = max(one(parallel, optim, units, device_type=device_type) for one in (publish_temporary, update_temporary))
     peak = max(in_step, MemoryUse(work=after), key=lambda one: one.total)
     copy = save_copy_bytes(parallel, optim, config.checkpoint, parts)

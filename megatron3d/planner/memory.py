@@ -33,6 +33,7 @@ from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.config.update_rules import UPDATE_RULES
 from megatron3d.models.stage import Stage, StagePart, unit_of
 from megatron3d.models.zoo import architecture_of
+from megatron3d.nn.fp8 import fp8_of
 from megatron3d.offload.block_file import round_up
 from megatron3d.offload.record import FIELD_ALIGNMENT_BYTES
 from megatron3d.params.grads import GradSink
@@ -105,6 +106,7 @@ def parts_of_rank(config: RunConfig, plan: PipelinePlan, pp_rank: int) -> RankMo
         kv=kv if kv.size > 1 else None,
         expert=expert,
         expert_tp=expert_tp,
+        fp8=fp8_of(config.train, weights_stay=not policy_of(config.parallel.zero_stage).shard_params),
     )
     build = architecture_of(config.model).build_stage
     stages = {

@@ -30,11 +30,13 @@ from megatron3d.nn.context.cut import ContextCut
 from megatron3d.nn.context.shards import ContextShards, shards_of
 from megatron3d.nn.documents import document_rectangles
 from megatron3d.nn.dropout import DropoutStream
+from megatron3d.nn.fp8 import fp8_of
 from megatron3d.nn.loss_sink import LossSink, LossSpec
 from megatron3d.nn.token_dropping import StratifiedRouter, TokenDropping
 from megatron3d.params.gate import WeightGate
 from megatron3d.params.grads import GradSink
 from megatron3d.params.row_blocks import BlockedTable
+from megatron3d.planner.fp8 import weights_cast
 from megatron3d.planner.kernel_scratch import cpu_scratch, no_scratch
 from megatron3d.planner.kernels_without_memory import CpuKernels, GpuKernels
 from megatron3d.planner.layout import layout_of
@@ -109,7 +111,8 @@ class StageRun:
         micro = self._micro_batch(device, stage.losses)
         x = None if part.is_first else torch.empty(message_shape(self.config), dtype=self._dtype, device=device)
         recorder.ignore(one for one in (*vars(micro).values(), x) if isinstance(one, Tensor))
-        return _pass(recorder, sink, stage, micro, x, splits=splits)
+        with weights_cast(stage, recorder):
+            return _pass(recorder, sink, stage, micro, x, splits=splits)
 
     @property
     def _tp_rank(self) -> int:
@@ -147,6 +150,7 @@ class StageRun:
             exchange=exchange,
             kept_inputs=store,
             overlap_chunks=config.parallel.overlap_chunks,
+            fp8=fp8_of(config.train, weights_stay=not policy_of(config.parallel.zero_stage).shard_params),
         )
         model = config.model
         if not self._on_cpu:  # fused kernels draw what they drop, and keep no mask of it

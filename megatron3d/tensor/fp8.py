@@ -45,6 +45,13 @@ def fp8_linear(
     return _Fp8Linear.apply(x, weight, bias, context, input_type, torch.is_grad_enabled())
 
 
+def cast_weight(weight: nn.Parameter, context: LayerContext) -> tuple[Tensor | None, Pair]:
+    """The largest magnitude of a weight, if its recipe asks for it, and the weight in fp8 in both orientations, which
+    all layers get from here on while weights do not change."""
+    largest = _largest_weight(weight, context)
+    return largest, _cast_weight(weight, largest, context, Orientations())
+
+
 class _Fp8Linear(torch.autograd.Function):
     """Keeps the input in fp8, or in bf16 where the backward needs it so."""
 

@@ -24,14 +24,14 @@ class Fp8Weights:
 
     def __init__(self, *, keeps: bool = True) -> None:
         """Without `keeps` every use casts again, as weights should that do not stay either."""
-        self._keeps = keeps
+        self.keeps = keeps
         self._pairs: dict[nn.Parameter, Pair] | None = None
         self._largest: dict[nn.Parameter, Tensor] = {}
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Within the context weights do not change, so what is cast is kept."""
-        self._pairs = {} if self._keeps else None
+        self._pairs = {} if self.keeps else None
         try:
             yield
         finally:

@@ -23,6 +23,7 @@ from megatron3d.config.sections.parallel import ParallelConfig
 from megatron3d.config.sections.train import TrainConfig
 from megatron3d.errors import ConfigError
 from megatron3d.models.stage import MicroBatch, Stage, StageBuilder, whole_stage
+from megatron3d.nn.fp8 import fp8_of
 from megatron3d.nn.loss_sink import LossSpec, loss_problems
 from megatron3d.optim.build import build_optimizer, write_copies
 from megatron3d.optim.scaler import LossScaler, build_scaler
@@ -38,7 +39,6 @@ from megatron3d.planner.memory import part_of
 from megatron3d.tensor.context import KeyExchange, LayerContext
 from megatron3d.tensor.fp8_recipe import Fp8Recipe
 from megatron3d.tensor.kept_inputs import InputStore
-from megatron3d.train.fp8 import fp8_of
 from megatron3d.train.module_states import ModuleStates
 from megatron3d.train.offload import kept_inputs_of, offload_of
 from megatron3d.train.plan import plan_of
@@ -159,7 +159,7 @@ def build_model(
     """
     sink, gate = GradSink(), WeightGate()
     sequence_parallel = config.parallel.sequence_parallel and mesh.tp.size > 1
-    fp8 = fp8_of(config.train, config.parallel)
+    fp8 = fp8_of(config.train, weights_stay=not policy_of(config.parallel.zero_stage).shard_params)
     if fp8 is not None:
         require_fp8(device, by_blocks=fp8.scaling == "blockwise")
     context = LayerContext(

@@ -34,6 +34,7 @@ ONE = (
     ("gpt", LLAMA),
     ("gpt", f"{LLAMA} --bf16"),
     ("gpt", f"{LLAMA} --num-query-groups 4 --qk-layernorm --bf16"),
+    ("gpt", f"{LLAMA} --bf16 --fp8-format hybrid"),
     ("gpt", f"{LLAMA} {SELECTIVE}"),
     ("gpt", f"{GPT} {DROPOUT} {SELECTIVE} --bf16"),
     ("gpt", f"{LLAMA} {FULL}"),
@@ -46,6 +47,7 @@ TWO = (
     ("gpt", f"{LLAMA} --tensor-model-parallel-size 2"),
     ("gpt", f"{LLAMA} {TP_SP} --bf16"),
     ("gpt", f"{GPT} {DROPOUT} {TP_SP} --tp-comm-overlap"),
+    ("gpt", f"{LLAMA} {TP_SP} --bf16 --fp8-format e4m3"),
     ("gpt", f"{LLAMA} --pipeline-model-parallel-size 2"),
     ("bert", f"{BERT} {TP_SP}"),
 )

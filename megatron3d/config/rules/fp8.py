@@ -69,14 +69,12 @@ def _size_problems(fp8: GivenFp8, model: GivenModel, parallel: ParallelConfig) -
     tp, multiple = parallel.tensor_model_parallel_size, _MULTIPLES.get(fp8.fp8_recipe)
     if multiple is None:
         return
-    heads, groups, head = model.num_attention_heads, model.num_query_groups, model.kv_channels
     shared = model.moe_shared_expert_intermediate_size if model.has_experts else None
     sizes = {
         "--hidden-size": (model.hidden_size, 1),
         "--ffn-hidden-size": (model.ffn_hidden_size, tp),
-        "--num-attention-heads x --kv-channels": (heads * head if heads and head else None, tp),
-        "--num-query-groups x --kv-channels": (groups * head if groups and head else None, tp),
         "--moe-shared-expert-intermediate-size": (shared, tp),
+        **{name: (size, tp) for name, size in _head_sizes(fp8, model).items()},
     }
     for name, (size, shards) in sizes.items():
         if size and size % (multiple * shards):
@@ -86,3 +84,19 @@ def _size_problems(fp8: GivenFp8, model: GivenModel, parallel: ParallelConfig) -
                 f"multiplies matrices whose sides, on each rank, are multiples of {multiple}; use another size, or "
                 "leave --fp8-format out."
             )
+
+
+def _head_sizes(fp8: GivenFp8, model: GivenModel) -> dict[str, int]:
+    """The sides of the projections of attention; blocks lie within queries, keys and values, which are cut apart."""
+    heads, groups, head = model.num_attention_heads, model.num_query_groups, model.kv_channels
+    if not heads or not groups or not head:
+        return {}
+    if fp8.fp8_recipe == "blockwise":
+        return {
+            "--num-attention-heads x --kv-channels": heads * head,
+            "--num-query-groups x --kv-channels": groups * head,
+        }
+    return {
+        "--num-attention-heads x --kv-channels": heads * head,
+        "(--num-attention-heads + 2 x --num-query-groups) x --kv-channels": (heads + 2 * groups) * head,
+    }
