@@ -70,7 +70,11 @@ def test_a_flag_that_is_not_known_is_taken_for_what_it_means(flag: str, meant: s
     ("flag", "hint"),
     [
         ("--hidden", "did you mean --hidden-dropout or --hidden-size?"),
-        ("--num-layers-per", "did you mean --num-layers-per-virtual-pipeline-stage?"),
+        (
+            "--num-lay",
+            "did you mean --num-layers, --num-layers-at-end-in-bf16, --num-layers-at-start-in-bf16 or "
+            "--num-layers-per-virtual-pipeline-stage?",
+        ),
         ("--swi", "did you mean --swiglu?"),
         ("--conf", "did you mean --config?"),
         ("--encoder-num", "did you mean --num-layers?"),

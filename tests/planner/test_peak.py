@@ -34,6 +34,8 @@ ONE: dict[str, Case] = {
     "llama": ("gpt", LLAMA),
     "llama onednn": ("gpt", f"{LLAMA} --matmul onednn"),
     "llama bf16": ("gpt", f"{LLAMA} --bf16"),
+    "llama fp8": ("gpt", f"{LLAMA} {MORE} --bf16 --fp8-format hybrid"),
+    "llama fp8 full": ("gpt", f"{LLAMA} --bf16 --fp8-format e4m3 {FULL}"),
     "llama bf16 selective": ("gpt", f"{LLAMA} --bf16 {SELECTIVE}"),
     "llama packed": ("gpt", f"{LLAMA} --reset-attention-mask"),
     "llama full": ("gpt", f"{LLAMA} {FULL}"),
@@ -90,6 +92,8 @@ TWO: dict[str, Case] = {
         f"{LLAMA} {EXPERTS} --expert-model-parallel-size 2 --moe-token-dispatcher-type allgather "
         "--moe-expert-capacity-factor 1 --moe-pad-expert-input-to-capacity",
     ),
+    "llama fp8 tp sp": ("gpt", f"{LLAMA} {TP} 2 --sequence-parallel --bf16 --fp8-format hybrid"),
+    "wide fp8 zero 3": ("gpt", f"{WIDE} --bf16 --zero-stage 3 --fp8-format hybrid"),
     "bert zero 3": ("bert", f"{BERT} {MORE} --zero-stage 3"),
     "wide bf16 zero 2 offload": ("gpt", f"{WIDE} --bf16 --zero-stage 2 --offload-optimizer cpu"),
     "wide zero 3 all offload": ("gpt", f"{WIDE} --zero-stage 3 --offload-optimizer cpu --offload-params cpu"),
@@ -111,7 +115,7 @@ SLOW = {
     *("bert bf16 in chunks", "llama many words in chunks zero 3", "llama tp sp in chunks", "gpt inputs away"),
     *("wide zero 3 many words frozen", "experts ep full reusing", "gpt frozen pp zb-h1", "bert pp", "llama pp"),
     *("gpt dropout bf16 selective", "bert bf16", "wide bf16 offload", "wide muon tp", "llama tp sp", "wide zero 3"),
-    *("wide bf16 zero 3 many words",),
+    *("wide bf16 zero 3 many words", "llama fp8 full", "wide fp8 zero 3"),
 }
 
 

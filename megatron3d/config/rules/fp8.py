@@ -91,12 +91,8 @@ def _head_sizes(fp8: GivenFp8, model: GivenModel) -> dict[str, int]:
     heads, groups, head = model.num_attention_heads, model.num_query_groups, model.kv_channels
     if not heads or not groups or not head:
         return {}
+    queries = {"--num-attention-heads x --kv-channels": heads * head}
     if fp8.fp8_recipe == "blockwise":
-        return {
-            "--num-attention-heads x --kv-channels": heads * head,
-            "--num-query-groups x --kv-channels": groups * head,
-        }
-    return {
-        "--num-attention-heads x --kv-channels": heads * head,
-        "(--num-attention-heads + 2 x --num-query-groups) x --kv-channels": (heads + 2 * groups) * head,
-    }
+        return queries | {"--num-query-groups x --kv-channels": groups * head}
+    fused = "(--num-attention-heads + 2 x --num-query-groups) x --kv-channels"
+    return queries | {fused: (heads + 2 * groups) * head}
