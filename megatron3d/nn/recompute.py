@@ -104,11 +104,15 @@ class _StoredChain:
         """Within the context the input of a recomputed function is put into the store."""
         return nullcontext() if x_SBH.is_leaf else saved_tensors_hooks(self._put, self._take)
 
-    def _put(self, x_SBH: Tensor) -> int:
+    def _put(self, x_SBH: Tensor) -> int | Tensor:
+        if x_SBH.numel() == 0:  # torch 2.11 saves a tensor of its own beside the input
+            return x_SBH
         self._stored.append(self._store.put(x_SBH))
         return len(self._stored) - 1
 
-    def _take(self, number: int) -> Tensor:
+    def _take(self, number: int | Tensor) -> Tensor:
+        if isinstance(number, Tensor):
+            return number
         x_SBH = self._stored[number].take()
         if number > 0:
             self._stored[number - 1].start_fetch()

@@ -95,6 +95,10 @@ def _rows_that_show_all(logits: Tensor) -> int:
     return 2 * max(1, CHUNK_ELEMENTS // logits.shape[-1])
 
 
+_LACKS_WIDE_SUMS = torch.__version__ < "2.12"
+"""Whether torch refuses products into fp32 buffers of tensors without memory; they take none."""
+
+
 class GpuKernels(Registry):
     """What runs on a GPU with Triton, whether Triton is here or not."""
 
@@ -115,7 +119,7 @@ class GpuKernels(Registry):
         """Into a buffer of any dtype inside of the product, as on a GPU whose torch has that."""
         if buffer_OI.dtype == grad_TO.dtype:
             super().add_weight_gradient(buffer_OI, grad_TO, x_TI, overwrites=overwrites)
-        else:
+        elif not (buffer_OI.is_meta and _LACKS_WIDE_SUMS):
             add_in_fp32(buffer_OI, grad_TO, x_TI, overwrites=overwrites)
 
     def attention(

@@ -97,6 +97,7 @@ class TwoBlocks:
         raise AssertionError("no rows are looked up here")
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 refuses these products for tensors without memory")
 @pytest.mark.parametrize("way", ["layer", "experts", "deferred", "blocks"])
 def test_on_a_gpu_narrow_weight_gradients_reach_fp32_buffers_without_a_pass_of_their_own(way: str) -> None:
     """One product for each weight and micro-batch, whichever way it comes, and nothing that adds or converts."""
