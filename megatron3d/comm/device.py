@@ -84,6 +84,19 @@ def backend_of(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
+def set_fp32_precision(device: torch.device, precision: str) -> None:
+    """How this process multiplies fp32 matrices from now on: "highest", "high" (TF32) or "medium", as torch means it.
+
+    Raises:
+        ConfigError: anything but "highest" on a CPU.
+    """
+    if precision == "highest":
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"--fp32-matmul-precision {precision} is for GPUs, and the device is {device.type}; drop it.")
+    torch.set_float32_matmul_precision(precision)
+
+
 def runs_ahead(device: torch.device) -> bool:
     """Whether Python runs ahead of the device, which works on what was queued before."""
     return device.type == "cuda"

@@ -94,6 +94,7 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
         "train": {
             Effect.REPORTED: (
                 "global_batch_size rampup_batch_size step_batch_size_schedule iterations_to_skip freeze_params matmul "
+                "fp32_matmul_precision "
                 "random_ltd random_ltd_min random_ltd_max random_ltd_steps random_ltd_step_size random_ltd_layers "
                 "random_ltd_router "
                 "fp8_format fp8_recipe fp8_wgrad first_last_layers_bf16 num_layers_at_start_in_bf16 "

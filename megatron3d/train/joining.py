@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 
 from megatron3d.comm.agree import require_agreement
-from megatron3d.comm.device import marker_of, pick_device
+from megatron3d.comm.device import marker_of, pick_device, set_fp32_precision
 from megatron3d.comm.join import join, leave
 from megatron3d.comm.mesh import Mesh, make_mesh
 from megatron3d.comm.meter import Wait
@@ -56,6 +56,7 @@ def joined(
     if save and launch.rank == 0:
         context.ended_after = clear_exit_status(save)
     device = pick_device(parallel.device, local_rank=launch.local_rank, local_world_size=launch.local_world_size)
+    set_fp32_precision(device, config.train.fp32_matmul_precision)
     limit = timedelta(minutes=parallel.distributed_timeout_minutes)
     timeout = group_timeout(limit, device)
     layout = layout_of(parallel, query_groups=config.model.num_query_groups)

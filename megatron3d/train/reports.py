@@ -292,6 +292,8 @@ class Reports:
         for line in (frozen, sharing_cost(self.parts)):
             if line:
                 self.note(line)
+        if (precision := self.parts.config.train.fp32_matmul_precision) != "highest":
+            self.note(f"products of fp32 matrices have torch's precision {precision!r} (--fp32-matmul-precision)")
         dropout = dropout_note(self.parts.config.model, self.parts.model.device.type)
         lengths = describe_lengths(self.parts.config.train, self.parts.config.model.seq_length)
         for line in (dropout, lengths):

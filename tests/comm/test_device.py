@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron3d.comm.device import pick_device
+from megatron3d.comm.device import pick_device, sent, set_fp32_precision
 from megatron3d.errors import ConfigError
 
 
@@ -31,3 +31,29 @@ def test_the_remedy_for_a_gpu_that_is_not_there_fits_the_cause(
         pick_device("cuda", local_rank=0, local_world_size=4)
     assert str(raised.value).startswith("--device cuda needs") and sentence in str(raised.value)
     assert pick_device(None, local_rank=0, local_world_size=4) == torch.device("cpu")
+
+
+def test_fp32_products_get_the_precision_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    set_fp32_precision(cpu, "highest")
+    set_fp32_precision(gpu, "highest")
+    assert asked == []  # as torch begins
+    set_fp32_precision(gpu, "high")
+    assert asked == ["high"]
+    with pytest.raises(ConfigError, match="--fp32-matmul-precision medium is for GPUs, and the device is cpu"):
+        set_fp32_precision(cpu, "medium")
+    assert asked == ["high"]
+
+
+def test_what_is_sent_to_a_gpu_is_pinned_first_and_nothing_waits_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    x = torch.ones(3)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: seen.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **options: seen.append((device.type, options)) or self)
+    assert sent(x, torch.device("cuda", 0)) is x
+    assert seen == ["pinned", ("cuda", {"non_blocking": True})]
+    seen.clear()
+    sent(x, torch.device("cpu"))
+    assert seen == [("cpu", {"non_blocking": True})]

@@ -279,6 +279,15 @@ def test_the_sentence_of_the_style_guide_is_said() -> None:
     ]
 
 
+def test_a_precision_of_fp32_products_is_for_gpus() -> None:
+    assert problems_of("--fp32-matmul-precision high --device cpu") == [
+        "--fp32-matmul-precision high is for GPUs, and --device is cpu, where matrices in fp32 are multiplied in fp32; "
+        "drop it."
+    ]
+    assert problems_of("--fp32-matmul-precision high --device cuda") == []
+    assert problems_of("--fp32-matmul-precision highest --device cpu") == []
+
+
 def test_flash_attn_is_refused_where_nothing_would_use_it_and_where_it_is_missing() -> None:
     """The package is for CUDA machines, and tests have none."""
     assert problems_of("--packed-attention flash-attn --device cpu") == [

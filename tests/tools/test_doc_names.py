@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Names of other programs and libraries, and of files that a user has.
 OTHERS = {
+    "CUDA_DEVICE_MAX_CONNECTIONS",
     "DeviceMesh",
     "GopherQualityFilter",
     "GraceTime",
@@ -22,7 +23,12 @@ OTHERS = {
     "LanguageFilter",
     "MoEAuxLossAutoScaler",
     "NAME_loss",
+    "NCCL_DEBUG",
+    "NCCL_IB_HCA",
+    "NCCL_SOCKET_IFNAME",
     "O_TMPFILE",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
     "SignalException",
     "file.py",
     "merges.txt",

@@ -35,6 +35,7 @@ def _outcome(gpu: FakeGpu, architecture: str, implementation: str, flags: str) -
         "inside": [one.what for one in traffic.host if one.is_inside],
         "outside": [one.what for one in traffic.host if not one.is_inside],
         "reads": traffic.reads(),
+        "waits": [one.what for one in traffic.host if one.waits],
         "weights_on": sorted(devices),
     }
 

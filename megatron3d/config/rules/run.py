@@ -65,6 +65,7 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from mlp_chunks_rule(run.model, run.train)
     yield from random_ltd_problems(train, given.model, run.parallel)
     yield from matmul_rule(train, optim, run.parallel.device)
+    yield from fp32_precision_rule(train, run.parallel.device)
     yield from packed_attention_rule(train, optim, run.data, run.parallel.device)
     yield from data_rule(run.data)
     yield from curriculum_rule(given.curriculum, run.curriculum, run.data)
@@ -323,6 +324,15 @@ def matmul_rule(train: GivenTrain, optim: GivenOptim, device: str | None) -> Ite
         yield f"--matmul onednn is for products in fp32, not --{optim.precision}; drop one of them."
     if device == "cuda":
         yield "--matmul onednn is for products on a CPU, and --device is cuda; drop it, or use --device cpu."
+
+
+def fp32_precision_rule(train: GivenTrain, device: str | None) -> Iterator[str]:
+    """A CPU multiplies matrices in fp32 as they are."""
+    if train.fp32_matmul_precision != "highest" and device == "cpu":
+        yield (
+            f"--fp32-matmul-precision {train.fp32_matmul_precision} is for GPUs, and --device is cpu, where matrices "
+            "in fp32 are multiplied in fp32; drop it."
+        )
 
 
 def packed_attention_rule(train: GivenTrain, optim: GivenOptim, data: DataConfig, device: str | None) -> Iterator[str]:

@@ -9,6 +9,7 @@ from megatron3d.config.sections.fp8 import GivenFp8
 from megatron3d.config.sections.random_ltd import GivenRandomLtd
 
 MATMUL_CHOICES = ("auto", "onednn", "mkl")
+FP32_PRECISIONS = ("highest", "high", "medium")
 PACKED_ATTENTION_CHOICES = ("torch", "flash-attn")
 
 
@@ -130,6 +131,13 @@ class GivenTrain(GivenRandomLtd, GivenFp8):
         "--matmul",
         "The library of fp32 products on a CPU: torch's own (mkl), oneDNN, or by a measurement at the first start.",
         choices=MATMUL_CHOICES,
+    )
+    fp32_matmul_precision: str = option(
+        "highest",
+        "--fp32-matmul-precision",
+        "How a GPU multiplies fp32 matrices, by torch's names: in fp32 (highest), in TF32 (high), or in bf16 where "
+        "that is faster (medium).",
+        choices=FP32_PRECISIONS,
     )
     packed_attention: str = option(
         "torch",
