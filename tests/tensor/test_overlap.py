@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -44,27 +45,19 @@ LAYOUTS = [(2, False), (2, True), (4, True)]
 CHUNKS = (2, 3, 50)  # of 8, 4 or 2 positions: equal ones, unequal ones, and as many as there are positions
 
 
-class _DefersAll:
+@contextmanager
+def _deferred(context: LayerContext) -> Iterator[None]:
     """Every backward within it is an input-gradient step, whose deferred work is done when it is over."""
+    real = Tensor.backward
 
-    def __init__(self, context: LayerContext) -> None:
-        self._sink = context.sink
+    def backward(loss: Tensor) -> None:
+        with context.sink.defer() as works:
+            real(loss)
+        for work in works:
+            work()
 
-    def __enter__(self) -> None:
-        self._patch = mock.patch.object(Tensor, "backward", self._backward(Tensor.backward))
-        self._patch.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._patch.__exit__(*error)
-
-    def _backward(self, real: Callable[..., None]) -> Callable[..., None]:
-        def backward(loss: Tensor) -> None:
-            with self._sink.defer() as works:
-                real(loss)
-            for work in works:
-                work()
-
-        return backward
+    with mock.patch.object(Tensor, "backward", backward):
+        yield
 
 
 def _check(rank: int, world_size: int, sequence_parallel: bool) -> None:
@@ -73,7 +66,7 @@ def _check(rank: int, world_size: int, sequence_parallel: bool) -> None:
         for bias in (True, False):
             check_column(context, bias=bias, parts=PARTS)
             check_row(context, bias=bias)
-        with _DefersAll(context):
+        with _deferred(context):
             check_column(context, bias=True, parts=PARTS)
             check_row(context, bias=False)
 
