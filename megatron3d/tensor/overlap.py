@@ -25,7 +25,7 @@ features; R blocks of rows that lie apart, T rows of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,8 +43,8 @@ def gather_and_multiply(x_LBI: Tensor, width: int, multiply: Multiply, context: 
     """The product [S, B, width] with the input [L, B, I] of all ranks, in a forward: what is gathered is kept for a
     recomputation that reuses communication."""
 
-    def start(chunk: slice) -> Pending:
-        return context.replay.start(lambda: start_all_gather(x_LBI[chunk], context.tp))
+    def start(x_CBI: Tensor, _: int) -> Pending:
+        return context.replay.start(lambda: start_all_gather(x_CBI, context.tp))
 
     return _multiply_arriving(x_LBI, width, multiply, context, start)
 
@@ -53,12 +53,12 @@ def gather_keep_and_multiply(
     x_LBI: Tensor, width: int, multiply: Multiply, context: LayerContext
 ) -> tuple[Tensor, Tensor]:
     """The same, and what was gathered, [S, B, I] in the order of `in_order_of_chunks`."""
-    size = context.tp.size
-    gathered_SBI = x_LBI.new_empty((len(x_LBI) * size, *x_LBI.shape[1:]))
+    tp, length = context.tp, x_LBI.shape[0]
+    gathered_SBI = x_LBI.new_empty((length * tp.size, *x_LBI.shape[1:]))
+    chunks_of_all = gathered_SBI.split([size * tp.size for size in chunk_lengths(length, context)])
 
-    def start(chunk: slice) -> Pending:
-        into = gathered_SBI[chunk.start * size : chunk.stop * size]
-        return start_all_gather(x_LBI[chunk], context.tp, into=into)
+    def start(x_CBI: Tensor, number: int) -> Pending:
+        return start_all_gather(x_CBI, tp, into=chunks_of_all[number])
 
     return _multiply_arriving(x_LBI, width, multiply, context, start), gathered_SBI
 
@@ -68,19 +68,18 @@ def multiply_and_reduce(
 ) -> Tensor:
     """The product with [S, B, I] summed over the ranks: where it `scatters` the positions of this rank, [L, B, width],
     else all of them."""
-    num_blocks = context.tp.size if scatters else 1
-    x_RLBI = _in_blocks(x_SBI, num_blocks)
-    y_LBO = x_SBI.new_empty((x_RLBI.shape[1], *x_SBI.shape[1:-1], width))
+    tp, num_blocks = context.tp, context.tp.size if scatters else 1
+    y_LBO = x_SBI.new_empty((x_SBI.shape[0] // num_blocks, *x_SBI.shape[1:-1], width))
+    lengths = chunk_lengths(y_LBO.shape[0], context)
     summing: Pending | None = None
-    for chunk in chunks_of(len(y_LBO), context):
-        y_CBO, x_RTI = y_LBO[chunk], _rows(x_RLBI[:, chunk])
+    for x_RTI, y_CBO in zip(_row_blocks(x_SBI, num_blocks, lengths), y_LBO.split(lengths), strict=True):
         if scatters:
-            partial_RCBO = x_SBI.new_empty((num_blocks, *y_CBO.shape))
-            multiply(_rows(partial_RCBO), x_RTI)
-            started = start_reduce_scatter(partial_RCBO.flatten(0, 1), context.tp, into=y_CBO)
+            partial_PBO = x_SBI.new_empty((y_CBO.shape[0] * num_blocks, *y_CBO.shape[1:]))  # C positions of R ranks
+            multiply(partial_PBO.view(num_blocks, -1, width), x_RTI)
+            started = start_reduce_scatter(partial_PBO, tp, into=y_CBO)
         else:
-            multiply(_rows(y_CBO.unsqueeze(0)), x_RTI)
-            started = start_all_reduce(y_CBO, context.tp)
+            multiply(y_CBO.view(1, -1, width), x_RTI)
+            started = start_all_reduce(y_CBO, tp)
         if summing is not None:
             summing.wait()  # its partial sums are released, before more are made
         summing = started
@@ -91,46 +90,38 @@ def multiply_and_reduce(
 
 def in_order_of_chunks(x_SBI: Tensor, context: LayerContext) -> Tensor:
     """A copy of [S, B, I] with the positions of chunk 0 of every rank first, then those of chunk 1, and so on."""
-    x_RLBI = _in_blocks(x_SBI, context.tp.size)
-    return torch.cat([of_rank[chunk] for chunk in chunks_of(x_RLBI.shape[1], context) for of_rank in x_RLBI])
+    shards_RLBI = x_SBI.contiguous().unflatten(0, (context.tp.size, -1))
+    lengths = chunk_lengths(shards_RLBI.shape[1], context)
+    return torch.cat([of_rank for chunk_RCBI in shards_RLBI.split(lengths, 1) for of_rank in chunk_RCBI])
 
 
-def chunks_of(length: int, context: LayerContext) -> list[slice]:
-    """Positions of each chunk: as many chunks as asked for, none of them empty, with lengths that differ by one."""
+def chunk_lengths(length: int, context: LayerContext) -> list[int]:
+    """How many of `length` positions each chunk has: as many chunks as asked for, none of them empty, of lengths that
+    differ by one at most."""
     count = min(context.overlap_chunks, length)
-    return [slice(number * length // count, (number + 1) * length // count) for number in range(count)]
+    return [(number + 1) * length // count - number * length // count for number in range(count)]
 
 
 def _multiply_arriving(
-    x_LBI: Tensor, width: int, multiply: Multiply, context: LayerContext, start: Callable[[slice], Pending]
+    x_LBI: Tensor, width: int, multiply: Multiply, context: LayerContext, start: Callable[[Tensor, int], Pending]
 ) -> Tensor:
-    size, chunks = context.tp.size, chunks_of(len(x_LBI), context)
-    y_SBO = x_LBI.new_empty((len(x_LBI) * size, *x_LBI.shape[1:-1], width))
-    y_RLBO = _in_blocks(y_SBO, size)
-    for chunk, arrived in zip(chunks, _arriving(chunks, start), strict=True):
-        multiply(_rows(y_RLBO[:, chunk]), _rows(arrived.unflatten(0, (size, -1))))
+    """`start` gathers a chunk, of which it gets the number too. While one is multiplied, the next is on its way."""
+    size, lengths = context.tp.size, chunk_lengths(x_LBI.shape[0], context)
+    y_SBO = x_LBI.new_empty((x_LBI.shape[0] * size, *x_LBI.shape[1:-1], width))
+    chunks = x_LBI.split(lengths)
+    coming = start(chunks[0], 0) if chunks else None
+    for number, y_RTO in enumerate(_row_blocks(y_SBO, size, lengths)):
+        arriving, coming = coming, start(chunks[number + 1], number + 1) if number + 1 < len(chunks) else None
+        assert arriving is not None, f"chunk {number} of {len(chunks)} was started"
+        multiply(y_RTO, arriving.wait().view(size, -1, x_LBI.shape[-1]))
     return y_SBO
 
 
-def _arriving(chunks: Sequence[slice], start: Callable[[slice], Pending]) -> Iterator[Tensor]:
-    """The chunks in turn; while the caller has one, the next is on its way."""
-    coming: Pending | None = None
-    for chunk in chunks:
-        arriving, coming = coming, start(chunk)
-        if arriving is not None:
-            yield arriving.wait()
-    if coming is not None:
-        yield coming.wait()
-
-
-def _in_blocks(x_SBI: Tensor, num_blocks: int) -> Tensor:
-    """[S, B, I] as the shards of its ranks, [R, S/R, B, I]; [S, I] likewise."""
-    return x_SBI.contiguous().unflatten(0, (num_blocks, -1))
-
-
-def _rows(x_RCBI: Tensor) -> Tensor:
-    """[R, C, B, I], of which each block is contiguous, as [R, T, I] in the same memory."""
-    return x_RCBI.view(len(x_RCBI), -1, x_RCBI.shape[-1])
+def _row_blocks(x_SBI: Tensor, num_blocks: int, lengths: Sequence[int]) -> Sequence[Tensor]:
+    """The rows of each chunk in the memory of [S, B, I]: its positions of the shard of each rank, [R, T, I]."""
+    rows_RTI = x_SBI.contiguous().view(num_blocks, -1, x_SBI.shape[-1])
+    rows_each = rows_RTI.shape[1] // max(1, sum(lengths))
+    return rows_RTI.split([length * rows_each for length in lengths], 1)
 
 
 class _RowLinear(torch.autograd.Function):

@@ -32,7 +32,7 @@ CASES = [
     brief(Case("gpt2", Layout(tp=2, dp=2), f"{SP} {UNEVEN} --zero-stage 3")),
     brief(Case("experts-many", Layout(tp=2, dp=2, ep=2), f"{SP} {OVERLAP}")),
 ]
-USUAL = [CASES[0], CASES[1], CASES[2], CASES[7]]
+USUAL = [CASES[0], CASES[2], CASES[7]]
 SLOW = [case for case in CASES if case not in USUAL]
 BATCHES = batches(CASES, slow=SLOW)
 

@@ -74,6 +74,8 @@ TWO: dict[str, Case] = {
     "llama in chunks pp zb-h1": ("gpt", f"{LLAMA} {PP} 2 --pipeline-schedule zb-h1 {MORE} {CHUNKS}"),
     "llama many words in chunks zero 3": ("gpt", f"{LLAMA} --zero-stage 3 {WORDS} {CHUNKS}"),
     "llama tp sp in chunks": ("gpt", f"{LLAMA} {TP} 2 --sequence-parallel {CHUNKS}"),
+    "llama tp sp overlap": ("gpt", f"{LLAMA} {TP} 2 --sequence-parallel --tp-comm-overlap"),
+    "gpt bf16 tp overlap": ("gpt", f"{GPT} {NO_DROPOUT} {TP} 2 --bf16 --tp-comm-overlap {FULL} {REUSING}"),
     "gpt frozen pp zb-h1": ("gpt", f"{GPT} {NO_DROPOUT} {PP} 2 --pipeline-schedule zb-h1 {MORE} {FROZEN}"),
     "wide muon tp": ("gpt", f"{WIDE} {TP} 2 --optimizer muon"),
     "wide muon zero 2": ("gpt", f"{WIDE} --zero-stage 2 --optimizer muon"),
@@ -116,6 +118,7 @@ SLOW = {
     *("wide zero 3 many words frozen", "experts ep full reusing", "gpt frozen pp zb-h1", "bert pp", "llama pp"),
     *("gpt dropout bf16 selective", "bert bf16", "wide bf16 offload", "wide muon tp", "llama tp sp", "wide zero 3"),
     *("wide bf16 zero 3 many words", "llama fp8 full", "wide fp8 zero 3"),
+    *("llama tp sp overlap", "gpt bf16 tp overlap"),
 }
 
 
