@@ -48,19 +48,27 @@ def scaled_product(
     return product.to(dtype)
 
 
-def scaled_weight_gradient(
+def add_scaled_weight_gradient(
+    buffer_OI: Tensor,
     g_OT: Operand,
     x_IT: Operand,
-    buffer_dtype: torch.dtype,
     layer_dtype: torch.dtype,
     *,
+    overwrites: bool = False,
     selection: Selection = DEFAULT_SELECTION,
-) -> Tensor:
-    """g^T x, [O, I], of a layer of some dtype for a buffer of another: in that of the buffer on a GPU; elsewhere in
-    that of the layer, since bf16 products take a fifth of the time of fp32 ones on a CPU, and those of weight gradients
-    in bf16 are rounded there too (`products.py`)."""
-    is_library = selection.pick(FP8_CAST, g_OT.scale) is FP8_CAST.triton
-    return scaled_product(g_OT, x_IT, buffer_dtype if is_library else layer_dtype, selection=selection)
+) -> None:
+    """buffer += g^T x, or =, of a layer that computes in some dtype beside its fp8 products.
+
+    On a GPU the product is made in the dtype of the buffer, so that nothing is rounded before the sum. Elsewhere it is
+    made in the dtype of the layer, since bf16 products take a fifth of the time of fp32 ones on a CPU, and weight
+    gradients of bf16 layers are rounded there too (`products.py`).
+    """
+    is_library = selection.pick(FP8_CAST, g_OT.scale) is FP8_CAST.triton and buffer_OI.device.type != "cpu"
+    product_OI = scaled_product(g_OT, x_IT, buffer_OI.dtype if is_library else layer_dtype, selection=selection)
+    if overwrites:
+        buffer_OI.copy_(product_OI)
+    else:
+        buffer_OI.add_(product_OI)
 
 
 def _scaled_mm(a_MK: Operand, b_NK: Operand, dtype: torch.dtype, bias_N: Tensor | None, fast: bool) -> Tensor:
@@ -71,7 +79,7 @@ def _scaled_mm(a_MK: Operand, b_NK: Operand, dtype: torch.dtype, bias_N: Tensor 
     else:
         (scale_a, kind_a), (scale_b, kind_b) = (_block_scale(one) for one in (a_MK, b_NK))
         y = F.scaled_mm(a, b, scale_a, kind_a, scale_b, kind_b, bias=bias, output_dtype=dtype)
-    return y if bias is bias_N else y + bias_N
+    return y if bias_N is None or bias is not None else y + bias_N
 
 
 def _block_scale(operand: Operand) -> tuple[Tensor, F.ScalingType]:

@@ -153,11 +153,19 @@ class Registry(Selection):
         """a b^T + bias of two fp8 matrices; see `fp8_products.scaled_product`."""
         return fp8_products.scaled_product(a_MK, b_NK, dtype, bias_N=bias_N, fast=fast, selection=self)
 
-    def fp8_weight_gradient(
-        self, g_OT: Operand, x_IT: Operand, buffer_dtype: torch.dtype, layer_dtype: torch.dtype
-    ) -> torch.Tensor:
-        """The gradient of a weight for a buffer; see `fp8_products.scaled_weight_gradient`."""
-        return fp8_products.scaled_weight_gradient(g_OT, x_IT, buffer_dtype, layer_dtype, selection=self)
+    def fp8_add_weight_gradient(
+        self,
+        buffer_OI: torch.Tensor,
+        g_OT: Operand,
+        x_IT: Operand,
+        layer_dtype: torch.dtype,
+        *,
+        overwrites: bool = False,
+    ) -> None:
+        """The gradient of a weight, added to a buffer; see `fp8_products.add_scaled_weight_gradient`."""
+        fp8_products.add_scaled_weight_gradient(
+            buffer_OI, g_OT, x_IT, layer_dtype, overwrites=overwrites, selection=self
+        )
 
     def layer_norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5

@@ -145,22 +145,25 @@ class GradSink:
         else:
             self._deferred.append(work)
 
-    def add_made(self, parameter: nn.Parameter, make: Callable[[torch.dtype], Tensor]) -> None:
+    def add_made(self, parameter: nn.Parameter, make: Callable[[Tensor, bool], None]) -> None:
         """Add a gradient that is made when weight gradients are: at once, or with those that are deferred.
 
         Args:
             parameter: any that does not come in blocks.
-            make: gives the gradient, in the dtype of the buffer, which it is told, or in a narrower one.
+            make: adds the gradient to a buffer of the parameter's shape, or overwrites it where its second argument
+                says so.
         """
 
         @torch.no_grad()
         def work() -> None:
             destination = self._destinations.get(parameter)
             if destination is None:
-                self.add(parameter, make(parameter.dtype))
+                grad = torch.empty_like(parameter)
+                make(grad, True)
+                self.add(parameter, grad)
                 return
             place = destination.place_of()
-            place.add(make(place.buffer.dtype))
+            make(place.buffer, place.takes_first())
             self._arrived(parameter)
 
         if self._deferred is None:

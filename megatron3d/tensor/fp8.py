@@ -225,6 +225,10 @@ def _add_weight_gradient(
     if g_OT is None:
         context.sink.add_linear(weight, bias, grad_out, kept.take(), kernels=context.kernels)
         return
-    x_IT, layer_dtype = kept.transposed(), grad_out.dtype
-    context.sink.add_made(weight, lambda dtype: context.kernels.fp8_weight_gradient(g_OT, x_IT, dtype, layer_dtype))
+    x_IT, dtype = kept.transposed(), grad_out.dtype
+
+    def make(buffer_OI: Tensor, overwrites: bool) -> None:
+        context.kernels.fp8_add_weight_gradient(buffer_OI, g_OT, x_IT, dtype, overwrites=overwrites)
+
+    context.sink.add_made(weight, make)
     context.sink.add_linear(weight, bias, grad_out, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron3d.comm.device import likely_device_type
 from megatron3d.config.options import BY_NAME
 from megatron3d.config.run import RunConfig
 from megatron3d.data.splits import parse_split
@@ -31,7 +32,7 @@ class InertOptions:
     def lines(self) -> list[str]:
         """A sentence for each option without effect."""
         of_data = [*self._sample_order(), *self._fim(), *self._data_options()]
-        without_steps = [*self._no_data(), *self._wandb(), *self._context(), *self._overlap(), *of_data]
+        without_steps = [*self._no_data(), *self._wandb(), *self._context(), *self._fp8(), *self._overlap(), *of_data]
         if self.progress.step >= self.last_step:
             return [self._finished(), *without_steps]
         return [*without_steps, *self._intervals(), *self._warmup(), *self._single_steps(), *self._replicas()]
@@ -82,6 +83,14 @@ class InertOptions:
             option = BY_NAME[name]
             if option.value_in(self.config) != option.default:
                 yield f"{option.spelling} has no effect without --context-parallel-size above 1: samples are not cut"
+
+    def _fp8(self) -> Iterator[str]:
+        train, parallel = self.config.train, self.config.parallel
+        if train.fp8_format is not None and likely_device_type(parallel.device) == "cpu":
+            yield (
+                f"--fp8-format {train.fp8_format} saves no time on a CPU, which has no products of fp8: operands are "
+                "cast to fp8 and multiplied in bf16, so that losses are those of fp8"
+            )
 
     def _overlap(self) -> Iterator[str]:
         parallel, chunks = self.config.parallel, BY_NAME["tp_comm_overlap_chunks"]

@@ -57,14 +57,20 @@ def one_process() -> dict[str, tuple[Trace, Shapes]]:
     return {recipe: train_in_fp8(0, 1, case, recipe) for recipe in ("tensorwise", "blockwise")}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+# Blocks of tokens are those of a rank's own, so a cut of samples changes the weight gradients of blockwise.
+CASES = [
+    (recipe, name)
+    for recipe in ("tensorwise", "blockwise")
+    for name in LAYOUTS
+    if (recipe, name) != ("blockwise", "cp2")
+]
+
+
+@pytest.mark.parametrize(("recipe", "name"), CASES)
 def test_fp8_trains_the_same_at_every_layout(
     pool: Pool, one_process: dict[str, tuple[Trace, Shapes]], recipe: str, name: str
 ) -> None:
     layout, options = LAYOUTS[name]
-    if name == "cp2" and recipe == "blockwise":
-        pytest.skip("blocks of tokens are those of a rank, so a cut of samples changes them")
     case = Case("llama", layout, f"{SIZE} {options}")
     traces = [one for one, _ in pool.run(layout.world_size, train_in_fp8, case, recipe)]
     expected, shapes = one_process[recipe]

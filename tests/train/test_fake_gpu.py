@@ -27,6 +27,8 @@ FEW = (
     ("gpt", "reference", f"{FULL} --optimizer muon --bf16 --zero-stage 3"),
     ("gpt", "triton", f"{LLAMA} --fp16 --zero-stage 1"),
     ("bert", "triton", "--bf16 --zero-stage 2"),
+    ("gpt", "triton", "--bf16 --fp8-format hybrid"),
+    ("gpt", "triton", "--bf16 --fp8-format e4m3 --fp8-recipe blockwise --hidden-size 128 --zero-stage 3"),
 )
 ALL = tuple(
     (architecture, kernels, f"{flags} {precision} --zero-stage {stage}")
