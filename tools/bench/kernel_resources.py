@@ -34,12 +34,15 @@ _DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1 --seq-length 2048"
 MODELS = {
     "gpt-1.3b": Case("gpt3-1.3b", _DROPOUT, 1, 1),
     "llama-8b": Case("llama3-8b", "--qk-layernorm --seq-length 4096", 1, 1),
+    "llama-8b fp8": Case("llama3-8b", "--fp8-format hybrid --seq-length 4096", 1, 1),
+    "llama-8b fp8 blocks": Case("llama3-8b", "--fp8-format e4m3 --fp8-recipe blockwise --seq-length 4096", 1, 1),
     "llama-70b": Case("llama3-70b", "--qk-layernorm --seq-length 4096", 1, 1),
     "gpt-175b": Case("gpt3-175b", _DROPOUT, 1, 1),
 }
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 _TYPES |= {torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1", torch.float8_e4m3fn: "*fp8e4nv"}
 _TYPES |= {torch.float8_e5m2: "*fp8e5"}
+_OLDEST_WITH_FP8 = 89
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
@@ -54,6 +57,10 @@ class Launch:
     constants: dict[str, object]
     aligned: tuple[int, ...]
     options: dict[str, int]
+
+    def runs_on(self, architecture: int) -> bool:
+        """Whether it has numbers for all dtypes."""
+        return architecture >= _OLDEST_WITH_FP8 or not any("fp8" in kind for kind in self.signature.values())
 
     @property
     def label(self) -> str:
@@ -92,7 +99,8 @@ def main() -> None:
     for model in args.models or MODELS:
         fresh = [one for one in launches_of(gpu, MODELS[model]) if (one.name, one.label) not in seen]
         seen |= {(one.name, one.label) for one in fresh}
-        rows += [resources(model, one, arch) for one in fresh for arch in args.arch or ARCHITECTURES]
+        archs = args.arch or ARCHITECTURES
+        rows += [resources(model, one, arch) for one in fresh for arch in archs if one.runs_on(arch)]
     print(table(rows))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -180,9 +188,13 @@ def table(rows: Iterable[Resources]) -> str:
     head = ["model", "kernel", "launch", *(f"sm_{arch}: registers, shared, spilled" for arch in archs)]
     lines = ["| " + " | ".join(head) + " |", "|---" * 3 + "|---:" * len(archs) + "|"]
     for key, found in by_launch.items():
-        cells = [f"{one.registers}, {one.shared_bytes:,}, {one.spilled_bytes}" for _, one in sorted(found.items())]
+        cells = [_cell(found.get(arch)) for arch in archs]
         lines.append("| " + " | ".join([*key, *cells]) + " |")
     return "\n".join(lines)
+
+
+def _cell(one: Resources | None) -> str:
+    return "does not run" if one is None else f"{one.registers}, {one.shared_bytes:,}, {one.spilled_bytes}"
 
 
 def _short(value: object) -> str:
