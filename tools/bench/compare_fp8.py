@@ -27,7 +27,7 @@ INTERVAL = 50  # steps from one evaluation to the next
 LAST = 20  # steps whose training losses are averaged
 COMMON = (
     "--num-layers 4 --hidden-size 256 --ffn-hidden-size 768 --num-attention-heads 4 --position-embedding-type rope "
-    "--normalization RMSNorm --swiglu --disable-bias-linear --bf16 --lr 2e-3 "
+    "--normalization RMSNorm --swiglu --disable-bias-linear --bf16 --lr 6e-4 "
     "--hidden-dropout 0 --attention-dropout 0 --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1 --split 97,3,0 "
     "--lr-decay-style constant --lr-decay-iters 1000000 --lr-warmup-iters 20 --log-interval 50 --num-workers 0 "
     f"--device cpu --seq-length {SEQ_LENGTH} --vocab-size {VOCAB_SIZE} --micro-batch-size {GLOBAL_BATCH} "
