@@ -77,12 +77,17 @@ MODULE_MAY_IMPORT: dict[str, set[str]] = {
 
 # What may be imported inside a function, because few runs need it and its own imports take long: torch's distributed
 # checkpointing 0.8 s, without which a run without --save does; matplotlib 0.5 s, which only --profile-pipeline needs;
+# torch's compiler 0.8 s and more, which only --compile needs;
 # TensorBoard, which only --tensorboard-dir needs; torch's kernel for sequences of various lengths 1.3 s, on CUDA only.
 MAY_IMPORT_LATE: dict[str, set[str]] = {
     "megatron3d_kernels.packed": {"torch.nn.attention.varlen"},
     "megatron3d.checkpoint.save": {"megatron3d.checkpoint.store"},
     "megatron3d.checkpoint.load": {"megatron3d.checkpoint.store"},
     "megatron3d.checkpoint.async_save": {"megatron3d.checkpoint.store"},
+    "megatron3d.train.compiling": {
+        *("torch._inductor.cpp_builder", "torch._inductor.exc"),
+        *("torch._dynamo.config", "torch._dynamo.callback", "torch._dynamo.utils"),
+    },
     "megatron3d.train.profile": {"megatron3d.pipeline.draw.measured"},
     "megatron3d.train.writers": {"torch.utils.tensorboard"},
 }

@@ -49,7 +49,16 @@ def activation(
     """
     if kind not in ACTIVATIONS:
         raise KernelError(f"The activation {kind!r} does not exist; use one of {', '.join(ACTIVATIONS)}.")
+    if selection.is_fused(ACTIVATION.name):
+        x = with_bias_gradient(x, bias)
+        return F.relu(x).square() if kind == "squared_relu" else _reference_forward(x, kind)
     return _Activation.apply(x, bias, kind, selection.pick(ACTIVATION, x))
+
+
+def with_bias_gradient(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., F], which holds a bias [F] already, as a function of that bias too: for a compiler, which makes its
+    gradient in the pass that makes that of x."""
+    return x if bias is None else x + (bias - bias.detach()).to(x.dtype)
 
 
 class _Activation(torch.autograd.Function):

@@ -38,6 +38,7 @@ from megatron3d_kernels.selection import DEFAULT_SELECTION, Kernel, Selection
 
 _STEPS = 1 << 16  # values of the 16 random bits that decide about one element
 _LANES = 4  # elements that share one output of the generator
+_LANE_BITS = 16
 _CHUNK_WORDS = 1 << 16  # outputs computed at a time on a CPU: half a MiB, which stays in its cache
 _CHUNK_WORDS_CUDA = 1 << 22
 _BLOCK = 4096  # columns of one program of the Triton kernel
@@ -143,7 +144,10 @@ def dropout(
 
 
 def _reference(x: Tensor, dropping: RowDropout, residual: Tensor | None) -> Tensor:
-    """Kept for the backward is the mask, one byte an element."""
+    """Kept for the backward is the mask, one byte an element, but by a compiler, which may make it again."""
+    if torch.compiler.is_compiling():
+        dropped = x * _keep_formula(dropping, x.shape[-1]) * kept_scale(dropping.probability)
+        return dropped if residual is None else residual + dropped
     keep = keep_mask(dropping.keys, x.shape[-1], dropping.probability)
     # The scale as a number: bf16 would round it in the mask.
     dropped = (x * keep).mul_(kept_scale(dropping.probability))
@@ -268,6 +272,18 @@ def _dropout_kernel(
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + row * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * num_columns + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def _keep_formula(dropping: RowDropout, width: int) -> Tensor:
+    """`keep_mask` element by element, for a compiler that fuses it with what uses it."""
+    elements = torch.arange(width, device=dropping.keys.device)
+    z = dropping.keys.unsqueeze(-1) + (elements // _LANES + 1) * _GAMMA
+    for shift, factor in _ROUNDS:
+        z = z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))
+        z = z if factor is None else z * factor
+    bits = (z >> (elements % _LANES * _LANE_BITS)) & (_STEPS - 1)
+    signed = (bits ^ (_STEPS // 2)) - _STEPS // 2
+    return signed >= least_kept(dropping.probability)
 
 
 def _num_dropped(probability: float) -> int:

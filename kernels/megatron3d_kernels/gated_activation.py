@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from megatron3d_kernels.activation import with_bias_gradient
 from megatron3d_kernels.launch import KernelError, as_rows, block_of, compute_dtype, jit, launch, row_programs, tl
 from megatron3d_kernels.selection import DEFAULT_SELECTION, Kernel, Selection
 
@@ -54,6 +55,8 @@ def gated_activation(
             f"gated_activation needs gate and up alike, but they are {tuple(gate.shape)} {gate.dtype} and "
             f"{tuple(up.shape)} {up.dtype}."
         )
+    if selection.is_fused(GATED_ACTIVATION.name):
+        return _formula(gate, up, kind)
     return _Gated.apply(gate, up, kind, selection.pick(GATED_ACTIVATION, gate))
 
 
@@ -74,6 +77,8 @@ def fused_gated_activation(
     _check_kind(kind)
     if gate_up.shape[-1] % 2:
         raise KernelError(f"gate_up has an odd last dimension, {gate_up.shape[-1]}; it holds gate and up, 2F in all.")
+    if selection.is_fused(GATED_ACTIVATION.name):
+        return _formula(*with_bias_gradient(gate_up, bias).chunk(2, dim=-1), kind)
     return _FusedGated.apply(gate_up, bias, kind, selection.pick(GATED_ACTIVATION, gate_up))
 
 
@@ -154,6 +159,11 @@ def _act_backward(grad: torch.Tensor, gate: torch.Tensor, kind: str) -> torch.Te
     if kind == "geglu":
         return torch.ops.aten.gelu_backward(grad, gate)
     return torch.ops.aten.threshold_backward(grad, gate, 0)
+
+
+def _formula(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+    """The definition, for a compiler that fuses it with what is around it and makes its backward."""
+    return (_act(gate.to(compute_dtype(gate.dtype)), kind) * up).to(gate.dtype)
 
 
 def _reference_forward(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor, kind: str) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from megatron3d_kernels.activation import with_bias_gradient
 from megatron3d_kernels.launch import KernelError, block_of, jit, launch, tl
-from megatron3d_kernels.rotary import ROTARY, Angles, Rotate, angles_of
+from megatron3d_kernels.rotary import ROTARY, Angles, Rotate, angles_of, turned
 from megatron3d_kernels.selection import DEFAULT_SELECTION, Kernel, Selection
 
 HEADS_PER_PROGRAM = 16
@@ -85,6 +86,11 @@ def query_key_value(
         raise KernelError(
             f"query_key_value needs [S, B, (N + 2 G) D] with N, G = {heads}, but it got {tuple(qkv_SBO.shape)}."
         )
+    if selection.is_fused(QUERY_KEY_VALUE.name):
+        q, k, v = _views(with_bias_gradient(qkv_SBO, bias), heads)
+        if rotary is not None:
+            q, k = (turned(x, angles_of(x, *rotary), interleaved) for x in (q, k))
+        return q, k, v
     cos, sin = (None, None) if rotary is None else angles_of(_views(qkv_SBO, heads)[0], *rotary)
     rotate = None if rotary is None else selection.pick(ROTARY, qkv_SBO)
     way = _Way(heads, interleaved, rotate, selection.pick(QUERY_KEY_VALUE, qkv_SBO))

@@ -45,6 +45,8 @@ def apply_rotary(
 
     Raises KernelError where the shapes do not fit.
     """
+    if selection.is_fused(ROTARY.name):
+        return turned(x, angles_of(x, cos, sin), interleaved)
     return _Rotary.apply(x, *angles_of(x, cos, sin), interleaved, selection.pick(ROTARY, x))
 
 
@@ -92,6 +94,17 @@ class _Rotary(torch.autograd.Function):
         grad_x = torch.empty_like(grad_y)
         ctx.rotate(grad_y, (cos, sin), ctx.interleaved, True, grad_x)
         return grad_x, None, None, None, None
+
+
+def turned(x: torch.Tensor, angles: Angles, interleaved: bool) -> torch.Tensor:
+    """The definition, for a compiler that fuses it with what is around it and makes its backward."""
+    dtype = compute_dtype(x.dtype)
+    half = angles[0].shape[-1]
+    cos, sin = (one.unsqueeze(1).to(dtype) for one in angles)
+    first, second = (part.to(dtype) for part in _pair(x, half, interleaved))
+    results = (first * cos - second * sin, second * cos + first * sin)
+    pairs = torch.stack(results, dim=-1).flatten(-2) if interleaved else torch.cat(results, dim=-1)
+    return torch.cat((pairs.to(x.dtype), x[..., 2 * half :]), dim=-1)
 
 
 def _reference(x: torch.Tensor, angles: Angles, interleaved: bool, inverse: bool, y: torch.Tensor) -> None:

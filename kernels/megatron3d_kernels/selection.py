@@ -92,12 +92,17 @@ class Selection:
         key = (x.device.type, x.dtype)
         forced = self._forced.get(kernel.name)
         if forced is None:
-            return kernel.triton if key in self._default_keys else kernel.reference
+            return kernel.triton if key in self._default_keys and not self.is_fused(kernel.name) else kernel.reference
         if forced == REFERENCE:
             return kernel.reference
         if key not in self._possible_keys:
             raise KernelError(self._refusal(kernel.name, *key))
         return kernel.triton
+
+    def is_fused(self, kernel_name: str) -> bool:
+        """Whether a compiler traces the call that asks, and Triton is not forced: then a kernel is its definition in
+        torch, which the compiler fuses with what is around it."""
+        return torch.compiler.is_compiling() and self._forced.get(kernel_name) != TRITON_NAME
 
     def choose(self, kernel_name: str, device_type: str, dtype: torch.dtype) -> Choice:
         """What `pick` does for such a tensor, with the reason.

@@ -59,6 +59,9 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
         """[S, B, H] on the residual stream to [S, B, H] on the residual stream."""
+        return self.context.eager(self._forward, x_SBH, inputs)
+
+    def _forward(self, x_SBH: Tensor, inputs: LayerInputs) -> Tensor:
         own_SBH, places = self._own_tokens(x_SBH, inputs)
         y_TH = self._route(own_SBH.flatten(0, 1), places, inputs)
         y_SBH = self._all_tokens(y_TH.view_as(own_SBH), x_SBH.shape[0])

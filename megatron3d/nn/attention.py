@@ -85,10 +85,7 @@ class SelfAttention(nn.Module):
             if inputs.shards is not None:
                 k_BGSD, v_BGSD = gathered_keys(k_BGSD, v_BGSD, self.context, inputs.shards)
             k_BGSD, v_BGSD = inputs.cache.extend(self.layer, k_BGSD, v_BGSD)
-        if self.recompute_core and torch.is_grad_enabled():
-            y_BNSD = recomputed(partial(self._core, inputs=inputs), q_BNSD, k_BGSD, v_BGSD, inputs=inputs)
-        else:
-            y_BNSD = self._core(q_BNSD, k_BGSD, v_BGSD, inputs)
+        y_BNSD = self.context.eager(self._attended, q_BNSD, k_BGSD, v_BGSD, inputs)
         y_SBO = y_BNSD.permute(2, 0, 1, 3).flatten(2)
         return self.projection(y_SBO) if onto_SBH is None else self.projection.onto(y_SBO, onto_SBH)
 
@@ -124,6 +121,11 @@ class SelfAttention(nn.Module):
         if self.context.kv is not None:
             k_SBO, v_SBO = self.context.whole_heads(torch.stack((k_SBO, v_SBO))).unbind()
         return q_SBO, k_SBO, v_SBO
+
+    def _attended(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, inputs: LayerInputs) -> Tensor:
+        if self.recompute_core and torch.is_grad_enabled():
+            return recomputed(partial(self._core, inputs=inputs), q_BNSD, k_BGTD, v_BGTD, inputs=inputs)
+        return self._core(q_BNSD, k_BGTD, v_BGTD, inputs)
 
     def _core(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, inputs: LayerInputs) -> Tensor:
         """softmax(q k^T / sqrt(D)) v; where no mask is given, causal if the model is."""

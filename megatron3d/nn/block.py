@@ -120,6 +120,11 @@ class Block(nn.Module):
 
     def _dropping(self, x_SBH: Tensor, inputs: LayerInputs, half: str) -> RowDropout | None:
         """What is dropped of a half's output, which has the shape of `x_SBH`."""
+        if inputs.dropout is None or self.config.hidden_dropout == 0.0:
+            return None
+        return self.context.eager(self._row_dropout, x_SBH, inputs, half)
+
+    def _row_dropout(self, x_SBH: Tensor, inputs: LayerInputs, half: str) -> RowDropout | None:
         return hidden_dropout(
             x_SBH,
             self.config.hidden_dropout,

@@ -25,8 +25,8 @@ class MLP(nn.Module):
         """`width` is F, by default that of the model. In more than one chunk of the sequence no tensor [S, B, F] is
         made, and the backward computes the layer again."""
         super().__init__()
-        self.config, self.kernels = config, context.kernels
-        self.sink, self.num_chunks = context.sink, num_chunks
+        self.config, self.context, self.kernels = config, context, context.kernels
+        self.num_chunks = num_chunks
         inner, bias = width or config.ffn_hidden_size, config.add_bias_linear
         parts = (inner, inner) if config.is_gated else ()
         normal = Init("normal", config.init_method_std)
@@ -51,8 +51,8 @@ class MLP(nn.Module):
             return self.down.onto(self._inner(x_SBH), onto_SBH)
         if self.num_chunks == 1:
             return self._at_once(x_SBH)
-        layer = PositionwiseLayer(self._at_once, self.sink)
-        return in_chunks(layer, x_SBH, self.num_chunks, tuple(self.parameters()))
+        layer = PositionwiseLayer(self._at_once, self.context.sink)
+        return self.context.eager(in_chunks, layer, x_SBH, self.num_chunks, tuple(self.parameters()))
 
     def _at_once(self, x_SBH: Tensor) -> Tensor:
         return self.down(self._inner(x_SBH))

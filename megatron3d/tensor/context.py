@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from megatron3d_kernels.registry import Registry
@@ -21,6 +22,20 @@ from megatron3d.tensor.fp8_recipe import Fp8Recipe
 from megatron3d.tensor.kept_inputs import InputStore
 
 InputType = Literal["I", "V", "local"]
+Result = TypeVar("Result")
+
+
+class EagerCall(Protocol):
+    """Calls a function."""
+
+    def __call__(self, function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+        """function(*arguments, **named)."""
+        ...
+
+
+def call(function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+    """function(*arguments, **named)."""
+    return function(*arguments, **named)
 
 
 def _axis_of_one(name: str) -> Axis:
@@ -69,6 +84,8 @@ class LayerContext:
         overlap_chunks: in how many chunks products and collectives of `tp` run beside each other (`overlap.py`); 1
             leaves both whole.
         fp8: how column- and row-parallel layers compute in fp8; None has their products in the dtype of the inputs.
+        eager: calls what stays outside of compiled graphs where blocks are compiled (`--compile`): functions whose
+            backward has effects or that communicate, and what depends on numbers that differ between layers or steps.
     """
 
     tp: Axis
@@ -85,6 +102,7 @@ class LayerContext:
     kept_inputs: InputStore | None = None
     overlap_chunks: int = 1
     fp8: Fp8Recipe | None = None
+    eager: EagerCall = call
 
     @property
     def residual_gradient(self) -> Literal["equal", "partial"]:
@@ -116,14 +134,14 @@ class LayerContext:
 
     def total(self, partial: Tensor) -> Tensor:
         """P to R on `tp`: the sum of what the ranks have, each of which uses it in its own way."""
-        return typed.all_reduce(partial, self.tp, dst="R", replay=self.replay)
+        return self.eager(typed.all_reduce, partial, self.tp, dst="R", replay=self.replay)
 
     def whole_heads(self, part_SBd: Tensor) -> Tensor:
         """Key and value heads, [..., D] of type R on `kv`, from the part of each that every rank of it has, [..., d] of
         type V: each rank uses its copy, so the backward sums the gradients and cuts them again."""
         if self.kv is None:
             return part_SBd
-        return typed.all_gather(part_SBd, self.kv, dst="R", dim=-1, replay=self.replay)
+        return self.eager(typed.all_gather, part_SBd, self.kv, dst="R", dim=-1, replay=self.replay)
 
 
 def unsharded_context() -> LayerContext:

@@ -42,7 +42,7 @@ def fp8_linear(
 ) -> Tensor:
     """x W^T + b by the fp8 recipe of the context; arguments and result as those of `linear.linear`. The layer is
     row-parallel where the input is "local", else column-parallel."""
-    return _Fp8Linear.apply(x, weight, bias, context, input_type, torch.is_grad_enabled())
+    return context.eager(_Fp8Linear.apply, x, weight, bias, context, input_type, torch.is_grad_enabled())
 
 
 def cast_weight(weight: nn.Parameter, context: LayerContext) -> tuple[Tensor | None, Pair]:

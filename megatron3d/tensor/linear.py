@@ -99,7 +99,7 @@ def linear(
     Returns:
         [S, B, O] with the whole S.
     """
-    return _Linear.apply(x, weight, bias, context, input_type)
+    return context.eager(_Linear.apply, x, weight, bias, context, input_type)
 
 
 def declare_linear(
@@ -191,7 +191,7 @@ class RowParallelLinear(ParallelModule):
         if self.context.tp.size == 1:
             return apply(x_SBI, self.weight, self.bias, context=self.context, input_type="local")
         if self.context.overlap_chunks > 1:
-            y_SBO = row_linear(x_SBI, self.weight, self.context)
+            y_SBO = self.context.eager(row_linear, x_SBI, self.weight, self.context)
         else:
             partial_SBO = apply(x_SBI, self.weight, None, context=self.context, input_type="local")
             y_SBO = to_residual(partial_SBO, self.context)
@@ -242,5 +242,5 @@ class ReplicatedLinear(ParallelModule):
 def to_residual(partial_SBH: Tensor, context: LayerContext) -> Tensor:
     """P to the type of the residual stream: V along the sequence under sequence parallelism, else I."""
     if context.sequence_parallel:
-        return typed.reduce_scatter(partial_SBH, context.tp, dim=0, replay=context.replay)
-    return typed.all_reduce(partial_SBH, context.tp, dst="I", replay=context.replay)
+        return context.eager(typed.reduce_scatter, partial_SBH, context.tp, dim=0, replay=context.replay)
+    return context.eager(typed.all_reduce, partial_SBH, context.tp, dst="I", replay=context.replay)

@@ -57,4 +57,4 @@ def linear_onto(
         bias: [O] or None.
         context: the sink and the kernels.
     """
-    return _LinearOnto.apply(x_SBI, base_SBO, weight, bias, context)
+    return context.eager(_LinearOnto.apply, x_SBI, base_SBO, weight, bias, context)

@@ -84,8 +84,14 @@ def describe(found: Estimate) -> str:
             *_table(["pp rank", *COLUMNS], [[str(one.pp_rank), *_sizes(one)] for one in found.ledgers]),
             f"pipeline rank {top.pp_rank} needs most: {format_bytes(top.peak)} on its device",
             *save_copy_note(max(one.save_copy for one in found.ledgers), device_type),
+            *_compile_note(config.train.compile),
         ]
     )
+
+
+def _compile_note(compiles: bool) -> list[str]:
+    note = "the activations are those without --compile: torch chooses what its graphs keep when it compiles them"
+    return [note] if compiles else []
 
 
 def _expert_degrees(parallel: ParallelConfig) -> dict[str, int]:

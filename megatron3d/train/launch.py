@@ -24,6 +24,7 @@ from megatron3d.errors import ConfigError, InUseError, Megatron3dError, PeerErro
 from megatron3d.process.streams import patient_streams
 from megatron3d.train.agent_gone import stop_without_agent
 from megatron3d.train.agent_report import report_to_agent
+from megatron3d.train.compile_failed import compile_failed
 from megatron3d.train.exit_status import ExitStatus, exit_code_of, saved_step, status_of, write_exit_status
 from megatron3d.train.memory_short import memory_short
 from megatron3d.train.print_once import print_once
@@ -101,7 +102,7 @@ def run_main(main: Callable[[RunContext], None], *, stoppable: bool = False) -> 
                 end_process(code)
             raise
         except (Exception, KeyboardInterrupt) as error:
-            code = _report(memory_short(error) or error, context)
+            code = _report(memory_short(error) or compile_failed(error) or error, context)
             end_process(0 if context.launch.has_agent and isinstance(error, StopRequested) else code)
         if context.save and context.launch.rank == 0:
             write_exit_status(context.save, status_of(None, rank=0, step=context.last_step))

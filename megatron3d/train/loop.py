@@ -195,7 +195,8 @@ class _Loop:
             with self.profiler.step(self.progress.step):
                 votes, reason = self._step(last)
             step = self.progress.step
-            for line in self.profiler.written(step, is_last=step >= last):
+            compiled = [] if self.parts.compiled is None else self.parts.compiled.news(step)
+            for line in (*compiled, *self.profiler.written(step, is_last=step >= last)):
                 self.reports.note(line)
             self._publish_save()
             if step % config.train.eval_interval == 0 and step < last:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from megatron3d_kernels.launch import TRITON, TritonSupport
 from megatron3d_kernels.products import ONEDNN, TORCH
 from megatron3d_kernels.registry import Registry
 from megatron3d_kernels.selection import DEFAULT_SELECTION
@@ -36,9 +37,10 @@ from megatron3d.pipeline.plan import PipelinePlan
 from megatron3d.pipeline.run import Wire
 from megatron3d.pipeline.schedule import Action, Schedule
 from megatron3d.planner.memory import part_of
-from megatron3d.tensor.context import KeyExchange, LayerContext
+from megatron3d.tensor.context import EagerCall, KeyExchange, LayerContext, call
 from megatron3d.tensor.fp8_recipe import Fp8Recipe
 from megatron3d.tensor.kept_inputs import InputStore
+from megatron3d.train.compiling import CompiledBlocks, compile_blocks, eager_call, require_compiler
 from megatron3d.train.module_states import ModuleStates
 from megatron3d.train.offload import kept_inputs_of, offload_of
 from megatron3d.train.plan import plan_of
@@ -129,6 +131,7 @@ class TrainingSetup:
     states: ModuleStates
     random_ltd: RandomLtd | None = None
     writes_copies: bool = False
+    compiled: CompiledBlocks | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -148,13 +151,14 @@ def build_model(
     builder: StageBuilder,
     *,
     kept_inputs: InputStore | None = None,
+    eager: EagerCall = call,
 ) -> Model:
     """Build this rank's stages on the meta device; their parameters have no memory yet. `kept_inputs` takes the inputs
-    of recomputed layers off the device.
+    of recomputed layers off the device; `eager` calls what blocks that are compiled leave as it is.
 
     Raises:
         ConfigError: the layers cannot be split as asked, the losses of the model contradict one another, or the device
-            does not have what --fp8-format or --packed-attention asks for.
+            does not have what --fp8-format, --packed-attention or --kernels asks for.
         ScheduleError: the order of work is not known or does not take the stages it is given.
     """
     sink, gate = GradSink(), WeightGate()
@@ -176,6 +180,7 @@ def build_model(
         exchange=key_exchange(config.parallel, heads=mesh.cp_heads, ring=mesh.cp_ring),
         overlap_chunks=config.parallel.overlap_chunks,
         fp8=fp8,
+        eager=eager,
     )
     plan = plan_of(config)
     stages = {
@@ -193,12 +198,26 @@ def kernels_of(train: TrainConfig, device: torch.device) -> Registry:
     """The kernels that the options choose for this device.
 
     Raises:
-        ConfigError: --packed-attention names a kernel that the device does not run.
+        ConfigError: --packed-attention or --kernels names kernels that the device does not run.
     """
     library, packed = ONEDNN if train.matmul == "onednn" else TORCH, train.packed_attention
     if packed != TORCH and device.type != "cuda":
         raise ConfigError(f"--packed-attention {packed} is for CUDA devices, and the device is {device}; drop it.")
-    return Registry(library=library, packed=packed)
+    return Registry(forced_kernels(train.kernels, device), library=library, packed=packed)
+
+
+def forced_kernels(kernels: str, device: torch.device, *, support: TritonSupport = TRITON) -> str | None:
+    """The implementation that `--kernels` forces; None is by device.
+
+    Raises: ConfigError where it cannot run.
+    """
+    if kernels == "triton" and not (support.installed and (device.type == "cuda" or support.interpreted)):
+        why = f"the device is {device}" if support.installed else support.detail
+        raise ConfigError(
+            f"--kernels triton needs Triton and a GPU, or Triton's interpreter (TRITON_INTERPRET=1), and {why}; leave "
+            "--kernels out."
+        )
+    return None if kernels == "auto" else kernels
 
 
 def key_exchange(parallel: ParallelConfig, *, heads: Axis, ring: Axis) -> KeyExchange:
@@ -219,15 +238,19 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
 
     Raises:
         ConfigError: the layers cannot be split as asked, --freeze-params names nothing or everything,
-            --random-ltd-router cannot be loaded, or --offload-activations lacks a directory.
+            --random-ltd-router cannot be loaded, --offload-activations lacks a directory, or --compile a compiler.
         StorageError: files cannot be made under --offload-dir.
         ScheduleError: the order of work is not known or does not take the stages it is given.
     """
     if config.train.freeze_params:
         full_model = whole_stage(config.model, config.train, builder)
         require_sensible(config.train.freeze_params, full_model.parameters_by_name())
+    compiles = config.train.compile
+    if compiles:
+        require_compiler(device)
     kept_inputs = kept_inputs_of(config.parallel, rank=mesh.rank, device=device)
-    model = build_model(config, mesh, device, builder, kept_inputs=kept_inputs)
+    eager = eager_call(compiles=compiles)
+    model = build_model(config, mesh, device, builder, kept_inputs=kept_inputs, eager=eager)
     reduces_in_bf16 = config.parallel.grad_reduce_in_bf16
     options = UnitOptions(
         policy=policy_of(config.parallel.zero_stage),
@@ -254,7 +277,10 @@ def build_parts(config: RunConfig, mesh: Mesh, device: torch.device, builder: St
     states = ModuleStates(model.stages.values(), mesh, device, seed=config.data.seed)
     random_ltd = random_ltd_of(config.train, config.model, config.parallel, seed=config.data.seed)
     scaler = build_scaler(config.optim)
-    return TrainingSetup(config, model, engine, optimizer, scaler, states, random_ltd, writes_copies=writes_copies)
+    compiled = compile_blocks(model.stages.values()) if compiles else None
+    return TrainingSetup(
+        config, model, engine, optimizer, scaler, states, random_ltd, writes_copies=writes_copies, compiled=compiled
+    )
 
 
 def unit_parameters(stages: dict[int, Stage]) -> dict[str, UnitParameters]:

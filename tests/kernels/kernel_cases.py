@@ -287,7 +287,8 @@ def query_key_value_case(
     qkv = leaf * 1
     got = registry.query_key_value(qkv, heads, rotary, interleaved=interleaved, bias=bias)
     for name, one, want in zip(("q", "k", "v"), got, wanted, strict=True):
-        assert one.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr(), f"{name} is a copy"
+        is_view = one.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+        assert is_view or torch.compiler.is_compiling(), f"{name} is a copy"
         assert_close(one, want, dtype, f"{heads}: {name}")
     grads = [random(tuple(one.shape), device, dtype, seed=7 + place) for place, one in enumerate(got)]
     grads[0] = grads[0].transpose(1, 2).contiguous().transpose(1, 2)

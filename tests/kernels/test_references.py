@@ -168,6 +168,15 @@ def test_unsuitable_arguments_are_refused_with_their_values() -> None:
         REFERENCE.local_max(x, 7)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_definitions_that_a_compiler_fuses_equal_the_float64_formula(
+    case: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    CASES[case](CPU, DTYPES[dtype], Registry())
+
+
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 compiles these into wrong gradients, silently")
 def test_references_trace_without_graph_breaks() -> None:
     """torch.compile must see through the choice of an implementation."""

@@ -98,7 +98,7 @@ _ADVICE = {
     "output layer and embedding are tied unless --untie-embeddings-and-output-weights is given": "tie-word-embeddings "
     "tie-embeddings share-input-output-embed share-decoder-input-output-embed",
     "tools/estimate.py predicts the memory of a run without starting it": "dry-run dryrun",
-    "layers are not compiled; leave it out": "compile torch-compile no-compile torch-compile-backend",
+    "write --compile, or nothing for blocks as they are": "torch-compile no-compile torch-compile-backend",
     "write both by --adam-beta1 and --adam-beta2": "betas adam-betas",
     "use --tensorboard-dir, --wandb-project or --metrics-file": "report-to log-file log-dir",
     "start it by torchrun, once on each node": "launcher master-addr master-port node-rank rdzv-endpoint",

@@ -18,6 +18,7 @@ from megatron3d.config.rules.blend import blend_rule
 from megatron3d.config.rules.curriculum import curriculum_rule
 from megatron3d.config.rules.fim import fim_rule
 from megatron3d.config.rules.fp8 import fp8_problems
+from megatron3d.config.rules.kernels import compile_rule
 from megatron3d.config.rules.lengths import lengths_rule, token_rates_rule
 from megatron3d.config.rules.long_sequences import mlp_chunks_rule
 from megatron3d.config.rules.optimizer import decoupling_rule, implementation_rule, moments_rule
@@ -67,6 +68,7 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from matmul_rule(train, optim, run.parallel.device)
     yield from fp32_precision_rule(train, run.parallel.device)
     yield from packed_attention_rule(train, optim, run.data, run.parallel.device)
+    yield from compile_rule(train, given.lengths)
     yield from data_rule(run.data)
     yield from curriculum_rule(given.curriculum, run.curriculum, run.data)
     yield from sample_order_rule(run.data, run.model)

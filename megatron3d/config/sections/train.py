@@ -10,6 +10,7 @@ from megatron3d.config.sections.random_ltd import GivenRandomLtd
 
 MATMUL_CHOICES = ("auto", "onednn", "mkl")
 FP32_PRECISIONS = ("highest", "high", "medium")
+KERNEL_CHOICES = ("auto", "reference", "triton")
 PACKED_ATTENTION_CHOICES = ("torch", "flash-attn")
 
 
@@ -145,6 +146,15 @@ class GivenTrain(GivenRandomLtd, GivenFp8):
         "The CUDA kernel of attention within documents (--reset-attention-mask): torch's own, or that of the package "
         "flash-attn.",
         choices=PACKED_ATTENTION_CHOICES,
+    )
+    kernels: str = option(
+        "auto",
+        "--kernels",
+        "Which of a kernel's two implementations runs: by device (auto), plain torch, or Triton (docs/kernels.md).",
+        choices=KERNEL_CHOICES,
+    )
+    compile: bool = switch(
+        "--compile", "Let torch.compile fuse what lies between the products of each block (docs/kernels.md)."
     )
     peak_tflops: float | None = option(
         None, "--peak-tflops", "Peak of one device, for MFU where the device is not known.", unit="TFLOP/s"
