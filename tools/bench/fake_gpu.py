@@ -50,7 +50,7 @@ from megatron3d.planner.kernels_without_memory import GpuKernels
 from megatron3d.train import setup
 from megatron3d.train import step as steps
 from megatron3d.train.setup import TrainingSetup
-from tools.bench.triton_traffic import bytes_moved, size_of
+from tools.bench.triton_traffic import bytes_in_place, bytes_moved, size_of
 
 NAME = "fakegpu"
 PRODUCT, ATTENTION, ELEMENTWISE = "product", "attention", "element-wise"
@@ -81,7 +81,8 @@ _COPIES = frozenset({"_to_copy", "copy_"})
 @dataclass(frozen=True)
 class FakeKernel:
     """One kernel: its name, what it is (a product, attention, or element-wise), bytes, operations and the dtype of its
-    operands; `launches` of them where it works on a list."""
+    operands; `launches` of them where it works on a list. `in_place_bytes` are those of tensors that a Triton kernel
+    both reads and writes, which `num_bytes` has twice."""
 
     name: str
     sort: str
@@ -89,6 +90,7 @@ class FakeKernel:
     operations: float = 0.0
     dtype: torch.dtype | None = None
     launches: int = 1
+    in_place_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,9 @@ class FakeGpu:
         """A launch of a Triton kernel, which does nothing; an empty grid is none."""
         if 0 not in grid:
             name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_')}"
-            self.traffic.kernels.append(FakeKernel(name, ELEMENTWISE, bytes_moved(kernel, arguments, constants)))
+            num_bytes = bytes_moved(kernel, arguments, constants)
+            in_place = bytes_in_place(kernel, arguments, constants)
+            self.traffic.kernels.append(FakeKernel(name, ELEMENTWISE, num_bytes, in_place_bytes=in_place))
             self.on_launch(kernel, arguments, constants)
 
     def _replace_in_all_modules(self, old: object, new: object) -> None:

@@ -6,7 +6,8 @@
 
 Steps of one process with 1 and 2 layers, and of 1 and 2 micro-batches, run on tensors without memory (`fake_gpu.py`
 says what counts as a kernel, as bytes, as a read); differences between them are what one layer takes for one
-micro-batch, and what the end of a step takes. `gpu_estimate.py` has the arithmetic. Runs on a CPU in seconds.
+micro-batch, and what the end of a step takes. "In place once" counts what a Triton kernel reads and writes in place
+once, all else alike. `gpu_estimate.py` has the arithmetic. Runs on a CPU in seconds.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ CASES = {
     "llama-8b": Case("llama3-8b", "", 8, 4),
     "llama-8b bf16-gradients": Case("llama3-8b", "--grad-reduce-in-bf16", 8, 4),
     "llama-8b qk-norm": Case("llama3-8b", "--qk-layernorm", 8, 4),
+    "llama-8b fp8": Case("llama3-8b", "--fp8-format hybrid", 8, 4),
+    "llama-8b fp8, wgrad in bf16": Case("llama3-8b", "--fp8-format hybrid --no-fp8-wgrad", 8, 4),
 }
 
 
@@ -124,6 +127,7 @@ def figures(one: Counted) -> dict[str, Any]:
     return {
         "kernels": layer.launched,
         "elementwise_mb": round(layer.elementwise_bytes / 1e6),
+        "elementwise_mb_in_place_once": round((layer.elementwise_bytes - sum(layer.in_place.values())) / 1e6),
         "product_tflop": round(layer.operations_of(PRODUCT) / 1e12, 3),
         "attention_tflop": round(layer.operations_of(ATTENTION) / 1e12, 3),
         "micro_batch_kernels": one.parts.micro_batch.launched,
@@ -141,14 +145,16 @@ def print_tables(counted: dict[str, Counted], *, kinds: bool) -> None:
     found = {name: figures(one) for name, one in counted.items()}
     print(
         "Counted on a fake GPU, for each layer and micro-batch, forward and backward:\n\n"
-        "| case | kernels | element-wise MB | products TFLOP | attention TFLOP | beside layers: kernels, MB | "
+        "| case | kernels | element-wise MB (in place once) | products TFLOP | attention TFLOP | "
+        "beside layers: kernels, MB | "
         "end of step: bytes a parameter, kernels a layer | host reads a step (within micro-batches) |\n"
         "|---|---:|---:|---:|---:|---:|---:|---:|"
     )
     for name, one in found.items():
+        moved = f"{one['elementwise_mb']:,} ({one['elementwise_mb_in_place_once']:,})"
         print(
-            f"| {name} | {one['kernels']} | {one['elementwise_mb']:,} | {one['product_tflop']} | "
-            f"{one['attention_tflop']} | {one['micro_batch_kernels']}, {one['micro_batch_elementwise_mb']:,} | "
+            f"| {name} | {one['kernels']} | {moved} | {one['product_tflop']} | {one['attention_tflop']} | "
+            f"{one['micro_batch_kernels']}, {one['micro_batch_elementwise_mb']:,} | "
             f"{one['end_bytes_a_parameter']}, {one['end_kernels_a_layer']} | {one['reads']} ({one['reads_inside']}) |"
         )
     print(

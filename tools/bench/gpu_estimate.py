@@ -62,16 +62,18 @@ class Tally:
     kernels: dict[Key, float]
     num_bytes: dict[Key, float]
     operations: dict[Key, float]
+    in_place: dict[Key, float]
 
     @staticmethod
     def of(kernels: Iterable[FakeKernel]) -> Tally:
         """The sums over a step."""
-        found = Tally(defaultdict(int), defaultdict(int), defaultdict(float))
+        found = Tally(defaultdict(int), defaultdict(int), defaultdict(float), defaultdict(int))
         for one in kernels:
             key = one.name, one.sort, 0 if one.dtype is None else one.dtype.itemsize
             found.kernels[key] += one.launches
             found.num_bytes[key] += one.num_bytes
             found.operations[key] += one.operations
+            found.in_place[key] += one.in_place_bytes
         return found
 
     def __sub__(self, other: Tally) -> Tally:
@@ -79,12 +81,13 @@ class Tally:
 
     def __add__(self, other: Tally) -> Tally:
         kernels, num_bytes = _sum(self.kernels, other.kernels), _sum(self.num_bytes, other.num_bytes)
-        return Tally(kernels, num_bytes, _sum(self.operations, other.operations))
+        operations, in_place = _sum(self.operations, other.operations), _sum(self.in_place, other.in_place)
+        return Tally(kernels, num_bytes, operations, in_place)
 
     def times(self, factor: int) -> Tally:
         """As much as so many of these."""
         kernels, num_bytes = _times(self.kernels, factor), _times(self.num_bytes, factor)
-        return Tally(kernels, num_bytes, _times(self.operations, factor))
+        return Tally(kernels, num_bytes, _times(self.operations, factor), _times(self.in_place, factor))
 
     @property
     def launched(self) -> int:

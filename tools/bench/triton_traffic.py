@@ -27,6 +27,17 @@ def bytes_moved(kernel: Any, arguments: tuple[object, ...], constants: Mapping[s
     return sum(size_of(one) * len(accesses.get(name, ())) for name, one in given.items() if isinstance(one, Tensor))
 
 
+def bytes_in_place(kernel: Any, arguments: tuple[object, ...], constants: Mapping[str, object]) -> int:
+    """Bytes of the tensors that one launch both reads and writes, once: the part of `bytes_moved` that a count of
+    tensors instead of accesses leaves out."""
+    given = dict(zip(kernel.arg_names, arguments)) | dict(constants)
+    accesses = _accesses(kernel, {name: value for name, value in given.items() if not isinstance(value, Tensor)})
+    tensors = {name: one for name, one in given.items() if isinstance(one, Tensor)}
+    read = {id(one) for name, one in tensors.items() if "read" in accesses.get(name, ())}
+    written = {id(one): one for name, one in tensors.items() if "write" in accesses.get(name, ())}
+    return sum(size_of(one) for key, one in written.items() if key in read)
+
+
 def size_of(tensor: Tensor) -> int:
     """Bytes of a tensor's elements; those of a broadcast dimension lie in one place."""
     elements = 1
