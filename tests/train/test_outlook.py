@@ -183,3 +183,8 @@ def test_what_is_about_corpora_has_no_effect_on_mock_data(monkeypatch: pytest.Mo
 def test_evaluation_that_nobody_wants_is_not_missed() -> None:
     assert lines("--train-iters 20 --eval-iters 0", valid=False, test=False) == []
     assert lines("--train-iters 20 --split 99,1,0", test=False) == []
+
+
+def test_fp8_on_a_cpu_is_said_to_save_no_time() -> None:
+    (line,) = lines("--train-iters 20 --eval-interval 10 --save c --save-interval 5 --bf16 --fp8-format hybrid")
+    assert line.startswith("--fp8-format hybrid saves no time on a CPU") and "multiplied in bf16" in line
