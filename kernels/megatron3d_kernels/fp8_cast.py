@@ -161,7 +161,7 @@ def _triton_blocks(x_RC: Tensor, dtype: torch.dtype, wanted: Orientations, squar
     column_scale = row_scale if square else x_RC.new_empty((high, C), dtype=torch.float32)
     arguments = (x_RC, _filler(rows, row_scale), _filler(columns, row_scale), row_scale, column_scale)
     sizes = (R, C, x_RC.stride(0), high * BLOCK, wide)
-    constants = {"MAX_EXPONENT": EXPONENT_OF_MAX[dtype], "SQUARE": square, **_wanted(wanted), "num_warps": 8}
+    constants = {"MAX_EXPONENT": EXPONENT_OF_MAX[dtype], "SQUARE": square, **_wanted(wanted), "num_warps": 16}
     launch(_blocks_kernel, (high, wide), *arguments, *sizes, device=x_RC.device, **constants)
     if square:
         return _operand(rows, row_scale, "squares"), _operand(columns, row_scale.t(), "squares")

@@ -36,7 +36,6 @@ COMMON = (
 BF16, *IN_FP8 = CONTENDERS = (
     Contender("bf16", "no fp8", ""),
     Contender("tensorwise", "--fp8-format hybrid", "--fp8-format hybrid"),
-    Contender("tensorwise-e4m3", "--fp8-format e4m3", "--fp8-format e4m3"),
     Contender("blockwise", "--fp8-format e4m3 --fp8-recipe blockwise", "--fp8-format e4m3 --fp8-recipe blockwise"),
 )
 COLUMNS = ("run", "options", f"training loss, mean of the last {LAST} steps", "held-out loss", "from bf16")
