@@ -138,7 +138,7 @@ def what_is_not_finite_stays_visible(device: torch.device, dtype: torch.dtype, k
 
 
 def _cases() -> dict[str, Callable[[torch.device, torch.dtype, Registry], None]]:
-    shapes = ((1, 1), (130, 72), (16, 272))
+    shapes = ((1, 1), (130, 72))
     casts = {
         f"fp8_cast_{rows}x{columns}_{str(to).removeprefix('torch.')}": partial(cast_case, (rows, columns), to)
         for rows, columns in shapes

@@ -66,7 +66,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("recipe", "name"), CASES)
+# What the others have is in these.
+SHORT = {
+    ("tensorwise", "tp2 sp recomputed"),
+    ("tensorwise", "dp2 zero 3"),
+    ("blockwise", "tp2 sp"),
+    ("blockwise", "pp2 split backward"),
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"), [pytest.param(*case, marks=[] if case in SHORT else [pytest.mark.slow]) for case in CASES]
+)
 def test_fp8_trains_the_same_at_every_layout(
     pool: Pool, one_process: dict[str, tuple[Trace, Shapes]], recipe: str, name: str
 ) -> None:
