@@ -49,6 +49,8 @@ def update_temporary(
         return max(_full_matrices(parallel, optim, found, kind, most=most) for kind, found in of_kind.items())
     if optim.optimizer == "adafactor":
         return max([FP32 * prod(slot.shape) for layout in layouts for slot in layout.slots], default=0)
+    if optim.optimizer in ("adam", "adamw") and device_type != "cpu":
+        return 0  # one kernel, which widens bf16 moments as it reads them
     return widened + chunk * UPDATE_RULES[optim.optimizer].scratch_numbers
 
 

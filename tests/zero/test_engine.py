@@ -15,7 +15,7 @@ from megatron3d.comm.layout import Layout
 from megatron3d.comm.mesh import Mesh, make_mesh
 from megatron3d.config.sections.optim import OptimConfig
 from megatron3d.errors import ConfigError
-from megatron3d.optim.build import build_optimizer, set_rates, state_bytes
+from megatron3d.optim.build import build_optimizer, set_grad_scale, set_rates, state_bytes, write_copies
 from megatron3d.optim.clip import clip_factor
 from megatron3d.params.boxes import Box, ShardView
 from megatron3d.params.grads import GradSink
@@ -89,6 +89,8 @@ def train(mesh: Mesh, setting: Setting) -> tuple[dict[str, Any], list[float]]:
     sink = GradSink()
     engine, declared = engine_of(setting, mesh, sink)
     optimizer = build_optimizer(ADAM, [(flat.parameter, flat.decays) for flat in engine.flat_parameters])
+    # What the optimizer can do itself, it does in every other setting.
+    writes_copies = setting.overlap and write_copies(optimizer, engine.layer_copies())
     norms = []
     for step in range(NUM_STEPS):
         engine.begin_step(NUM_MICROBATCHES)
@@ -96,9 +98,11 @@ def train(mesh: Mesh, setting: Setting) -> tuple[dict[str, Any], list[float]]:
         engine.reduce_stage(mesh.pp.rank)
         engine.finish_reduce()
         norms.append(reduced_norm(engine, mesh))
-        engine.scale_grads(clip_factor(norms[-1], MAX_NORM))
+        factor = clip_factor(norms[-1], MAX_NORM)
+        if not (setting.overlap and set_grad_scale(optimizer, factor)):
+            engine.scale_grads(factor)
         set_rates(optimizer, lr=LR, weight_decay=WEIGHT_DECAY)
-        engine.step(optimizer)
+        engine.step(optimizer, writes_copies=writes_copies)
         engine.clear_grads()
     held = {
         "weights": boxes_of(engine.weight_views()),
