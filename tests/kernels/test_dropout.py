@@ -159,3 +159,23 @@ def test_the_global_generator_is_neither_read_nor_advanced() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(6)
     assert torch.equal(keep_mask(keys, 64, 0.5), first)
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_large_tensors_are_dropped_by_chunks_to_the_bit_as_small_ones_and_keep_no_mask(has_residual: bool) -> None:
+    """Rows one by one are small; all of them are dropped in two chunks and a part of one."""
+    random = torch.Generator().manual_seed(1)
+    x, residual, grad = (torch.randn(700, 600, generator=random) for _ in range(3))
+    keys, saved, found = child_keys(3, torch.arange(700)), [], []
+    for rows in ([slice(0, 700)], [slice(row, row + 1) for row in range(700)]):
+        leaves = [one.clone().requires_grad_() for one in ((x, residual) if has_residual else (x,))]
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: (saved.append(one.nbytes), one)[1], lambda one: one):
+            parts = [
+                dropout(leaves[0][some], keys[some], 0.3, residual=leaves[1][some] if has_residual else None)
+                for some in rows
+            ]
+        y = torch.cat(parts)
+        found.append([y, *torch.autograd.grad(y, leaves, grad)])
+        if len(rows) == 1:
+            assert sum(saved) == keys.nbytes
+    assert all(torch.equal(large, small) for large, small in zip(*found, strict=True))
