@@ -304,11 +304,11 @@ class FakeGpuKernels(GpuKernels):
 
     gpu: FakeGpu
 
-    def __init__(self, *, library: str, packed: str, **options: object) -> None:
+    def __init__(self, force: str | None = None, *, library: str, packed: str) -> None:
         super().__init__()
         assert library == packed == TORCH, f"products and packed documents on a GPU are torch's: {library}, {packed}"
         self._possible_keys = frozenset((NAME, dtype) for dtype in TRITON_DTYPES)
-        if self.gpu.implementation == REFERENCE:
+        if REFERENCE in (self.gpu.implementation, force):
             self._forced = dict.fromkeys(self._forced, REFERENCE)
 
     def attention(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, **options: Any) -> Tensor:
