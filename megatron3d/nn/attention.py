@@ -73,8 +73,11 @@ class SelfAttention(nn.Module):
             self.query_norm = Norm(config, context, head, tp_gradient="partial")
             self.key_norm = Norm(config, context, head, tp_gradient="partial")
 
-    def forward(self, x_SBH: Tensor, inputs: LayerInputs, *, onto_SBH: Tensor | None = None) -> Tensor:
-        """[S, B, H] on the residual stream to [S, B, H] on the residual stream ([1, B, H] where one attends).
+    def forward(
+        self, x_SBH: Tensor, inputs: LayerInputs, *, onto_SBH: Tensor | None = None, with_late_bias: bool = True
+    ) -> Tensor:
+        """[S, B, H] on the residual stream to [S, B, H] on the residual stream ([1, B, H] where one attends), without
+        the projection's late bias if the caller adds it.
 
         With `onto_SBH` the result is that tensor with the output added to it in place (`RowParallelLinear.onto`).
         """
@@ -87,7 +90,9 @@ class SelfAttention(nn.Module):
             k_BGSD, v_BGSD = inputs.cache.extend(self.layer, k_BGSD, v_BGSD)
         y_BNSD = self.context.eager(self._attended, q_BNSD, k_BGSD, v_BGSD, inputs)
         y_SBO = y_BNSD.permute(2, 0, 1, 3).flatten(2)
-        return self.projection(y_SBO) if onto_SBH is None else self.projection.onto(y_SBO, onto_SBH)
+        if onto_SBH is not None:
+            return self.projection.onto(y_SBO, onto_SBH)
+        return self.projection(y_SBO, with_late_bias=with_late_bias)
 
     def _heads(self, x_SBH: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, N, S, D], keys and values [B, G, S, D], normalised and turned as the model says."""

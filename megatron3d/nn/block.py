@@ -17,7 +17,7 @@ from megatron3d.nn.attention import SelfAttention
 from megatron3d.nn.dropout import hidden_dropout
 from megatron3d.nn.inputs import LayerInputs
 from megatron3d.nn.mlp import MLP
-from megatron3d.nn.norm import residual_norm
+from megatron3d.nn.norm import Norm, residual_norm
 from megatron3d.tensor.context import LayerContext
 
 
@@ -77,17 +77,23 @@ class Block(nn.Module):
         """[S, B, H] to [S, B, H] (S local under sequence parallelism), or to [1, B, H] of the first position."""
         if self.config.norm_position == "post":
             residual_SBH = self._kept(x_SBH)
-            dropping = self._dropping(residual_SBH, inputs, "attention")
-            x_SBH = self.attention_norm.of_sum(residual_SBH, self.attention(x_SBH, inputs), dropping)[1]
+            x_SBH = self._after_attention(self.attention_norm, residual_SBH, x_SBH, inputs)[1]
             return self.mlp_norm.of_sum(x_SBH, self.mlp(x_SBH, inputs), self._dropping(x_SBH, inputs, "mlp"))[1]
         if self._adds_in_products(x_SBH, inputs):
             return self._added_in_products(x_SBH, inputs)
         x_SBH, normed_SBH = self.attention_norm.forked(x_SBH)
         residual_SBH = self._kept(self._residual(x_SBH, normed_SBH))
-        dropping = self._dropping(residual_SBH, inputs, "attention")
-        x_SBH, normed_SBH = self.mlp_norm.of_sum(residual_SBH, self.attention(normed_SBH, inputs), dropping)
+        x_SBH, normed_SBH = self._after_attention(self.mlp_norm, residual_SBH, normed_SBH, inputs)
         residual_SBH = self._residual(x_SBH, normed_SBH)
         return self._added(residual_SBH, self.mlp(normed_SBH, inputs), self._dropping(x_SBH, inputs, "mlp"))
+
+    def _after_attention(
+        self, norm: Norm, residual_SBH: Tensor, x_SBH: Tensor, inputs: LayerInputs
+    ) -> tuple[Tensor, Tensor]:
+        """The residual plus attention of `x_SBH`, and its norm; a bias that follows a reduction is added there."""
+        dropping = self._dropping(residual_SBH, inputs, "attention")
+        branch_SBH = self.attention(x_SBH, inputs, with_late_bias=False)
+        return norm.of_sum(residual_SBH, branch_SBH, dropping, bias=self.attention.projection.late_bias)
 
     def _added(self, residual_SBH: Tensor, branch_SBH: Tensor, dropping: RowDropout | None) -> Tensor:
         if dropping is None:

@@ -55,9 +55,12 @@ class Norm(ParallelModule):
         (`RowParallelLinear.onto`)."""
         return self.kernels.forked_norm(x, self._row_norm(), copies=True, bias=bias)
 
-    def of_sum(self, residual: Tensor, branch: Tensor, dropping: RowDropout | None) -> tuple[Tensor, Tensor]:
-        """The sum of [..., size] and a branch, elements of which may be dropped, and the sum normalised."""
-        return self.kernels.added_norm(residual, branch, self._row_norm(), dropping=dropping)
+    def of_sum(
+        self, residual: Tensor, branch: Tensor, dropping: RowDropout | None, *, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of [..., size] and a branch with its bias, elements of which may be dropped, and the sum
+        normalised."""
+        return self.kernels.added_norm(residual, branch, self._row_norm(), bias=bias, dropping=dropping)
 
     def _row_norm(self) -> RowNorm:
         return RowNorm(self._scale(), self.bias, self.epsilon, self.is_rms)

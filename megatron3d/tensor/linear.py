@@ -185,8 +185,8 @@ class RowParallelLinear(ParallelModule):
         gradient = context.residual_gradient
         declare_linear(self, (out_features, in_features), bias=bias, init=init, tp_dim=1, tp_gradient=gradient)
 
-    def forward(self, x_SBI: Tensor) -> Tensor:
-        """[S, B, I/tp] to [S, B, O] (S local under sequence parallelism)."""
+    def forward(self, x_SBI: Tensor, *, with_late_bias: bool = True) -> Tensor:
+        """[S, B, I/tp] to [S, B, O] (S local under sequence parallelism), without `late_bias` if the caller adds it."""
         apply = linear if self.context.fp8 is None else fp8_linear
         if self.context.tp.size == 1:
             return apply(x_SBI, self.weight, self.bias, context=self.context, input_type="local")
@@ -195,7 +195,12 @@ class RowParallelLinear(ParallelModule):
         else:
             partial_SBO = apply(x_SBI, self.weight, None, context=self.context, input_type="local")
             y_SBO = to_residual(partial_SBO, self.context)
-        return y_SBO if self.bias is None else y_SBO + self.bias
+        return y_SBO if self.bias is None or not with_late_bias else y_SBO + self.bias
+
+    @property
+    def late_bias(self) -> Tensor | None:
+        """The bias where it is added after the reduction, and not in the product."""
+        return self.bias if self.context.tp.size > 1 else None
 
     @property
     def can_add_onto(self) -> bool:
