@@ -24,7 +24,7 @@ from megatron3d.comm.mesh import Axis, Mesh
 from megatron3d.errors import ConfigError
 from megatron3d.params.boxes import ShardView
 from megatron3d.params.grads import GradPlace, GradSink
-from megatron3d.params.init import initial_shard
+from megatron3d.params.init import fill_initial
 from megatron3d.params.module import Declared
 from megatron3d.zero.block_buffers import BlockBacking, BlockedGradients, BlockedWeights
 from megatron3d.zero.buffers import GradBuffer, TransientBuffers, WeightBacking, WeightBuffer
@@ -164,12 +164,17 @@ class WeightUnit:
         return False
 
     def _initial(self) -> Tensor:
-        """The whole unit's initial values, fp32."""
+        """The unit's initial values, fp32; where weights are sharded the part that this rank owns, among zeros."""
         options, tp = self.options, self.axes.tensor
+        drawn = self.own if options.policy.shard_params else Span(0, self.layout.length)
         initial = torch.zeros(self.layout.length, device=options.device)
         for slot in self.layout.slots:
-            shard = initial_shard(slot.spec, seed=options.seed, tp=tp.size, tp_rank=tp.rank)
-            initial[slot.span.slice].copy_(shard.flatten())
+            span = slot.span.intersect(drawn)
+            part, start = initial[span.slice], span.start - slot.span.start
+            values = part if part.device.type == "cpu" else torch.empty(span.length)
+            fill_initial(values, slot.spec, seed=options.seed, tp=tp.size, tp_rank=tp.rank, start=start)
+            if values is not part:
+                part.copy_(values)
         return initial
 
     @property

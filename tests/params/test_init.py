@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron3d.params.init import initial_full, initial_shard
+from megatron3d.params.init import fill_initial, initial_full, initial_shard
 from megatron3d.params.spec import Init, ParamSpec
+from tests.largest_result import LargestResult
 
 NORMAL = Init("normal", 0.02)
 SPECS = [
@@ -32,6 +33,18 @@ def test_every_cut_holds_the_same_numbers(spec: ParamSpec, tp: int) -> None:
     assert torch.equal(filled, whole)
 
 
+@pytest.mark.parametrize("spec", [*SPECS, ParamSpec("norm", (37,), NORMAL, False)], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_every_range_of_a_shard_holds_its_numbers(spec: ParamSpec, tp: int) -> None:
+    for rank in range(tp if spec.tp_dim is not None else 1):
+        shard = initial_shard(spec, seed=5, tp=tp, tp_rank=rank).flatten()
+        for start in range(0, len(shard), 5):
+            for stop in (start, start + 1, start + 7, len(shard)):
+                out = torch.full((min(stop, len(shard)) - start,), float("nan"))
+                fill_initial(out, spec, seed=5, tp=tp, tp_rank=rank, start=start)
+                assert torch.equal(out, shard[start:stop]), (rank, start, stop)
+
+
 def test_values_do_not_depend_on_the_padding_or_on_the_state_of_torch() -> None:
     narrow = ParamSpec("embedding.word.weight", (10, 6), NORMAL, True, tp_dim=0, padded_size=10)
     before = torch.random.get_rng_state()
@@ -50,6 +63,14 @@ def test_another_seed_or_another_name_gives_other_values() -> None:
 def test_a_shard_is_memory_of_its_own_and_not_a_view_of_the_whole() -> None:
     shard = initial_shard(SPECS[1], seed=5, tp=4, tp_rank=1)
     assert shard.untyped_storage().nbytes() == shard.numel() * 4
+
+
+@pytest.mark.parametrize("tp_dim", [0, 1])
+def test_a_rank_draws_its_shard_and_no_whole_parameter(tp_dim: int) -> None:
+    spec = ParamSpec("w", (2048, 2048), NORMAL, True, tp_dim=tp_dim)
+    with LargestResult() as largest:
+        shard = initial_shard(spec, seed=5, tp=8, tp_rank=3)
+    assert largest.elements == shard.numel()
 
 
 @pytest.mark.parametrize("std", [0.02, 1.0])

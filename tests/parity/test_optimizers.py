@@ -116,7 +116,7 @@ def _losses(rank: int, world_size: int, cases: list[tuple[str, Case]]) -> list[l
 @pytest.mark.parametrize("name", CHOICES)
 def test_ten_steps_lower_the_loss(name: str) -> None:
     losses = reference(name, "llama")
-    assert losses[0] == pytest.approx(4.634, abs=1e-3) and losses[-1] < CHOICES[name].below, losses
+    assert losses[0] == pytest.approx(4.627, abs=1e-3) and losses[-1] < CHOICES[name].below, losses
 
 
 @pytest.mark.parametrize(("size", "cases"), BATCHES)

@@ -269,7 +269,7 @@ def test_each_task_is_learned_from_its_official_files(tmp_path: Path, hf: Path, 
 
 def test_the_best_weights_are_kept_saved_and_predicted_with(tmp_path: Path, hf: Path, sts: Path) -> None:
     metrics, save = tmp_path / "m.jsonl", tmp_path / "save"
-    wild = f"--epochs 5 --lr 5e-3 --max-seq-length 24 --global-batch-size 8 --seed 3 {QUIET}"
+    wild = f"--epochs 5 --lr 5e-3 --max-seq-length 24 --global-batch-size 8 --seed 4 {QUIET}"
     more = ("--metrics-file", metrics, "--save", save, "--predict", tmp_path / "during")
     found = tuned("--task sts-b", "--data-dir", sts, "--hf", hf, wild, *more)
     measured = [record for record in records(metrics) if "valid_loss" in record]

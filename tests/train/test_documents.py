@@ -3,6 +3,7 @@ the scores."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,9 @@ class Masked(GPTBatch):
         return super().model_inputs() | {"attention_mask_BST": mask_BST}
 
 
-def step_of(options: str, *, masked: bool = False, cp: int = 1) -> tuple[float, list[Tensor]]:
+def step_of(
+    options: str, *, masked: bool = False, cp: int = 1, watched_by: AbstractContextManager[object] | None = None
+) -> tuple[float, list[Tensor]]:
     """Loss and weights after a step; an evaluation follows it."""
     layout = Layout(cp=cp)
     parts = parts_of(Case("llama", layout, f"{OPTIONS} {options}"), make_mesh(layout))
@@ -67,9 +70,10 @@ def step_of(options: str, *, masked: bool = False, cp: int = 1) -> tuple[float, 
     assert isinstance(batch, GPTBatch)
     if masked:
         batch = Masked(**vars(batch))
-    loss = train_step(parts, batch, RATES, step=0).loss
-    with GlobalBatches(data.reader(data.valid), num_workers=0) as batches:
-        evaluate(parts, batches, num_batches=1)
+    with watched_by or nullcontext():
+        loss = train_step(parts, batch, RATES, step=0).loss
+        with GlobalBatches(data.reader(data.valid), num_workers=0) as batches:
+            evaluate(parts, batches, num_batches=1)
     return loss, [x.detach().clone() for stage in parts.model.stages.values() for x in stage.parameters()]
 
 
@@ -84,12 +88,12 @@ WAYS = [
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_is_that_of_the_mask_without_a_tensor_of_the_size_of_the_scores(way: str) -> None:
     """The largest tensors have S x V elements, a sixth of those of the scores of one head."""
-    with _LargestTensor() as recorder:
-        loss, weights = step_of(f"--reset-attention-mask {way}")
+    recorder = _LargestTensor()
+    loss, weights = step_of(f"--reset-attention-mask {way}", watched_by=recorder)
     # Dropout needs the probabilities, those of one document at a time.
     assert "dropout" in way or recorder.largest[0] < LENGTH**2 // 2, recorder.largest
-    with _LargestTensor() as recorder:
-        masked_loss, masked_weights = step_of(f"--reset-attention-mask {way}", masked=True)
+    recorder = _LargestTensor()
+    masked_loss, masked_weights = step_of(f"--reset-attention-mask {way}", masked=True, watched_by=recorder)
     assert recorder.largest[0] >= LENGTH**2
     assert loss == pytest.approx(masked_loss, rel=1e-6)
     for one, other in zip(weights, masked_weights, strict=True):
@@ -98,8 +102,8 @@ def test_a_step_is_that_of_the_mask_without_a_tensor_of_the_size_of_the_scores(w
 
 
 def _largest_and_loss(rank: int, world_size: int) -> tuple[tuple[int, str], float]:
-    with _LargestTensor() as recorder:
-        loss, _ = step_of("--reset-attention-mask", cp=world_size)
+    recorder = _LargestTensor()
+    loss, _ = step_of("--reset-attention-mask", cp=world_size, watched_by=recorder)
     return recorder.largest, loss
 
 
