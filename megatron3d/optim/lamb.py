@@ -11,7 +11,6 @@ Source: You et al. 2020 (Large Batch Optimization for Deep Learning), algorithm 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +44,7 @@ class Lamb(FlatOptimizer):
         by_parameter = {one.parameter: one for one in updates}
         held = [(p, by_parameter[p.flat]) for p in self.full.owned_slices() if p.flat is not None]
         for (owned, one), ratio in zip(held, self._trust_ratios(by_parameter), strict=True):
-            one.value[owned.within].add_(one.grad[owned.within], alpha=-one.lr * ratio)
+            one.value[owned.within].addcmul_(one.grad[owned.within], ratio, value=-one.lr)
 
     def _to_direction(self, one: ParameterUpdate, chunk: slice) -> None:
         config, value, grad = self.config, one.value[chunk], one.grad[chunk]
@@ -59,8 +58,8 @@ class Lamb(FlatOptimizer):
         write_moment(stored[0], moment, count=one.count)
         write_moment(stored[1], square, count=one.count)
 
-    def _trust_ratios(self, by_parameter: dict[nn.Parameter, ParameterUpdate]) -> list[float]:
-        """|w| / |r| of each parameter of which this rank holds a part."""
+    def _trust_ratios(self, by_parameter: dict[nn.Parameter, ParameterUpdate]) -> list[Tensor]:
+        """|w| / |r| of each parameter of which this rank holds a part, fp32 scalars that stay on the device."""
         owned_slices = self.full.owned_slices()
         device = next(iter(by_parameter)).device if by_parameter else None
         squares = torch.zeros(len(owned_slices), 2, dtype=torch.float64, device=device)
@@ -68,9 +67,9 @@ class Lamb(FlatOptimizer):
             if owned.flat is not None and owned.counts and owned.spec.decays:
                 one = by_parameter[owned.flat]
                 row[0], row[1] = (squared_norm(x[owned.within]) for x in (one.value, one.grad))
-        sums = torch.stack(self.full.sum_over_ranks([*squares])).tolist() if owned_slices else []
-        return [_ratio(*row) for row, owned in zip(sums, owned_slices, strict=True) if owned.flat is not None]
-
-
-def _ratio(weight: float, direction: float) -> float:
-    return math.sqrt(weight / direction) if weight > 0.0 and direction > 0.0 else 1.0
+        if not owned_slices:
+            return []
+        weights, directions = torch.stack(self.full.sum_over_ranks([*squares])).unbind(1)
+        has_ratio = (weights > 0.0) & (directions > 0.0)
+        ratios = torch.where(has_ratio, weights / directions, 1.0).sqrt().float()
+        return [one for one, owned in zip(ratios.unbind(), owned_slices, strict=True) if owned.flat is not None]

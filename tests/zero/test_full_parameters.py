@@ -98,6 +98,7 @@ def train(mesh: Mesh, zero_stage: int, config: OptimConfig, *, by_unit: bool = F
 
 
 def step_by_unit(engine: ZeroEngine, optimizer: torch.optim.Optimizer) -> None:
+    engine.finish_publish()  # as `engine.step` does: gathers under way write the buffer of fp32 master weights
     for name, unit in engine.units.items():
         with engine.full_parameters.only(name), unit.gradients_attached(unit.own_grads):
             optimizer.step()
