@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron3d.comm.collectives import all_reduce, count_votes
+from megatron3d.comm.collectives import all_gather, all_reduce, count_votes, start_reduce_scatter
 from megatron3d.comm.layout import AXES, Layout
 from megatron3d.comm.mesh import Mesh, make_mesh
 from tests.dist.pool import Pool
@@ -103,3 +103,17 @@ def test_ranks_that_are_in_fewer_groups_still_meet_in_those_made_later(pool: Poo
     for rank, sums in enumerate(pool.run(3, _uneven)):
         tied = 2.0 if rank == 1 else 4.0
         assert sums == [tied, rank + 1.0, 6.0, rank + 1.0, 6.0, rank + 1.0, tied, rank + 1.0, 6.0]
+
+
+def _gather_beside_a_reduction(rank: int, world_size: int) -> tuple[list[float], list[float]]:
+    """Rank 0 starts a reduction and gathers; the other comes to the reduction only after that gather."""
+    mesh = make_mesh(Layout(dp=world_size))
+    gradients, weights = torch.arange(2.0) + rank, torch.tensor([float(rank)])
+    reduction = start_reduce_scatter(gradients, mesh.shard) if rank == 0 else None
+    gathered = all_gather(weights, mesh.gather)
+    reduction = reduction or start_reduce_scatter(gradients, mesh.shard)
+    return gathered.tolist(), reduction.wait().tolist()
+
+
+def test_a_gather_of_weights_passes_a_reduction_that_has_not_ended(pool: Pool) -> None:
+    assert pool.run(2, _gather_beside_a_reduction) == [([0.0, 1.0], [1.0]), ([0.0, 1.0], [3.0])]
