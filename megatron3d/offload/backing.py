@@ -103,7 +103,7 @@ class StateBacking(Protocol):
         ...
 
     def start_store(self, name: str, source: Tensor) -> Waitable:
-        """Start replacing a unit's record of one field by `source`, on the device."""
+        """Start replacing a unit's record of one field by `source`, on the device or on the host."""
         ...
 
 
@@ -154,7 +154,7 @@ class HostBacking:
         return self._copies.start(into, held)
 
     def start_store(self, name: str, source: Tensor) -> Waitable:
-        """Start copying a record of one field from the device."""
+        """Start copying a record of one field from the device, or from the host."""
         (held,) = self._fields[name].values()
         return self._copies.start(held, source)
 

@@ -147,7 +147,7 @@ class BlockedWeights(WeightBuffer):
             return
         self.finish_gather()
         number = next(n for n, block in enumerate(self._blocks) if block.start * self._width == at.start)
-        self._block_backing.start_store_block(number, values.to(self.full.dtype).to(self.full.device)).wait()
+        self._block_backing.start_store_block(number, values.to(self.full.dtype)).wait()
 
     def weights(self) -> Iterator[tuple[RowBlock, Tensor]]:
         """Every block with its weights [N, H], until the next one is asked for."""

@@ -165,7 +165,7 @@ class WeightBuffer:
         if self._backing is None:
             (self.shard if at is None else self.shard[at.slice]).copy_(values)
         else:
-            self._backing.start_store(values.to(self.full.dtype).to(self.full.device)).wait()
+            self._backing.start_store(values.to(self.full.dtype)).wait()  # from host to host: no device is asked
 
     def exchange_shard(self, values: Tensor) -> None:
         """Exchange this rank's part and `values`, which are on the host and of its dtype; see `set_shard`."""
