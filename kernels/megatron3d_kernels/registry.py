@@ -15,6 +15,7 @@ from megatron3d_kernels import packed as packed_documents
 from megatron3d_kernels.activation import activation
 from megatron3d_kernels.adam import AdamStep, AdamTensors, adam
 from megatron3d_kernels.attention import attention
+from megatron3d_kernels.attention_backends import LOCAL, UNFUSED, AttentionChoice
 from megatron3d_kernels.cross_entropy import Sums, cross_entropy_backward, local_max, local_softmax_sums
 from megatron3d_kernels.dropout import RowDropout, dropout, row_keys
 from megatron3d_kernels.fp8 import Operand
@@ -26,6 +27,8 @@ from megatron3d_kernels.residual_norm import Pair, RowNorm, added_norm, forked_n
 from megatron3d_kernels.rms_norm import rms_norm
 from megatron3d_kernels.rotary import Angles, apply_rotary
 from megatron3d_kernels.selection import KERNEL_NAMES, Selection
+
+_ANY_ATTENTION = AttentionChoice()
 
 
 class Registry(Selection):
@@ -39,10 +42,11 @@ class Registry(Selection):
         library: str = products.TORCH,
         grouped: str | None = None,
         packed: str = packed_documents.TORCH,
+        attention: AttentionChoice = _ANY_ATTENTION,
     ) -> None:
         """Decide once for all calls: kernels as `Selection` does, the library of the products ("torch", "onednn"), the
-        way of grouped ones ("looped", "batched", "grouped"; None is by the measured table), and the kernel of packed
-        documents on CUDA ("torch", "flash-attn").
+        way of grouped ones ("looped", "batched", "grouped"; None is by the measured table), the kernel of packed
+        documents on CUDA ("torch", "flash-attn"), and the backend of all other attention.
 
         Raises KernelError as `Selection` does, and for a library, way or kernel that is unknown or not there.
         """
@@ -50,6 +54,7 @@ class Registry(Selection):
         self._grouped = grouped_products.require_way(grouped)
         self._library = products.require_library(library)
         self._packed = packed_documents.require_packed(packed)
+        self._attention = attention
 
     def explain(self, kernel_names: Iterable[str] = KERNEL_NAMES) -> str:
         """The table of `Selection.explain`, and how weight gradients reach fp32 buffers."""
@@ -210,7 +215,12 @@ class Registry(Selection):
         is_causal: bool,
     ) -> torch.Tensor:
         """softmax(q k^T / sqrt(D)) v by device, dtype and length; see `attention.attention`."""
-        return attention(q_BNSD, k_BGTD, v_BGTD, mask=mask, probability=probability, is_causal=is_causal)
+        how = {"mask": mask, "probability": probability, "is_causal": is_causal}
+        return attention(q_BNSD, k_BGTD, v_BGTD, **how, choice=self._attention)
+
+    def keeps_no_scores(self, q_BNSD: torch.Tensor) -> bool:
+        """Whether attention is a GPU's fused kernel, of which recomputing it would save nothing."""
+        return q_BNSD.is_cuda and self._attention.backend not in (UNFUSED, LOCAL)
 
     def rectangle_attention(
         self, q_BNSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, plan: rectangles.Plan

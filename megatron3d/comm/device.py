@@ -127,6 +127,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU, as (9, 0) of an H100; (0, 0) of any other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 HOST_ALIGNMENT_BYTES = 4096  # of buffers that direct file access reads into: a page, and a block of every common disk
 
 

@@ -109,8 +109,8 @@ _TABLE: Mapping[str, Mapping[Effect, str]] = MappingProxyType(
                 "wandb_entity wandb_save_dir metrics_file check_weight_hash_across_dp_replicas_interval "
                 "recompute_granularity recompute_activations recompute_method "
                 "recompute_num_layers recompute_reuse_communication loss_chunk_size mlp_chunks_for_training "
-                "packed_attention kernels compile peak_tflops profile_pipeline profile_pipeline_step batch_size_steps "
-                "length_levels splits_samples "
+                "attention_backend packed_attention kernels compile peak_tflops profile_pipeline profile_pipeline_step "
+                "batch_size_steps length_levels splits_samples "
                 "profile profile_step_start profile_step_end profile_ranks profile_dir"
             ),
         },

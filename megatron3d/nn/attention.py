@@ -35,8 +35,8 @@ from megatron3d.tensor.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class SelfAttention(nn.Module):
-    """Attention of one block. `recompute_core` recomputes the attention probabilities in the backward; `first_only`
-    lets the first position alone attend (to all)."""
+    """Attention of one block. `recompute_core` recomputes the attention probabilities in the backward, unless a GPU's
+    kernel keeps none; `first_only` lets the first position alone attend (to all)."""
 
     def __init__(
         self,
@@ -90,6 +90,8 @@ class SelfAttention(nn.Module):
             k_BGSD, v_BGSD = inputs.cache.extend(self.layer, k_BGSD, v_BGSD)
         y_BNSD = self.context.eager(self._attended, q_BNSD, k_BGSD, v_BGSD, inputs)
         y_SBO = y_BNSD.permute(2, 0, 1, 3).flatten(2)
+        if y_SBO.is_cuda:  # FlashAttention's is [B, S, O] in memory: one copy now, instead of one in each product
+            y_SBO = y_SBO.contiguous()
         if onto_SBH is not None:
             return self.projection.onto(y_SBO, onto_SBH)
         return self.projection(y_SBO, with_late_bias=with_late_bias)
@@ -128,7 +130,8 @@ class SelfAttention(nn.Module):
         return q_SBO, k_SBO, v_SBO
 
     def _attended(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, inputs: LayerInputs) -> Tensor:
-        if self.recompute_core and torch.is_grad_enabled():
+        recomputes = self.recompute_core and not self.context.kernels.keeps_no_scores(q_BNSD)
+        if recomputes and torch.is_grad_enabled():
             return recomputed(partial(self._core, inputs=inputs), q_BNSD, k_BGTD, v_BGTD, inputs=inputs)
         return self._core(q_BNSD, k_BGTD, v_BGTD, inputs)
 

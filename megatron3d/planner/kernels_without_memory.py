@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron3d_kernels.attention_backends import AUTO, LOCAL, UNFUSED, AttentionChoice
 from megatron3d_kernels.causal_blocks import causal_blocks, suits_blocks
 from megatron3d_kernels.cross_entropy import CHUNK_ELEMENTS
 from megatron3d_kernels.launch import TritonSupport
@@ -24,6 +25,8 @@ from megatron3d_kernels.rectangles import Plan
 from megatron3d_kernels.registry import Registry
 from megatron3d_kernels.selection import TRITON_NAME
 from torch import Tensor
+
+_ANY_ATTENTION = AttentionChoice()
 
 
 class CpuKernels(Registry):
@@ -40,9 +43,11 @@ class CpuKernels(Registry):
         is_causal: bool,
     ) -> Tensor:
         """[B, N, S, D]; the fused kernel has its mask in the dtype of the queries."""
-        if probability > 0:
+        is_composed = self._attention.backend in (UNFUSED, LOCAL)
+        if probability > 0 or is_composed:
             return super().attention(q_BNSD, k_BGTD, v_BGTD, mask=mask, probability=probability, is_causal=is_causal)
-        if mask is None and is_causal and suits_blocks(q_BNSD, k_BGTD, v_BGTD):
+        suits = mask is None and is_causal and suits_blocks(q_BNSD, k_BGTD, v_BGTD)
+        if suits and self._attention.backend == AUTO:
             return causal_blocks(q_BNSD, k_BGTD, v_BGTD)
         bias = None if mask is None else mask.to(q_BNSD.dtype)
         y_BNSD, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -102,8 +107,13 @@ _LACKS_WIDE_SUMS = torch.__version__ < "2.12"
 class GpuKernels(Registry):
     """What runs on a GPU with Triton, whether Triton is here or not."""
 
-    def __init__(self) -> None:
-        super().__init__(TRITON_NAME, support=TritonSupport(installed=True, interpreted=False, detail="recorded"))
+    def __init__(self, *, attention: AttentionChoice = _ANY_ATTENTION) -> None:
+        support = TritonSupport(installed=True, interpreted=False, detail="recorded")
+        super().__init__(TRITON_NAME, support=support, attention=attention)
+
+    def keeps_no_scores(self, q_BNSD: Tensor) -> bool:
+        """As on a GPU."""
+        return self._attention.backend not in (UNFUSED, LOCAL)
 
     def weight_gradient(self, grad_TO: Tensor, x_TI: Tensor) -> Tensor:
         """[O, I], without the copy that bf16 products take on a CPU."""
@@ -133,6 +143,8 @@ class GpuKernels(Registry):
         is_causal: bool,
     ) -> Tensor:
         """[B, N, S, D], as far as memory is concerned."""
+        if self._attention.backend in (UNFUSED, LOCAL):
+            return super().attention(q_BNSD, k_BGTD, v_BGTD, mask=mask, probability=probability, is_causal=is_causal)
         return _Fused.apply(q_BNSD, k_BGTD, v_BGTD, mask)
 
     def rectangle_attention(self, q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, plan: Plan) -> Tensor:

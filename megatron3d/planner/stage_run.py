@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
+from megatron3d_kernels.attention_backends import AttentionChoice
 from megatron3d_kernels.products import ONEDNN, TORCH
 from torch import Tensor, nn
 
@@ -133,7 +134,8 @@ class StageRun:
         )
         sequence_parallel = config.parallel.sequence_parallel and tp.size > 1
         library = ONEDNN if config.train.matmul == "onednn" else TORCH
-        kernels = CpuKernels(library=library) if self._on_cpu else GpuKernels()
+        attention = AttentionChoice(config.train.attention_backend)
+        kernels = CpuKernels(library=library, attention=attention) if self._on_cpu else GpuKernels(attention=attention)
         store = InputsWithoutMemory(on_cpu=self._on_cpu) if config.parallel.offload_activations else None
         kinds = config.parallel.cp_comm_type or ("allgather",)
         exchange = KeyExchange(kinds, config.parallel.cp_gather_again, heads, ring)

@@ -27,6 +27,7 @@ from megatron3d.errors import ConfigError, Megatron3dError, NumericsError, StopR
 from megatron3d.optim.schedule import ScheduleSettings
 from megatron3d.train import state
 from megatron3d.train.async_saves import AsyncSaves
+from megatron3d.train.attention import AttentionUse
 from megatron3d.train.compare import agreed_content
 from megatron3d.train.deferred_failure import DeferredFailure, PreparedBatches
 from megatron3d.train.evaluate import Evaluation, evaluate
@@ -219,7 +220,9 @@ class _Loop:
         self.failure.raise_on_all_ranks(self._saved())
 
     def _look_ahead(self, last: int) -> None:
-        """Report what the run will read, and what the options ask for and it will not do."""
+        """Report which attention runs, what the run will read, and what the options ask for and it will not do."""
+        for line in self._attention().lines():
+            self.reports.note(line)
         training, dp = self.training, self.parts.config.parallel.data_parallel_size
         if training.blend is not None and self.streams.data.corpora is not None:
             in_all = samples_of_run(self.parts.config.train, self.progress, last, dp)
@@ -229,6 +232,11 @@ class _Loop:
         has_valid, has_test = self.streams.valid is not None, self.streams.test is not None
         for line in InertOptions(self.parts.config, self.progress, last, self.schedule, has_valid, has_test).lines():
             self.reports.note(line)
+
+    def _attention(self) -> AttentionUse:
+        config, model = self.parts.config, self.parts.model
+        within_documents, is_cut = config.data.reset_attention_mask, config.parallel.context_parallel_size > 1
+        return AttentionUse(config.model, config.train, model.dtype, model.device, within_documents, is_cut)
 
     def _exits_after(self, step: int) -> bool:
         interval = self.parts.config.train.exit_interval

@@ -40,6 +40,7 @@ from megatron3d.planner.memory import part_of
 from megatron3d.tensor.context import EagerCall, KeyExchange, LayerContext, call
 from megatron3d.tensor.fp8_recipe import Fp8Recipe
 from megatron3d.tensor.kept_inputs import InputStore
+from megatron3d.train.attention import AttentionUse, attention_choice
 from megatron3d.train.compiling import CompiledBlocks, compile_blocks, eager_call, require_compiler
 from megatron3d.train.module_states import ModuleStates
 from megatron3d.train.offload import kept_inputs_of, offload_of
@@ -158,9 +159,10 @@ def build_model(
 
     Raises:
         ConfigError: the layers cannot be split as asked, the losses of the model contradict one another, or the device
-            does not have what --fp8-format, --packed-attention or --kernels asks for.
+            does not have what --fp8-format, --attention-backend, --packed-attention or --kernels asks for.
         ScheduleError: the order of work is not known or does not take the stages it is given.
     """
+    AttentionUse(config.model, config.train, DTYPES[config.optim.precision], device).settle()
     sink, gate = GradSink(), WeightGate()
     sequence_parallel = config.parallel.sequence_parallel and mesh.tp.size > 1
     fp8 = fp8_of(config.train, weights_stay=not policy_of(config.parallel.zero_stage).shard_params)
@@ -203,7 +205,8 @@ def kernels_of(train: TrainConfig, device: torch.device) -> Registry:
     library, packed = ONEDNN if train.matmul == "onednn" else TORCH, train.packed_attention
     if packed != TORCH and device.type != "cuda":
         raise ConfigError(f"--packed-attention {packed} is for CUDA devices, and the device is {device}; drop it.")
-    return Registry(forced_kernels(train.kernels, device), library=library, packed=packed)
+    forced, attention = forced_kernels(train.kernels, device), attention_choice(train, device)
+    return Registry(forced, library=library, packed=packed, attention=attention)
 
 
 def forced_kernels(kernels: str, device: torch.device, *, support: TritonSupport = TRITON) -> str | None:

@@ -298,6 +298,20 @@ def test_flash_attn_is_refused_where_nothing_would_use_it_and_where_it_is_missin
     ]
 
 
+def test_an_attention_backend_is_refused_where_it_has_no_kernel() -> None:
+    assert problems_of("--attention-backend fused --device cpu --reset-attention-mask") == [
+        "--attention-backend fused has no attention within documents, which --reset-attention-mask asks for; use auto "
+        "or flash.",
+        "--attention-backend fused is cuDNN's, which is for CUDA devices, and --device is cpu; use auto.",
+    ]
+    cut = "--context-parallel-size 2 --attention-dropout 0"
+    assert problems_of(f"--attention-backend unfused {cut}", world=2) == [
+        "--attention-backend unfused has no attention over samples that --context-parallel-size 2 cuts; use auto or "
+        "flash."
+    ]
+    assert problems_of(f"--attention-backend flash {cut}", world=2) == []
+
+
 def test_all_problems_are_collected_and_raised_together() -> None:
     change = "--num-layers 0 --num-query-groups 3 --bf16 --fp16 --min-lr 1 --split x --keep-last 3"
     problems = problems_of(change, drop="--mock-data")

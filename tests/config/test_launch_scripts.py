@@ -183,7 +183,7 @@ def test_each_flag_without_meaning_gets_one_line() -> None:
     said: list[str] = []
     parse(LLAMA_8B, said)
     without_meaning = """
-        --use-mcore-models --attention-backend --cross-entropy-loss-fusion --calculate-per-token-loss
+        --use-mcore-models --cross-entropy-loss-fusion --calculate-per-token-loss
         --manual-gc --empty-unused-memory-level --overlap-grad-reduce --data-cache-path
         --no-create-attention-mask-in-dataloader --no-mmap-bin-files --log-throughput --ckpt-format"""
     assert [line.split()[0] for line in said] == shlex.split(without_meaning)

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from megatron3d.config.batch_size import batch_size_at, parse_step_schedule
 from megatron3d.config.derive import model_parallel_size
 from megatron3d.config.options import BY_NAME
+from megatron3d.config.rules.attention import attention_backend_rule
 from megatron3d.config.rules.blend import blend_rule
 from megatron3d.config.rules.curriculum import curriculum_rule
 from megatron3d.config.rules.fim import fim_rule
@@ -69,6 +70,7 @@ def run_problems(given: GivenRun, run: DraftRun) -> Iterator[str]:
     yield from fp32_precision_rule(train, run.parallel.device)
     yield from packed_attention_rule(train, optim, run.data, run.parallel.device)
     yield from compile_rule(train, given.lengths)
+    yield from attention_backend_rule(train, run.data, run.parallel)
     yield from data_rule(run.data)
     yield from curriculum_rule(given.curriculum, run.curriculum, run.data)
     yield from sample_order_rule(run.data, run.model)

@@ -9,6 +9,7 @@ from megatron3d.config.sections.fp8 import GivenFp8
 from megatron3d.config.sections.random_ltd import GivenRandomLtd
 
 MATMUL_CHOICES = ("auto", "onednn", "mkl")
+ATTENTION_BACKENDS = ("auto", "flash", "fused", "unfused", "local")
 FP32_PRECISIONS = ("highest", "high", "medium")
 KERNEL_CHOICES = ("auto", "reference", "triton")
 PACKED_ATTENTION_CHOICES = ("torch", "flash-attn")
@@ -132,6 +133,13 @@ class GivenTrain(GivenRandomLtd, GivenFp8):
         "--matmul",
         "The library of fp32 products on a CPU: torch's own (mkl), oneDNN, or by a measurement at the first start.",
         choices=MATMUL_CHOICES,
+    )
+    attention_backend: str = option(
+        "auto",
+        "--attention-backend",
+        "The kernel of attention: FlashAttention (flash), cuDNN (fused), two products and a softmax (unfused, local), "
+        "or by device, dtype and mask (docs/gpu.md).",
+        choices=ATTENTION_BACKENDS,
     )
     fp32_matmul_precision: str = option(
         "highest",
