@@ -134,19 +134,26 @@ def show(finding: Finding) -> None:
     print(json.dumps(finding, default=str), flush=True)
 
 
-def _model(
+def build_model(
     flags: str, device: torch.device, shape: Shape, *, dropout: float = 0.0, more: str = ""
 ) -> tuple[RunConfig, TrainingSetup]:
+    """The model of these flags in one process, ready to train on the device."""
+    config = run_config(flags, shape, dropout=dropout, more=more)
+    return config, build_parts(config, make_mesh(Layout()), device, build_gpt_stage)
+
+
+def run_config(flags: str, shape: Shape, *, dropout: float = 0.0, more: str = "") -> RunConfig:
+    """The resolved run of one process."""
     argv = (
         f"{flags} --seq-length {shape.seq} --max-position-embeddings {shape.seq} "
         f"--micro-batch-size {shape.micro_batch} --global-batch-size {shape.micro_batch * shape.num_microbatches} "
         f"--train-iters 1 --lr 1e-4 --mock-data --hidden-dropout {dropout} --attention-dropout {dropout} {more}"
     )
-    config = resolve(parse_args(argv.split(), program="gpu_check", description=""), 1)
-    return config, build_parts(config, make_mesh(Layout()), device, build_gpt_stage)
+    return resolve(parse_args(argv.split(), program="gpu_check", description=""), 1)
 
 
-def _batch(config: RunConfig) -> GPTBatch:
+def batch_of(config: RunConfig) -> GPTBatch:
+    """A global batch of random tokens."""
     samples, seq = config.train.global_batch_size, config.model.seq_length
     numbers = torch.randint(config.model.vocab_size, (samples, seq + 1), generator=torch.Generator().manual_seed(0))
     return GPTBatch(numbers[:, :-1].contiguous(), numbers[:, 1:].contiguous(), torch.ones(samples, seq))
@@ -203,8 +210,8 @@ def equal_case(check: Check, name: str) -> Finding:
 
 def _numbers(check: Check, flags: str, device: torch.device, *, dropout: float = 0.0, more: str) -> list[float]:
     shape = Shape(32 if check.tiny else 256, 2, 2)
-    config, parts = _model(flags.format(**SMALL), device, shape, dropout=dropout, more=more)
-    batch = _batch(config)
+    config, parts = build_model(flags.format(**SMALL), device, shape, dropout=dropout, more=more)
+    batch = batch_of(config)
     results = [train_step(parts, batch, Rates(1e-3, 0.01), step=step) for step in range(3)]
     return [number for result in results for number in (result.loss, result.grad_norm)]
 
@@ -214,8 +221,8 @@ def synchronisations(check: Check) -> Iterator[Finding]:
     if not check.on_gpu:
         yield {"waits": 0, "why": "a CPU is never waited for"}
         return
-    config, parts = _model(GPT.format(**SMALL), check.device, Shape(256, 1, 4), more="--bf16")
-    batch = _batch(config)
+    config, parts = build_model(GPT.format(**SMALL), check.device, Shape(256, 1, 4), more="--bf16")
+    batch = batch_of(config)
     train_step(parts, batch, Rates(1e-4, 0.01), step=0)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -287,9 +294,9 @@ def utilisation(check: Check) -> Iterator[Finding]:
 
 
 def _utilisation(check: Check, name: str, flags: str, shape: Shape, *, dropout: float, more: str) -> Iterator[Finding]:
-    config, parts = _model(flags, check.device, shape, dropout=dropout, more=f"--bf16 {more}")
-    batch = _batch(config)
-    times = [_seconds(check, parts, batch, step) for step in range(check.steps)]
+    config, parts = build_model(flags, check.device, shape, dropout=dropout, more=f"--bf16 {more}")
+    batch = batch_of(config)
+    times = [step_seconds(check, parts, batch, step) for step in range(check.steps)]
     tokens = shape.micro_batch * shape.num_microbatches * shape.seq
     best = statistics.median(times[1:])
     tflops = flops_per_step(config.model, tokens) / best / 1e12
@@ -305,10 +312,11 @@ def _utilisation(check: Check, name: str, flags: str, shape: Shape, *, dropout: 
         "peak_gib": check.peak_gib(),
     }
     if shape.micro_batch == 1 and not more and not dropout:
-        yield _profile(check, name, best, lambda: _seconds(check, parts, batch, 9))
+        yield _profile(check, name, best, lambda: step_seconds(check, parts, batch, 9))
 
 
-def _seconds(check: Check, parts: TrainingSetup, batch: GPTBatch, step: int) -> float:
+def step_seconds(check: Check, parts: TrainingSetup, batch: GPTBatch, step: int) -> float:
+    """The time of one step, until the device is done."""
     synchronize(check.device)
     began_s = time.perf_counter()
     train_step(parts, batch, Rates(1e-4, 0.01), step=step)
@@ -344,11 +352,11 @@ def zero(check: Check) -> Iterator[Finding]:
     offload = "--zero-stage 1 --offload-optimizer cpu"
     for more in ("", "--zero-stage 3", offload, f"{offload} --offload-delayed-update"):
         check.clear_peak()
-        config, parts = _model(flags, check.device, Shape(64 if check.tiny else 2048, 2, 2), more=f"--bf16 {more}")
-        batch, times = _batch(config), []
+        config, parts = build_model(flags, check.device, Shape(64 if check.tiny else 2048, 2, 2), more=f"--bf16 {more}")
+        batch, times = batch_of(config), []
         for step in range(3):
             began_s = time.perf_counter()
-            _seconds(check, parts, batch, step)
+            step_seconds(check, parts, batch, step)
             parts.engine.finish_update()
             times.append(round(time.perf_counter() - began_s, 3))
         yield {"zero": more or "plain", "seconds": times, "peak_gib": check.peak_gib()}

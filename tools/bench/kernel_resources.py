@@ -88,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=[], help=f"of {', '.join(MODELS)}; default all")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default all")
+    parser.add_argument("--launches", action="store_true", help="a line for each launch, not the most of each kernel")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
     unknown = [name for name in args.models if name not in MODELS]
@@ -101,7 +102,7 @@ def main() -> None:
         seen |= {(one.name, one.label) for one in fresh}
         archs = args.arch or ARCHITECTURES
         rows += [resources(model, one, arch) for one in fresh for arch in archs if one.runs_on(arch)]
-    print(table(rows))
+    print(table(rows if args.launches else most_of_each_kernel(rows)))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     gpu.leave()
@@ -124,7 +125,9 @@ def _launch(kernel: Any, arguments: tuple[object, ...], constants: dict[str, Any
     options = {name: value for name, value in constants.items() if name in _OPTIONS}
     given = dict(zip(kernel.arg_names, arguments))
     # Triton's launcher makes an integer that is 1 a compile-time constant, and None.
-    known = {name: value for name, value in given.items() if value is None or (type(value) is int and value == 1)}
+    known: dict[str, object] = {
+        name: value for name, value in given.items() if value is None or (type(value) is int and value == 1)
+    }
     known |= {name: value for name, value in constants.items() if name not in _OPTIONS}
     signature = {name: _type(value) for name, value in given.items()} | dict.fromkeys(known, "constexpr")
     ordered = {name: signature[name] for name in kernel.arg_names}
@@ -176,6 +179,25 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", printed)}
     assert {"REG", "STACK", "LOCAL"} <= set(found), f"cuobjdump does not say what the kernel takes: {printed[:300]}"
     return found
+
+
+def most_of_each_kernel(rows: Iterable[Resources]) -> list[Resources]:
+    """The most registers, shared memory and spills of any launch of a kernel in a model, on each architecture."""
+    found: dict[tuple[str, str, int], list[Resources]] = {}
+    for row in rows:
+        found.setdefault((row.model, row.kernel, row.architecture), []).append(row)
+    return [
+        Resources(
+            model,
+            kernel,
+            f"{len(of_kernel)} different",
+            architecture,
+            max(one.registers for one in of_kernel),
+            max(one.shared_bytes for one in of_kernel),
+            max(one.spilled_bytes for one in of_kernel),
+        )
+        for (model, kernel, architecture), of_kernel in found.items()
+    ]
 
 
 def table(rows: Iterable[Resources]) -> str:

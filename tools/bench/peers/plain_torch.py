@@ -48,7 +48,7 @@ class PlainGPT(nn.Module):
 
     def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """The logits; the table of tokens is the output layer's weight too."""
-        x_BSH = self.tokens(tokens_BS) + self.positions(torch.arange(tokens_BS.size(1)))
+        x_BSH = self.tokens(tokens_BS) + self.positions(torch.arange(tokens_BS.size(1), device=tokens_BS.device))
         for block in self.blocks:
             x_BSH = block(x_BSH)
         return nn.functional.linear(self.norm(x_BSH), self.tokens.weight)
