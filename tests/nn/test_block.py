@@ -157,6 +157,23 @@ def test_adding_in_products_leaves_the_input_as_it_is_and_gradients_of_a_recompu
             torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize("changes", [{}, LLAMA, {"norm_position": "post"}], ids=["gpt", "llama", "post-norm"])
+def test_a_block_of_triton_kernels_equals_one_of_references(changes: dict[str, Any], rate: float) -> None:
+    """Through the interpreter: sums in products or in norms, masks made again, and all gradients."""
+    pytest.importorskip("triton", reason="needs the triton package")
+    case, found = Case("fp32", {**changes, "hidden_dropout": rate}), []
+    for kernels in ("triton", "reference"):
+        block = Block(case.config, replace(one_rank(), kernels=Registry(kernels)), layer=0)
+        fill(block, block.context.tp, scale=0.4, dtype=torch.float32)
+        x = numbered(S, B, 16, seed=1, dtype=torch.float32).requires_grad_()
+        y = block(x, replace(inputs_of(case), dropout=DropoutStream(3, first_sample=0)))
+        (y * numbered(S, B, 16, seed=2, dtype=torch.float32)).sum().backward()
+        found.append([y.detach(), x.grad, *(one.grad for one in block.parameters())])
+    for one, expected in zip(*found, strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=2e-5)
+
+
 def _check_blocks(rank: int, world_size: int, cases: list[Case]) -> None:
     axis = make_mesh(Layout(tp=world_size)).tp
     for sequence_parallel in (False, True):
