@@ -28,6 +28,7 @@ def cases() -> list[Case]:
         Case("gpt2", Layout(tp=2), SP),
         Case("llama-drops", Layout(tp=2), f"{SP} --recompute-granularity full"),
         Case("gpt2", Layout(tp=2), f"{SP} --recompute-granularity full --recompute-reuse-communication"),
+        Case("llama", Layout(tp=2), f"{SP} --tp-comm-overlap"),
         Case("gpt2", Layout(pp=2)),
         Case("llama", Layout(pp=2), "--pipeline-schedule zb-h1 --recompute-granularity full"),
         Case("llama-tied", Layout(pp=2), "--pipeline-schedule zb-v"),
