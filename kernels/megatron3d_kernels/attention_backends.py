@@ -122,7 +122,7 @@ def reason_for(case: AttentionCase, backend: str = AUTO) -> str:
     return ", ".join(said)
 
 
-def within(kernels: tuple[str, ...]) -> AbstractContextManager[None]:
+def within(kernels: tuple[str, ...]) -> AbstractContextManager[object]:
     """Within the context torch's attention runs one of these kernels, the first that takes its inputs, or raises."""
     return sdpa_kernel([_TORCH[name] for name in kernels], set_priority=True)
 

@@ -192,7 +192,8 @@ def _reference_backward_with_sums(
     grad_y: torch.Tensor, gate_up: torch.Tensor, grad_gate_up: torch.Tensor, kind: str
 ) -> torch.Tensor:
     """Plain torch."""
-    _reference_backward(grad_y, *gate_up.chunk(2, dim=-1), *grad_gate_up.chunk(2, dim=-1), kind)
+    (gate, up), (grad_gate, grad_up) = gate_up.chunk(2, dim=-1), grad_gate_up.chunk(2, dim=-1)
+    _reference_backward(grad_y, gate, up, grad_gate, grad_up, kind)
     return as_rows(grad_gate_up).sum(0)
 
 

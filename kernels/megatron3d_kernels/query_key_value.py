@@ -157,16 +157,16 @@ def _reference(
 def _triton(grads: Heads, rotation: Rotation | None, grad_SBO: torch.Tensor, wants_sums: bool) -> torch.Tensor | None:
     """One program per group of heads and position, or some of the positions where sums are wanted."""
     sequence, batch, width = grad_SBO.shape
-    grads = tuple(one if one.stride(-1) == 1 else one.contiguous() for one in grads)
-    queries, keys, head_size = grads[0].shape[1], grads[1].shape[1], grads[0].shape[3]
+    grad_q, grad_k, grad_v = (one if one.stride(-1) == 1 else one.contiguous() for one in grads)
+    queries, keys, head_size = grad_q.shape[1], grad_k.shape[1], grad_q.shape[3]
     rows, total = sequence * batch, queries + 2 * keys
-    cos, sin = (grads[0][:, 0], grads[0][:, 0]) if rotation is None else rotation.angles
+    cos, sin = (grad_q[:, 0], grad_q[:, 0]) if rotation is None else rotation.angles
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     half = 0 if rotation is None else cos.shape[-1]
     programs = min(rows, SUM_PROGRAMS) if wants_sums else rows
     sums = torch.empty((programs, width) if wants_sums else 1, dtype=torch.float32, device=grad_SBO.device)
-    strides = [stride for one in grads for stride in one.stride()[:3]]
+    strides = [stride for one in (grad_q, grad_k, grad_v) for stride in one.stride()[:3]]
     sizes = (queries, keys, batch, rows, programs, half, head_size)
     block_heads = block_of(total, limit=HEADS_PER_PROGRAM)
     constants = {
@@ -177,7 +177,7 @@ def _triton(grads: Heads, rotation: Rotation | None, grad_SBO: torch.Tensor, wan
         "BLOCK": block_of(head_size),
         "num_warps": 4,
     }
-    arguments = (*grads, cos, sin, grad_SBO, sums, *sizes, *strides, *cos.stride())
+    arguments = (grad_q, grad_k, grad_v, cos, sin, grad_SBO, sums, *sizes, *strides, *cos.stride())
     launch(_gradient_kernel, (programs, -(-total // block_heads)), *arguments, device=grad_SBO.device, **constants)
     return sums.sum(0) if wants_sums else None
 

@@ -80,10 +80,11 @@ def test_values_and_gradients_are_those_of_the_formula(backend: str, masked: boo
     padding = torch.arange(33) < torch.tensor([[[[20]]], [[[33]]]])
     may_attend = padding if masked else torch.ones(33, 33, dtype=torch.bool).tril()
     kernels = Registry(attention=AttentionChoice(backend))
-    y = kernels.attention(*leaves, mask=padding if masked else None, probability=0.0, is_causal=not masked)
+    q, k, v = leaves
+    y = kernels.attention(q, k, v, mask=padding if masked else None, probability=0.0, is_causal=not masked)
     assert y.grad_fn is not None
     assert ("Flash" in y.grad_fn.name()) == (backend == "flash"), y.grad_fn.name()
-    want = formula(*wide, may_attend)
+    want = formula(wide[0], wide[1], wide[2], may_attend)
     grad = random(*want.shape, seed=4)
     noise = 2e-6 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(y.double(), want, atol=noise, rtol=noise)

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from megatron3d_kernels import launch as triton_door
+from megatron3d_kernels.attention_backends import AttentionChoice
 from megatron3d_kernels.products import TORCH
 from megatron3d_kernels.selection import REFERENCE, TRITON_DTYPES
 from torch import Tensor
@@ -304,8 +305,8 @@ class FakeGpuKernels(GpuKernels):
 
     gpu: FakeGpu
 
-    def __init__(self, force: str | None = None, *, library: str, packed: str) -> None:
-        super().__init__()
+    def __init__(self, force: str | None = None, *, library: str, packed: str, attention: AttentionChoice) -> None:
+        super().__init__(attention=attention)
         assert library == packed == TORCH, f"products and packed documents on a GPU are torch's: {library}, {packed}"
         self._possible_keys = frozenset((NAME, dtype) for dtype in TRITON_DTYPES)
         if REFERENCE in (self.gpu.implementation, force):
