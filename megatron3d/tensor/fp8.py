@@ -215,7 +215,7 @@ def _cast_gradient(grad_out: Tensor, context: LayerContext, wanted: Orientations
 
 def _add_weight_gradient(
     weight: nn.Parameter,
-    bias: Tensor | None,
+    bias: nn.Parameter | None,
     grad_out: Tensor,
     g_OT: Operand | None,
     kept: _KeptInput,

@@ -30,6 +30,8 @@ OTHERS = {
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
     "SignalException",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCH_FR_BUFFER_SIZE",
     "file.py",
     "merges.txt",
     "path/to/file.py",

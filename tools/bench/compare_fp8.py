@@ -28,7 +28,7 @@ from megatron3d.config.check import resolve
 from megatron3d.config.cli import parse_args
 from megatron3d.config.run import RunConfig
 from megatron3d.config.tool_parser import ToolParser
-from megatron3d.data.build import build_data
+from megatron3d.data.build import GPTData, build_data
 from megatron3d.data.loader import GlobalBatches
 from megatron3d.models.zoo import architecture_of
 from megatron3d.process.command import run_command
@@ -104,6 +104,7 @@ def losses(contender: Contender, data: Path, num_steps: int) -> list[float]:
     builder = architecture_of(config.model).build_stage
     parts = build_parts(config, make_mesh(Layout()), torch.device("cpu"), builder)
     reader = build_data(config.data, config.model, tokenizer=None, eod_token=0)
+    assert isinstance(reader, GPTData) and reader.train is not None, "the corpus has samples of a GPT"
     found = []
     with GlobalBatches(reader.reader(reader.train), num_workers=0) as batches:
         for step in range(num_steps):
