@@ -206,11 +206,11 @@ def _inverse(scale_bits: tl.tensor) -> tl.tensor:
 def _rounded(x: tl.tensor, MAX_EXPONENT: tl.constexpr) -> tl.tensor:
     """Scaled fp32 numbers, rounded to nearest even numbers of E4M3 or E5M2, so that the conversion is exact: adding a
     power of two to a magnitude cuts the bits that are too many. Triton's interpreter converts others wrongly."""
-    MANTISSA: tl.constexpr = 3 if MAX_EXPONENT == 8 else 2
-    SMALLEST: tl.constexpr = 127 - 6 if MAX_EXPONENT == 8 else 127 - 14  # exponents below are those of subnormals
+    mantissa = 3 if MAX_EXPONENT == 8 else 2
+    smallest = 127 - 6 if MAX_EXPONENT == 8 else 127 - 14  # exponents below are those of subnormals
     bits = x.to(tl.int32, bitcast=True)
-    exponent = tl.maximum((bits & 0x7F800000) >> 23, SMALLEST)
-    cutter = ((exponent + (23 - MANTISSA)) << 23).to(tl.float32, bitcast=True)
+    exponent = tl.maximum((bits & 0x7F800000) >> 23, smallest)
+    cutter = ((exponent + (23 - mantissa)) << 23).to(tl.float32, bitcast=True)
     magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
     rounded = (magnitude + cutter) - cutter
     return tl.where(bits < 0, -rounded, rounded)
@@ -256,11 +256,11 @@ def _tensor_kernel(
     scaled = _rounded(x * _inverse(scale_bits), MAX_EXPONENT)
     if HAS_ROWS:
         where = rows_ptr + rows[:, None] * num_columns + columns[None, :]
-        tl.store(where, scaled.to(rows_ptr.dtype.element_ty), mask=inside)
+        tl.store(where, scaled, mask=inside)
     if HAS_COLUMNS:
         where = columns_ptr + columns[:, None] * depth + rows[None, :]
         inside = (columns < num_columns)[:, None] & (rows < depth)[None, :]
-        tl.store(where, tl.trans(scaled).to(columns_ptr.dtype.element_ty), mask=inside)
+        tl.store(where, tl.trans(scaled), mask=inside)
 
 
 @jit
@@ -301,7 +301,7 @@ def _blocks_kernel(
             tl.store(row_scale_ptr + wide * num_rows + rows, bits.to(tl.float32, bitcast=True), mask=in_rows)
         scaled = _rounded(x * _inverse(bits)[:, None], MAX_EXPONENT)
         where = rows_ptr + rows[:, None] * num_columns + columns[None, :]
-        tl.store(where, scaled.to(rows_ptr.dtype.element_ty), mask=inside)
+        tl.store(where, scaled, mask=inside)
     if HAS_COLUMNS:
         bits = _scale_bits(along_columns, MAX_EXPONENT)
         if not SQUARE:
@@ -310,7 +310,7 @@ def _blocks_kernel(
             )
         scaled = tl.trans(_rounded(x * _inverse(bits)[None, :], MAX_EXPONENT))
         where = columns_ptr + columns[:, None] * depth + rows[None, :]
-        tl.store(where, scaled.to(columns_ptr.dtype.element_ty), mask=in_columns[:, None])
+        tl.store(where, scaled, mask=in_columns[:, None])
 
 
 FP8_CAST = Kernel(

@@ -60,7 +60,7 @@ class _Fp8Linear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: nn.Parameter,
-        bias: Tensor | None,
+        bias: nn.Parameter | None,
         context: LayerContext,
         input_type: InputType,
         has_backward: bool,

@@ -103,10 +103,10 @@ def losses(contender: Contender, data: Path, num_steps: int) -> list[float]:
     config = config_of(contender, f"--data-path {data} --train-iters {num_steps}")
     builder = architecture_of(config.model).build_stage
     parts = build_parts(config, make_mesh(Layout()), torch.device("cpu"), builder)
-    reader = build_data(config.data, config.model, tokenizer=None, eod_token=0)
-    assert isinstance(reader, GPTData) and reader.train is not None, "the corpus has samples of a GPT"
+    corpus = build_data(config.data, config.model, tokenizer=None, eod_token=0)
+    assert isinstance(corpus, GPTData) and corpus.train is not None, f"{data} has no tokens to train on"
     found = []
-    with GlobalBatches(reader.reader(reader.train), num_workers=0) as batches:
+    with GlobalBatches(corpus.reader(corpus.train), num_workers=0) as batches:
         for step in range(num_steps):
             rates = Rates(lr=contender.rate * LR * min(1.0, (step + 1) / WARMUP), weight_decay=WEIGHT_DECAY)
             found.append(train_step(parts, batches.read(step * BATCH, BATCH, 0, 1), rates, step=step).loss)
