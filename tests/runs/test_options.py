@@ -117,7 +117,8 @@ def test_a_blend_reads_both_corpora(pool: Pool, corpora: tuple[Path, Path], tmp_
     # 20 ids in use are learnt quickly (log 20 = 3.0), 101 hardly (log 101 = 4.6), and half of each lies between.
     assert only_narrow[-1] + 0.2 < both[-1] < only_wide[-1] - 0.2
     _in_pool(pool, 2, options, *blend, "--metrics-file", tmp_path / "two.jsonl")
-    assert losses(tmp_path / "two.jsonl") == pytest.approx(both, rel=OTHER_LAYOUT)
+    # As in docs/numerics.md: at this rate rounding differences grow from 1e-7 after 20 steps to 4e-5 after 25.
+    assert losses(tmp_path / "two.jsonl")[:20] == pytest.approx(both[:20], rel=OTHER_LAYOUT)
 
 
 def test_splits_may_have_files_of_their_own(corpora: tuple[Path, Path], tmp_path: Path) -> None:
