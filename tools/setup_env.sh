@@ -24,12 +24,16 @@ fail() {
     exit 1
 }
 
+pinned() {
+    sed -n "s/^$1==//p" constraints.txt
+}
+
 what=${1:-run}
 venv=.venv${TORCH_VERSION:+-torch-$TORCH_VERSION}
 case ${TORCH_VERSION:-} in  # the Triton that torch's CUDA wheels require, which its CPU wheels leave out
     "") triton="" ;;
-    2.11.[0-9]*) triton=3.6.0 numpy=2.3.5 ;;
-    2.12.[0-9]* | 2.13.[0-9]*) triton=3.7.1 numpy=$(sed -n 's/^numpy==//p' constraints.txt) ;;
+    2.11.[0-9]*) triton=3.6.0 numpy=2.3.5 setuptools=81.0.0 ;;
+    2.12.[0-9]* | 2.13.[0-9]*) triton=3.7.1 numpy=$(pinned numpy) setuptools=$(pinned setuptools) ;;
     *) fail "TORCH_VERSION=$TORCH_VERSION is not supported; name a whole version from 2.11.0 to 2.13, such as 2.11.0" ;;
 esac
 case $what in
@@ -73,8 +77,8 @@ constraints=constraints.txt
 if [ -n "$triton" ]; then
     constraints=$venv/constraints.txt
     # torch 2.11 needs an older setuptools than the pinned one, and the interpreter of its Triton an older NumPy.
-    sed -E -e "s/^torch==.*/torch==$TORCH_VERSION/" -e "s/^triton==.*/triton==$triton/" -e '/^setuptools==/d' \
-        -e "s/^numpy==.*/numpy==$numpy/" constraints.txt >"$constraints"
+    sed -E -e "s/^torch==.*/torch==$TORCH_VERSION/" -e "s/^triton==.*/triton==$triton/" \
+        -e "s/^setuptools==.*/setuptools==$setuptools/" -e "s/^numpy==.*/numpy==$numpy/" constraints.txt >"$constraints"
 fi
 
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)

@@ -99,7 +99,7 @@ def row_keys(
     """The keys of the rows of x [S, B, W], int64 [S, B]: of the key, the sample and the position, in this order.
 
     Args:
-        x: tells where and how its dropout is computed.
+        x: decides where and how its dropout is computed.
         key: from -2^63 to 2^63 - 1.
         first_sample: number of the first sample, which the others follow.
         positions_SB: int64 [S, B], or [S, 1] for all samples alike.

@@ -29,9 +29,9 @@ def make_own_group(groups: Groups, *, timeout: timedelta, on_host: bool = False)
     """
     if all(len(group) == 1 for group in groups):
         return None
-    whole = dist.group.WORLD
-    assert whole is not None, "process groups are made after the processes have met"
-    if whole.bound_device_id is not None and not on_host:
+    world = dist.group.WORLD
+    assert world is not None, "process groups are made after the processes have met"
+    if world.bound_device_id is not None and not on_host:
         return dist.split_group(split_ranks=[list(group) for group in groups], timeout=timeout)
     own = next(group for group in groups if dist.get_rank() in group)
     backend = "gloo" if on_host else None

@@ -134,6 +134,10 @@ def test_nothing_on_disk_but_safetensors_json_and_the_name_of_the_latest(pool: P
     assert json.loads((tmp_path / "iter_0000020/state.json").read_text()) == {"step": 20}
 
 
+# What torch says of boxes that overlap; torch 2.11 has the reason in its log.
+OVERLAPPING = "overlapping" if torch.__version__ >= "2.12" else "Failed to validate global plan"
+
+
 def overlapping_body(rank: int, world_size: int, root: str, boxes: list[Box], shape: tuple[int, ...]) -> str:
     """Save boxes that do not fit together; the message of the refusal."""
     view = ShardView(shape, (boxes[rank],), torch.ones(boxes[rank].numel))
@@ -149,7 +153,7 @@ def overlapping_body(rank: int, world_size: int, root: str, boxes: list[Box], sh
     ("boxes", "reason"),
     [
         ([Box((0,), (4,)), Box((0,), (6,))], "ranks 0 and 1 disagree about model/w"),
-        ([Box((0,), (4,)), Box((3,), (5,))], "overlapping"),
+        ([Box((0,), (4,)), Box((3,), (5,))], OVERLAPPING),
         ([Box((0,), (3,)), Box((4,), (4,))], "hold 7 of the 8 elements of model/w"),
     ],
 )

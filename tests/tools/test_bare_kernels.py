@@ -49,7 +49,8 @@ def test_the_bare_kernels_have_the_loss_and_gradients_of_plain_torch() -> None:
 
 
 class ElementsTouched(TorchDispatchMode):
-    """Counts the elements of all tensors that operations read and write; views are neither."""
+    """Counts the elements of all tensors that operations read and write, in place once; views and tensors without
+    values yet are neither."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,9 +58,9 @@ class ElementsTouched(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
-        if not operation.is_view:
-            leaves = tree_leaves((args, kwargs, result))
-            self.count += sum(one.numel() for one in leaves if isinstance(one, torch.Tensor))
+        if not operation.is_view and "empty" not in str(operation):
+            leaves = {id(one): one for one in tree_leaves((args, kwargs, result)) if isinstance(one, torch.Tensor)}
+            self.count += sum(one.numel() for one in leaves.values())
         return result
 
 

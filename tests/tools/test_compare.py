@@ -65,7 +65,7 @@ def test_two_ranks_have_a_row_with_the_bytes_that_the_formula_gives() -> None:
     hidden, num_blocks = work.hidden_size, work.num_layers
     tables, block = (work.vocab_size + work.seq_length) * hidden, 12 * hidden**2 + 13 * hidden
     half_of_it = 4 * (tables + num_blocks * block + 2 * hidden) / 2 / 2**20  # what a ring of two ranks sends in fp32
-    assert sent == f"shard reduce-scatter {half_of_it:.2f}, shard all-gather {half_of_it:.2f}"
+    assert sent == f"shard reduce-scatter {half_of_it:.2f}, gather all-gather {half_of_it:.2f}"
 
 
 def test_each_layout_reads_every_sequence_of_a_step_once() -> None:
