@@ -1,4 +1,4 @@
-"""Which attention a run computes with: settled before the first step, and told in one line."""
+"""Which attention a run computes with: settled before the first step, and printed in one line."""
 
 from __future__ import annotations
 

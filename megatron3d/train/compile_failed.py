@@ -1,5 +1,5 @@
-"""A compilation that failed (`--compile`), as a sentence; told by the names of torch's errors, so that nothing here
-needs torch."""
+"""A compilation that failed (`--compile`), as a sentence; recognised by the names of torch's errors, so that nothing
+here needs torch."""
 
 from __future__ import annotations
 

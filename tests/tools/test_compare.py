@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron3d.errors import DataError
 from tools.bench import compare, scaling
@@ -97,6 +98,7 @@ def test_checkpoints_have_a_ratio_to_each_other_way_of_the_same_kind() -> None:
     )
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="the copies of torch 2.11's async_save fail on Python 3.11")
 @pytest.mark.heavy
 def test_the_stall_of_an_asynchronous_save_has_a_ratio_to_each_other() -> None:
     table = compare_stalls(5, num_rounds=1)

@@ -3,7 +3,8 @@
     python -m tests.train.fake_gpu '[["gpt", "triton", "--bf16 --zero-stage 3"], ...]'
 
 The device is that of `tools/bench/fake_gpu.py`. What a step reads back to the host, and what it copies between devices,
-is told within the pipeline's loop over micro-batches and outside of it. Prints one JSON document: what each case did.
+is counted within the pipeline's loop over micro-batches and outside of it. Prints one JSON document, an entry for each
+case.
 """
 
 from __future__ import annotations

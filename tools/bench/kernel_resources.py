@@ -64,7 +64,7 @@ class Launch:
 
     @property
     def label(self) -> str:
-        """What tells it from other launches of the kernel: dtypes of tensors, constants, warps."""
+        """What distinguishes it from other launches of the kernel: dtypes of tensors, constants, warps."""
         tensors = dict.fromkeys(kind[1:] for kind in self.signature.values() if kind.startswith("*"))
         settings = [f"{name}={_short(value)}" for name, value in self.constants.items() if name.isupper()]
         return ", ".join([*tensors, *settings, f"{self.options.get('num_warps', 4)} warps"])
