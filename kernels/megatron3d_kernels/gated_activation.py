@@ -78,7 +78,8 @@ def fused_gated_activation(
     if gate_up.shape[-1] % 2:
         raise KernelError(f"gate_up has an odd last dimension, {gate_up.shape[-1]}; it holds gate and up, 2F in all.")
     if selection.is_fused(GATED_ACTIVATION.name):
-        return _formula(*with_bias_gradient(gate_up, bias).chunk(2, dim=-1), kind)
+        gate, up = with_bias_gradient(gate_up, bias).chunk(2, dim=-1)
+        return _formula(gate, up, kind)
     return _FusedGated.apply(gate_up, bias, kind, selection.pick(GATED_ACTIVATION, gate_up))
 
 
