@@ -42,6 +42,7 @@ from tools.bench.gpu_options import add_options
 ROOT = Path(__file__).resolve().parents[2]
 PEAK_TFLOPS = 989.4  # dense bf16 of an H100 SXM (NVIDIA's data sheet), beside that of the device itself
 TOLERANCE = 2e-4  # of losses and norms in fp32, CPU against GPU: both sum in fp32, in different orders
+BF16_TOLERANCE = 5e-2  # of other roundings than those of plain bf16: of fp8, and of fused operations
 GPT = "--num-layers {L} --hidden-size {H} --num-attention-heads {N} --vocab-size {V}"
 LLAMA = (
     f"{GPT} --ffn-hidden-size {{FF}} --group-query-attention --num-query-groups {{G}} --swiglu "
@@ -267,6 +268,16 @@ def features(check: Check) -> Iterator[Finding]:
     off = float((total.cpu() - wanted).norm() / wanted.norm())
     inside = products.adds_in_fp32(check.device)
     yield {"weight_gradient_off": off, "summed_inside": inside, "ok": off < (1e-5 if inside else 1e-2)}
+    yield from _beside_bf16(check, ("--compile", "--fp8-format hybrid") if check.on_gpu else ("--fp8-format hybrid",))
+
+
+def _beside_bf16(check: Check, ways: tuple[str, ...]) -> Iterator[Finding]:
+    """Losses and norms of three steps in each way against those of plain bf16; how near they are is its rounding."""
+    plain = _numbers(check, LLAMA, check.device, more="--bf16")
+    for way in ways:
+        numbers = _numbers(check, LLAMA, check.device, more=f"--bf16 {way}")
+        worst = max(abs(x - y) / abs(x) for x, y in zip(plain, numbers, strict=True))
+        yield {"way": way, "worst_relative_to_bf16": worst, "ok": worst < BF16_TOLERANCE}
 
 
 def utilisation(check: Check) -> Iterator[Finding]:
