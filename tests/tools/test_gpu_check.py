@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.kernels.cases import CASES
+from tests.kernels.kernel_cases import DTYPES
 from tools.bench.gpu_check import LIMITS_S
-from tools.bench.gpu_parts import PARTS
+from tools.bench.gpu_parts import PARTS, kernel_cases, lines_that_wait
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = ("--device", "cpu", "--tiny", "--steps", "2")
@@ -52,8 +55,39 @@ def test_a_part_that_takes_too_long_costs_itself_alone(tmp_path: Path) -> None:
     assert found == [{"part": "ckpt", "error": "not done after 1 s"}, {"parts": {"ckpt": "timed out"}}]
 
 
+def test_what_waits_for_a_gpu_is_told_from_other_warnings() -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        # What torch 2.11's `set_sync_debug_mode` says when it is called, and what its mode says of a wait.
+        warnings.warn_explicit(
+            "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations",
+            UserWarning,
+            "gpu_parts.py",
+            1,
+        )
+        warnings.warn_explicit("called a synchronizing CUDA operation", UserWarning, "step.py", 108)
+    assert lines_that_wait(found) == ["step.py:108"]
+
+
 def test_every_part_has_a_time_limit() -> None:
     assert [*LIMITS_S] == [*PARTS]
+
+
+def test_a_kernel_that_fails_is_a_line_and_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("error 2 over 1")
+
+    monkeypatch.setitem(CASES, "broken", fail)
+    *lines, last = kernel_cases("reference", ["broken", "adam"], torch.device("cpu"), workers=1)
+    said = {"kernel": "broken", "implementation": "reference", "error": "error 2 over 1"}
+    assert lines == [said | {"dtype": name} for name in DTYPES]
+    assert last == {"implementation": "reference", "passed": len(DTYPES), "failed": len(DTYPES), "ok": False}
+
+
+@pytest.mark.slow
+def test_the_cases_of_kernels_run_in_several_processes() -> None:
+    (only,) = kernel_cases("reference", ["adam", "dropout_row_keys"], torch.device("cpu"), workers=2)
+    assert only == {"implementation": "reference", "passed": 2 * len(DTYPES), "failed": 0, "ok": True}
 
 
 @pytest.mark.slow

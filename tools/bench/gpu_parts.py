@@ -10,14 +10,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +47,8 @@ from tools.bench.gpu_options import add_options
 ROOT = Path(__file__).resolve().parents[2]
 PEAK_TFLOPS = 989.4  # dense bf16 of an H100 SXM (NVIDIA's data sheet), beside that of the device itself
 TOLERANCE = 2e-4  # of losses and norms in fp32, CPU against GPU: both sum in fp32, in different orders
+MOST_WORKERS = 8  # processes of the kernels' cases; each has a CUDA context of its own
+WAIT_WARNING = "called a synchronizing"  # what torch's warning of a wait for a GPU says
 BF16_TOLERANCE = 5e-2  # of other roundings than those of plain bf16: of fp8, and of fused operations
 GPT = "--num-layers {L} --hidden-size {H} --num-attention-heads {N} --vocab-size {V}"
 LLAMA = (
@@ -231,25 +238,56 @@ def synchronisations(check: Check) -> Iterator[Finding]:
         device.set_sync_debug_mode("warn")
         train_step(parts, batch, Rates(1e-4, 0.01), step=1)
         device.set_sync_debug_mode("default")
-    where = [f"{Path(one.filename).name}:{one.lineno}" for one in found]
-    yield {"waits": len(found), "where": where, "ok": len(found) <= 1}  # a step reads its losses and norm once
+    where = lines_that_wait(found)
+    yield {"waits": len(where), "where": where, "ok": len(where) <= 1}  # a step reads its losses and norm once
+
+
+def lines_that_wait(found: Iterable[warnings.WarningMessage]) -> list[str]:
+    """The lines of torch's warnings about waits, of all warnings: the mode that makes them warns of itself."""
+    return [f"{Path(one.filename).name}:{one.lineno}" for one in found if WAIT_WARNING in str(one.message)]
 
 
 def kernels(check: Check) -> Iterator[Finding]:
     """Every kernel, dtype and odd size against fp64: what `pytest -m gpu tests/kernels` checks, without pytest."""
     sys.path.insert(0, str(ROOT))
     from tests.kernels.cases import CASES
+
+    # A thousand forms of kernels are compiled, 0.15 s each on one core: too long for one process.
+    workers = min(MOST_WORKERS, os.cpu_count() or 1) if check.on_gpu else 1
+    for implementation in ("triton", "reference") if check.on_gpu else ("reference",):
+        yield from kernel_cases(implementation, list(CASES), check.device, workers)
+
+
+def kernel_cases(implementation: str, cases: Sequence[str], device: torch.device, workers: int) -> Iterator[Finding]:
+    """What fails in these cases, each as soon as it is known, and at last how many hold, by so many processes."""
+    outcome, passed, failed = partial(kernel_case, implementation, device), 0, 0
+    with ExitStack() as stack:
+        if workers > 1:  # by spawn: CUDA does not survive a fork
+            pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+            outcomes = stack.enter_context(pool).map(outcome, cases)
+        else:
+            outcomes = map(outcome, cases)
+        for held, failures in outcomes:
+            passed, failed = passed + held, failed + len(failures)
+            yield from failures
+    yield {"implementation": implementation, "passed": passed, "failed": failed, "ok": passed > 0 and not failed}
+
+
+def kernel_case(implementation: str, device: torch.device, case: str) -> tuple[int, list[Finding]]:
+    """In how many dtypes a case holds, and what fails in the others."""
+    sys.path.insert(0, str(ROOT))
+    from tests.kernels.cases import CASES
     from tests.kernels.kernel_cases import DTYPES
 
-    passed, failed = 0, []
-    for implementation in ("triton", "reference") if check.on_gpu else ("reference",):
-        for case, of_dtype in ((case, name) for case in CASES for name in DTYPES):
-            try:
-                CASES[case](check.device, DTYPES[of_dtype], Registry(implementation))
-                passed += 1
-            except Exception as error:  # one bad kernel does not hide the others
-                failed.append((implementation, case, of_dtype, str(error)[:160]))
-    yield {"passed": passed, "failed": len(failed), "first_failures": failed[:20], "ok": passed > 0 and not failed}
+    failures: list[Finding] = []
+    for name, dtype in DTYPES.items():
+        try:
+            CASES[case](device, dtype, Registry(implementation))
+        except Exception as error:  # one bad kernel does not hide the others
+            failures.append(
+                {"kernel": case, "implementation": implementation, "dtype": name, "error": str(error)[:160]}
+            )
+    return len(DTYPES) - len(failures), failures
 
 
 def features(check: Check) -> Iterator[Finding]:
