@@ -12,7 +12,6 @@ Source: Shazeer and Stern 2018, algorithms 4 and 5; torch's documentation says h
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,8 +90,7 @@ class Adafactor(FlatOptimizer):
                 self._to_direction(owned, one, own)
                 if owned.counts:
                     squares[number] = squared_norm(one.grad[owned.within])
-        weights = torch.stack([own[-1] for own in sums]).tolist()
-        norms = torch.stack(self.full.sum_over_ranks([*squares])).tolist()
+        weights, norms = [own[-1] for own in sums], self.full.sum_over_ranks([*squares])
         for owned, weight, square in zip(owned_slices, weights, norms, strict=True):
             if owned.flat is not None:
                 _apply(owned, by_parameter[owned.flat], weight, square)
@@ -170,10 +168,12 @@ def _fill_sums(sums: Tensor, owned: OwnedSlice, one: ParameterUpdate) -> None:
         sums[rows:-1].index_add_(0, block.columns, squares.sum(0).double())
 
 
-def _apply(owned: OwnedSlice, one: ParameterUpdate, weight_square: float, update_square: float) -> None:
-    """One step, from the squared norms of the whole parameter and of its whole direction."""
-    root = math.sqrt(owned.spec.numel)
-    rate = max(EPS2, math.sqrt(weight_square) / root) * min(one.lr, one.count**-0.5)
+def _apply(owned: OwnedSlice, one: ParameterUpdate, weight_square: Tensor, update_square: Tensor) -> None:
+    """One step, from the squared norms of the whole parameter and of its whole direction, which stay on the device."""
+    numel = owned.spec.numel
+    size = (weight_square / numel).sqrt().clamp_(min=EPS2)
+    excess = (update_square / numel).sqrt().clamp_(min=1.0)
+    rate = (size / excess).mul_(min(one.lr, one.count**-0.5)).float()
     value = one.value[owned.within]
     value.mul_(1.0 - one.lr * one.weight_decay)
-    value.add_(one.grad[owned.within], alpha=-rate / max(1.0, math.sqrt(update_square) / root))
+    value.sub_(one.grad[owned.within].mul_(rate))
