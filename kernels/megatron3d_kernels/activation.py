@@ -157,10 +157,11 @@ def _value_and_slope(x: tl.tensor, KIND: tl.constexpr) -> tuple[tl.tensor, tl.te
         value = x * sigmoid
         slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
     elif KIND == "relu":
-        value = tl.where(x > 0.0, x, 0.0)
-        slope = tl.where(x > 0.0, 1.0, 0.0)
+        # Compared so that NaN, which is not below zero either, stays visible.
+        value = tl.where(x <= 0.0, 0.0, x)
+        slope = tl.where(x <= 0.0, 0.0, 1.0)
     else:
-        positive = tl.where(x > 0.0, x, 0.0)
+        positive = tl.where(x <= 0.0, 0.0, x)
         value = positive * positive
         slope = 2.0 * positive
     return value, slope

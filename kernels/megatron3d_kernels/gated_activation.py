@@ -262,8 +262,9 @@ def _act_and_slope(gate: tl.tensor, KIND: tl.constexpr) -> tuple[tl.tensor, tl.t
         value = gate * phi_integral
         slope = phi_integral + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
     else:
-        slope = tl.where(gate > 0.0, 1.0, 0.0)
-        value = tl.where(gate > 0.0, gate, 0.0)
+        # Compared so that NaN, which is not below zero either, stays visible.
+        slope = tl.where(gate <= 0.0, 0.0, 1.0)
+        value = tl.where(gate <= 0.0, 0.0, gate)
     return value, slope
 
 
