@@ -69,15 +69,38 @@ def test_kernels_of_the_project_move_what_their_formulas_say() -> None:
     assert bytes_moved(rotary._rotary_kernel, arguments, constants | {"BLOCK_TAIL": 4}) == 2 * 128 + 2 * 12
 
 
-@pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    """Two models, counted in a process of their own."""
-    path = tmp_path_factory.mktemp("count") / "figures.json"
-    command = [sys.executable, "-m", "tools.bench.gpu_count", "gpt-1.3b", "llama-8b", "--json", str(path)]
+def counted(path: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+    """What the command counts, in a process of its own."""
+    command = [sys.executable, "-m", "tools.bench.gpu_count", *arguments, "--json", str(path)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "Estimated for one H100 SXM" in ended.stdout
     return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """Two models."""
+    return counted(tmp_path_factory.mktemp("count") / "figures.json", "gpt-1.3b", "llama-8b")
+
+
+@pytest.mark.slow
+def test_the_tables_of_the_documentation_are_what_is_counted(tmp_path: Path) -> None:
+    of_cases = counted(tmp_path / "all.json")
+    by_blocks = "--fp8-format e4m3 --fp8-recipe blockwise"
+    of_blocks = counted(tmp_path / "blocks.json", "llama-8b", "--flags", by_blocks)["llama-8b"]
+    pages = {name: (ROOT / "docs" / name).read_text() for name in ("gpu.md", "fp8.md")}
+    for name, found in of_cases.items():
+        assert cells_of(found) in pages["gpu.md"], name
+    for found in (of_blocks, *(of_cases[name] for name in of_cases if name == "llama-8b" or "fp8" in name)):
+        assert cells_of(found) in pages["fp8.md"]
+
+
+def cells_of(found: dict[str, Any]) -> str:
+    """The cells of a case in the tables: kernels, megabytes, times, and MFU at each rate."""
+    times = " + ".join(f"{value:.2f}" for value in found["estimates"]["mid"]["layer_ms"].values())
+    rates = " / ".join(f"{found['estimates'][rate]['layer_mfu']:.0f}" for rate in ("low", "mid", "high"))
+    return f" | {found['kernels']} | {found['elementwise_mb']:,} | {times} | {rates} % |"
 
 
 @pytest.mark.heavy
