@@ -164,7 +164,7 @@ class ZeroEngine:
         return sum_of_squares(counted, self.options.device)
 
     def scale_grads(self, factor: float) -> None:
-        """Multiply the reduced gradients, for clipping and for for a loss scale, where the optimizer does not."""
+        """Multiply the reduced gradients, for clipping and for a loss scale, where the optimizer does not."""
         if factor != 1.0:
             for unit in self.trained.values():
                 unit.own_grads.mul_(factor)
