@@ -99,6 +99,13 @@ class InertOptions:
             yield f"--tp-comm-overlap has no effect without {needs}"
         elif not parallel.tp_comm_overlap and parallel.tp_comm_overlap_chunks != chunks.default:
             yield f"{chunks.spelling} {parallel.tp_comm_overlap_chunks} has no effect without --tp-comm-overlap"
+        positions = self.config.model.seq_length // parallel.context_parallel_size
+        positions //= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        if parallel.overlap_chunks > positions:
+            yield (
+                f"{chunks.spelling} {parallel.tp_comm_overlap_chunks} is {positions} here: a rank has no more "
+                "positions of a micro-batch"
+            )
 
     def _sample_order(self) -> Iterator[str]:
         data, option = self.config.data, BY_NAME["mid_level_dataset_surplus"]

@@ -18,7 +18,7 @@ from megatron3d.comm.mesh import Mesh, make_mesh
 from megatron3d.comm.meter import Wait
 from megatron3d.comm.roll_call import RollCall, report
 from megatron3d.comm.waiting import CollectiveError, first_line, is_peer_failure, is_timeout
-from megatron3d.comm.watcher import Watcher, flight_record, flight_record_path, group_timeout
+from megatron3d.comm.watcher import Watcher, clear_flight_records, flight_record, flight_record_path, group_timeout
 from megatron3d.config.agreement import agreed_options
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError, Megatron3dError, PeerError, StopRequested
@@ -55,6 +55,7 @@ def joined(
     context.save = save
     if save and launch.rank == 0:
         context.ended_after = clear_exit_status(save)
+        clear_flight_records(Path(save))
     device = pick_device(parallel.device, local_rank=launch.local_rank, local_world_size=launch.local_world_size)
     set_fp32_precision(device, config.train.fp32_matmul_precision)
     limit = timedelta(minutes=parallel.distributed_timeout_minutes)

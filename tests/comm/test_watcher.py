@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from megatron3d.comm import watcher
 from megatron3d.comm.meter import Meter, Wait
 from megatron3d.comm.waiting import Waiting
-from megatron3d.comm.watcher import Watcher, group_timeout
+from megatron3d.comm.watcher import Watcher, clear_flight_records, flight_record_path, group_timeout
 
 
 def test_a_wait_of_the_host_is_known_while_it_lasts() -> None:
@@ -75,6 +76,15 @@ def test_a_closed_watcher_is_silent() -> None:
     with Waiting("all_gather", "tp", (0, 1), meter):
         time.sleep(0.2)
     assert heard == []
+
+
+def test_records_of_an_earlier_run_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    clear_flight_records(tmp_path / "absent")
+    for rank in (0, 7):
+        flight_record_path(tmp_path, rank).write_text("{}")
+    (tmp_path / "latest").write_text("3")
+    clear_flight_records(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
 
 
 def test_groups_of_nccl_outlast_the_watcher() -> None:

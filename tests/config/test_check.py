@@ -52,6 +52,13 @@ def test_the_base_run_has_no_problem_and_resolves() -> None:
     assert (run.parallel.world_size, run.parallel.data_parallel_size, run.parallel.zero_stage) == (4, 4, 0)
 
 
+@pytest.mark.parametrize("minutes", ["0", "-1", "1e9", "1e13"])
+def test_a_timeout_that_gloo_or_python_cannot_count_is_refused(minutes: str) -> None:
+    (problem,) = problems_of(f"--distributed-timeout-minutes {minutes}")
+    assert "--distributed-timeout-minutes" in problem and "above 0 and at most 525600" in problem
+    assert problems_of("--distributed-timeout-minutes 525600") == []
+
+
 def test_resolving_twice_is_resolving_once() -> None:
     config = run_with(
         "--swiglu --recompute-method uniform --use-distributed-optimizer --step-batch-size-schedule 0:8,1K:16"

@@ -47,6 +47,18 @@ def test_recipes_are_accepted(options: str) -> None:
             f"{FP8} --first-last-layers-bf16 --num-layers-at-start-in-bf16 3",
             ("keeps 3 + 1 layers", "--num-layers is 4", "keep fewer"),
         ),
+        (
+            f"{FP8} --first-last-layers-bf16 --num-layers-at-start-in-bf16 0 --num-layers-at-end-in-bf16 0",
+            ("--first-last-layers-bf16 keeps no layer", "leave it out"),
+        ),
+        (
+            f"{FP8} --first-last-layers-bf16 --num-layers-at-start-in-bf16 -1",
+            ("--num-layers-at-start-in-bf16 -1", "at least 0"),
+        ),
+        (
+            f"{FP8} --first-last-layers-bf16 --num-layers-at-end-in-bf16 -9",
+            ("--num-layers-at-end-in-bf16 -9", "at least 0"),
+        ),
         (f"{FP8} --ffn-hidden-size 520", ("--ffn-hidden-size 520", "multiple of 16", "use another size")),
         (
             f"{FP8} --fp8-recipe blockwise --tensor-model-parallel-size 4",

@@ -178,6 +178,7 @@ def test_a_rank_that_is_stuck_in_c_ends_with_the_rank_and_collective_it_waits_fo
     launcher: Launcher, tmp_path: Path
 ) -> None:
     argv = words(MOCK, "--distributed-timeout-minutes 0.05 --save", tmp_path)
+    (tmp_path / "flight_recorder_rank_1.json").write_text("of an earlier run")
     with launcher.job(argv, 2, fault=Fault(rank=0, step=3, kind="stuck")) as job:
         # gloo's wait of rank 1 ends first; rank 0, which no exception reaches, answers its roll call.
         assert job.wait(1, 0, timeout_s=PROMPT_S) == [6, 6]
@@ -190,6 +191,7 @@ def test_a_rank_that_is_stuck_in_c_ends_with_the_rank_and_collective_it_waits_fo
     assert status["code"] == 6 and "all_reduce over batch (ranks 0, 1)" in status["reason"] and status["step"] == 2
     record = json.loads((tmp_path / "flight_recorder_rank_0.json").read_text())
     assert any("all_reduce" in one["profiling_name"] for one in record["entries"])
+    assert not (tmp_path / "flight_recorder_rank_1.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,14 @@ def test_evaluation_that_nobody_wants_is_not_missed() -> None:
     assert lines("--train-iters 20 --split 99,1,0", test=False) == []
 
 
+@pytest.mark.parametrize(("more", "positions"), [("", 16), ("--sequence-parallel", 8)])
+def test_more_chunks_than_positions_are_said_to_be_fewer(more: str, positions: int) -> None:
+    options = f"--train-iters 20 --eval-interval 10 --save c --save-interval 5 --tensor-model-parallel-size 2 {more}"
+    assert lines(f"{options} --tp-comm-overlap --tp-comm-overlap-chunks {positions}", world_size=2) == []
+    (line,) = lines(f"{options} --tp-comm-overlap --tp-comm-overlap-chunks 64", world_size=2)
+    assert f"--tp-comm-overlap-chunks 64 is {positions} here" in line
+
+
 def test_fp8_on_a_cpu_is_said_to_save_no_time() -> None:
     (line,) = lines("--train-iters 20 --eval-interval 10 --save c --save-interval 5 --bf16 --fp8-format hybrid")
     assert line.startswith("--fp8-format hybrid saves no time on a CPU") and "multiplied in bf16" in line

@@ -20,6 +20,7 @@ from megatron3d.config.foreign.deepspeed_keys import (
     DIRECT,
     IMPLIED_BY_OPTIMIZER,
     IMPLIED_SCALE_POWER,
+    INSTEAD,
     NEEDED_OF_SCHEDULER,
     OPTIMIZERS,
     REFUSED,
@@ -205,7 +206,7 @@ class _Reader:
             self._found.lines.append(f"{self._path}: {name} is accepted without effect: {reason}.")
         elif name in SWITCHED_OFF.split():
             if isinstance(value, dict) and value.get("enabled"):
-                self._refuse(name, "enabled", "this is not in this version; leave it out")
+                self._refuse(name, "enabled", INSTEAD.get(name, "this is not in this version; leave it out"))
         elif isinstance(value, dict) and _is_object(name):
             for key, inner in _in_use(name, value).items():
                 self.read(f"{name}.{key}", inner)

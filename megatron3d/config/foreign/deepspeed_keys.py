@@ -87,6 +87,10 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 SWITCHED_OFF = """
     amp sparse_attention compression_training progressive_layer_drop eigenvalue
     elasticity autotuning torch_autocast hybrid_engine quantize_training nebula compile"""
+# What to write instead of one of them that is here in another way.
+INSTEAD: Mapping[str, str] = {
+    "compile": "DeepSpeed compiles the whole model; leave it out, and give --compile to have blocks compiled",
+}
 # Keys that ask for another arithmetic, with the values at which they do not.
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "sparse_gradients": ((False,), "gradients of tables are dense"),

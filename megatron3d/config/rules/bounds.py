@@ -72,12 +72,13 @@ BOUNDS: tuple[Bound, ...] = (
         "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples lr_warmup_tokens weight_decay start_weight_decay "
         "end_weight_decay clip_grad eval_iters ckpt_step seed num_workers eod_token num_token_types init_method_std "
         "curriculum_seed zero_prefetch_units profile_step_start moe_z_loss_coeff moe_min_capacity "
-        "sample_order_consumed mid_level_dataset_surplus mscale mscale_all_dim",
+        "sample_order_consumed mid_level_dataset_surplus mscale mscale_all_dim num_layers_at_start_in_bf16 "
+        "num_layers_at_end_in_bf16",
         at_least=0,
     ),
     Bound(
         "norm_epsilon rotary_base adam_eps loss_scale initial_loss_scale min_loss_scale peak_tflops "
-        "muon_extra_scale_factor pipeline_memory_limit_gb distributed_timeout_minutes exit_duration_in_mins "
+        "muon_extra_scale_factor pipeline_memory_limit_gb exit_duration_in_mins "
         "moe_router_topk_scaling_factor moe_router_bias_update_rate moe_expert_capacity_factor "
         "rotary_low_freq_factor rotary_high_freq_factor rotary_attention_factor yarn_beta_fast yarn_beta_slow",
         above=0,
@@ -90,6 +91,8 @@ BOUNDS: tuple[Bound, ...] = (
     ),
     Bound("rotary_percent curriculum_warmup_fraction", above=0, at_most=1),
     Bound("mask_prob", above=0, below=1),
+    # A year; gloo ends the process at 16,000 of them.
+    Bound("distributed_timeout_minutes", above=0, at_most=525_600),
     Bound("short_seq_prob fim_rate fim_spm_rate fim_fragment_rate", at_least=0, at_most=1),
 )
 

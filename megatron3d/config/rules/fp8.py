@@ -57,6 +57,11 @@ def _layer_problems(fp8: GivenFp8, num_layers: int | None) -> Iterator[str]:
     for flag, count in counts.items():
         if count != 1 and not fp8.first_last_layers_bf16:
             yield f"{flag} {count} counts the layers that --first-last-layers-bf16 keeps in bf16; give it too."
+    if fp8.first_last_layers_bf16 and start == end == 0:
+        yield (
+            "--first-last-layers-bf16 keeps no layer in bf16, as --num-layers-at-start-in-bf16 and "
+            "--num-layers-at-end-in-bf16 are 0; leave it out, or give one of them a layer."
+        )
     if fp8.first_last_layers_bf16 and num_layers and start + end >= num_layers:
         yield (
             f"--first-last-layers-bf16 keeps {start} + {end} layers in bf16, and --num-layers is {num_layers}, so none "
