@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron3d_kernels import products
-from megatron3d_kernels.launch import KernelError
+from megatron3d_kernels.launch import KernelError, sent
 
 LOOPED, BATCHED, GROUPED = "looped", "batched", "grouped"
 WAYS = (LOOPED, BATCHED, GROUPED)
@@ -167,7 +167,7 @@ def _looped_linear(
 
 def _grouped(x_RA: Tensor, weight_EAB: Tensor, counts: Sequence[int]) -> Tensor:
     """The rows of each layer times its matrix, [R, B]; torch's product refuses strides of 0."""
-    ends_E = torch.tensor(list(accumulate(counts)), device=x_RA.device, dtype=torch.int32)
+    ends_E = sent(torch.tensor(list(accumulate(counts)), dtype=torch.int32), x_RA.device)
     return F.grouped_mm(x_RA.contiguous(), weight_EAB, offs=ends_E)
 
 

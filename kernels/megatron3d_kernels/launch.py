@@ -81,6 +81,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.de
         kernel[grid](*arguments, **constants)
 
 
+def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device. A GPU copies it from pinned memory; from any other the host would wait for all
+    that is queued there."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """View x [..., H] as [rows, H] with neighbouring columns; a copy only where no such view exists."""
     num_columns = x.shape[-1]

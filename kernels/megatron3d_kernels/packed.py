@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron3d_kernels.launch import KernelError
+from megatron3d_kernels.launch import KernelError, sent
 from megatron3d_kernels.rectangles import Plan, Rectangle
 
 TORCH, FLASH_ATTN = "torch", "flash-attn"
@@ -52,7 +52,7 @@ def packed_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, plan: Plan,
     samples, _, length, _ = q_BNSD.shape
     of_samples = plan if len(plan) == samples else [plan[0]] * samples
     lengths = [len(document.queries) for document in chain.from_iterable(of_samples)]
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q_BNSD.device)
+    bounds = sent(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), q_BNSD.device)
     q_TND, k_TGD, v_TGD = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNSD, k_BGSD, v_BGSD))
     y_TND = KERNELS[kernel](q_TND, k_TGD, v_TGD, bounds, max(lengths))
     return y_TND.unflatten(0, (samples, length)).transpose(1, 2)

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron3d_kernels import rectangle_ops as ops
-from megatron3d_kernels.launch import KernelError
+from megatron3d_kernels.launch import KernelError, sent
 
 ROWS_TOGETHER = 64
 """Most queries of a call that small causal squares share."""
@@ -177,7 +177,7 @@ class _Call:
         if not self.lengths:
             return None
         device = q_BNRD.device
-        lengths = torch.tensor(self.lengths, device=device)
+        lengths = sent(torch.tensor(self.lengths), device)
         square_R = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=q_BNRD.shape[2])
         sees_RR = (square_R.unsqueeze(1) == square_R).tril_()
         return torch.zeros(sees_RR.shape, dtype=q_BNRD.dtype, device=device).masked_fill_(~sees_RR, -inf)

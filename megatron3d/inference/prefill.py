@@ -38,7 +38,7 @@ def chunks(start: int, stop: int, *, at_once: int, num_ranks: int) -> Iterator[t
 
 def cut_chunk(places: range, axis: Axis, device: torch.device) -> ContextShards:
     """Which places of a chunk this rank works on, the same of every sequence; counted from its beginning."""
-    return shards_of(ContextCut(_CUT, len(places), axis.size), axis.rank, is_causal=True).to(device)
+    return shards_of(ContextCut(_CUT, len(places), axis.size), axis.rank, is_causal=True).sent_to(device)
 
 
 def plan_of_chunk(shards: ContextShards, places: range, padding: Sequence[int]) -> Plan:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron3d.comm import collectives, typed
+from megatron3d.comm.device import sent as on_device
 from megatron3d.comm.mesh import Axis
 from megatron3d.comm.replay import Replay
 
@@ -166,7 +167,7 @@ def _by_expert(by_source: Sequence[Sequence[int]], device: torch.device) -> Tens
         for number in range(each)
         for source in range(len(by_source))
     ]
-    return torch.cat(stretches).to(device)
+    return on_device(torch.cat(stretches), device)
 
 
 def _inverse(order_R: Tensor) -> Tensor:

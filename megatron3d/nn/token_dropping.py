@@ -31,6 +31,7 @@ import torch
 from megatron3d_kernels.dropout import child_keys
 from torch import Tensor
 
+from megatron3d.comm.device import sent
 from megatron3d.config.random_ltd import NUM_STRATA
 from megatron3d.nn.documents import kept_rectangles
 from megatron3d.nn.inputs import LayerInputs
@@ -152,7 +153,7 @@ def on_kept_positions(
                 inputs = replace(inputs, rectangles=kept_rectangles(inputs.rectangles, on_host_BR))
             if inputs.shards is not None:
                 left, rows_BR = inputs.shards.of_kept(on_host_BR)
-                inputs, kept_BR = replace(inputs, shards=left.to(x_SBH.device)), rows_BR.to(x_SBH.device)
+                inputs, kept_BR = replace(inputs, shards=left.sent_to(x_SBH.device)), sent(rows_BR, x_SBH.device)
         first = length * context.tp.rank if shards > 1 else 0
         rows_K = _rows(context.local_sequence(kept_BR.t()) - first)
         y_RBH = layer(_Keep.apply(x_SBH, rows_K), _of_kept(inputs, kept_BR, length * shards))

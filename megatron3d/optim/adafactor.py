@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron3d_kernels.launch import sent
 from torch import Tensor, nn
 
 from megatron3d.config.sections.optim import OptimConfig
@@ -127,7 +128,7 @@ class _Block:
 def _block_of(owned: OwnedSlice, *, device: torch.device) -> _Block:
     spec = owned.spec
     width = spec.local_shape(owned.tp)[1]
-    rows, columns = (_numbers(owned, dim).to(device) for dim in (0, 1))
+    rows, columns = (sent(_numbers(owned, dim), device) for dim in (0, 1))
     first, last = owned.start // width, -(-owned.stop // width)
     return _Block(rows[first:last], columns, owned.start - first * width)
 

@@ -242,7 +242,7 @@ class StageRun:
         if parallel.context_parallel_size == 1:
             return None
         cut = ContextCut(parallel.context_cut, model.seq_length, parallel.context_parallel_size)
-        return shards_of(cut, rank=0, is_causal=model.is_causal).to(device)
+        return shards_of(cut, rank=0, is_causal=model.is_causal).sent_to(device)
 
     def _token_dropping(self) -> TokenDropping | None:
         """Random-LTD with as many positions as the run keeps at its end, when they are most; None where all are kept,

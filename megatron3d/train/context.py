@@ -53,7 +53,7 @@ class ContextCutter:
         return part, self._inputs(part, shards, device)
 
     def _inputs(self, part: Samples, shards: ContextShards, device: torch.device) -> dict[str, Any]:
-        on_device = shards.to(device)
+        on_device = shards.sent_to(device)
         inputs: dict[str, Any] = {"shards": on_device, "attention_mask_BST": None}
         if not (isinstance(part, GPTBatch) and part.position_ids_BS is not None):
             inputs["position_ids_BS"] = on_device.positions_BL

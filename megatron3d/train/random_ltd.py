@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from megatron3d.comm.device import sent
 from megatron3d.config.random_ltd import dropping_layers, positions_kept
 from megatron3d.config.sections.model import ModelConfig
 from megatron3d.config.sections.parallel import ParallelConfig
@@ -110,7 +111,7 @@ class OwnRouter:
                     f"{self._called(layer, sample)} keeps {len(row)} positions, and {expected} of sample 0; keep as "
                     "many of every sample in a layer and step."
                 )
-        return torch.tensor(rows, dtype=torch.int64, device=device)
+        return sent(torch.tensor(rows, dtype=torch.int64), device)
 
     def _checked(self, layer: int, sample: int, length: int) -> list[int]:
         """The positions of one sample."""

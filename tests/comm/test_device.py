@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
 from megatron3d.comm.device import pick_device, sent, set_fp32_precision
 from megatron3d.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -57,3 +63,35 @@ def test_what_is_sent_to_a_gpu_is_pinned_first_and_nothing_waits_for_the_copy(mo
     seen.clear()
     sent(x, torch.device("cpu"))
     assert seen == [("cpu", {"non_blocking": True})]
+
+
+ROOMS_OF_A_STEP = ("kernels/megatron3d_kernels", *(f"megatron3d/{room}" for room in ("nn", "moe", "tensor", "models")))
+FILES_OF_A_STEP = ("megatron3d/train/step.py", "megatron3d/train/random_ltd.py", "megatron3d/optim/adafactor.py")
+
+
+def test_what_the_host_has_goes_to_a_device_without_a_wait_for_it() -> None:
+    files = [path for room in ROOMS_OF_A_STEP for path in (ROOT / room).rglob("*.py")]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {call}"
+        for path in (*files, *(ROOT / name for name in FILES_OF_A_STEP))
+        if path.name not in ("bench.py", "launch.py")
+        for line, call in waiting_copies(path.read_text())
+    ]
+    assert not found, f"{found}: a GPU is waited for; use `sent`"
+
+
+def test_a_copy_that_waits_is_known_by_its_source() -> None:
+    source = "a = torch.tensor([1], device=x.device)\nb = rows.to(device)\nc = torch.tensor([1])\nd = sent(c, device)"
+    assert [line for line, _ in waiting_copies(source)] == [1, 2]
+
+
+def waiting_copies(source: str) -> Iterator[tuple[int, str]]:
+    """Calls that make a tensor of Python's numbers on a device, or bring one there by `to`, with their lines."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        makes = node.func.attr in ("tensor", "as_tensor") and any(given.arg == "device" for given in node.keywords)
+        where = ast.unparse(node.args[0]) if node.args else ""
+        brings = node.func.attr == "to" and where.rpartition(".")[2] == "device"
+        if makes or brings:
+            yield node.lineno, ast.unparse(node)

@@ -14,6 +14,7 @@ import torch
 from megatron3d_kernels.rectangles import Plan
 from torch import Tensor
 
+from megatron3d.comm.device import sent
 from megatron3d.nn.context.between import rectangles_between
 from megatron3d.nn.context.cut import Run, Runs, positions_of
 
@@ -31,9 +32,9 @@ class ExchangePlan:
     order_BAs: Tensor
     by_group: tuple[Plan, ...]
 
-    def to(self, device: torch.device) -> ExchangePlan:
+    def sent_to(self, device: torch.device) -> ExchangePlan:
         """The same with its tensor on a device."""
-        return ExchangePlan(self.order_BAs.to(device, non_blocking=True), self.by_group)
+        return ExchangePlan(sent(self.order_BAs, device), self.by_group)
 
 
 def plan_exchange(runs: Sequence[Runs], *, rank: int, group_size: int, is_causal: bool) -> ExchangePlan:

@@ -19,6 +19,7 @@ from megatron3d_kernels.rectangles import Plan, Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron3d.comm.device import sent
 from megatron3d.errors import ConfigError
 from megatron3d.nn.context.cut import ContextCut, Run, Runs, documents_of, places_of, positions_of
 from megatron3d.nn.context.plan import ExchangePlan, plan_exchange
@@ -61,7 +62,7 @@ class ContextShards:
         """What ranks need to know that exchange heads in groups of this size and pass keys round between groups."""
         if group_size not in self._exchange_plans:
             plan = plan_exchange(self.runs, rank=self.rank, group_size=group_size, is_causal=self.is_causal)
-            self._exchange_plans[group_size] = plan.to(self.positions_BL.device)
+            self._exchange_plans[group_size] = plan.sent_to(self.positions_BL.device)
         return self._exchange_plans[group_size]
 
     def of_kept(self, kept_BK: Tensor) -> tuple[ContextShards, Tensor]:
@@ -86,9 +87,9 @@ class ContextShards:
         shards = _shards(runs, self.rank, is_causal=self.is_causal)
         return shards, torch.from_numpy(np.stack([rows[self.rank] for _, rows in kept]))
 
-    def to(self, device: torch.device) -> ContextShards:
-        """The same with its tensors on `device`; copies from pinned memory do not block the host."""
-        positions_BL, places_BS = (x.to(device, non_blocking=True) for x in (self.positions_BL, self.places_BS))
+    def sent_to(self, device: torch.device) -> ContextShards:
+        """The same with its tensors on `device`; the host waits for nothing."""
+        positions_BL, places_BS = (sent(x, device) for x in (self.positions_BL, self.places_BS))
         return replace(self, positions_BL=positions_BL, places_BS=places_BS)
 
 
