@@ -15,7 +15,7 @@ def test_bench_on_cpu_says_that_triton_is_not_used_and_times_the_references(caps
     assert lines[0] == "cpu, float32, median of 1; default: reference"
     assert lines[1].startswith("Triton is not used here: ")
     timed = {line.split("  ")[0]: float(line.split()[-1]) for line in lines[3:]}
-    assert len(timed) == 10
+    assert len(timed) == 11
     assert min(timed.values()) > 0
 
 

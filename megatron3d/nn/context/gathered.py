@@ -51,24 +51,30 @@ class _GatheredAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_BNLD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, context: LayerContext, shards: ContextShards
     ) -> Tensor:
-        own_LKBGD = torch.stack((k_BGLD, v_BGLD)).movedim(3, 0).contiguous()
-        gathered_SKBGD = context.replay.run(lambda: _gathered(own_LKBGD, context, shards))
+        gathered_SKBGD = context.replay.run(lambda: _gathered(_joined(k_BGLD, v_BGLD), context, shards))
         k_BGSD, v_BGSD = _keys_and_values(gathered_SKBGD)
         y_BNLD, log_sum_BNL = rectangles.forward(q_BNLD, k_BGSD, v_BGSD, shards.plan_of_gathered)
-        kept = own_LKBGD if context.exchange.gathers_again else gathered_SKBGD
-        ctx.save_for_backward(q_BNLD, kept, y_BNLD, log_sum_BNL)
+        # Queries, keys and values lie in one tensor, so that to keep one of them by itself takes a copy.
+        if context.exchange.gathers_again:
+            kept: tuple[Tensor, ...] = (q_BNLD, k_BGLD, v_BGLD)
+        else:
+            kept = (q_BNLD.clone(), gathered_SKBGD)
+        ctx.save_for_backward(y_BNLD, log_sum_BNL, *kept)
         ctx.context, ctx.shards = context, shards
         return y_BNLD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BNLD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q_BNLD, kept, y_BNLD, log_sum_BNL = ctx.saved_tensors
+        y_BNLD, log_sum_BNL, q_BNLD, *kept = ctx.saved_tensors
         context: LayerContext = ctx.context
         shards: ContextShards = ctx.shards
         # What has the length of whole samples goes as soon as it was used, so that never more than three such tensors
         # of keys and values, or their gradients, are there at once.
-        k_BGSD, v_BGSD = _keys_and_values(_gathered(kept, context, shards) if context.exchange.gathers_again else kept)
+        if context.exchange.gathers_again:
+            k_BGSD, v_BGSD = _keys_and_values(_gathered(_joined(*kept), context, shards))
+        else:
+            k_BGSD, v_BGSD = _keys_and_values(*kept)
         of_scores = (grad_BNLD, q_BNLD, k_BGSD, v_BGSD, y_BNLD, log_sum_BNL)
         dq_BNLD, *of_keys = rectangles.backward(*of_scores, plan=shards.plan_of_gathered)
         del k_BGSD, v_BGSD, of_scores
@@ -80,7 +86,12 @@ def gathered_keys(
     k_BGLD: Tensor, v_BGLD: Tensor, context: LayerContext, shards: ContextShards
 ) -> tuple[Tensor, Tensor]:
     """Keys and values [B, G, S, D] of all ranks, in the order of the sample, without gradients."""
-    return _keys_and_values(_gathered(torch.stack((k_BGLD, v_BGLD)).movedim(3, 0).contiguous(), context, shards))
+    return _keys_and_values(_gathered(_joined(k_BGLD, v_BGLD), context, shards))
+
+
+def _joined(k_BGLD: Tensor, v_BGLD: Tensor) -> Tensor:
+    """Keys and values as they are sent, [L, K, B, G, D]."""
+    return torch.stack((k_BGLD, v_BGLD)).movedim(3, 0).contiguous()
 
 
 def _keys_and_values(both_SKBGD: Tensor) -> tuple[Tensor, Tensor]:

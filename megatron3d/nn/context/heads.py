@@ -37,7 +37,8 @@ def to_heads(
     N divides by the ranks of `heads`, and of G and these ranks one divides the other.
     """
     if heads.size == 1:
-        return q_BNsD, torch.stack((k_BGsD, v_BGsD))
+        # Queries lie in one tensor with keys and values, which would be kept with them.
+        return q_BNsD.clone(), torch.stack((k_BGsD, v_BGsD))
     return _ToHeads.apply(q_BNsD, k_BGsD, v_BGsD, order_BAs, heads, replay)
 
 
