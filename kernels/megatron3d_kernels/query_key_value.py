@@ -183,7 +183,19 @@ def _triton(grads: Heads, rotation: Rotation | None, grad_SBO: torch.Tensor, wan
 
 
 @jit
-def _load_of_heads(
+def partners(columns: tl.tensor, half: tl.tensor, INTERLEAVED: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Of each column of a head: whether it is the first of its rotary pair, which pair, and the other's column."""
+    if INTERLEAVED:
+        is_first, pair = columns % 2 == 0, columns // 2
+        partner = tl.where(is_first, columns + 1, columns - 1)
+    else:
+        is_first, pair = columns < half, tl.where(columns < half, columns, columns - half)
+        partner = tl.where(is_first, columns + half, columns - half)
+    return is_first, pair, partner
+
+
+@jit
+def load_of_heads(
     q_row: tl.tensor,
     k_row: tl.tensor,
     v_row: tl.tensor,
@@ -246,12 +258,7 @@ def _gradient_kernel(
     num_heads = num_queries + 2 * num_keys
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (heads < num_heads) & (columns < head_size)
-    if INTERLEAVED:
-        is_first, pair = columns % 2 == 0, columns // 2
-        partner = tl.where(is_first, columns + 1, columns - 1)
-    else:
-        is_first, pair = columns < half, tl.where(columns < half, columns, columns - half)
-        partner = tl.where(is_first, columns + half, columns - half)
+    is_first, pair, partner = partners(columns, half, INTERLEAVED)
     in_pairs = columns < 2 * half
     turns = in_pairs & (heads < num_queries + num_keys)  # values are not turned
     total = tl.zeros((BLOCK_HEADS, BLOCK), dtype=tl.float32)
@@ -262,11 +269,11 @@ def _gradient_kernel(
         q_row = q_ptr + b * q_stride_b + s * q_stride_s
         k_row = k_ptr + b * k_stride_b + s * k_stride_s
         v_row = v_ptr + b * v_stride_b + s * v_stride_s
-        grad = _load_of_heads(
+        grad = load_of_heads(
             q_row, k_row, v_row, heads, columns, inside, num_queries, num_keys, q_stride_n, k_stride_n, v_stride_n
         )
         if ROTATES:
-            other = _load_of_heads(
+            other = load_of_heads(
                 q_row, k_row, v_row, heads, partner, turns, num_queries, num_keys, q_stride_n, k_stride_n, v_stride_n
             )
             angle = b * angle_stride_b + s * angle_stride_s + pair * angle_stride_r

@@ -22,6 +22,7 @@ from megatron3d_kernels.fp8 import Operand
 from megatron3d_kernels.gated_activation import fused_gated_activation, gated_activation, swiglu
 from megatron3d_kernels.launch import TRITON, TritonSupport
 from megatron3d_kernels.layer_norm import layer_norm
+from megatron3d_kernels.query_key_norm import HeadNorms, normalised_query_key_value
 from megatron3d_kernels.query_key_value import Heads, query_key_value
 from megatron3d_kernels.residual_norm import Pair, RowNorm, added_norm, forked_norm, writes_copies
 from megatron3d_kernels.rms_norm import rms_norm
@@ -280,6 +281,21 @@ class Registry(Selection):
     ) -> Heads:
         """Views of a projection's output, turned in place; see `query_key_value.query_key_value`."""
         return query_key_value(qkv_SBO, heads, rotary, interleaved=interleaved, bias=bias, selection=self)
+
+    def normalised_query_key_value(
+        self,
+        qkv_SBO: torch.Tensor,
+        heads: tuple[int, int],
+        norms: HeadNorms,
+        rotary: Angles | None = None,
+        *,
+        interleaved: bool = False,
+        bias: torch.Tensor | None = None,
+    ) -> Heads:
+        """The same with normalised queries and keys; see `query_key_norm.normalised_query_key_value`."""
+        return normalised_query_key_value(
+            qkv_SBO, heads, norms, rotary, interleaved=interleaved, bias=bias, selection=self
+        )
 
     def local_max(self, logits: torch.Tensor, num_valid: int) -> torch.Tensor:
         """Largest valid logit of each row of a vocabulary shard; see `cross_entropy.local_max`."""

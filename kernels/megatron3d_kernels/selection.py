@@ -31,6 +31,7 @@ KERNEL_NAMES = (
     "gated_activation",
     "rotary",
     "query_key_value",
+    "query_key_norm",
     "cross_entropy",
     "adam",
     "fp8_cast",

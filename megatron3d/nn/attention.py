@@ -27,7 +27,7 @@ from megatron3d.nn.attention_core import Masking, ProbabilityDropout, attend
 from megatron3d.nn.context.gathered import gathered_keys
 from megatron3d.nn.context.kinds import context_attention
 from megatron3d.nn.inputs import LayerInputs
-from megatron3d.nn.norm import Norm, ShardedRMSNorm, sharded_rms_norms
+from megatron3d.nn.norm import Norm, ShardedRMSNorm, head_norms, sharded_rms_norms
 from megatron3d.nn.recompute import recomputed
 from megatron3d.params.spec import Init
 from megatron3d.tensor.context import LayerContext
@@ -99,25 +99,27 @@ class SelfAttention(nn.Module):
     def _heads(self, x_SBH: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, N, S, D], keys and values [B, G, S, D], normalised and turned as the model says."""
         config, kernels = self.config, self.context.kernels
-        if config.qk_layernorm_across_heads or self.context.kv is not None:
-            q_SBO, k_SBO, v_SBO = self._parts(x_SBH)
-            q, k, v = (part_SBO.unflatten(-1, (-1, config.kv_channels)) for part_SBO in (q_SBO, k_SBO, v_SBO))
-            q, k, v = (x_SBND.permute(1, 2, 0, 3) for x_SBND in (q, k, v))
-        else:
-            rotary = None if config.qk_layernorm else inputs.rotary
-            qkv_SBO = self.qkv(x_SBH, own_bias_gradient=False)
-            heads = (self.local_parts[0] // config.kv_channels, self.local_parts[1] // config.kv_channels)
-            q, k, v = kernels.query_key_value(
-                qkv_SBO, heads, rotary, interleaved=config.rotary_interleaved, bias=self.qkv.bias
-            )
-            if not config.qk_layernorm:
-                return q, k, v
+        if not config.qk_layernorm_across_heads and self.context.kv is None:
+            return self._fused_heads(self.qkv(x_SBH, own_bias_gradient=False), inputs)
+        q_SBO, k_SBO, v_SBO = self._parts(x_SBH)
+        q, k, v = (part_SBO.unflatten(-1, (-1, config.kv_channels)) for part_SBO in (q_SBO, k_SBO, v_SBO))
+        q, k, v = (x_SBND.permute(1, 2, 0, 3) for x_SBND in (q, k, v))
         if config.qk_layernorm and not config.qk_layernorm_across_heads:
             q, k = self.query_norm(q), self.key_norm(k)
         if inputs.rotary is not None:
             cos, sin = inputs.rotary
             q, k = (kernels.apply_rotary(x, cos, sin, config.rotary_interleaved) for x in (q, k))
         return q, k, v
+
+    def _fused_heads(self, qkv_SBO: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of the projection's output, whose bias gets its gradient here."""
+        config, kernels, rotary, bias = self.config, self.context.kernels, inputs.rotary, self.qkv.bias
+        interleaved = config.rotary_interleaved
+        heads = (self.local_parts[0] // config.kv_channels, self.local_parts[1] // config.kv_channels)
+        if not config.qk_layernorm:
+            return kernels.query_key_value(qkv_SBO, heads, rotary, interleaved=interleaved, bias=bias)
+        norms = head_norms(self.query_norm, self.key_norm)
+        return kernels.normalised_query_key_value(qkv_SBO, heads, norms, rotary, interleaved=interleaved, bias=bias)
 
     def _parts(self, x_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three outputs of the projection, [S, B, O] each, normalised across heads and gathered over `kv`."""

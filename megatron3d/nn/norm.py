@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from megatron3d_kernels.dropout import RowDropout
+from megatron3d_kernels.query_key_norm import HeadNorms
 from megatron3d_kernels.residual_norm import RowNorm
 from torch import Tensor, nn
 
@@ -68,6 +69,13 @@ class Norm(ParallelModule):
     def _scale(self) -> Tensor:
         # The sum is made in fp32: 1 + w in 16 bits would round away what storing w keeps.
         return self.weight.float() + 1 if self.is_stored_less_one else self.weight
+
+
+def head_norms(queries: nn.Module, keys: nn.Module) -> HeadNorms:
+    """Two norms of heads, for the kernel that has queries and keys at hand together."""
+    assert isinstance(queries, Norm) and isinstance(keys, Norm)
+    biases = None if queries.bias is None or keys.bias is None else (queries.bias, keys.bias)
+    return HeadNorms((queries._scale(), keys._scale()), biases, queries.epsilon, queries.is_rms)
 
 
 class ShardedRMSNorm(ParallelModule):

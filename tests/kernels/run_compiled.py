@@ -21,6 +21,7 @@ from megatron3d_kernels.dropout import RowDropout
 from megatron3d_kernels.fp8 import E4M3, E5M2
 from megatron3d_kernels.fp8_cast import Orientations
 from megatron3d_kernels.launch import TRITON, TritonSupport
+from megatron3d_kernels.query_key_norm import HeadNorms
 from megatron3d_kernels.residual_norm import RowNorm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -86,6 +87,7 @@ def use_all_kernels(registry: Registry, dtype: torch.dtype, width: int) -> None:
         for one in (None, bias):
             registry.activation(x, kind, bias=one).backward(torch.ones_like(x))
     use_query_key_value(registry, dtype, width)
+    use_head_norms(registry, dtype, width)
     for interleaved in (False, True):
         for rotated, heads in ((width, 1), (width // 2, 3)):
             q, angles = torch.randn(1, heads, 4, width, dtype=dtype, requires_grad=True), torch.randn(4, rotated // 2)
@@ -128,6 +130,21 @@ def use_query_key_value(registry: Registry, dtype: torch.dtype, width: int) -> N
             leaf = torch.randn(4, 2, 5 * width, dtype=dtype, requires_grad=True)
             heads = registry.query_key_value(leaf * 1, (3, 1), rotary, interleaved=interleaved, bias=bias)
             torch.autograd.backward(heads, [torch.ones_like(one) for one in heads])
+
+
+def use_head_norms(registry: Registry, dtype: torch.dtype, width: int) -> None:
+    """The same with norms of heads of `width`, whose parameters are frozen or not."""
+    frozen, free = torch.ones(width), torch.ones(width, requires_grad=True)
+    kinds = (HeadNorms((free, free), (free, free), 1e-5, False), HeadNorms((frozen, frozen), None, 1e-5, True))
+    bias = torch.ones(5 * width, dtype=dtype, requires_grad=True)
+    for rotated, interleaved, norms in product((0, width), (False, True), kinds):
+        angles = torch.randn(4, rotated // 2)
+        rotary = (angles, angles) if rotated // 2 else None
+        leaf = torch.randn(4, 2, 5 * width, dtype=dtype, requires_grad=True)
+        for one in (None, bias):
+            arguments = (leaf, (3, 1), norms, rotary)
+            heads = registry.normalised_query_key_value(*arguments, interleaved=interleaved, bias=one)
+            torch.autograd.backward(heads, [torch.ones_like(head) for head in heads])
 
 
 def use_fp8_kernels(registry: Registry, dtype: torch.dtype, width: int) -> None:

@@ -16,6 +16,7 @@ from megatron3d_kernels import (
     activation,
     gated_activation,
     layer_norm,
+    query_key_norm,
     query_key_value,
     residual_norm,
     rms_norm,
@@ -38,7 +39,7 @@ if __name__ == "__main__":
     # Fewer programs than rows, so that the few rows an interpreter can bear make a program loop over several.
     for file in (layer_norm, residual_norm, rms_norm):
         file.BACKWARD_PROGRAMS = 4
-    for file in (activation, gated_activation, query_key_value):
+    for file in (activation, gated_activation, query_key_norm, query_key_value):
         file.SUM_PROGRAMS = 4
     json.dump(
         {f"{case}-{dtype}": outcome(case, dtype) for case in sys.argv[1:] or CASES for dtype in DTYPES}, sys.stdout

@@ -38,7 +38,7 @@ def test_no_kernel_of_a_llama_of_hidden_size_4096_spills(tmp_path: Path) -> None
     found = rows(tmp_path, "llama-8b", "--arch", "90")
     require_no_spills(found)
     names = {str(row["kernel"]).split(".")[0] for row in found}
-    assert {"rms_norm", "gated_activation", "rotary"} <= names
+    assert {"rms_norm", "gated_activation", "query_key_norm"} <= names
 
 
 @pytest.mark.slow

@@ -139,3 +139,13 @@ def test_a_block_on_a_gpu_keeps_the_bytes_of_the_formula() -> None:
     tokens = samples * length
     expected = 32 * tokens * hidden + 4 * tokens * config.model.num_attention_heads + 16 * tokens
     assert kept[1] - kept[0] == expected
+
+
+def test_norms_of_heads_on_a_gpu_keep_one_more_tensor_of_queries_and_keys() -> None:
+    """Those that attention reads, beside the projection's output; nothing of the statistics."""
+    kept = []
+    for flags in ("", "--qk-layernorm"):
+        config = config_of(f"{GPT} {NO_DROPOUT} --bf16 {flags}", 1)
+        kept.append(activation_bytes(config, StagePart(range(1), False, False), device_type="cuda"))
+    tokens = config.train.micro_batch_size * config.model.seq_length
+    assert kept[1] - kept[0] == 2 * 2 * tokens * config.model.hidden_size
