@@ -38,7 +38,7 @@ from tools.bench.tables import Table, write_tables
 from tools.bench.training_runs import ROOT, tokenized
 
 PAGE = ROOT / "docs" / "fp8.md"
-VOCAB_SIZE, BATCH, LR, WARMUP, WEIGHT_DECAY = 1024, 8, 2e-3, 20, 0.1
+VOCAB_SIZE, BATCH, LR, WARMUP, WEIGHT_DECAY = 1024, 8, 1e-3, 20, 0.1
 LAST = 20  # steps whose training losses are averaged
 COMMON = (
     "--num-layers 2 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 2 --position-embedding-type rope "
