@@ -421,7 +421,8 @@ def _backward_kernel(
     for row_index in range(program, num_rows, num_programs):
         row = tl.cast(row_index, tl.int64)
         s, b = row // batch, row % batch
-        q_row, k_row = q_ptr + b * q_stride_b + s * q_stride_s, k_ptr + b * k_stride_b + s * k_stride_s
+        q_row = q_ptr + b * q_stride_b + s * q_stride_s
+        k_row = k_ptr + b * k_stride_b + s * k_stride_s
         v_row = v_ptr + b * v_stride_b + s * v_stride_s
         grad = load_of_heads(
             q_row, k_row, v_row, heads, columns, inside, num_queries, num_keys, q_stride_n, k_stride_n, v_stride_n
