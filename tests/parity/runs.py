@@ -42,6 +42,8 @@ MODELS = {
     "gpt2-deep": "--num-layers 8",
     "gpt2-untied": "--untie-embeddings-and-output-weights",
     "gpt2-1p": "--apply-layernorm-1p",
+    # With rotary positions: without them no score depends on the bias of the keys' norm, and its gradient is noise.
+    "gpt2-1p-heads": "--apply-layernorm-1p --qk-layernorm --position-embedding-type rope",
     "gpt2-words": "--vocab-size 1029",  # whose table stage 3 of ZeRO cuts into blocks of rows
     "gpt2-mqa": "--group-query-attention",
     "llama": (

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs the triton package")
 TRITON = "--kernels triton"
 NUM_STEPS = 2  # the interpreter takes a minute for four: gradients, and losses before and after an update
 CASES = [
-    Case("gpt2-1p", Layout(), TRITON, NUM_STEPS),
+    Case("gpt2-1p-heads", Layout(), TRITON, NUM_STEPS),
     Case("llama", Layout(), TRITON, NUM_STEPS),
     Case("gpt2-drops", Layout(tp=2), f"{TRITON} --sequence-parallel --recompute-granularity full", NUM_STEPS),
     Case("llama-gqa", Layout(dp=2), f"{TRITON} --zero-stage 3", NUM_STEPS),
