@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from megatron3d.comm.meter import Meter, Wait
-from megatron3d.errors import StorageError
 
 POLL_S = 0.5
 GRACE_S = 3.0  # for backends that raise by themselves, whose error says more
@@ -65,20 +64,11 @@ def flight_record() -> bytes:
     return b""
 
 
-def clear_flight_records(directory: Path) -> None:
-    """Remove the records of an earlier run from its --save directory, which are no answer to how this one ends.
-
-    Raises: StorageError if one is there and cannot be removed.
-    """
-    for path in directory.glob("flight_recorder_rank_*.json"):
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"{path} of an earlier run cannot be removed: {error.strerror}; make --save writable or name another."
-            ) from error
-
-
 def flight_record_path(directory: Path, rank: int) -> Path:
     """Where that of a rank is written, in the --save directory."""
     return directory / f"flight_recorder_rank_{rank}.json"
+
+
+def flight_record_paths(directory: Path) -> list[Path]:
+    """Those that are there, of this run or of an earlier one."""
+    return sorted(directory.glob("flight_recorder_rank_*.json"))

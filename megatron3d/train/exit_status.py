@@ -80,13 +80,21 @@ def clear_exit_status(directory: str | Path) -> int | None:
     """
     path = Path(directory) / FILE_NAME
     step = _step_in(path)
+    remove_of_earlier_run(path)
+    return step
+
+
+def remove_of_earlier_run(path: Path) -> None:
+    """Remove a file of how an earlier run ended, which is no answer to how this one ends.
+
+    Raises: StorageError if it is there and cannot be removed.
+    """
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
             f"{path} of an earlier run cannot be removed: {error.strerror}; make --save writable or name another."
         ) from error
-    return step
 
 
 def _step_in(path: Path) -> int | None:

@@ -18,12 +18,12 @@ from megatron3d.comm.mesh import Mesh, make_mesh
 from megatron3d.comm.meter import Wait
 from megatron3d.comm.roll_call import RollCall, report
 from megatron3d.comm.waiting import CollectiveError, first_line, is_peer_failure, is_timeout
-from megatron3d.comm.watcher import Watcher, clear_flight_records, flight_record, flight_record_path, group_timeout
+from megatron3d.comm.watcher import Watcher, flight_record, flight_record_path, flight_record_paths, group_timeout
 from megatron3d.config.agreement import agreed_options
 from megatron3d.config.run import RunConfig
 from megatron3d.errors import ConfigError, Megatron3dError, PeerError, StopRequested
 from megatron3d.planner.layout import layout_of
-from megatron3d.train.exit_status import clear_exit_status
+from megatron3d.train.exit_status import clear_exit_status, remove_of_earlier_run
 from megatron3d.train.launch import RunContext
 
 
@@ -55,7 +55,8 @@ def joined(
     context.save = save
     if save and launch.rank == 0:
         context.ended_after = clear_exit_status(save)
-        clear_flight_records(Path(save))
+        for record in flight_record_paths(Path(save)):
+            remove_of_earlier_run(record)
     device = pick_device(parallel.device, local_rank=launch.local_rank, local_world_size=launch.local_world_size)
     set_fp32_precision(device, config.train.fp32_matmul_precision)
     limit = timedelta(minutes=parallel.distributed_timeout_minutes)

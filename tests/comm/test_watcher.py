@@ -13,7 +13,7 @@ import torch
 from megatron3d.comm import watcher
 from megatron3d.comm.meter import Meter, Wait
 from megatron3d.comm.waiting import Waiting
-from megatron3d.comm.watcher import Watcher, clear_flight_records, flight_record_path, group_timeout
+from megatron3d.comm.watcher import Watcher, flight_record_path, flight_record_paths, group_timeout
 
 
 def test_a_wait_of_the_host_is_known_while_it_lasts() -> None:
@@ -78,13 +78,12 @@ def test_a_closed_watcher_is_silent() -> None:
     assert heard == []
 
 
-def test_records_of_an_earlier_run_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    clear_flight_records(tmp_path / "absent")
+def test_the_records_that_are_there_are_found_and_nothing_else(tmp_path: Path) -> None:
+    assert flight_record_paths(tmp_path / "absent") == []
     for rank in (0, 7):
         flight_record_path(tmp_path, rank).write_text("{}")
     (tmp_path / "latest").write_text("3")
-    clear_flight_records(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+    assert flight_record_paths(tmp_path) == [flight_record_path(tmp_path, rank) for rank in (0, 7)]
 
 
 def test_groups_of_nccl_outlast_the_watcher() -> None:
