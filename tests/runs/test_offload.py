@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron3d.checkpoint.load import tensor_shapes
 from tests.dist.pool import Pool
@@ -149,6 +150,9 @@ def test_without_offloading_states_larger_than_the_memory_limit_end_the_run() ->
     assert "memory" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
 
 
+@pytest.mark.skipif(
+    torch.version.cuda is not None, reason="torch with CUDA maps more private memory than this limit has room for"
+)
 def test_with_offloading_to_files_the_same_run_trains_and_saves_within_the_same_limit(tmp_path: Path) -> None:
     metrics, save = tmp_path / "metrics.jsonl", tmp_path / "save"
     ended = _run_with_data_limit(

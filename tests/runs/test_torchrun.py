@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.runs.elastic import Elastic, children, torchrun
 from tests.runs.harness import MOCK, ROOT, Launcher, exit_status, losses, run_ok, words
@@ -137,7 +138,7 @@ while [ "$1" != pretrain_gpt.py ]; do
     shift
 done
 echo $$ > "$PID_FILE"
-exec {python} -m torch.distributed.run --standalone --nproc-per-node 2 "${{kept[@]}}" {slow_save} 1 {flags}
+exec {python} {launcher} --standalone --nproc-per-node 2 "${{kept[@]}}" {slow_save} 1 {flags}
 """
 
 
@@ -152,7 +153,9 @@ def test_the_slurm_example_saves_and_requeues_itself_before_its_limit_and_not_af
     """Slurm signals every process of a step: torchrun and its workers, which get it once more from torchrun."""
     save, pid_file = tmp_path / "save", tmp_path / "pid"
     flags = " ".join([*words(MOCK, "--train-iters 100000 --log-interval 1 --save", save)])
-    stub = TORCHRUN_STUB.format(python=sys.executable, slow_save=SLOW_SAVE, flags=flags)
+    # As the example says of older versions of torch.
+    launcher = "-m torch.distributed.run" if torch.__version__ >= "2.13" else str(ROOT / "tools" / "torchrun.py")
+    stub = TORCHRUN_STUB.format(python=sys.executable, launcher=launcher, slow_save=SLOW_SAVE, flags=flags)
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": stub}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

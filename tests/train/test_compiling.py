@@ -29,6 +29,8 @@ from megatron3d.train.step import train_step
 from tests.parity.compare import relative
 from tests.parity.runs import RATES, VOCAB_SIZE, Case, config_of, parts_of, trace
 
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.12", reason="--compile is refused with torch before 2.12")
+
 MOST_GRAPHS = 12  # of one block: one between any two of its calls that are not traced
 CPU = torch.device("cpu")
 ABSENT = TritonSupport(installed=False, interpreted=False, detail="Triton cannot be imported")
