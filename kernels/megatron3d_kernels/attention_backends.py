@@ -111,7 +111,7 @@ def _refusal(case: AttentionCase, backend: str) -> str:
 
 
 def reason_for(case: AttentionCase, backend: str = AUTO) -> str:
-    """What decided, in words."""
+    """The reason for the choice, as a phrase for the log."""
     if backend != AUTO:
         return f"--attention-backend {backend}"
     said = [case.device_type, str(case.dtype).removeprefix("torch.")]

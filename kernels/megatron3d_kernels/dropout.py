@@ -43,8 +43,10 @@ _CHUNK_WORDS = 1 << 16  # outputs computed at a time on a CPU: half a MiB, which
 _CHUNK_WORDS_CUDA = 1 << 22
 _BLOCK = 4096  # columns of one program of the Triton kernel
 _KEYS_BLOCK = 512
-_WIDE_BYTES = 4  # of an element whose mask is made again on a CPU,
-_LARGE = 1 << 18  # in tensors of so many
+# On a CPU the backward recomputes the mask only for elements of at least 4 bytes, in tensors of at least 2^18 elements;
+# for others recomputing takes longer than storing the mask.
+_WIDE_BYTES = 4
+_LARGE = 1 << 18
 
 
 def _signed(bits: int) -> int:
@@ -153,33 +155,38 @@ def _reference(x: Tensor, dropping: RowDropout, residual: Tensor | None) -> Tens
         dropped = x * _keep_formula(dropping, x.shape[-1]) * kept_scale(dropping.probability)
         return dropped if residual is None else residual + dropped
     if x.device.type in ("cpu", "meta") and x.element_size() >= _WIDE_BYTES and x.numel() >= _LARGE:
-        return _DropoutByChunks.apply(x, residual, dropping)
+        return _DropoutFromKeys.apply(x, residual, dropping, _dropped_by_chunks)
     keep = keep_mask(dropping.keys, x.shape[-1], dropping.probability)
     # The scale as a number: bf16 would round it in the mask.
     dropped = (x * keep).mul_(kept_scale(dropping.probability))
     return dropped if residual is None else residual + dropped
 
 
-class _DropoutByChunks(torch.autograd.Function):
-    """Keeps the keys of the rows alone; a chunk's mask is made and used while it is in the cache."""
+Drop = Callable[[Tensor, Tensor | None, RowDropout], Tensor]
+"""(x, residual, dropping) -> x with elements dropped and the others scaled, plus the residual where there is one."""
+
+
+class _DropoutFromKeys(torch.autograd.Function):
+    """Keeps only the keys of the rows; `drop` makes the mask again in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, dropping: RowDropout) -> Tensor:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, dropping: RowDropout, drop: Drop) -> Tensor:
         """Drop, scale and add."""
         ctx.save_for_backward(dropping.keys)
-        ctx.probability = dropping.probability
-        return _dropped_by_chunks(x, residual, dropping)
+        ctx.probability, ctx.drop = dropping.probability, drop
+        return drop(x, residual, dropping)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """The same of the gradient."""
         dropping = RowDropout(ctx.saved_tensors[0], ctx.probability)
-        grad_x = _dropped_by_chunks(grad, None, dropping) if ctx.needs_input_grad[0] else None
-        return grad_x, grad if ctx.needs_input_grad[1] else None, None
+        grad_x = ctx.drop(grad, None, dropping) if ctx.needs_input_grad[0] else None
+        return grad_x, grad if ctx.needs_input_grad[1] else None, None, None
 
 
 def _dropped_by_chunks(x: Tensor, residual: Tensor | None, dropping: RowDropout) -> Tensor:
+    """On a CPU: a chunk's mask is made and used while it is in the cache."""
     rows, y = as_rows(x), x.new_empty(x.shape)
     y_rows, keys, width = y.view(rows.shape), dropping.keys.reshape(-1, 1), rows.shape[1]
     residual_rows = None if residual is None else as_rows(residual)
@@ -208,30 +215,11 @@ def _reference_keys(key: int, samples: range, positions_SB: Tensor) -> Tensor:
 
 def _triton(x: Tensor, dropping: RowDropout, residual: Tensor | None) -> Tensor:
     """The Triton kernel behind one autograd function."""
-    return _Dropout.apply(x, residual, dropping)
-
-
-class _Dropout(torch.autograd.Function):
-    """Keeps the keys of the rows alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, dropping: RowDropout) -> Tensor:
-        """A program for each row and block of columns."""
-        ctx.save_for_backward(dropping.keys)
-        ctx.probability = dropping.probability
-        return _dropped(x, residual, dropping)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """The same of the gradient."""
-        (keys,) = ctx.saved_tensors
-        dropping = RowDropout(keys, ctx.probability)
-        grad_x = _dropped(grad, None, dropping) if ctx.needs_input_grad[0] else None
-        return grad_x, grad if ctx.needs_input_grad[1] else None, None
+    return _DropoutFromKeys.apply(x, residual, dropping, _dropped)
 
 
 def _dropped(x: Tensor, residual: Tensor | None, dropping: RowDropout) -> Tensor:
+    """By the Triton kernel: a program for each row and block of columns."""
     rows, y = as_rows(x), x.new_empty(x.shape)
     residual_rows = rows if residual is None else as_rows(residual)
     num_rows, num_columns = rows.shape
